@@ -1,0 +1,1 @@
+"""Expert replication, placement and migration for mixture-of-experts models."""

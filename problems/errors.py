@@ -1,0 +1,53 @@
+"""The exceptions of the package: one tree, so that a caller can catch as much as it means to."""
+
+from __future__ import annotations
+
+__all__ = [
+    "FormatError",
+    "InfeasibleError",
+    "MoelessError",
+    "ProblemError",
+    "SolverUnavailableError",
+    "UnsupportedFeatureError",
+]
+
+
+class MoelessError(Exception):
+    """Base of every error that the package raises on purpose."""
+
+
+class ProblemError(MoelessError, ValueError):
+    """An argument or a field of a problem is wrong.
+
+    Parameters
+    ----------
+    where : str
+        The argument or JSON path, e.g. ``"loads"`` or ``"topology.gpus[3].memory"``.
+    what : str
+        What is wrong, and what would be right.
+    """
+
+    def __init__(self, where: str, what: str) -> None:
+        self.where = where
+        self.what = what
+        super().__init__(f"{where}: {what}")
+
+    def __reduce__(self) -> tuple[type[ProblemError], tuple[str, str]]:
+        """Pickle by the two parts (the default would pass the joined message alone)."""
+        return type(self), (self.where, self.what)
+
+
+class FormatError(ProblemError):
+    """A file or document cannot be read as what it should be."""
+
+
+class InfeasibleError(MoelessError):
+    """No plan satisfies the caps; the message names the cap that binds and by how much."""
+
+
+class UnsupportedFeatureError(MoelessError):
+    """The chosen solver lacks a feature that the problem needs."""
+
+
+class SolverUnavailableError(MoelessError):
+    """The solver's package is not installed, or no solver has that name."""

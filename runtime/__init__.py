@@ -1,0 +1,1 @@
+"""The live side: plans applied to running models."""

@@ -1,0 +1,1 @@
+"""How problems are solved: one file per idea."""
