@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "FormatError",
     "InfeasibleError",
+    "InvalidPlanError",
     "MoelessError",
     "ProblemError",
     "SolverUnavailableError",
@@ -51,3 +52,22 @@ class UnsupportedFeatureError(MoelessError):
 
 class SolverUnavailableError(MoelessError):
     """The solver's package is not installed, or no solver has that name."""
+
+
+class InvalidPlanError(MoelessError):
+    """The verifier rejects a plan.
+
+    Parameters
+    ----------
+    violations : list of str
+        Every rule that the plan breaks, and where.
+    """
+
+    def __init__(self, violations: list[str]) -> None:
+        self.violations = violations
+        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+        super().__init__(f"plan: {violations[0]}{more}")
+
+    def __reduce__(self) -> tuple[type[InvalidPlanError], tuple[list[str]]]:
+        """Pickle by the list."""
+        return type(self), (self.violations,)

@@ -1,0 +1,110 @@
+"""Array types, and the checks that every array of a problem passes once.
+
+Axis letters, used as suffixes of names throughout the package: T load scenarios, L layers, E experts,
+G GPUs, C slots of a GPU, N nodes. ``load_TLE`` is indexed ``[scenario, layer, expert]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from dataclasses import replace as _replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moeless_opt.problems.errors import ProblemError
+
+__all__ = ["BoolArray", "FloatArray", "IntArray", "Record", "SlotArray", "floats", "frozen", "integers"]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+SlotArray = NDArray[np.int32]
+BoolArray = NDArray[np.bool_]
+
+
+def frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """A read-only view of `array`; the caller's own array stays writable."""
+    if not array.flags.writeable:
+        return array
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _numeric(where: str, value: ArrayLike) -> NDArray[Any]:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ProblemError(where, f"not an array of numbers ({error})") from None
+    if array.dtype.kind not in "iufb":
+        raise ProblemError(where, f"must hold numbers, got {array.dtype} ({type(value).__name__})")
+    return array
+
+
+def floats(where: str, value: ArrayLike, *, low: float = 0.0, open_low: bool = False) -> FloatArray:
+    """A read-only float64 array with every entry finite and at least (or above) `low`.
+
+    Raises
+    ------
+    ProblemError
+        Naming the first offending entry by its index.
+    """
+    array = _numeric(where, value).astype(np.float64, copy=True)
+    # One reduction settles the usual case: NaN and infinity both fail it.
+    if array.size:
+        least, most = float(array.min()), float(array.max())
+        if not (least > low if open_low else least >= low) or not most < np.inf:
+            bad = ~np.isfinite(array) | (array <= low if open_low else array < low)
+            at = tuple(int(i) for i in np.argwhere(bad)[0])
+            need = f"finite and {'above' if open_low else 'at least'} {low:g}"
+            raise ProblemError(where + "".join(f"[{i}]" for i in at), f"is {array[at]}, must be {need}")
+    array.flags.writeable = False
+    return array
+
+
+def integers(where: str, value: ArrayLike, *, low: int = 0, high: int | None = None) -> IntArray:
+    """A read-only int64 array with every entry whole and within ``[low, high]``."""
+    array = _numeric(where, value)
+    kind = array.dtype.kind
+    if kind == "b" or (kind == "f" and not (np.isfinite(array).all() and (array == np.rint(array)).all())):
+        raise ProblemError(where, "must hold whole numbers")
+    whole = array.astype(np.int64, copy=True)
+    if whole.size:
+        bad = whole < low
+        if high is not None:
+            bad |= whole > high
+        if bad.any():
+            at = tuple(int(i) for i in np.argwhere(bad)[0])
+            need = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ProblemError(where + "".join(f"[{i}]" for i in at), f"is {whole[at]}, must be {need}")
+    whole.flags.writeable = False
+    return whole
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and bool(np.array_equal(a, b))
+    return bool(a == b)
+
+
+class Record:
+    """Base of the frozen dataclasses: equality that understands arrays, and ``replace``."""
+
+    __slots__ = ()
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with the given fields changed, validated again."""
+        known = {f.name for f in fields(self)}  # type: ignore[arg-type]
+        for key in changes:
+            if key not in known:
+                raise ProblemError(key, f"{type(self).__name__} has no such field; it has {sorted(known)}")
+        return _replace(self, **changes)  # type: ignore[type-var]
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        names = (f.name for f in fields(self) if f.compare)  # type: ignore[arg-type]
+        return all(_same(getattr(self, n), getattr(other, n)) for n in names)
+
+    __hash__ = None  # type: ignore[assignment]

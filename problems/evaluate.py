@@ -1,0 +1,233 @@
+"""The one truth about a plan's loads, times, moves, traffic and memory; every solver and report asks here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray
+from moeless_opt.problems.placement import held_LGE
+from moeless_opt.problems.time_model import TimeModel
+
+if TYPE_CHECKING:
+    from moeless_opt.problems.plan import Plan
+    from moeless_opt.problems.problem import Problem
+
+__all__ = [
+    "Moves",
+    "activated",
+    "count_moves",
+    "gpu_times",
+    "gpu_tokens",
+    "imbalance",
+    "new_replicas",
+    "node_traffic",
+    "objective_vector",
+    "scenario_value",
+]
+
+
+def gpu_tokens(load_LE: FloatArray, slots_LGC: SlotArray, share_LGC: FloatArray) -> FloatArray:
+    """Tokens that each GPU serves, shape [L, G]."""
+    layers, gpus, slots = slots_LGC.shape
+    flat = slots_LGC.reshape(layers, gpus * slots)
+    # an empty slot reads the last expert's load, and its share is 0
+    load = np.take_along_axis(load_LE, flat + (flat < 0), axis=1).reshape(slots_LGC.shape)
+    return np.asarray(np.einsum("lgc,lgc->lg", load, share_LGC))
+
+
+def activated(load_LE: FloatArray, slots_LGC: SlotArray, share_LGC: FloatArray) -> IntArray:
+    """Replicas of each GPU that serve tokens, shape [L, G]."""
+    layers, gpus, slots = slots_LGC.shape
+    flat = slots_LGC.reshape(layers, gpus * slots)
+    load = np.take_along_axis(load_LE, np.maximum(flat, 0), axis=1).reshape(slots_LGC.shape)
+    return np.asarray(((load > 0) & (share_LGC > 0) & (slots_LGC >= 0)).sum(2))
+
+
+def gpu_times(
+    load_LE: FloatArray,
+    slots_LGC: SlotArray,
+    share_LGC: FloatArray,
+    speed_G: FloatArray,
+    time: TimeModel | None = None,
+) -> FloatArray:
+    """Time of each GPU in each layer, shape [L, G], in the time model's unit.
+
+    Parameters
+    ----------
+    load_LE : array, shape [L, E]
+        Tokens per expert.
+    slots_LGC, share_LGC : arrays, shape [L, G, C]
+        Expert in each slot (-1 empty), and the share of its tokens that the slot serves.
+    speed_G : array, shape [G]
+        Relative speeds.
+    time : TimeModel, optional
+        Tokens only by default.
+    """
+    tokens_LG = gpu_tokens(load_LE, slots_LGC, share_LGC)
+    if time is None or time.counts_tokens_only:
+        scale = 1.0 if time is None else time.token_cost
+        return np.asarray(tokens_LG / speed_G if scale == 1.0 else tokens_LG * scale / speed_G)
+    return time.time(tokens_LG, activated(load_LE, slots_LGC, share_LGC), speed_G)
+
+
+def imbalance(time_LG: FloatArray, speed_G: FloatArray) -> FloatArray:
+    """max / mean GPU time of each layer, shape [L]; 1 is perfect.
+
+    The mean is weighted by speed, so that it is the time of a perfect balance of the same work
+    (with equal speeds, the plain mean). A layer without any time counts as 1.
+    """
+    mean_L = time_LG @ (speed_G / speed_G.sum())
+    top_L = time_LG.max(1)
+    return np.divide(top_L, mean_L, out=np.ones_like(top_L), where=mean_L > 0)
+
+
+def new_replicas(slots_LGC: SlotArray, before_LGC: SlotArray, experts: int) -> BoolArray:
+    """Slots whose expert the GPU did not hold before, shape [L, G, C]."""
+    had_LGE = held_LGE(before_LGC, experts)
+    kept = np.take_along_axis(had_LGE, np.maximum(slots_LGC, 0).astype(np.int64), axis=2)
+    return (slots_LGC >= 0) & ~kept
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Moves(Record):
+    """What a plan has to ship.
+
+    Parameters
+    ----------
+    count : int
+        Replicas on a GPU that did not hold the expert before.
+    bytes : int
+        Their weights (0 where the size of an expert is unknown).
+    fraction : float
+        `count` as a share of all replicas of the plan.
+    count_L : array of int, shape [L]
+        By layer.
+    cold : bool
+        Whether nothing was live before, so that every replica is loaded.
+    """
+
+    count: int
+    bytes: int
+    fraction: float
+    count_L: IntArray
+    cold: bool = False
+
+    def __repr__(self) -> str:
+        size = f", {self.bytes / 1e9:.3g} GB" if self.bytes else ""
+        if self.cold:
+            return f"Moves(cold start: {self.count} replicas to load{size})"
+        return f"Moves({self.count} replicas{size}, {self.fraction:.2%} of the plan)"
+
+
+def count_moves(slots_LGC: SlotArray, before_LGC: SlotArray | None, experts: int, bytes_L: IntArray) -> Moves:
+    """Count the replicas that no warm GPU has.
+
+    Parameters
+    ----------
+    slots_LGC, before_LGC : arrays of int32, shape [L, G, C]
+        New placement, and the live one (None: nothing is live).
+    experts : int
+        Experts per layer.
+    bytes_L : array of int, shape [L]
+        Bytes of one replica in each layer.
+    """
+    filled_L = np.count_nonzero(slots_LGC >= 0, axis=(1, 2))
+    if before_LGC is None:
+        count_L = filled_L
+    else:
+        count_L = np.count_nonzero(new_replicas(slots_LGC, before_LGC, experts), axis=(1, 2))
+    count = int(count_L.sum())
+    return Moves(
+        count=count,
+        bytes=int(count_L @ bytes_L),
+        fraction=count / max(int(filled_L.sum()), 1),
+        count_L=count_L,
+        cold=before_LGC is None,
+    )
+
+
+def node_traffic(
+    load_LE: FloatArray,
+    slots_LGC: SlotArray,
+    share_LGC: FloatArray,
+    node_G: IntArray,
+    load_LNE: FloatArray | None = None,
+) -> FloatArray:
+    """Tokens of each layer that must leave their node, shape [L].
+
+    A node keeps as many of an expert's tokens as its own replicas serve; the rest crosses.
+
+    Parameters
+    ----------
+    load_LE : array, shape [L, E]
+        Tokens per expert.
+    slots_LGC, share_LGC : arrays, shape [L, G, C]
+        The plan.
+    node_G : array of int, shape [G]
+        Node of each GPU.
+    load_LNE : array, shape [L, N, E], optional
+        Tokens by source node; spread evenly over the nodes if unknown.
+    """
+    layers, experts = load_LE.shape
+    nodes = int(node_G.max()) + 1
+    served = np.zeros((layers, nodes, experts + 1))
+    row_L = np.arange(layers)[:, None, None]
+    np.add.at(served, (row_L, node_G[None, :, None], slots_LGC), share_LGC)  # -1 lands in the spare column
+    served_LNE = served[:, :, :experts] * load_LE[:, None, :]
+    source_LNE = load_LE[:, None, :] / nodes if load_LNE is None else load_LNE
+    stays_L = np.minimum(served_LNE, source_LNE).sum((1, 2))
+    return np.asarray(np.maximum(load_LE.sum(1) - stays_L, 0.0))
+
+
+def scenario_value(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray) -> float:
+    """Sum over the layers of the largest GPU time, taken over the scenarios as the objective says."""
+    loads = problem.loads
+    top_T = np.array(
+        [
+            gpu_times(load_LE, slots_LGC, share_LGC, problem.topology.speed_G, problem.time).max(1).sum()
+            for load_LE in loads.load_TLE
+        ]
+    )
+    weight_T = np.full(top_T.size, 1 / top_T.size) if loads.weight_T is None else loads.weight_T
+    if problem.objective.risk == "worst":
+        return float(top_T.max())
+    if problem.objective.risk == "expected":
+        return float(weight_T @ top_T)
+    order = np.argsort(-top_T, kind="stable")
+    tail = 1.0 - problem.objective.cvar_alpha
+    before = np.cumsum(weight_T[order]) - weight_T[order]
+    kept = np.clip(tail - before, 0.0, weight_T[order])
+    return float(kept @ top_T[order] / tail)
+
+
+def objective_vector(problem: Problem, plan: Plan) -> dict[str, float]:
+    """All objectives of a plan, whatever the priorities.
+
+    Returns
+    -------
+    dict
+        ``balance``: sum over the layers of the largest GPU time (over the scenarios by the
+        objective's risk), in the time model's unit. ``moves``: bytes to ship, or replicas where the
+        size of an expert is unknown. ``traffic``: tokens that leave their node. ``memory``: bytes
+        held, or replicas.
+    """
+    loads = problem.loads
+    by_node = None
+    if loads.load_TLNE is not None:
+        weight_T = np.full(loads.shape[0], 1 / loads.shape[0]) if loads.weight_T is None else loads.weight_T
+        by_node = np.tensordot(weight_T, loads.load_TLNE, 1)
+    held_L = np.count_nonzero(plan.slots_LGC >= 0, axis=(1, 2))
+    sized = bool(problem.bytes_L.any())
+    return {
+        "balance": scenario_value(problem, plan.slots_LGC, plan.share_LGC),
+        "moves": float(plan.moves.bytes if sized else plan.moves.count),
+        "traffic": float(
+            node_traffic(
+                problem.load_LE, plan.slots_LGC, plan.share_LGC, problem.topology.node_G, by_node
+            ).sum()
+        ),
+        "memory": float(held_L @ problem.bytes_L if sized else held_L.sum()),
+    }

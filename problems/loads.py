@@ -1,0 +1,182 @@
+"""The traffic: tokens that the router sends to each expert of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moeless_opt.problems.arrays import FloatArray, Record, floats
+from moeless_opt.problems.errors import ProblemError
+
+__all__ = ["Loads", "as_loads"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Loads(Record):
+    """Loads of the experts in one forward pass or window, as one or several scenarios.
+
+    Parameters
+    ----------
+    load_TLE : array of float, shape [T, L, E]
+        Token-expert pairs (tokens x top-k) routed to each expert; finite and at least 0.
+    weight_T : array of float, shape [T], optional
+        Weights of the scenarios; equal by default. They are scaled to sum to 1.
+    layers : sequence of int, optional
+        The model's own index of each layer, in rising order; 0, 1, ... by default.
+    scenarios : sequence of str, optional
+        Names of the scenarios.
+    skipped : sequence of int, optional
+        Layers of the recording that have no routed experts (dense layers).
+    load_TLNE : array of float, shape [T, L, N, E], optional
+        The same loads by source node; summed over the nodes they must give `load_TLE`.
+    source : str
+        Where the loads come from, for people.
+
+    Raises
+    ------
+    ProblemError
+        If a field is malformed, or all loads are zero.
+    """
+
+    load_TLE: FloatArray
+    weight_T: FloatArray | None = None
+    layers: tuple[int, ...] = ()
+    scenarios: tuple[str, ...] = ()
+    skipped: tuple[int, ...] = ()
+    load_TLNE: FloatArray | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        load_TLE = floats("loads", self.load_TLE)
+        if load_TLE.ndim == 2:
+            load_TLE = load_TLE[None]
+        if load_TLE.ndim != 3:
+            hint = "; for a single layer give loads[None, :]" if load_TLE.ndim == 1 else ""
+            raise ProblemError(
+                "loads",
+                f"has shape {load_TLE.shape}, must be [layers, experts] or "
+                f"[scenarios, layers, experts]{hint}",
+            )
+        if 0 in load_TLE.shape:
+            raise ProblemError("loads", f"is empty: shape {load_TLE.shape}")
+        if not load_TLE.any():
+            raise ProblemError(
+                "loads", "are all zero: nothing says which expert is busy; at least one must be above 0"
+            )
+        put(self, "load_TLE", load_TLE)
+        scenarios, layers, experts = load_TLE.shape
+        if self.weight_T is not None:
+            weight_T = floats("loads.weights", self.weight_T)
+            if weight_T.shape != (scenarios,):
+                raise ProblemError("loads.weights", f"has shape {weight_T.shape}, must be ({scenarios},)")
+            if not weight_T.any():
+                raise ProblemError("loads.weights", "are all zero; at least one must be above 0")
+            put(self, "weight_T", floats("loads.weights", weight_T / weight_T.sum()))
+        put(self, "layers", tuple(int(i) for i in self.layers) or tuple(range(layers)))
+        if len(self.layers) != layers or any(
+            a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)
+        ):
+            raise ProblemError("loads.layers", f"must be {layers} rising numbers, one per layer")
+        put(self, "scenarios", tuple(str(name) for name in self.scenarios))
+        if self.scenarios and len(self.scenarios) != scenarios:
+            raise ProblemError(
+                "loads.scenarios", f"names {len(self.scenarios)} scenarios, there are {scenarios}"
+            )
+        put(self, "skipped", tuple(int(i) for i in self.skipped))
+        if self.load_TLNE is not None:
+            load_TLNE = floats("loads.by_node", self.load_TLNE)
+            if load_TLNE.ndim == 3:
+                load_TLNE = load_TLNE[None]
+            if (
+                load_TLNE.ndim != 4
+                or load_TLNE.shape[::3] != (scenarios, experts)
+                or load_TLNE.shape[1] != layers
+            ):
+                raise ProblemError(
+                    "loads.by_node",
+                    f"has shape {load_TLNE.shape}, must be [{scenarios}, {layers}, nodes, {experts}]",
+                )
+            if not np.allclose(load_TLNE.sum(2), load_TLE, rtol=1e-9, atol=1e-9):
+                raise ProblemError("loads.by_node", "does not sum to the loads over the nodes")
+            put(self, "load_TLNE", load_TLNE)
+
+    @property
+    def load_LE(self) -> FloatArray:
+        """Expected loads over the scenarios, shape [L, E]."""
+        if self.load_TLE.shape[0] == 1:
+            return np.asarray(self.load_TLE[0])
+        if self.weight_T is None:
+            return np.asarray(self.load_TLE.mean(0))
+        return np.asarray(np.tensordot(self.weight_T, self.load_TLE, 1))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Scenarios, layers, experts."""
+        t, layers, experts = self.load_TLE.shape
+        return t, layers, experts
+
+    @classmethod
+    def read(cls, path: str | PathLike[str], **options: Any) -> Loads:
+        """Read a recording of any supported format; see ``readers.read_recording`` for the options."""
+        from moeless_opt.problems.readers import read_recording
+
+        recording = read_recording(path, **options)
+        return cls(
+            load_TLE=recording.load_TLE,
+            layers=recording.layers,
+            scenarios=recording.scenarios,
+            skipped=recording.skipped,
+            source=f"{recording.path} ({recording.format})",
+        )
+
+    def select(self, layers: Sequence[int]) -> Loads:
+        """The loads of some layers, given by the model's own index."""
+        place = {layer: i for i, layer in enumerate(self.layers)}
+        unknown = [layer for layer in layers if layer not in place]
+        if unknown:
+            raise ProblemError("layers", f"{unknown[0]} is not among the layers {_span(self.layers)}")
+        rows = sorted(place[layer] for layer in set(layers))
+        by_node = None if self.load_TLNE is None else self.load_TLNE[:, rows]
+        return self.replace(
+            load_TLE=self.load_TLE[:, rows], layers=tuple(self.layers[i] for i in rows), load_TLNE=by_node
+        )
+
+    def __repr__(self) -> str:
+        t, layers, experts = self.shape
+        load_LE = self.load_LE
+        mean_L = load_LE.mean(1)
+        skew = float((load_LE.max(1)[mean_L > 0] / mean_L[mean_L > 0]).mean())
+        parts = [f"{layers} layers x {experts} experts", f"hottest expert {skew:.2f} x mean"]
+        if t > 1:
+            parts.insert(0, f"{t} scenarios")
+        if self.skipped:
+            parts.append(f"dense layers {_span(self.skipped)} skipped")
+        return f"Loads({', '.join(parts)}{', from ' + self.source if self.source else ''})"
+
+
+def _span(layers: Sequence[int]) -> str:
+    """Render ``0-2, 5`` for ``(0, 1, 2, 5)``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def as_loads(loads: ArrayLike | Loads | str | PathLike[str]) -> Loads:
+    """Whatever `plan` accepts as loads: an array, a `Loads`, or the path of a recording."""
+    if isinstance(loads, Loads):
+        return loads
+    if isinstance(loads, str | PathLike):
+        return Loads.read(loads)
+    if hasattr(loads, "detach"):  # a torch tensor, possibly on a GPU
+        loads = loads.detach().cpu().numpy()
+    return Loads(load_TLE=np.asarray(loads) if not isinstance(loads, np.ndarray) else loads)

@@ -1,0 +1,110 @@
+"""Which GPU holds which experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, integers
+from moeless_opt.problems.errors import ProblemError
+
+__all__ = ["Placement", "equal_shares", "held_LGE", "replica_counts"]
+
+
+def replica_counts(slots_LGC: SlotArray, experts: int) -> SlotArray:
+    """Replicas of every expert, shape [L, E] (int32)."""
+    layers = slots_LGC.shape[0]
+    flat_LP = slots_LGC.reshape(layers, -1)
+    # -1 lands in a column of its own, which is cut off
+    index = flat_LP + 1 + np.arange(layers)[:, None] * (experts + 1)
+    counts = np.bincount(index.ravel(), minlength=layers * (experts + 1))
+    return counts.reshape(layers, experts + 1)[:, 1:].astype(np.int32)
+
+
+def held_LGE(slots_LGC: SlotArray, experts: int) -> BoolArray:
+    """Whether a GPU holds an expert, shape [L, G, E]."""
+    layers, gpus, _ = slots_LGC.shape
+    held = np.zeros((layers, gpus, experts + 1), dtype=np.bool_)
+    np.put_along_axis(held, slots_LGC.astype(np.int64) + 1, True, axis=2)
+    return held[:, :, 1:]
+
+
+def equal_shares(slots_LGC: SlotArray, experts: int) -> FloatArray:
+    """Token shares that divide every expert evenly over its replicas, shape [L, G, C]."""
+    layers = slots_LGC.shape[0]
+    replicas_LE = replica_counts(slots_LGC, experts)
+    flat_LP = slots_LGC.reshape(layers, -1)
+    count_LP = np.take_along_axis(replicas_LE, np.maximum(flat_LP, 0), axis=1)
+    share_LP = np.divide(1.0, count_LP, out=np.zeros(flat_LP.shape), where=flat_LP >= 0)
+    return share_LP.reshape(slots_LGC.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Placement(Record):
+    """The experts in the slots of every GPU.
+
+    Parameters
+    ----------
+    slots_LGC : array of int32, shape [L, G, C]
+        Expert in each slot, -1 for an empty one.
+    experts : int
+        Experts per layer, E.
+
+    Raises
+    ------
+    ProblemError
+        If an expert is out of range, has no replica, or sits twice on one GPU.
+    """
+
+    slots_LGC: SlotArray
+    experts: int
+
+    def __post_init__(self) -> None:
+        slots = integers("placement.slots", self.slots_LGC, low=-1, high=self.experts - 1).astype(np.int32)
+        if slots.ndim != 3:
+            raise ProblemError("placement.slots", f"has shape {slots.shape}, must be [layers, gpus, slots]")
+        slots.flags.writeable = False
+        object.__setattr__(self, "slots_LGC", slots)
+        ordered = np.sort(slots, axis=2)
+        twice = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
+        if twice.any():
+            layer, gpu, c = (int(i) for i in np.argwhere(twice)[0])
+            raise ProblemError(
+                f"placement.slots[{layer}][{gpu}]",
+                f"expert {ordered[layer, gpu, c]} sits twice on GPU {gpu}; once is enough",
+            )
+        missing = self.replicas_LE == 0
+        if missing.any():
+            layer, expert = (int(i) for i in np.argwhere(missing)[0])
+            raise ProblemError(
+                f"placement.slots[{layer}]", f"expert {expert} has no replica in layer {layer}; it needs one"
+            )
+
+    @property
+    def replicas_LE(self) -> SlotArray:
+        """Replicas of every expert, shape [L, E]."""
+        return replica_counts(self.slots_LGC, self.experts)
+
+    @property
+    def held_LGE(self) -> BoolArray:
+        """Whether a GPU holds an expert, shape [L, G, E]."""
+        return held_LGE(self.slots_LGC, self.experts)
+
+    @property
+    def used_LG(self) -> IntArray:
+        """Filled slots of every GPU, shape [L, G]."""
+        return np.asarray((self.slots_LGC >= 0).sum(2))
+
+    @classmethod
+    def of(cls, value: ArrayLike | Placement | object, experts: int, where: str = "current") -> Placement:
+        """A placement from an array [L, G, C], a `Placement`, or anything with ``slots_LGC`` (a plan)."""
+        slots: Any = getattr(value, "slots_LGC", value)
+        if isinstance(value, cls) and value.experts == experts:
+            return value
+        try:
+            return cls(slots_LGC=slots, experts=experts)
+        except ProblemError as error:
+            raise ProblemError(error.where.replace("placement", where, 1), error.what) from None

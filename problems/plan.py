@@ -1,0 +1,298 @@
+"""What comes out: a Plan to be carried out, and the Result that says how it was found and how good it is."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, Record, SlotArray, frozen
+from moeless_opt.problems.evaluate import Moves
+from moeless_opt.problems.placement import Placement, held_LGE, replica_counts
+from moeless_opt.problems.problem import Problem
+
+__all__ = ["Certificate", "Plan", "Progress", "Result", "Status"]
+
+
+class Status(enum.StrEnum):
+    """How a solve ended."""
+
+    OPTIMAL = "optimal"
+    """The plan is proven best, within the tolerance that the gap states."""
+    FEASIBLE = "feasible"
+    """A valid plan; the gap says how far from the best it can be at most."""
+    INFEASIBLE = "infeasible"
+    """Proven: no plan satisfies the caps."""
+    NO_SOLUTION = "no solution"
+    """Nothing found before a limit, and nothing proven."""
+
+
+# A gap below this is float rounding, not a difference between plans.
+GAP_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Certificate(Record):
+    """How far a plan can be from the best possible one.
+
+    Parameters
+    ----------
+    value_L : array, shape [L]
+        Largest GPU time of each layer.
+    lower_bound_L : array, shape [L]
+        No plan for these GPUs, slots and split can have a smaller one.
+    bound_L : tuple of str
+        Which bound that is, by layer.
+    solver : str
+        Who found the plan.
+    seconds : float
+        Time that the solve took.
+    proof : str
+        What else was proven, for people.
+    """
+
+    value_L: FloatArray
+    lower_bound_L: FloatArray
+    bound_L: tuple[str, ...]
+    solver: str = ""
+    seconds: float = 0.0
+    proof: str = ""
+
+    @property
+    def gap_L(self) -> FloatArray:
+        """(value - bound) / bound of each layer, shape [L]; 0 is proven optimal."""
+        gap = np.divide(
+            self.value_L - self.lower_bound_L,
+            self.lower_bound_L,
+            out=np.zeros_like(self.value_L),
+            where=self.lower_bound_L > 0,
+        )
+        return np.maximum(gap, 0.0)
+
+    @property
+    def gap(self) -> float:
+        """Gap of the sum over the layers."""
+        bound = float(self.lower_bound_L.sum())
+        return max(float(self.value_L.sum()) / bound - 1.0, 0.0) if bound > 0 else 0.0
+
+    @property
+    def status(self) -> Status:
+        """OPTIMAL if every layer's gap is zero to rounding, else FEASIBLE."""
+        closed = self.value_L <= self.lower_bound_L * (1 + GAP_TOLERANCE)
+        return Status.OPTIMAL if bool(closed.all()) else Status.FEASIBLE
+
+    def __repr__(self) -> str:
+        names = sorted(set(self.bound_L))
+        return (
+            f"Certificate({self.status.value}, gap {self.gap:.3%} (worst layer {self.gap_L.max():.3%}), "
+            f"bound by {', '.join(names)}, {self.solver} in {self.seconds * 1e3:.1f} ms)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Plan(Record):
+    """Replicas, where they live, and the share of the tokens that each serves.
+
+    Parameters
+    ----------
+    slots_LGC : array of int32, shape [L, G, C]
+        Expert in each slot, -1 for an empty one.
+    share_LGC : array of float, shape [L, G, C]
+        Share of its expert's tokens that a slot serves; an expert's shares sum to 1.
+    experts : int
+        Experts per layer, E.
+    layers : tuple of int
+        The model's own index of each layer.
+    split : str
+        ``"fractional"`` or ``"equal"``.
+    time_LG : array of float, shape [L, G]
+        Time of each GPU under the expected loads.
+    imbalance_L : array of float, shape [L]
+        max / mean GPU time.
+    moves : Moves
+        What has to be shipped from the live placement.
+    certificate : Certificate
+        How far from the best possible.
+    problem_digest : str
+        Which problem the plan is for.
+    unit : str
+        Unit of the times.
+    name : str
+        For people.
+    """
+
+    slots_LGC: SlotArray
+    share_LGC: FloatArray
+    experts: int
+    layers: tuple[int, ...]
+    split: str
+    time_LG: FloatArray
+    imbalance_L: FloatArray
+    moves: Moves
+    certificate: Certificate
+    problem_digest: str = ""
+    unit: str = "tokens"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for key in ("slots_LGC", "share_LGC", "time_LG", "imbalance_L"):
+            object.__setattr__(self, key, frozen(getattr(self, key)))
+
+    @property
+    def replicas_LE(self) -> SlotArray:
+        """Replicas of every expert, shape [L, E]."""
+        return replica_counts(self.slots_LGC, self.experts)
+
+    @property
+    def placement(self) -> Placement:
+        """The placement alone."""
+        return Placement(slots_LGC=self.slots_LGC, experts=self.experts)
+
+    @property
+    def share_LGE(self) -> FloatArray:
+        """Shares by expert instead of by slot, shape [L, G, E]."""
+        dense = np.zeros((*self.slots_LGC.shape[:2], self.experts + 1))
+        np.put_along_axis(dense, self.slots_LGC.astype(np.int64) + 1, self.share_LGC, axis=2)
+        return dense[:, :, 1:]
+
+    @property
+    def replicas(self) -> int:
+        """Replicas in all."""
+        return int(np.count_nonzero(self.slots_LGC >= 0))
+
+    def gpus_of(self, layer: int, expert: int) -> list[int]:
+        """The GPUs that hold an expert; `layer` is a row of the plan."""
+        return [
+            int(g)
+            for g in np.flatnonzero(held_LGE(self.slots_LGC[layer : layer + 1], self.experts)[0, :, expert])
+        ]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan as JSON, or as .npz if the path ends so.
+
+        The file appears whole or not at all: it is written aside and renamed.
+        """
+        from moeless_opt.problems.format import save_plan
+
+        save_plan(self, path)
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises
+        ------
+        FormatError
+            If the file is no plan.
+        """
+        from moeless_opt.problems.format import load_plan
+
+        return load_plan(path)
+
+    def __repr__(self) -> str:
+        layers, gpus, slots = self.slots_LGC.shape
+        title = f" {self.name}" if self.name else ""
+        worst = int(np.argmax(self.imbalance_L))
+        return (
+            f"<Plan{title}: {layers} layer(s), {self.experts} experts as {self.replicas} replicas "
+            f"on {gpus} GPUs (up to {slots} slots), {self.split} split\n"
+            f"  imbalance (max/mean) {self.imbalance_L.mean():.4f} mean, {self.imbalance_L[worst]:.4f} worst "
+            f"(layer {self.layers[worst]})\n"
+            f"  {self.certificate!r}\n"
+            f"  {self.moves!r}>"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = (
+            ("layers x experts", f"{self.slots_LGC.shape[0]} x {self.experts}"),
+            ("replicas on GPUs", f"{self.replicas} on {self.slots_LGC.shape[1]}"),
+            ("imbalance, mean", f"{self.imbalance_L.mean():.4f}"),
+            (
+                "imbalance, worst",
+                f"{self.imbalance_L.max():.4f} (layer {self.layers[int(self.imbalance_L.argmax())]})",
+            ),
+            ("gap to the bound", f"{self.certificate.gap:.3%} ({self.certificate.status.value})"),
+            ("moves", f"{self.moves.count} ({self.moves.bytes / 1e9:.3g} GB)"),
+            ("solver", f"{self.certificate.solver}, {self.certificate.seconds * 1e3:.1f} ms"),
+        )
+        body = "".join(f"<tr><th style='text-align:left'>{k}</th><td>{v}</td></tr>" for k, v in rows)
+        return f"<table><caption>Plan {_escape(self.name)} ({self.split} split)</caption>{body}</table>"
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Progress(Record):
+    """One line of a solver's report: time so far, best value, bound."""
+
+    seconds: float
+    best: float
+    bound: float
+    done: float = 0.0
+    """Share of the work that is done, 0 to 1, or 0 where nobody can tell."""
+    note: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Result(Record):
+    """How a solve went.
+
+    Parameters
+    ----------
+    problem : Problem
+        What was solved.
+    plan : Plan or None
+        The best plan found; None if there is none.
+    status : Status
+        How it ended.
+    stopped_by : str
+        The limit that ended it: ``""`` (it finished), ``"time"``, ``"interrupt"``, ``"gap"``, ...
+    seconds : float
+        Wall time.
+    solver : str
+        Name in the registry.
+    options : mapping
+        Options that the solver was called with.
+    seed : int
+        Random seed.
+    message : str
+        For people, such as which cap binds.
+    """
+
+    problem: Problem
+    plan: Plan | None
+    status: Status
+    stopped_by: str = ""
+    seconds: float = 0.0
+    solver: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    message: str = ""
+
+    @property
+    def objective(self) -> dict[str, float]:
+        """The whole vector: balance, moves, traffic, memory (see ``evaluate.objective_vector``)."""
+        if self.plan is None:
+            return {}
+        from moeless_opt.problems.evaluate import objective_vector
+
+        return objective_vector(self.problem, self.plan)
+
+    @property
+    def lower_bound(self) -> float:
+        """Bound on the sum over the layers of the largest GPU time."""
+        return float("nan") if self.plan is None else float(self.plan.certificate.lower_bound_L.sum())
+
+    @property
+    def gap(self) -> float:
+        """Relative distance of the plan from the bound, at most."""
+        return float("nan") if self.plan is None else self.plan.certificate.gap

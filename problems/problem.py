@@ -1,0 +1,273 @@
+"""A problem: everything that a solver needs, checked once."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, integers
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.loads import Loads
+from moeless_opt.problems.models import ModelSpec
+from moeless_opt.problems.placement import Placement
+from moeless_opt.problems.spec import SPLITS, Limits, Objective, Sizing
+from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.topology import Topology
+
+__all__ = ["Known", "Problem"]
+
+_TOKENS = TimeModel()
+_OBJECTIVE = Objective()
+_LIMITS = Limits()
+_SLOTS = Sizing()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Known(Record):
+    """What is known of a shipped instance's best plan: largest GPU times per layer, and where it comes from.
+
+    Parameters
+    ----------
+    source : str
+        Where the instance and its values come from.
+    best_L : tuple of float
+        Best known largest GPU time of each layer.
+    bound_L : tuple of float
+        Proven lower bound of each layer; equal to `best_L` where the optimum is proven.
+    """
+
+    source: str
+    best_L: tuple[float, ...] = ()
+    bound_L: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Problem(Record):
+    """Loads to be served on GPUs, the live placement, and what is wanted.
+
+    Parameters
+    ----------
+    loads : Loads
+        Tokens per expert.
+    topology : Topology
+        The GPUs.
+    model : ModelSpec, optional
+        Gives the bytes of an expert.
+    expert_bytes_L : array of int, shape [L], optional
+        Bytes of one replica in each layer; overrides the model's.
+    split : {"fractional", "equal"}
+        Whether the token shares of an expert's replicas are free or even.
+    sizing : Sizing
+        How many replicas there are to be.
+    current : Placement, optional
+        What is live now; only replicas that it lacks have to move.
+    time : TimeModel
+        Time of a GPU from its tokens and activated experts.
+    objective, limits : Objective, Limits
+        What is wanted and what is allowed.
+    name : str
+        For people.
+    known : Known, optional
+        For shipped instances.
+
+    Raises
+    ------
+    ProblemError
+        If the parts do not fit each other.
+    """
+
+    loads: Loads
+    topology: Topology
+    model: ModelSpec | None = None
+    expert_bytes_L: IntArray | None = None
+    split: str = "fractional"
+    sizing: Sizing = _SLOTS
+    current: Placement | None = None
+    time: TimeModel = _TOKENS
+    objective: Objective = _OBJECTIVE
+    limits: Limits = _LIMITS
+    name: str = ""
+    known: Known | None = None
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ProblemError("split", f"is {self.split!r}, must be 'fractional' or 'equal'")
+        _, layers, experts = self.loads.shape
+        if self.model is not None and self.model.experts != experts:
+            raise ProblemError(
+                "model",
+                f"{self.model.name} has {self.model.experts} experts per layer, the loads have {experts}",
+            )
+        if self.expert_bytes_L is not None:
+            size_L = integers("expert_bytes", self.expert_bytes_L, low=1)
+            if size_L.ndim == 0:
+                size_L = integers("expert_bytes", np.full(layers, int(size_L)), low=1)
+            if size_L.shape != (layers,):
+                raise ProblemError(
+                    "expert_bytes", f"has shape {size_L.shape}, must be one number or ({layers},)"
+                )
+            object.__setattr__(self, "expert_bytes_L", size_L)
+        if self.current is not None:
+            self._check_current(self.current)
+        for key in ("pinned", "forbidden"):
+            for i, (layer, expert, gpu) in enumerate(getattr(self.limits, key)):
+                for what, value, end in (
+                    ("layer", layer, layers),
+                    ("expert", expert, experts),
+                    ("gpu", gpu, self.topology.gpus),
+                ):
+                    if value >= end:
+                        raise ProblemError(
+                            f"limits.{key}[{i}]", f"names {what} {value}, the last one is {end - 1}"
+                        )
+        by_node = self.loads.load_TLNE
+        if by_node is not None and by_node.shape[2] != self.topology.nodes:
+            raise ProblemError(
+                "loads.by_node", f"has {by_node.shape[2]} nodes, the topology has {self.topology.nodes}"
+            )
+
+    def _check_current(self, current: Placement) -> None:
+        _, layers, experts = self.loads.shape
+        have = (*current.slots_LGC.shape[:2], current.experts)
+        want = (layers, self.topology.gpus, experts)
+        if have != want:
+            raise ProblemError(
+                "current",
+                "is for {} layers, {} GPUs and {} experts; the problem has {}, {} and {}".format(
+                    *have, *want
+                ),
+            )
+        over = current.used_LG - self.capacity_LG
+        if (over > 0).any():
+            layer, gpu = (int(i) for i in np.argwhere(over > 0)[0])
+            raise ProblemError(
+                f"current[{layer}][{gpu}]",
+                f"holds {current.used_LG[layer, gpu]} replicas, "
+                f"GPU {gpu} has room for {self.capacity_LG[layer, gpu]}",
+            )
+
+    @property
+    def layers(self) -> int:
+        """Number of layers planned, L."""
+        return self.loads.shape[1]
+
+    @property
+    def experts(self) -> int:
+        """Experts per layer, E."""
+        return self.loads.shape[2]
+
+    @property
+    def load_LE(self) -> FloatArray:
+        """Expected loads, shape [L, E]."""
+        return self.loads.load_LE
+
+    @property
+    def bytes_L(self) -> IntArray:
+        """Bytes of one replica in each layer, shape [L]; zeros where unknown."""
+        if self.expert_bytes_L is not None:
+            return self.expert_bytes_L
+        return np.full(self.layers, 0 if self.model is None else self.model.expert_bytes, dtype=np.int64)
+
+    @property
+    def capacity_LG(self) -> IntArray:
+        """Slots of each GPU in each layer, shape [L, G]."""
+        return self.topology.capacity_LG(self.bytes_L, self.experts)
+
+    def pairs_LEG(self, key: str) -> BoolArray:
+        """The pinned or forbidden (expert, GPU) pairs as a mask, shape [L, E, G]."""
+        mask = np.zeros((self.layers, self.experts, self.topology.gpus), dtype=np.bool_)
+        for layer, expert, gpu in getattr(self.limits, key):
+            mask[slice(None) if layer < 0 else layer, expert, gpu] = True
+        return mask
+
+    def check_feasible(self) -> None:
+        """Raise if no placement can satisfy the caps.
+
+        Raises
+        ------
+        InfeasibleError
+            Naming the cap that binds and by how much.
+        """
+        need = self.experts * self.limits.min_replicas
+        room_L = self.capacity_LG.sum(1)
+        if (room_L < need).any():
+            raise InfeasibleError(self._shortage(int(room_L.min()), need))
+        limits = self.limits
+        if limits.max_layer_replicas is not None and limits.max_layer_replicas < need:
+            raise InfeasibleError(
+                f"limits.max_layer_replicas: {limits.max_layer_replicas} replicas per layer are "
+                f"{need - limits.max_layer_replicas} too few; {self.experts} experts need {need}"
+            )
+        if limits.max_total_replicas is not None and limits.max_total_replicas < need * self.layers:
+            raise InfeasibleError(
+                f"limits.max_total_replicas: {limits.max_total_replicas} replicas are "
+                f"{need * self.layers - limits.max_total_replicas} too few; "
+                f"{self.layers} layers of {self.experts} experts need {need * self.layers}"
+            )
+        if limits.max_total_bytes is not None:
+            floor = need * int(self.bytes_L.sum())
+            if limits.max_total_bytes < floor:
+                raise InfeasibleError(
+                    f"limits.max_total_bytes: {limits.max_total_bytes} bytes are "
+                    f"{floor - limits.max_total_bytes} too few"
+                )
+        domains = np.unique(self.topology.failure_domain_G).size
+        if limits.spread > domains:
+            raise InfeasibleError(
+                f"limits.spread: {limits.spread} failure domains are wanted, there are {domains}"
+            )
+        if limits.max_replicas is not None and limits.spread > limits.max_replicas:
+            raise InfeasibleError(
+                f"limits.spread: {limits.spread} failure domains cannot be reached with "
+                f"max_replicas = {limits.max_replicas}"
+            )
+
+    def _shortage(self, room: int, need: int) -> str:
+        topology, experts = self.topology, self.experts
+        each = (
+            "one replica each"
+            if self.limits.min_replicas == 1
+            else f"{self.limits.min_replicas} replicas each"
+        )
+        what = f"{experts} experts with {each} need {need} slots per layer"
+        by_slots = None if topology.slots_G is None else int(np.minimum(topology.slots_G, experts).sum())
+        if by_slots is not None and by_slots < need:
+            return f"topology.slots: {what}, the GPUs have {by_slots}: {need - by_slots} too few"
+        if topology.memory_G is not None and self.bytes_L.any():
+            have, floor = int(topology.memory_G.sum()), need * int(self.bytes_L.sum())
+            return (
+                f"topology.memory: {what}, that is {floor / 1e9:.2f} GB over {self.layers} layers; "
+                f"the GPUs have {have / 1e9:.2f} GB in all, room for {room} slots per layer "
+                f"({need - room} too few)"
+            )
+        return f"topology.slots: {what}, the GPUs have room for {room}: {need - room} too few"
+
+    def digest(self) -> str:
+        """Hash of the loads, the GPUs and the rules (not of names), 16 hex digits."""
+        sha = hashlib.sha256()
+        _feed(sha, self)
+        return sha.hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        title = f"{self.name}: " if self.name else ""
+        live = "" if self.current is None else ", from a live placement"
+        return f"Problem({title}{self.loads!r} on {self.topology!r}, {self.split} split{live})"
+
+
+_UNHASHED = {"name", "source", "known", "scenarios", "skipped"}
+
+
+def _feed(sha: Any, value: object) -> None:
+    if isinstance(value, np.ndarray):
+        sha.update(f"{value.dtype.str}{value.shape}".encode())
+        sha.update(np.ascontiguousarray(value).data)
+    elif isinstance(value, Record):
+        for field in fields(value):  # type: ignore[arg-type]
+            if field.name not in _UNHASHED:
+                sha.update(field.name.encode())
+                _feed(sha, getattr(value, field.name))
+    else:
+        sha.update(repr(value).encode())

@@ -1,0 +1,186 @@
+"""What is wanted (Objective), what is allowed (Limits), and how many replicas there are to be (Sizing)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from moeless_opt.problems.arrays import Record, floats
+from moeless_opt.problems.errors import ProblemError
+
+__all__ = ["PRIORITIES", "SIZING_POLICIES", "SPLITS", "Limits", "Objective", "Sizing"]
+
+SPLITS = ("fractional", "equal")
+PRIORITIES = ("balance", "moves", "traffic", "memory")
+SIZING_POLICIES = ("slots", "cv", "makespan", "memory")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Objective(Record):
+    """What to minimise, in order, each within the tolerance of the one before.
+
+    Parameters
+    ----------
+    priorities : tuple of str
+        From ``balance``, ``moves``, ``traffic``, ``memory``; the first weighs most.
+    balance_tolerance : float
+        A layer's largest GPU time may be this share above its lower bound where a later
+        priority gains by it.
+    horizon : float, optional
+        Forward passes until the next plan. With it a replica moves only if the time that it saves
+        over the horizon exceeds the time of its transfer.
+    risk : {"expected", "cvar", "worst"}
+        How the time of a layer is taken over several load scenarios.
+    cvar_alpha : float
+        Level of the CVaR: the mean over the worst ``1 - cvar_alpha`` of the weight.
+    """
+
+    priorities: tuple[str, ...] = PRIORITIES
+    balance_tolerance: float = 0.01
+    horizon: float | None = None
+    risk: str = "expected"
+    cvar_alpha: float = 0.9
+
+    def __post_init__(self) -> None:
+        given: object = self.priorities
+        if isinstance(given, str):
+            raise ProblemError(
+                "objective.priorities", f"is {self.priorities!r}, must be a list from {PRIORITIES}"
+            )
+        object.__setattr__(self, "priorities", tuple(self.priorities))
+        unknown = [p for p in self.priorities if p not in PRIORITIES]
+        if unknown or not self.priorities or len(set(self.priorities)) != len(self.priorities):
+            raise ProblemError(
+                "objective.priorities", f"is {self.priorities}, must be distinct, from {PRIORITIES}"
+            )
+        floats("objective.balance_tolerance", self.balance_tolerance)
+        if self.horizon is not None:
+            floats("objective.horizon", self.horizon, open_low=True)
+        if self.risk not in ("expected", "cvar", "worst"):
+            raise ProblemError("objective.risk", f"is {self.risk!r}, must be 'expected', 'cvar' or 'worst'")
+        if not 0 <= self.cvar_alpha < 1:
+            raise ProblemError(
+                "objective.cvar_alpha", f"is {self.cvar_alpha}, must be at least 0 and below 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Limits(Record):
+    """What a plan may not exceed.
+
+    Parameters
+    ----------
+    min_replicas, max_replicas : int
+        Of every expert.
+    max_layer_replicas : int, optional
+        Replicas of one layer in all.
+    max_total_replicas, max_total_bytes : int, optional
+        Over all layers.
+    max_moves, max_move_bytes, max_move_seconds : number, optional
+        Replicas, bytes, or seconds of transfer that a re-plan may cost, over all layers.
+    max_layer_moves : int, optional
+        Replicas that may move in one layer.
+    spread : int
+        Failure domains that the replicas of every expert must reach.
+    pinned, forbidden : tuple of (layer, expert, gpu)
+        Replicas that must, or must not, be there. The layer is a row of the loads, -1 for every layer.
+    """
+
+    min_replicas: int = 1
+    max_replicas: int | None = None
+    max_layer_replicas: int | None = None
+    max_total_replicas: int | None = None
+    max_total_bytes: int | None = None
+    max_moves: int | None = None
+    max_move_bytes: int | None = None
+    max_move_seconds: float | None = None
+    max_layer_moves: int | None = None
+    spread: int = 1
+    pinned: tuple[tuple[int, int, int], ...] = ()
+    forbidden: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, low in (
+            ("min_replicas", 1),
+            ("max_replicas", 1),
+            ("max_layer_replicas", 1),
+            ("max_total_replicas", 1),
+            ("max_total_bytes", 1),
+            ("max_moves", 0),
+            ("max_move_bytes", 0),
+            ("max_layer_moves", 0),
+            ("spread", 1),
+        ):
+            value = getattr(self, key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or int(value) != value or value < low:
+                raise ProblemError(f"limits.{key}", f"is {value!r}, must be a whole number of at least {low}")
+        if self.max_move_seconds is not None:
+            floats("limits.max_move_seconds", self.max_move_seconds)
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ProblemError(
+                "limits.max_replicas",
+                f"is {self.max_replicas}, must be at least min_replicas = {self.min_replicas}",
+            )
+        for key in ("pinned", "forbidden"):
+            object.__setattr__(self, key, _triples(f"limits.{key}", getattr(self, key)))
+        both = set(self.pinned) & set(self.forbidden)
+        if both:
+            raise ProblemError(
+                "limits.forbidden", f"{min(both)} is pinned too; a pair can be one or the other"
+            )
+
+    @property
+    def bounds_moves(self) -> bool:
+        """Whether any limit on moves is set."""
+        limits = (self.max_moves, self.max_move_bytes, self.max_move_seconds, self.max_layer_moves)
+        return any(limit is not None for limit in limits)
+
+
+def _triples(where: str, value: Iterable[Any]) -> tuple[tuple[int, int, int], ...]:
+    triples = []
+    for i, entry in enumerate(value):
+        numbers = tuple(entry) if isinstance(entry, Iterable) and not isinstance(entry, str) else ()
+        if len(numbers) != 3 or any(isinstance(n, bool) or not float(n).is_integer() for n in numbers):
+            raise ProblemError(f"{where}[{i}]", f"is {entry!r}, must be (layer, expert, gpu)")
+        layer, expert, gpu = (int(n) for n in numbers)
+        if layer < -1 or expert < 0 or gpu < 0:
+            raise ProblemError(
+                f"{where}[{i}]", f"is {entry!r}: indices count from 0 (layer -1 means every layer)"
+            )
+        triples.append((layer, expert, gpu))
+    return tuple(triples)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sizing(Record):
+    """How many replicas there are to be.
+
+    Parameters
+    ----------
+    policy : {"slots", "cv", "makespan", "memory"}
+        ``slots``: every slot may be used (the usual shape). ``cv``: the fewest replicas whose loads
+        have a coefficient of variation of at most `cv`. ``makespan``: the fewest for which the
+        imbalance is at most `imbalance`. ``memory``: the layers share the GPUs' bytes.
+    cv : float
+        Threshold of the ``cv`` policy.
+    ddof : {0, 1}
+        Population or sample coefficient of variation.
+    imbalance : float
+        Target of the ``makespan`` policy, at least 1.
+    """
+
+    policy: str = "slots"
+    cv: float = 0.2
+    ddof: int = 0
+    imbalance: float = 1.05
+
+    def __post_init__(self) -> None:
+        if self.policy not in SIZING_POLICIES:
+            raise ProblemError("sizing.policy", f"is {self.policy!r}, must be one of {SIZING_POLICIES}")
+        floats("sizing.cv", self.cv)
+        if self.ddof not in (0, 1):
+            raise ProblemError("sizing.ddof", f"is {self.ddof!r}, must be 0 (population) or 1 (sample)")
+        floats("sizing.imbalance", self.imbalance, low=1.0)

@@ -1,0 +1,130 @@
+"""How long a GPU takes for its part of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moeless_opt.problems.arrays import FloatArray, Record, floats
+from moeless_opt.problems.errors import ProblemError
+
+__all__ = ["TimeModel"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TimeModel(Record):
+    """Time of one GPU in one layer from its tokens and the experts that it activates.
+
+    ``time = (launch + activation_cost * activated + token_cost * tokens) / speed``,
+    or a measured curve over (tokens, activated experts) in place of the bracket.
+
+    Parameters
+    ----------
+    token_cost : float
+        Per token-expert pair. The default, 1 with all else 0, counts tokens only.
+    activation_cost : float
+        Per replica that serves at least one token: in decode, reading an expert's weights costs
+        more than its few tokens.
+    launch : float
+        Per layer, paid even by an idle GPU.
+    curve_tokens, curve_activated : array, shapes [K], [J], optional
+        Grid of a measured curve, increasing.
+    curve_time : array, shape [K, J], optional
+        Measured times on the grid. Between grid points bilinear; beyond the last token count the
+        last segment is continued; counts of activated experts are clipped to the grid.
+    unit : str
+        ``"tokens"`` or ``"s"``: what a time is measured in.
+    name : str
+        Where the figures come from.
+    """
+
+    token_cost: float = 1.0
+    activation_cost: float = 0.0
+    launch: float = 0.0
+    curve_tokens: FloatArray | None = None
+    curve_activated: FloatArray | None = None
+    curve_time: FloatArray | None = None
+    unit: str = "tokens"
+    name: str = "tokens"
+
+    def __post_init__(self) -> None:
+        for key in ("token_cost", "activation_cost", "launch"):
+            floats(f"time.{key}", getattr(self, key))
+        if self.unit not in ("tokens", "s"):
+            raise ProblemError("time.unit", f"is {self.unit!r}, must be 'tokens' or 's'")
+        curve = (self.curve_tokens, self.curve_activated, self.curve_time)
+        if all(part is None for part in curve):
+            if self.token_cost == 0 and self.activation_cost == 0:
+                raise ProblemError("time.token_cost", "is 0 with no activation cost; one must be above 0")
+            return
+        if any(part is None for part in curve):
+            raise ProblemError("time.curve", "needs all of curve_tokens, curve_activated and curve_time")
+        for key in ("curve_tokens", "curve_activated", "curve_time"):
+            object.__setattr__(self, key, floats(f"time.{key}", getattr(self, key)))
+        tokens, activated, time = self._curve()
+        for key, axis in (("curve_tokens", tokens), ("curve_activated", activated)):
+            if axis.ndim != 1 or axis.size < 2 or not (np.diff(axis) > 0).all():
+                raise ProblemError(f"time.{key}", "must be a strictly increasing list of at least 2 numbers")
+        if time.shape != (tokens.size, activated.size):
+            raise ProblemError(
+                "time.curve_time", f"has shape {time.shape}, must be {(tokens.size, activated.size)}"
+            )
+
+    def _curve(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        assert self.curve_tokens is not None
+        assert self.curve_activated is not None
+        assert self.curve_time is not None
+        return self.curve_tokens, self.curve_activated, self.curve_time
+
+    @property
+    def has_curve(self) -> bool:
+        """Whether a measured curve replaces the linear form."""
+        return self.curve_time is not None
+
+    @property
+    def counts_tokens_only(self) -> bool:
+        """Whether time is proportional to tokens, so that perfect token balance is perfect balance."""
+        return not self.has_curve and self.activation_cost == 0 and self.launch == 0
+
+    def time(self, tokens: ArrayLike, activated: ArrayLike, speed: ArrayLike) -> FloatArray:
+        """Times of GPUs, elementwise over arrays that broadcast together.
+
+        Parameters
+        ----------
+        tokens : array of float
+            Token-expert pairs that the GPU serves.
+        activated : array of int
+            Replicas on the GPU that serve at least one token.
+        speed : array of float
+            Relative speed.
+
+        Returns
+        -------
+        array of float
+            In the model's `unit`.
+        """
+        tokens = np.asarray(tokens, dtype=np.float64)
+        if self.counts_tokens_only:
+            work: Any = tokens if self.token_cost == 1.0 else self.token_cost * tokens
+        elif not self.has_curve:
+            work = self.launch + self.activation_cost * np.asarray(activated) + self.token_cost * tokens
+        else:
+            work = self._interpolate(tokens, np.asarray(activated, dtype=np.float64))
+        result: FloatArray = work / np.asarray(speed, dtype=np.float64)
+        return result
+
+    def _interpolate(self, tokens: FloatArray, activated: FloatArray) -> FloatArray:
+        grid_K, grid_J, time_KJ = self._curve()
+        tokens, activated = np.broadcast_arrays(tokens, activated)
+        k = np.clip(np.searchsorted(grid_K, tokens, side="right") - 1, 0, grid_K.size - 2)
+        j = np.clip(np.searchsorted(grid_J, activated, side="right") - 1, 0, grid_J.size - 2)
+        # Below the first grid point the first value holds; above the last, the last slope goes on.
+        along_K = np.maximum((tokens - grid_K[k]) / (grid_K[k + 1] - grid_K[k]), 0.0)
+        along_J = np.clip((activated - grid_J[j]) / (grid_J[j + 1] - grid_J[j]), 0.0, 1.0)
+        low = time_KJ[k, j] * (1 - along_J) + time_KJ[k, j + 1] * along_J
+        high = time_KJ[k + 1, j] * (1 - along_J) + time_KJ[k + 1, j + 1] * along_J
+        result: FloatArray = low + (high - low) * along_K
+        return result

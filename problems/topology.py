@@ -1,0 +1,315 @@
+"""The GPUs: nodes, slots, memory, speeds, failure domains, and the links between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moeless_opt.problems.arrays import FloatArray, IntArray, Record, floats, integers
+from moeless_opt.problems.errors import ProblemError
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+__all__ = ["TOPOLOGY_PRESETS", "Links", "Topology", "uniform"]
+
+GB = 10**9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Links(Record):
+    """Bandwidths of one GPU, one direction, in bytes per second.
+
+    Parameters
+    ----------
+    intra_node : float
+        Between two GPUs of one node (NVLink, PCIe).
+    inter_node : float
+        Between two GPUs of different nodes, per GPU.
+    host : float
+        From the host's memory to the GPU (a cold start).
+    latency : float
+        Seconds before the first byte of a transfer arrives.
+    """
+
+    intra_node: float = 450e9
+    inter_node: float = 50e9
+    host: float = 55e9
+    latency: float = 10e-6
+
+    def __post_init__(self) -> None:
+        for name in ("intra_node", "inter_node", "host"):
+            floats(f"links.{name}", getattr(self, name), open_low=True)
+        floats("links.latency", self.latency)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Topology(Record):
+    """The GPUs that hold the experts.
+
+    Parameters
+    ----------
+    node_G : array of int, shape [G]
+        Node of each GPU, numbered from 0.
+    speed_G : array of float, shape [G]
+        Relative speed; 1 is nominal.
+    slots_G : array of int, shape [G], optional
+        Replicas that a GPU may hold in each layer.
+    memory_G : array of int, shape [G], optional
+        Bytes of each GPU for expert weights, over all layers together.
+        One of `slots_G` and `memory_G` must be given; with both, both bind.
+    domain_G : array of int, shape [G], optional
+        Failure domain of each GPU; its node by default.
+    links : Links
+        Bandwidths.
+    name : str
+        For people.
+
+    Raises
+    ------
+    ProblemError
+        If a field is malformed.
+    """
+
+    node_G: IntArray
+    speed_G: FloatArray
+    slots_G: IntArray | None = None
+    memory_G: IntArray | None = None
+    domain_G: IntArray | None = None
+    links: Links = Links()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "node_G", integers("topology.node", self.node_G))
+        gpus = self.node_G.size
+        if self.node_G.ndim != 1 or gpus == 0:
+            raise ProblemError("topology.gpus", f"needs at least one GPU, got shape {self.node_G.shape}")
+        missing = set(range(int(self.node_G.max()) + 1)) - set(self.node_G.tolist())
+        if missing:
+            raise ProblemError(
+                "topology.node", f"nodes must be numbered from 0 without gaps; {min(missing)} has no GPU"
+            )
+        put(self, "speed_G", floats("topology.speed", self.speed_G, open_low=True))
+        if self.slots_G is not None:
+            put(self, "slots_G", integers("topology.slots", self.slots_G))
+        if self.memory_G is not None:
+            put(self, "memory_G", integers("topology.memory", self.memory_G))
+        if self.domain_G is not None:
+            put(self, "domain_G", integers("topology.domain", self.domain_G))
+        for key in ("speed", "slots", "memory", "domain"):
+            array = getattr(self, key + "_G")
+            if array is not None and array.shape != (gpus,):
+                raise ProblemError(
+                    f"topology.{key}", f"has shape {array.shape}, must be ({gpus},): one per GPU"
+                )
+        if self.slots_G is None and self.memory_G is None:
+            raise ProblemError(
+                "topology",
+                "says neither slots nor memory; give slots=... (replicas per GPU and layer) or memory=...",
+            )
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs, G."""
+        return int(self.node_G.size)
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes, N."""
+        return int(self.node_G.max()) + 1
+
+    @property
+    def failure_domain_G(self) -> IntArray:
+        """Failure domain of each GPU: `domain_G`, or else the node."""
+        return self.node_G if self.domain_G is None else self.domain_G
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all GPUs have the same speed."""
+        return bool((self.speed_G == self.speed_G[0]).all())
+
+    @classmethod
+    def uniform(
+        cls,
+        nodes: int,
+        gpus_per_node: int,
+        slots: int | Sequence[int] | None = None,
+        memory: int | Sequence[int] | None = None,
+        speed: float | Sequence[float] = 1.0,
+        links: Links | None = None,
+        name: str = "",
+    ) -> Topology:
+        """`nodes` x `gpus_per_node` GPUs; `slots`, `memory` and `speed` are one value or one per GPU.
+
+        Examples
+        --------
+        >>> Topology.uniform(4, 8, slots=9).gpus
+        32
+        """
+        for key, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ProblemError(f"topology.{key}", f"is {value!r}, must be a whole number of at least 1")
+        gpus = int(nodes) * int(gpus_per_node)
+
+        def spread(value: ArrayLike | None) -> Any:
+            if value is None or np.ndim(value) > 0:
+                return value
+            return np.full(gpus, value)
+
+        return cls(
+            node_G=np.repeat(np.arange(nodes), gpus_per_node),
+            speed_G=spread(speed),
+            slots_G=spread(slots),
+            memory_G=spread(memory),
+            links=links or Links(),
+            name=name or f"{nodes}x{gpus_per_node}",
+        )
+
+    @classmethod
+    def preset(
+        cls, name: str, *, slots: int | None = None, memory: int | None = None, expert_memory: float = 0.6
+    ) -> Topology:
+        """A known machine by name (see ``TOPOLOGY_PRESETS``).
+
+        Parameters
+        ----------
+        name : str
+            For example ``"8xA6000"``, ``"8xH100"``, ``"4x8xH100"``, ``"GB200-NVL72"``.
+        slots, memory : int, optional
+            As in `uniform`. With neither, `memory` is `expert_memory` of the GPU's memory: the rest
+            is left to attention, the KV cache and activations.
+        expert_memory : float
+            Share of the GPU's memory for expert weights, above 0 and up to 1.
+        """
+        found = TOPOLOGY_PRESETS.get(name)
+        if found is None:
+            raise ProblemError(
+                "topology.preset", f"{name!r} is unknown; there are {', '.join(TOPOLOGY_PRESETS)}"
+            )
+        if not 0 < expert_memory <= 1:
+            raise ProblemError("topology.expert_memory", f"is {expert_memory}, must be above 0 and at most 1")
+        nodes, per_node, gigabytes, links = found
+        if slots is None and memory is None:
+            memory = int(gigabytes * GB * expert_memory)
+        return cls.uniform(nodes, per_node, slots=slots, memory=memory, links=links, name=name)
+
+    def capacity_LG(self, bytes_L: ArrayLike, experts: int) -> IntArray:
+        """Slots of each GPU in each layer, shape [L, G].
+
+        Bytes are divided so that every layer gets the same number of slots; no GPU can use more
+        than one slot per expert.
+
+        Parameters
+        ----------
+        bytes_L : array of int, shape [L]
+            Bytes of one replica in each layer (0 where unknown: then only `slots_G` binds).
+        experts : int
+            Experts per layer.
+        """
+        size_L = np.asarray(bytes_L, dtype=np.int64)
+        slots_G = np.full(self.gpus, experts, dtype=np.int64)
+        if self.slots_G is not None:
+            slots_G = np.minimum(slots_G, self.slots_G)
+        if self.memory_G is not None and size_L.any():
+            slots_G = np.minimum(slots_G, self.memory_G // int(size_L.sum()))
+        elif self.slots_G is None:
+            raise ProblemError(
+                "topology.memory", "needs the size of an expert: give model=... (or slots instead of memory)"
+            )
+        return np.broadcast_to(slots_G, (size_L.size, self.gpus))
+
+    def bandwidth_GG(self) -> FloatArray:
+        """Bytes per second from GPU to GPU, shape [G, G]; infinite on the diagonal."""
+        same = self.node_G[:, None] == self.node_G
+        rate = np.where(same, self.links.intra_node, self.links.inter_node)
+        np.fill_diagonal(rate, np.inf)
+        return rate
+
+    def without(self, gpus: Sequence[int]) -> Topology:
+        """The topology after the loss of some GPUs; nodes are numbered anew."""
+        lost = integers("gpus", list(gpus), high=self.gpus - 1)
+        keep = np.setdiff1d(np.arange(self.gpus), lost)
+        if keep.size == 0:
+            raise ProblemError("gpus", "all GPUs are lost; at least one must remain")
+        part = {
+            k: None if (a := getattr(self, k)) is None else a[keep]
+            for k in ("slots_G", "memory_G", "domain_G")
+        }
+        if part["domain_G"] is None:
+            part["domain_G"] = self.node_G[keep]
+        return self.replace(
+            node_G=np.unique(self.node_G[keep], return_inverse=True)[1], speed_G=self.speed_G[keep], **part
+        )
+
+    def to_networkx(self) -> nx.Graph:
+        """GPUs, nodes and the network as a graph; edges carry ``bandwidth`` in bytes per second.
+
+        Vertices are ``("gpu", g)``, ``("node", n)`` (the switch inside a node), ``("host", n)`` and
+        ``("network",)``. The bandwidth of a path is that of its narrowest edge.
+        """
+        import networkx as nx
+
+        graph = nx.Graph(name=self.name)
+        for g, (node, speed) in enumerate(zip(self.node_G.tolist(), self.speed_G.tolist(), strict=True)):
+            graph.add_node(
+                ("gpu", g), kind="gpu", node=node, speed=speed, domain=int(self.failure_domain_G[g])
+            )
+            graph.add_edge(("gpu", g), ("node", node), bandwidth=self.links.intra_node)
+            graph.add_edge(("gpu", g), ("host", node), bandwidth=self.links.host)
+            if self.nodes > 1:
+                graph.add_edge(("gpu", g), ("network",), bandwidth=self.links.inter_node)
+        for vertex, data in graph.nodes(data=True):
+            data.setdefault("kind", vertex[0])
+        return graph
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form (``kind: "explicit"``)."""
+        gpus = []
+        for g in range(self.gpus):
+            entry: dict[str, Any] = {"node": int(self.node_G[g]), "speed": float(self.speed_G[g])}
+            for key, array in (("slots", self.slots_G), ("memory", self.memory_G), ("domain", self.domain_G)):
+                if array is not None:
+                    entry[key] = int(array[g])
+            gpus.append(entry)
+        links = {k: getattr(self.links, k) for k in ("intra_node", "inter_node", "host", "latency")}
+        return {"kind": "explicit", "name": self.name, "gpus": gpus, "links": links}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], where: str = "topology") -> Topology:
+        """Read the JSON form (kinds ``uniform``, ``preset``, ``explicit``)."""
+        from moeless_opt.problems.format import topology_from_json
+
+        return topology_from_json(data, where)
+
+    def __repr__(self) -> str:
+        room = "" if self.slots_G is None else f", {_range(self.slots_G)} slots per GPU and layer"
+        if self.memory_G is not None:
+            room += f", {_range(self.memory_G / GB)} GB per GPU for experts"
+        speed = "" if self.is_uniform else f", speeds {_range(self.speed_G)}"
+        return f"Topology({self.name}: {self.gpus} GPUs in {self.nodes} node(s){room}{speed})"
+
+
+def _range(values: IntArray | FloatArray) -> str:
+    low, high = values.min(), values.max()
+    return f"{low:g}" if low == high else f"{low:g}..{high:g}"
+
+
+uniform = Topology.uniform
+
+# name: (nodes, GPUs per node, GB of memory, links). Data-sheet bandwidths, one direction; host links are
+# PCIe 4/5 x16 (NVLink-C2C shared by two GPUs for GB200) at about 85 % of the raw rate.
+TOPOLOGY_PRESETS: dict[str, tuple[int, int, float, Links]] = {
+    "8xA6000": (1, 8, 48, Links(intra_node=56.25e9, inter_node=12.5e9, host=26e9)),
+    "8xA100": (1, 8, 80, Links(intra_node=300e9, inter_node=25e9, host=26e9)),
+    "8xH100": (1, 8, 80, Links(intra_node=450e9, inter_node=50e9, host=54e9)),
+    "4x8xH100": (4, 8, 80, Links(intra_node=450e9, inter_node=50e9, host=54e9)),
+    "8x8xH100": (8, 8, 80, Links(intra_node=450e9, inter_node=50e9, host=54e9)),
+    "8xH200": (1, 8, 141, Links(intra_node=450e9, inter_node=50e9, host=54e9)),
+    "8xB200": (1, 8, 180, Links(intra_node=900e9, inter_node=50e9, host=54e9)),
+    "GB200-NVL72": (1, 72, 186, Links(intra_node=900e9, inter_node=50e9, host=190e9)),
+}

@@ -1,0 +1,201 @@
+"""The verifier: recomputes everything about a plan from the problem alone.
+
+It shares no code with the solvers nor with ``evaluate``: where those gather along slots, this scatters
+into dense (expert, GPU) tables. A plan that it accepts is valid whatever found it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
+from moeless_opt.problems.errors import InvalidPlanError
+from moeless_opt.problems.plan import Plan
+from moeless_opt.problems.problem import Problem
+from moeless_opt.problems.time_model import TimeModel
+
+__all__ = ["verify", "violations"]
+
+TOLERANCE = 1e-6
+_MOST = 5  # examples listed of each kind
+
+
+def verify(problem: Problem, plan: Plan) -> None:
+    """Raise if `plan` is not a valid plan of `problem`, or claims what is not so.
+
+    Raises
+    ------
+    InvalidPlanError
+        With the list of all violations.
+    """
+    found = violations(problem, plan)
+    if found:
+        raise InvalidPlanError(found)
+
+
+def violations(problem: Problem, plan: Plan) -> list[str]:
+    """Every rule that the plan breaks, as text with the place; empty for a valid plan.
+
+    Checked: shapes and expert ids, no expert twice on a GPU, coverage, slots, memory, token shares
+    (and that an equal split is equal), replica limits, pinned and forbidden pairs, failure domains,
+    moves and their limits, and the plan's own claims: times, imbalance, moves, bounds.
+    """
+    slots, share = plan.slots_LGC, plan.share_LGC
+    layers, experts, gpus = problem.layers, problem.experts, problem.topology.gpus
+    if slots.ndim != 3 or slots.shape[:2] != (layers, gpus):
+        return [f"slots have shape {slots.shape}, the problem has {layers} layers and {gpus} GPUs"]
+    if share.shape != slots.shape:
+        return [f"shares have shape {share.shape}, the slots {slots.shape}"]
+    if slots.size == 0 or int(slots.min()) < -1 or int(slots.max()) >= experts:
+        return [f"slots hold an expert outside -1..{experts - 1}"]
+    found: list[str] = []
+
+    at = np.flatnonzero(slots.ravel() >= 0)
+    row = at // slots.shape[2]  # layer * gpus + gpu
+    cell = row * experts + slots.ravel()[at]
+    weight = share.ravel()[at]
+    count = np.bincount(cell, minlength=layers * gpus * experts).reshape(layers, gpus, experts)
+    if int(count.max()) > 1:
+        found += [
+            f"layer {x} GPU {g}: expert {e} sits there {count[x, g, e]} times"
+            for x, g, e in np.argwhere(count > 1)[:_MOST]
+        ]
+    replicas = count.sum(1)
+    if int(replicas.min()) < problem.limits.min_replicas:
+        short = np.argwhere(replicas < problem.limits.min_replicas)
+        found += [
+            f"layer {x}: expert {e} has {replicas[x, e]} replicas, needs {problem.limits.min_replicas}"
+            for x, e in short[:_MOST]
+        ]
+    used = count.sum(2)
+    capacity = problem.capacity_LG
+    if (used > capacity).any():
+        found += [
+            f"layer {x} GPU {g}: {used[x, g]} replicas, room for {capacity[x, g]}"
+            for x, g in np.argwhere(used > capacity)[:_MOST]
+        ]
+    found += _memory(problem, used)
+    if not np.isfinite(share).all() or float(share.min()) < -TOLERANCE:
+        return [*found, "shares must be finite and at least 0"]
+    if at.size < slots.size and np.any(share[slots < 0] != 0):
+        found.append("an empty slot has a token share")
+    part: FloatArray = np.bincount(cell, weights=weight, minlength=count.size).reshape(count.shape)
+    off = np.abs(part.sum(1) - 1.0)
+    if float(off.max()) > TOLERANCE:
+        found += [
+            f"layer {x}: the shares of expert {e} sum to {part[x, :, e].sum():.9g}, not 1"
+            for x, e in np.argwhere(off > TOLERANCE)[:_MOST]
+        ]
+    if plan.split != problem.split:
+        found.append(f"plan has a {plan.split} split, the problem asks for {problem.split}")
+    if problem.split == "equal":
+        even: FloatArray = np.where(count > 0, count / np.maximum(replicas, 1)[:, None, :], 0.0)
+        if np.abs(part - even).max() > TOLERANCE:
+            x, g, e = np.unravel_index(int(np.abs(part - even).argmax()), part.shape)
+            found.append(
+                f"layer {x} GPU {g}: expert {e} has share {part[x, g, e]:.6g}, "
+                f"an equal split gives {even[x, g, e]:.6g}"
+            )
+    if problem.limits is not _NO_LIMITS:
+        found += _limits(problem, count > 0, replicas)
+    found += _moves(problem, plan, count > 0, used)
+    return found + _claims(problem, plan, part, count > 0)
+
+
+def _memory(problem: Problem, used: IntArray) -> list[str]:
+    memory = problem.topology.memory_G
+    if memory is None:
+        return []
+    need = problem.bytes_L @ used
+    return [
+        f"GPU {g}: {int(need[g])} bytes of experts, room for {int(memory[g])}"
+        for g in np.flatnonzero(need > memory)
+    ]
+
+
+def _limits(problem: Problem, has: BoolArray, replicas: IntArray) -> list[str]:
+    limits, found = problem.limits, []
+    if limits.max_replicas is not None and replicas.max() > limits.max_replicas:
+        found.append(f"an expert has {replicas.max()} replicas, at most {limits.max_replicas} are allowed")
+    if limits.max_layer_replicas is not None and replicas.sum(1).max() > limits.max_layer_replicas:
+        found.append(
+            f"a layer has {replicas.sum(1).max()} replicas, at most {limits.max_layer_replicas} are allowed"
+        )
+    if limits.max_total_replicas is not None and replicas.sum() > limits.max_total_replicas:
+        found.append(f"{replicas.sum()} replicas in all, at most {limits.max_total_replicas} are allowed")
+    if limits.max_total_bytes is not None and replicas.sum(1) @ problem.bytes_L > limits.max_total_bytes:
+        found.append(
+            f"{replicas.sum(1) @ problem.bytes_L} bytes in all, at most {limits.max_total_bytes} are allowed"
+        )
+    if limits.spread > 1:
+        domain = problem.topology.failure_domain_G
+        reach = sum(has[:, domain == d].any(1).astype(int) for d in np.unique(domain))
+        found += [
+            f"layer {x}: expert {e} is in {reach[x, e]} failure domains, must be in {limits.spread}"
+            for x, e in np.argwhere(reach < limits.spread)[:_MOST]
+        ]
+    for layer, expert, gpu in limits.pinned:
+        if not has[slice(None) if layer < 0 else layer, gpu, expert].all():
+            found.append(f"expert {expert} is pinned to GPU {gpu} (layer {layer}) and is not there")
+    for layer, expert, gpu in limits.forbidden:
+        if has[slice(None) if layer < 0 else layer, gpu, expert].any():
+            found.append(f"expert {expert} is forbidden on GPU {gpu} (layer {layer}) and is there")
+    return found
+
+
+def _moves(problem: Problem, plan: Plan, has: BoolArray, used: IntArray) -> list[str]:
+    claimed = plan.moves
+    if problem.current is None:
+        count_L = used.sum(1)
+    else:
+        had = np.zeros(has.shape, dtype=bool)
+        x, g, c = np.nonzero(problem.current.slots_LGC >= 0)
+        had[x, g, problem.current.slots_LGC[x, g, c]] = True
+        count_L = (has & ~had).sum((1, 2))
+    count, size = int(count_L.sum()), int(count_L @ problem.bytes_L)
+    found = []
+    if (claimed.count, claimed.bytes) != (count, size):
+        found.append(
+            f"plan claims {claimed.count} moves of {claimed.bytes} bytes, it makes {count} of {size}"
+        )
+    limits = problem.limits
+    if problem.current is not None and limits.bounds_moves:
+        if limits.max_moves is not None and count > limits.max_moves:
+            found.append(f"{count} replicas move, at most {limits.max_moves} may")
+        if limits.max_move_bytes is not None and size > limits.max_move_bytes:
+            found.append(f"{size} bytes move, at most {limits.max_move_bytes} may")
+        if limits.max_layer_moves is not None and count_L.max() > limits.max_layer_moves:
+            found.append(f"{count_L.max()} replicas move in one layer, at most {limits.max_layer_moves} may")
+    return found
+
+
+def _claims(problem: Problem, plan: Plan, part: FloatArray, has: BoolArray) -> list[str]:
+    """Compare the plan's own figures with the recomputed ones."""
+    load = problem.load_LE[:, None, :]
+    served = part * load
+    tokens = served.sum(2)
+    model: TimeModel = problem.time
+    speed = problem.topology.speed_G
+    active = ((served > 0) & has).sum(2)
+    time = np.asarray(model.time(tokens, active, speed))
+    scale = max(float(time.max()), 1e-300)
+    found = []
+    if plan.time_LG.shape != time.shape or np.abs(plan.time_LG - time).max() > TOLERANCE * scale:
+        found.append("the plan's GPU times are not those of its shares")
+    work = (time * speed).sum(1) / speed.sum()
+    ratio = np.where(work > 0, time.max(1) / np.where(work > 0, work, 1.0), 1.0)
+    if plan.imbalance_L.shape != ratio.shape or np.abs(plan.imbalance_L - ratio).max() > TOLERANCE:
+        found.append("the plan's imbalance is not that of its shares")
+    bound, value = plan.certificate.lower_bound_L, plan.certificate.value_L
+    if bound.shape != (problem.layers,) or value.shape != (problem.layers,):
+        return [*found, "the certificate does not cover every layer"]
+    if np.abs(value - time.max(1)).max() > TOLERANCE * scale:
+        found.append("the certificate's values are not the plan's largest GPU times")
+    over = bound > value * (1 + TOLERANCE) + TOLERANCE * 1e-3
+    if over.any():
+        x = int(np.argmax(over))
+        found.append(f"layer {x}: lower bound {bound[x]:.9g} is above the plan's own {value[x]:.9g}")
+    return found
+
+
+_NO_LIMITS = Problem.__dataclass_fields__["limits"].default
