@@ -1,0 +1,262 @@
+"""Which GPU each replica goes to, once the replicas are counted.
+
+Equal GPUs: balanced largest differencing. The pieces, sorted, are cut into one group of G per slot; each group is
+a partial packing with one piece on every GPU. The two partial packings of largest spread are merged, fullest
+against emptiest, until one is left. It leaves a fraction of the gap of LPT and is a handful of sorts for all
+layers at once.
+
+Unequal GPUs: LPT, the largest piece first, each to the GPU that would be done with it first.
+
+Neither looks far enough ahead to keep two replicas of an expert apart always. Where they fail, a swap repairs
+it, and where no swap does, the layer is packed by room instead: each expert to the GPUs with most room, which
+finds a packing whenever there is one (the constructive proof of the Gale-Ryser theorem).
+
+References
+----------
+W. Michiels, J. Korst, E. Aarts, J. van Leeuwen: Performance ratios of the differencing method applied to the
+balanced number partitioning problem (2003), after N. Karmarkar and R. Karp (1982).
+R. L. Graham: Bounds on multiprocessing timing anomalies (1969): LPT.
+H. J. Ryser: Combinatorial properties of matrices of zeros and ones (1957).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless_opt.problems.errors import InfeasibleError
+
+__all__ = ["gpu_time", "pack"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Int32s = NDArray[np.int32]
+
+
+def pack(load_LE: Floats, replicas_LE: Any, capacity_LG: Any, speed_G: Any) -> Int32s:
+    """Place the replicas of every layer so that the GPUs finish close together, split equally.
+
+    Parameters
+    ----------
+    load_LE : float64 [L, E]
+        Tokens of each expert.
+    replicas_LE : int [L, E]
+        Replicas of each expert, at least 1.
+    capacity_LG : int [L, G]
+        Slots of each GPU.
+    speed_G : float64 [G]
+        Relative speeds.
+
+    Returns
+    -------
+    int32 [L, G, C]
+        Expert in each slot, -1 (last) where empty; C is the largest capacity. No GPU holds an expert twice.
+
+    Raises
+    ------
+    InfeasibleError
+        Where no packing exists: more replicas than slots, or more of one expert than GPUs with room.
+    """
+    load_LE = np.ascontiguousarray(load_LE, dtype=np.float64)
+    replicas = np.asarray(replicas_LE, dtype=np.int64)
+    capacity = np.asarray(capacity_LG, dtype=np.int64)
+    speed = np.asarray(speed_G, dtype=np.float64)
+    piece = load_LE / replicas
+    excess = replicas.sum(axis=1) - capacity.sum(axis=1)
+    if (excess > 0).any():
+        layer = int(excess.argmax())
+        raise InfeasibleError(f"layer {layer}: {int(excess[layer])} replicas more than the GPUs have slots")
+    if (capacity == capacity[:1, :1]).all() and (speed == speed[0]).all():
+        slots = _difference(piece, replicas, capacity.shape[1], int(capacity.max(initial=1)))
+    else:
+        slots = _lpt(piece, replicas, capacity, speed)
+    for layer in _faulty(slots, replicas):
+        slots[layer] = _mend(slots[layer], piece[layer], replicas[layer], capacity[layer], speed, layer)
+    return _empties_last(slots)
+
+
+def gpu_time(load_LE: Floats, slots_LGC: Any, speed_G: Any) -> Floats:
+    """Tokens over speed of every GPU when each expert's tokens are divided equally over its slots.
+
+    Parameters
+    ----------
+    load_LE : float64 [L, E]
+    slots_LGC : int [L, G, C]
+    speed_G : float64 [G]
+
+    Returns
+    -------
+    float64 [L, G]
+    """
+    _, weight = _weights(load_LE, slots_LGC)
+    return _sum_slots(weight) / np.asarray(speed_G, dtype=np.float64)
+
+
+def _weights(load_LE: Floats, slots_LGC: Any) -> tuple[Int32s, Floats]:
+    """Replicas of each expert, and the piece in each slot (0 where empty)."""
+    slots = np.asarray(slots_LGC)
+    L, E = load_LE.shape
+    flat = slots.reshape(L, -1)
+    rows = np.arange(L)[:, None]
+    # One column more, for the empty slots: index -1 is that column.
+    counts = np.bincount((flat % (E + 1) + rows * (E + 1)).ravel(), minlength=L * (E + 1)).reshape(L, E + 1)
+    piece = np.zeros((L, E + 1))
+    piece[:, :E] = load_LE / np.maximum(counts[:, :E], 1)
+    return counts[:, :E].astype(np.int32), piece[rows, flat].reshape(slots.shape)
+
+
+def _sum_slots(weight_LGC: Floats) -> Floats:
+    """Sum over the slots, first to last: the order is part of the result, the compiled twin keeps it too."""
+    total = weight_LGC[:, :, 0].copy()
+    for slot in range(1, weight_LGC.shape[2]):
+        total += weight_LGC[:, :, slot]
+    return total
+
+
+def _sequence(piece_LE: Floats, replicas_LE: Ints, length: int) -> tuple[Ints, Floats]:
+    """Each layer's replicas, largest piece first (then lowest expert), filled up with -1 to `length`."""
+    L, E = piece_LE.shape
+    order = np.empty((L, E + 1), dtype=np.int64)
+    order[:, :E] = np.argsort(-piece_LE, axis=1, kind="stable")
+    order[:, E] = -1
+    counts = np.empty((L, E + 1), dtype=np.int64)
+    counts[:, :E] = np.take_along_axis(replicas_LE, order[:, :E], axis=1)
+    counts[:, E] = length - counts[:, :E].sum(axis=1)
+    expert_LS = np.repeat(order.ravel(), counts.ravel()).reshape(L, length)
+    padded = np.zeros((L, E + 1))
+    padded[:, :E] = piece_LE
+    return expert_LS, padded[np.arange(L)[:, None], expert_LS]
+
+
+def _difference(piece_LE: Floats, replicas_LE: Ints, G: int, C: int) -> Int32s:
+    """Balanced largest differencing, on G equal GPUs of C slots."""
+    L = len(piece_LE)
+    rows = np.arange(L)
+    expert_LS, weight_LS = _sequence(piece_LE, replicas_LE, G * C)
+    expert_LCG = expert_LS.reshape(L, C, G)
+    part_LCG = weight_LS.reshape(L, C, G)  # partial packings, each sorted: fullest GPU first
+    owner_LC = np.tile(np.arange(C), (L, 1))  # the partial packing that a group is in
+    spread_LC = part_LCG[:, :, 0] - part_LCG[:, :, -1]
+    for _ in range(C - 1):
+        keep = spread_LC.argmax(axis=1)
+        spread = spread_LC.copy()
+        spread[rows, keep] = -1.0
+        gone = spread.argmax(axis=1)
+        merged = part_LCG[rows, keep] + part_LCG[rows, gone, ::-1]
+        by_load = np.argsort(-merged, axis=1, kind="stable")
+        index = np.broadcast_to(np.arange(G), (L, C, G)).copy()
+        np.copyto(index, by_load[:, None, :], where=(owner_LC == keep[:, None])[:, :, None])
+        np.copyto(index, G - 1 - by_load[:, None, :], where=(owner_LC == gone[:, None])[:, :, None])
+        expert_LCG = np.take_along_axis(expert_LCG, index, axis=2)
+        owner_LC = np.where(owner_LC == gone[:, None], keep[:, None], owner_LC)
+        merged = np.take_along_axis(merged, by_load, axis=1)
+        part_LCG[rows, keep] = merged
+        spread_LC[rows, keep] = merged[:, 0] - merged[:, -1]
+        spread_LC[rows, gone] = -1.0
+    return np.ascontiguousarray(expert_LCG.transpose(0, 2, 1), dtype=np.int32)
+
+
+def _lpt(piece_LE: Floats, replicas_LE: Ints, capacity_LG: Ints, speed_G: Floats) -> Int32s:
+    """Largest piece first, to the GPU done with it first among those with room and without that expert.
+
+    A replica that finds no GPU is left out, for the repair.
+    """
+    L, E = piece_LE.shape
+    G = capacity_LG.shape[1]
+    rows = np.arange(L)
+    expert_LS, weight_LS = _sequence(piece_LE, replicas_LE, int(replicas_LE.sum(axis=1).max(initial=0)))
+    slots = np.full((L, G, int(capacity_LG.max(initial=1))), -1, dtype=np.int32)
+    used_LG = np.zeros((L, G), dtype=np.int64)
+    time_LG = np.zeros((L, G))
+    held = np.zeros((L, E + 1, G), dtype=bool)
+    for rank in range(expert_LS.shape[1]):
+        expert, weight = expert_LS[:, rank], weight_LS[:, rank]
+        finish = time_LG + weight[:, None] / speed_G
+        finish[held[rows, expert] | (used_LG >= capacity_LG)] = np.inf
+        gpu = finish.argmin(axis=1)
+        put = np.flatnonzero((finish[rows, gpu] < np.inf) & (expert >= 0))
+        gpu, expert = gpu[put], expert[put]
+        slots[put, gpu, used_LG[put, gpu]] = expert
+        time_LG[put, gpu] = finish[put, gpu]
+        used_LG[put, gpu] += 1
+        held[put, expert, gpu] = True
+    return slots
+
+
+def _faulty(slots_LGC: Int32s, replicas_LE: Ints) -> Ints:
+    """Layers with an expert twice on a GPU, or with a replica left out."""
+    ordered = np.sort(slots_LGC, axis=2)
+    twice = ((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)).any(axis=(1, 2))
+    missing = (slots_LGC >= 0).sum(axis=(1, 2)) < replicas_LE.sum(axis=1)
+    return np.flatnonzero(twice | missing)
+
+
+def _mend(
+    slots_GC: Int32s, piece_E: Floats, replicas_E: Ints, capacity_G: Ints, speed_G: Floats, layer: int
+) -> Int32s:
+    """One layer without duplicates and complete: by swaps, or packed anew by room."""
+    if (slots_GC >= 0).sum() == replicas_E.sum() and _swap_apart(slots_GC, piece_E, capacity_G, speed_G):
+        return slots_GC
+    return _by_room(piece_E, replicas_E, capacity_G, speed_G, slots_GC.shape[1], layer)
+
+
+def _swap_apart(slots_GC: Int32s, piece_E: Floats, capacity_G: Ints, speed_G: Floats) -> bool:
+    """Swap every second replica of an expert on a GPU away; False where one can't be.
+
+    Each goes where the two GPUs' later finish is earliest (first such slot).
+    """
+    G, C = slots_GC.shape
+    E = len(piece_E)
+    padded = np.append(piece_E, 0.0)
+    earlier = np.tri(C, k=-1, dtype=bool)
+    twice = ((slots_GC[:, :, None] == slots_GC[:, None, :]) & earlier).any(axis=2) & (slots_GC >= 0)
+    for gpu, slot in zip(*np.nonzero(twice), strict=True):
+        expert = int(slots_GC[gpu, slot])
+        if expert < 0 or expert not in slots_GC[gpu, :slot]:
+            continue  # an earlier swap took care of it
+        weight = padded[slots_GC]
+        load = _sum_slots(weight[None])[0]
+        here = np.zeros(E + 1, dtype=bool)
+        here[slots_GC[gpu]] = True
+        here[E] = False  # an empty slot may always be taken
+        usable = (slots_GC != expert).all(axis=1)[:, None] & (np.arange(C) < capacity_G[:, None])
+        change = padded[expert] - weight
+        after = np.maximum((load[:, None] + change) / speed_G[:, None], (load[gpu] - change) / speed_G[gpu])
+        after[~usable | here[slots_GC]] = np.inf
+        best = int(after.argmin())
+        if not after.flat[best] < np.inf:
+            return False
+        slots_GC[gpu, slot], slots_GC.flat[best] = slots_GC.flat[best], expert
+    return True
+
+
+def _by_room(
+    piece_E: Floats, replicas_E: Ints, capacity_G: Ints, speed_G: Floats, C: int, layer: int
+) -> Int32s:
+    """Each expert, largest piece first, to the GPUs with most room (then least time, then lowest index)."""
+    G = len(capacity_G)
+    slots = np.full((G, C), -1, dtype=np.int32)
+    used = np.zeros(G, dtype=np.int64)
+    time = np.zeros(G)
+    for expert in np.argsort(-piece_E, kind="stable"):
+        count = int(replicas_E[expert])
+        gpus = np.lexsort((time, used - capacity_G))[:count]
+        if len(gpus) < count or (used[gpus] >= capacity_G[gpus]).any():
+            raise InfeasibleError(
+                f"layer {layer}: no placement of the replicas keeps the replicas of an expert on different GPUs; "
+                f"the {count} replicas of expert {int(expert)} find no {count} GPUs with room"
+            )
+        slots[gpus, used[gpus]] = expert
+        used[gpus] += 1
+        time[gpus] += piece_E[expert] / speed_G[gpus]
+    return slots
+
+
+def _empties_last(slots_LGC: Int32s) -> Int32s:
+    """Move the empty slots of every GPU behind the others, which keep their order."""
+    empty = slots_LGC < 0
+    if not (empty[:, :, :-1] & ~empty[:, :, 1:]).any():
+        return slots_LGC
+    return np.take_along_axis(slots_LGC, np.argsort(empty, axis=2, kind="stable"), axis=2)

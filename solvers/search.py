@@ -1,0 +1,191 @@
+"""Local search on placements: swaps between GPUs, all layers at once.
+
+A round ranks the GPUs of each layer by time, pairs each of the slower half with one of the faster half (another
+one every round), and makes the swap in each pair that brings its two GPUs closest together: thousands of swaps
+for a few array operations. An empty slot counts as a replica of weight zero, so moves are swaps too. Layers leave
+as they reach the target; those that still miss it after the paired rounds get focused ones, the slowest GPU
+against all the others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless_opt.solvers.packing import _empties_last, _sum_slots, _weights
+
+__all__ = ["improve"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Int32s = NDArray[np.int32]
+Bools = NDArray[np.bool_]
+
+# Stands for "may not be swapped": larger than any load, and far enough from overflow to be added up.
+BARRED = 1e300
+
+
+def improve(
+    load_LE: Floats,
+    slots_LGC: Any,
+    capacity_LG: Any,
+    speed_G: Any,
+    *,
+    target: float = 1.0,
+    rounds: int = 64,
+    focus: int = 256,
+) -> Int32s:
+    """Swap replicas between GPUs until the slowest GPU is close to the bound, or no swap helps.
+
+    The replicas of each expert stay as many as they are, and an equal split of the tokens is assumed.
+
+    Parameters
+    ----------
+    load_LE : float64 [L, E]
+        Tokens of each expert.
+    slots_LGC : int [L, G, C]
+        Placement to start from, no expert twice on a GPU; -1 is an empty slot. Not changed.
+    capacity_LG : int [L, G]
+        Slots of each GPU.
+    speed_G : float64 [G]
+        Relative speeds.
+    target : float
+        A layer is done when its slowest GPU's time is at most `target` times the mean (total load over total
+        speed) or the largest piece on the fastest GPU, whichever is larger.
+    rounds : int
+        Most paired rounds.
+    focus : int
+        Most focused rounds after them.
+
+    Returns
+    -------
+    int32 [L, G, C]
+        No layer's slowest GPU is slower than before.
+    """
+    load_LE = np.ascontiguousarray(load_LE, dtype=np.float64)
+    speed = np.asarray(speed_G, dtype=np.float64)
+    slots = np.array(slots_LGC, dtype=np.int32)
+    capacity = np.asarray(capacity_LG, dtype=np.int64)
+    L, G, C = slots.shape
+    if G < 2 or L == 0:
+        return slots
+    state = _State(load_LE, slots, capacity, speed, target)
+    for step in range(rounds):
+        if not state.settle():
+            break
+        state.pair_round(step)
+    for _ in range(focus):
+        if not state.settle():
+            break
+        state.focus_round()
+    return _empties_last(state.result())
+
+
+class _State:
+    """The layers still at work, and what the rounds need of them."""
+
+    def __init__(
+        self, load_LE: Floats, slots: Int32s, capacity: Ints, speed_G: Floats, target: float
+    ) -> None:
+        L, G, C = slots.shape
+        E = load_LE.shape[1]
+        _, weight = _weights(load_LE, slots)
+        self.speed_G = speed_G
+        self.inverse_G = 1.0 / speed_G
+        self.done = slots  # where finished layers are put
+        self.layer_A = np.arange(L)
+        self.expert = slots.copy()
+        self.weight = weight
+        self.time = _sum_slots(weight) / speed_G
+        self.barred: Bools | None = None
+        beyond = np.arange(C) >= capacity[:, :, None]
+        if beyond.any():
+            self.barred = beyond
+        self.held = np.zeros((L, G, E + 1), dtype=bool)
+        self.held[np.arange(L)[:, None, None], np.arange(G)[:, None], slots] = True
+        self.held[:, :, E] = False  # index -1: an empty slot clashes with nothing
+        mean = load_LE.sum(axis=1) / speed_G.sum()
+        self.goal = target * np.maximum(mean, weight.max(axis=(1, 2)) / speed_G.max())
+        self.stale = np.zeros(L, dtype=np.int64)
+        self.stuck = np.zeros(L, dtype=bool)
+
+    def settle(self) -> bool:
+        """Put layers that are done (or stuck) away; False when none is left."""
+        open_A = (self.time.max(axis=1) > self.goal) & ~self.stuck
+        if open_A.all():
+            return len(open_A) > 0
+        self.done[self.layer_A[~open_A]] = self.expert[~open_A]
+        for name in ("layer_A", "expert", "weight", "time", "held", "goal", "stale", "stuck"):
+            setattr(self, name, getattr(self, name)[open_A])
+        if self.barred is not None:
+            self.barred = self.barred[open_A]
+        return bool(open_A.any())
+
+    def result(self) -> Int32s:
+        """All layers."""
+        self.done[self.layer_A] = self.expert
+        return self.done
+
+    def pair_round(self, step: int) -> None:
+        """One swap in each of G // 2 disjoint pairs of GPUs."""
+        G = self.time.shape[1]
+        half = G // 2
+        rank = np.argsort(-self.time, axis=1, kind="stable")
+        slow = rank[:, :half]
+        fast = rank[:, G - 1 - (np.arange(half) + step) % half]
+        gained = self._swap(slow, fast)
+        self.stale = np.where(gained.any(axis=1), 0, self.stale + 1)
+
+    def focus_round(self) -> None:
+        """The best swap between the slowest GPU and any other; a layer without one is stuck."""
+        A, G = self.time.shape
+        worst = self.time.argmax(axis=1)
+        slow = np.repeat(worst[:, None], G, axis=1)
+        fast = np.tile(np.arange(G), (A, 1))
+        self._swap(slow, fast, only_best=True)
+
+    def _swap(self, slow: Ints, fast: Ints, only_best: bool = False) -> Bools:
+        """Make the best swap of each pair (or of the layer's best pair); returns where there was one."""
+        A, P = slow.shape
+        C = self.expert.shape[2]
+        rows = np.arange(A)[:, None]
+        expert_a, expert_b = self.expert[rows, slow], self.expert[rows, fast]
+        weight_a, weight_b = self.weight[rows, slow], self.weight[rows, fast]
+        time_a, time_b = self.time[rows, slow], self.time[rows, fast]
+        inv_a, inv_b = self.inverse_G[slow], self.inverse_G[fast]
+        level = (time_a - time_b) / (inv_a + inv_b)  # tokens to shift so that both finish together
+        bar_a = self.held[rows[:, :, None], fast[:, :, None], expert_a]
+        bar_b = self.held[rows[:, :, None], slow[:, :, None], expert_b]
+        if self.barred is not None:
+            bar_a |= self.barred[rows, slow]
+            bar_b |= self.barred[rows, fast]
+        give = np.where(bar_a, BARRED, weight_a - level[:, :, None])
+        take = np.where(bar_b, -BARRED, weight_b)
+        miss = give[:, :, :, None] - take[:, :, None, :]
+        np.abs(miss, out=miss)
+        best = miss.reshape(A, P, C * C).argmin(axis=2)
+        i, j = np.divmod(best, C)
+        pairs = np.arange(P)
+        shift = weight_a[rows, pairs, i] - weight_b[rows, pairs, j]
+        new_a, new_b = time_a - shift * inv_a, time_b + shift * inv_b
+        later = np.maximum(new_a, new_b)
+        later[bar_a[rows, pairs, i] | bar_b[rows, pairs, j]] = np.inf
+        gained: Bools = later < time_a
+        if only_best:
+            pick = later.argmin(axis=1)
+            self.stuck = ~gained[np.arange(A), pick]
+            gained &= pairs == pick[:, None]
+        row, pair = np.nonzero(gained)
+        gpu_a, gpu_b = slow[row, pair], fast[row, pair]
+        slot_a, slot_b = i[row, pair], j[row, pair]
+        out, into = expert_a[row, pair, slot_a], expert_b[row, pair, slot_b]
+        self.expert[row, gpu_a, slot_a], self.expert[row, gpu_b, slot_b] = into, out
+        self.weight[row, gpu_a, slot_a] = weight_b[row, pair, slot_b]
+        self.weight[row, gpu_b, slot_b] = weight_a[row, pair, slot_a]
+        self.time[row, gpu_a], self.time[row, gpu_b] = new_a[row, pair], new_b[row, pair]
+        self.held[row, gpu_a, out] = self.held[row, gpu_b, into] = False
+        self.held[row, gpu_a, into] = self.held[row, gpu_b, out] = True
+        self.held[:, :, -1] = False
+        return gained

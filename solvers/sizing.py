@@ -1,0 +1,191 @@
+"""How many replicas each expert gets.
+
+With an equal split every replica of expert e carries the piece ``load_e / r_e``, and no GPU can be lighter than
+its largest piece. Handing out slots one at a time, always to the expert whose piece is largest, minimises that
+largest piece: it is Adams' divisor method of apportionment, and the greedy that DeepSeek's EPLB uses.
+
+The greedy can be entered in the middle: once every piece is at most T it stands at ``r_e = ceil(load_e / T)``,
+and with ``T = total load / spare slots`` these can't add up to more slots than there are. About one step per
+expert, at most, is left to do.
+
+GPUs of unequal size can't host just any replica counts, for no GPU takes an expert twice: k experts together
+find at most ``sum_g min(slots_g, k)`` places. That bound is concave in k, so the counts that can be hosted form a
+polymatroid, and the same greedy, skipping steps that leave it, is still optimal.
+
+References
+----------
+M. Balinski, H. P. Young: Fair Representation (1982): divisor methods.
+D. Gale: A theorem on flows in networks (1957), and H. J. Ryser (1957): which counts can be hosted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless_opt.problems.errors import InfeasibleError
+
+__all__ = ["apportion", "hostable", "largest_piece", "trim"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Int32s = NDArray[np.int32]
+
+
+def apportion(load_LE: Floats, total_L: Any, cap: Any = None, *, least: Any = 1, lean: float = 0.0) -> Int32s:
+    """Share out each layer's slots so that the largest piece ``load / replicas`` is as small as it can be.
+
+    Parameters
+    ----------
+    load_LE : float64 [L, E]
+        Tokens of each expert, not negative.
+    total_L : int or int [L]
+        Slots to share out in each layer.
+    cap : int or int array that broadcasts to [L, E], optional
+        Most replicas of an expert (usually the number of GPUs with room). Default: no cap.
+    least : int or int array that broadcasts to [L, E]
+        Fewest replicas of an expert, at least 1.
+    lean : float
+        Slots go to the largest ``load / (replicas + lean)``. 0 minimises the largest piece; more gives heavy
+        experts more replicas at the cost of light ones, which helps where heavy pieces must share a GPU with
+        others (0.5 is Webster's method, 1 Jefferson's).
+
+    Returns
+    -------
+    int32 [L, E]
+        Replicas. They sum to ``total_L``, or to the sum of the caps where that is less. Ties go to the expert
+        with the lower index.
+
+    Raises
+    ------
+    InfeasibleError
+        Where the fewest replicas need more slots than there are.
+    """
+    load_LE = np.ascontiguousarray(load_LE, dtype=np.float64)
+    L, E = load_LE.shape
+    total = np.broadcast_to(np.asarray(total_L, dtype=np.int64), (L,))
+    low = np.broadcast_to(np.asarray(least, dtype=np.int64), (L, E))
+    high = np.broadcast_to(np.asarray(total.max(initial=1) if cap is None else cap, dtype=np.int64), (L, E))
+    high = np.maximum(low, high)
+    short = low.sum(axis=1) - total
+    if (short > 0).any():
+        layer = int(short.argmax())
+        raise InfeasibleError(
+            f"layer {layer}: {E} experts need at least {int(low[layer].sum())} slots, "
+            f"there are {int(total[layer])}: {int(short[layer])} too few"
+        )
+    replicas = _enter(load_LE, -short, low, high, lean)
+    left = np.minimum(total, high.sum(axis=1)) - replicas.sum(axis=1)
+    key = np.where(replicas < high, load_LE / (replicas + lean), -1.0)
+    rows = np.arange(L)
+    fewest = int(left.min(initial=0))
+    for step in range(int(left.max(initial=0))):
+        if step >= fewest:
+            rows = np.flatnonzero(left > step)
+        pick = (key if len(rows) == L else key[rows]).argmax(axis=1)
+        grown = replicas[rows, pick] + 1
+        replicas[rows, pick] = grown
+        key[rows, pick] = np.where(grown < high[rows, pick], load_LE[rows, pick] / (grown + lean), -1.0)
+    return replicas.astype(np.int32)
+
+
+def _enter(load_LE: Floats, spare: Ints, low: Ints, high: Ints, lean: float) -> Ints:
+    """Where the greedy stands once no key is above ``total load / spare slots`` (and a hair, for rounding)."""
+    threshold = load_LE.sum(axis=1) * (1.0 + 1e-9) / np.maximum(spare, 1)
+    enter = (spare > 0) & (threshold > 0.0)
+    threshold = np.where(enter, threshold, np.inf)
+    wanted = np.ceil(load_LE / threshold[:, None] - lean).astype(np.int64)
+    return np.clip(wanted, low, high)
+
+
+def largest_piece(load_LE: Floats, replicas_LE: Any) -> Floats:
+    """The largest piece ``load / replicas`` of each layer, a lower bound on its fullest GPU's tokens.
+
+    Parameters
+    ----------
+    load_LE : float64 [L, E]
+    replicas_LE : int [L, E]
+
+    Returns
+    -------
+    float64 [L]
+    """
+    piece: Floats = (load_LE / replicas_LE).max(axis=1, initial=0.0)
+    return piece
+
+
+def hostable(replicas_LE: Any, capacity_LG: Any) -> NDArray[np.bool_]:
+    """Whether the replicas can be placed with no GPU holding an expert twice (the Gale-Ryser condition).
+
+    Parameters
+    ----------
+    replicas_LE : int [L, E]
+    capacity_LG : int [L, G]
+        Slots of each GPU.
+
+    Returns
+    -------
+    bool [L]
+    """
+    replicas = -np.sort(-np.asarray(replicas_LE, dtype=np.int64), axis=1)
+    places = _places(np.asarray(capacity_LG, dtype=np.int64), replicas.shape[1])
+    ok: NDArray[np.bool_] = (replicas.cumsum(axis=1) <= places).all(axis=1)
+    return ok
+
+
+def _places(capacity_LG: Ints, E: int) -> Ints:
+    """Places that any k experts find together, for k = 1..E: ``sum_g min(slots_g, k)``."""
+    L = len(capacity_LG)
+    places = np.zeros((L, E), dtype=np.int64)
+    for k in range(1, E + 1):
+        places[:, k - 1] = np.minimum(capacity_LG, k).sum(axis=1)
+    return places
+
+
+def trim(load_LE: Floats, replicas_LE: Any, capacity_LG: Any) -> Int32s:
+    """Replace counts that unequal GPUs can't host by the best counts that they can.
+
+    Parameters
+    ----------
+    load_LE : float64 [L, E]
+    replicas_LE : int [L, E]
+        Replicas, for instance from `apportion`.
+    capacity_LG : int [L, G]
+
+    Returns
+    -------
+    int32 [L, E]
+        Layers that can be hosted are unchanged. The others are apportioned again under the Gale-Ryser bound,
+        with no more slots than before.
+
+    Raises
+    ------
+    InfeasibleError
+        Where not even one replica of each expert can be hosted.
+    """
+    replicas_LE = np.array(replicas_LE, dtype=np.int32)
+    capacity = np.asarray(capacity_LG, dtype=np.int64)
+    if (capacity == capacity[:, :1]).all() and (replicas_LE <= capacity.shape[1]).all():
+        return replicas_LE  # equal GPUs host any counts up to one per GPU
+    for layer in np.flatnonzero(~hostable(replicas_LE, capacity)):
+        places = _places(capacity[layer : layer + 1], load_LE.shape[1])[0]
+        replicas_LE[layer] = _greedy_within(load_LE[layer], int(replicas_LE[layer].sum()), places)
+    return replicas_LE
+
+
+def _greedy_within(load_E: Floats, total: int, places_E: Ints) -> Ints:
+    """Adams' greedy that skips each step after which some k experts would need more than ``places_E[k-1]``."""
+    E = len(load_E)
+    replicas = np.ones(E, dtype=np.int64)
+    if (replicas.cumsum() > places_E).any():
+        raise InfeasibleError(f"{E} experts need at least {E} slots, there are {int(places_E[-1])}")
+    open_E = np.ones(E, dtype=bool)
+    while replicas.sum() < total and open_E.any():
+        expert = int(np.where(open_E, load_E / replicas, -1.0).argmax())
+        replicas[expert] += 1
+        if ((-np.sort(-replicas)).cumsum() > places_E).any():
+            replicas[expert] -= 1
+            open_E[expert] = False  # once no step further is allowed, none ever is again
+    return replicas
