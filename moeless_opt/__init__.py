@@ -1,1 +1,80 @@
-"""Expert replication, placement and migration for mixture-of-experts models."""
+"""Expert replication, placement and migration for mixture-of-experts models.
+
+``plan(loads, topology)`` is the short form; ``solve(problem)`` the full one. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from moeless_opt.api import compare, plan, solve
+from moeless_opt.problems.errors import (
+    FormatError,
+    InfeasibleError,
+    InvalidPlanError,
+    MoelessError,
+    ProblemError,
+    SolverUnavailableError,
+    UnsupportedFeatureError,
+)
+from moeless_opt.problems.format import load_plan, load_problem, save_problem
+from moeless_opt.problems.library import instance_names, load_instance
+from moeless_opt.problems.loads import Loads
+from moeless_opt.problems.models import MODEL_PRESETS, ModelSpec, model_preset
+from moeless_opt.problems.placement import Placement
+from moeless_opt.problems.plan import Certificate, Plan, Progress, Result, Status
+from moeless_opt.problems.problem import Known, Problem
+from moeless_opt.problems.spec import Limits, Objective, Sizing
+from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Links, Topology, uniform
+from moeless_opt.problems.verify import verify, violations
+from moeless_opt.solvers.registry import get_solver, list_solvers, solver_names
+
+try:
+    __version__ = version("moeless-opt")
+except PackageNotFoundError:  # the source tree, not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "MODEL_PRESETS",
+    "TOPOLOGY_PRESETS",
+    "Certificate",
+    "FormatError",
+    "InfeasibleError",
+    "InvalidPlanError",
+    "Known",
+    "Limits",
+    "Links",
+    "Loads",
+    "ModelSpec",
+    "MoelessError",
+    "Objective",
+    "Placement",
+    "Plan",
+    "Problem",
+    "ProblemError",
+    "Progress",
+    "Result",
+    "Sizing",
+    "SolverUnavailableError",
+    "Status",
+    "TimeModel",
+    "Topology",
+    "UnsupportedFeatureError",
+    "__version__",
+    "compare",
+    "get_solver",
+    "instance_names",
+    "list_solvers",
+    "load_instance",
+    "load_plan",
+    "load_problem",
+    "model_preset",
+    "plan",
+    "save_problem",
+    "solve",
+    "solver_names",
+    "uniform",
+    "verify",
+    "violations",
+]

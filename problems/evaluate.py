@@ -14,6 +14,7 @@ from moeless_opt.problems.time_model import TimeModel
 if TYPE_CHECKING:
     from moeless_opt.problems.plan import Plan
     from moeless_opt.problems.problem import Problem
+    from moeless_opt.problems.spec import Objective
 
 __all__ = [
     "Moves",
@@ -25,6 +26,7 @@ __all__ = [
     "new_replicas",
     "node_traffic",
     "objective_vector",
+    "risk",
     "scenario_value",
 ]
 
@@ -182,25 +184,38 @@ def node_traffic(
     return np.asarray(np.maximum(load_LE.sum(1) - stays_L, 0.0))
 
 
+def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) -> FloatArray:
+    """One value per layer from the values in each scenario, by the objective's risk measure.
+
+    Parameters
+    ----------
+    top_TL : array, shape [T, L]
+        Largest GPU time of each layer in each scenario.
+    weight_T : array, shape [T], optional
+        Weights of the scenarios, summing to 1; equal by default.
+    objective : Objective
+        Says ``expected``, ``worst`` or ``cvar``.
+    """
+    if weight_T is None:
+        weight_T = np.full(top_TL.shape[0], 1 / top_TL.shape[0])
+    if objective.risk == "worst":
+        return np.asarray(top_TL.max(0))
+    if objective.risk == "expected":
+        return np.asarray(weight_T @ top_TL)
+    order_TL = np.argsort(-top_TL, axis=0, kind="stable")
+    weight_TL = weight_T[order_TL]
+    tail = 1.0 - objective.cvar_alpha
+    kept_TL = np.clip(tail - (np.cumsum(weight_TL, axis=0) - weight_TL), 0.0, weight_TL)
+    return np.asarray((kept_TL * np.take_along_axis(top_TL, order_TL, axis=0)).sum(0) / tail)
+
+
 def scenario_value(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray) -> float:
-    """Sum over the layers of the largest GPU time, taken over the scenarios as the objective says."""
-    loads = problem.loads
-    top_T = np.array(
-        [
-            gpu_times(load_LE, slots_LGC, share_LGC, problem.topology.speed_G, problem.time).max(1).sum()
-            for load_LE in loads.load_TLE
-        ]
+    """Sum over the layers of the largest GPU time, over the scenarios as the objective says, shares fixed."""
+    speed_G, time = problem.topology.speed_G, problem.time
+    top_TL = np.array(
+        [gpu_times(load_LE, slots_LGC, share_LGC, speed_G, time).max(1) for load_LE in problem.loads.load_TLE]
     )
-    weight_T = np.full(top_T.size, 1 / top_T.size) if loads.weight_T is None else loads.weight_T
-    if problem.objective.risk == "worst":
-        return float(top_T.max())
-    if problem.objective.risk == "expected":
-        return float(weight_T @ top_T)
-    order = np.argsort(-top_T, kind="stable")
-    tail = 1.0 - problem.objective.cvar_alpha
-    before = np.cumsum(weight_T[order]) - weight_T[order]
-    kept = np.clip(tail - before, 0.0, weight_T[order])
-    return float(kept @ top_T[order] / tail)
+    return float(risk(top_TL, problem.loads.weight_T, problem.objective).sum())
 
 
 def objective_vector(problem: Problem, plan: Plan) -> dict[str, float]:

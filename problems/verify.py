@@ -90,7 +90,8 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
         found.append(f"plan has a {plan.split} split, the problem asks for {problem.split}")
     if problem.split == "equal":
         even: FloatArray = np.where(count > 0, count / np.maximum(replicas, 1)[:, None, :], 0.0)
-        if np.abs(part - even).max() > TOLERANCE:
+        uneven = np.abs(part - even).max(1) > TOLERANCE
+        if uneven.any() and not _even_over_slots(part, uneven, replicas, capacity):
             x, g, e = np.unravel_index(int(np.abs(part - even).argmax()), part.shape)
             found.append(
                 f"layer {x} GPU {g}: expert {e} has share {part[x, g, e]:.6g}, "
@@ -100,6 +101,23 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
         found += _limits(problem, count > 0, replicas)
     found += _moves(problem, plan, count > 0, used)
     return found + _claims(problem, plan, part, count > 0)
+
+
+def _even_over_slots(part: FloatArray, uneven: BoolArray, replicas: IntArray, capacity: IntArray) -> bool:
+    """Whether uneven shares are an even split over slots, several of which are one copy on one GPU.
+
+    EPLB may fill two slots of a GPU with one expert. Its tokens are divided over the slots, so that GPU gets
+    2/r of them, from the single copy that it needs. Such shares are multiples of 1/r, and the slots suffice.
+    """
+    slots = replicas.copy()
+    for x, e in np.argwhere(uneven):
+        shares = part[x, :, e]
+        counts = np.arange(replicas[x, e], capacity[x].sum() + 1)
+        whole = np.abs(shares * counts[:, None] - np.rint(shares * counts[:, None])).max(1) < 1e-9
+        if not whole.any():
+            return False
+        slots[x, e] = counts[int(whole.argmax())]
+    return bool((slots.sum(1) <= capacity.sum(1)).all())
 
 
 def _memory(problem: Problem, used: IntArray) -> list[str]:

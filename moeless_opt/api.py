@@ -1,0 +1,289 @@
+"""The face: `plan`, `solve` and `compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moeless_opt.problems.errors import (
+    InfeasibleError,
+    ProblemError,
+    SolverUnavailableError,
+    UnsupportedFeatureError,
+)
+from moeless_opt.problems.loads import Loads, as_loads
+from moeless_opt.problems.models import ModelSpec, model_preset
+from moeless_opt.problems.placement import Placement
+from moeless_opt.problems.plan import Plan, ProgressCallback, Result, Status
+from moeless_opt.problems.problem import Problem
+from moeless_opt.problems.spec import Limits, Objective, Sizing
+from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.topology import Topology
+from moeless_opt.problems.verify import verify
+from moeless_opt.report import Comparison, row_of
+from moeless_opt.solvers.base import FirstOf, MaxTime, NeverStop, Stop
+from moeless_opt.solvers.registry import get_solver, require
+
+__all__ = ["compare", "make_problem", "plan", "solve"]
+
+
+def make_problem(
+    loads: ArrayLike | Loads | str | PathLike[str],
+    topology: Topology | str | Mapping[str, Any],
+    *,
+    current: Any = None,
+    model: ModelSpec | str | None = None,
+    split: str = "fractional",
+    balance_tolerance: float | None = None,
+    objective: Objective | None = None,
+    limits: Limits | None = None,
+    sizing: Sizing | str | None = None,
+    time: TimeModel | None = None,
+    expert_bytes: ArrayLike | None = None,
+    name: str = "",
+) -> Problem:
+    """The `Problem` that `plan` with the same arguments solves."""
+    load = as_loads(loads)
+    if isinstance(topology, str):
+        topology = Topology.preset(topology)
+    elif isinstance(topology, Mapping):
+        topology = Topology.from_dict(topology)
+    elif not isinstance(topology, Topology):
+        raise ProblemError(
+            "topology",
+            f"is {type(topology).__name__}, must be a Topology, the name of a preset, or its JSON form",
+        )
+    extra: dict[str, Any] = {}
+    if objective is not None or balance_tolerance is not None:
+        wanted = objective or Objective()
+        extra["objective"] = (
+            wanted if balance_tolerance is None else wanted.replace(balance_tolerance=balance_tolerance)
+        )
+    if limits is not None:
+        extra["limits"] = limits
+    if sizing is not None:
+        extra["sizing"] = Sizing(policy=sizing) if isinstance(sizing, str) else sizing
+    if time is not None:
+        extra["time"] = time
+    if expert_bytes is not None:
+        extra["expert_bytes_L"] = np.asarray(expert_bytes)
+    if current is not None:
+        extra["current"] = Placement.of(current, load.shape[2])
+    return Problem(
+        loads=load,
+        topology=topology,
+        model=model_preset(model) if isinstance(model, str) else model,
+        split=split,
+        name=name,
+        **extra,
+    )
+
+
+def plan(
+    loads: ArrayLike | Loads | str | PathLike[str],
+    topology: Topology | str | Mapping[str, Any],
+    *,
+    current: Any = None,
+    model: ModelSpec | str | None = None,
+    split: str = "fractional",
+    solver: str = "auto",
+    balance_tolerance: float | None = None,
+    objective: Objective | None = None,
+    limits: Limits | None = None,
+    sizing: Sizing | str | None = None,
+    time: TimeModel | None = None,
+    expert_bytes: ArrayLike | None = None,
+    time_limit: float | None = None,
+    seed: int = 0,
+    name: str = "",
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> Plan:
+    """Decide how many replicas each expert gets, where they live, and which share of the tokens each serves.
+
+    Parameters
+    ----------
+    loads : array [L, E] or [T, L, E], Loads, or path
+        Token-expert pairs per layer and expert, of one forward pass or window; with a leading axis,
+        several scenarios. A path is read as a recording (see ``Loads.read``).
+    topology : Topology, str or mapping
+        The GPUs; a preset's name; or the JSON form.
+    current : Plan, Placement or array [L, G, C], optional
+        What is live now: the plan then moves as little as it can.
+    model : ModelSpec or str, optional
+        Gives the bytes of an expert.
+    split : {"fractional", "equal"}
+        Whether token shares are free, or even over the replicas of an expert.
+    solver : str
+        Name in the registry.
+    balance_tolerance : float, default 0.01
+        A layer's largest GPU time may be this share above its lower bound where another objective
+        gains by it (fewer moves, when `current` is given).
+    objective, limits, sizing, time : optional
+        See `Objective`, `Limits`, `Sizing` and `TimeModel`.
+    expert_bytes : int or array [L], optional
+        Bytes of one replica; overrides the model's.
+    time_limit : float, optional
+        Seconds. Without one the solver ends by itself, quickly.
+    seed : int
+        For the random parts; the same seed gives the same plan on every machine.
+    name : str
+        For people.
+    progress : callable, optional
+        Called with `Progress` objects.
+    **options
+        Passed to the solver.
+
+    Returns
+    -------
+    Plan
+        Verified independently of the solver.
+
+    Raises
+    ------
+    ProblemError
+        If an argument is malformed.
+    InfeasibleError
+        If no placement fits the caps.
+
+    Examples
+    --------
+    >>> import moeless_opt as mo
+    >>> best = mo.plan([[600, 560, 120, 120, 20, 10, 10, 10]], mo.uniform(1, 8, slots=2))
+    >>> float(best.imbalance_L[0].round(6)), best.certificate.status.value
+    (1.0, 'optimal')
+    """
+    problem = make_problem(
+        loads,
+        topology,
+        current=current,
+        model=model,
+        split=split,
+        balance_tolerance=balance_tolerance,
+        objective=objective,
+        limits=limits,
+        sizing=sizing,
+        time=time,
+        expert_bytes=expert_bytes,
+        name=name,
+    )
+    result = solve(problem, solver, time_limit=time_limit, seed=seed, progress=progress, **options)
+    if result.plan is None:
+        raise InfeasibleError(result.message or f"solver {solver!r} found no plan ({result.status.value})")
+    return result.plan
+
+
+def solve(
+    problem: Problem,
+    solver: str = "auto",
+    *,
+    time_limit: float | None = None,
+    stop: Stop | None = None,
+    seed: int = 0,
+    initial: Plan | None = None,
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> Result:
+    """Solve a problem and verify the plan.
+
+    Parameters
+    ----------
+    problem : Problem
+        What to solve.
+    solver : str
+        Name in the registry (``solver_names()``).
+    time_limit : float, optional
+        Seconds.
+    stop : Stop, optional
+        A further stopping criterion.
+    seed : int
+        For the random parts.
+    initial : Plan, optional
+        A plan to start from and to beat.
+    progress : callable, optional
+        Called with `Progress` objects.
+    **options
+        Passed to the solver.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    InfeasibleError
+        If the caps leave no room, before anything is solved.
+    UnsupportedFeatureError
+        If the solver lacks a feature that the problem needs.
+    SolverUnavailableError
+        If there is no such solver.
+    InvalidPlanError
+        If the plan fails verification (a bug in the solver).
+    """
+    if not isinstance(problem, Problem):
+        raise ProblemError("problem", f"is {type(problem).__name__}, must be a Problem")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ProblemError("seed", f"is {seed!r}, must be a whole number of at least 0")
+    chosen = get_solver(solver)
+    require(chosen, problem)
+    problem.check_feasible()
+    stops: list[Stop] = [] if stop is None else [stop]
+    if time_limit is not None:
+        if not time_limit > 0:
+            raise ProblemError("time_limit", f"is {time_limit!r}, must be above 0 (seconds)")
+        stops.append(MaxTime(time_limit))
+    until: Stop = stops[0] if len(stops) == 1 else FirstOf(*stops) if stops else NeverStop()
+    result = chosen.solve(problem, stop=until, seed=int(seed), initial=initial, progress=progress, **options)
+    if result.plan is not None:
+        verify(problem, result.plan)
+    return result
+
+
+def compare(
+    problem: Problem,
+    solvers: Iterable[str] = ("static", "eplb", "moeless", "auto", "oracle"),
+    *,
+    time_limit: float | None = None,
+    stop: Stop | None = None,
+    seed: int = 0,
+    progress: ProgressCallback | None = None,
+) -> Comparison:
+    """Solve a problem with several solvers, side by side.
+
+    A solver that cannot take the problem gets a row that says why.
+
+    Parameters
+    ----------
+    problem : Problem
+        What to solve.
+    solvers : iterable of str
+        Names in the registry.
+    time_limit : float, optional
+        Seconds for each.
+    stop, seed, progress
+        As in `solve`.
+
+    Returns
+    -------
+    Comparison
+        Prints as a table; ``.rows`` has the figures, ``.results`` the Results by name.
+    """
+    names = list(solvers)
+    for name in names:
+        get_solver(name)  # a wrong name is an error of the caller, not a row
+    results: dict[str, Result] = {}
+    rows = []
+    for name in names:
+        try:
+            result = solve(
+                problem, name, time_limit=time_limit, stop=stop, seed=seed, progress=progress
+            )
+        except (UnsupportedFeatureError, SolverUnavailableError) as error:
+            result = Result(problem=problem, plan=None, status=Status.NO_SOLUTION, solver=name, message=str(error))
+        results[name] = result
+        rows.append(row_of(result))
+    return Comparison(problem=problem, rows=tuple(rows), results=results)

@@ -1,0 +1,313 @@
+"""What every solver is: features, stopping criteria, and the one way in which a placement becomes a Result."""
+
+from __future__ import annotations
+
+import enum
+import time as clock
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.bounds import LinearTime, best_bound
+from moeless_opt.problems.evaluate import count_moves, gpu_times, imbalance
+from moeless_opt.problems.placement import equal_shares
+from moeless_opt.problems.plan import Certificate, Plan, ProgressCallback, Result, Status
+from moeless_opt.problems.problem import Problem
+
+__all__ = [
+    "Clock",
+    "Feature",
+    "FirstOf",
+    "MaxGap",
+    "MaxTime",
+    "NeverStop",
+    "Solver",
+    "Stop",
+    "finish",
+    "lower_bound",
+    "required_features",
+]
+
+
+class Feature(enum.StrEnum):
+    """What a problem may ask for and a solver may offer."""
+
+    EQUAL_SPLIT = "equal split"
+    FRACTIONAL = "fractional split"
+    MIGRATION = "starting from a live placement"
+    MOVE_LIMITS = "limits on moves"
+    HETEROGENEOUS = "GPUs of different speed or slots"
+    MEMORY = "memory in bytes"
+    SCENARIOS = "several load scenarios"
+    TIME_MODEL = "a time model with more than tokens"
+    NODE_AWARE = "loads by source node"
+    REPLICA_LIMITS = "limits on replicas"
+    PAIRS = "pinned or forbidden pairs"
+    SPREAD = "replicas spread over failure domains"
+    SIZING_CV = "cv sizing"
+    SIZING_MAKESPAN = "makespan sizing"
+    SIZING_MEMORY = "memory sizing"
+    CERTIFIES = "proofs of optimality"
+
+
+def required_features(problem: Problem) -> frozenset[Feature]:
+    """The features without which a solver would have to ignore a part of the problem."""
+    topology, limits = problem.topology, problem.limits
+    capacity_LG = problem.capacity_LG
+    asks = {
+        Feature.EQUAL_SPLIT: problem.split == "equal",
+        Feature.FRACTIONAL: problem.split == "fractional",
+        Feature.MIGRATION: problem.current is not None,
+        Feature.MOVE_LIMITS: limits.bounds_moves,
+        Feature.HETEROGENEOUS: not topology.is_uniform or bool((capacity_LG != capacity_LG[:, :1]).any()),
+        Feature.MEMORY: topology.memory_G is not None,
+        Feature.SCENARIOS: problem.loads.shape[0] > 1,
+        Feature.TIME_MODEL: not problem.time.counts_tokens_only,
+        Feature.NODE_AWARE: problem.loads.load_TLNE is not None,
+        Feature.REPLICA_LIMITS: limits.min_replicas > 1
+        or any(
+            x is not None
+            for x in (
+                limits.max_replicas,
+                limits.max_layer_replicas,
+                limits.max_total_replicas,
+                limits.max_total_bytes,
+            )
+        ),
+        Feature.PAIRS: bool(limits.pinned or limits.forbidden),
+        Feature.SPREAD: limits.spread > 1,
+        Feature.SIZING_CV: problem.sizing.policy == "cv",
+        Feature.SIZING_MAKESPAN: problem.sizing.policy == "makespan",
+        Feature.SIZING_MEMORY: problem.sizing.policy == "memory",
+    }
+    return frozenset(feature for feature, asked in asks.items() if asked)
+
+
+class Stop(Protocol):
+    """A stopping criterion: asked again and again, it answers why to stop, or ``""`` to go on."""
+
+    def __call__(self, best: float, bound: float) -> str:
+        """Answer for the best value so far and its lower bound (either may be infinite)."""
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left; infinite without a time limit."""
+
+
+class NeverStop:
+    """Run until the method ends by itself."""
+
+    remaining = float("inf")
+
+    def __call__(self, best: float, bound: float) -> str:
+        """Go on."""
+        return ""
+
+
+class MaxTime:
+    """Stop after some seconds, counted from the making of the object."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = clock.monotonic() + seconds
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left."""
+        return max(self.end - clock.monotonic(), 0.0)
+
+    def __call__(self, best: float, bound: float) -> str:
+        """Stop once the time is up."""
+        return "" if self.remaining > 0 else "time"
+
+
+class MaxGap:
+    """Stop when the best value is proven to be within a relative gap of the optimum."""
+
+    remaining = float("inf")
+
+    def __init__(self, gap: float) -> None:
+        self.gap = gap
+
+    def __call__(self, best: float, bound: float) -> str:
+        """Stop once ``best <= bound * (1 + gap)``."""
+        return "gap" if best <= bound * (1 + self.gap) else ""
+
+
+class FirstOf:
+    """Stop with the first of several criteria."""
+
+    def __init__(self, *stops: Stop) -> None:
+        self.stops = stops
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left by the shortest limit."""
+        return min((stop.remaining for stop in self.stops), default=float("inf"))
+
+    def __call__(self, best: float, bound: float) -> str:
+        """Ask each in turn."""
+        return next((reason for stop in self.stops if (reason := stop(best, bound))), "")
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """What the registry holds, and what third parties register (entry points ``moeless_opt.solvers``)."""
+
+    name: str
+    summary: str
+    features: frozenset[Feature]
+
+    def solve(
+        self,
+        problem: Problem,
+        *,
+        stop: Stop,
+        seed: int = 0,
+        initial: Plan | None = None,
+        progress: ProgressCallback | None = None,
+        **options: Any,
+    ) -> Result:
+        """Solve, from `initial` where it is given, and return the best found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Seconds since a solve began."""
+
+    start: float
+
+    @classmethod
+    def begin(cls) -> Clock:
+        """Start now."""
+        return cls(clock.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return clock.perf_counter() - self.start
+
+
+def lower_bound(problem: Problem, split: str | None = None) -> tuple[FloatArray, tuple[str, ...]]:
+    """The best cheap lower bound on each layer's largest GPU time, and its name.
+
+    A measured time curve has no closed bound; there the bound is 0 and says so.
+    """
+    time, limits = problem.time, problem.limits
+    if time.has_curve:
+        return np.zeros(problem.layers), ("none",) * problem.layers
+    linear = LinearTime(launch=time.launch, activation=time.activation_cost, token=time.token_cost)
+    bound_L, name_L = best_bound(
+        problem.load_LE,
+        problem.capacity_LG,
+        problem.topology.speed_G,
+        "equal" if (split or problem.split) == "equal" else "fractional",
+        max_replicas=limits.max_replicas,
+        min_replicas=limits.min_replicas if limits.min_replicas > 1 else None,
+        replicas_L=None
+        if limits.max_layer_replicas is None
+        else np.full(problem.layers, limits.max_layer_replicas),
+        time=linear,
+    )
+    return bound_L, tuple(name_L.tolist())
+
+
+def finish(
+    problem: Problem,
+    slots_LGC: SlotArray,
+    share_LGC: FloatArray | None = None,
+    *,
+    solver: str,
+    began: Clock,
+    bound: tuple[FloatArray, tuple[str, ...]] | None = None,
+    stopped_by: str = "",
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    message: str = "",
+    proof: str = "",
+) -> Result:
+    """Evaluate a placement, certify it, and wrap it up.
+
+    Parameters
+    ----------
+    problem : Problem
+        What was solved.
+    slots_LGC, share_LGC : arrays, shape [L, G, C]
+        The placement and its token shares (equal ones if not given).
+    solver : str
+        Who found it.
+    began : Clock
+        When the solve began.
+    bound : (array [L], names), optional
+        A lower bound that the solver proved; combined with the cheap ones.
+    stopped_by, options, seed, message, proof
+        Told on in the Result and its certificate.
+    """
+    if share_LGC is None:
+        share_LGC = equal_shares(slots_LGC, problem.experts)
+    load_LE, speed_G = problem.load_LE, problem.topology.speed_G
+    time_LG = gpu_times(load_LE, slots_LGC, share_LGC, speed_G, problem.time)
+    value_L = time_LG.max(1)
+    bound_L, names = lower_bound(problem)
+    if bound is not None:
+        names = tuple(b if y > x else a for a, b, x, y in zip(names, bound[1], bound_L, bound[0], strict=True))
+        bound_L = np.maximum(bound_L, bound[0])
+    # Rounding may leave a perfect plan a hair below its bound; a bound above the value would be a lie.
+    bound_L = np.where(bound_L > value_L, np.minimum(bound_L, value_L * (1 + 1e-9)), bound_L)
+    seconds = began.seconds
+    plan = Plan(
+        slots_LGC=slots_LGC,
+        share_LGC=share_LGC,
+        experts=problem.experts,
+        layers=problem.loads.layers,
+        split=problem.split,
+        time_LG=time_LG,
+        imbalance_L=imbalance(time_LG, speed_G),
+        moves=count_moves(
+            slots_LGC,
+            None if problem.current is None else problem.current.slots_LGC,
+            problem.experts,
+            problem.bytes_L,
+        ),
+        certificate=Certificate(
+            value_L=value_L,
+            lower_bound_L=bound_L,
+            bound_L=names,
+            solver=solver,
+            seconds=seconds,
+            proof=proof,
+        ),
+        problem_digest=problem.digest(),
+        unit=problem.time.unit,
+        name=problem.name,
+    )
+    status = plan.certificate.status
+    return Result(
+        problem=problem,
+        plan=plan,
+        status=status,
+        stopped_by=stopped_by,
+        seconds=seconds,
+        solver=solver,
+        options=dict(options or {}),
+        seed=seed,
+        message=message,
+    )
+
+
+def infeasible(problem: Problem, *, solver: str, began: Clock, message: str, seed: int = 0) -> Result:
+    """A Result that says, proven, that no plan satisfies the caps."""
+    return Result(
+        problem=problem,
+        plan=None,
+        status=Status.INFEASIBLE,
+        seconds=began.seconds,
+        solver=solver,
+        seed=seed,
+        message=message,
+    )
+
+
+Factory = Callable[[], Solver]
