@@ -107,4 +107,7 @@ class Record:
         names = (f.name for f in fields(self) if f.compare)  # type: ignore[arg-type]
         return all(_same(getattr(self, n), getattr(other, n)) for n in names)
 
-    __hash__ = None  # type: ignore[assignment]
+    def __hash__(self) -> int:
+        # Arrays count by their shape alone: cheap, and equal records hash equal.
+        values = (getattr(self, f.name) for f in fields(self) if f.compare)  # type: ignore[arg-type]
+        return hash((type(self), *(v.shape if isinstance(v, np.ndarray) else v for v in values)))

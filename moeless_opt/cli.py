@@ -1,0 +1,379 @@
+"""``moeless-solve``: plans from JSON problems, shipped instances, and recordings.
+
+Exit codes: 0 fine, 1 infeasible or nothing found (or a plan that fails its check), 2 bad input, 3 a solver or
+package is missing, 130 interrupted twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import moeless_opt
+from moeless_opt.api import compare, make_problem, solve
+from moeless_opt.problems.errors import (
+    FormatError,
+    InfeasibleError,
+    InvalidPlanError,
+    MoelessError,
+    ProblemError,
+    SolverUnavailableError,
+    UnsupportedFeatureError,
+)
+from moeless_opt.problems.format import atomic_write, load_plan, load_problem, plan_to_json, read_json
+from moeless_opt.problems.library import instance_names, instance_summary, load_instance
+from moeless_opt.problems.loads import Loads
+from moeless_opt.problems.plan import Plan
+from moeless_opt.problems.problem import Problem
+from moeless_opt.problems.spec import SPLITS
+from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Topology
+from moeless_opt.problems.verify import violations
+from moeless_opt.progress import Display, InterruptStop
+from moeless_opt.report import Comparison, row_of, table, worst_layers
+from moeless_opt.solvers.base import required_features
+from moeless_opt.solvers.registry import get_solver, list_solvers, solver_names
+
+__all__ = ["main"]
+
+DEFAULT_COMPARISON = ("static", "eplb", "moeless", "auto", "oracle")
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ProblemError("arguments", f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="moeless-solve",
+        description="Decide how many replicas each expert gets and which GPU holds each of them.",
+        epilog="examples: moeless-solve deepseek-v3-zipf   |   moeless-solve loads.json --gpus 4x8 --slots 9 "
+        "--compare   |   moeless-solve problem.json -o plan.json --plot plan.png",
+    )
+    add = parser.add_argument
+    add("problem", nargs="?", help="a problem (JSON), a recording of loads, or the name of a shipped instance")
+    add("-o", "--output", metavar="PLAN", help="write the plan here (.json, or .npz)")
+    add("--solver", default="auto", help="name of the solver (default: auto; see --list-solvers)")
+    add(
+        "--compare",
+        nargs="?",
+        const=",".join(DEFAULT_COMPARISON),
+        metavar="A,B,C",
+        help=f"run several solvers side by side (default: {','.join(DEFAULT_COMPARISON)})",
+    )
+    add("--time", type=float, metavar="SECONDS", help="time limit of each solver")
+    add("--seed", type=int, default=0, help="seed of the random parts (default: 0)")
+    add("--check", metavar="PLAN", help="verify a plan of this problem and say what it is worth")
+    add("--json", action="store_true", help="print the result as JSON on standard output")
+    add("--plot", metavar="PNG", help="draw the GPUs' loads per layer, before and after")
+    add("--worst", type=int, default=3, metavar="N", help="layers to list, worst first (default: 3)")
+    add("--quiet", action="store_true", help="no progress and no table")
+    add("--list-solvers", action="store_true", help="list the solvers and what they can do")
+    add("--list-instances", action="store_true", help="list the shipped instances")
+    add("--version", action="version", version=f"moeless-solve {moeless_opt.__version__}")
+    group = parser.add_argument_group("for recordings, and to override what a problem says")
+    add = group.add_argument
+    add("--gpus", metavar="NxG", help="nodes x GPUs per node, e.g. 4x8 (or 8 for one node)")
+    add("--slots", type=int, metavar="C", help="replicas that a GPU may hold per layer")
+    add("--memory", metavar="SIZE", help="bytes per GPU for expert weights, e.g. 40GB (needs --model)")
+    add("--topology", metavar="NAME|JSON", help=f"a preset ({', '.join(TOPOLOGY_PRESETS)}) or a JSON file")
+    add("--model", help="model preset, for the bytes of an expert (e.g. DeepSeek-V3)")
+    add("--split", choices=SPLITS, help="free or equal token shares (default: fractional)")
+    add("--current", metavar="PLAN", help="the plan that is live now")
+    add("--tolerance", type=float, metavar="X", help="balance that may be given up for fewer moves (0.01)")
+    add("--workload", metavar="NAME", help="which of several workloads of a recording")
+    add("--key", metavar="NAME", help="which array of an .npz recording")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    try:
+        return _run(_parser().parse_args(argv))
+    except InfeasibleError as error:
+        return _fail(1, f"infeasible: {error}")
+    except InvalidPlanError as error:
+        return _fail(1, str(error))
+    except SolverUnavailableError as error:
+        return _fail(3 if "needs a package" in str(error) else 2, str(error))
+    except (ProblemError, UnsupportedFeatureError) as error:
+        return _fail(2, str(error))
+    except MoelessError as error:
+        return _fail(1, str(error))
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"moeless-solve: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.list_solvers:
+        print(_solvers_table())
+        return 0
+    if args.list_instances:
+        rows = [[name, *instance_summary(name)] for name in instance_names()]
+        print(table(("instance", "shape", "optimum known", "source"), rows))
+        return 0
+    if args.problem is None:
+        raise ProblemError("problem", "is missing: give a problem, a recording, or an instance (--list-instances)")
+    for path in (args.output, args.plot):
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise FormatError(path, "cannot be written: its folder does not exist")
+    if args.plot is not None:
+        _need_matplotlib()
+    problem = _problem(args)
+    if args.check is not None:
+        return _check(problem, args)
+    names = [name.strip() for name in args.compare.split(",")] if args.compare else [args.solver]
+    for name in names:
+        get_solver(name)
+    return _solve(problem, names, args)
+
+
+def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
+    if not args.quiet:
+        _say(_describe(problem))
+    # A lone solver is shown beside what there would be without it.
+    shown = names if args.compare or names == ["static"] else _with_reference(problem, names)
+    with _interruptible() as stop, Display(quiet=args.quiet, solvers=len(shown), limit=args.time) as display:
+        if len(shown) > 1:
+            outcome = compare(
+                problem, shown, time_limit=args.time, stop=stop, seed=args.seed, progress=display.progress
+            )
+        else:
+            result = solve(
+                problem, names[0], time_limit=args.time, stop=stop, seed=args.seed, progress=display.progress
+            )
+            outcome = Comparison(problem=problem, rows=(row_of(result),), results={names[0]: result})
+    best = _best(outcome, names)
+    if best is not None and args.output:
+        best.save(args.output)
+    if best is not None and args.plot:
+        from moeless_opt.plots import plot_loads
+
+        atomic_write(args.plot, plot_loads(problem, best))
+    if args.json:
+        print(json.dumps(_document(outcome, best)))
+    elif not args.quiet:
+        print(outcome)
+        if best is not None and args.worst > 0:
+            print(f"\nworst layers of {best.certificate.solver}:\n{worst_layers(best, args.worst)}")
+    if stop.pressed:
+        _say("interrupted: the best found so far is shown")
+    for path in (args.output, args.plot):
+        if path and best is not None:
+            _say(f"wrote {path}")
+    if best is None and names != ["oracle"]:
+        reasons = "; ".join(f"{row.solver}: {row.note or row.status}" for row in outcome.rows if row.solver in names)
+        return _fail(1, f"no plan found ({reasons})")
+    return 0
+
+
+def _with_reference(problem: Problem, names: list[str]) -> list[str]:
+    reference = "static" if problem.current is None else "stay"
+    if reference not in solver_names() or reference in names:
+        return names
+    return names if required_features(problem) - get_solver(reference).features else [reference, *names]
+
+
+def _best(outcome: Comparison, names: Sequence[str]) -> Plan | None:
+    """Of the solvers asked for, the plan with the smallest summed time; the first of equals."""
+    plans = [r.plan for name, r in outcome.results.items() if name in names and r.plan is not None]
+    return min(plans, key=lambda plan: round(plan.certificate.gap, 9), default=None)
+
+
+def _document(outcome: Comparison, best: Plan | None) -> dict[str, Any]:
+    problem = outcome.problem
+    return {
+        "format": "moeless-result",
+        "version": 1,
+        "problem": {
+            "name": problem.name,
+            "digest": problem.digest(),
+            "layers": problem.layers,
+            "experts": problem.experts,
+            "gpus": problem.topology.gpus,
+            "split": problem.split,
+        },
+        "solvers": [
+            row.to_dict() | {"objective": outcome.results[row.solver].objective} for row in outcome.rows
+        ],
+        "plan": None if best is None else plan_to_json(best),
+    }
+
+
+# --- the problem -------------------------------------------------------------------------------------------
+
+
+def _problem(args: argparse.Namespace) -> Problem:
+    name = args.problem
+    if not Path(name).exists() and name in instance_names():
+        return _override(load_instance(name), args)
+    if not Path(name).is_file():
+        import difflib
+
+        near = difflib.get_close_matches(name, instance_names(), n=1)
+        hint = f"; did you mean the instance {near[0]!r}?" if near else " nor the name of a shipped instance"
+        raise FormatError(name, f"is no file{hint}")
+    if _is_problem(name):
+        return _override(load_problem(name), args)
+    options = {key: value for key in ("key", "workload") if (value := getattr(args, key)) is not None}
+    loads = Loads.read(name, **options)
+    topology = _topology(args)
+    if topology is None:
+        raise ProblemError(
+            "--gpus",
+            f"is missing: {name} is a recording and says nothing of the GPUs; give --gpus NxG with --slots C "
+            "(or --memory), or --topology",
+        )
+    return make_problem(
+        loads,
+        topology,
+        current=None if args.current is None else load_plan(args.current),
+        model=args.model,
+        split=args.split or "fractional",
+        balance_tolerance=args.tolerance,
+        name=Path(name).stem,
+    )
+
+
+def _is_problem(path: str) -> bool:
+    """Whether a file is one of our documents (anything else is read as a recording)."""
+    with Path(path).open("rb") as file:
+        start = file.read(4096).lstrip()
+    if not start.startswith(b"{") or b'"format"' not in start:
+        return False
+    data = read_json(path)
+    form = data.get("format") if isinstance(data, dict) else None
+    if form == "moeless-plan":
+        raise FormatError(path, "is a plan, not a problem; use it with --current or --check")
+    return isinstance(form, str)
+
+
+def _override(problem: Problem, args: argparse.Namespace) -> Problem:
+    changes: dict[str, Any] = {}
+    if (topology := _topology(args)) is not None:
+        changes |= {"topology": topology, "known": None}
+    if args.model is not None:
+        changes["model"] = moeless_opt.model_preset(args.model)
+    if args.split is not None and args.split != problem.split:
+        changes |= {"split": args.split, "known": None}
+    if args.tolerance is not None:
+        changes["objective"] = problem.objective.replace(balance_tolerance=args.tolerance)
+    if args.current is not None:
+        changes["current"] = moeless_opt.Placement.of(load_plan(args.current), problem.experts)
+    return problem.replace(**changes) if changes else problem
+
+
+def _topology(args: argparse.Namespace) -> Topology | None:
+    memory = None if args.memory is None else _size(args.memory)
+    if args.topology is not None:
+        if args.gpus is not None:
+            raise ProblemError("--gpus", "cannot be given with --topology; one of them says what the GPUs are")
+        if args.topology in TOPOLOGY_PRESETS:
+            return Topology.preset(args.topology, slots=args.slots, memory=memory)
+        if Path(args.topology).is_file():
+            return Topology.from_dict(read_json(args.topology))
+        raise ProblemError("--topology", f"{args.topology!r} is no preset ({', '.join(TOPOLOGY_PRESETS)}) and no file")
+    if args.gpus is None:
+        if args.slots is not None or memory is not None:
+            raise ProblemError("--gpus", "is missing: --slots and --memory need it")
+        return None
+    found = re.fullmatch(r"(?:(\d+)x)?(\d+)", args.gpus)
+    if found is None:
+        raise ProblemError("--gpus", f"is {args.gpus!r}, must be like 4x8 (nodes x GPUs per node) or 8")
+    return Topology.uniform(int(found[1] or 1), int(found[2]), slots=args.slots, memory=memory)
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if found is None or found[2].lower() not in _UNITS:
+        raise ProblemError("--memory", f"is {text!r}, must be a size such as 40GB or 38GiB")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+# --- output ------------------------------------------------------------------------------------------------
+
+
+def _check(problem: Problem, args: argparse.Namespace) -> int:
+    plan = load_plan(args.check)
+    if plan.problem_digest and plan.problem_digest != problem.digest():
+        raise ProblemError(
+            args.check, f"is a plan of another problem ({plan.problem_digest}); this one is {problem.digest()}"
+        )
+    found = violations(problem, plan)
+    if args.json:
+        print(json.dumps({"valid": not found, "violations": found}))
+    elif not found:
+        print(f"valid\n{plan!r}")
+    for text in found:
+        print(f"moeless-solve: {args.check}: {text}", file=sys.stderr)
+    return 1 if found else 0
+
+
+def _describe(problem: Problem) -> str:
+    loads, topology = problem.loads, problem.topology
+    lines = [f"{problem.name or 'problem'}: {loads!r}", f"on {topology!r}, {problem.split} split"]
+    if problem.known is not None and problem.known.best_L:
+        lines.append(f"best known: {sum(problem.known.best_L):.6g} over all layers ({problem.known.source})")
+    return "\n".join(lines)
+
+
+def _solvers_table() -> str:
+    rows = [
+        [solver.name, ", ".join(sorted(feature.value for feature in solver.features)), solver.summary]
+        for solver in list_solvers()
+    ]
+    return "\n".join(f"{name}: {summary}\n    can take: {features}" for name, features, summary in rows)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _need_matplotlib() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise SolverUnavailableError("--plot: needs a package that is missing: pip install 'moeless-opt[plot]'")
+
+
+@contextmanager
+def _interruptible() -> Iterator[InterruptStop]:
+    """Make the first Ctrl-C a request to stop, and the second one final."""
+    stop = InterruptStop()
+
+    def press(*_: object) -> None:
+        if stop.pressed:
+            raise KeyboardInterrupt
+        stop.pressed = True
+        _say("\nstopping with the best found so far (Ctrl-C again to give up)")
+
+    try:
+        before = signal.signal(signal.SIGINT, press)
+    except ValueError:  # not the main thread
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Pictures of plans."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray
+from moeless_opt.problems.evaluate import gpu_times, imbalance
+from moeless_opt.problems.placement import equal_shares
+from moeless_opt.problems.plan import Plan
+from moeless_opt.problems.problem import Problem
+
+__all__ = ["plot_loads"]
+
+
+def plot_loads(problem: Problem, plan: Plan) -> bytes:
+    """Draw each GPU's time in every layer as a heat map, before and after, on one scale.
+
+    Before is the live placement with equal shares, or static expert parallelism where nothing is live.
+
+    Returns
+    -------
+    bytes
+        A PNG.
+    """
+    from matplotlib.figure import Figure
+
+    before_LG, title = _before(problem)
+    speed_G = problem.topology.speed_G
+    panels = [(before_LG, title), (plan.time_LG, f"{plan.certificate.solver}")]
+    relative = [_relative(time_LG, speed_G) for time_LG, _ in panels]
+    limit = max(float(np.max(r)) for r in relative)
+    layers, gpus = plan.time_LG.shape
+    figure = Figure(figsize=(11, max(3.0, min(9.0, 1.6 + 0.11 * layers))), layout="constrained")
+    for axes, values, (time_LG, name) in zip(figure.subplots(1, 2, sharey=True), relative, panels, strict=True):
+        image = axes.imshow(
+            values, aspect="auto", cmap="coolwarm", vmin=max(0.0, 2 - limit), vmax=limit, interpolation="nearest"
+        )
+        ratio_L = imbalance(time_LG, speed_G)
+        axes.set_title(f"{name}\nimbalance {ratio_L.mean():.3f} mean, {ratio_L.max():.3f} worst")
+        axes.set_xlabel("GPU")
+        step = max(1, layers // 12)
+        axes.set_yticks(range(0, layers, step), [str(x) for x in plan.layers[::step]])
+        axes.set_xticks(range(0, gpus, max(1, gpus // 8)))
+    figure.axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=figure.axes, label="GPU time / mean of the layer")
+    figure.suptitle(problem.name or "GPU time per layer")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _before(problem: Problem) -> tuple[FloatArray, str]:
+    if problem.current is not None:
+        slots_LGC, title = problem.current.slots_LGC, "live placement, equal shares"
+    else:
+        from moeless_opt.solvers.static import contiguous
+
+        slots_LGC, title = contiguous(problem.experts, problem.capacity_LG), "static, one replica each"
+    share_LGC = equal_shares(slots_LGC, problem.experts)
+    return gpu_times(problem.load_LE, slots_LGC, share_LGC, problem.topology.speed_G, problem.time), title
+
+
+def _relative(time_LG: FloatArray, speed_G: FloatArray) -> FloatArray:
+    mean_L = time_LG @ (speed_G / speed_G.sum())
+    return np.divide(time_LG, mean_L[:, None], out=np.ones_like(time_LG), where=mean_L[:, None] > 0)
