@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.solvers import fast
 
 __all__ = ["gpu_time", "pack"]
 
@@ -35,7 +36,9 @@ Ints = NDArray[np.int64]
 Int32s = NDArray[np.int32]
 
 
-def pack(load_LE: Floats, replicas_LE: Any, capacity_LG: Any, speed_G: Any) -> Int32s:
+def pack(
+    load_LE: Floats, replicas_LE: Any, capacity_LG: Any, speed_G: Any, *, backend: str = "numpy"
+) -> Int32s:
     """Place the replicas of every layer so that the GPUs finish close together, split equally.
 
     Parameters
@@ -48,6 +51,8 @@ def pack(load_LE: Floats, replicas_LE: Any, capacity_LG: Any, speed_G: Any) -> I
         Slots of each GPU.
     speed_G : float64 [G]
         Relative speeds.
+    backend : {"numpy", "numba"}
+        Which of the two twins does the work; the result is the same.
 
     Returns
     -------
@@ -69,7 +74,9 @@ def pack(load_LE: Floats, replicas_LE: Any, capacity_LG: Any, speed_G: Any) -> I
         layer = int(excess.argmax())
         raise InfeasibleError(f"layer {layer}: {int(excess[layer])} replicas more than the GPUs have slots")
     if (capacity == capacity[:1, :1]).all() and (speed == speed[0]).all():
-        slots = _difference(piece, replicas, capacity.shape[1], int(capacity.max(initial=1)))
+        G, C = capacity.shape[1], int(capacity.max(initial=1))
+        expert_LS, weight_LS = _sequence(piece, replicas, G * C)
+        slots = (fast.difference if backend == "numba" else _difference)(expert_LS, weight_LS, G, C)
     else:
         slots = _lpt(piece, replicas, capacity, speed)
     for layer in _faulty(slots, replicas):
@@ -91,7 +98,7 @@ def gpu_time(load_LE: Floats, slots_LGC: Any, speed_G: Any) -> Floats:
     float64 [L, G]
     """
     _, weight = _weights(load_LE, slots_LGC)
-    return _sum_slots(weight) / np.asarray(speed_G, dtype=np.float64)
+    return _sum_slots(weight) * (1.0 / np.asarray(speed_G, dtype=np.float64))
 
 
 def _weights(load_LE: Floats, slots_LGC: Any) -> tuple[Int32s, Floats]:
@@ -130,11 +137,10 @@ def _sequence(piece_LE: Floats, replicas_LE: Ints, length: int) -> tuple[Ints, F
     return expert_LS, padded[np.arange(L)[:, None], expert_LS]
 
 
-def _difference(piece_LE: Floats, replicas_LE: Ints, G: int, C: int) -> Int32s:
-    """Balanced largest differencing, on G equal GPUs of C slots."""
-    L = len(piece_LE)
+def _difference(expert_LS: Ints, weight_LS: Floats, G: int, C: int) -> Int32s:
+    """Balanced largest differencing of sorted pieces, on G equal GPUs of C slots."""
+    L = len(expert_LS)
     rows = np.arange(L)
-    expert_LS, weight_LS = _sequence(piece_LE, replicas_LE, G * C)
     expert_LCG = expert_LS.reshape(L, C, G)
     part_LCG = weight_LS.reshape(L, C, G)  # partial packings, each sorted: fullest GPU first
     owner_LC = np.tile(np.arange(C), (L, 1))  # the partial packing that a group is in

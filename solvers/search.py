@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.solvers import fast
 from moeless_opt.solvers.packing import _empties_last, _sum_slots, _weights
 
 __all__ = ["improve"]
@@ -36,6 +37,7 @@ def improve(
     target: float = 1.0,
     rounds: int = 64,
     focus: int = 256,
+    backend: str = "numpy",
 ) -> Int32s:
     """Swap replicas between GPUs until the slowest GPU is close to the bound, or no swap helps.
 
@@ -58,6 +60,8 @@ def improve(
         Most paired rounds.
     focus : int
         Most focused rounds after them.
+    backend : {"numpy", "numba"}
+        Which of the two twins does the work; the result is the same.
 
     Returns
     -------
@@ -67,15 +71,23 @@ def improve(
     load_LE = np.ascontiguousarray(load_LE, dtype=np.float64)
     speed = np.asarray(speed_G, dtype=np.float64)
     slots = np.array(slots_LGC, dtype=np.int32)
-    capacity = np.asarray(capacity_LG, dtype=np.int64)
     L, G, C = slots.shape
     if G < 2 or L == 0:
         return slots
-    state = _State(load_LE, slots, capacity, speed, target)
+    usable = np.minimum(np.asarray(capacity_LG, dtype=np.int64), C)
+    weight = _weights(load_LE, slots)[1]
+    time = _sum_slots(weight) * (1.0 / speed)
+    mean = load_LE.sum(axis=1) / speed.sum()
+    goal = target * np.maximum(mean, weight.max(axis=(1, 2)) / speed.max())
+    if backend == "numba":
+        fast.swap_rounds(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1], rounds, focus)
+        return _empties_last(slots)
+    state = _State(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1])
     for step in range(rounds):
         if not state.settle():
             break
         state.pair_round(step)
+    state.stuck[:] = False
     for _ in range(focus):
         if not state.settle():
             break
@@ -87,27 +99,21 @@ class _State:
     """The layers still at work, and what the rounds need of them."""
 
     def __init__(
-        self, load_LE: Floats, slots: Int32s, capacity: Ints, speed_G: Floats, target: float
+        self, slots: Int32s, weight: Floats, time: Floats, usable: Ints, inverse_G: Floats, goal: Floats, E: int
     ) -> None:
         L, G, C = slots.shape
-        E = load_LE.shape[1]
-        _, weight = _weights(load_LE, slots)
-        self.speed_G = speed_G
-        self.inverse_G = 1.0 / speed_G
+        self.inverse_G = inverse_G
         self.done = slots  # where finished layers are put
         self.layer_A = np.arange(L)
         self.expert = slots.copy()
         self.weight = weight
-        self.time = _sum_slots(weight) / speed_G
-        self.barred: Bools | None = None
-        beyond = np.arange(C) >= capacity[:, :, None]
-        if beyond.any():
-            self.barred = beyond
+        self.time = time
+        self.goal = goal
+        beyond = np.arange(C) >= usable[:, :, None]
+        self.barred: Bools | None = beyond if beyond.any() else None
         self.held = np.zeros((L, G, E + 1), dtype=bool)
         self.held[np.arange(L)[:, None, None], np.arange(G)[:, None], slots] = True
         self.held[:, :, E] = False  # index -1: an empty slot clashes with nothing
-        mean = load_LE.sum(axis=1) / speed_G.sum()
-        self.goal = target * np.maximum(mean, weight.max(axis=(1, 2)) / speed_G.max())
         self.stale = np.zeros(L, dtype=np.int64)
         self.stuck = np.zeros(L, dtype=bool)
 
@@ -137,6 +143,7 @@ class _State:
         fast = rank[:, G - 1 - (np.arange(half) + step) % half]
         gained = self._swap(slow, fast)
         self.stale = np.where(gained.any(axis=1), 0, self.stale + 1)
+        self.stuck = self.stale >= half
 
     def focus_round(self) -> None:
         """The best swap between the slowest GPU and any other; a layer without one is stuck."""

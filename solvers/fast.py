@@ -1,0 +1,57 @@
+"""Compiled twins of the kernels that take time: the same plans, bit for bit, several times sooner.
+
+Numba is optional (the extra ``fast``) and is imported only when a twin is first asked for. The first call in a
+fresh installation compiles each kernel, a few seconds in all; Numba keeps the machine code in ``__pycache__``, and
+later processes load it in a fraction of a second.
+
+Same results means: the same additions in the same order, the same comparisons, ties to the same index. Sorting
+is by a total order (value, then index), and nothing here may be reassociated: no ``fastmath``, no ``parallel``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["available", "difference", "loaded", "swap_rounds"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Int32s = NDArray[np.int32]
+
+
+@functools.cache
+def available() -> bool:
+    """Whether Numba is installed (looked up, not imported)."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def loaded() -> bool:
+    """Whether the compiled kernels are already in this process, so that using them costs nothing more."""
+    return _kernels.cache_info().currsize > 0
+
+
+def difference(expert_LS: Ints, weight_LS: Floats, G: int, C: int) -> Int32s:
+    """Twin of `packing._difference`."""
+    slots: Int32s = _kernels()[0](np.ascontiguousarray(expert_LS), np.ascontiguousarray(weight_LS), G, C)
+    return slots
+
+
+def swap_rounds(
+    slots: Int32s, weight: Floats, time: Floats, usable: Ints, inverse_G: Floats, goal: Floats, E: int, rounds: int,
+    focus: int,
+) -> None:
+    """Twin of the rounds of `search.improve`; changes slots, weight and time in place."""
+    _kernels()[1](slots, weight, time, usable, inverse_G, goal, E, rounds, focus)
+
+
+@functools.cache
+def _kernels() -> tuple[Any, ...]:
+    """Declare the kernels (Numba compiles each at its first call, or loads it from its cache)."""
+    import moeless_opt.solvers._fast_kernels as kernels
+
+    return kernels.difference, kernels.swap_rounds
