@@ -279,11 +279,11 @@ def compare(
     rows = []
     for name in names:
         try:
-            result = solve(
-                problem, name, time_limit=time_limit, stop=stop, seed=seed, progress=progress
-            )
+            result = solve(problem, name, time_limit=time_limit, stop=stop, seed=seed, progress=progress)
         except (UnsupportedFeatureError, SolverUnavailableError) as error:
-            result = Result(problem=problem, plan=None, status=Status.NO_SOLUTION, solver=name, message=str(error))
+            result = Result(
+                problem=problem, plan=None, status=Status.NO_SOLUTION, solver=name, message=str(error)
+            )
         results[name] = result
         rows.append(row_of(result))
     return Comparison(problem=problem, rows=tuple(rows), results=results)

@@ -44,7 +44,17 @@ from moeless_opt.solvers.registry import get_solver, list_solvers, solver_names
 __all__ = ["main"]
 
 DEFAULT_COMPARISON = ("static", "eplb", "moeless", "auto", "oracle")
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         "--compare   |   moeless-solve problem.json -o plan.json --plot plan.png",
     )
     add = parser.add_argument
-    add("problem", nargs="?", help="a problem (JSON), a recording of loads, or the name of a shipped instance")
+    add(
+        "problem", nargs="?", help="a problem (JSON), a recording of loads, or the name of a shipped instance"
+    )
     add("-o", "--output", metavar="PLAN", help="write the plan here (.json, or .npz)")
     add("--solver", default="auto", help="name of the solver (default: auto; see --list-solvers)")
     add(
@@ -130,7 +142,9 @@ def _run(args: argparse.Namespace) -> int:
         print(table(("instance", "shape", "optimum known", "source"), rows))
         return 0
     if args.problem is None:
-        raise ProblemError("problem", "is missing: give a problem, a recording, or an instance (--list-instances)")
+        raise ProblemError(
+            "problem", "is missing: give a problem, a recording, or an instance (--list-instances)"
+        )
     for path in (args.output, args.plot):
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise FormatError(path, "cannot be written: its folder does not exist")
@@ -179,7 +193,9 @@ def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
         if path and best is not None:
             _say(f"wrote {path}")
     if best is None and names != ["oracle"]:
-        reasons = "; ".join(f"{row.solver}: {row.note or row.status}" for row in outcome.rows if row.solver in names)
+        reasons = "; ".join(
+            f"{row.solver}: {row.note or row.status}" for row in outcome.rows if row.solver in names
+        )
         return _fail(1, f"no plan found ({reasons})")
     return 0
 
@@ -284,12 +300,16 @@ def _topology(args: argparse.Namespace) -> Topology | None:
     memory = None if args.memory is None else _size(args.memory)
     if args.topology is not None:
         if args.gpus is not None:
-            raise ProblemError("--gpus", "cannot be given with --topology; one of them says what the GPUs are")
+            raise ProblemError(
+                "--gpus", "cannot be given with --topology; one of them says what the GPUs are"
+            )
         if args.topology in TOPOLOGY_PRESETS:
             return Topology.preset(args.topology, slots=args.slots, memory=memory)
         if Path(args.topology).is_file():
             return Topology.from_dict(read_json(args.topology))
-        raise ProblemError("--topology", f"{args.topology!r} is no preset ({', '.join(TOPOLOGY_PRESETS)}) and no file")
+        raise ProblemError(
+            "--topology", f"{args.topology!r} is no preset ({', '.join(TOPOLOGY_PRESETS)}) and no file"
+        )
     if args.gpus is None:
         if args.slots is not None or memory is not None:
             raise ProblemError("--gpus", "is missing: --slots and --memory need it")
@@ -314,7 +334,8 @@ def _check(problem: Problem, args: argparse.Namespace) -> int:
     plan = load_plan(args.check)
     if plan.problem_digest and plan.problem_digest != problem.digest():
         raise ProblemError(
-            args.check, f"is a plan of another problem ({plan.problem_digest}); this one is {problem.digest()}"
+            args.check,
+            f"is a plan of another problem ({plan.problem_digest}); this one is {problem.digest()}",
         )
     found = violations(problem, plan)
     if args.json:
@@ -350,7 +371,9 @@ def _need_matplotlib() -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise SolverUnavailableError("--plot: needs a package that is missing: pip install 'moeless-opt[plot]'")
+        raise SolverUnavailableError(
+            "--plot: needs a package that is missing: pip install 'moeless-opt[plot]'"
+        )
 
 
 @contextmanager

@@ -34,9 +34,16 @@ def plot_loads(problem: Problem, plan: Plan) -> bytes:
     limit = max(float(np.max(r)) for r in relative)
     layers, gpus = plan.time_LG.shape
     figure = Figure(figsize=(11, max(3.0, min(9.0, 1.6 + 0.11 * layers))), layout="constrained")
-    for axes, values, (time_LG, name) in zip(figure.subplots(1, 2, sharey=True), relative, panels, strict=True):
+    for axes, values, (time_LG, name) in zip(
+        figure.subplots(1, 2, sharey=True), relative, panels, strict=True
+    ):
         image = axes.imshow(
-            values, aspect="auto", cmap="coolwarm", vmin=max(0.0, 2 - limit), vmax=limit, interpolation="nearest"
+            values,
+            aspect="auto",
+            cmap="coolwarm",
+            vmin=max(0.0, 2 - limit),
+            vmax=limit,
+            interpolation="nearest",
         )
         ratio_L = imbalance(time_LG, speed_G)
         axes.set_title(f"{name}\nimbalance {ratio_L.mean():.3f} mean, {ratio_L.max():.3f} worst")
@@ -65,4 +72,6 @@ def _before(problem: Problem) -> tuple[FloatArray, str]:
 
 def _relative(time_LG: FloatArray, speed_G: FloatArray) -> FloatArray:
     mean_L = time_LG @ (speed_G / speed_G.sum())
-    return np.divide(time_LG, mean_L[:, None], out=np.ones_like(time_LG), where=mean_L[:, None] > 0)
+    return np.asarray(
+        np.divide(time_LG, mean_L[:, None], out=np.ones_like(time_LG), where=mean_L[:, None] > 0)
+    )

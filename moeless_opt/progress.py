@@ -31,7 +31,9 @@ class Display:
     Nothing is drawn before `delay` seconds: most solves are over by then.
     """
 
-    def __init__(self, *, quiet: bool = False, solvers: int = 1, limit: float | None = None, delay: float = 0.5) -> None:
+    def __init__(
+        self, *, quiet: bool = False, solvers: int = 1, limit: float | None = None, delay: float = 0.5
+    ) -> None:
         self.quiet = quiet
         self.limit = limit
         self.solvers = solvers
@@ -45,7 +47,9 @@ class Display:
     def __enter__(self) -> Display:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -68,6 +72,8 @@ class Display:
         if self.bar is None:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=float(self.solvers), bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}")
+            self.bar = tqdm(
+                total=float(self.solvers), bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
+            )
         self.bar.n = min(self.finished + done, self.solvers)
         self.bar.set_postfix_str(text, refresh=True)

@@ -186,4 +186,6 @@ def worst_layers(plan: Plan, count: int = 3) -> str:
         ]
         for i in order
     ]
-    return table(("layer", "imbalance", f"max ({plan.unit})", "bound", "gap", "bound by", "busiest GPU"), rows)
+    return table(
+        ("layer", "imbalance", f"max ({plan.unit})", "bound", "gap", "bound by", "busiest GPU"), rows
+    )

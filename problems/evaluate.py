@@ -33,18 +33,21 @@ __all__ = [
 
 def gpu_tokens(load_LE: FloatArray, slots_LGC: SlotArray, share_LGC: FloatArray) -> FloatArray:
     """Tokens that each GPU serves, shape [L, G]."""
-    layers, gpus, slots = slots_LGC.shape
-    flat = slots_LGC.reshape(layers, gpus * slots)
-    # an empty slot reads the last expert's load, and its share is 0
-    load = np.take_along_axis(load_LE, flat + (flat < 0), axis=1).reshape(slots_LGC.shape)
-    return np.asarray(np.einsum("lgc,lgc->lg", load, share_LGC))
+    # an empty slot (-1) reads some other expert's load, and its share is 0
+    return np.asarray(np.einsum("lgc,lgc->lg", _slot_loads(load_LE, slots_LGC), share_LGC))
+
+
+def _slot_loads(load_LE: FloatArray, slots_LGC: SlotArray) -> FloatArray:
+    """Load of the expert in each slot, shape [L, G, C]; anything where the slot is empty."""
+    layers, experts = load_LE.shape
+    if layers == 1:
+        return np.asarray(load_LE[0][slots_LGC])
+    return np.asarray(load_LE.ravel()[slots_LGC + (np.arange(layers) * experts)[:, None, None]])
 
 
 def activated(load_LE: FloatArray, slots_LGC: SlotArray, share_LGC: FloatArray) -> IntArray:
     """Replicas of each GPU that serve tokens, shape [L, G]."""
-    layers, gpus, slots = slots_LGC.shape
-    flat = slots_LGC.reshape(layers, gpus * slots)
-    load = np.take_along_axis(load_LE, np.maximum(flat, 0), axis=1).reshape(slots_LGC.shape)
+    load = _slot_loads(load_LE, slots_LGC)
     return np.asarray(((load > 0) & (share_LGC > 0) & (slots_LGC >= 0)).sum(2))
 
 
@@ -83,7 +86,7 @@ def imbalance(time_LG: FloatArray, speed_G: FloatArray) -> FloatArray:
     """
     mean_L = time_LG @ (speed_G / speed_G.sum())
     top_L = time_LG.max(1)
-    return np.divide(top_L, mean_L, out=np.ones_like(top_L), where=mean_L > 0)
+    return np.asarray(np.divide(top_L, mean_L, out=np.ones_like(top_L), where=mean_L > 0))
 
 
 def new_replicas(slots_LGC: SlotArray, before_LGC: SlotArray, experts: int) -> BoolArray:

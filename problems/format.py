@@ -75,7 +75,9 @@ class _Fields:
             raise FormatError(self.where or "document", f"{key!r} is missing{self._near(key, self.data)}")
         value = self.data.pop(key)
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds)):
+        if kind is not None and (
+            not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds)
+        ):
             want = " or ".join(_NAMES.get(k, str(k)) for k in kinds if k is not None)
             raise FormatError(self.path(key), f"must be {want}, got {_kind(value)}")
         return value
@@ -155,7 +157,9 @@ def read_json(path: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> Any:
     try:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        raise FormatError(name, f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        raise FormatError(
+            name, f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
     except RecursionError:
         raise FormatError(name, "is nested too deeply to be one of ours") from None
 
@@ -303,7 +307,9 @@ def _npz_array(entry: _Fields, folder: Path) -> Any:
     except OSError as error:
         raise FormatError(entry.path("path"), f"{path} cannot be read: {error.strerror}") from None
     if (found := hashlib.sha256(raw).hexdigest()) != want:
-        raise FormatError(entry.path("sha256"), f"{path} has hash {found[:12]}..., the problem names {want[:12]}...")
+        raise FormatError(
+            entry.path("sha256"), f"{path} has hash {found[:12]}..., the problem names {want[:12]}..."
+        )
     try:
         with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
             if key not in archive:
@@ -347,7 +353,10 @@ def _time(data: object, where: str) -> TimeModel:
     kind = entry.take("kind", str, "linear")
     if kind not in ("linear", "curve"):
         raise FormatError(entry.path("kind"), f"is {kind!r}, must be 'linear' or 'curve'")
-    allowed = {"linear": ("token_cost", "activation_cost", "launch"), "curve": ("curve_tokens", "curve_activated", "curve_time")}
+    allowed = {
+        "linear": ("token_cost", "activation_cost", "launch"),
+        "curve": ("curve_tokens", "curve_activated", "curve_time"),
+    }
     given = {key: entry.take(key) for key in (*allowed[kind], "unit", "name") if key in entry.data}
     entry.asked += allowed[kind]
     entry.done()
@@ -453,7 +462,11 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
         document["current"] = {"kind": "inline", "slots": problem.current.slots_LGC.tolist()}
     if time := _plain(problem.time):
         document["time"] = {"kind": "curve" if problem.time.has_curve else "linear", **time}
-    for key, record in (("sizing", problem.sizing), ("objective", problem.objective), ("limits", problem.limits)):
+    for key, record in (
+        ("sizing", problem.sizing),
+        ("objective", problem.objective),
+        ("limits", problem.limits),
+    ):
         if part := _plain(record):
             document[key] = part
     if problem.known is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,8 @@ class Problem(Record):
     limits: Limits = _LIMITS
     name: str = ""
     known: Known | None = None
+    capacity_LG: IntArray = field(init=False, repr=False, compare=False)
+    """Slots of each GPU in each layer, shape [L, G]."""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -110,6 +113,7 @@ class Problem(Record):
                     "expert_bytes", f"has shape {size_L.shape}, must be one number or ({layers},)"
                 )
             object.__setattr__(self, "expert_bytes_L", size_L)
+        object.__setattr__(self, "capacity_LG", self.topology.capacity_LG(self.bytes_L, experts))
         if self.current is not None:
             self._check_current(self.current)
         for key in ("pinned", "forbidden"):
@@ -170,11 +174,6 @@ class Problem(Record):
         if self.expert_bytes_L is not None:
             return self.expert_bytes_L
         return np.full(self.layers, 0 if self.model is None else self.model.expert_bytes, dtype=np.int64)
-
-    @property
-    def capacity_LG(self) -> IntArray:
-        """Slots of each GPU in each layer, shape [L, G]."""
-        return self.topology.capacity_LG(self.bytes_L, self.experts)
 
     def pairs_LEG(self, key: str) -> BoolArray:
         """The pinned or forbidden (expert, GPU) pairs as a mask, shape [L, E, G]."""
@@ -257,17 +256,38 @@ class Problem(Record):
         return f"Problem({title}{self.loads!r} on {self.topology!r}, {self.split} split{live})"
 
 
-_UNHASHED = {"name", "source", "known", "scenarios", "skipped"}
+_UNHASHED = {"name", "source", "known", "scenarios", "skipped", "capacity_LG"}
+
+
+@cache
+def _hashed_fields(kind: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind) if f.name not in _UNHASHED)
 
 
 def _feed(sha: Any, value: object) -> None:
     if isinstance(value, np.ndarray):
         sha.update(f"{value.dtype.str}{value.shape}".encode())
         sha.update(np.ascontiguousarray(value).data)
+    elif id(value) in _DEFAULT_TEXT:
+        sha.update(_DEFAULT_TEXT[id(value)])
     elif isinstance(value, Record):
-        for field in fields(value):  # type: ignore[arg-type]
-            if field.name not in _UNHASHED:
-                sha.update(field.name.encode())
-                _feed(sha, getattr(value, field.name))
-    else:
-        sha.update(repr(value).encode())
+        text = bytearray()
+        for name in _hashed_fields(type(value)):
+            part = getattr(value, name)
+            if isinstance(part, np.ndarray | Record):
+                sha.update(text + name.encode())
+                text.clear()
+                _feed(sha, part)
+            else:
+                text += f"{name}={part!r};".encode()
+        sha.update(text)
+
+
+def _text(record: Record) -> bytes:
+    """What `_feed` feeds of a record without arrays."""
+    parts = (f"{name}={getattr(record, name)!r};" for name in _hashed_fields(type(record)))
+    return "".join(parts).encode()
+
+
+# Only a shortcut: the text depends on the content, not on which object it is.
+_DEFAULT_TEXT = {id(record): _text(record) for record in (_TOKENS, _OBJECTIVE, _LIMITS, _SLOTS)}

@@ -12,9 +12,6 @@ from moeless_opt.problems.placement import equal_shares
 from moeless_opt.problems.plan import Plan, ProgressCallback, Result
 from moeless_opt.problems.problem import Problem
 from moeless_opt.solvers.base import Clock, Feature, Stop, finish
-from moeless_opt.solvers.construct import construct_equal
-from moeless_opt.solvers.fractional import construct_fractional
-from moeless_opt.solvers.share_lp import solve_shares_exact
 
 __all__ = ["Auto", "Construct"]
 
@@ -61,8 +58,12 @@ class Construct:
     ) -> tuple[SlotArray, FloatArray]:
         capacity_LG, speed_G = problem.capacity_LG, problem.topology.speed_G
         if problem.split == "equal":
+            from moeless_opt.solvers.construct import construct_equal
+
             slots_LGC = construct_equal(load_LE, capacity_LG, speed_G, seed=seed, **options)
             return slots_LGC, equal_shares(slots_LGC, problem.experts)
+        from moeless_opt.solvers.fractional import construct_fractional
+
         return construct_fractional(load_LE, capacity_LG, speed_G, seed=seed, **options)
 
     def _over_scenarios(
@@ -90,6 +91,8 @@ class Construct:
             slots_LGC[better_L] = other_LGC[better_L]
         if problem.split == "equal":
             return slots_LGC, equal_shares(slots_LGC, problem.experts)
+        from moeless_opt.solvers.share_lp import solve_shares_exact
+
         share_LGC, _, _ = solve_shares_exact(problem.load_LE, slots_LGC, problem.topology.speed_G)
         return slots_LGC, share_LGC
 
@@ -97,6 +100,8 @@ class Construct:
     def _risk_L(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
         speed_G = problem.topology.speed_G
         even_LGC = equal_shares(slots_LGC, problem.experts)
+        from moeless_opt.solvers.share_lp import solve_shares_exact
+
         top_TL = []
         for load_LE in problem.loads.load_TLE:
             if problem.split == "equal":
@@ -127,6 +132,8 @@ class Auto:
         **options: Any,
     ) -> Result:
         """Choose and solve."""
-        return Construct().solve(
-            problem, stop=stop, seed=seed, initial=initial, progress=progress, **options
-        ).replace(solver=self.name)
+        return (
+            Construct()
+            .solve(problem, stop=stop, seed=seed, initial=initial, progress=progress, **options)
+            .replace(solver=self.name)
+        )

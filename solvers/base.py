@@ -252,7 +252,9 @@ def finish(
     value_L = time_LG.max(1)
     bound_L, names = lower_bound(problem)
     if bound is not None:
-        names = tuple(b if y > x else a for a, b, x, y in zip(names, bound[1], bound_L, bound[0], strict=True))
+        names = tuple(
+            b if y > x else a for a, b, x, y in zip(names, bound[1], bound_L, bound[0], strict=True)
+        )
         bound_L = np.maximum(bound_L, bound[0])
     # Rounding may leave a perfect plan a hair below its bound; a bound above the value would be a lie.
     bound_L = np.where(bound_L > value_L, np.minimum(bound_L, value_L * (1 + 1e-9)), bound_L)

@@ -16,7 +16,9 @@ __all__ = ["Eplb", "EplbHierarchical", "MoEless", "Oracle", "Static"]
 
 _BOTH_SPLITS = frozenset({Feature.EQUAL_SPLIT, Feature.FRACTIONAL})
 # They ignore the live placement and all but the expected loads; their plans are still valid and charged for it.
-_ANY_TRAFFIC = frozenset({Feature.MIGRATION, Feature.MEMORY, Feature.SCENARIOS, Feature.NODE_AWARE, Feature.TIME_MODEL})
+_ANY_TRAFFIC = frozenset(
+    {Feature.MIGRATION, Feature.MEMORY, Feature.SCENARIOS, Feature.NODE_AWARE, Feature.TIME_MODEL}
+)
 
 
 class Static:
@@ -111,7 +113,9 @@ class MoEless:
 
     name = "moeless"
     summary = "the MoEless paper's scaler (CV threshold) and placer (warm first, then least loaded)"
-    features: ClassVar[frozenset[Feature]] = _BOTH_SPLITS | _ANY_TRAFFIC | {Feature.HETEROGENEOUS, Feature.SIZING_CV}
+    features: ClassVar[frozenset[Feature]] = (
+        _BOTH_SPLITS | _ANY_TRAFFIC | {Feature.HETEROGENEOUS, Feature.SIZING_CV}
+    )
 
     def solve(
         self,

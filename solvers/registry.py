@@ -16,7 +16,7 @@ ENTRY_POINTS = "moeless_opt.solvers"
 
 BUILT_IN: dict[str, str] = {
     "auto": "moeless_opt.solvers.auto:Auto",
-    "construct": "moeless_opt.solvers.construct:Construct",
+    "construct": "moeless_opt.solvers.auto:Construct",
     "static": "moeless_opt.solvers.baselines:Static",
     "eplb": "moeless_opt.solvers.baselines:Eplb",
     "eplb-hierarchical": "moeless_opt.solvers.baselines:EplbHierarchical",
@@ -82,5 +82,3 @@ def require(solver: Solver, problem: Problem) -> None:
         able = [s.name for s in list_solvers() if not required_features(problem) - s.features]
         hint = f"; solvers that have it: {', '.join(able)}" if able else ""
         raise UnsupportedFeatureError(f"solver {solver.name!r} does not support {names}{hint}")
-
-
