@@ -272,7 +272,8 @@ def _feed(sha: Any, value: object) -> None:
         sha.update(_DEFAULT_TEXT[id(value)])
     elif isinstance(value, Record):
         text = bytearray()
-        for name in _hashed_fields(type(value)):
+        kind: Any = type(value)
+        for name in _hashed_fields(kind):
             part = getattr(value, name)
             if isinstance(part, np.ndarray | Record):
                 sha.update(text + name.encode())
@@ -285,7 +286,8 @@ def _feed(sha: Any, value: object) -> None:
 
 def _text(record: Record) -> bytes:
     """What `_feed` feeds of a record without arrays."""
-    parts = (f"{name}={getattr(record, name)!r};" for name in _hashed_fields(type(record)))
+    kind: Any = type(record)
+    parts = (f"{name}={getattr(record, name)!r};" for name in _hashed_fields(kind))
     return "".join(parts).encode()
 
 

@@ -79,7 +79,8 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
         return [*found, "shares must be finite and at least 0"]
     if at.size < slots.size and np.any(share[slots < 0] != 0):
         found.append("an empty slot has a token share")
-    part: FloatArray = np.bincount(cell, weights=weight, minlength=count.size).reshape(count.shape)
+    served = np.bincount(cell, weights=weight, minlength=count.size)
+    part = np.asarray(served, dtype=np.float64).reshape(count.shape)
     off = np.abs(part.sum(1) - 1.0)
     if float(off.max()) > TOLERANCE:
         found += [
@@ -147,7 +148,7 @@ def _limits(problem: Problem, has: BoolArray, replicas: IntArray) -> list[str]:
         )
     if limits.spread > 1:
         domain = problem.topology.failure_domain_G
-        reach = sum(has[:, domain == d].any(1).astype(int) for d in np.unique(domain))
+        reach = np.stack([has[:, domain == d].any(1) for d in np.unique(domain)]).sum(0)
         found += [
             f"layer {x}: expert {e} is in {reach[x, e]} failure domains, must be in {limits.spread}"
             for x, e in np.argwhere(reach < limits.spread)[:_MOST]

@@ -1,4 +1,4 @@
-"""What every solver is: features, stopping criteria, and the one way in which a placement becomes a Result."""
+"""What every solver is: features, stopping criteria, and the one way from a placement to a Result."""
 
 from __future__ import annotations
 

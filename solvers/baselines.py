@@ -15,7 +15,7 @@ from moeless_opt.solvers.base import Clock, Feature, Stop, finish
 __all__ = ["Eplb", "EplbHierarchical", "MoEless", "Oracle", "Static"]
 
 _BOTH_SPLITS = frozenset({Feature.EQUAL_SPLIT, Feature.FRACTIONAL})
-# They ignore the live placement and all but the expected loads; their plans are still valid and charged for it.
+# They ignore the live placement and all but the expected loads; their plans are valid and pay for it.
 _ANY_TRAFFIC = frozenset(
     {Feature.MIGRATION, Feature.MEMORY, Feature.SCENARIOS, Feature.NODE_AWARE, Feature.TIME_MODEL}
 )
