@@ -55,7 +55,8 @@ def instance_summary(name: str) -> tuple[str, str, str]:
     """Shape, what is known, and the source of an instance, for people."""
     problem = load_instance(name)
     slots = int(problem.capacity_LG[0].sum())
-    shape = f"{problem.layers} x {problem.experts} experts, {problem.topology.gpus} GPUs, {slots} slots, {problem.split}"
+    gpus = problem.topology.gpus
+    shape = f"{problem.layers} x {problem.experts} experts, {gpus} GPUs, {slots} slots, {problem.split}"
     if problem.loads.shape[0] > 1:
         shape = f"{problem.loads.shape[0]} steps, {shape}"
     known = problem.known
