@@ -34,6 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "LinearTime",
+    "apportionment_pairs",
     "best_bound",
     "density_bound",
     "mean_bound",
@@ -440,7 +441,7 @@ def _tau_alike(heavy_LE: Float, speed_G: Float, spare: int, split: Split, time: 
     """Return the (spare + 1)-th largest ``Q(e, r)``; at least what the heaviest needs on all G GPUs."""
     G = len(speed_G)
     tau_L = _quotient(heavy_LE[:, :1], np.array([G]), speed_G, split, time)[:, 0]
-    rank_P, count_P = _pairs(heavy_LE.shape[1], G - 1, spare + 1)
+    rank_P, count_P = apportionment_pairs(heavy_LE.shape[1], G - 1, spare + 1)
     if len(rank_P) > spare:
         quotient_LP = _quotient(heavy_LE[:, rank_P], count_P, speed_G, split, time)
         nth = len(rank_P) - 1 - spare
@@ -520,8 +521,22 @@ def _quotient(load: Float, count: Int, speed_G: Float, split: Split, time: Linea
 
 
 @lru_cache(maxsize=256)
-def _pairs(experts: int, most: int, wanted: int) -> tuple[Int, Int]:
-    """Return all (rank, replicas) with ``(rank + 1) * replicas <= wanted``: the candidates of `tau_star`."""
+def apportionment_pairs(experts: int, most: int, wanted: int) -> tuple[Int, Int]:
+    """Return all (rank, replicas) that can be among the ``wanted`` largest quotients of an apportionment.
+
+    Quotients fall in the replicas and in the rank by load, so ``(rank + 1) * replicas - 1`` others are at
+    least as large: only pairs with ``(rank + 1) * replicas <= wanted`` count, ``wanted * log(wanted)`` or so.
+
+    Parameters
+    ----------
+    experts, most, wanted : int
+        Number of experts, most replicas of one, and quotients wanted.
+
+    Returns
+    -------
+    rank_P, count_P : ndarray of int, shape (P,)
+        Rank from 0 (heaviest) and replicas from 1.
+    """
     pairs = [
         (rank, count)
         for rank in range(min(experts, wanted))

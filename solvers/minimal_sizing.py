@@ -1,0 +1,175 @@
+"""The fewest replicas that reach a goal: even per-replica loads, or a time once they are placed.
+
+*Even loads* (MoEless's rule: coefficient of variation of all replicas' loads at most a threshold). With N
+replicas in all the loads' mean is ``W / N`` whatever the counts, so only ``sum of w_e^2 / r_e`` is left to
+minimise. It is separable and convex: the next replica belongs to the expert with the largest ``w_e^2 / (r_e
+(r_e + 1))``, which is Huntington and Hill's apportionment, and one sorted list of those gains holds the
+best counts for *every* N. The first N that meets the threshold is the minimum. The paper's greedy adds to
+the expert with the largest load per replica instead, which is Adams' apportionment and minimises the
+maximum, not the variation.
+
+*A time*: an expert of w tokens needs ``r_e(T)`` replicas to end within T (`bounds.replicas_needed`), which
+bounds the total from below. The fewest that can also be packed are found by the pattern search for small
+layers with equal split, by the fast constructions for all others, between that bound and the slots.
+
+Axes: L layers, E experts, G GPUs, C slots of a GPU, P pairs (rank, replicas), N totals.
+
+References
+----------
+E. V. Huntington, "The apportionment of representatives in Congress", Trans. Amer. Math. Soc. 30 (1928).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moeless_opt.problems.bounds import apportionment_pairs
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+
+__all__ = ["CvSizing", "fewest_for_cv"]
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+
+_ROUND = 1e-12  # relative slop of the threshold
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CvSizing:
+    """Replicas per expert and how even they are.
+
+    Parameters
+    ----------
+    replicas_LE : ndarray of int32, shape (L, E)
+    cv_L : ndarray of float, shape (L,)
+        Coefficient of variation of the loads of all replicas of the layer.
+    met_L : ndarray of bool, shape (L,)
+        Whether the threshold is met. Where it is not, no counts within the caps meet it: these come closest.
+    """
+
+    replicas_LE: NDArray[np.int32]
+    cv_L: Float
+    met_L: NDArray[np.bool_]
+
+
+def fewest_for_cv(
+    load_LE: ArrayLike,
+    cv: float = 0.2,
+    cap: ArrayLike | None = None,
+    *,
+    max_replicas: int | None = None,
+    ddof: int = 0,
+    idle: str = "count",
+) -> CvSizing:
+    """Return the fewest replicas with a coefficient of variation of at most ``cv``, layer by layer, exactly.
+
+    Parameters
+    ----------
+    load_LE : array_like of float, shape (L, E)
+        Tokens of each expert.
+    cv : float
+        The threshold, at least 0.
+    cap : int or array_like of int, shape (L,), optional
+        Most replicas of a layer in all, at least one per expert (default: what `max_replicas` allows, or 64
+        per expert). For a cap in bytes divide them by the bytes of a replica.
+    max_replicas : int, optional
+        Most replicas of one expert, usually the number of GPUs.
+    ddof : {0, 1}
+        0 for the population's standard deviation, 1 for the sample's.
+    idle : {"count", "ignore"}
+        Whether experts without load count in the variation. Each holds one replica in any case.
+
+    Returns
+    -------
+    CvSizing
+        The fewest replicas in all, and of those counts the ones that vary least.
+
+    Raises
+    ------
+    ProblemError
+        If an argument is out of range.
+    InfeasibleError
+        If a cap is below one replica per expert.
+
+    Examples
+    --------
+    >>> fewest_for_cv([[69.0, 10.0, 9.0, 6.0, 4.0]], cv=0.2, cap=16).replicas_LE
+    array([[8, 1, 1, 1, 1]], dtype=int32)
+    """
+    load_LE = np.atleast_2d(np.asarray(load_LE, dtype=np.float64))
+    L, E = load_LE.shape
+    if not cv >= 0:
+        raise ProblemError("cv", f"is {cv!r}, must be a number of at least 0")
+    if ddof not in (0, 1):
+        raise ProblemError("ddof", f"is {ddof!r}, must be 0 (population) or 1 (sample)")
+    if idle not in ("count", "ignore"):
+        raise ProblemError("idle", f"is {idle!r}, must be 'count' or 'ignore'")
+    if max_replicas is not None and max_replicas < 1:
+        raise ProblemError("max_replicas", f"is {max_replicas!r}, must be at least 1")
+    most = 64 if max_replicas is None else max_replicas
+    cap_L = np.broadcast_to(np.asarray(E * most if cap is None else cap, dtype=np.int64), (L,))
+    if (cap_L < E).any():
+        layer = int(np.argmax(cap_L < E))
+        raise InfeasibleError(
+            f"cap: layer {layer} may have {cap_L[layer]} replicas, its {E} experts need {E}"
+        )
+    if max_replicas is None:
+        most = int(cap_L.max()) - E + 1
+    spare_L = np.minimum(cap_L - E, E * (most - 1))
+
+    replicas_LE = np.ones((L, E), dtype=np.int32)
+    cv_L, met_L = np.full(L, np.inf), np.zeros(L, dtype=bool)
+    # Few layers need many replicas: look at short lists of gains first.
+    todo, extra = np.arange(L), min(E, int(spare_L.max(initial=0)))
+    while len(todo):
+        part = _sized(load_LE[todo], np.minimum(spare_L[todo], extra), most, cv, ddof, idle == "count")
+        replicas_LE[todo], cv_L[todo], met_L[todo] = part.replicas_LE, part.cv_L, part.met_L
+        todo = todo[~part.met_L & (spare_L[todo] > extra)]
+        extra *= 2
+    return CvSizing(replicas_LE=replicas_LE, cv_L=cv_L, met_L=met_L)
+
+
+def _sized(load_LE: Float, spare_L: Int, most: int, cv: float, ddof: int, count_idle: bool) -> CvSizing:
+    """Size layers with at most ``spare_L`` replicas beyond one per expert."""
+    L, E = load_LE.shape
+    order_LE = np.argsort(-load_LE, axis=1, kind="stable")
+    heavy_LE = np.take_along_axis(load_LE, order_LE, axis=1)
+    rank_P, count_P = apportionment_pairs(E, most - 1, int(spare_L.max(initial=0)))
+    gain_LP = heavy_LE[:, rank_P] ** 2 / (count_P * (count_P + 1))
+    given_LP = np.sort(gain_LP, axis=1)[:, ::-1][:, : int(spare_L.max(initial=0))]
+
+    # Squares of the loads with 0, 1, 2, ... spare replicas: the sum over replicas of their load squared.
+    square_LN = np.empty((L, given_LP.shape[1] + 1))
+    square_LN[:, 0] = (load_LE**2).sum(axis=1)
+    square_LN[:, 1:] = square_LN[:, :1] - given_LP.cumsum(axis=1)
+    total_LN = np.arange(given_LP.shape[1] + 1) + (
+        E if count_idle else np.maximum((load_LE > 0).sum(axis=1), 1)[:, None]
+    )
+    work_L1 = load_LE.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variance_LN = np.maximum(total_LN * square_LN / work_L1**2 - 1.0, 0.0)
+        if ddof:
+            variance_LN = np.where(total_LN > 1, variance_LN * total_LN / (total_LN - 1), 0.0)
+    variance_LN = np.where(work_L1 > 0, variance_LN, 0.0)
+
+    # Replicas of an expert without load cannot be meant: they would only fill up the mean.
+    allowed_LN = np.arange(given_LP.shape[1] + 1) <= spare_L[:, None]
+    allowed_LN[:, 1:] &= given_LP > 0
+    meets_LN: NDArray[np.bool_] = allowed_LN & (variance_LN <= cv * cv * (1 + _ROUND) + 1e-24)
+    met_L: NDArray[np.bool_] = np.logical_or.reduce(meets_LN, axis=1)
+    closest_L = np.where(allowed_LN, variance_LN, np.inf).argmin(axis=1)
+    spare_used_L = np.where(met_L, meets_LN.argmax(axis=1), closest_L)
+
+    # The gains above the last one given are all taken; of those equal to it the first.
+    last_L1 = np.append(np.full((L, 1), np.inf), given_LP, axis=1)[np.arange(L), spare_used_L][:, None]
+    taken_LP = gain_LP > last_L1
+    equal_LP = gain_LP == last_L1
+    equal_LP &= equal_LP.cumsum(axis=1) <= (spare_used_L - taken_LP.sum(axis=1))[:, None]
+    layer, pair = np.nonzero(taken_LP | equal_LP)
+    expert = order_LE[layer, rank_P[pair]]
+    replicas_LE = 1 + np.bincount(layer * E + expert, minlength=L * E).reshape(L, E)
+    cv_L = np.sqrt(variance_LN[np.arange(L), spare_used_L])
+    return CvSizing(replicas_LE=replicas_LE.astype(np.int32), cv_L=cv_L, met_L=met_L)
