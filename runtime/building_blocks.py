@@ -1,19 +1,15 @@
 """Megatron-core parts that run on any device: what a `GPTModel` needs to live on a CPU as well as on a GPU.
 
 Megatron-core 0.16.1 builds a model without a GPU but cannot run it: some of its modules name the current CUDA
-device. The classes here replace just those modules, by subclass and layer specification; nothing of megatron or
-torch is patched, and on a GPU the same classes run.
+device. The classes here replace just those modules, by subclass and layer specification; nothing of megatron
+or torch is patched, and on a GPU the same classes run.
 
-============================  =====================================================================================
-stock part                    why it needs a stand-in
-============================  =====================================================================================
-`TopKRouter.gating`           moves its weights to the current CUDA device; wants TransformerEngine's matrix product
-`TopKRouter.__init__`         puts the expert-bias buffers on the current CUDA device
-`DotProductAttention`         scratch buffer and causal mask on CUDA
-`RotaryEmbedding.get_emb`     moves its frequencies to CUDA
-`MultiLatentAttention`        builds its rotary embedding on CUDA; compares with TransformerEngine's class, absent here
-`MoEAlltoAllTokenDispatcher`  CUDA streams and events
-============================  =====================================================================================
+- `TopKRouter.gating` moves its weights to the current CUDA device, and wants TransformerEngine's product;
+- `TopKRouter.__init__` puts the expert-bias buffers on the current CUDA device;
+- `DotProductAttention` keeps a scratch buffer and a causal mask on CUDA;
+- `RotaryEmbedding.get_emb` moves its frequencies to CUDA;
+- `MultiLatentAttention` builds its rotary embedding on CUDA, and compares with a class of TransformerEngine;
+- `MoEAlltoAllTokenDispatcher` opens CUDA streams and events.
 
 The stand-ins keep the parameter names and shapes of the stock parts, so checkpoints are interchangeable.
 """
@@ -29,6 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+from moeless_opt.problems.errors import UnsupportedFeatureError
 
 with warnings.catch_warnings():
     # Megatron-core announces at import every accelerator package that it did not find.
@@ -55,20 +53,25 @@ with warnings.catch_warnings():
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 __all__ = [
+    "GPTModel",
+    "MLATransformerConfig",
     "NeutralLatentAttention",
     "NeutralRotary",
     "NeutralRouter",
     "SdpaCoreAttention",
     "StaticDispatcher",
+    "TransformerConfig",
     "build_gpt",
     "causal_positions",
     "cpu_capable_layer_spec",
     "ensure_model_parallel",
     "moe_layers",
     "neutral_config_fields",
+    "parallel_state",
+    "quiet_config",
 ]
 
 #: Configuration fields that keep megatron-core off its CUDA-only paths; safe on a GPU too.
@@ -87,6 +90,13 @@ NEUTRAL_CONFIG_FIELDS: dict[str, Any] = {
 def neutral_config_fields(**overrides: Any) -> dict[str, Any]:
     """Return the `TransformerConfig` fields that every model built here needs, with `overrides` on top."""
     return {**NEUTRAL_CONFIG_FIELDS, **overrides}
+
+
+def quiet_config(kind: type[Any], **fields: Any) -> Any:
+    """Build a configuration without its notes about options that are not used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kind(**fields)
 
 
 class NeutralRouter(TopKRouter):  # type: ignore[misc]
@@ -114,7 +124,7 @@ class NeutralRouter(TopKRouter):  # type: ignore[misc]
 
 
 class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
-    """Core attention by `torch.nn.functional.scaled_dot_product_attention`: grouped queries, any value width."""
+    """Core attention by torch's `scaled_dot_product_attention`: grouped queries, any value width."""
 
     def __init__(
         self,
@@ -269,10 +279,13 @@ class _NeutralLatentBase(MultiLatentAttention):  # type: ignore[misc]
             config.recompute_granularity == "selective" and "mla_up_proj" in config.recompute_modules
         )
         self.qkv_up_checkpoint = None
+        if config.rope_type != "rope":
+            raise UnsupportedFeatureError(
+                f"rope_type {config.rope_type!r}: build with 'rope' and give the bent frequencies (rotary=)"
+            )
         mscale = _yarn_get_mscale(config.rotary_scaling_factor, config.mscale_all_dim)
         self.softmax_scale = mscale * mscale / math.sqrt(self.q_head_dim)
         self.cache_mla_latents = config.cache_mla_latents
-        # Yarn only bends the frequencies: `build_gpt` hands such an embedding over (`rotary=`).
         self.rotary_pos_emb = NeutralRotary.plain(
             config.qk_pos_emb_head_dim, config.rotary_base, cp_group=self.pg_collection.cp
         )
@@ -306,22 +319,22 @@ class _NeutralLatentBase(MultiLatentAttention):  # type: ignore[misc]
 class NeutralLatentAttention(MLASelfAttention, _NeutralLatentBase):  # type: ignore[misc]
     """Multi-head latent attention on any device.
 
-    `MLASelfAttention.__init__` calls the next constructor in the resolution order, which is the one above instead
-    of the stock one: the rest of the class is megatron-core's own.
+    `MLASelfAttention.__init__` calls the next constructor in the resolution order, which is the one above
+    instead of the stock one: the rest of the class is megatron-core's own.
     """
 
 
 class StaticDispatcher(MoETokenDispatcher):  # type: ignore[misc]
     """Plain expert parallelism on any device: expert `e` lives on rank ``e // (E / ranks)`` and nowhere else.
 
-    What `MoEAlltoAllTokenDispatcher` does, without CUDA streams; for inference (its exchange has no gradient when
-    there is more than one rank). The yardstick for every placement that does better.
+    What `MoEAlltoAllTokenDispatcher` does, without CUDA streams; for inference (its exchange has no gradient
+    when there is more than one rank). The yardstick for every placement that does better.
     """
 
     def __init__(self, config: TransformerConfig, pg_collection: Any = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         if self.tp_size != 1:
-            raise NotImplementedError("StaticDispatcher: expert tensor parallelism is not supported")
+            raise UnsupportedFeatureError("StaticDispatcher: expert tensor parallelism is not supported")
         self.local = config.num_moe_experts // self.ep_size
         self.first = dist.get_rank(self.ep_group) * self.local
 
@@ -389,7 +402,8 @@ class StaticDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         out = unpermute(
             hidden_states, self.order, restore_shape=self.flat_shape, routing_map=self.routing_map
         )
-        return out.view(self.hidden_shape)
+        combined: torch.Tensor = out.view(self.hidden_shape)
+        return combined
 
 
 def ensure_model_parallel(expert_parallel_size: int | None = None) -> None:
@@ -402,11 +416,12 @@ def ensure_model_parallel(expert_parallel_size: int | None = None) -> None:
 
     Notes
     -----
-    Without an initialised process group a group of this one process is made (gloo, no network). Groups that the
-    caller has made are left as they are.
+    Without an initialised process group a group of this one process is made (gloo, no network). Groups that
+    the caller has made are left as they are.
     """
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         # This tracker's fork() is a null context: the stock one wants the state of a CUDA generator.
         initialize_rng_tracker(inference_rng_tracker=True)
@@ -436,7 +451,8 @@ def cpu_capable_layer_spec(
     Parameters
     ----------
     config : TransformerConfig
-        The model; `moe_layer_freq`, `qk_layernorm`, `normalization` and `multi_latent_attention` are followed.
+        The model; `moe_layer_freq`, `qk_layernorm`, `normalization` and `multi_latent_attention` are
+        followed.
     qk_l2_norm : bool or sequence of bool, one per layer
         Normalise queries and keys by their length (Llama 4, on its rotary layers).
     router : type
@@ -505,19 +521,23 @@ def build_gpt(
     Returns
     -------
     GPTModel
-        On the CPU, in evaluation mode. With several expert-parallel ranks its layers have a `StaticDispatcher`.
+        On the CPU, in evaluation mode. With several expert-parallel ranks its layers have a
+        `StaticDispatcher`.
     """
     ensure_model_parallel()
-    model = GPTModel(
-        config,
-        layer_spec or cpu_capable_layer_spec(config),
-        vocab_size=vocab_size,
-        max_sequence_length=max_sequence_length,
-        position_embedding_type="rope",
-        rotary_base=rotary_base,
-        share_embeddings_and_output_weights=share_embeddings,
-        pg_collection=pg_collection,
-    ).eval()
+    with warnings.catch_warnings():
+        # The stock constructors call each other in ways that they deprecate.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = GPTModel(
+            config,
+            layer_spec or cpu_capable_layer_spec(config),
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            position_embedding_type="rope",
+            rotary_base=rotary_base,
+            share_embeddings_and_output_weights=share_embeddings,
+            pg_collection=pg_collection,
+        ).eval()
     if config.multi_latent_attention:
         if rotary is not None:
             for layer in model.decoder.layers:

@@ -1,0 +1,643 @@
+"""What each architecture's checkpoint means in megatron-core: configuration, and which tensor goes where.
+
+Every parameter of the model is filled by one or more *pieces*: a tensor on disk (or one entry of it), and the
+part of the parameter that it fills. A table (`Names`) says how an architecture spells its tensors; what
+differs beyond the names stands in its `Architecture` entry.
+
+Where megatron-core and the checkpoints differ:
+
+- queries, keys and values are one matrix, its rows grouped by key-value head: first the
+  queries of the group, then its key, then its value;
+- the gate and up projections of a gated layer are one matrix, gate rows first;
+- Llama 4 keeps the experts of a layer in one tensor, transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from moeless_opt.problems.errors import FormatError, UnsupportedFeatureError
+from moeless_opt.runtime.building_blocks import (
+    MLATransformerConfig,
+    NeutralRouter,
+    TransformerConfig,
+    ensure_model_parallel,
+    neutral_config_fields,
+    parallel_state,
+    quiet_config,
+)
+from moeless_opt.runtime.loader_rope import RotarySpec, rotary_spec
+
+__all__ = ["ARCHITECTURES", "Architecture", "Names", "Piece", "Recipe", "SparseMixerRouter", "recipe"]
+
+View = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor on disk, and the part of a parameter that it fills.
+
+    Parameters
+    ----------
+    target : str
+        The parameter (or buffer) of the megatron-core model.
+    source : str
+        The tensor's name on disk.
+    shape : tuple of int
+        Its whole shape there.
+    view : callable
+        Takes the parameter, returns the part to fill.
+    index : int, optional
+        Take ``tensor[index]`` (one expert of a fused tensor).
+    transpose : bool
+        Swap the two axes of what was read.
+    """
+
+    target: str
+    source: str
+    shape: tuple[int, ...]
+    view: View = lambda parameter: parameter
+    index: int | None = None
+    transpose: bool = False
+
+
+@dataclass(frozen=True)
+class Names:
+    """How an architecture spells its tensors inside ``model.layers.N.``; empty where it has none."""
+
+    mlp: str
+    router: str
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    router_bias: str = ""
+    shared: str = ""
+    fused_experts: bool = False
+    #: Tensors that the text model does not use: beginnings of their names.
+    unused: tuple[str, ...] = ()
+    #: Put in front of every name (multimodal checkpoints).
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that is needed to build one checkpoint's model and to fill it.
+
+    Parameters
+    ----------
+    architecture : Architecture
+        Its entry in the table.
+    hf : dict
+        The text model's part of ``config.json``.
+    names : Names
+        How the tensors are spelled in this checkpoint.
+    rotary : RotarySpec
+        Positions.
+    fields : dict
+        Arguments of the megatron-core configuration.
+    moe_L : tuple of bool
+        Which layers have experts.
+    qk_l2_L : tuple of bool
+        Which layers divide queries and keys by their length.
+    max_sequence_length : int
+        Longest input for which the model is right.
+    """
+
+    architecture: Architecture
+    hf: dict[str, Any]
+    names: Names
+    rotary: RotarySpec
+    fields: dict[str, Any]
+    moe_L: tuple[bool, ...]
+    qk_l2_L: tuple[bool, ...]
+    max_sequence_length: int
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(self.moe_L)
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of a layer that has any."""
+        return int(self.fields["num_moe_experts"])
+
+    @property
+    def latent(self) -> bool:
+        """Whether attention is multi-head latent attention."""
+        return self.architecture.latent
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output matrix is the embedding."""
+        return bool(self.hf.get("tie_word_embeddings", False))
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the output layer has a bias."""
+        return bool(self.hf.get("lm_head_bias", False))
+
+    @property
+    def attention_bias(self) -> bool:
+        """Whether the attention's projections have biases."""
+        return bool(self.fields.get("add_qkv_bias", False))
+
+    def transformer_config(self, dtype: torch.dtype) -> TransformerConfig:
+        """Build megatron-core's configuration, for parameters of type `dtype`."""
+        ensure_model_parallel()
+        size = parallel_state.get_expert_model_parallel_world_size()
+        if self.experts % size:
+            raise UnsupportedFeatureError(
+                f"{self.experts} experts cannot be divided evenly among {size} expert-parallel ranks"
+            )
+        fields = neutral_config_fields(
+            **self.fields,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            perform_initialization=False,
+            expert_model_parallel_size=size,
+        )
+        return quiet_config(MLATransformerConfig if self.latent else TransformerConfig, **fields)
+
+    # ------------------------------------------------------------------------------------------- pieces
+
+    def pieces(self, local_experts: Callable[[int], list[int]]) -> Iterator[Piece]:
+        """List all pieces of a rank's model, in the order of the layers.
+
+        Parameters
+        ----------
+        local_experts : callable
+            The experts that the rank holds of a layer (given its index), in the order of its modules.
+        """
+        vocab, width = self.hf["vocab_size"], self.hf["hidden_size"]
+        model = self.names.prefix + "model."
+        yield Piece("embedding.word_embeddings.weight", model + "embed_tokens.weight", (vocab, width))
+        for layer in range(self.layers):
+            yield from self._attention(layer)
+            yield from self._norms(layer)
+            if self.moe_L[layer]:
+                yield from self._moe_shared(layer)
+                for slot, expert in enumerate(local_experts(layer)):
+                    module = f"decoder.layers.{layer}.mlp.experts.local_experts.{slot}."
+                    yield from self.expert_pieces(layer, expert, module)
+            else:
+                yield from self._gated(f"decoder.layers.{layer}.mlp.", self._mlp(layer), self._dense_width())
+        yield from self._norm("decoder.final_layernorm.", model + "norm.", width)
+        if not self.tied:
+            yield Piece("output_layer.weight", self.names.prefix + "lm_head.weight", (vocab, width))
+        if self.output_bias:
+            yield Piece("output_layer.bias", self.names.prefix + "lm_head.bias", (vocab,))
+
+    def expert_pieces(self, layer: int, expert: int, module: str = "") -> Iterator[Piece]:
+        """List the pieces of one expert; targets begin with `module` (empty: relative to the expert)."""
+        width, inner = self.hf["hidden_size"], self.fields["moe_ffn_hidden_size"]
+        base = self._mlp(layer) + "experts."
+        if not self.names.fused_experts:
+            yield from self._gated(module, f"{base}{expert}.", inner)
+            return
+        E = self.experts
+        for target, source, shape in (
+            ("linear_fc1", "gate_up_proj", (E, width, 2 * inner)),
+            ("linear_fc2", "down_proj", (E, inner, width)),
+        ):
+            yield Piece(f"{module}{target}.weight", base + source, shape, index=expert, transpose=True)
+
+    def _layer(self, layer: int) -> str:
+        return f"{self.names.prefix}model.layers.{layer}."
+
+    def _mlp(self, layer: int) -> str:
+        return self._layer(layer) + self.names.mlp
+
+    def _dense_width(self) -> int:
+        return int(self.fields["ffn_hidden_size"])
+
+    def _norm(self, target: str, source: str, width: int) -> Iterator[Piece]:
+        yield Piece(target + "weight", source + "weight", (width,))
+        if self.fields.get("normalization") == "LayerNorm":
+            yield Piece(target + "bias", source + "bias", (width,))
+
+    def _norms(self, layer: int) -> Iterator[Piece]:
+        width, target = self.hf["hidden_size"], f"decoder.layers.{layer}."
+        yield from self._norm(target + "input_layernorm.", self._layer(layer) + "input_layernorm.", width)
+        yield from self._norm(
+            target + "pre_mlp_layernorm.", self._layer(layer) + "post_attention_layernorm.", width
+        )
+
+    def _gated(self, target: str, source: str, inner: int) -> Iterator[Piece]:
+        """Gate and up projection side by side, and the down projection."""
+        width, names = self.hf["hidden_size"], self.names
+        fc1, shape = target + "linear_fc1.weight", (inner, width)
+        yield Piece(fc1, f"{source}{names.gate}.weight", shape, lambda p: p[:inner])
+        yield Piece(fc1, f"{source}{names.up}.weight", shape, lambda p: p[inner:])
+        yield Piece(target + "linear_fc2.weight", f"{source}{names.down}.weight", (width, inner))
+
+    def _moe_shared(self, layer: int) -> Iterator[Piece]:
+        """The router and the shared experts of a layer."""
+        target, E, width = f"decoder.layers.{layer}.mlp.", self.experts, self.hf["hidden_size"]
+        router = self._mlp(layer) + self.names.router
+        yield Piece(target + "router.weight", router + ".weight", (E, width))
+        if self.names.router_bias:
+            yield Piece(target + "router.expert_bias", f"{router}.{self.names.router_bias}", (E,))
+        if self.names.shared:
+            inner = self.fields["moe_shared_expert_intermediate_size"]
+            yield from self._gated(target + "shared_experts.", self._mlp(layer) + self.names.shared, inner)
+
+    def _attention(self, layer: int) -> Iterator[Piece]:
+        target, source = f"decoder.layers.{layer}.self_attention.", self._layer(layer) + "self_attn."
+        yield from (self._latent_attention if self.latent else self._grouped_attention)(target, source)
+
+    def _grouped_attention(self, target: str, source: str) -> Iterator[Piece]:
+        f, hidden = self.fields, self.hf["hidden_size"]
+        groups, channels = f["num_query_groups"], f["kv_channels"]
+        queries = f["num_attention_heads"] // groups * channels  # rows of one group
+        parts = {
+            "q": (0, queries),
+            "k": (queries, queries + channels),
+            "v": (queries + channels, queries + 2 * channels),
+        }
+        for name, (first, last) in parts.items():
+            rows = groups * (last - first)
+
+            def rows_of_groups(p: torch.Tensor, a: int = first, b: int = last) -> torch.Tensor:
+                return p.view(groups, -1, *p.shape[1:])[:, a:b]
+
+            yield Piece(
+                target + "linear_qkv.weight", f"{source}{name}_proj.weight", (rows, hidden), rows_of_groups
+            )
+            if self.attention_bias:
+                yield Piece(target + "linear_qkv.bias", f"{source}{name}_proj.bias", (rows,), rows_of_groups)
+        heads = f["num_attention_heads"] * channels
+        yield Piece(target + "linear_proj.weight", source + "o_proj.weight", (hidden, heads))
+        if self.attention_bias:
+            yield Piece(target + "linear_proj.bias", source + "o_proj.bias", (hidden,))
+        if f.get("qk_layernorm"):
+            for name in "qk":
+                yield Piece(f"{target}{name}_layernorm.weight", f"{source}{name}_norm.weight", (channels,))
+
+    def _latent_attention(self, target: str, source: str) -> Iterator[Piece]:
+        f, hidden, heads = self.fields, self.hf["hidden_size"], self.fields["num_attention_heads"]
+        q_width = heads * (f["qk_head_dim"] + f["qk_pos_emb_head_dim"])
+        kv_rank, q_rank = f["kv_lora_rank"], f["q_lora_rank"]
+        table: list[tuple[str, str, tuple[int, ...]]] = [
+            ("linear_kv_down_proj", "kv_a_proj_with_mqa", (kv_rank + f["qk_pos_emb_head_dim"], hidden)),
+            ("kv_layernorm", "kv_a_layernorm", (kv_rank,)),
+            ("linear_kv_up_proj", "kv_b_proj", (heads * (f["qk_head_dim"] + f["v_head_dim"]), kv_rank)),
+            ("linear_proj", "o_proj", (hidden, heads * f["v_head_dim"])),
+        ]
+        if q_rank is None:
+            table.append(("linear_q_proj", "q_proj", (q_width, hidden)))
+        else:
+            table += [
+                ("linear_q_down_proj", "q_a_proj", (q_rank, hidden)),
+                ("q_layernorm", "q_a_layernorm", (q_rank,)),
+                ("linear_q_up_proj", "q_b_proj", (q_width, q_rank)),
+            ]
+        for ours, theirs, shape in table:
+            yield Piece(f"{target}{ours}.weight", f"{source}{theirs}.weight", shape)
+
+
+class SparseMixerRouter(NeutralRouter):
+    """Phi-3.5-MoE's routing: the second expert is chosen, and weighted, as if the first did not exist.
+
+    Each choice's weight is a soft-max over the experts whose logit is within ``2 * jitter`` of the best one,
+    relatively; the two weights do not add up to one.
+
+    References
+    ----------
+    Liu et al.: GRIN: GRadient-INformed MoE, arXiv:2409.12136 (evaluation mode of its SparseMixer-v2).
+    """
+
+    jitter = 0.01
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return dense probabilities and the map of chosen experts, both [tokens, experts]."""
+        if self.training:
+            raise UnsupportedFeatureError("SparseMixerRouter routes for inference only: call model.eval()")
+        scores = logits.reshape(-1, self.config.num_moe_experts).float()
+        left = scores
+        probs = torch.zeros_like(scores)
+        for _ in range(self.topk):
+            best, chosen = left.max(-1, keepdim=True)
+            far = (best - scores) / scores.abs().clamp(min=best) > 2 * self.jitter
+            weight = torch.softmax(left.masked_fill(far, float("-inf")), -1).gather(1, chosen)
+            probs.scatter_(1, chosen, weight)
+            left = left.scatter(1, chosen, float("-inf"))
+        return probs.type_as(logits), left.isneginf()
+
+
+# ------------------------------------------------------------------------------------- config.json to fields
+
+
+def _get(hf: dict[str, Any], name: str) -> Any:
+    if hf.get(name) is None:
+        raise FormatError(f"config.json: {name!r}", "is missing")
+    return hf[name]
+
+
+def _refuse(condition: object, what: str) -> None:
+    if condition:
+        raise UnsupportedFeatureError(f"{what} is not supported by the loader")
+
+
+def _common(hf: dict[str, Any]) -> dict[str, Any]:
+    """Fields that all architectures read alike."""
+    _refuse(hf.get("hidden_act", "silu") != "silu", f"hidden_act {hf.get('hidden_act')!r} (only 'silu')")
+    return {
+        "num_layers": _get(hf, "num_hidden_layers"),
+        "hidden_size": _get(hf, "hidden_size"),
+        "ffn_hidden_size": _get(hf, "intermediate_size"),
+        "num_attention_heads": _get(hf, "num_attention_heads"),
+        "moe_router_topk": _get(hf, "num_experts_per_tok"),
+        "layernorm_epsilon": _get(hf, "rms_norm_eps"),
+        "moe_router_load_balancing_type": "none",
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+    }
+
+
+def _grouped(hf: dict[str, Any]) -> dict[str, Any]:
+    """Fields of grouped-query attention."""
+    heads = _get(hf, "num_attention_heads")
+    return {
+        "num_query_groups": hf.get("num_key_value_heads") or heads,
+        "kv_channels": hf.get("head_dim") or _get(hf, "hidden_size") // heads,
+    }
+
+
+def _mixtral(hf: dict[str, Any]) -> dict[str, Any]:
+    _refuse(hf.get("attention_bias"), "attention_bias in Mixtral")
+    inner = {
+        "moe_ffn_hidden_size": _get(hf, "intermediate_size"),
+        "num_moe_experts": _get(hf, "num_local_experts"),
+    }
+    return _common(hf) | _grouped(hf) | inner
+
+
+def _phimoe(hf: dict[str, Any]) -> dict[str, Any]:
+    fields = _mixtral({**hf, "attention_bias": False})
+    _refuse(
+        fields["moe_router_topk"] != 2,
+        f"num_experts_per_tok {fields['moe_router_topk']} in Phi-3.5-MoE (only 2)",
+    )
+    return fields | {"normalization": "LayerNorm", "add_qkv_bias": bool(hf.get("attention_bias"))}
+
+
+def _qwen3(hf: dict[str, Any]) -> dict[str, Any]:
+    _refuse(hf.get("attention_bias"), "attention_bias in Qwen3-MoE")
+    return (
+        _common(hf)
+        | _grouped(hf)
+        | {
+            "moe_ffn_hidden_size": _get(hf, "moe_intermediate_size"),
+            "num_moe_experts": hf.get("num_experts") or _get(hf, "num_local_experts"),
+            "qk_layernorm": True,
+            # Weights that are not renormalised over the chosen experts: soft-max before the choice.
+            "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+        }
+    )
+
+
+def _llama4(hf: dict[str, Any]) -> dict[str, Any]:
+    _refuse(hf.get("attention_bias"), "attention_bias in Llama 4")
+    top_k = _get(hf, "num_experts_per_tok")
+    _refuse(top_k != 1, f"num_experts_per_tok {top_k} in Llama 4 (only 1)")
+    inner = _get(hf, "intermediate_size")
+    return (
+        _common(hf)
+        | _grouped(hf)
+        | {
+            "ffn_hidden_size": hf.get("intermediate_size_mlp") or inner,
+            "moe_ffn_hidden_size": inner,
+            "moe_shared_expert_intermediate_size": inner,
+            "num_moe_experts": _get(hf, "num_local_experts"),
+            "moe_router_score_function": "sigmoid",
+            "moe_apply_probs_on_input": True,
+            "rotary_interleaved": True,
+            "no_rope_freq": [int(not rotates) for rotates in _llama4_rope_layers(hf)],
+        }
+    )
+
+
+def _llama4_rope_layers(hf: dict[str, Any]) -> list[int]:
+    """1 where a layer has rotary positions."""
+    interval = hf.get("no_rope_layer_interval") or 4
+    return list(
+        hf.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(hf["num_hidden_layers"])]
+    )
+
+
+def _deepseek(hf: dict[str, Any]) -> dict[str, Any]:
+    _refuse(hf.get("attention_bias"), "attention_bias in DeepSeek-V3")
+    _refuse(not hf.get("rope_interleave", True), "rope_interleave = false in DeepSeek-V3")
+    _refuse(not hf.get("norm_topk_prob", True), "norm_topk_prob = false in DeepSeek-V3")
+    scoring, method = hf.get("scoring_func", "sigmoid"), hf.get("topk_method", "noaux_tc")
+    _refuse(scoring != "sigmoid", f"scoring_func {scoring!r} in DeepSeek-V3 (only 'sigmoid')")
+    _refuse(method != "noaux_tc", f"topk_method {method!r} in DeepSeek-V3 (only 'noaux_tc')")
+    groups = hf.get("n_group") or 1
+    fields = _common(hf) | {
+        "multi_latent_attention": True,
+        "qk_layernorm": True,
+        "q_lora_rank": hf.get("q_lora_rank"),
+        "kv_lora_rank": _get(hf, "kv_lora_rank"),
+        "qk_head_dim": _get(hf, "qk_nope_head_dim"),
+        "qk_pos_emb_head_dim": _get(hf, "qk_rope_head_dim"),
+        "v_head_dim": _get(hf, "v_head_dim"),
+        "moe_ffn_hidden_size": _get(hf, "moe_intermediate_size"),
+        "moe_shared_expert_intermediate_size": _get(hf, "moe_intermediate_size")
+        * _get(hf, "n_shared_experts"),
+        "num_moe_experts": _get(hf, "n_routed_experts"),
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": _get(hf, "routed_scaling_factor"),
+        "moe_router_dtype": "fp32",
+        "rope_type": "rope",  # the frequencies come from the checkpoint's own description
+        "rotary_scaling_factor": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    if groups > 1:
+        fields |= {"moe_router_num_groups": groups, "moe_router_group_topk": _get(hf, "topk_group")}
+    return fields
+
+
+# --------------------------------------------------------------------------------------------- the five
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family of checkpoints.
+
+    Parameters
+    ----------
+    title : str
+        For messages.
+    fields : callable
+        ``config.json`` to megatron-core's configuration fields.
+    names : Names
+        How its tensors are spelled.
+    theta : float
+        Rotary base where the file gives none.
+    latent : bool
+        Multi-head latent attention.
+    router : type
+        Class of its routers.
+    """
+
+    title: str
+    fields: Callable[[dict[str, Any]], dict[str, Any]]
+    names: Names
+    theta: float = 10_000.0
+    latent: bool = False
+    router: type[NeutralRouter] = field(default=NeutralRouter)
+
+
+#: By the names in the ``architectures`` field of ``config.json``.
+ARCHITECTURES: dict[str, Architecture] = {
+    "MixtralForCausalLM": Architecture(
+        "Mixtral", _mixtral, Names("block_sparse_moe.", "gate", gate="w1", up="w3", down="w2"), theta=1e6
+    ),
+    "PhimoeForCausalLM": Architecture(
+        "Phi-3.5-MoE",
+        _phimoe,
+        Names("block_sparse_moe.", "gate", gate="w1", up="w3", down="w2"),
+        theta=1e6,
+        router=SparseMixerRouter,
+    ),
+    "Qwen3MoeForCausalLM": Architecture("Qwen3-MoE", _qwen3, Names("mlp.", "gate")),
+    "Llama4ForCausalLM": Architecture(
+        "Llama 4",
+        _llama4,
+        Names("feed_forward.", "router", shared="shared_expert.", fused_experts=True),
+        theta=5e5,
+    ),
+    "Llama4ForConditionalGeneration": Architecture(
+        "Llama 4 (text)",
+        _llama4,
+        Names(
+            "feed_forward.",
+            "router",
+            shared="shared_expert.",
+            fused_experts=True,
+            prefix="language_model.",
+            unused=("vision_model.", "multi_modal_projector."),
+        ),
+        theta=5e5,
+    ),
+    "DeepseekV3ForCausalLM": Architecture(
+        "DeepSeek-V3",
+        _deepseek,
+        Names("mlp.", "gate", router_bias="e_score_correction_bias", shared="shared_experts."),
+        latent=True,
+    ),
+}
+# Microsoft's own files of Phi-3.5-MoE spell it so.
+ARCHITECTURES["PhiMoEForCausalLM"] = ARCHITECTURES["PhimoeForCausalLM"]
+
+
+def _moe_layers(title: str, hf: dict[str, Any]) -> tuple[bool, ...]:
+    layers = range(_get(hf, "num_hidden_layers"))
+    if title == "Qwen3-MoE":
+        dense, step = set(hf.get("mlp_only_layers") or ()), hf.get("decoder_sparse_step") or 1
+        return tuple(i not in dense and (i + 1) % step == 0 for i in layers)
+    if title.startswith("Llama 4"):
+        step = hf.get("interleave_moe_layer_step") or 1
+        listed = hf.get("moe_layers")
+        chosen = set(range(step - 1, len(layers), step) if listed is None else listed)
+        return tuple(i in chosen for i in layers)
+    if title == "DeepSeek-V3":
+        first, step = hf.get("first_k_dense_replace") or 0, hf.get("moe_layer_freq") or 1
+        return tuple(i >= first and i % step == 0 for i in layers)
+    return tuple(True for _ in layers)
+
+
+def _longest_input(title: str, hf: dict[str, Any]) -> int:
+    """Longest input on which attention is plain causal attention, as it is computed here."""
+    longest = int(_get(hf, "max_position_embeddings"))
+    windowed = hf.get("use_sliding_window", True)
+    if hf.get("sliding_window") and windowed:
+        longest = min(longest, int(hf["sliding_window"]))
+    if title.startswith("Llama 4"):
+        if hf.get("attention_chunk_size"):
+            longest = min(longest, int(hf["attention_chunk_size"]))
+        if hf.get("attn_temperature_tuning", True):  # from this position on, queries are scaled
+            longest = min(longest, int(hf.get("floor_scale") or 8192) - 1)
+    return longest
+
+
+def recipe(config: dict[str, Any], max_sequence_length: int | None = None) -> Recipe:
+    """Work out how a checkpoint is to be built and filled.
+
+    Parameters
+    ----------
+    config : dict
+        The content of its ``config.json``.
+    max_sequence_length : int, optional
+        Longest input that will be used; by default the longest for which the loaded model is right.
+
+    Returns
+    -------
+    Recipe
+        Everything but the tensors.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        An architecture or a feature that is not known, by name.
+    FormatError
+        A field is missing or wrong.
+    """
+    listed = config.get("architectures") or ["none"]
+    found = next((ARCHITECTURES[x] for x in listed if x in ARCHITECTURES), None)
+    if found is None:
+        raise UnsupportedFeatureError(
+            f"architecture {', '.join(listed)} is not supported; known are {', '.join(ARCHITECTURES)}"
+        )
+    text = config.get("text_config")
+    hf = {**config, **text} if isinstance(text, dict) else dict(config)
+    fields = found.fields(hf)
+    width = fields["qk_pos_emb_head_dim"] if found.latent else fields["kv_channels"]
+    rotary = rotary_spec(hf, width, found.theta)
+    if found.latent:
+        _refuse(
+            abs(rotary.logit_scale - 1) > 1e-12,
+            f"an attention factor of {rotary.logit_scale:.4g} on the rotated channels of latent attention",
+        )
+        scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        if scaling.get("mscale_all_dim"):
+            fields |= {
+                "rotary_scaling_factor": float(scaling.get("factor") or 1.0),
+                "mscale_all_dim": float(scaling["mscale_all_dim"]),
+            }
+    elif rotary.logit_scale != 1.0:
+        fields["softmax_scale"] = rotary.logit_scale**2 / fields["kv_channels"] ** 0.5
+    moe_L = _moe_layers(found.title, hf)
+    fields["moe_layer_freq"] = [int(x) for x in moe_L]
+    longest = _longest_input(found.title, hf)
+    if max_sequence_length is not None and max_sequence_length > longest:
+        raise UnsupportedFeatureError(
+            f"{found.title}: inputs of {max_sequence_length} tokens; beyond {longest} the model needs "
+            "sliding-window or chunked attention, scaled queries or more positions, which is not built here"
+        )
+    qk_l2 = (False,) * len(moe_L)
+    if found.title.startswith("Llama 4") and hf.get("use_qk_norm", True):
+        qk_l2 = tuple(bool(x) for x in _llama4_rope_layers(hf))
+    return Recipe(
+        architecture=found,
+        hf=hf,
+        names=found.names,
+        rotary=rotary,
+        fields=fields,
+        moe_L=moe_L,
+        qk_l2_L=qk_l2,
+        max_sequence_length=max_sequence_length or longest,
+    )

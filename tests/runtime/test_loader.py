@@ -1,0 +1,585 @@
+"""The streaming loader against `transformers`: same files, same logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("megatron.core")
+pytest.importorskip("transformers")
+
+import torch
+
+from moeless_opt.problems.errors import FormatError, UnsupportedFeatureError
+from moeless_opt.runtime.building_blocks import causal_positions, moe_layers
+from moeless_opt.runtime.loader import ExpertSource, load_checkpoint, recipe_of
+from moeless_opt.runtime.loader_files import SafetensorsFolder
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Stock megatron-core modules call each other in ways that they deprecate.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron")
+
+VOCABULARY = 96
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attn_implementation": "eager",
+}
+
+#: Class names and configurations, by the name that the tests use.
+CHECKPOINTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {"intermediate_size": 96, "num_hidden_layers": 2, "num_local_experts": 8, "rms_norm_eps": 1e-6},
+    ),
+    "qwen3": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            "intermediate_size": 96,
+            "moe_intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "head_dim": 32,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi": (
+        "PhimoeConfig",
+        "PhimoeForCausalLM",
+        {
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_local_experts": 8,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "router_jitter_noise": 0.2,
+        },
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            "intermediate_size": 48,
+            "intermediate_size_mlp": 96,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "interleave_moe_layer_step": 2,
+        },
+    ),
+    "deepseek": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            "intermediate_size": 96,
+            "moe_intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 24,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "num_mtp_layers": 0,
+        },
+    ),
+}
+
+
+def randomise(model: Any) -> None:
+    """Fill a model so that every part matters: norms and biases off their neutral values."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.5 if "gate.weight" in name or "router" in name else 0.08)
+            elif "norm" in name and "bias" not in name:
+                p.uniform_(0.5, 1.5)
+            else:
+                p.normal_(0, 0.1)
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.normal_(0, 0.1)
+
+
+def write_checkpoint(name: str, folder: Path, *, shards: str = "60KB", **changes: Any) -> Any:
+    """Save a small random model of that kind below `folder`; return it (float32, evaluation mode)."""
+    import transformers
+
+    config_name, model_name, fields = CHECKPOINTS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = getattr(transformers, config_name)(**{**_SMALL, **fields, **changes})
+        model = getattr(transformers, model_name)(config).float().eval()
+        randomise(model)
+        model.save_pretrained(folder, max_shard_size=shards)
+    return model
+
+
+def tokens(length: int = 40) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def logits(model: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
+    return model(tokens_BS, causal_positions(tokens_BS), None)
+
+
+@torch.no_grad()
+def difference(reference: Any, model: Any, length: int = 40) -> float:
+    t = tokens(length)
+    return float((reference(t).logits - logits(model, t)).abs().max())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """One checkpoint of every kind, sharded, and the model that wrote it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: (root / name, write_checkpoint(name, root / name)) for name in CHECKPOINTS}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_are_those_of_transformers(name: str, folders: dict[str, tuple[Path, Any]]) -> None:
+    folder, reference = folders[name]
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert difference(reference, load_checkpoint(folder)) < 1e-5
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    "short_mscale": 1.2,
+    "long_mscale": 1.2,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mixtral", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+        ("qwen3", {"norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": []}),
+        ("qwen3", {"rope_parameters": {**YARN, "rope_theta": 1e6}}),
+        ("phi", {"rope_parameters": {**LONG, "rope_theta": 1e4}, "lm_head_bias": False}),
+        ("llama4", {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "interleave_moe_layer_step": 1}),
+        ("llama4", {"use_qk_norm": False, "moe_layers": [0, 3]}),
+        ("deepseek", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 1e4}}),
+        ("deepseek", {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}),
+    ],
+)
+def test_variants_of_the_architectures(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    reference = write_checkpoint(name, tmp_path, **changes)
+    assert difference(reference, load_checkpoint(tmp_path)) < 1e-5
+
+
+def test_positions_matter(tmp_path: Path) -> None:
+    """The variants above would be no test if the rotary description did not change the logits."""
+    reference = write_checkpoint(
+        "deepseek",
+        tmp_path,
+        rope_parameters={**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0},
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert difference(reference, load_checkpoint(tmp_path)) > 1e-2
+
+
+def test_the_older_spelling_of_rope(folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    """Files written before transformers 5 have rope_theta and rope_scaling instead of rope_parameters."""
+    reference = write_checkpoint("llama4", tmp_path, rope_parameters={**LLAMA3, "rope_theta": 5e5})
+    config = json.loads((tmp_path / "config.json").read_text())
+    scaling = config.pop("rope_parameters")
+    config["rope_theta"] = scaling.pop("rope_theta")
+    config["rope_scaling"] = scaling
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert difference(reference, load_checkpoint(tmp_path)) < 1e-5
+
+
+def test_longrope_uses_the_long_factors_for_long_inputs(tmp_path: Path) -> None:
+    """As published; transformers 5.23 works out Phi-3.5-MoE's long factors but rotates by the short ones."""
+    write_checkpoint("phi", tmp_path, rope_parameters={**LONG, "rope_theta": 1e4})
+    model = load_checkpoint(tmp_path)
+    plain = 1e4 ** (-torch.arange(0, 16, 2) / 16)
+    for length, factors in ((64, LONG["short_factor"]), (65, LONG["long_factor"])):
+        angle = model.rotary_pos_emb(length)[-1, 0, 0, :8]
+        torch.testing.assert_close(angle, (length - 1) * plain / torch.tensor(factors))
+
+
+def as_multimodal(folder: Path, out: Path) -> None:
+    """Rewrite Llama 4's text checkpoint as published: nested configuration, prefixed names, a vision part."""
+    from safetensors.torch import save_file
+
+    out.mkdir()
+    with SafetensorsFolder(folder) as files:
+        tensors = {f"language_model.{name}": files.read(name) for name in files}
+    tensors["vision_model.class_embedding"] = torch.zeros(3)
+    tensors["multi_modal_projector.linear_1.weight"] = torch.zeros(3)
+    save_file(tensors, out / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    outer = {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "text_config": config,
+    }
+    (out / "config.json").write_text(json.dumps(outer))
+
+
+def test_llama4_as_published(folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    folder, reference = folders["llama4"]
+    as_multimodal(folder, tmp_path / "published")
+    assert difference(reference, load_checkpoint(tmp_path / "published")) < 1e-5
+
+
+def test_dtypes(folders: dict[str, tuple[Path, Any]]) -> None:
+    folder, _ = folders["mixtral"]
+    single = load_checkpoint(folder)
+    for dtype in (torch.bfloat16, torch.float64):
+        model = load_checkpoint(folder, dtype=dtype)
+        for (name, a), (_, b) in zip(single.named_parameters(), model.named_parameters(), strict=True):
+            assert b.dtype == dtype, name
+            assert torch.equal(a.to(dtype), b), name
+        assert logits(model, tokens()).dtype == dtype
+
+
+def test_dtype_of_the_configuration(folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    shutil.copytree(folders["mixtral"][0], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("dtype", "torch_dtype"):
+        config.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    assert {p.dtype for p in load_checkpoint(tmp_path).parameters()} == {torch.bfloat16}
+
+
+def test_the_expert_bias_of_deepseek_stays_float32(folders: dict[str, tuple[Path, Any]]) -> None:
+    folder, reference = folders["deepseek"]
+    model = load_checkpoint(folder, dtype=torch.bfloat16)
+    for i, layer in moe_layers(model):
+        assert layer.router.expert_bias.dtype == torch.float32
+        assert torch.equal(
+            layer.router.expert_bias, reference.model.layers[i].mlp.gate.e_score_correction_bias
+        )
+
+
+def quantise(folder: Path, out: Path) -> None:
+    """Rewrite a checkpoint's projections as DeepSeek-V3 has them: FP8, one scale per block of 128 x 128."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    with SafetensorsFolder(folder) as files:
+        for name in files:
+            value = files.read(name)
+            if not name.endswith("_proj.weight"):
+                tensors[name] = value
+                continue
+            scale = torch.empty(-(-value.size(0) // 128), -(-value.size(1) // 128))
+            small = torch.empty(value.shape, dtype=torch.float8_e4m3fn)
+            for i in range(scale.size(0)):
+                for j in range(scale.size(1)):
+                    block = (slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1)))
+                    scale[i, j] = value[block].abs().max() / 448
+                    small[block] = (value[block] / scale[i, j]).to(torch.float8_e4m3fn)
+            tensors[name], tensors[name + "_scale_inv"] = small, scale
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (out / "config.json").write_text(json.dumps(config))
+
+
+def test_fp8_blocks(tmp_path: Path) -> None:
+    reference = write_checkpoint("deepseek", tmp_path / "a", hidden_size=192, moe_intermediate_size=160)
+    quantise(tmp_path / "a", tmp_path / "b")
+    exact, rounded = load_checkpoint(tmp_path / "a"), load_checkpoint(tmp_path / "b")
+    assert difference(reference, exact) < 1e-5
+    for (name, a), (_, b) in zip(exact.named_parameters(), rounded.named_parameters(), strict=True):
+        # e4m3 has three bits after the leading one: within 1/16 of a value, and of the block's step near zero
+        assert ((a - b).abs() <= a.abs() / 16 + a.abs().max() / 448 / 64).all(), name
+    assert any(not torch.equal(a, b) for a, b in zip(exact.parameters(), rounded.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------- parts of a model
+
+
+def test_every_byte_is_read_once(folders: dict[str, tuple[Path, Any]]) -> None:
+    for name, (folder, _) in folders.items():
+        report = load_checkpoint(folder).load_report
+        with SafetensorsFolder(folder) as files:
+            assert report.bytes_read == sum(files.info(t).nbytes for t in files), name
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_expert_source(name: str, folders: dict[str, tuple[Path, Any]]) -> None:
+    folder, _ = folders[name]
+    model, source = load_checkpoint(folder), ExpertSource(folder)
+    layer, moe = moe_layers(model)[-1]
+    for expert in (0, source.recipe.experts - 1):
+        wanted = moe.experts.local_experts[expert]
+        spare = type(wanted)(
+            moe.experts.config,
+            moe.submodules.experts.submodules,
+            is_expert=True,
+            ffn_hidden_size=moe.experts.config.moe_ffn_hidden_size,
+            tp_group=moe.experts.tp_group,
+        )
+        size = source.fill(layer, expert, spare)
+        assert size == sum(p.nbytes for p in spare.parameters())
+        for a, b in zip(wanted.parameters(), spare.parameters(), strict=True):
+            assert torch.equal(a, b)
+    source.close()
+
+
+def test_expert_source_refuses_what_is_not_there(folders: dict[str, tuple[Path, Any]]) -> None:
+    source = ExpertSource(folders["deepseek"][0])
+    with pytest.raises(FormatError, match="0 is not a layer with experts"):
+        source.fill(0, 0, torch.nn.Module())
+    with pytest.raises(FormatError, match="16 is not one of the 16 experts"):
+        source.fill(1, 16, torch.nn.Module())
+
+
+RANK_SCRIPT = """
+import sys, torch, torch.distributed as dist, warnings
+warnings.simplefilter("ignore")
+folder, rank, size, store, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+from moeless_opt.runtime.building_blocks import causal_positions, ensure_model_parallel
+from moeless_opt.runtime.loader import load_checkpoint
+ensure_model_parallel()
+model = load_checkpoint(folder)
+tokens = torch.load(out + ".tokens")
+with torch.no_grad():
+    mine = model(tokens[rank:rank + 1], causal_positions(tokens[rank:rank + 1]), None)
+names = [n for n, _ in model.named_parameters() if "local_experts" in n]
+result = {"logits": mine, "bytes": model.load_report.bytes_read, "experts": len(names) // 2}
+torch.save(result, f"{out}.{rank}")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4", "deepseek"])
+def test_each_rank_loads_only_its_experts(
+    name: str, folders: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, reference = folders[name]
+    root = Path(__file__).resolve().parents[2]
+    torch.save(tokens(), tmp_path / "out.tokens")
+    (tmp_path / "rank.py").write_text(RANK_SCRIPT)
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "rank.py",
+                str(folder),
+                str(r),
+                "2",
+                str(tmp_path / "store"),
+                str(tmp_path / "out"),
+            ],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        )
+        for r in range(2)
+    ]
+    assert [r.wait(timeout=300) for r in ranks] == [0, 0]
+    results = [torch.load(tmp_path / f"out.{r}") for r in range(2)]
+    together = torch.cat([r["logits"] for r in results])
+    with torch.no_grad():
+        assert (together - reference(tokens()).logits).abs().max() < 1e-5
+    whole = load_checkpoint(folder)
+    expert_bytes = sum(p.nbytes for n, p in whole.named_parameters() if "local_experts" in n)
+    expert_count = sum(len(m.experts.local_experts) for _, m in moe_layers(whole))
+    for result in results:
+        assert result["experts"] == expert_count // 2
+        assert result["bytes"] == whole.load_report.bytes_read - expert_bytes // 2
+
+
+MEMORY_SCRIPT = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from moeless_opt.runtime.loader import load_checkpoint
+def anonymous():  # memory of the process that no file backs
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+peak, before = 0, anonymous()
+def look(_):
+    global peak
+    peak = max(peak, anonymous())
+model = load_checkpoint(sys.argv[1], dtype=getattr(torch, sys.argv[2]), on_progress=look)
+print(peak - before, sum(p.nbytes for p in model.parameters()), model.load_report.scratch_bytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_second_copy_of_the_model(dtype: str, tmp_path: Path) -> None:
+    """One file of 51 MB: loading takes the model itself, one tensor, and what an empty model takes."""
+    write_checkpoint(
+        "mixtral", tmp_path, shards="10GB", hidden_size=256, intermediate_size=1024, num_local_experts=8
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, str(tmp_path), dtype],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    grown, model_bytes, scratch = (int(x) for x in done.stdout.split())
+    assert scratch <= 1024 * 256 * 4
+    assert grown < model_bytes + scratch + 16e6, (grown, model_bytes)
+
+
+# --------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.fixture
+def broken(folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> Path:
+    """A copy of the Mixtral checkpoint, to be damaged."""
+    shutil.copytree(folders["mixtral"][0], tmp_path / "broken")
+    return tmp_path / "broken"
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_index(folder: Path, change: Any) -> None:
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    change(document["weight_map"])
+    index.write_text(json.dumps(document))
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"config\.json: no such file"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_no_weights(broken: Path) -> None:
+    for file in broken.glob("model*"):
+        file.unlink()
+    with pytest.raises(FormatError, match=r"neither model\.safetensors\.index\.json nor model\.safetensors"):
+        load_checkpoint(broken)
+
+
+def test_missing_shard(broken: Path) -> None:
+    next(iter(sorted(broken.glob("*.safetensors")))).unlink()
+    with pytest.raises(FormatError, match=r"names the file 'model-00001.*which is not in the folder"):
+        load_checkpoint(broken)
+
+
+def test_missing_tensor(broken: Path) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
+    edit_index(broken, lambda weight_map: weight_map.pop(name))
+    with pytest.raises(FormatError, match=r"tensor 'model\.layers\.1\..*\.5\.w2\.weight' is missing"):
+        load_checkpoint(broken)
+
+
+def test_wrong_index(broken: Path) -> None:
+    def swap(weight_map: dict[str, str]) -> None:
+        here = weight_map["lm_head.weight"]
+        weight_map["lm_head.weight"] = next(file for file in weight_map.values() if file != here)
+
+    edit_index(broken, swap)
+    with pytest.raises(FormatError, match=r"'lm_head\.weight' is missing, though the index says"):
+        load_checkpoint(broken)
+
+
+def test_wrong_shape(broken: Path) -> None:
+    edit(broken / "config.json", intermediate_size=100)
+    with pytest.raises(FormatError, match=r"experts\.0\.w1.* has shape \[96, 64\].*asks for \[100, 64\]"):
+        load_checkpoint(broken)
+
+
+def test_leftover_tensor(broken: Path) -> None:
+    edit(broken / "config.json", num_local_experts=4)
+    with pytest.raises(FormatError, match=r"24 tensors are not part of Mixtral as configured.*experts\.4\."):
+        load_checkpoint(broken)
+
+
+def test_truncated_file(broken: Path) -> None:
+    file = sorted(broken.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(FormatError, match="truncated"):
+        load_checkpoint(broken)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(100), (40).to_bytes(8, "little") + b"{" * 40])
+def test_not_a_safetensors_file(content: bytes, broken: Path) -> None:
+    for file in broken.glob("model*"):
+        file.unlink()
+    (broken / "model.safetensors").write_bytes(content)
+    with pytest.raises(FormatError, match="not a safetensors file"):
+        load_checkpoint(broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "architecture GPT2LMHeadModel is not supported; known are Mixtral",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type 'dynamic'",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization 'awq'"),
+    ],
+)
+def test_unsupported_features_are_named(changes: dict[str, Any], message: str, broken: Path) -> None:
+    edit(broken / "config.json", **changes)
+    with pytest.raises(UnsupportedFeatureError, match=message):
+        load_checkpoint(broken)
+
+
+def test_longer_inputs_than_the_attention_allows(folders: dict[str, tuple[Path, Any]], broken: Path) -> None:
+    edit(broken / "config.json", sliding_window=128)
+    assert recipe_of(broken).max_sequence_length == 128
+    with pytest.raises(UnsupportedFeatureError, match="beyond 128 the model needs sliding-window"):
+        load_checkpoint(broken, max_sequence_length=129)
+    assert recipe_of(folders["llama4"][0]).max_sequence_length == 8191
+
+
+def test_missing_field(broken: Path) -> None:
+    edit(broken / "config.json", num_local_experts=None)
+    with pytest.raises(FormatError, match="'num_local_experts': is missing"):
+        load_checkpoint(broken)
