@@ -1,0 +1,121 @@
+"""Alias packing: perfect balance for free token shares whenever each GPU has one slot to spare.
+
+Every GPU first gets whole experts, one slot short of full, so that the GPUs come out uneven but none
+stands alone. Then the remaining slot does what the second entry of Walker's alias table does: the GPU
+furthest below the mean takes what it lacks from the largest expert of the GPU furthest above, and is done. Each such step
+finishes one GPU, so G - 1 pieces suffice, and the largest time is the mean exactly. That needs
+E <= G (c - 1) experts for c slots per GPU, and a donor with an expert large enough; `alias_pack` says for each layer
+whether it got there, and leaves the others to other methods.
+
+The plan is exact and brittle: it has few, long chains of shares, so it suffers most when the loads
+turn out different. `moeless_opt.solvers.fractional` uses it as the last resort.
+
+References
+----------
+A. J. Walker: An efficient method for generating discrete random variables with general distributions
+(1977). R. McNaughton: Scheduling with deadlines and loss functions (1959), whose wrap-around rule is the
+same argument for pooled slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["alias_applies", "alias_pack"]
+
+Floats = NDArray[np.float64]
+Int32s = NDArray[np.int32]
+
+_TINY = 1e-12  # of the mean load: a GPU this close to its target is done
+
+
+def alias_applies(experts: int, capacity_G: Any) -> bool:
+    """Whether every GPU can keep a slot free: ``E <= sum(c - 1)`` over the GPUs that have slots."""
+    capacity_G = np.asarray(capacity_G)
+    return bool(experts <= int(np.maximum(capacity_G - 1, 0).sum()))
+
+
+def alias_pack(load_E: Floats, capacity_G: Any, speed_G: Any) -> tuple[Int32s, Floats] | None:
+    """One layer's placement and shares with every GPU at the mean time.
+
+    Parameters
+    ----------
+    load_E : float array [experts]
+        Tokens.
+    capacity_G : int array [GPUs]
+        Slots.
+    speed_G : float array [GPUs]
+        Relative speeds.
+
+    Returns
+    -------
+    tuple of int32 array [GPUs, slots], float array [GPUs, slots], or None
+        Placement (-1 last) and shares; None where the argument does not apply or a donor ran out of slots.
+    """
+    capacity = [int(c) for c in capacity_G]
+    speed = [float(s) for s in speed_G]
+    if not alias_applies(len(load_E), capacity):
+        return None
+    total = float(load_E.sum())
+    tokens = _whole_experts(load_E, capacity, speed)
+    if total > 0.0 and not _level(tokens, capacity, speed, total):
+        return None
+    slots_GC = np.full((len(capacity), max(capacity)), -1, dtype=np.int32)
+    share_GC = np.zeros(slots_GC.shape)
+    sum_E = np.zeros(len(load_E))
+    for held in tokens:
+        for expert, amount in held.items():
+            sum_E[expert] += amount
+    for gpu, held in enumerate(tokens):
+        for slot, (expert, amount) in enumerate(held.items()):
+            slots_GC[gpu, slot] = expert
+            share_GC[gpu, slot] = amount / sum_E[expert] if sum_E[expert] > 0.0 else 1.0
+    return slots_GC, share_GC
+
+
+def _whole_experts(load_E: Floats, capacity: list[int], speed: list[float]) -> list[dict[int, float]]:
+    """Largest expert first to the GPU that would finish first, each GPU kept one slot short of full."""
+    tokens: list[dict[int, float]] = [{} for _ in capacity]
+    load = [0.0] * len(capacity)
+    for expert in np.argsort(-load_E, kind="stable").tolist():
+        room = [g for g in range(len(capacity)) if len(tokens[g]) < capacity[g] - 1]
+        gpu = min(room, key=lambda g: (load[g] / speed[g], g))
+        tokens[gpu][expert] = float(load_E[expert])
+        load[gpu] += tokens[gpu][expert]
+    return tokens
+
+
+def _level(tokens: list[dict[int, float]], capacity: list[int], speed: list[float], total: float) -> bool:
+    """Let the emptiest GPU take what it lacks from the fullest, until all are at the mean."""
+    mean = total / sum(speed)
+    over = [sum(held.values()) - mean * s for held, s in zip(tokens, speed, strict=True)]
+    tiny = _TINY * total
+    for _ in range(2 * len(tokens)):
+        poor = min(range(len(over)), key=lambda g: (over[g], g))
+        if -over[poor] <= tiny:
+            return True
+        if len(tokens[poor]) >= capacity[poor]:
+            return False
+        rich = sorted((g for g in range(len(over)) if over[g] > tiny), key=lambda g: (-over[g], g))
+        lack = -over[poor]
+        donor = _donor(tokens, rich, poor, lack)
+        if donor is None:
+            return False
+        gpu, expert = donor
+        tokens[gpu][expert] -= lack
+        tokens[poor][expert] = lack
+        over[gpu] -= lack
+        over[poor] = 0.0
+    return False
+
+
+def _donor(tokens: list[dict[int, float]], rich: list[int], poor: int, lack: float) -> tuple[int, int] | None:
+    """The fullest GPU with an expert of at least `lack` tokens that `poor` does not hold: its largest."""
+    for gpu in rich:
+        fitting = [e for e, amount in tokens[gpu].items() if amount >= lack and e not in tokens[poor]]
+        if fitting:
+            return gpu, max(fitting, key=lambda e: (tokens[gpu][e], -e))
+    return None

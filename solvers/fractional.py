@@ -1,0 +1,407 @@
+"""Placement for free token shares: perfect on the given loads, and sturdy when they turn out different.
+
+Tokens can move between two GPUs when they hold replicas of a common expert. Take that graph: GPUs joined by
+replicated experts. Where it is connected, and the shares that level all GPUs are not negative, every
+GPU comes out at the mean exactly. S slots for E experts leave S - E spare replicas, and a spanning tree needs
+G - 1 of them: the familiar condition E <= G (c - 1) leaves just enough. So the spare replicas are
+spent on joining, never on linking GPUs twice:
+
+1. Count replicas by largest ``load / (replicas + 1/2)``, which favours the heavy experts: they fluctuate most,
+   in tokens, and make the widest links.
+2. Place the replicas of replicated experts, heaviest first, each on the least loaded GPU among those in
+   components that the expert does not reach yet.
+3. Fill up with the other experts, heaviest first, always onto the emptiest GPUs.
+4. Level: the shares that solve the graph's Laplacian system move as little as possible away from the equal
+   split. Where one would be negative, the exact share solver decides.
+
+A layer that misses the mean is tried with other replica counts, with the equal-split construction, then
+with alias packing, which always gets there but is brittle; whoever is first at the mean wins, else the best. Small
+layers that can't reach it (E > G (c - 1)) end in a local search with exact shares.
+
+Why it is sturdy: with the loads off by a factor, what counts is how much captive load a set of GPUs
+has (see `share_lp.density`). A tree of wide links leaves few sets with much captive load; the same spare
+replicas placed for balance alone leave many GPUs linked to nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless_opt.solvers.alias import alias_pack
+from moeless_opt.solvers.packing import pack
+from moeless_opt.solvers.search import improve
+from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.solvers.sizing import apportion, trim
+
+__all__ = ["connect", "construct_fractional", "level"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Int32s = NDArray[np.int32]
+Bools = NDArray[np.bool_]
+
+LEAN = 0.5  # of the first try; see `sizing.apportion`
+OTHER_LEANS = (0.0, -0.3, 1.0)
+PERFECT = 1e-10  # relative distance from the mean that counts as none
+_SEARCH_PAIRS = 400  # experts x GPUs up to which a layer is worth a local search
+_SAME = 1e250  # penalty of a GPU that the expert reaches already: last choice
+_NEVER = 1e280  # a full GPU, or one that holds the expert
+
+
+def construct_fractional(
+    load_LE: Floats,
+    capacity_LG: Any,
+    speed_G: Any,
+    *,
+    seed: int = 0,
+    effort: str = "normal",
+) -> tuple[Int32s, Floats]:
+    """Place the replicas of every layer, and split the tokens, for the least largest GPU time.
+
+    Parameters
+    ----------
+    load_LE : float array [layers, experts]
+        Tokens, not negative.
+    capacity_LG : int array [layers, GPUs]
+        Slots.
+    speed_G : float array [GPUs]
+        Relative speeds.
+    seed : int
+        For the scenarios of ``effort="thorough"``; otherwise nothing is random.
+    effort : {"normal", "thorough"}
+        Thorough also builds every variant and keeps, among those at the best time, the one that fares best on
+        loads with lognormal noise, shares re-solved.
+
+    Returns
+    -------
+    slots_LGC : int32 array [layers, GPUs, slots]
+        Expert in each slot, -1 (last) where empty; no expert twice on a GPU.
+    share_LGC : float array [layers, GPUs, slots]
+        Fraction of its expert's tokens served by the slot; they sum to 1 per expert.
+
+    Raises
+    ------
+    InfeasibleError
+        The slots can't hold one replica of every expert.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> load = np.array([[600.0, 560, 120, 120, 20, 10, 10, 10]])
+    >>> slots, share = construct_fractional(load, np.full((1, 8), 2), np.ones(8))
+    >>> tokens = np.where(slots >= 0, load[0][slots] * share, 0.0)
+    >>> float(tokens.sum(axis=2).max().round(6))
+    181.25
+    """
+    load = np.ascontiguousarray(load_LE, dtype=np.float64)
+    capacity = np.ascontiguousarray(capacity_LG, dtype=np.int64)
+    speed = np.ascontiguousarray(speed_G, dtype=np.float64)
+    mean_L = load.sum(axis=1) / speed.sum()
+    slots, share, time_L = _joined(load, capacity, speed, LEAN)
+    _retry(load, capacity, speed, mean_L, slots, share, time_L)
+    if effort == "thorough":
+        _sturdiest(load, capacity, speed, mean_L, slots, share, time_L, seed)
+    return slots, share
+
+
+Built = tuple[Int32s, Floats, Floats]
+
+
+def _joined(load_LE: Floats, capacity_LG: Ints, speed_G: Floats, lean: float) -> Built:
+    """Steps 1 to 4: placement, shares and largest times; layers that can't be packed so come back at infinity."""
+    total = np.minimum(capacity_LG, load_LE.shape[1]).sum(axis=1)
+    cap = (capacity_LG > 0).sum(axis=1)[:, None]
+    replicas = trim(load_LE, apportion(load_LE, total, cap, lean=lean), capacity_LG)
+    slots, ok_L = connect(load_LE, replicas, capacity_LG, speed_G)
+    share, time_L = _share(load_LE, slots, speed_G, ok_L, replicas)
+    return slots, share, time_L
+
+
+def _share(
+    load_LE: Floats, slots_LGC: Int32s, speed_G: Floats, ok_L: Bools, replicas_LE: NDArray[Any]
+) -> tuple[Floats, Floats]:
+    """Level the layers in `ok_L`, exactly where levelling would need negative shares."""
+    mean_L = load_LE.sum(axis=1) / speed_G.sum()
+    share, time_L = level(load_LE, slots_LGC, speed_G, replicas_LE)
+    time_L[~ok_L] = np.inf
+    open_L = np.flatnonzero(ok_L & (time_L > mean_L * (1.0 + PERFECT)))
+    if len(open_L):
+        found = solve_shares(load_LE[open_L], slots_LGC[open_L], speed_G)
+        share[open_L], time_L[open_L] = found.share_LGC, found.time_L
+    return share, time_L
+
+
+def connect(
+    load_LE: Floats, replicas_LE: NDArray[Any], capacity_LG: Ints, speed_G: Floats
+) -> tuple[Int32s, Bools]:
+    """Steps 2 and 3: place replicas so that replicated experts join the GPUs into one component.
+
+    Parameters
+    ----------
+    load_LE : float array [layers, experts]
+        Tokens.
+    replicas_LE : int array [layers, experts]
+        Replicas of each expert.
+    capacity_LG : int array [layers, GPUs]
+        Slots.
+    speed_G : float array [GPUs]
+        Relative speeds.
+
+    Returns
+    -------
+    slots_LGC : int32 array [layers, GPUs, slots]
+        Placement.
+    ok_L : bool array [layers]
+        Whether every replica found a GPU; the other layers are incomplete.
+    """
+    L, E = load_LE.shape
+    G = capacity_LG.shape[1]
+    piece = load_LE / replicas_LE
+    # Replicated experts first, each group by falling piece.
+    order = np.argsort(np.where(replicas_LE > 1, -1.0 - piece, 1.0 / (1.0 + piece)), axis=1, kind="stable")
+    replicas = np.take_along_axis(replicas_LE, order, axis=1)
+    pieces = np.take_along_axis(piece, order, axis=1)
+    linked_L = np.where(replicas > 1, replicas, 0).sum(axis=1)
+    state = _Packing(L, G, capacity_LG, speed_G)
+    _place_links(state, order, pieces, replicas, linked_L, E)
+    _place_rest(state, order, pieces, (replicas > 1).sum(axis=1))
+    return state.slots, state.ok_L
+
+
+class _Packing:
+    """What is where, in all layers at once."""
+
+    def __init__(self, L: int, G: int, capacity_LG: Ints, speed_G: Floats) -> None:
+        self.slots = np.full((L, G, int(capacity_LG.max(initial=1))), -1, dtype=np.int32)
+        self.used = np.zeros((L, G), dtype=np.int64)
+        self.capacity = capacity_LG
+        self.pace = 1.0 / speed_G
+        # Time so far; full GPUs are never chosen.
+        self.time = np.where(capacity_LG > 0, 0.0, _NEVER)
+        self.ok_L = np.ones(L, dtype=bool)
+
+    def put(self, rows: Ints, gpus: Ints, experts: Ints, pieces: Floats) -> None:
+        """Place one replica per (row, GPU) pair, all pairs distinct."""
+        used = self.used[rows, gpus]
+        self.slots[rows, gpus, used] = experts
+        self.used[rows, gpus] = used + 1
+        time = self.time[rows, gpus] + pieces * self.pace[gpus]
+        self.time[rows, gpus] = np.where(used + 1 < self.capacity[rows, gpus], time, _NEVER)
+
+
+def _place_links(
+    state: _Packing, order: Ints, pieces: Floats, replicas: NDArray[Any], linked_L: Ints, E: int
+) -> None:
+    """Replicas of replicated experts, in order, each joining another component to its expert's."""
+    L, G = state.used.shape
+    length = int(linked_L.max(initial=0))
+    if length == 0:
+        return
+    # The sequence of replicas of each layer: rank of the expert, and whether it is its first replica.
+    end = np.cumsum(np.where(replicas > 1, replicas, 0), axis=1)
+    step = np.arange(length)
+    rank_LS = np.minimum(
+        (end[:, None, :] <= step[None, :, None]).sum(axis=2) if E <= 64 else _ranks(end, length), E - 1
+    )
+    expert_LS = np.take_along_axis(order, rank_LS, axis=1)
+    piece_LS = np.take_along_axis(pieces, rank_LS, axis=1)
+    first_LS = np.ones((L, length), dtype=bool)
+    first_LS[:, 1:] = rank_LS[:, 1:] != rank_LS[:, :-1]
+    live_LS = step < linked_L[:, None]
+    all_rows = np.arange(L)
+    component = np.tile(np.arange(G), (L, 1))
+    root_L = np.zeros(L, dtype=np.int64)
+    barred = np.zeros((L, G))
+    done = 0
+    if bool((state.capacity > 0).all()) and bool((state.pace == state.pace[0]).all()):
+        # On empty equal GPUs the first G replicas take one each.
+        done = int(min(G, linked_L.min()))
+        rows = np.repeat(all_rows, done)
+        gpus = np.tile(np.arange(done), L)
+        state.put(rows, gpus, expert_LS[:, :done].reshape(-1), piece_LS[:, :done].reshape(-1))
+        start = np.maximum.accumulate(np.where(first_LS[:, :done], step[:done], 0), axis=1)
+        component[:, :done] = start
+        root_L = start[:, -1].copy() if done else root_L
+        barred[component == root_L[:, None]] = _SAME
+        barred[:, :done][start == root_L[:, None]] = _NEVER
+    for s in range(done, length):
+        first_L, live_L = first_LS[:, s], live_LS[:, s]
+        barred[first_L] = 0.0
+        key = state.time + barred
+        gpu_L = key.argmin(axis=1)
+        best_L = key[all_rows, gpu_L]
+        live_L = live_L & (best_L < _NEVER)
+        state.ok_L &= live_L | ~live_LS[:, s]
+        rows = np.flatnonzero(live_L)
+        gpus = gpu_L[rows]
+        state.put(rows, gpus, expert_LS[rows, s], piece_LS[rows, s])
+        joined_L = component[all_rows, gpu_L]
+        root_L = np.where(first_L, joined_L, root_L)
+        np.copyto(component, root_L[:, None], where=(component == joined_L[:, None]) & live_L[:, None])
+        np.copyto(barred, _SAME, where=(component == root_L[:, None]) & (barred < _SAME))
+        barred[rows, gpus] = _NEVER
+
+
+def _ranks(end_LE: NDArray[Any], length: int) -> Ints:
+    """For each position of a layer's sequence, the expert whose run covers it."""
+    L, E = end_LE.shape
+    mark = np.zeros((L, length + 1), dtype=np.int64)
+    rows = np.repeat(np.arange(L), E)
+    np.add.at(mark, (rows, np.minimum(end_LE, length).reshape(-1)), 1)
+    return np.cumsum(mark[:, :length], axis=1)
+
+
+def _place_rest(state: _Packing, order: Ints, pieces: Floats, linked_L: Ints) -> None:
+    """The experts with one replica: rounds of the heaviest ones left onto the emptiest GPUs."""
+    L, E = order.shape
+    G = state.used.shape[1]
+    all_rows = np.arange(L)[:, None]
+    wave = max(1, G // 2)  # a whole wave at once is nearly LPT, for a fraction of the steps
+    at_L = linked_L.copy()
+    while (at_L < E).any():
+        gpu_LW = np.argsort(state.time, axis=1, kind="stable")[:, :wave]
+        rank_LW = at_L[:, None] + np.arange(wave)
+        fits = (state.time[all_rows, gpu_LW] < _NEVER) & (rank_LW < E)
+        if not fits[:, 0].all():
+            state.ok_L &= fits[:, 0] | (at_L >= E)
+            if not fits.any():
+                return
+        rows, column = np.nonzero(fits)
+        rank = rank_LW[rows, column]
+        state.put(rows, gpu_LW[rows, column], order[rows, rank], pieces[rows, rank])
+        at_L += fits.sum(axis=1)
+
+
+def level(
+    load_LE: Floats, slots_LGC: Int32s, speed_G: Floats, replicas_LE: NDArray[Any]
+) -> tuple[Floats, Floats]:
+    """Step 4: the shares nearest to the equal split that put every GPU at the mean, where they exist.
+
+    Each replica of an expert moves ``piece * (average potential of its GPUs - potential of this GPU)`` tokens
+    onto this GPU; the potentials solve a Laplacian system over the GPUs.
+
+    Parameters
+    ----------
+    load_LE : float array [layers, experts]
+        Tokens.
+    slots_LGC : int array [layers, GPUs, slots]
+        Placement.
+    speed_G : float array [GPUs]
+        Relative speeds.
+    replicas_LE : int array [layers, experts]
+        Replicas of each expert in the placement.
+
+    Returns
+    -------
+    share_LGC : float array [layers, GPUs, slots]
+        Shares; the equal split in layers where levelling would make one negative.
+    time_L : float array [layers]
+        Largest GPU times under them.
+    """
+    L, G, C = slots_LGC.shape
+    E = load_LE.shape[1]
+    rows = np.arange(L)[:, None, None]
+    filled = slots_LGC >= 0
+    expert = np.where(filled, slots_LGC, 0)
+    count_LGC = replicas_LE[rows, expert]
+    piece_LGC = np.where(filled, (load_LE / replicas_LE)[rows, expert], 0.0)
+    share = np.where(filled, 1.0 / count_LGC, 0.0)
+    excess_LG = piece_LGC.sum(axis=2)
+    mean_L = load_LE.sum(axis=1) / speed_G.sum()
+    equal_L = (excess_LG / speed_G).max(axis=1)
+    excess_LG = excess_LG - mean_L[:, None] * speed_G
+    linked = filled & (count_LGC > 1)
+    layer, gpu, slot = np.nonzero(linked)
+    if not len(layer):
+        return share, equal_L
+    # Links of each layer in a row: X experts, incidence [L, X, G].
+    key = layer * E + expert[layer, gpu, slot]
+    is_link = np.zeros(L * E, dtype=bool)
+    is_link[key] = True
+    number = np.cumsum(is_link.reshape(L, E), axis=1) - 1
+    X = int(number.max()) + 1
+    column = number.reshape(-1)[key]
+    weight = piece_LGC[layer, gpu, slot]
+    count = count_LGC[layer, gpu, slot]
+    incidence = np.zeros((L, X, G))
+    incidence[layer, column, gpu] = 1.0
+    scaled = np.zeros((L, X, G))
+    scaled[layer, column, gpu] = weight / count
+    laplacian = -np.matmul(scaled.transpose(0, 2, 1), incidence)
+    index = np.arange(G)
+    laplacian[:, index, index] += np.where(linked, piece_LGC, 0.0).sum(axis=2)
+    # Constant vectors are in the kernel: ground it. A GPU without links gets a potential of its own.
+    unit_L = np.where(mean_L > 0.0, mean_L, 1.0)[:, None, None]
+    potential = np.linalg.solve(
+        laplacian / unit_L + 1.0 / G + np.eye(G) * 1e-13, excess_LG[..., None] / unit_L
+    )[..., 0]
+    average = np.matmul(incidence, potential[..., None])[..., 0]
+    moved = weight * (average[layer, column] / count - potential[layer, gpu])
+    token = weight + moved
+    token_LGC = piece_LGC.copy()
+    token_LGC[layer, gpu, slot] = token
+    time_L = (token_LGC.sum(axis=2) / speed_G).max(axis=1)
+    negative_L = np.zeros(L, dtype=bool)
+    negative_L[layer[token < -1e-12 * unit_L[layer, 0, 0]]] = True
+    good_L = ~negative_L & (time_L <= equal_L * (1.0 + PERFECT)) & np.isfinite(time_L)
+    load = load_LE[layer, expert[layer, gpu, slot]]
+    new = np.where(load > 0.0, np.maximum(token, 0.0) / np.where(load > 0.0, load, 1.0), 1.0 / count)
+    keep = good_L[layer]
+    share[layer[keep], gpu[keep], slot[keep]] = new[keep]
+    return share, np.where(good_L, time_L, equal_L)
+
+
+def _retry(
+    load_LE: Floats,
+    capacity_LG: Ints,
+    speed_G: Floats,
+    mean_L: Floats,
+    slots: Int32s,
+    share: Floats,
+    time_L: Floats,
+) -> None:
+    """Other constructions for the layers that miss the mean, in place; the first at the mean is the last tried."""
+
+    def again(lean: float) -> Callable[[Floats, Ints], Built]:
+        return lambda load, capacity: _joined(load, capacity, speed_G, lean)
+
+    tries = [*(again(lean) for lean in OTHER_LEANS), lambda load, capacity: _aliased(load, capacity, speed_G)]
+    tries.append(lambda load, capacity: _balanced(load, capacity, speed_G))
+    for build in tries:
+        open_L = np.flatnonzero(time_L > mean_L * (1.0 + PERFECT))
+        if not len(open_L):
+            return
+        slots_O, share_O, time_O = build(load_LE[open_L], capacity_LG[open_L])
+        better = time_O < time_L[open_L] * (1.0 - 1e-12)
+        layers = open_L[better]
+        slots[layers], share[layers], time_L[layers] = slots_O[better], share_O[better], time_O[better]
+
+
+def _aliased(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Built:
+    """Alias packing, layer by layer; infinite time where it does not apply."""
+    L, G = capacity_LG.shape
+    C = int(capacity_LG.max(initial=1))
+    slots = np.full((L, G, C), -1, dtype=np.int32)
+    share, time_L = np.zeros((L, G, C)), np.full(L, np.inf)
+    for layer in range(L):
+        found = alias_pack(load_LE[layer], capacity_LG[layer], speed_G)
+        if found is not None:
+            c = found[0].shape[1]
+            slots[layer, :, :c], share[layer, :, :c] = found
+            token = np.where(found[0] >= 0, load_LE[layer][found[0]] * found[1], 0.0)
+            time_L[layer] = (token.sum(axis=1) / speed_G).max()
+    return slots, share, time_L
+
+
+def _balanced(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Built:
+    """The equal-split construction with its shares re-solved: for slots too few to join all GPUs."""
+    total = np.minimum(capacity_LG, load_LE.shape[1]).sum(axis=1)
+    cap = (capacity_LG > 0).sum(axis=1)[:, None]
+    replicas = trim(load_LE, apportion(load_LE, total, cap), capacity_LG)
+    slots = improve(load_LE, pack(load_LE, replicas, capacity_LG, speed_G), capacity_LG, speed_G)
+    found = solve_shares(load_LE, slots, speed_G)
+    return slots, found.share_LGC, found.time_L
