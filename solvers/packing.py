@@ -105,7 +105,7 @@ def _weights(load_LE: Floats, slots_LGC: Any) -> tuple[Int32s, Floats]:
     """Replicas of each expert, and the piece in each slot (0 where empty)."""
     slots = np.asarray(slots_LGC)
     L, E = load_LE.shape
-    flat = slots.reshape(L, -1)
+    flat = slots.reshape(L, slots.shape[1] * slots.shape[2])
     rows = np.arange(L)[:, None]
     # One column more, for the empty slots: index -1 is that column.
     counts = np.bincount((flat % (E + 1) + rows * (E + 1)).ravel(), minlength=L * (E + 1)).reshape(L, E + 1)

@@ -84,10 +84,8 @@ def improve(
         return _empties_last(slots)
     state = _State(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1])
     for step in range(rounds):
-        if not state.settle():
+        if not state.settle() or not state.pair_round(step):
             break
-        state.pair_round(step)
-    state.stuck[:] = False
     for _ in range(focus):
         if not state.settle():
             break
@@ -134,8 +132,8 @@ class _State:
         self.done[self.layer_A] = self.expert
         return self.done
 
-    def pair_round(self, step: int) -> None:
-        """One swap in each of G // 2 disjoint pairs of GPUs."""
+    def pair_round(self, step: int) -> bool:
+        """One swap in each of G // 2 disjoint pairs; False once all layers have tried all pairs in vain."""
         G = self.time.shape[1]
         half = G // 2
         rank = np.argsort(-self.time, axis=1, kind="stable")
@@ -143,7 +141,7 @@ class _State:
         fast = rank[:, G - 1 - (np.arange(half) + step) % half]
         gained = self._swap(slow, fast)
         self.stale = np.where(gained.any(axis=1), 0, self.stale + 1)
-        self.stuck = self.stale >= half
+        return bool((self.stale < half).any())
 
     def focus_round(self) -> None:
         """The best swap between the slowest GPU and any other; a layer without one is stuck."""

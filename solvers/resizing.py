@@ -1,0 +1,224 @@
+"""Local search on the replica counts, where swaps alone stay stuck.
+
+Greedy counts make the largest piece small, but what counts is the largest GPU: a heavy piece that must share its
+GPU may be worth another replica, taken from an expert whose pieces find company easily. Here each layer that is
+far from its bound tries many counts at once, those that the greedy's variants give and those one replica away from
+its best so far, packs and swaps them all as if they were layers of one problem, and goes on from the best while
+that helps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless_opt.solvers.packing import gpu_time, pack
+from moeless_opt.solvers.search import improve
+from moeless_opt.solvers.sizing import apportion, hostable
+
+__all__ = ["resize"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Int32s = NDArray[np.int32]
+
+LEANS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+
+
+def resize(
+    load_LE: Floats,
+    slots_LGC: Int32s,
+    capacity_LG: Ints,
+    speed_G: Floats,
+    *,
+    target: float = 1.0,
+    steps: int = 8,
+    width: int = 64,
+    rounds: int = 6,
+    focus: int = 6,
+    backend: str = "numpy",
+) -> Int32s:
+    """Try other replica counts for the layers above the target.
+
+    Parameters
+    ----------
+    load_LE : float64 [L, E]
+        Tokens of each expert.
+    slots_LGC : int32 [L, G, C]
+        Placement to start from. Not changed.
+    capacity_LG : int64 [L, G]
+        Slots of each GPU.
+    speed_G : float64 [G]
+        Relative speeds.
+    target : float
+        Enough: a slowest GPU at `target` times the mean.
+    steps : int
+        Most steps of each layer.
+    width : int
+        Replica counts tried in each step.
+    rounds, focus : int
+        Swap rounds for each, as in `search.improve`.
+    backend : {"numpy", "numba"}
+        Which of the twins does the work; the result is the same.
+
+    Returns
+    -------
+    int32 [L, G, C]
+        No layer's slowest GPU is slower than before.
+    """
+    slots = np.array(slots_LGC, dtype=np.int32)
+    E, G = load_LE.shape[1], slots.shape[1]
+    bench = _Bench(load_LE, np.asarray(capacity_LG, dtype=np.int64), speed_G, target, rounds, focus, backend)
+    counts = _count(slots, E)
+    top, excess = bench.score(np.arange(len(slots)), slots)
+    cap_L = np.minimum((capacity_LG > 0).sum(axis=1), G)
+    live = counts  # where the search stands: by excess, so not always at the best so far
+    rows = np.flatnonzero(top > bench.goal_L)
+    for step in range(steps):
+        if not len(rows):
+            break
+        if step == 0:
+            base, tried = _leaning(load_LE, live, cap_L, rows)
+            trial = bench.run(base, tried)
+        else:
+            base, tried = _shifted(load_LE, live, cap_L, rows, width)
+            trial = bench.run(base, tried)
+            more = _combined(trial, live)
+            trial = trial.joined(bench.run(*more)) if len(more[0]) else trial
+        if not len(trial.base):
+            break
+        record = trial.least(trial.top)
+        record = record[trial.top[record] < top[trial.base[record]] * (1.0 - 1e-9)]
+        slots[trial.base[record]], top[trial.base[record]] = trial.slots[record], trial.top[record]
+        next_ = trial.least(trial.excess)
+        if step == 0:  # the leaning counts are taken up only where they are better
+            next_ = next_[trial.excess[next_] < excess[trial.base[next_]]]
+        live[trial.base[next_]] = trial.counts[next_]
+        rows = rows[top[rows] > bench.goal_L[rows]]
+    return slots
+
+
+class _Trial(NamedTuple):
+    """Cases that were packed: layer, counts, placement, slowest GPU's time, and excess of all GPUs."""
+
+    base: Ints
+    counts: Ints
+    slots: Int32s
+    top: Floats
+    excess: Floats
+
+    def joined(self, other: _Trial) -> _Trial:
+        """Both."""
+        return _Trial(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
+
+    def least(self, value: Floats) -> Ints:
+        """The case of least value of each layer."""
+        order = np.lexsort((value, self.base))
+        return order[np.unique(self.base[order], return_index=True)[1]]
+
+
+class _Bench:
+    """Packs and swaps cases, each a layer with some counts, as if they were layers of one problem."""
+
+    def __init__(
+        self, load_LE: Floats, capacity_LG: Ints, speed_G: Floats, target: float, rounds: int, focus: int, backend: str
+    ) -> None:
+        self.load_LE, self.capacity_LG, self.speed_G = load_LE, capacity_LG, speed_G
+        self.goal_L = target * load_LE.sum(axis=1) / speed_G.sum()
+        self.seen: set[tuple[int, bytes]] = set()
+        self.rounds, self.focus, self.target, self.backend = rounds, focus, target, backend
+
+    def score(self, base: Ints, slots: Int32s) -> tuple[Floats, Floats]:
+        """Time of the slowest GPU, and sum over the GPUs of the squared time above the goal."""
+        time = gpu_time(self.load_LE[base], slots, self.speed_G)
+        over = np.maximum(time - self.goal_L[base, None], 0.0)
+        return time.max(axis=1), (over * over).sum(axis=1)
+
+    def run(self, base: Ints, counts: Ints) -> _Trial:
+        """Pack the cases that can be hosted."""
+        keep = hostable(counts, self.capacity_LG[base])
+        for case in np.flatnonzero(keep):
+            key = (int(base[case]), counts[case].tobytes())
+            keep[case] = key not in self.seen
+            self.seen.add(key)
+        base, counts = base[keep], counts[keep]
+        load, capacity = self.load_LE[base], self.capacity_LG[base]
+        slots = pack(load, counts, capacity, self.speed_G, backend=self.backend)
+        slots = improve(
+            load,
+            slots,
+            capacity,
+            self.speed_G,
+            target=self.target,
+            rounds=self.rounds,
+            focus=self.focus,
+            backend=self.backend,
+        )
+        return _Trial(base, counts, slots, *self.score(base, slots))
+
+
+def _count(slots_LGC: Int32s, E: int) -> Ints:
+    """Replicas of each expert."""
+    L, G, C = slots_LGC.shape
+    flat = slots_LGC.reshape(L, G * C) % (E + 1) + np.arange(L)[:, None] * (E + 1)
+    return np.bincount(flat.ravel(), minlength=L * (E + 1)).reshape(L, E + 1)[:, :E]
+
+
+def _leaning(load_LE: Floats, counts_LE: Ints, cap_L: Ints, rows: Ints) -> tuple[Ints, Ints]:
+    """Cases: the counts of the greedy's variants."""
+    total = counts_LE[rows].sum(axis=1)
+    cap = cap_L[rows, None]
+    tried = [apportion(load_LE[rows], total, cap, lean=lean).astype(np.int64) for lean in LEANS]
+    return np.tile(rows, len(LEANS)), np.concatenate(tried)
+
+
+def _shifted(load_LE: Floats, counts_LE: Ints, cap_L: Ints, rows: Ints, width: int) -> tuple[Ints, Ints]:
+    """Cases: one replica moved from an expert to another."""
+    tried = [_shifts(load_LE[layer], counts_LE[layer], int(cap_L[layer]), width) for layer in rows]
+    return np.repeat(rows, [len(cases) for cases in tried]), np.concatenate(tried)
+
+
+def _combined(trial: _Trial, counts_LE: Ints) -> tuple[Ints, Ints]:
+    """Cases: the best 2, 4, 8 ... moves of a layer's trial at once, no expert in two of them."""
+    base, tried = [], []
+    order = np.lexsort((trial.excess, trial.base))
+    for layer, cases in zip(*_runs(trial.base[order], order), strict=True):
+        counts = counts_LE[layer]
+        moves = trial.counts[cases] - counts
+        touched = np.zeros(len(counts), dtype=bool)
+        joined, size, power = counts.copy(), 0, 2
+        for move in moves:
+            if not (touched & (move != 0)).any():
+                touched |= move != 0
+                joined = joined + move
+                size += 1
+                if size == power:
+                    base.append(layer)
+                    tried.append(joined)
+                    power *= 2
+    E = counts_LE.shape[1]
+    return np.array(base, dtype=np.int64), np.array(tried, dtype=np.int64).reshape(len(base), E)
+
+
+def _runs(key: Ints, value: Ints) -> tuple[list[int], list[Ints]]:
+    """Split `value` where the sorted `key` changes."""
+    keys, starts = np.unique(key, return_index=True)
+    return [int(k) for k in keys], np.split(value, starts[1:]) if len(keys) else []
+
+
+def _shifts(load_E: Floats, counts_E: Ints, cap: int, width: int) -> Ints:
+    """Counts with one replica moved from an expert to another: small new pieces first, large old ones first."""
+    givers = np.flatnonzero(counts_E > 1)
+    takers = np.flatnonzero(counts_E < cap)
+    grown = load_E[givers] / (counts_E[givers] - 1)
+    relieved = load_E[takers] / counts_E[takers]
+    worth = np.where(givers[:, None] == takers, -np.inf, relieved - grown[:, None])
+    order = np.argsort(-worth, axis=None, kind="stable")[:width]
+    order = order[worth.flat[order] > -np.inf]
+    give, take = givers[order // max(len(takers), 1)], takers[order % max(len(takers), 1)]
+    tried = np.repeat(counts_E[None], len(order), axis=0)
+    tried[np.arange(len(order)), give] -= 1
+    tried[np.arange(len(order)), take] += 1
+    return tried
