@@ -102,7 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", choices=SPLITS, help="free or equal token shares (default: fractional)")
     add("--current", metavar="PLAN", help="the plan that is live now")
     add("--tolerance", type=float, metavar="X", help="balance that may be given up for fewer moves (0.01)")
-    add("--workload", metavar="NAME", help="which of several workloads of a recording")
+    add(
+        "--scenario",
+        "--workload",
+        metavar="NAME",
+        help="which of several scenarios (workloads) of a recording",
+    )
     add("--key", metavar="NAME", help="which array of an .npz recording")
     return parser
 
@@ -121,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(2, str(error))
     except MoelessError as error:
         return _fail(1, str(error))
+    except MemoryError:
+        return _fail(2, "out of memory: the problem is too large for this machine")
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     except BrokenPipeError:
@@ -148,6 +155,8 @@ def _run(args: argparse.Namespace) -> int:
     for path in (args.output, args.plot):
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise FormatError(path, "cannot be written: its folder does not exist")
+        if path is not None and Path(path).is_dir():
+            raise FormatError(path, "cannot be written: it is a folder")
     if args.plot is not None:
         _need_matplotlib()
     problem = _problem(args)
@@ -210,7 +219,11 @@ def _with_reference(problem: Problem, names: list[str]) -> list[str]:
 def _best(outcome: Comparison, names: Sequence[str]) -> Plan | None:
     """Of the solvers asked for, the plan with the smallest summed time; the first of equals."""
     plans = [r.plan for name, r in outcome.results.items() if name in names and r.plan is not None]
-    return min(plans, key=lambda plan: round(plan.certificate.gap, 9), default=None)
+    if not plans:
+        return None
+    values = [float(plan.certificate.value_L.sum()) for plan in plans]
+    least = min(values)
+    return next(plan for plan, value in zip(plans, values, strict=True) if value <= least * (1 + 1e-9))
 
 
 def _document(outcome: Comparison, best: Plan | None) -> dict[str, Any]:
@@ -248,7 +261,7 @@ def _problem(args: argparse.Namespace) -> Problem:
         raise FormatError(name, f"is no file{hint}")
     if _is_problem(name):
         return _override(load_problem(name), args)
-    options = {key: value for key in ("key", "workload") if (value := getattr(args, key)) is not None}
+    options = {key: value for key in ("key", "scenario") if (value := getattr(args, key)) is not None}
     loads = Loads.read(name, **options)
     topology = _topology(args)
     if topology is None:
@@ -271,7 +284,7 @@ def _problem(args: argparse.Namespace) -> Problem:
 def _is_problem(path: str) -> bool:
     """Whether a file is one of our documents (anything else is read as a recording)."""
     with Path(path).open("rb") as file:
-        start = file.read(4096).lstrip()
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"{") or b'"format"' not in start:
         return False
     data = read_json(path)

@@ -6,6 +6,7 @@ G GPUs, C slots of a GPU, N nodes. ``load_TLE`` is indexed ``[scenario, layer, e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from dataclasses import replace as _replace
 from typing import Any, Self
@@ -15,7 +16,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import ProblemError
 
-__all__ = ["BoolArray", "FloatArray", "IntArray", "Record", "SlotArray", "floats", "frozen", "integers"]
+__all__ = [
+    "BoolArray",
+    "FloatArray",
+    "IntArray",
+    "Record",
+    "SlotArray",
+    "floats",
+    "frozen",
+    "integers",
+    "number",
+    "whole",
+]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -38,6 +50,8 @@ def _numeric(where: str, value: ArrayLike) -> NDArray[Any]:
     except (TypeError, ValueError) as error:
         raise ProblemError(where, f"not an array of numbers ({error})") from None
     if array.dtype.kind not in "iufb":
+        if array.dtype.kind == "O" and array.size and all(isinstance(x, int) for x in array.flat):
+            raise ProblemError(where, "holds a number too large for 64 bits")
         raise ProblemError(where, f"must hold numbers, got {array.dtype} ({type(value).__name__})")
     return array
 
@@ -69,17 +83,41 @@ def integers(where: str, value: ArrayLike, *, low: int = 0, high: int | None = N
     kind = array.dtype.kind
     if kind == "b" or (kind == "f" and not (np.isfinite(array).all() and (array == np.rint(array)).all())):
         raise ProblemError(where, "must hold whole numbers")
-    whole = array.astype(np.int64, copy=True)
-    if whole.size:
-        bad = whole < low
+    if kind != "i" and array.size and float(array.max()) >= 2.0**63:
+        raise ProblemError(where, "holds a number too large for 64 bits")
+    result = array.astype(np.int64, copy=True)
+    if result.size:
+        bad = result < low
         if high is not None:
-            bad |= whole > high
+            bad |= result > high
         if bad.any():
             at = tuple(int(i) for i in np.argwhere(bad)[0])
             need = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ProblemError(where + "".join(f"[{i}]" for i in at), f"is {whole[at]}, must be {need}")
-    whole.flags.writeable = False
-    return whole
+            raise ProblemError(where + "".join(f"[{i}]" for i in at), f"is {result[at]}, must be {need}")
+    result.flags.writeable = False
+    return result
+
+
+def number(where: str, value: object, *, low: float = 0.0, open_low: bool = False) -> float:
+    """A single finite number of at least (or above) `low`, as a float."""
+    good = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    try:
+        result = float(value) if good else np.nan  # type: ignore[arg-type]
+    except OverflowError:
+        result = np.inf
+    if not ((result > low if open_low else result >= low) and result < np.inf):
+        need = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
+        raise ProblemError(where, f"is {value!r}, must be {need}")
+    return result
+
+
+def whole(where: str, value: object, *, low: int = 0, high: int = 2**62) -> int:
+    """A single whole number from `low` to `high`, as an int."""
+    good = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not good or not low <= value <= high or int(value) != value:  # type: ignore[operator, call-overload]
+        need = f"of at least {low}" if high >= 2**62 else f"from {low} to {high}"
+        raise ProblemError(where, f"is {value!r}, must be a whole number {need}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def _same(a: object, b: object) -> bool:
@@ -88,14 +126,21 @@ def _same(a: object, b: object) -> bool:
     return bool(a == b)
 
 
+def _rebuild(kind: type[Any], values: dict[str, Any]) -> Any:
+    record = object.__new__(kind)
+    for name, value in values.items():
+        object.__setattr__(record, name, frozen(value) if isinstance(value, np.ndarray) else value)
+    return record
+
+
 class Record:
-    """Base of the frozen dataclasses: equality that understands arrays, and ``replace``."""
+    """Base of the frozen dataclasses: equality that understands arrays, ``replace``, and pickling."""
 
     __slots__ = ()
 
     def replace(self, **changes: Any) -> Self:
         """A copy with the given fields changed, validated again."""
-        known = {f.name for f in fields(self)}  # type: ignore[arg-type]
+        known = {f.name for f in fields(self) if f.init}  # type: ignore[arg-type]
         for key in changes:
             if key not in known:
                 raise ProblemError(key, f"{type(self).__name__} has no such field; it has {sorted(known)}")
@@ -110,4 +155,15 @@ class Record:
     def __hash__(self) -> int:
         # Arrays count by their shape alone: cheap, and equal records hash equal.
         values = (getattr(self, f.name) for f in fields(self) if f.compare)  # type: ignore[arg-type]
-        return hash((type(self), *(v.shape if isinstance(v, np.ndarray) else v for v in values)))
+        return hash((type(self), *(_key(v) for v in values)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy such that the arrays come out read-only again."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return _rebuild, (type(self), values)
+
+
+def _key(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return value.shape
+    return tuple(sorted(map(str, value))) if isinstance(value, Mapping) else value

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, frozen
 from moeless_opt.problems.placement import held_LGE
 from moeless_opt.problems.time_model import TimeModel
 
@@ -119,6 +119,9 @@ class Moves(Record):
     fraction: float
     count_L: IntArray
     cold: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count_L", frozen(self.count_L))
 
     def __repr__(self) -> str:
         size = f", {self.bytes / 1e9:.3g} GB" if self.bytes else ""

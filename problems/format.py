@@ -12,7 +12,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from os import PathLike
@@ -21,7 +23,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from moeless_opt.problems.arrays import floats, integers
+from moeless_opt.problems.arrays import floats, integers, number
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.evaluate import Moves
 from moeless_opt.problems.loads import Loads
@@ -29,7 +31,7 @@ from moeless_opt.problems.models import ModelSpec, model_preset
 from moeless_opt.problems.placement import Placement
 from moeless_opt.problems.plan import Certificate, Plan
 from moeless_opt.problems.problem import Known, Problem
-from moeless_opt.problems.spec import Limits, Objective, Sizing
+from moeless_opt.problems.spec import SPLITS, Limits, Objective, Sizing
 from moeless_opt.problems.time_model import TimeModel
 from moeless_opt.problems.topology import Links, Topology
 
@@ -52,6 +54,8 @@ __all__ = [
 VERSION = 1
 MAX_BYTES = 256 * 2**20
 """Largest JSON document that is read; larger arrays belong into an .npz beside it."""
+MAX_UNPACKED = 2**30
+"""Largest .npz archive that is read, in bytes after decompression."""
 
 
 class _Fields:
@@ -72,7 +76,9 @@ class _Fields:
         if key not in self.data:
             if default is not ...:
                 return default
-            raise FormatError(self.where or "document", f"{key!r} is missing{self._near(key, self.data)}")
+            near = difflib.get_close_matches(key, list(self.data), n=1)
+            hint = f"; {near[0]!r} is not a key, was {key!r} meant?" if near else ""
+            raise FormatError(self.where or "document", f"{key!r} is missing{hint}")
         value = self.data.pop(key)
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if kind is not None and (
@@ -84,13 +90,9 @@ class _Fields:
 
     def done(self) -> None:
         for key in self.data:
-            hint = self._near(key, self.asked) or f"; known keys: {', '.join(sorted(self.asked))}"
-            raise FormatError(self.path(key), f"unknown key{hint}")
-
-    @staticmethod
-    def _near(key: str, names: Any) -> str:
-        near = difflib.get_close_matches(key, list(names), n=1)
-        return f"; did you mean {near[0]!r}?" if near else ""
+            near = difflib.get_close_matches(str(key), self.asked, n=1)
+            known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(self.asked))}"
+            raise FormatError(self.path(key), f"unknown key; {known}")
 
 
 _NUMBER = (int, float)
@@ -119,8 +121,8 @@ def _record(cls: Callable[..., Any], data: object, where: str) -> Any:
     entry.done()
     try:
         return cls(**given)
-    except ProblemError:
-        raise
+    except ProblemError as error:
+        raise _moved(error, re.split(r"[.\[]", error.where)[0], where) from None
     except (TypeError, ValueError) as error:
         raise FormatError(where, f"cannot be read: {error}") from None
 
@@ -145,7 +147,7 @@ def read_json(path: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> Any:
                 f"is {size / 2**20:.0f} MiB; JSON is read up to {max_bytes / 2**20:.0f} MiB: "
                 "keep large arrays in an .npz",
             )
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise FormatError(name, f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -154,14 +156,26 @@ def read_json(path: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> Any:
     def refuse(token: str) -> NoReturn:
         raise FormatError(name, f"holds {token}, which is no JSON number; loads must be finite")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise FormatError(name, f"has the key {twice!r} twice in one object; once is enough")
+        return found
+
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+    except FormatError:
+        raise
     except json.JSONDecodeError as error:
         raise FormatError(
             name, f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
     except RecursionError:
         raise FormatError(name, "is nested too deeply to be one of ours") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise FormatError(name, f"holds a number that cannot be read: {error}") from None
 
 
 def atomic_write(path: str | PathLike[str], data: bytes) -> None:
@@ -268,7 +282,9 @@ def _loads(data: object, where: str, folder: Path) -> Loads:
     kind = entry.take("kind", str, "inline")
     if kind == "recording":
         path = folder / entry.take("path", str)
-        options = {key: entry.take(key, str) for key in ("key", "workload") if key in entry.data}
+        kinds: dict[str, Any] = {"key": str, "scenario": (str, int)}
+        options = {key: entry.take(key, kind) for key, kind in kinds.items() if key in entry.data}
+        entry.asked += kinds
         entry.done()
         return Loads.read(path, **options)
     if kind == "inline":
@@ -311,14 +327,25 @@ def _npz_array(entry: _Fields, folder: Path) -> Any:
             entry.path("sha256"), f"{path} has hash {found[:12]}..., the problem names {want[:12]}..."
         )
     try:
+        _check_size(io.BytesIO(raw), str(path))
         with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
             if key not in archive:
                 raise FormatError(entry.path("key"), f"{path} has no array {key!r}; it has {sorted(archive)}")
             return archive[key]
-    except (ValueError, OSError, EOFError) as error:
-        if isinstance(error, ProblemError):
-            raise
+    except ProblemError:
+        raise
+    except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged archives
         raise FormatError(entry.path("path"), f"{path} is no .npz archive: {error}") from None
+
+
+def _check_size(file: Any, name: str) -> None:
+    """Refuse an archive that unpacks to more than is sensible, before anything is unpacked."""
+    with zipfile.ZipFile(file) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > MAX_UNPACKED:
+        raise FormatError(
+            name, f"unpacks to {size / 2**20:.0f} MiB; up to {MAX_UNPACKED / 2**20:.0f} MiB are read"
+        )
 
 
 def _generated(entry: _Fields) -> Any:
@@ -553,18 +580,21 @@ def plan_from_json(data: object, where: str = "") -> Plan:
     proof = _Fields(entry.take("certificate", dict), entry.path("certificate"))
     proof.take("status", str, "")  # derived from the values
     proof.take("gap", None, [])
+    split = entry.take("split", str)
+    if split not in SPLITS:
+        raise FormatError(entry.path("split"), f"is {split!r}, must be 'fractional' or 'equal'")
     plan = Plan(
         slots_LGC=slots,
         share_LGC=arrays["shares"],
         experts=experts,
         layers=tuple(integers(entry.path("layers"), entry.take("layers", list)).tolist()),
-        split=entry.take("split", str),
+        split=split,
         time_LG=arrays["times"],
         imbalance_L=arrays["imbalance"],
         moves=Moves(
             count=moves.take("count", int),
             bytes=moves.take("bytes", int),
-            fraction=moves.take("fraction", _NUMBER),
+            fraction=number(moves.path("fraction"), moves.take("fraction", _NUMBER)),
             count_L=integers(moves.path("by_layer"), moves.take("by_layer")),
             cold=moves.take("cold", bool),
         ),
@@ -573,7 +603,7 @@ def plan_from_json(data: object, where: str = "") -> Plan:
             lower_bound_L=floats(proof.path("lower_bound"), proof.take("lower_bound")),
             bound_L=tuple(str(name) for name in proof.take("bound", list)),
             solver=proof.take("solver", str, ""),
-            seconds=float(proof.take("seconds", _NUMBER, 0.0)),
+            seconds=number(proof.path("seconds"), proof.take("seconds", _NUMBER, 0.0)),
             proof=proof.take("proof", str, ""),
         ),
         problem_digest=entry.take("problem_digest", str, ""),
@@ -623,6 +653,7 @@ def load_plan(path: str | PathLike[str]) -> Plan:
     if Path(path).suffix != ".npz":
         return plan_from_json(read_json(path))
     try:
+        _check_size(path, os.fspath(path))
         with np.load(path, allow_pickle=False) as archive:
             if "document" not in archive:
                 raise FormatError(os.fspath(path), f"is no plan: it holds {sorted(archive)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import FloatArray, Record, floats
+from moeless_opt.problems.arrays import FloatArray, Record, floats, whole
 from moeless_opt.problems.errors import ProblemError
 
 __all__ = ["Loads", "as_loads"]
+
+_MOST = 1e30  # sums and products of such loads still are finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -65,7 +67,10 @@ class Loads(Record):
             )
         if 0 in load_TLE.shape:
             raise ProblemError("loads", f"is empty: shape {load_TLE.shape}")
-        if not load_TLE.any():
+        most = float(load_TLE.max())
+        if most > _MOST:
+            raise ProblemError("loads", f"reach {most:g}, must be at most {_MOST:g}")
+        if most == 0:
             raise ProblemError(
                 "loads", "are all zero: nothing says which expert is busy; at least one must be above 0"
             )
@@ -78,17 +83,20 @@ class Loads(Record):
             if not weight_T.any():
                 raise ProblemError("loads.weights", "are all zero; at least one must be above 0")
             put(self, "weight_T", floats("loads.weights", weight_T / weight_T.sum()))
-        put(self, "layers", tuple(int(i) for i in self.layers) or tuple(range(layers)))
+        put(self, "layers", _indices("loads.layers", self.layers) or tuple(range(layers)))
         if len(self.layers) != layers or any(
             a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)
         ):
             raise ProblemError("loads.layers", f"must be {layers} rising numbers, one per layer")
-        put(self, "scenarios", tuple(str(name) for name in self.scenarios))
+        names: object = self.scenarios
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise ProblemError("loads.scenarios", f"is {names!r}, must be a list of names")
+        put(self, "scenarios", tuple(str(name) for name in names))
         if self.scenarios and len(self.scenarios) != scenarios:
             raise ProblemError(
                 "loads.scenarios", f"names {len(self.scenarios)} scenarios, there are {scenarios}"
             )
-        put(self, "skipped", tuple(int(i) for i in self.skipped))
+        put(self, "skipped", _indices("loads.skipped", self.skipped))
         if self.load_TLNE is not None:
             load_TLNE = floats("loads.by_node", self.load_TLNE)
             if load_TLNE.ndim == 3:
@@ -158,6 +166,13 @@ class Loads(Record):
         if self.skipped:
             parts.append(f"dense layers {_span(self.skipped)} skipped")
         return f"Loads({', '.join(parts)}{', from ' + self.source if self.source else ''})"
+
+
+def _indices(where: str, value: Iterable[object]) -> tuple[int, ...]:
+    given: object = value
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ProblemError(where, f"is {given!r}, must be a list of layer numbers")
+    return tuple([i if type(i) is int and i >= 0 else whole(where, i) for i in given])
 
 
 def _span(layers: Sequence[int]) -> str:

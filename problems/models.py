@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeless_opt.problems.arrays import Record
+from moeless_opt.problems.arrays import Record, number, whole
 from moeless_opt.problems.errors import ProblemError
 
 __all__ = ["MODEL_PRESETS", "ModelSpec", "model_preset"]
+
+
+_MOST = 10**6  # keeps the bytes of an expert within 64 bits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -52,14 +55,19 @@ class ModelSpec(Record):
     groups: int = 1
 
     def __post_init__(self) -> None:
+        put = object.__setattr__
         for key in ("layers", "experts", "top_k", "hidden", "ffn", "matrices", "groups"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ProblemError(f"model.{key}", f"is {value!r}, must be a whole number of at least 1")
+            put(self, key, whole(f"model.{key}", getattr(self, key), low=1, high=_MOST))
+        for key in ("shared_experts", "first_moe_layer"):
+            put(self, key, whole(f"model.{key}", getattr(self, key), high=_MOST))
+        for key, kind in (("name", str), ("bias", bool)):
+            if not isinstance(getattr(self, key), kind):
+                raise ProblemError(f"model.{key}", f"is {getattr(self, key)!r}, must be a {kind.__name__}")
         if self.top_k > self.experts:
             raise ProblemError("model.top_k", f"is {self.top_k}, must be at most experts = {self.experts}")
-        if not 0 < self.bits <= 64:
-            raise ProblemError("model.bits", f"is {self.bits!r}, must be above 0 and at most 64")
+        put(self, "bits", number("model.bits", self.bits, open_low=True))
+        if self.bits > 64:
+            raise ProblemError("model.bits", f"is {self.bits!r}, must be at most 64")
 
     @property
     def expert_bytes(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, integers
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, integers, whole
 from moeless_opt.problems.errors import ProblemError
 
 __all__ = ["Placement", "equal_shares", "held_LGE", "replica_counts"]
@@ -63,9 +63,15 @@ class Placement(Record):
     experts: int
 
     def __post_init__(self) -> None:
-        slots = integers("placement.slots", self.slots_LGC, low=-1, high=self.experts - 1).astype(np.int32)
-        if slots.ndim != 3:
+        experts = whole("placement.experts", self.experts, low=1, high=2**31 - 1)
+        slots = integers("placement.slots", self.slots_LGC, low=-1, high=experts - 1).astype(np.int32)
+        if slots.ndim != 3 or 0 in slots.shape[:2]:
             raise ProblemError("placement.slots", f"has shape {slots.shape}, must be [layers, gpus, slots]")
+        if experts > slots.shape[1] * slots.shape[2]:
+            raise ProblemError(
+                "placement.slots",
+                f"has {slots.shape[1] * slots.shape[2]} slots per layer, {experts} experts need one each",
+            )
         slots.flags.writeable = False
         object.__setattr__(self, "slots_LGC", slots)
         ordered = np.sort(slots, axis=2)

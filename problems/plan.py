@@ -62,6 +62,10 @@ class Certificate(Record):
     seconds: float = 0.0
     proof: str = ""
 
+    def __post_init__(self) -> None:
+        for key in ("value_L", "lower_bound_L"):
+            object.__setattr__(self, key, frozen(getattr(self, key)))
+
     @property
     def gap_L(self) -> FloatArray:
         """(value - bound) / bound of each layer, shape [L]; 0 is proven optimal."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, integers
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, floats, integers
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.loads import Loads
 from moeless_opt.problems.models import ModelSpec
@@ -24,6 +24,7 @@ _TOKENS = TimeModel()
 _OBJECTIVE = Objective()
 _LIMITS = Limits()
 _SLOTS = Sizing()
+_MOST_BYTES = 10**15  # of one expert; sums over layers and replicas then fit 64 bits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,6 +44,23 @@ class Known(Record):
     source: str
     best_L: tuple[float, ...] = ()
     bound_L: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("best_L", "bound_L"):
+            object.__setattr__(self, key, tuple(floats(f"known.{key}", getattr(self, key)).tolist()))
+
+
+_KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (
+    ("loads", (Loads,)),
+    ("topology", (Topology,)),
+    ("model", (ModelSpec, type(None))),
+    ("sizing", (Sizing,)),
+    ("current", (Placement, type(None))),
+    ("time", (TimeModel,)),
+    ("objective", (Objective,)),
+    ("limits", (Limits,)),
+    ("known", (Known, type(None))),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -96,6 +114,11 @@ class Problem(Record):
     """Slots of each GPU in each layer, shape [L, G]."""
 
     def __post_init__(self) -> None:
+        for key, kind in _KINDS:
+            value = getattr(self, key)
+            if not isinstance(value, kind):
+                want = " or ".join("None" if k is type(None) else k.__name__ for k in kind)
+                raise ProblemError(key, f"is {type(value).__name__}, must be {want}")
         if self.split not in SPLITS:
             raise ProblemError("split", f"is {self.split!r}, must be 'fractional' or 'equal'")
         _, layers, experts = self.loads.shape
@@ -105,7 +128,7 @@ class Problem(Record):
                 f"{self.model.name} has {self.model.experts} experts per layer, the loads have {experts}",
             )
         if self.expert_bytes_L is not None:
-            size_L = integers("expert_bytes", self.expert_bytes_L, low=1)
+            size_L = integers("expert_bytes", self.expert_bytes_L, low=1, high=_MOST_BYTES)
             if size_L.ndim == 0:
                 size_L = integers("expert_bytes", np.full(layers, int(size_L)), low=1)
             if size_L.shape != (layers,):
@@ -195,6 +218,12 @@ class Problem(Record):
         if (room_L < need).any():
             raise InfeasibleError(self._shortage(int(room_L.min()), need))
         limits = self.limits
+        hosts_L = (self.capacity_LG > 0).sum(1)
+        if limits.min_replicas > hosts_L.min():
+            raise InfeasibleError(
+                f"limits.min_replicas: {limits.min_replicas} replicas of an expert need as many GPUs, "
+                f"there are {hosts_L.min()}: {limits.min_replicas - hosts_L.min()} too few"
+            )
         if limits.max_layer_replicas is not None and limits.max_layer_replicas < need:
             raise InfeasibleError(
                 f"limits.max_layer_replicas: {limits.max_layer_replicas} replicas per layer are "
@@ -222,6 +251,34 @@ class Problem(Record):
             raise InfeasibleError(
                 f"limits.spread: {limits.spread} failure domains cannot be reached with "
                 f"max_replicas = {limits.max_replicas}"
+            )
+
+        if limits.pinned or limits.forbidden:
+            self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        pinned_LEG, forbidden_LEG = self.pairs_LEG("pinned"), self.pairs_LEG("forbidden")
+        both = np.argwhere(pinned_LEG & forbidden_LEG)
+        if both.size:
+            layer, expert, gpu = both[0]
+            raise InfeasibleError(
+                f"limits.forbidden: expert {expert} is pinned to GPU {gpu} and forbidden there, layer {layer}"
+            )
+        over = np.argwhere(pinned_LEG.sum(1) > self.capacity_LG)
+        if over.size:
+            layer, gpu = over[0]
+            room, want = self.capacity_LG[layer, gpu], pinned_LEG[layer, :, gpu].sum()
+            raise InfeasibleError(
+                f"limits.pinned: {want} experts are pinned to GPU {gpu} in layer {layer}, "
+                f"it has room for {room}: {want - room} too many"
+            )
+        allowed_LE = (~forbidden_LEG & (self.capacity_LG > 0)[:, None, :]).sum(2)
+        short = np.argwhere(allowed_LE < self.limits.min_replicas)
+        if short.size:
+            layer, expert = short[0]
+            raise InfeasibleError(
+                f"limits.forbidden: in layer {layer}, expert {expert} may be on "
+                f"{allowed_LE[layer, expert]} GPUs; it needs {self.limits.min_replicas}"
             )
 
     def _shortage(self, room: int, need: int) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from moeless_opt.problems.arrays import Record, floats
+from moeless_opt.problems.arrays import Record, number, whole
 from moeless_opt.problems.errors import ProblemError
 
 __all__ = ["PRIORITIES", "SIZING_POLICIES", "SPLITS", "Limits", "Objective", "Sizing"]
@@ -43,23 +42,23 @@ class Objective(Record):
     cvar_alpha: float = 0.9
 
     def __post_init__(self) -> None:
+        put = object.__setattr__
         given: object = self.priorities
-        if isinstance(given, str):
-            raise ProblemError(
-                "objective.priorities", f"is {self.priorities!r}, must be a list from {PRIORITIES}"
-            )
-        object.__setattr__(self, "priorities", tuple(self.priorities))
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise ProblemError("objective.priorities", f"is {given!r}, must be a list from {PRIORITIES}")
+        put(self, "priorities", tuple(given))
         unknown = [p for p in self.priorities if p not in PRIORITIES]
         if unknown or not self.priorities or len(set(self.priorities)) != len(self.priorities):
             raise ProblemError(
                 "objective.priorities", f"is {self.priorities}, must be distinct, from {PRIORITIES}"
             )
-        floats("objective.balance_tolerance", self.balance_tolerance)
+        put(self, "balance_tolerance", number("objective.balance_tolerance", self.balance_tolerance))
         if self.horizon is not None:
-            floats("objective.horizon", self.horizon, open_low=True)
+            put(self, "horizon", number("objective.horizon", self.horizon, open_low=True))
         if self.risk not in ("expected", "cvar", "worst"):
             raise ProblemError("objective.risk", f"is {self.risk!r}, must be 'expected', 'cvar' or 'worst'")
-        if not 0 <= self.cvar_alpha < 1:
+        put(self, "cvar_alpha", number("objective.cvar_alpha", self.cvar_alpha))
+        if self.cvar_alpha >= 1:
             raise ProblemError(
                 "objective.cvar_alpha", f"is {self.cvar_alpha}, must be at least 0 and below 1"
             )
@@ -101,6 +100,7 @@ class Limits(Record):
     forbidden: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        put = object.__setattr__
         for key, low in (
             ("min_replicas", 1),
             ("max_replicas", 1),
@@ -113,12 +113,10 @@ class Limits(Record):
             ("spread", 1),
         ):
             value = getattr(self, key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or int(value) != value or value < low:
-                raise ProblemError(f"limits.{key}", f"is {value!r}, must be a whole number of at least {low}")
+            if value is not None or key in ("min_replicas", "spread"):
+                put(self, key, whole(f"limits.{key}", value, low=low))
         if self.max_move_seconds is not None:
-            floats("limits.max_move_seconds", self.max_move_seconds)
+            put(self, "max_move_seconds", number("limits.max_move_seconds", self.max_move_seconds))
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             raise ProblemError(
                 "limits.max_replicas",
@@ -139,17 +137,18 @@ class Limits(Record):
         return any(limit is not None for limit in limits)
 
 
-def _triples(where: str, value: Iterable[Any]) -> tuple[tuple[int, int, int], ...]:
+def _triples(where: str, value: object) -> tuple[tuple[int, int, int], ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ProblemError(where, f"is {value!r}, must be a list of (layer, expert, gpu)")
     triples = []
     for i, entry in enumerate(value):
         numbers = tuple(entry) if isinstance(entry, Iterable) and not isinstance(entry, str) else ()
-        if len(numbers) != 3 or any(isinstance(n, bool) or not float(n).is_integer() for n in numbers):
+        if len(numbers) != 3:
             raise ProblemError(f"{where}[{i}]", f"is {entry!r}, must be (layer, expert, gpu)")
-        layer, expert, gpu = (int(n) for n in numbers)
-        if layer < -1 or expert < 0 or gpu < 0:
-            raise ProblemError(
-                f"{where}[{i}]", f"is {entry!r}: indices count from 0 (layer -1 means every layer)"
-            )
+        layer = whole(f"{where}[{i}].layer", numbers[0], low=-1)  # -1 means every layer
+        expert, gpu = (
+            whole(f"{where}[{i}].{key}", n) for key, n in zip(("expert", "gpu"), numbers[1:], strict=True)
+        )
         triples.append((layer, expert, gpu))
     return tuple(triples)
 
@@ -180,7 +179,7 @@ class Sizing(Record):
     def __post_init__(self) -> None:
         if self.policy not in SIZING_POLICIES:
             raise ProblemError("sizing.policy", f"is {self.policy!r}, must be one of {SIZING_POLICIES}")
-        floats("sizing.cv", self.cv)
+        object.__setattr__(self, "cv", number("sizing.cv", self.cv))
         if self.ddof not in (0, 1):
             raise ProblemError("sizing.ddof", f"is {self.ddof!r}, must be 0 (population) or 1 (sample)")
-        floats("sizing.imbalance", self.imbalance, low=1.0)
+        object.__setattr__(self, "imbalance", number("sizing.imbalance", self.imbalance, low=1.0))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import FloatArray, Record, floats
+from moeless_opt.problems.arrays import FloatArray, Record, floats, number
 from moeless_opt.problems.errors import ProblemError
 
 __all__ = ["TimeModel"]
@@ -52,7 +52,7 @@ class TimeModel(Record):
 
     def __post_init__(self) -> None:
         for key in ("token_cost", "activation_cost", "launch"):
-            floats(f"time.{key}", getattr(self, key))
+            object.__setattr__(self, key, number(f"time.{key}", getattr(self, key)))
         if self.unit not in ("tokens", "s"):
             raise ProblemError("time.unit", f"is {self.unit!r}, must be 'tokens' or 's'")
         curve = (self.curve_tokens, self.curve_activated, self.curve_time)
@@ -62,6 +62,10 @@ class TimeModel(Record):
             return
         if any(part is None for part in curve):
             raise ProblemError("time.curve", "needs all of curve_tokens, curve_activated and curve_time")
+        if (self.token_cost, self.activation_cost, self.launch) != (1.0, 0.0, 0.0):
+            raise ProblemError(
+                "time.curve", "replaces token_cost, activation_cost and launch; give one or the other"
+            )
         for key in ("curve_tokens", "curve_activated", "curve_time"):
             object.__setattr__(self, key, floats(f"time.{key}", getattr(self, key)))
         tokens, activated, time = self._curve()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, Record, floats, integers
+from moeless_opt.problems.arrays import FloatArray, IntArray, Record, floats, integers, number, whole
 from moeless_opt.problems.errors import ProblemError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["TOPOLOGY_PRESETS", "Links", "Topology", "uniform"]
 
 GB = 10**9
+MOST_GPUS = 2**20  # far beyond any machine: what exceeds it is a slip or an attack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -42,9 +43,10 @@ class Links(Record):
     latency: float = 10e-6
 
     def __post_init__(self) -> None:
+        put = object.__setattr__
         for name in ("intra_node", "inter_node", "host"):
-            floats(f"links.{name}", getattr(self, name), open_low=True)
-        floats("links.latency", self.latency)
+            put(self, name, number(f"links.{name}", getattr(self, name), open_low=True))
+        put(self, "latency", number("links.latency", self.latency))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -89,11 +91,14 @@ class Topology(Record):
         gpus = self.node_G.size
         if self.node_G.ndim != 1 or gpus == 0:
             raise ProblemError("topology.gpus", f"needs at least one GPU, got shape {self.node_G.shape}")
-        missing = set(range(int(self.node_G.max()) + 1)) - set(self.node_G.tolist())
-        if missing:
+        used = np.unique(self.node_G)
+        if used[-1] != used.size - 1:
+            gap = int((used != np.arange(used.size)).argmax())
             raise ProblemError(
-                "topology.node", f"nodes must be numbered from 0 without gaps; {min(missing)} has no GPU"
+                "topology.node", f"nodes must be numbered from 0 without gaps; {gap} has no GPU"
             )
+        if not isinstance(self.links, Links):
+            raise ProblemError("topology.links", f"is {type(self.links).__name__}, must be Links")
         put(self, "speed_G", floats("topology.speed", self.speed_G, open_low=True))
         if self.slots_G is not None:
             put(self, "slots_G", integers("topology.slots", self.slots_G))
@@ -151,10 +156,9 @@ class Topology(Record):
         >>> Topology.uniform(4, 8, slots=9).gpus
         32
         """
-        for key, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise ProblemError(f"topology.{key}", f"is {value!r}, must be a whole number of at least 1")
-        gpus = int(nodes) * int(gpus_per_node)
+        gpus = whole("topology.nodes", nodes, low=1) * whole("topology.gpus_per_node", gpus_per_node, low=1)
+        if gpus > MOST_GPUS:
+            raise ProblemError("topology.gpus", f"are {gpus}, more than the {MOST_GPUS} that are supported")
 
         def spread(value: ArrayLike | None) -> Any:
             if value is None or np.ndim(value) > 0:
@@ -162,7 +166,7 @@ class Topology(Record):
             return np.full(gpus, value)
 
         return cls(
-            node_G=np.repeat(np.arange(nodes), gpus_per_node),
+            node_G=np.repeat(np.arange(int(nodes)), int(gpus_per_node)),
             speed_G=spread(speed),
             slots_G=spread(slots),
             memory_G=spread(memory),
@@ -191,7 +195,7 @@ class Topology(Record):
             raise ProblemError(
                 "topology.preset", f"{name!r} is unknown; there are {', '.join(TOPOLOGY_PRESETS)}"
             )
-        if not 0 < expert_memory <= 1:
+        if not 0 < number("topology.expert_memory", expert_memory) <= 1:
             raise ProblemError("topology.expert_memory", f"is {expert_memory}, must be above 0 and at most 1")
         nodes, per_node, gigabytes, links = found
         if slots is None and memory is None:
