@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["available", "difference", "loaded", "swap_rounds"]
+from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
+
+__all__ = ["available", "choose", "difference", "loaded", "swap_rounds", "warm"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -33,6 +35,50 @@ def available() -> bool:
 def loaded() -> bool:
     """Whether the compiled kernels are already in this process, so that using them costs nothing more."""
     return _kernels.cache_info().currsize > 0
+
+
+def warm() -> bool:
+    """Load the kernels (compiling them where that was never done); returns whether they could be.
+
+    A few seconds at the first call in an installation, a few tenths of a second in later processes. Afterwards
+    the backend "auto" uses them.
+    """
+    if not available():
+        return False
+    expert, weight = np.zeros((1, 2), dtype=np.int64), np.ones((1, 2))
+    expert[0, 1] = 1
+    slots = difference(expert, weight, 2, 1)
+    shape = slots.shape
+    usable, one, goal = np.ones((1, 2), dtype=np.int64), np.ones(2), np.zeros(1)
+    swap_rounds(slots, np.ones(shape), np.ones((1, 2)), usable, one, goal, 2, 1, 1)
+    return True
+
+
+def choose(backend: str) -> str:
+    """Which twin a backend's name stands for.
+
+    Parameters
+    ----------
+    backend : {"auto", "numpy", "numba"}
+        "auto" is Numba where its kernels are loaded, for they are then faster at no cost, and NumPy elsewhere:
+        loading takes several times as long as planning a whole model in NumPy, and the plans are the same.
+
+    Returns
+    -------
+    {"numpy", "numba"}
+
+    Raises
+    ------
+    SolverUnavailableError
+        If Numba is asked for and not installed.
+    """
+    if backend == "auto":
+        return "numba" if loaded() else "numpy"
+    if backend not in ("numpy", "numba"):
+        raise ProblemError("backend", f"is {backend!r}; it can be 'auto', 'numpy' or 'numba'")
+    if backend == "numba" and not available():
+        raise SolverUnavailableError('the backend "numba" needs Numba: pip install "moeless-opt[fast]"')
+    return backend
 
 
 def difference(expert_LS: Ints, weight_LS: Floats, G: int, C: int) -> Int32s:

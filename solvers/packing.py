@@ -73,15 +73,30 @@ def pack(
     if (excess > 0).any():
         layer = int(excess.argmax())
         raise InfeasibleError(f"layer {layer}: {int(excess[layer])} replicas more than the GPUs have slots")
-    if (capacity == capacity[:1, :1]).all() and (speed == speed[0]).all():
-        G, C = capacity.shape[1], int(capacity.max(initial=1))
-        expert_LS, weight_LS = _sequence(piece, replicas, G * C)
-        slots = (fast.difference if backend == "numba" else _difference)(expert_LS, weight_LS, G, C)
-    else:
-        slots = _lpt(piece, replicas, capacity, speed)
+    slots = _start(piece, replicas, capacity, speed, backend)
     for layer in _faulty(slots, replicas):
         slots[layer] = _mend(slots[layer], piece[layer], replicas[layer], capacity[layer], speed, layer)
     return _empties_last(slots)
+
+
+def _start(piece_LE: Floats, replicas: Ints, capacity: Ints, speed: Floats, backend: str) -> Int32s:
+    """A first packing: differencing for the layers of equal GPUs, LPT for the others."""
+    L, G = capacity.shape
+    size_L = capacity[:, 0]
+    equal_L = (capacity == size_L[:, None]).all(axis=1) & bool((speed == speed[0]).all())
+    C = int(capacity.max(initial=1))
+    slots = np.full((L, G, C), -1, dtype=np.int32)
+    for size in np.unique(size_L[equal_L]):
+        rows = np.flatnonzero(equal_L & (size_L == size))
+        line = _sequence(piece_LE[rows], replicas[rows], G * int(size))
+        packed = (fast.difference if backend == "numba" else _difference)(*line, G, int(size))
+        if len(rows) == L:
+            return packed
+        slots[rows, :, :size] = packed
+    rows = np.flatnonzero(~equal_L)
+    if len(rows):
+        slots[rows] = _lpt(piece_LE[rows], replicas[rows], capacity[rows], speed, C)
+    return slots
 
 
 def gpu_time(load_LE: Floats, slots_LGC: Any, speed_G: Any) -> Floats:
@@ -164,7 +179,7 @@ def _difference(expert_LS: Ints, weight_LS: Floats, G: int, C: int) -> Int32s:
     return np.ascontiguousarray(expert_LCG.transpose(0, 2, 1), dtype=np.int32)
 
 
-def _lpt(piece_LE: Floats, replicas_LE: Ints, capacity_LG: Ints, speed_G: Floats) -> Int32s:
+def _lpt(piece_LE: Floats, replicas_LE: Ints, capacity_LG: Ints, speed_G: Floats, C: int) -> Int32s:
     """Largest piece first, to the GPU done with it first among those with room and without that expert.
 
     A replica that finds no GPU is left out, for the repair.
@@ -173,7 +188,7 @@ def _lpt(piece_LE: Floats, replicas_LE: Ints, capacity_LG: Ints, speed_G: Floats
     G = capacity_LG.shape[1]
     rows = np.arange(L)
     expert_LS, weight_LS = _sequence(piece_LE, replicas_LE, int(replicas_LE.sum(axis=1).max(initial=0)))
-    slots = np.full((L, G, int(capacity_LG.max(initial=1))), -1, dtype=np.int32)
+    slots = np.full((L, G, C), -1, dtype=np.int32)
     used_LG = np.zeros((L, G), dtype=np.int64)
     time_LG = np.zeros((L, G))
     held = np.zeros((L, E + 1, G), dtype=bool)

@@ -9,7 +9,8 @@ that helps.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +34,11 @@ def resize(
     capacity_LG: Ints,
     speed_G: Floats,
     *,
-    target: float = 1.0,
+    goal_L: Floats | None = None,
     steps: int = 8,
-    width: int = 64,
-    rounds: int = 6,
-    focus: int = 6,
+    width: int = 32,
+    rounds: int = 3,
+    focus: int = 2,
     backend: str = "numpy",
 ) -> Int32s:
     """Try other replica counts for the layers above the target.
@@ -52,8 +53,8 @@ def resize(
         Slots of each GPU.
     speed_G : float64 [G]
         Relative speeds.
-    target : float
-        Enough: a slowest GPU at `target` times the mean.
+    goal_L : float64 [L], optional
+        Enough: a slowest GPU's time of at most this. Default: the mean, total load over total speed.
     steps : int
         Most steps of each layer.
     width : int
@@ -70,7 +71,14 @@ def resize(
     """
     slots = np.array(slots_LGC, dtype=np.int32)
     E, G = load_LE.shape[1], slots.shape[1]
-    bench = _Bench(load_LE, np.asarray(capacity_LG, dtype=np.int64), speed_G, target, rounds, focus, backend)
+    mean_L = load_LE.sum(axis=1) / speed_G.sum()
+    bench = _Bench(
+        load_LE=load_LE,
+        capacity_LG=np.asarray(capacity_LG, dtype=np.int64),
+        speed_G=speed_G,
+        goal_L=mean_L if goal_L is None else goal_L,
+        swaps=dict(rounds=rounds, focus=focus, backend=backend),
+    )
     counts = _count(slots, E)
     top, excess = bench.score(np.arange(len(slots)), slots)
     cap_L = np.minimum((capacity_LG > 0).sum(axis=1), G)
@@ -119,16 +127,16 @@ class _Trial(NamedTuple):
         return order[np.unique(self.base[order], return_index=True)[1]]
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Bench:
     """Packs and swaps cases, each a layer with some counts, as if they were layers of one problem."""
 
-    def __init__(
-        self, load_LE: Floats, capacity_LG: Ints, speed_G: Floats, target: float, rounds: int, focus: int, backend: str
-    ) -> None:
-        self.load_LE, self.capacity_LG, self.speed_G = load_LE, capacity_LG, speed_G
-        self.goal_L = target * load_LE.sum(axis=1) / speed_G.sum()
-        self.seen: set[tuple[int, bytes]] = set()
-        self.rounds, self.focus, self.target, self.backend = rounds, focus, target, backend
+    load_LE: Floats
+    capacity_LG: Ints
+    speed_G: Floats
+    goal_L: Floats
+    swaps: dict[str, Any]
+    seen: set[tuple[int, bytes]] = field(default_factory=set)
 
     def score(self, base: Ints, slots: Int32s) -> tuple[Floats, Floats]:
         """Time of the slowest GPU, and sum over the GPUs of the squared time above the goal."""
@@ -137,7 +145,7 @@ class _Bench:
         return time.max(axis=1), (over * over).sum(axis=1)
 
     def run(self, base: Ints, counts: Ints) -> _Trial:
-        """Pack the cases that can be hosted."""
+        """Pack the cases that are new and can be hosted."""
         keep = hostable(counts, self.capacity_LG[base])
         for case in np.flatnonzero(keep):
             key = (int(base[case]), counts[case].tobytes())
@@ -145,17 +153,8 @@ class _Bench:
             self.seen.add(key)
         base, counts = base[keep], counts[keep]
         load, capacity = self.load_LE[base], self.capacity_LG[base]
-        slots = pack(load, counts, capacity, self.speed_G, backend=self.backend)
-        slots = improve(
-            load,
-            slots,
-            capacity,
-            self.speed_G,
-            target=self.target,
-            rounds=self.rounds,
-            focus=self.focus,
-            backend=self.backend,
-        )
+        slots = pack(load, counts, capacity, self.speed_G, backend=self.swaps["backend"])
+        slots = improve(load, slots, capacity, self.speed_G, goal_L=self.goal_L[base], **self.swaps)
         return _Trial(base, counts, slots, *self.score(base, slots))
 
 

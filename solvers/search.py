@@ -35,8 +35,9 @@ def improve(
     speed_G: Any,
     *,
     target: float = 1.0,
-    rounds: int = 64,
-    focus: int = 256,
+    goal_L: Floats | None = None,
+    rounds: int = 8,
+    focus: int = 16,
     backend: str = "numpy",
 ) -> Int32s:
     """Swap replicas between GPUs until the slowest GPU is close to the bound, or no swap helps.
@@ -56,6 +57,8 @@ def improve(
     target : float
         A layer is done when its slowest GPU's time is at most `target` times the mean (total load over total
         speed) or the largest piece on the fastest GPU, whichever is larger.
+    goal_L : float64 [L], optional
+        The times at which the layers are done, instead.
     rounds : int
         Most paired rounds.
     focus : int
@@ -78,7 +81,8 @@ def improve(
     weight = _weights(load_LE, slots)[1]
     time = _sum_slots(weight) * (1.0 / speed)
     mean = load_LE.sum(axis=1) / speed.sum()
-    goal = target * np.maximum(mean, weight.max(axis=(1, 2)) / speed.max())
+    floor = np.maximum(mean, weight.max(axis=(1, 2)) / speed.max())
+    goal = target * floor if goal_L is None else np.maximum(floor, goal_L)
     if backend == "numba":
         fast.swap_rounds(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1], rounds, focus)
         return _empties_last(slots)

@@ -22,7 +22,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["best_counts", "fold", "fold_value"]
+__all__ = ["best_counts", "fold", "fold_value", "quick_fold"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -177,3 +177,86 @@ def _descend(load_E: Floats, counts_E: Ints, value: float, G: int) -> float:
         if not values[best] < value:
             return value
         counts_E[:], value = tried[best], float(values[best])
+
+
+def quick_fold(load_E: list[float], G: int, *, target: float = 1.0, tries: int = 12) -> list[tuple[int, int]]:
+    """A good packing of one small layer in about a tenth of a millisecond, on plain lists.
+
+    For a handful of experts NumPy spends its time on being called. Greedy counts, then a few attempts to give one
+    of the two experts on the fullest GPU another replica, each time from the expert that makes the best of it.
+
+    Parameters
+    ----------
+    load_E : list of float [E]
+        Tokens of each expert; at most 2 G of them.
+    G : int
+        GPUs, of two slots each.
+    target : float
+        Enough: a largest load of `target` times the mean.
+    tries : int
+        Most counts tried besides the greedy ones.
+
+    Returns
+    -------
+    list [G] of (int, int)
+        Expert in each slot, -1 where empty.
+    """
+    counts = _apportion_list(load_E, 2 * G, G)
+    piece = [load / count for load, count in zip(load_E, counts, strict=True)]
+    goal = target * sum(load_E) / G
+    value, pairs = _fold_list(piece, counts, G)
+    while value > goal and tries > 0:
+        lightest = min(piece)
+        best = None
+        for taker in max(pairs, key=lambda pair: (piece[pair[0]] + piece[pair[1]]) if pair[1] >= 0 else 0.0):
+            for giver, load in enumerate(load_E):
+                if giver == taker or counts[giver] == 1 or counts[taker] == G or tries == 0:
+                    continue
+                grown = load / (counts[giver] - 1)
+                if grown + lightest >= value:
+                    continue
+                tries -= 1
+                case = counts.copy(), piece.copy()
+                case[0][giver] -= 1
+                case[0][taker] += 1
+                case[1][giver], case[1][taker] = grown, load_E[taker] / case[0][taker]
+                folded = _fold_list(case[1], case[0], G)
+                if folded[0] < value:
+                    value, best = folded[0], (case, folded[1])
+        if best is None:
+            break
+        (counts, piece), pairs = best
+    return pairs
+
+
+def _apportion_list(load_E: list[float], total: int, cap: int) -> list[int]:
+    """Like `sizing.apportion`, for one layer, on lists."""
+    counts = [1] * len(load_E)
+    piece = list(load_E) if cap > 1 else [-1.0] * len(load_E)
+    for _ in range(total - len(load_E)):
+        largest = max(piece)
+        if largest < 0.0:
+            break
+        expert = piece.index(largest)
+        counts[expert] += 1
+        piece[expert] = load_E[expert] / counts[expert] if counts[expert] < cap else -1.0
+    return counts
+
+
+def _fold_list(piece_E: list[float], counts_E: list[int], G: int) -> tuple[float, list[tuple[int, int]]]:
+    """Value and packing of `fold`, for one layer, on lists."""
+    line: list[int] = []
+    for expert in sorted(range(len(piece_E)), key=piece_E.__getitem__, reverse=True):
+        line += [expert] * counts_E[expert]
+    line += [-1] * (2 * G - len(line))
+    first, second = line[:G], line[: G - 1 : -1]
+    middle = first[-1]
+    if middle >= 0 and second[-1] == middle:
+        other = G - counts_E[middle]
+        for gpu in range(G):
+            if first[gpu] == second[gpu] == middle:
+                second[gpu], first[other] = first[other], middle
+                other += 1
+    weight = [*piece_E, 0.0]
+    value = max([weight[a] + weight[b] for a, b in zip(first, second, strict=True)])
+    return value, list(zip(first, second, strict=True))
