@@ -1,0 +1,126 @@
+"""What a controller needs from whatever runs the experts: a live model or a simulation. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Backend", "LoadWindow", "MemoryReport", "Observation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What an expert-parallel group did since it was last asked.
+
+    Parameters
+    ----------
+    load_LE : array of int64, shape [L, E]
+        Real tokens routed to each expert, over all ranks; padding and dummies are left out.
+    tokens_LG : array of int64, shape [L, G]
+        Rows that each rank computed (with everything that was computed, also padding).
+    seconds_LG : array of float, shape [L, G]
+        Time that each rank spent in the experts of each layer.
+    batches : int
+        Forward passes.
+    """
+
+    load_LE: NDArray[np.int64]
+    tokens_LG: NDArray[np.int64]
+    seconds_LG: NDArray[np.float64]
+    batches: int
+
+    @property
+    def imbalance_L(self) -> NDArray[np.float64]:
+        """Largest over mean rows per rank, by layer (1 is perfect)."""
+        mean_L = self.tokens_LG.mean(axis=1)
+        result: NDArray[np.float64] = np.where(mean_L > 0, self.tokens_LG.max(axis=1) / np.maximum(mean_L, 1e-12), 1.0)
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """Bytes of experts on each rank.
+
+    Parameters
+    ----------
+    live_G : array of int64
+        Experts in force.
+    held_G, peak_G : array of int64
+        Measured: everything that is alive now, and the most since the peak was last reset.
+    """
+
+    live_G: NDArray[np.int64]
+    held_G: NDArray[np.int64]
+    peak_G: NDArray[np.int64]
+
+
+class LoadWindow:
+    """Loads with an exponentially fading memory.
+
+    Parameters
+    ----------
+    decay : float
+        What is left of the past after each update, from 0 (only the last observation) to below 1.
+    """
+
+    def __init__(self, decay: float = 0.5) -> None:
+        if not 0 <= decay < 1:
+            from moeless_opt.problems.errors import ProblemError
+
+            raise ProblemError("decay", f"is {decay}, must be at least 0 and below 1")
+        self.decay = decay
+        self.load_LE: NDArray[np.float64] | None = None
+        self.seconds_LG: NDArray[np.float64] | None = None
+        self.tokens_LG: NDArray[np.float64] | None = None
+
+    def update(self, seen: Observation) -> NDArray[np.float64]:
+        """Add an observation; returns the faded loads."""
+        for name in ("load_LE", "seconds_LG", "tokens_LG"):
+            new = getattr(seen, name).astype(np.float64)
+            old = getattr(self, name)
+            # After the loss of a rank the per-rank axes are shorter: their past means nothing then.
+            setattr(self, name, new if old is None or old.shape != new.shape else self.decay * old + new)
+        assert self.load_LE is not None
+        return self.load_LE
+
+    def speed_G(self) -> NDArray[np.float64]:
+        """Relative speed of each rank: rows per second over the mean of the ranks (1 where nothing ran)."""
+        if self.tokens_LG is None or self.seconds_LG is None:
+            return np.ones(0)
+        rows, seconds = self.tokens_LG.sum(axis=0), self.seconds_LG.sum(axis=0)
+        rate = np.where((rows > 0) & (seconds > 0), rows / np.maximum(seconds, 1e-12), np.nan)
+        if np.isnan(rate).all():
+            return np.ones(rate.size)
+        return np.where(np.isnan(rate), 1.0, rate / np.nanmean(rate))
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The one interface between a controller and what it controls.
+
+    All calls are made by every rank of the group, between the same forward passes, with the same arguments.
+    """
+
+    @property
+    def slots_LGC(self) -> NDArray[np.int32]:
+        """The placement in force."""
+        ...
+
+    def observe(self) -> Observation:
+        """Loads and times since the last call; one small collective."""
+        ...
+
+    def apply(self, plan: Any, **limits: Any) -> int:
+        """Start moving to a plan's placement (and use its shares, if it has any); returns its number at once."""
+        ...
+
+    def set_shares(self, shares: Any) -> None:
+        """How replicas share their tokens: a policy or its name."""
+        ...
+
+    def memory(self) -> MemoryReport:
+        """Bytes of experts per rank."""
+        ...

@@ -1,0 +1,211 @@
+"""The ranks that hold one set of experts, and two process groups among them: for tokens and for weights.
+
+Weights travel on a group of their own, so that a transfer never queues before a batch's all-to-all. Both groups
+are ours alone, made from a store and nothing else: they stand in no registry of torch's, their names never
+repeat, and they can be made and given up at any moment by just the ranks that belong to them. That is what
+lets the survivors of a failure go on while the default group is broken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import socket
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moeless_opt.problems.errors import ProblemError
+
+__all__ = ["ExpertGroup"]
+
+#: How often this process has made groups of the same ranks: their members count alike.
+_made: dict[tuple[int, ...], int] = {}
+
+
+def _make_group(store: Any, prefix: str, rank: int, size: int, device: torch.device, timeout: float) -> Any:
+    """A process group that torch's registry does not know."""
+    own = dist.PrefixStore(prefix, store)
+    limit = datetime.timedelta(seconds=timeout)
+    group = dist.ProcessGroup(own, rank, size)
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = limit
+        backend: Any = dist.ProcessGroupNCCL(own, rank, size, options)
+        kind = dist.ProcessGroup.BackendType.NCCL
+    else:
+        backend = dist.ProcessGroupGloo(own, rank, size, timeout=limit)
+        kind = dist.ProcessGroup.BackendType.GLOO
+    group._set_default_backend(kind)
+    backend._set_sequence_number_for_group()
+    group._register_backend(device, kind, backend)
+    return group
+
+
+class ExpertGroup:
+    """The ranks that hold one complete set of experts between them.
+
+    Parameters
+    ----------
+    ranks : sequence of int
+        Global ranks, ascending; their order is the rank axis of every placement.
+    rank : int
+        This process's index among them.
+    device : torch.device
+        Where tokens and weights live: NCCL for CUDA, gloo for CPU.
+    timeout : float
+        Seconds after which an operation on these groups gives up.
+    store : torch.distributed.Store or None
+        Where the ranks find each other; not needed for one rank.
+    node_R : sequence of int, optional
+        Node of each rank; by host name when absent.
+    name : str
+        Distinguishes groups of the same ranks; the same on all of them.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        rank: int,
+        device: torch.device,
+        timeout: float,
+        store: Any = None,
+        node_R: Sequence[int] | None = None,
+        name: str = "",
+    ) -> None:
+        self.ranks = tuple(ranks)
+        self.rank = rank
+        self.size = len(self.ranks)
+        self.device = device
+        self.timeout = timeout
+        self.store = store
+        self.node_R: tuple[int, ...] = (0,) * self.size
+        self._tokens: Any = None
+        self._weights: Any = None
+        if self.size > 1:
+            name = f"moeless/{'-'.join(map(str, self.ranks))}/{name}"
+            self._tokens = _make_group(store, f"{name}/tokens", rank, self.size, device, timeout)
+            self._weights = _make_group(store, f"{name}/weights", rank, self.size, device, timeout)
+            # NCCL wants every rank in a communicator's first call, so that point-to-point may follow.
+            hosts = [row[0] for row in self.gather_ints([zlib.crc32(socket.gethostname().encode())])]
+            self.gather_ints([0], weights=True)
+            names = list(dict.fromkeys(hosts))
+            self.node_R = tuple(names.index(host) for host in hosts)
+        if node_R is not None:
+            if len(node_R) != self.size:
+                raise ProblemError("node_G", f"has {len(node_R)} entries for {self.size} ranks")
+            self.node_R = tuple(int(n) for n in node_R)
+
+    @classmethod
+    def create(
+        cls,
+        ranks: Sequence[int] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        timeout: float = 600.0,
+        node_R: Sequence[int] | None = None,
+        store: Any = None,
+    ) -> ExpertGroup:
+        """Build both groups among `ranks` (all of the world by default); just these ranks call it, together.
+
+        Parameters
+        ----------
+        ranks : sequence of int, optional
+            Global ranks.
+        device, timeout, node_R, store
+            As of the class; the store of the default process group by default.
+        """
+        device = torch.device(device)
+        if not dist.is_available() or not dist.is_initialized():
+            if ranks is not None and len(ranks) > 1:
+                raise ProblemError("ranks", "more than one rank needs torch.distributed to be initialised")
+            return cls((0,), 0, device, timeout)
+        me = dist.get_rank()
+        members = tuple(sorted(range(dist.get_world_size()) if ranks is None else ranks))
+        if me not in members:
+            raise ProblemError("ranks", f"rank {me} builds a group {list(members)} to which it does not belong")
+        if store is None:
+            store = dist.distributed_c10d._get_default_store()
+        _made[members] = _made.get(members, 0) + 1
+        return cls(members, members.index(me), device, timeout, store, node_R, f"{_made[members]}")
+
+    def shrunk(self, keep: Sequence[int], name: str) -> ExpertGroup:
+        """New groups among some of the ranks (given by their index here), which all call this."""
+        return ExpertGroup(
+            [self.ranks[i] for i in keep],
+            list(keep).index(self.rank),
+            self.device,
+            self.timeout,
+            self.store,
+            [self.node_R[i] for i in keep],
+            name,
+        )
+
+    # -- operations --------------------------------------------------------------------------------
+
+    def all_gather(self, mine: Tensor, *, weights: bool = False) -> Tensor:
+        """Everybody's tensor, one row per rank."""
+        if self.size == 1:
+            return mine[None]
+        # Flat output: gloo refuses the stacked form.
+        out = torch.empty(self.size * mine.numel(), dtype=mine.dtype, device=mine.device)
+        (self._weights if weights else self._tokens)._allgather_base(out, mine.contiguous()).wait()
+        return out.view(self.size, -1)
+
+    def gather_ints(self, values: Sequence[int], *, weights: bool = False) -> list[list[int]]:
+        """Everybody's numbers (equally many), in order of rank."""
+        mine = torch.tensor(list(values), dtype=torch.int64, device=self.device)
+        rows: list[list[int]] = self.all_gather(mine, weights=weights).tolist()
+        return rows
+
+    def all_to_all(self, rows: Tensor, receive: list[int], give: list[int]) -> Tensor:
+        """Rows to their ranks: ``give[r]`` of them in order to rank r, ``receive[r]`` from it."""
+        if self.size == 1:
+            return rows
+        out = rows.new_empty((sum(receive), *rows.shape[1:]))
+        self._tokens.alltoall_base(out, rows.contiguous(), receive, give).wait()
+        return out
+
+    def exchange(self, sends: Sequence[tuple[Tensor, int, int]], receives: Sequence[tuple[Tensor, int, int]]) -> list[Any]:
+        """Start sending and receiving weights as one batch.
+
+        Parameters
+        ----------
+        sends, receives : sequences of (tensor, rank of the group, tag)
+            Between two ranks in the same order on both. gloo goes by the tags, NCCL by the order.
+
+        Returns
+        -------
+        list of works
+            To be waited for. On CUDA waiting orders the current stream, and not the host, behind them.
+        """
+        if not sends and not receives:
+            return []
+        group = self._weights
+        if self.device.type == "cuda":
+            group._start_coalescing(self.device)
+        works = [group.send([t], peer, tag) for t, peer, tag in sends]
+        works += [group.recv([t], peer, tag) for t, peer, tag in receives]
+        if self.device.type == "cuda":
+            return [group._end_coalescing(self.device)]
+        return works
+
+    def close(self) -> None:
+        """Give both groups up, without waiting for anybody.
+
+        Ranks that still wait in a collective with this one get an error at once: that is how the news of a
+        death spreads faster than any timeout.
+        """
+        groups = (self._tokens, self._weights)
+        self._tokens = self._weights = None
+        if self.device.type == "cuda":
+            for group in groups:
+                if group is not None:
+                    with contextlib.suppress(Exception):
+                        group.abort()
+        # With the last reference gloo closes its connections.
+        del groups

@@ -1,0 +1,185 @@
+"""Second copies of the experts, off the GPUs: where a cold start or the loss of a rank gets them from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.runtime.experts import SlotBank, Weights
+from moeless_opt.runtime.groups import ExpertGroup
+
+__all__ = ["HomeStore", "MappedHome", "PinnedHome", "save_experts"]
+
+
+class HomeStore(Protocol):
+    """Somewhere that has experts. Which ranks have which must be known to all of them."""
+
+    def ranks(self, layer: int, expert: int) -> Sequence[int]:
+        """Ranks of the group that can read the expert."""
+        ...
+
+    def read(self, layer: int, expert: int) -> Weights:
+        """The expert's tensors on the CPU; only on a rank that has it."""
+        ...
+
+    def regroup(self, survivors: Sequence[int], group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Any) -> None:
+        """Ranks were lost: `survivors` lists the old indices of those left, in their new order.
+
+        Called by all of them together, once the banks hold a full placement again.
+        """
+        ...
+
+
+class PinnedHome:
+    """Copies in host memory (pinned where there is CUDA), each expert on several ranks.
+
+    Parameters
+    ----------
+    copies : int
+        Ranks that keep each expert. Two survive the loss of any one rank.
+    """
+
+    def __init__(self, copies: int = 2) -> None:
+        if copies < 1:
+            raise ProblemError("copies", f"is {copies}, must be at least 1")
+        self.copies = copies
+        self._mine: dict[tuple[int, int], Weights] = {}
+        self._ranks: dict[tuple[int, int], list[int]] = {}
+
+    def ranks(self, layer: int, expert: int) -> Sequence[int]:
+        """See `HomeStore.ranks`."""
+        return self._ranks.get((layer, expert), [])
+
+    def read(self, layer: int, expert: int) -> Weights:
+        """See `HomeStore.read`."""
+        return self._mine[layer, expert]
+
+    @property
+    def bytes(self) -> int:
+        """Host memory in use on this rank."""
+        return sum(t.numel() * t.element_size() for w in self._mine.values() for t in w)
+
+    def regroup(self, survivors: Sequence[int], group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Any) -> None:
+        """Forget the dead, and copy again what they had."""
+        new = {old: i for i, old in enumerate(survivors)}
+        self._ranks = {at: [new[r] for r in ranks if r in new] for at, ranks in self._ranks.items()}
+        self.fill(group, banks, rows_LG)
+
+    def fill(self, group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Bring every expert to the wanted number of copies; all ranks call it, between forwards.
+
+        The first copy is made on a rank that serves the expert, the next ones on the ranks that follow it: a
+        rank's own host memory is lost with the rank.
+        """
+        copies = min(self.copies, group.size)
+        for layer, bank in enumerate(banks):
+            sends: list[tuple[torch.Tensor, int, int]] = []
+            receives: list[tuple[torch.Tensor, int, int]] = []
+            arrivals: list[tuple[int, Weights]] = []
+            keep: list[Weights] = []
+            holders: dict[int, list[int]] = {}
+            for g, row in enumerate(rows_LG[layer]):
+                for e in row:
+                    holders.setdefault(e, []).append(g)
+            for e in sorted(holders):
+                have = self._ranks.setdefault((layer, e), [])
+                source = holders[e][0]
+                wanted = [(source + k) % group.size for k in range(group.size)]
+                for g in [g for g in wanted if g not in have][: max(0, copies - len(have))]:
+                    have.append(g)
+                    if group.rank == g and e in bank.resident:
+                        self._mine[layer, e] = [_to_host(t) for t in bank.resident[e]]
+                    elif g in holders[e]:
+                        continue
+                    elif group.rank == g:
+                        room = bank.allocate()
+                        arrivals.append((e, room))
+                        receives += [(t.data, source, 16 * e + k) for k, t in enumerate(room)]
+                    elif group.rank == source:
+                        # NCCL matches by order and gloo by tag: both agree here.
+                        weights = bank.resident[e]
+                        keep.append(weights)
+                        sends += [(t.data, g, 16 * e + k) for k, t in enumerate(weights)]
+            for work in group.exchange(sends, receives):
+                work.wait()
+            for e, room in arrivals:
+                self._mine[layer, e] = [_to_host(t) for t in room]
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor.detach())
+
+
+class MappedHome:
+    """Experts in safetensors files that every rank can map: no memory of its own, and it survives any loss.
+
+    Parameters
+    ----------
+    folder : path
+        Written by `save_experts`.
+    """
+
+    def __init__(self, folder: str | Path, n_ranks: int) -> None:
+        from safetensors import safe_open
+
+        self.folder = Path(folder)
+        self._n_ranks = n_ranks
+        self._file: dict[tuple[int, int], Any] = {}
+        for path in sorted(self.folder.glob("experts-*.safetensors")):
+            handle = safe_open(str(path), framework="pt")
+            for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                layer, expert, _ = key.split(".")
+                self._file[int(layer), int(expert)] = handle
+        if not self._file:
+            raise FormatError(str(self.folder), "holds no experts-*.safetensors file; write them with save_experts")
+
+    def ranks(self, layer: int, expert: int) -> Sequence[int]:
+        """See `HomeStore.ranks`: everybody reads the files."""
+        return range(self._n_ranks) if (layer, expert) in self._file else ()
+
+    def read(self, layer: int, expert: int) -> Weights:
+        """See `HomeStore.read`."""
+        handle = self._file[layer, expert]
+        weights: Weights = []
+        while f"{layer}.{expert}.{len(weights)}" in handle.keys():  # noqa: SIM118
+            weights.append(handle.get_tensor(f"{layer}.{expert}.{len(weights)}"))
+        return weights
+
+    def regroup(self, survivors: Sequence[int], group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Any) -> None:
+        """Nothing is lost."""
+        self._n_ranks = len(survivors)
+
+
+def save_experts(folder: str | Path, group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Any) -> None:
+    """Write every expert once, each by the first rank that serves it; all ranks call it.
+
+    Parameters
+    ----------
+    folder : path
+        Created if missing; must be reachable from every rank that shall read it.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, bank in enumerate(banks):
+        first: dict[int, int] = {}
+        for g, row in enumerate(rows_LG[layer]):
+            for e in row:
+                first.setdefault(e, g)
+        for e, weights in bank.resident.items():
+            if first[e] == group.rank:
+                tensors |= {f"{layer}.{e}.{i}": t.detach().cpu().contiguous() for i, t in enumerate(weights)}
+    if tensors:
+        # A new name, then a rename: nobody maps a half-written file.
+        final = folder / f"experts-{group.rank:05d}.safetensors"
+        draft = final.with_suffix(".part")
+        save_file(tensors, str(draft))
+        draft.rename(final)
+    group.gather_ints([0])

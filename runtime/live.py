@@ -1,0 +1,342 @@
+"""A running model whose experts can be moved: what `attach` returns, whichever engine it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from moeless_opt.problems.errors import MoelessError, ProblemError, UnsupportedFeatureError
+from moeless_opt.runtime.backend import MemoryReport, Observation
+from moeless_opt.runtime.dispatch import BalancedShares, EqualShares, PlannedShares, SharePolicy, SlotDispatcher
+from moeless_opt.runtime.experts import MemoryMeter, SlotBank, checksum
+from moeless_opt.runtime.groups import ExpertGroup
+from moeless_opt.runtime.home import HomeStore, PinnedHome, save_experts
+from moeless_opt.runtime.migrate import HEADER, Limits, MigrationReport, Migrator
+from moeless_opt.runtime.placement import Slots, SlotTable, Transfer, slots_of, static_slots
+
+__all__ = ["LiveModel", "attach"]
+
+
+def attach(model: Any, **options: Any) -> LiveModel:
+    """Take over the experts of a running model.
+
+    Parameters
+    ----------
+    model : GPTModel or transformers model
+        Unmodified, in evaluation mode, with its weights loaded. Every rank of each expert-parallel group calls
+        this at the same time.
+    **options
+        As of `megatron.attach` and `transformers_backend.attach`.
+
+    Returns
+    -------
+    LiveModel
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        Naming what the model uses and this does not support.
+    """
+    if hasattr(model, "set_experts_implementation"):
+        from moeless_opt.runtime import transformers_backend
+
+        return transformers_backend.attach(model, **options)
+    from moeless_opt.runtime import megatron
+
+    return megatron.attach(model, **options)
+
+
+def share_policy(shares: str | SharePolicy) -> SharePolicy:
+    """A policy by name (``"balanced"``, ``"equal"``), or the policy itself."""
+    if not isinstance(shares, str):
+        return shares
+    known: dict[str, Callable[[], SharePolicy]] = {"balanced": BalancedShares, "equal": EqualShares}
+    if shares not in known:
+        raise ProblemError("shares", f"no policy {shares!r}; there are {sorted(known)}, or give an object")
+    return known[shares]()
+
+
+class LiveModel:
+    """The experts of a running model; a `Backend`.
+
+    The model itself is used as before: its forward pass is the same call. Everything below is called by all
+    ranks of the expert-parallel group, between the same forward passes, unless it says otherwise.
+
+    Parameters
+    ----------
+    group : ExpertGroup
+        Ranks that hold the experts between them.
+    banks, tables : sequences, one per MoE layer
+        Slots of this rank; placement in force.
+    topk : int
+        Experts per token.
+    meter : MemoryMeter
+        Counts the weights.
+    restore : callable
+        Gives the engine back its stock parts; called by `detach`.
+    shares : str or SharePolicy
+        How replicas share tokens.
+    row_block : int
+        See `dispatch`.
+    home : HomeStore, optional
+        Second source of experts.
+    checksums : bool
+        Check what arrives.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: ExpertGroup,
+        banks: Sequence[SlotBank],
+        tables: Sequence[SlotTable],
+        topk: int,
+        meter: MemoryMeter,
+        restore: Callable[[LiveModel], None],
+        shares: str | SharePolicy = "balanced",
+        row_block: int = 1,
+        home: HomeStore | None = None,
+        checksums: bool = False,
+    ) -> None:
+        self.group = group
+        self.banks = list(banks)
+        self.n_experts = tables[0].n_experts
+        self.topk = topk
+        self.meter = meter
+        self.home = home
+        self.batches = 0
+        self.attached = True
+        self._restore = restore
+        self._shares = share_policy(shares)
+        self._next_shares = self._shares
+        self._share_no = self._next_share_no = 0
+        self._sized = group.size
+        self.on_close: list[Callable[[], None]] = []
+        self.dispatchers = [
+            SlotDispatcher(
+                layer, self.n_experts, topk, table, group, self._shares, row_block=row_block, header=self._header, agree=self._agree
+            )
+            for layer, table in enumerate(tables)
+        ]
+        self.migrator = Migrator(group, self.banks, tables, self._switched, home=home)
+        if isinstance(home, PinnedHome):
+            home.fill(group, self.banks, self.migrator.rows_LG)
+        if checksums:
+            self.refresh_checksums()
+
+    # -- agreement ---------------------------------------------------------------------------------
+
+    def _header(self) -> tuple[int, ...]:
+        return (*self.migrator.header(), self._next_share_no)
+
+    def _agree(self, layer: int | None, headers_RK: NDArray[np.int64]) -> None:
+        if layer == 0:
+            self.batches += 1
+        self.migrator.agree(layer, headers_RK)
+        if int(headers_RK[:, HEADER].min()) > self._share_no:
+            self._share_no = int(headers_RK[:, HEADER].min())
+            self._shares = self._next_shares
+            for dispatcher in self.dispatchers:
+                dispatcher.shares = self._shares
+
+    def _switched(self, layer: int, table: SlotTable) -> None:
+        self.dispatchers[layer].set_table(table)
+
+    # -- placement ---------------------------------------------------------------------------------
+
+    @property
+    def slots_LGC(self) -> Slots:
+        """The placement in force, padded with -1."""
+        tables = self.migrator.tables
+        width = max(len(row) for table in tables for row in table.rows)
+        return np.stack([table.slots(width) for table in tables])
+
+    def apply(
+        self,
+        plan: Any,
+        *,
+        max_step_bytes: int | None = None,
+        max_extra_bytes: int | None = None,
+        steps: Sequence[Sequence[Any]] | None = None,
+    ) -> int:
+        """Start moving to a plan's placement; the model goes on meanwhile.
+
+        Parameters
+        ----------
+        plan : object or array
+            With ``slots_LGC`` (a Plan, a Placement), or the array [L, G, C] itself. If it has ``share_LGC`` and
+            says ``split == "equal"``, the split becomes equal; otherwise shares are solved for every batch.
+        max_step_bytes : int, optional
+            Bytes that a rank may send, or receive, in one step.
+        max_extra_bytes : int, optional
+            Bytes of experts that a rank may hold beyond the larger of before and after.
+        steps : sequence of sequences of transfers, optional
+            A schedule made elsewhere: objects with ``layer``, ``expert``, ``source``, ``destination``.
+
+        Returns
+        -------
+        int
+            For `migration`.
+
+        Raises
+        ------
+        ProblemError, InfeasibleError
+            If the plan cannot be carried out; the placement stays as it is.
+        """
+        self._alive()
+        number = self.migrator.submit(slots_of(plan), Limits(max_step_bytes, max_extra_bytes), steps)
+        split = getattr(plan, "split", None)
+        if split in ("equal", "fractional") and self._next_shares.name in ("equal", "balanced"):
+            wanted = "equal" if split == "equal" else "balanced"
+            if wanted != self._next_shares.name:
+                self.set_shares(wanted)
+        return number
+
+    def migration(self, number: int) -> MigrationReport:
+        """What became of a plan; on this rank, at any time."""
+        return self.migrator.reports[number]
+
+    def settle(self, timeout: float = 600.0) -> None:
+        """Finish what is under way without traffic."""
+        self._alive()
+        self.migrator.settle(timeout)
+
+    def set_shares(self, shares: str | SharePolicy) -> None:
+        """Use another policy from the first batch on that all ranks know of it."""
+        self._next_shares = share_policy(shares)
+        self._next_share_no += 1
+
+    def set_planned_shares(self, plan: Any) -> None:
+        """Use a plan's own ``share_LGC`` instead of solving for every batch."""
+        self.set_shares(PlannedShares(np.asarray(plan.share_LGC, dtype=np.float64), slots_of(plan)))
+
+    # -- observation -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def real_tokens(self, valid: torch.Tensor | ArrayLike | None, *, skip: bool = False) -> Iterator[None]:
+        """In this context only the marked tokens count; on this rank alone.
+
+        Parameters
+        ----------
+        valid : bool tensor, shape [T], or None
+            In the order in which the MoE layers see the tokens (megatron-core: sequence-major, ``[s, b]``
+            flattened). False for padding and for the dummy token of an idle rank.
+        skip : bool
+            Do not send the others to experts at all; the layers then give zeros for them.
+        """
+        mark = None if valid is None else torch.as_tensor(valid, device=self.group.device).reshape(-1).bool()
+        for dispatcher in self.dispatchers:
+            dispatcher.valid, dispatcher.skip_invalid = mark, skip
+        try:
+            yield
+        finally:
+            for dispatcher in self.dispatchers:
+                dispatcher.valid, dispatcher.skip_invalid = None, False
+
+    def observe(self) -> Observation:
+        """Loads and times since the last call."""
+        self._alive()
+        n_layers, n_experts = len(self.dispatchers), self.n_experts
+        loads, rest = [], []
+        for d in self.dispatchers:
+            loads.append(d.load_E if d.load_E is not None else torch.zeros(n_experts, dtype=torch.int64))
+            d.load_E = None
+            rest += [d.tokens, round(d.take_seconds() * 1e9)]
+            d.tokens = 0
+        mine = torch.cat([x.to("cpu") for x in loads]).tolist()
+        batches, self.batches = self.batches, 0
+        rows = np.asarray(self.group.gather_ints([*mine, *rest]), dtype=np.int64)
+        load_GLE = rows[:, : n_layers * n_experts].reshape(-1, n_layers, n_experts)
+        rest_GL2 = rows[:, n_layers * n_experts :].reshape(-1, n_layers, 2)
+        return Observation(
+            load_LE=load_GLE.sum(axis=0),
+            tokens_LG=np.ascontiguousarray(rest_GL2[:, :, 0].T),
+            seconds_LG=rest_GL2[:, :, 1].T * 1e-9,
+            batches=batches,
+        )
+
+    def memory(self) -> MemoryReport:
+        """Bytes of experts per rank."""
+        live = sum(len(bank.resident) * bank.expert_bytes for bank in self.banks)
+        rows = np.asarray(self.group.gather_ints([live, self.meter.now, self.meter.peak]), dtype=np.int64)
+        return MemoryReport(live_G=rows[:, 0], held_G=rows[:, 1], peak_G=rows[:, 2])
+
+    # -- home copies and checksums -----------------------------------------------------------------
+
+    def refresh_checksums(self) -> None:
+        """Take the weights as they are now for right; call it again after changing them."""
+        self._alive()
+        rows_LG = self.migrator.rows_LG
+        sums = np.zeros((len(self.banks), self.n_experts), dtype=np.int64)
+        for layer, bank in enumerate(self.banks):
+            first = {e: g for g in reversed(range(self.group.size)) for e in rows_LG[layer][g]}
+            for e, weights in bank.resident.items():
+                if first[e] == self.group.rank:
+                    sums[layer, e] = checksum(weights)
+        everybody = np.asarray(self.group.gather_ints(sums.ravel().tolist()), dtype=np.int64)
+        self.migrator.sums_LE = everybody.sum(axis=0).reshape(sums.shape)
+
+    def save_home(self, folder: str) -> None:
+        """Write the experts where `MappedHome` finds them."""
+        save_experts(folder, self.group, self.banks, self.migrator.rows_LG)
+
+    def use_home(self, home: HomeStore | None) -> None:
+        """Use another second source."""
+        if isinstance(home, PinnedHome):
+            home.fill(self.group, self.banks, self.migrator.rows_LG)
+        self.home = self.migrator.home = home
+
+    # -- the end, and faults -----------------------------------------------------------------------
+
+    def _alive(self) -> None:
+        if not self.attached:
+            raise MoelessError("the model was detached")
+
+    def adopt_group(self, group: ExpertGroup, have_LG: Sequence[Sequence[Sequence[int]]], target_LGC: Slots, plan: Sequence[Transfer] = ()) -> None:
+        """Go on with other ranks; used by `faults`."""
+        self.group = group
+        for layer, dispatcher in enumerate(self.dispatchers):
+            table = SlotTable(target_LGC[layer], self.n_experts)
+            dispatcher.group = group
+            dispatcher.load_E = None
+            dispatcher.set_table(table)
+            self.migrator.tables[layer] = table
+        self.batches = 0
+        self._share_no = self._next_share_no = 0
+        self._shares = self._next_shares
+        for dispatcher in self.dispatchers:
+            dispatcher.shares = self._shares
+
+    def detach(self, timeout: float = 600.0) -> None:
+        """Bring every expert back to its stock place and give the model its stock layers again.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            If ranks were lost: the stock layout needs all of them.
+        """
+        if not self.attached:
+            return
+        if self.group.size != self._sized:
+            raise UnsupportedFeatureError(f"detach needs all {self._sized} ranks back, {self.group.size} are left")
+        static = static_slots(self.n_experts, self.group.size, len(self.banks))
+        self.migrator.submit(static)
+        self.migrator.settle(timeout)
+        if not np.array_equal(self.slots_LGC, static):
+            report = self.migrator.reports[max(self.migrator.reports)]
+            raise MoelessError(f"the experts could not be brought back: {report.reason or report.status}")
+        self._restore(self)
+        self.close()
+
+    def close(self) -> None:
+        """Free what runs in the background; the model keeps the parts that it has."""
+        self.attached = False
+        for callback in self.on_close:
+            callback()
+        self.migrator.close()
+        self.group.close()

@@ -1,0 +1,616 @@
+"""Moves experts between ranks while the model runs, and switches placements without anybody waiting.
+
+Every rank of an expert-parallel group runs the same state machine. What drives it are a few numbers that the
+ranks add to the token counts which they gather for every batch of every layer anyway: which plan they were
+given, how many steps of it they have memory for, how many have arrived, and whether something went wrong.
+Everybody sees the same numbers and so takes the same decisions at the same batch of the same layer:
+
+* a step of transfers is posted when all ranks have finished the step before and have room for this one;
+* a layer switches to its new slots when everything it needs has arrived everywhere, in front of the split of
+  the batch that carried the news: no rank ever uses a placement that another does not use;
+* if any rank reports a fault (damaged data, no memory, a peer that is gone), all ranks drop the plan; layers
+  that have switched stay so, the others keep the placement that they have;
+* a newer plan lets the posted steps arrive and drops the rest; what lies there already is used if it fits.
+
+Nothing here waits for a transfer during a forward pass. A thread does the waiting (on gloo for the operations
+themselves, on CUDA for an event behind them on a stream of their own), and the passes look at its flag.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
+from moeless_opt.runtime.experts import SlotBank, Weights, checksum
+from moeless_opt.runtime.groups import ExpertGroup
+from moeless_opt.runtime.home import HomeStore
+from moeless_opt.runtime.placement import Schedule, Slots, SlotTable, Transfer, build_schedule, follow_schedule
+
+__all__ = ["Courier", "Flight", "Limits", "MigrationReport", "Migrator"]
+
+OK, DAMAGED, NO_MEMORY, LOST = range(4)
+_REASON = {DAMAGED: "checksum mismatch", NO_MEMORY: "no memory for an arrival", LOST: "a transfer failed"}
+HEADER = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a migration may use.
+
+    Parameters
+    ----------
+    max_step_bytes : int, optional
+        Bytes that one rank sends, or receives, in one step.
+    max_extra_bytes : int, optional
+        Bytes of experts that a rank may hold beyond the larger of before and after.
+    """
+
+    max_step_bytes: int | None = None
+    max_extra_bytes: int | None = None
+
+
+@dataclass
+class MigrationReport:
+    """What became of a plan.
+
+    Parameters
+    ----------
+    number : int
+        As `Migrator.submit` returned it.
+    status : str
+        ``"waiting"``, ``"moving"``, ``"done"``, ``"superseded"`` or ``"aborted"``.
+    reason : str
+        Why it was aborted.
+    bytes : int
+        Sent between ranks by posted steps, over the whole group.
+    steps, switches : int
+        Posted, and done.
+    seconds : float
+        From its first step to its end.
+    """
+
+    number: int
+    status: str = "waiting"
+    reason: str = ""
+    bytes: int = 0
+    steps: int = 0
+    switches: int = 0
+    seconds: float = 0.0
+    began: float = field(default=0.0, repr=False)
+
+
+class Flight:
+    """A posted step: `done` turns true when all of it has arrived or failed; then `fault` tells which."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.fault = OK
+        self.error = ""
+        # Buffers must outlive the operations that read and write them.
+        self.held: list[Any] = []
+
+
+class Courier:
+    """Posts transfers of one rank and watches them from a thread.
+
+    Parameters
+    ----------
+    group : ExpertGroup
+        Its `weights` group carries the transfers.
+    """
+
+    def __init__(self, group: ExpertGroup) -> None:
+        self.group = group
+        self.device = group.device
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.waits = 0
+        self._queue: queue.SimpleQueue[tuple[Flight, list[Any], Callable[[], None]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def on_stream(self) -> Any:
+        """Context in which transfers are issued."""
+        return torch.cuda.stream(self.stream)
+
+    def post(
+        self,
+        sends: Sequence[tuple[Weights, int, int]],
+        receives: Sequence[tuple[Weights, int, int]],
+        finish: Callable[[], None],
+    ) -> Flight:
+        """Start a step; returns at once.
+
+        Parameters
+        ----------
+        sends, receives : sequences of (weights, rank of the group, tag)
+            In the same order on every rank.
+        finish : callable
+            Run by the thread after the arrivals (reading home copies, checking); it may raise.
+        """
+        flight = Flight()
+        flight.held = [*sends, *receives]
+        works: list[Any] = []
+        with self.on_stream():
+            outgoing, incoming = (
+                [(t.data, peer, tag * 16 + i) for weights, peer, tag in items for i, t in enumerate(weights)]
+                for items in (sends, receives)
+            )
+            try:
+                works = self.group.exchange(outgoing, incoming)
+                if self.stream is not None:
+                    for work in works:
+                        work.wait()  # orders the stream behind the transfer; the host goes on
+            except RuntimeError as error:
+                flight.fault, flight.error = LOST, str(error)
+                flight.done.set()
+                return flight
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="moeless-courier", daemon=True)
+            self._thread.start()
+        self._queue.put((flight, works, finish))
+        return flight
+
+    def _watch(self) -> None:
+        if self.stream is not None:
+            torch.cuda.set_device(self.device)
+        while (item := self._queue.get()) is not None:
+            flight, works, finish = item
+            try:
+                with self.on_stream(), torch.no_grad():
+                    if self.stream is None:
+                        for work in works:
+                            work.wait()
+                    finish()
+                    if self.stream is not None:
+                        event = torch.cuda.Event(blocking=True)
+                        event.record(self.stream)
+                        event.synchronize()
+            except _DamagedError as error:
+                flight.fault, flight.error = DAMAGED, str(error)
+            except Exception as error:  # whatever it was, the other ranks must hear of it
+                flight.fault, flight.error = LOST, f"{type(error).__name__}: {error}"
+            flight.held = []
+            flight.done.set()
+            del item, works, finish, flight
+
+    def wait(self, flight: Flight, timeout: float) -> None:
+        """Wait for a step; counted, because no forward pass may do it."""
+        if not flight.done.is_set():
+            self.waits += 1
+            flight.done.wait(timeout)
+
+    def close(self) -> None:
+        """End the thread once what is posted has ended."""
+        self._queue.put(None)
+        self._thread = None
+
+
+class _DamagedError(Exception):
+    """A checksum does not match."""
+
+
+@dataclass
+class _Request:
+    """A plan as it was handed in, before it is known from where it will start."""
+
+    number: int
+    target_LGC: Slots
+    limits: Limits
+    steps: Sequence[Sequence[Any]] | None
+    digest: int
+
+
+class Migrator:
+    """The state machine of one rank; see the module's text.
+
+    Parameters
+    ----------
+    group : ExpertGroup
+        The ranks.
+    banks : sequence of SlotBank
+        This rank's slots, by layer.
+    tables : sequence of SlotTable
+        The placement in force, by layer.
+    on_switch : callable
+        ``on_switch(layer, table)``: tell the layer's dispatcher.
+    home : HomeStore, optional
+        Second source.
+    sums_LE : array of int64, shape [L, E], optional
+        Checksums of all experts; arrivals are checked when given.
+    """
+
+    def __init__(
+        self,
+        group: ExpertGroup,
+        banks: Sequence[SlotBank],
+        tables: Sequence[SlotTable],
+        on_switch: Callable[[int, SlotTable], None],
+        *,
+        home: HomeStore | None = None,
+        sums_LE: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.group = group
+        self.banks = banks
+        self.tables = list(tables)
+        self.on_switch = on_switch
+        self.home = home
+        self.sums_LE = sums_LE
+        self.courier = Courier(group)
+        self.reports: dict[int, MigrationReport] = {}
+        self.bytes_moved = 0
+        self.bytes_L = [bank.expert_bytes for bank in banks]
+        self._request: _Request | None = None
+        self._number = 0
+        self._digest = 0
+        self._started = 0  # the plan under way, or the last one
+        self._seen = 0  # the newest number that all ranks had
+        self._stopping = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._schedule: Schedule | None = None
+        self._posted = 0
+        self._done = 0
+        self._ready = 0
+        self._fault = OK
+        self._room: dict[Transfer, Weights] = {}
+        self._flights: list[Flight] = []
+        self._switched = 0
+        self._waiting_stages: list[int] = []
+        # (layer, expert, rank) of copies on their way or arrived but not in force, on all ranks.
+        self._staged: set[tuple[int, int, int]] = set()
+
+    # -- what callers use --------------------------------------------------------------------------
+
+    @property
+    def rows_LG(self) -> list[list[list[int]]]:
+        """Experts in force, by layer and rank."""
+        return [[list(row) for row in table.rows] for table in self.tables]
+
+    @property
+    def idle(self) -> bool:
+        """No plan is under way or waiting."""
+        return self._schedule is None and self._request is None
+
+    def submit(
+        self,
+        target_LGC: Slots,
+        limits: Limits | None = None,
+        steps: Sequence[Sequence[Any]] | None = None,
+    ) -> int:
+        """Hand in a placement; every rank of the group does so with the same one.
+
+        It starts when all ranks have it, and replaces whatever was under way. Ranks may hand it in at different
+        moments: the others just go on as before.
+
+        Parameters
+        ----------
+        target_LGC : array of int32, shape [L, G, C]
+            Wanted slots.
+        limits : Limits, optional
+            Bytes per step and beyond.
+        steps : sequence of sequences of transfers, optional
+            A schedule that starts from the placement in force; worked out here when absent.
+
+        Returns
+        -------
+        int
+            Number under which `reports` tells its fate.
+
+        Raises
+        ------
+        ProblemError, InfeasibleError
+            If it cannot be carried out from the placement in force; nothing changes then.
+        """
+        limits = limits or Limits()
+        target = np.asarray(target_LGC)
+        if target.shape[:2] != (len(self.banks), self.group.size):
+            raise ProblemError(
+                "slots_LGC", f"has {target.shape[:2]} layers and ranks, the model has {(len(self.banks), self.group.size)}"
+            )
+        for layer, slots_GC in enumerate(target):
+            try:
+                SlotTable(slots_GC, self.tables[layer].n_experts)
+            except ProblemError as error:
+                raise ProblemError(f"layer {layer}: {error.where}", error.what) from None
+        text = repr((target.tolist(), limits, [[_key(t) for t in step] for step in steps or ()]))
+        request = _Request(self._number + 1, target, limits, steps, zlib.crc32(text.encode()) & 0x7FFFFFFF)
+        if self._schedule is None:
+            self._plan(request)  # refuse at once what cannot work
+        if self._request is not None:
+            self.reports[self._request.number].status = "superseded"
+        self._request = request
+        self._number, self._digest = request.number, request.digest
+        self.reports[request.number] = MigrationReport(request.number)
+        return request.number
+
+    def _plan(self, request: _Request) -> Schedule:
+        if request.steps is not None and not self._staged:
+            return follow_schedule(
+                request.steps, self.rows_LG, request.target_LGC, self.bytes_L, max_extra_bytes=request.limits.max_extra_bytes
+            )
+        return build_schedule(
+            self.rows_LG,
+            request.target_LGC,
+            self.bytes_L,
+            node_G=self.group.node_R,
+            max_step_bytes=request.limits.max_step_bytes,
+            max_extra_bytes=request.limits.max_extra_bytes,
+            home=None if self.home is None else self.home.ranks,
+            staged=frozenset(self._staged),
+        )
+
+    # -- driven by batches -------------------------------------------------------------------------
+
+    def header(self) -> tuple[int, int, int, int, int]:
+        """What this rank tells the others now: plan, digest, steps with room, steps arrived, fault."""
+        if self._schedule is not None:
+            self._look()
+            self._make_room()
+        return self._number, self._digest, self._ready, self._done, self._fault
+
+    def agree(self, layer: int | None, headers_RK: NDArray[np.int64]) -> None:
+        """Act on everybody's numbers, in front of a batch of `layer` (None: between forwards, for all layers)."""
+        numbers = headers_RK[:, 0]
+        if self._schedule is None and self._request is None and (numbers == self._seen).all():
+            return
+        # A newer plan that everybody has: post nothing more of this one.
+        newer = int(numbers.min()) > self._seen and bool((numbers == numbers[0]).all())
+        if self._schedule is not None:
+            self._stopping = newer
+            if (worst := int(headers_RK[:, 4].max())) != OK:
+                self._abort(_REASON[worst])
+            else:
+                self._advance(layer, int(headers_RK[:, 2].min()), int(headers_RK[:, 3].min()))
+        if not newer:
+            return
+        if (headers_RK[:, 1] != headers_RK[0, 1]).any():
+            # Never raise in the middle of somebody's batch: the placement in force stays in force.
+            self._request, self._seen = None, self._number
+            report = self.reports[self._number]
+            report.status, report.reason = "aborted", "the ranks handed in different plans"
+        else:
+            self._supersede(int(headers_RK[:, 3].min()))
+
+    def _look(self) -> None:
+        while self._done < self._posted and self._flights[self._done].done.is_set():
+            flight = self._flights[self._done]
+            if flight.fault != OK:
+                self._fault = flight.fault
+                self.reports[self._started].reason = flight.error
+                return
+            self._done += 1
+
+    def _make_room(self) -> None:
+        """Allocate the arrivals of the next step, so that a rank which cannot says so before anybody sends."""
+        schedule = self._schedule
+        assert schedule is not None
+        if self._ready > self._posted or self._ready >= len(schedule.steps) or self._fault or not self._fits():
+            return
+        try:
+            with self.courier.on_stream():
+                for t in schedule.steps[self._ready]:
+                    if t.destination == self.group.rank:
+                        self._room[t] = self.banks[t.layer].allocate()
+        except MemoryError as error:
+            self._room.clear()
+            self._fault = NO_MEMORY
+            self.reports[self._started].reason = str(error)
+            return
+        self._ready += 1
+
+    def _fits(self) -> bool:
+        """Whether the next step keeps every rank within its limit; all ranks reckon the same."""
+        assert self._schedule is not None
+        held_G = np.zeros(self.group.size, dtype=np.int64)
+        for layer, table in enumerate(self.tables):
+            held_G += np.array([len(row) for row in table.rows], dtype=np.int64) * self.bytes_L[layer]
+        for layer, _, g in self._staged:
+            held_G[g] += self.bytes_L[layer]
+        for t in self._schedule.steps[self._posted]:
+            held_G[t.destination] += t.bytes
+        return bool((held_G <= self._schedule.limit_G).all())
+
+    def _advance(self, layer: int | None, ready: int, done: int) -> None:
+        schedule = self._schedule
+        assert schedule is not None
+        self._switch(layer, done)
+        if self._schedule is None:
+            return
+        if not self._stopping and done >= self._posted and ready > self._posted:
+            self._post(schedule.steps[self._posted])
+
+    def _post(self, step: Sequence[Transfer]) -> None:
+        me = self.group.rank
+        sends: list[tuple[Weights, int, int]] = []
+        receives: list[tuple[Weights, int, int]] = []
+        loads: list[tuple[Transfer, Weights]] = []
+        arrived: list[tuple[Transfer, Weights]] = []
+        for k, t in enumerate(step):
+            self._staged.add((t.layer, t.expert, t.destination))
+            bank = self.banks[t.layer]
+            # Tags: unique in a plan; NCCL goes by the order, which is the same everywhere.
+            tag = (self._posted % 8) * 2**20 + k
+            if t.destination == me:
+                room = self._room.pop(t)
+                arrived.append((t, room))
+                if t.source == me:
+                    loads.append((t, room))
+                else:
+                    receives.append((room, t.source, tag))
+                bank.staged[t.expert] = room
+            elif t.source == me:
+                sends.append((self._outgoing(t, bank), t.destination, tag))
+
+        def finish() -> None:
+            for t, room in loads:
+                assert self.home is not None
+                for mine, theirs in zip(room, self.home.read(t.layer, t.expert), strict=True):
+                    mine.data.copy_(theirs, non_blocking=True)
+            if self.sums_LE is not None:
+                for t, room in arrived:
+                    if checksum(room) != int(self.sums_LE[t.layer, t.expert]):
+                        raise _DamagedError(f"expert {t.expert} of layer {t.layer} from rank {t.source} is damaged")
+
+        if self._posted == 0:
+            self.reports[self._started].began = time.perf_counter()
+        self._flights.append(self.courier.post(sends, receives, finish))
+        self._posted += 1
+        report = self.reports[self._started]
+        report.steps += 1
+        moved = sum(t.bytes for t in step if t.source != t.destination)
+        report.bytes += moved
+        self.bytes_moved += moved
+
+    def _outgoing(self, t: Transfer, bank: SlotBank) -> Weights:
+        if not t.from_home:
+            return bank.weights(t.expert)
+        assert self.home is not None
+        copy = self.home.read(t.layer, t.expert)
+        if self.courier.stream is None:
+            return copy
+        with self.courier.on_stream():
+            return [c.to(self.group.device, non_blocking=True) for c in copy]
+
+    def _switch(self, layer: int | None, done: int) -> None:
+        schedule = self._schedule
+        assert schedule is not None
+        blocked: set[int] = set()
+        for index in list(self._waiting_stages):
+            stage = schedule.stages[index]
+            if stage.last_step >= done or (layer is not None and stage.layer != layer) or stage.layer in blocked:
+                blocked.add(stage.layer)  # the stages of a layer come in order
+                continue
+            self._install(stage.layer, stage.slots_GC)
+            self._waiting_stages.remove(index)
+            self.reports[self._started].switches += 1
+        if not self._waiting_stages and self._posted == done == len(schedule.steps):
+            self._end("done")
+
+    def _install(self, layer: int, slots_GC: Slots) -> None:
+        old = self.tables[layer]
+        table = SlotTable(slots_GC, old.n_experts)
+        bank = self.banks[layer]
+        if self.courier.stream is not None:
+            current = torch.cuda.current_stream(self.group.device)
+            current.wait_stream(self.courier.stream)
+            for expert in table.rows[self.group.rank]:
+                for t in bank.staged.get(expert, ()):
+                    t.record_stream(current)
+        bank.install(table.rows[self.group.rank])
+        self.tables[layer] = table
+        self._staged -= {(layer, e, g) for g, row in enumerate(table.rows) for e in row}
+        self.on_switch(layer, table)
+
+    def _end(self, status: str, reason: str = "") -> None:
+        report = self.reports[self._started]
+        report.status = status
+        report.reason = report.reason or reason
+        report.seconds = time.perf_counter() - report.began
+        staged, keep = self._staged, status == "superseded"
+        self._clear()
+        self._stopping = False
+        if keep:
+            self._staged = staged
+        else:
+            for bank in self.banks:
+                bank.drop_staged()
+
+    def _abort(self, reason: str) -> None:
+        self._end("aborted", reason)
+
+    def _supersede(self, done: int) -> None:
+        """Start the newest plan, or first let the posted steps of the old one arrive."""
+        if self._schedule is not None:
+            if done < self._posted:
+                return
+            self._end("superseded")
+        request = self._request
+        if request is None:
+            return
+        self._request = None
+        self._started = self._seen = request.number
+        report = self.reports[request.number]
+        report.began = time.perf_counter()
+        try:
+            schedule = self._plan(request)
+        except (InfeasibleError, ProblemError) as error:
+            # It was possible from where the ranks stood when it was handed in; everybody finds the same now.
+            report.status, report.reason = "aborted", str(error)
+            self._forget_staged()
+            return
+        wanted = {(i, int(e), g) for i, layer in enumerate(request.target_LGC) for g, row in enumerate(layer) for e in row}
+        self._staged &= wanted
+        for layer, bank in enumerate(self.banks):
+            bank.drop_staged([e for (i, e, g) in self._staged if i == layer and g == self.group.rank])
+        self._schedule = schedule
+        self._waiting_stages = list(range(len(schedule.stages)))
+        report.status = "moving"
+        if not schedule.stages:
+            self._end("done")
+
+    def _forget_staged(self) -> None:
+        self._staged = set()
+        for bank in self.banks:
+            bank.drop_staged()
+
+    # -- between forwards --------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """One round of agreement outside a forward; all ranks of the group call it together."""
+        rows = self.group.gather_ints(self.header())
+        self.agree(None, np.asarray(rows, dtype=np.int64))
+
+    def settle(self, timeout: float = 600.0) -> None:
+        """Carry out what was handed in, without traffic; all ranks of the group call it together.
+
+        Raises
+        ------
+        MoelessError
+            If it takes longer than `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            rows = np.asarray(self.group.gather_ints([*self.header(), int(self.idle)]), dtype=np.int64)
+            self.agree(None, rows[:, :HEADER])
+            # Everybody was idle before this round, so everybody leaves in it.
+            if rows[:, HEADER].all():
+                return
+            if self._flights and not self._flights[-1].done.is_set():
+                self._flights[-1].done.wait(0.002)
+            if time.monotonic() > deadline:
+                raise MoelessError(f"migration {self._started} did not end within {timeout:g} s")
+
+    def reset(self, group: ExpertGroup, rows_LG: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Forget every plan and start again on another group, with the given experts on its ranks."""
+        for number in (self._started, self._number):
+            report = self.reports.get(number)
+            if report is not None and report.status in ("waiting", "moving"):
+                report.status, report.reason = "aborted", "a rank was lost"
+        self.courier.close()
+        self.group = group
+        self.courier = Courier(group)
+        self._request = None
+        self._number = self._digest = self._started = self._seen = 0
+        self.reports = {}
+        self._stopping = False
+        self._clear()
+        for bank in self.banks:
+            bank.drop_staged()
+
+    def close(self) -> None:
+        """End the thread."""
+        self.courier.close()
+
+
+def _key(transfer: Any) -> tuple[int, int, int, int]:
+    return int(transfer.layer), int(transfer.expert), int(transfer.source), int(transfer.destination)

@@ -1,0 +1,228 @@
+"""Starts real processes for the runtime's tests, and what these processes share.
+
+A test calls `run_world("worker_x.py", ranks)`: so many processes run the script, each with a gloo group among
+them; the launcher hosts the store (as torchrun does), so that any rank may die. Scripts assert for themselves:
+a world passes when every process ends well.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def run_world(script: str, ranks: int, *arguments: str, expect_killed: int = 0, timeout: float = 240.0) -> list[Any]:
+    """Run a script in `ranks` processes; returns what each rank handed to `report` (None if nothing)."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        logs = [open(f"{folder}/log{r}", "w+") for r in range(ranks)]  # noqa: SIM115
+        for r in range(ranks):
+            env = os.environ | {
+                "RANK": str(r),
+                "WORLD_SIZE": str(ranks),
+                "STORE_PORT": str(store.port),
+                "WORLD_FOLDER": folder,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}",
+                "TORCHDYNAMO_DISABLE": "1",
+            }
+            command = [sys.executable, "-W", "ignore", str(HERE / script), *arguments]
+            processes.append(subprocess.Popen(command, env=env, stdout=logs[r], stderr=subprocess.STDOUT))
+        deadline = time.monotonic() + timeout
+        try:
+            while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+                if any(p.poll() not in (None, 0, -9) for p in processes):
+                    time.sleep(3)  # let the others tell their story, then stop
+                    break
+                time.sleep(0.05)
+        finally:
+            late = [p for p in processes if p.poll() is None]
+            for p in late:
+                p.kill()
+                p.wait()
+            text = []
+            for r, log in enumerate(logs):
+                log.seek(0)
+                text.append(f"--- rank {r} (exit {processes[r].returncode})\n{log.read()[-4000:]}")
+                log.close()
+        codes = sorted(p.returncode for p in processes)
+        wanted = [-9] * expect_killed + [0] * (ranks - expect_killed)
+        if codes != wanted or late:
+            raise AssertionError(f"exit codes {codes}, wanted {wanted}\n" + "\n".join(text))
+        results = []
+        for r in range(ranks):
+            path = Path(folder) / f"result{r}.json"
+            results.append(json.loads(path.read_text()) if path.exists() else None)
+        return results
+
+
+# ------------------------------------------------------------------------------------- inside a process
+
+
+def report(value: Any) -> None:
+    """Hand a value to the test."""
+    Path(os.environ["WORLD_FOLDER"], f"result{os.environ['RANK']}.json").write_text(json.dumps(value))
+
+
+def join(expert_parallel: int | None = None, timeout: float = 120.0) -> tuple[int, int]:
+    """Enter the world and make megatron's groups; returns rank and size."""
+    import torch
+    import torch.distributed as dist
+
+    from moeless_opt.runtime.building_blocks import ensure_model_parallel
+
+    torch.set_num_threads(1)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(
+        "127.0.0.1", int(os.environ["STORE_PORT"]), is_master=False, timeout=datetime.timedelta(seconds=timeout)
+    )
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout)
+    )
+    ensure_model_parallel(expert_parallel)
+    return rank, size
+
+
+EXPERTS, HIDDEN, VOCAB = 8, 64, 256
+
+
+def tiny_config(layers: int = 3, topk: int = 2, dtype: Any = None, **more: Any) -> Any:
+    """A small model's configuration."""
+    import torch
+
+    from moeless_opt.runtime.building_blocks import TransformerConfig, neutral_config_fields, parallel_state, quiet_config
+
+    dtype = dtype or torch.float32
+    return quiet_config(
+        TransformerConfig,
+        **neutral_config_fields(
+            num_layers=layers,
+            hidden_size=HIDDEN,
+            num_attention_heads=4,
+            num_moe_experts=EXPERTS,
+            moe_router_topk=topk,
+            moe_ffn_hidden_size=96,
+            ffn_hidden_size=96,
+            add_bias_linear=False,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            normalization="RMSNorm",
+            moe_router_load_balancing_type="none",
+            expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+            params_dtype=dtype,
+            bf16=dtype is torch.bfloat16,
+            **more,
+        ),
+    )
+
+
+def row_exact(kind: type[Any], block: int = 4) -> type[Any]:
+    """A linear layer that pads its rows: what a row gives does not depend on how many rows there are."""
+
+    class RowExact(kind):  # type: ignore[misc,valid-type]
+        def forward(self, input_: Any, *rest: Any, **named: Any) -> Any:
+            import torch
+
+            missing = -input_.size(0) % block
+            padded = torch.nn.functional.pad(input_, (0, 0, 0, missing)) if missing else input_
+            out, bias = super().forward(padded, *rest, **named)
+            return out[: input_.size(0)], bias
+
+    return RowExact
+
+
+def tiny_model(layers: int = 3, topk: int = 2, dtype: Any = None, exact: bool = False, spec_of: Any = None, **more: Any) -> Any:
+    """A small megatron-core model whose weights do not depend on the number of ranks.
+
+    exact : expert layers pad their rows, so that the stock bank, too, gives the same bits for any batch size.
+    """
+    import torch
+
+    from moeless_opt.runtime.building_blocks import build_gpt, cpu_capable_layer_spec
+
+    config = tiny_config(layers, topk, dtype, **more)
+    spec = (spec_of or cpu_capable_layer_spec)(config)
+    if exact:
+        for layer in spec.layer_specs:
+            linears = layer.submodules.mlp.submodules.experts.submodules
+            linears.linear_fc1 = row_exact(linears.linear_fc1)
+            linears.linear_fc2 = row_exact(linears.linear_fc2)
+    model = build_gpt(config, VOCAB, 128, layer_spec=spec)
+    seed_weights(model)
+    return model.to(dtype or torch.float32)
+
+
+def seed_weights(model: Any) -> None:
+    """Weights by layer, logical expert and name."""
+    import zlib
+
+    import torch
+
+    from moeless_opt.runtime.building_blocks import parallel_state
+
+    local = EXPERTS // parallel_state.get_expert_model_parallel_world_size()
+    first = parallel_state.get_expert_model_parallel_rank() * local
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            key = name
+            if ".local_experts." in name:
+                head, tail = name.split(".local_experts.")
+                index, rest = tail.split(".", 1)
+                key = f"{head}.expert.{first + int(index)}.{rest}"
+            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            if p.dim() > 1:
+                scale = 0.5 if "router" in key else 0.15
+                p.copy_(torch.randn(p.shape, generator=generator) * scale)
+
+
+def batch(rank: int, step: int = 0, sequences: int = 2, length: int = 24) -> Any:
+    """Tokens of a rank: skewed, and different for every rank and step."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1000 + rank + 97 * step)
+    return (torch.rand(sequences, length, generator=generator) ** 3 * VOCAB).long().clamp(max=VOCAB - 1)
+
+
+def forward(model: Any, tokens: Any) -> Any:
+    """Logits."""
+    import torch
+
+    from moeless_opt.runtime.building_blocks import causal_positions
+
+    with torch.no_grad():
+        return model(tokens, causal_positions(tokens), None)
+
+
+def random_slots(rng: Any, layers: int, ranks: int, experts: int = EXPERTS, extra: int = 4, empty: int | None = None) -> Any:
+    """A random valid placement: uneven, some experts several times, perhaps a rank without any."""
+    import numpy as np
+
+    from moeless_opt.runtime.placement import rows_to_slots
+
+    width = experts
+    out = []
+    for _ in range(layers):
+        usable = [g for g in range(ranks) if g != empty]
+        rows: list[list[int]] = [[] for _ in range(ranks)]
+        for e in rng.permutation(experts).tolist():
+            rows[usable[int(rng.integers(len(usable)))]].append(e)
+        for _ in range(int(rng.integers(0, extra + 1))):
+            g, e = usable[int(rng.integers(len(usable)))], int(rng.integers(experts))
+            if e not in rows[g]:
+                rows[g].append(e)
+        out.append(rows_to_slots(rows, width))
+    return np.stack(out)
