@@ -105,7 +105,8 @@ class SafetensorsFolder:
     Parameters
     ----------
     folder : path
-        With ``model.safetensors.index.json`` and the files that it names, or one ``model.safetensors``.
+        With ``model.safetensors.index.json`` and the files that it names, or one ``model.safetensors``; or a
+        single safetensors file.
 
     Raises
     ------
@@ -122,6 +123,9 @@ class SafetensorsFolder:
         self._headers: dict[Path, dict[str, TensorInfo]] = {}
         self._open: dict[Path, int] = {}
         self.bytes_read = 0
+        if self.folder.is_file():
+            self._files = dict.fromkeys(self._header(self.folder), self.folder)
+            return
         if not self.folder.is_dir():
             raise FormatError(str(self.folder), "no such folder; expected a Hugging Face checkpoint folder")
         index = self.folder / "model.safetensors.index.json"
