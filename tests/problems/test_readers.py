@@ -457,6 +457,13 @@ def test_gzip_of_any_format(tmp_path: Path) -> None:
         is_the_loads(read_recording(write(tmp_path / "a", gzip.compress(content))))
         with pytest.raises(FormatError, match="truncated gzip"):
             read_recording(write(tmp_path / "b", gzip.compress(content)[:-9]))
+        half = len(content) // 2
+        members = gzip.compress(content[:half]) + gzip.compress(content[half:]) + b"\0" * 8
+        is_the_loads(read_recording(write(tmp_path / "c", members)))
+    with pytest.raises(FormatError, match="bytes follow its end"):
+        read_recording(write(tmp_path / "b", gzip.compress(b"1") + b"more"))
+    with pytest.raises(FormatError, match="unpacks to more than 1000 bytes"):
+        read_recording(write(tmp_path / "b", gzip.compress(b"1" * 600) * 2), max_bytes=1000)
     with pytest.raises(FormatError, match="gzipped twice"):
         read_recording(write(tmp_path / "b", gzip.compress(gzip.compress(b"1"))))
 
@@ -522,7 +529,7 @@ def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
         ([1, 2, 3], r"the loads have shape \[3\].*save it as \[1, experts\]"),
         ([[[[1]]]], "nested more than 3 deep"),
         ([[1, 2], [3]], r"array\[1\] has 1 entries, the first row has 2: rows must be equal"),
-        ([[1, 2], 3], r"array\[1\] is a int, must be a list of 2"),
+        ([[1, 2], 3], r"array\[1\] is a number, must be a list of 2"),
         ([[[1, 2]], [[1, 2], [3, 4]]], r"array\[1\] has 2 entries, the first row has 1"),
         ({"counts": [[1, None]]}, r"counts\[0\]\[1\] is null, must be a number"),
         ({"counts": [[1, 2], [True, 2]]}, r"counts\[1\]\[0\] is a boolean"),
