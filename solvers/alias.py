@@ -19,6 +19,7 @@ same argument for pooled slots.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ _TINY = 1e-12  # of the mean load: a GPU this close to its target is done
 
 
 def alias_applies(experts: int, capacity_G: Any) -> bool:
-    """Whether every GPU can keep a slot free: ``E <= sum(c - 1)`` over the GPUs that have slots."""
+    """Whether alias packing is sure to work on equal GPUs: each keeps a slot free, ``E <= sum(c - 1)``."""
     capacity_G = np.asarray(capacity_G)
     return bool(experts <= int(np.maximum(capacity_G - 1, 0).sum()))
 
@@ -57,11 +58,14 @@ def alias_pack(load_E: Floats, capacity_G: Any, speed_G: Any) -> tuple[Int32s, F
     """
     capacity = [int(c) for c in capacity_G]
     speed = [float(s) for s in speed_G]
-    if not alias_applies(len(load_E), capacity):
+    # One expert more often works too: the GPU that is levelled last needs no free slot.
+    if not 0 < len(load_E) <= sum(max(c - 1, 0) for c in capacity) + 1 or max(capacity) == 0:
         return None
     total = float(load_E.sum())
-    tokens = _whole_experts(load_E, capacity, speed)
-    if total > 0.0 and not _level(tokens, capacity, speed, total):
+    for tokens in _whole_experts(load_E, capacity, speed):
+        if total <= 0.0 or _level(tokens, capacity, speed, total):
+            break
+    else:
         return None
     slots_GC = np.full((len(capacity), max(capacity)), -1, dtype=np.int32)
     share_GC = np.zeros(slots_GC.shape)
@@ -76,16 +80,30 @@ def alias_pack(load_E: Floats, capacity_G: Any, speed_G: Any) -> tuple[Int32s, F
     return slots_GC, share_GC
 
 
-def _whole_experts(load_E: Floats, capacity: list[int], speed: list[float]) -> list[dict[int, float]]:
-    """Largest expert first to the GPU that would finish first, each GPU kept one slot short of full."""
+def _whole_experts(
+    load_E: Floats, capacity: list[int], speed: list[float]
+) -> Iterator[list[dict[int, float]]]:
+    """Largest expert first to the GPU that would finish first, each GPU kept one slot short of full.
+
+    Where one expert is too many for that, it goes onto each GPU in turn, the fullest first.
+    """
     tokens: list[dict[int, float]] = [{} for _ in capacity]
     load = [0.0] * len(capacity)
-    for expert in np.argsort(-load_E, kind="stable").tolist():
+    order = np.argsort(-load_E, kind="stable").tolist()
+    sure = sum(max(c - 1, 0) for c in capacity)
+    for expert in order[:sure]:
         room = [g for g in range(len(capacity)) if len(tokens[g]) < capacity[g] - 1]
         gpu = min(room, key=lambda g: (load[g] / speed[g], g))
         tokens[gpu][expert] = float(load_E[expert])
         load[gpu] += tokens[gpu][expert]
-    return tokens
+    if len(order) <= sure:
+        yield tokens
+        return
+    for gpu in sorted(range(len(capacity)), key=lambda g: (-load[g] / speed[g], g)):
+        if capacity[gpu]:
+            trial = [dict(held) for held in tokens]
+            trial[gpu][order[sure]] = float(load_E[order[sure]])
+            yield trial
 
 
 def _level(tokens: list[dict[int, float]], capacity: list[int], speed: list[float], total: float) -> bool:

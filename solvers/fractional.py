@@ -32,9 +32,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.solvers.alias import alias_pack
+from moeless_opt.solvers.grouping import group_pack
 from moeless_opt.solvers.packing import pack
 from moeless_opt.solvers.search import improve
 from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.solvers.single import join_layer
 from moeless_opt.solvers.sizing import apportion, trim
 
 __all__ = ["connect", "construct_fractional", "level"]
@@ -48,6 +50,7 @@ LEAN = 0.5  # of the first try; see `sizing.apportion`
 OTHER_LEANS = (0.0, -0.3, 1.0)
 PERFECT = 1e-10  # relative distance from the mean that counts as none
 _SEARCH_PAIRS = 400  # experts x GPUs up to which a layer is worth a local search
+_SMALL = 512  # layers x experts x GPUs up to which plain Python is faster than NumPy
 _SAME = 1e250  # penalty of a GPU that the expert reaches already: last choice
 _NEVER = 1e280  # a full GPU, or one that holds the expert
 
@@ -100,15 +103,33 @@ def construct_fractional(
     load = np.ascontiguousarray(load_LE, dtype=np.float64)
     capacity = np.ascontiguousarray(capacity_LG, dtype=np.int64)
     speed = np.ascontiguousarray(speed_G, dtype=np.float64)
+    if load.size * len(speed) <= _SMALL and effort == "normal":
+        small = _small(load, capacity, speed)
+        if small is not None:
+            return small
     mean_L = load.sum(axis=1) / speed.sum()
     slots, share, time_L = _joined(load, capacity, speed, LEAN)
-    _retry(load, capacity, speed, mean_L, slots, share, time_L)
+    _retry(load, capacity, speed, mean_L, slots, share, time_L, seed)
     if effort == "thorough":
         _sturdiest(load, capacity, speed, mean_L, slots, share, time_L, seed)
     return slots, share
 
 
 Built = tuple[Int32s, Floats, Floats]
+
+
+def _small(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> tuple[Int32s, Floats] | None:
+    """Small problems in plain Python; None where a layer needs more than the first construction."""
+    speed = speed_G.tolist()
+    all_slots, all_share = [], []
+    C = int(capacity_LG.max())
+    for load, capacity in zip(load_LE.tolist(), capacity_LG.tolist(), strict=True):
+        joined = join_layer(load, capacity, speed, lean=LEAN)
+        if joined is None:
+            return None
+        all_slots.append([row + [-1] * (C - len(row)) for row in joined[0]])
+        all_share.append([row + [0.0] * (C - len(row)) for row in joined[1]])
+    return np.array(all_slots, dtype=np.int32), np.array(all_share)
 
 
 def _joined(load_LE: Floats, capacity_LG: Ints, speed_G: Floats, lean: float) -> Built:
@@ -363,14 +384,27 @@ def _retry(
     slots: Int32s,
     share: Floats,
     time_L: Floats,
+    seed: int,
 ) -> None:
     """Other constructions for the layers that miss the mean, in place; the first at the mean is the last tried."""
 
     def again(lean: float) -> Callable[[Floats, Ints], Built]:
         return lambda load, capacity: _joined(load, capacity, speed_G, lean)
 
-    tries = [*(again(lean) for lean in OTHER_LEANS), lambda load, capacity: _aliased(load, capacity, speed_G)]
-    tries.append(lambda load, capacity: _balanced(load, capacity, speed_G))
+    def grouped(load: Floats, capacity: Ints) -> Built:
+        return _grouped(load, capacity, speed_G, seed)
+
+    def aliased(load: Floats, capacity: Ints) -> Built:
+        return _aliased(load, capacity, speed_G)
+
+    def balanced(load: Floats, capacity: Ints) -> Built:
+        return _balanced(load, capacity, speed_G)
+
+    tries: list[Callable[[Floats, Ints], Built]] = [*(again(lean) for lean in OTHER_LEANS), aliased, balanced]
+    if load_LE.shape[1] > int(np.maximum(capacity_LG - 1, 0).sum(axis=1).min()):
+        # Too few slots to join all GPUs in some layer: no tree will do.
+        small = load_LE.shape[1] * len(speed_G) <= _SEARCH_PAIRS
+        tries = [grouped, aliased, balanced] if small else [aliased, balanced]
     for build in tries:
         open_L = np.flatnonzero(time_L > mean_L * (1.0 + PERFECT))
         if not len(open_L):
@@ -382,13 +416,34 @@ def _retry(
 
 
 def _aliased(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Built:
-    """Alias packing, layer by layer; infinite time where it does not apply."""
+    """Alias packing of every layer that it can do."""
+    return _each(load_LE, capacity_LG, speed_G, lambda load, capacity: alias_pack(load, capacity, speed_G))
+
+
+def _grouped(load_LE: Floats, capacity_LG: Ints, speed_G: Floats, seed: int) -> Built:
+    """The best pools of every layer with equal GPUs; see `grouping`."""
+
+    def one(load_E: Floats, capacity_G: Ints) -> tuple[Int32s, Floats] | None:
+        if (capacity_G != capacity_G[0]).any() or (speed_G != speed_G[0]).any():
+            return None
+        return group_pack(load_E, len(capacity_G), int(capacity_G[0]), seed=seed)
+
+    return _each(load_LE, capacity_LG, speed_G, one)
+
+
+def _each(
+    load_LE: Floats,
+    capacity_LG: Ints,
+    speed_G: Floats,
+    build: Callable[[Floats, Ints], tuple[Int32s, Floats] | None],
+) -> Built:
+    """A construction of single layers over all of them; infinite time where it found nothing."""
     L, G = capacity_LG.shape
     C = int(capacity_LG.max(initial=1))
     slots = np.full((L, G, C), -1, dtype=np.int32)
     share, time_L = np.zeros((L, G, C)), np.full(L, np.inf)
     for layer in range(L):
-        found = alias_pack(load_LE[layer], capacity_LG[layer], speed_G)
+        found = build(load_LE[layer], capacity_LG[layer])
         if found is not None:
             c = found[0].shape[1]
             slots[layer, :, :c], share[layer, :, :c] = found
