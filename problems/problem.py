@@ -218,12 +218,13 @@ class Problem(Record):
         if (room_L < need).any():
             raise InfeasibleError(self._shortage(int(room_L.min()), need))
         limits = self.limits
-        hosts_L = (self.capacity_LG > 0).sum(1)
-        if limits.min_replicas > hosts_L.min():
-            raise InfeasibleError(
-                f"limits.min_replicas: {limits.min_replicas} replicas of an expert need as many GPUs, "
-                f"there are {hosts_L.min()}: {limits.min_replicas - hosts_L.min()} too few"
-            )
+        if limits.min_replicas > 1:
+            hosts = int((self.capacity_LG > 0).sum(1).min())
+            if limits.min_replicas > hosts:
+                raise InfeasibleError(
+                    f"limits.min_replicas: {limits.min_replicas} replicas of an expert need as many GPUs, "
+                    f"there are {hosts}: {limits.min_replicas - hosts} too few"
+                )
         if limits.max_layer_replicas is not None and limits.max_layer_replicas < need:
             raise InfeasibleError(
                 f"limits.max_layer_replicas: {limits.max_layer_replicas} replicas per layer are "

@@ -1,0 +1,106 @@
+"""The time model against a plain reading of its definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.time_model import TimeModel
+from tests.strategies import few, time_models
+
+
+def slow_time(model: TimeModel, tokens: float, activated: float, speed: float) -> float:
+    """One GPU's time, point by point."""
+    if model.curve_time is None:
+        return (model.launch + model.activation_cost * activated + model.token_cost * tokens) / speed
+    assert model.curve_tokens is not None
+    assert model.curve_activated is not None
+    grid_K, grid_J = model.curve_tokens.tolist(), model.curve_activated.tolist()
+
+    def column(k: int) -> float:
+        return float(np.interp(activated, grid_J, model.curve_time[k]))  # type: ignore[index]
+
+    if tokens <= grid_K[0]:
+        value = column(0)
+    elif tokens >= grid_K[-1]:  # the last segment goes on
+        slope = (column(-1) - column(-2)) / (grid_K[-1] - grid_K[-2])
+        value = column(-1) + slope * (tokens - grid_K[-1])
+    else:
+        value = float(np.interp(tokens, grid_K, [column(k) for k in range(len(grid_K))]))
+    return value / speed
+
+
+@few
+@given(
+    time_models(),
+    st.lists(
+        st.tuples(st.floats(0, 1000), st.integers(0, 12), st.sampled_from((0.5, 1.0, 2.0))),
+        min_size=1,
+        max_size=6,
+    ),
+)
+def test_times_are_those_of_the_definition(model: TimeModel, points: Any) -> None:
+    tokens, activated, speed = (np.array(x) for x in zip(*points, strict=True))
+    for got, point in zip(model.time(tokens, activated, speed), points, strict=True):
+        assert got == pytest.approx(slow_time(model, *point), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [0, 4, 10, 20, 30, 1000])
+@pytest.mark.parametrize("activated", [0, 1, 1.5, 3, 5])
+def test_curve(tokens: float, activated: float) -> None:
+    curve = TimeModel(
+        curve_tokens=[4, 10, 30], curve_activated=[1, 3], curve_time=[[1, 2], [3, 5], [9, 20]], unit="s"
+    )
+    assert curve.has_curve
+    assert not curve.counts_tokens_only
+    assert curve.time(tokens, activated, 2.0) == pytest.approx(slow_time(curve, tokens, activated, 2.0))
+
+
+def test_arrays_broadcast() -> None:
+    model = TimeModel(token_cost=2, activation_cost=10, launch=1)
+    got = model.time([[1, 2], [3, 4]], [[0, 1], [1, 1]], [1.0, 2.0])
+    assert got.tolist() == [[3, 7.5], [17, 9.5]]
+    assert TimeModel().counts_tokens_only
+    assert TimeModel(token_cost=3).counts_tokens_only
+    assert not model.counts_tokens_only
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"token_cost": -1}, r"time\.token_cost: is -1"),
+        ({"launch": float("nan")}, r"time\.launch: is nan"),
+        ({"activation_cost": [1]}, r"time\.activation_cost: is \[1\]"),
+        ({"token_cost": 0}, r"time\.token_cost: is 0 with no activation cost"),
+        ({"unit": "ms"}, r"time\.unit: is 'ms', must be 'tokens' or 's'"),
+        ({"curve_tokens": [0, 1]}, r"time\.curve: needs all of"),
+        (
+            {"curve_tokens": [0, 0], "curve_activated": [0, 1], "curve_time": [[1, 1], [1, 1]]},
+            r"time\.curve_tokens: must be a strictly increasing",
+        ),
+        (
+            {"curve_tokens": [0, 1], "curve_activated": [1], "curve_time": [[1], [1]]},
+            r"time\.curve_activated: must be a strictly increasing",
+        ),
+        (
+            {"curve_tokens": [0, 1], "curve_activated": [0, 1], "curve_time": [[1, 1]]},
+            r"time\.curve_time: has shape \(1, 2\), must be \(2, 2\)",
+        ),
+        (
+            {"curve_tokens": [0, 1], "curve_activated": [0, 1], "curve_time": [[1, 1], [1, np.inf]]},
+            r"time\.curve_time\[1\]\[1\]: is inf",
+        ),
+        (
+            {"curve_tokens": [0, 1], "curve_activated": [0, 1], "curve_time": [[1, 1], [1, 1]], "launch": 2},
+            r"time\.curve: replaces token_cost, activation_cost and launch",
+        ),
+    ],
+)
+def test_malformed(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProblemError, match="^" + message):
+        TimeModel(**kwargs)
