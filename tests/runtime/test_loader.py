@@ -125,15 +125,17 @@ def randomise(model: Any) -> None:
                 buffer.normal_(0, 0.1)
 
 
-def write_checkpoint(name: str, folder: Path, *, shards: str = "60KB", **changes: Any) -> Any:
-    """Save a small random model of that kind below `folder`; return it (float32, evaluation mode)."""
+def write_checkpoint(
+    name: str, folder: Path, *, shards: str = "60KB", dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
+    """Save a small random model of that kind below `folder`; return it, in evaluation mode."""
     import transformers
 
     config_name, model_name, fields = CHECKPOINTS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = getattr(transformers, config_name)(**{**_SMALL, **fields, **changes})
-        model = getattr(transformers, model_name)(config).float().eval()
+        model = getattr(transformers, model_name)(config).to(dtype).eval()
         randomise(model)
         model.save_pretrained(folder, max_shard_size=shards)
     return model
@@ -372,53 +374,54 @@ def test_expert_source_refuses_what_is_not_there(folders: dict[str, tuple[Path, 
 RANK_SCRIPT = """
 import sys, torch, torch.distributed as dist, warnings
 warnings.simplefilter("ignore")
-folder, rank, size, store, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+root, rank, size, names = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 torch.set_num_threads(1)
-dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+dist.init_process_group("gloo", store=dist.FileStore("store", size), rank=rank, world_size=size)
 from moeless_opt.runtime.building_blocks import causal_positions, ensure_model_parallel
 from moeless_opt.runtime.loader import load_checkpoint
 ensure_model_parallel()
-model = load_checkpoint(folder)
-tokens = torch.load(out + ".tokens")
-with torch.no_grad():
-    mine = model(tokens[rank:rank + 1], causal_positions(tokens[rank:rank + 1]), None)
-names = [n for n, _ in model.named_parameters() if "local_experts" in n]
-result = {"logits": mine, "bytes": model.load_report.bytes_read, "experts": len(names) // 2}
-torch.save(result, f"{out}.{rank}")
+mine, results = torch.load("tokens")[rank : rank + 1], {}
+for name in names:
+    model = load_checkpoint(f"{root}/{name}")
+    with torch.no_grad():
+        logits = model(mine, causal_positions(mine), None)
+    experts = sum("linear_fc1" in n and "local_experts" in n for n, _ in model.named_parameters())
+    results[name] = {"logits": logits, "bytes": model.load_report.bytes_read, "experts": experts}
+torch.save(results, f"results.{rank}")
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("name", ["mixtral", "llama4", "deepseek"])
+def child(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """Start a Python process that finds the package."""
+    root = str(Path(__file__).resolve().parents[2])
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *arguments], env=env, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def by_rank(
+    folders: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """What each of two expert-parallel ranks loaded and computed, for all checkpoints."""
+    where = tmp_path_factory.mktemp("ranks")
+    torch.save(tokens(), where / "tokens")
+    root = str(next(iter(folders.values()))[0].parent)
+    ranks = [child("-c", RANK_SCRIPT, root, str(r), "2", *folders, cwd=where) for r in range(2)]
+    assert [r.wait(timeout=600) for r in ranks] == [0, 0]
+    return [torch.load(where / f"results.{r}") for r in range(2)]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_each_rank_loads_only_its_experts(
-    name: str, folders: dict[str, tuple[Path, Any]], tmp_path: Path
+    name: str, folders: dict[str, tuple[Path, Any]], by_rank: list[dict[str, Any]]
 ) -> None:
     folder, reference = folders[name]
-    root = Path(__file__).resolve().parents[2]
-    torch.save(tokens(), tmp_path / "out.tokens")
-    (tmp_path / "rank.py").write_text(RANK_SCRIPT)
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "rank.py",
-                str(folder),
-                str(r),
-                "2",
-                str(tmp_path / "store"),
-                str(tmp_path / "out"),
-            ],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        )
-        for r in range(2)
-    ]
-    assert [r.wait(timeout=300) for r in ranks] == [0, 0]
-    results = [torch.load(tmp_path / f"out.{r}") for r in range(2)]
-    together = torch.cat([r["logits"] for r in results])
+    results = [r[name] for r in by_rank]
     with torch.no_grad():
-        assert (together - reference(tokens()).logits).abs().max() < 1e-5
+        wanted = reference(tokens()).logits
+    assert (torch.cat([r["logits"] for r in results]) - wanted).abs().max() < 1e-5
     whole = load_checkpoint(folder)
     expert_bytes = sum(p.nbytes for n, p in whole.named_parameters() if "local_experts" in n)
     expert_count = sum(len(m.experts.local_experts) for _, m in moe_layers(whole))
@@ -436,33 +439,28 @@ def anonymous():  # memory of the process that no file backs
     for line in open("/proc/self/status"):
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
-peak, before = 0, anonymous()
 def look(_):
     global peak
     peak = max(peak, anonymous())
-model = load_checkpoint(sys.argv[1], dtype=getattr(torch, sys.argv[2]), on_progress=look)
-print(peak - before, sum(p.nbytes for p in model.parameters()), model.load_report.scratch_bytes)
+for dtype in (torch.float32, torch.bfloat16):
+    model, peak, before = None, 0, anonymous()
+    model = load_checkpoint(sys.argv[1], dtype=dtype, on_progress=look)
+    print(peak - before, sum(p.nbytes for p in model.parameters()), model.load_report.scratch_bytes)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_second_copy_of_the_model(dtype: str, tmp_path: Path) -> None:
+def test_no_second_copy_of_the_model(tmp_path: Path) -> None:
     """One file of 51 MB: loading takes the model itself, one tensor, and what an empty model takes."""
-    write_checkpoint(
-        "mixtral", tmp_path, shards="10GB", hidden_size=256, intermediate_size=1024, num_local_experts=8
-    )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY_SCRIPT, str(tmp_path), dtype],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    grown, model_bytes, scratch = (int(x) for x in done.stdout.split())
-    assert scratch <= 1024 * 256 * 4
-    assert grown < model_bytes + scratch + 16e6, (grown, model_bytes)
+    write_checkpoint("mixtral", tmp_path, shards="10GB", hidden_size=256, intermediate_size=1024)
+    process = child("-c", MEMORY_SCRIPT, str(tmp_path), stdout=subprocess.PIPE)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0
+    for line in printed.splitlines():
+        grown, model_bytes, scratch = (int(x) for x in line.split())
+        assert scratch <= 1024 * 256 * 4
+        assert grown < model_bytes + scratch + 16e6, (grown, model_bytes)
+    assert len(printed.splitlines()) == 2
 
 
 # --------------------------------------------------------------------------------------------------- errors
