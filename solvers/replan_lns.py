@@ -1,0 +1,111 @@
+"""Fewer moves by destroying and repairing a re-plan (large neighbourhood search).
+
+A finished re-plan differs from the live placement on a few GPUs. Each round puts some of those GPUs back to
+what they hold live, which takes their moves back, and fills the overflow again with a randomly perturbed
+ranking. The result is kept when it moves no more replicas than before; equal counts are accepted too, since
+walking along plateaus is what lets the search leave a local optimum. Moves that later ones made needless
+disappear by the same step (put back, nothing to repair).
+
+References
+----------
+Shaw (1998), "Using constraint programming and local search methods to solve vehicle routing problems".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moeless_opt.solvers.replan_fill import QUICK, fill_overflow
+from moeless_opt.solvers.replan_flow import LayerFlow
+
+__all__ = ["Shaker", "count_moves", "put_back"]
+
+_MOST_BACK = 6  # GPUs put back in one round, at most
+
+
+def count_moves(live: Sequence[frozenset[int]], content: Sequence[Sequence[int]]) -> int:
+    """Count replicas that a GPU does not hold live."""
+    return sum(expert not in held for held, row in zip(live, content, strict=True) for expert in row)
+
+
+def put_back(
+    live: Sequence[frozenset[int]], content: Sequence[Sequence[int]], gpus: Sequence[int], experts: int
+) -> list[list[int]]:
+    """Contents with some GPUs as they are live, and as many others as coverage then asks for."""
+    back = set(gpus)
+    while True:
+        row_G = [sorted(live[gpu]) if gpu in back else list(row) for gpu, row in enumerate(content)]
+        held = set().union(*row_G)
+        if len(held) == experts:
+            return row_G
+        missing = [expert for expert in range(experts) if expert not in held]
+        wanted = {gpu for gpu, row in enumerate(live) if any(expert in row for expert in missing)}
+        if wanted <= back:
+            return [list(row) for row in content]
+        back |= wanted
+
+
+class Shaker:
+    """Improve one layer's re-plan that reaches the wanted time, some rounds at a time.
+
+    Parameters
+    ----------
+    load, capacity, room
+        As for `LayerFlow`.
+    live : sequence of frozenset of int
+        Experts that each GPU holds now.
+    content : sequence of sequence of int
+        The re-plan: experts on each GPU, nothing overflows.
+    least : int
+        A proven least number of moves: reached, the search ends.
+    seed : int
+        Source of all choices.
+
+    Attributes
+    ----------
+    content : list of list of int
+        Best found: moves no more replicas than what was given.
+    moves : int
+        Its moves.
+    """
+
+    def __init__(
+        self,
+        load: list[int],
+        live: Sequence[frozenset[int]],
+        content: Sequence[Sequence[int]],
+        capacity: list[int],
+        room: list[int],
+        *,
+        least: int = 0,
+        seed: int | tuple[int, ...] = 0,
+    ) -> None:
+        self._load, self._capacity, self._room = load, capacity, room
+        self._live, self._least = live, least
+        self._rng = np.random.default_rng(seed)
+        self.content = [list(row) for row in content]
+        self.moves = count_moves(live, self.content)
+
+    @property
+    def done(self) -> bool:
+        """Whether the moves are proven least."""
+        return self.moves <= self._least
+
+    def round(self) -> None:
+        """Destroy and repair once."""
+        rng, live = self._rng, self._live
+        changed = [
+            gpu for gpu, row in enumerate(self.content) if any(expert not in live[gpu] for expert in row)
+        ]
+        size = int(rng.integers(1, min(len(changed), _MOST_BACK) + 1))
+        chosen = rng.choice(changed, size=size, replace=False).tolist()
+        trial = put_back(live, self.content, chosen, len(self._load))
+        kept = count_moves(live, trial)
+        state = LayerFlow(self._load, trial, self._capacity, self._room)
+        if fill_overflow(state, QUICK, rng=rng, budget=self.moves - kept) > 0:
+            return
+        found = count_moves(live, state.content)
+        if found <= self.moves:
+            self.content, self.moves = state.content, found
