@@ -12,16 +12,29 @@ import contextlib
 import datetime
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.errors import MoelessError, ProblemError
 
-__all__ = ["ExpertGroup"]
+__all__ = ["ExpertGroup", "RankLostError"]
+
+
+class RankLostError(MoelessError):
+    """An operation among the ranks failed: one of them died, or did not answer in time."""
+
+
+@contextlib.contextmanager
+def _losses() -> Iterator[None]:
+    """Turn what gloo and NCCL raise into one error."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLostError(str(error)) from error
 
 #: How often this process has made groups of the same ranks: their members count alike.
 _made: dict[tuple[int, ...], int] = {}
@@ -88,8 +101,9 @@ class ExpertGroup:
         self._weights: Any = None
         if self.size > 1:
             name = f"moeless/{'-'.join(map(str, self.ranks))}/{name}"
-            self._tokens = _make_group(store, f"{name}/tokens", rank, self.size, device, timeout)
-            self._weights = _make_group(store, f"{name}/weights", rank, self.size, device, timeout)
+            with _losses():
+                self._tokens = _make_group(store, f"{name}/tokens", rank, self.size, device, timeout)
+                self._weights = _make_group(store, f"{name}/weights", rank, self.size, device, timeout)
             # NCCL wants every rank in a communicator's first call, so that point-to-point may follow.
             hosts = [row[0] for row in self.gather_ints([zlib.crc32(socket.gethostname().encode())])]
             self.gather_ints([0], weights=True)
@@ -147,13 +161,20 @@ class ExpertGroup:
 
     # -- operations --------------------------------------------------------------------------------
 
+    def _group(self, weights: bool = False) -> Any:
+        group = self._weights if weights else self._tokens
+        if group is None:
+            raise RankLostError("the group was closed")
+        return group
+
     def all_gather(self, mine: Tensor, *, weights: bool = False) -> Tensor:
         """Everybody's tensor, one row per rank."""
         if self.size == 1:
             return mine[None]
         # Flat output: gloo refuses the stacked form.
         out = torch.empty(self.size * mine.numel(), dtype=mine.dtype, device=mine.device)
-        (self._weights if weights else self._tokens)._allgather_base(out, mine.contiguous()).wait()
+        with _losses():
+            self._group(weights)._allgather_base(out, mine.contiguous()).wait()
         return out.view(self.size, -1)
 
     def gather_ints(self, values: Sequence[int], *, weights: bool = False) -> list[list[int]]:
@@ -167,7 +188,8 @@ class ExpertGroup:
         if self.size == 1:
             return rows
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
-        self._tokens.alltoall_base(out, rows.contiguous(), receive, give).wait()
+        with _losses():
+            self._group().alltoall_base(out, rows.contiguous(), receive, give).wait()
         return out
 
     def exchange(self, sends: Sequence[tuple[Tensor, int, int]], receives: Sequence[tuple[Tensor, int, int]]) -> list[Any]:
@@ -185,14 +207,13 @@ class ExpertGroup:
         """
         if not sends and not receives:
             return []
-        group = self._weights
-        if self.device.type == "cuda":
-            group._start_coalescing(self.device)
-        works = [group.send([t], peer, tag) for t, peer, tag in sends]
-        works += [group.recv([t], peer, tag) for t, peer, tag in receives]
-        if self.device.type == "cuda":
-            return [group._end_coalescing(self.device)]
-        return works
+        with _losses():
+            group = self._group(weights=True)
+            if self.device.type == "cuda":
+                group._start_coalescing(self.device)
+            works = [group.send([t], peer, tag) for t, peer, tag in sends]
+            works += [group.recv([t], peer, tag) for t, peer, tag in receives]
+            return [group._end_coalescing(self.device)] if self.device.type == "cuda" else works
 
     def close(self) -> None:
         """Give both groups up, without waiting for anybody.

@@ -26,11 +26,8 @@ class HomeStore(Protocol):
         """The expert's tensors on the CPU; only on a rank that has it."""
         ...
 
-    def regroup(self, survivors: Sequence[int], group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Any) -> None:
-        """Ranks were lost: `survivors` lists the old indices of those left, in their new order.
-
-        Called by all of them together, once the banks hold a full placement again.
-        """
+    def regroup(self, survivors: Sequence[int]) -> None:
+        """Ranks were lost: `survivors` lists the old indices of those left, in their new order."""
         ...
 
 
@@ -63,11 +60,10 @@ class PinnedHome:
         """Host memory in use on this rank."""
         return sum(t.numel() * t.element_size() for w in self._mine.values() for t in w)
 
-    def regroup(self, survivors: Sequence[int], group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Any) -> None:
-        """Forget the dead, and copy again what they had."""
+    def regroup(self, survivors: Sequence[int]) -> None:
+        """Forget the dead; `fill` makes new copies of what they had."""
         new = {old: i for i, old in enumerate(survivors)}
         self._ranks = {at: [new[r] for r in ranks if r in new] for at, ranks in self._ranks.items()}
-        self.fill(group, banks, rows_LG)
 
     def fill(self, group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Sequence[Sequence[Sequence[int]]]) -> None:
         """Bring every expert to the wanted number of copies; all ranks call it, between forwards.
@@ -150,7 +146,7 @@ class MappedHome:
             weights.append(handle.get_tensor(f"{layer}.{expert}.{len(weights)}"))
         return weights
 
-    def regroup(self, survivors: Sequence[int], group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Any) -> None:
+    def regroup(self, survivors: Sequence[int]) -> None:
         """Nothing is lost."""
         self._n_ranks = len(survivors)
 

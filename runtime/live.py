@@ -17,7 +17,7 @@ from moeless_opt.runtime.experts import MemoryMeter, SlotBank, checksum
 from moeless_opt.runtime.groups import ExpertGroup
 from moeless_opt.runtime.home import HomeStore, PinnedHome, save_experts
 from moeless_opt.runtime.migrate import HEADER, Limits, MigrationReport, Migrator
-from moeless_opt.runtime.placement import Slots, SlotTable, Transfer, slots_of, static_slots
+from moeless_opt.runtime.placement import Slots, SlotTable, slots_of, static_slots
 
 __all__ = ["LiveModel", "attach"]
 
@@ -297,20 +297,25 @@ class LiveModel:
         if not self.attached:
             raise MoelessError("the model was detached")
 
-    def adopt_group(self, group: ExpertGroup, have_LG: Sequence[Sequence[Sequence[int]]], target_LGC: Slots, plan: Sequence[Transfer] = ()) -> None:
-        """Go on with other ranks; used by `faults`."""
+    def regroup(self, group: ExpertGroup, survivors: Sequence[int]) -> None:
+        """Go on with other ranks; used by `faults`, which restores a placement next."""
         self.group = group
-        for layer, dispatcher in enumerate(self.dispatchers):
-            table = SlotTable(target_LGC[layer], self.n_experts)
+        for dispatcher in self.dispatchers:
             dispatcher.group = group
             dispatcher.load_E = None
-            dispatcher.set_table(table)
-            self.migrator.tables[layer] = table
         self.batches = 0
         self._share_no = self._next_share_no = 0
         self._shares = self._next_shares
         for dispatcher in self.dispatchers:
             dispatcher.shares = self._shares
+        if self.home is not None:
+            self.home.regroup(survivors)
+        self.migrator.reset(group)
+
+    def refill_home(self) -> None:
+        """Bring the home copies to their number again."""
+        if isinstance(self.home, PinnedHome):
+            self.home.fill(self.group, self.banks, self.migrator.rows_LG)
 
     def detach(self, timeout: float = 600.0) -> None:
         """Bring every expert back to its stock place and give the model its stock layers again.

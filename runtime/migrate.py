@@ -149,7 +149,7 @@ class Courier:
                 if self.stream is not None:
                     for work in works:
                         work.wait()  # orders the stream behind the transfer; the host goes on
-            except RuntimeError as error:
+            except (MoelessError, RuntimeError) as error:
                 flight.fault, flight.error = LOST, str(error)
                 flight.done.set()
                 return flight
@@ -590,22 +590,74 @@ class Migrator:
             if time.monotonic() > deadline:
                 raise MoelessError(f"migration {self._started} did not end within {timeout:g} s")
 
-    def reset(self, group: ExpertGroup, rows_LG: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Forget every plan and start again on another group, with the given experts on its ranks."""
-        for number in (self._started, self._number):
-            report = self.reports.get(number)
-            if report is not None and report.status in ("waiting", "moving"):
+    # -- after a loss ------------------------------------------------------------------------------
+
+    def reset(self, group: ExpertGroup) -> None:
+        """Drop every plan and go on with other ranks; `restore` must follow."""
+        for report in self.reports.values():
+            if report.status in ("waiting", "moving"):
                 report.status, report.reason = "aborted", "a rank was lost"
         self.courier.close()
         self.group = group
         self.courier = Courier(group)
         self._request = None
-        self._number = self._digest = self._started = self._seen = 0
-        self.reports = {}
+        # Numbers go on: every rank handed in the same plans or is told so here.
         self._stopping = False
         self._clear()
+        self._number = max([self._number, *(row[0] for row in group.gather_ints([self._number]))])
+        self._digest, self._started, self._seen = 0, self._number, self._number
         for bank in self.banks:
             bank.drop_staged()
+
+    def restore(
+        self, have_LG: Sequence[Sequence[Sequence[int]]], target_LGC: Slots, limits: Limits | None = None, timeout: float = 600.0
+    ) -> int:
+        """Reach a placement at once, with the ranks waiting; returns the bytes that were fetched.
+
+        Parameters
+        ----------
+        have_LG : nested sequences
+            What the ranks really hold; experts may be missing if they have a home copy.
+        target_LGC : array of int32, shape [L, G, C]
+            Wanted slots.
+
+        Raises
+        ------
+        InfeasibleError
+            If an expert has no source or the memory is too small.
+        MoelessError
+            If a transfer fails, on all ranks.
+        """
+        limits = limits or Limits()
+        schedule = build_schedule(
+            have_LG,
+            target_LGC,
+            self.bytes_L,
+            node_G=self.group.node_R,
+            max_step_bytes=limits.max_step_bytes,
+            max_extra_bytes=limits.max_extra_bytes,
+            home=None if self.home is None else self.home.ranks,
+        )
+        self.reports.setdefault(self._started, MigrationReport(self._started, "done"))
+        self._schedule = schedule
+        stages = list(schedule.stages)
+        for s, step in enumerate(schedule.steps):
+            with self.courier.on_stream():
+                self._room = {t: self.banks[t.layer].allocate() for t in step if t.destination == self.group.rank}
+            self._post(step)
+            self.courier.wait(self._flights[s], timeout)
+            fault = self._flights[s].fault if self._flights[s].done.is_set() else LOST
+            worst = max(row[0] for row in self.group.gather_ints([fault]))
+            if worst != OK:
+                raise MoelessError(f"restoring failed: {_REASON[worst]} {self._flights[s].error}")
+            while stages and stages[0].last_step <= s:
+                stage = stages.pop(0)
+                self.banks[stage.layer].install([int(e) for e in stage.slots_GC[self.group.rank] if e >= 0])
+        moved = sum(t.bytes for step in schedule.steps for t in step)
+        self._clear()
+        for layer, slots_GC in enumerate(target_LGC):
+            self._install(layer, slots_GC)
+        return moved
 
     def close(self) -> None:
         """End the thread."""

@@ -38,14 +38,14 @@ from moeless_opt.runtime import tiny_moe
 from moeless_opt.runtime.building_blocks import causal_positions
 from moeless_opt.runtime.tiny_moe_corpus import DOMAINS, Corpus, build_corpora
 
-SEED, STEPS = 20_240_607, 5500
+SEED, STEPS = 20_240_607, 5000
 WINDOW, BATCH = 256, 8
 PEAK_RATE, WARM_UP, DECAY_FROM = 2e-3, 100, 0.7
 BALANCE, ROUTER_Z = 1e-3, 1e-4
 
 
 def window_batch(corpora: dict[str, Corpus], step: int) -> torch.Tensor:
-    """Draw one step's windows, [BATCH, WINDOW + 1]: the start token, then `WINDOW` bytes of a random domain."""
+    """Draw one step's windows, [BATCH, WINDOW + 1]: the start token, then bytes of a random domain."""
     rng = np.random.default_rng((SEED, step))
     rows = np.full((BATCH, WINDOW + 1), tiny_moe.START, dtype=np.int64)
     for row, domain in zip(rows, rng.choice(len(DOMAINS), size=BATCH), strict=True):

@@ -1,0 +1,227 @@
+"""Going on after a rank has died: notice, agree on who is left, rebuild, restore, repeat.
+
+A death shows as an error in the next operation with the dead rank (its connections close), or as a timeout if
+it hangs. Who notices closes its own groups, which wakes whoever waits for *it*, so the news runs through the
+group in milliseconds. The survivors meet in the store, agree on the list of ranks (the first to write it wins,
+everybody reads it), build new groups, tell each other what they hold, compute a placement for what is left,
+fetch the experts that nobody has from home copies, and repeat the step that failed.
+
+The store must outlive the ranks: the launcher has to host it, as torchrun does.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless_opt.problems.errors import MoelessError
+from moeless_opt.runtime.groups import ExpertGroup, RankLostError
+from moeless_opt.runtime.live import LiveModel
+from moeless_opt.runtime.placement import Slots, repair_slots
+
+__all__ = ["EvictedError", "Guard", "Recovery"]
+
+T = TypeVar("T")
+Replan = Callable[[list[list[list[int]]], NDArray[np.float64] | None], Slots]
+
+
+class EvictedError(MoelessError):
+    """The others went on without this rank: it answered too late."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """One recovery.
+
+    Parameters
+    ----------
+    lost : tuple of int
+        Global ranks that are gone.
+    cause : str
+        The error by which this rank noticed.
+    restored_bytes : int
+        Fetched to complete the placement.
+    seconds : float
+        From noticing to being ready for the next step.
+    agree_seconds : float
+        Of these, finding out who is left.
+    repeated : bool
+        Whether this rank had to repeat a step that it had completed already, for those that had not.
+    """
+
+    lost: tuple[int, ...]
+    cause: str
+    restored_bytes: int
+    seconds: float
+    agree_seconds: float
+    repeated: bool
+
+
+class Guard:
+    """Runs steps of a live model so that the loss of other ranks only delays them.
+
+    Parameters
+    ----------
+    live : LiveModel
+        Attached with a `timeout` that suits the traffic, and with home copies if lost experts must come back.
+    grace : float
+        How long survivors wait for each other after the last of them has reported.
+    slots : int, optional
+        Slots per layer that each rank may use when experts have to be placed anew; by default as many as it
+        takes to hold all experts.
+    replan : callable, optional
+        ``replan(have_LG, load_LE)`` gives the placement after a loss; only the first survivor calls it.
+        `repair_slots` by default.
+    """
+
+    def __init__(
+        self, live: LiveModel, *, grace: float = 5.0, slots: int | None = None, replan: Replan | None = None
+    ) -> None:
+        self.live = live
+        self.grace = grace
+        self.slots = slots
+        self.replan = replan
+        self.load_LE: NDArray[np.float64] | None = None
+        self.recoveries: list[Recovery] = []
+        self._epoch = 0
+        self._completed = 0
+        self._replay: Callable[[], Any] | None = None
+
+    def run(self, step: Callable[[], T], dummy: Callable[[], Any] | None = None) -> T:
+        """Run one step (a forward pass) and, if ranks are lost under it, recover and run it again.
+
+        Parameters
+        ----------
+        step : callable
+            Must be repeatable: a failed attempt may have run half of it.
+        dummy : callable, optional
+            A forward pass whose result nobody wants. If this rank completed a step that others did not, it has
+            to take part in it once more; by default by the step itself.
+
+        Raises
+        ------
+        EvictedError
+            If the others went on without this rank.
+        InfeasibleError
+            If those left cannot hold the experts.
+        """
+        while True:
+            try:
+                if self._behind:
+                    self._behind = False
+                    if self._replay is not None:
+                        self._replay()
+                result = step()
+            except RankLostError as error:
+                self._recover(error)
+                continue
+            self._completed += 1
+            self._replay = dummy or step
+            return result
+
+    _behind = False
+
+    def _recover(self, error: Exception) -> None:
+        began = time.monotonic()
+        cause = str(error)
+        while True:
+            try:
+                self._attempt(cause, began)
+                return
+            except RankLostError as again:
+                cause = str(again)
+
+    def _attempt(self, cause: str, began: float) -> None:
+        live = self.live
+        old = live.group
+        old.close()
+        self._epoch += 1
+        started = time.monotonic()
+        keep = self._members(old)
+        agreed = time.monotonic()
+        group = old.shrunk(keep, f"epoch{self._epoch}")
+        live.regroup(group, keep)
+        n_experts = live.n_experts
+        held = [int(e in bank.resident) for bank in live.banks for e in range(n_experts)]
+        rows = group.gather_ints([self._completed, *held])
+        have_RLE = np.asarray([row[1:] for row in rows]).reshape(group.size, len(live.banks), n_experts)
+        have_LG = [
+            [np.flatnonzero(have_RLE[g, layer]).tolist() for g in range(group.size)] for layer in range(len(live.banks))
+        ]
+        target = self._target(group, have_LG)
+        moved = live.migrator.restore(have_LG, target, timeout=group.timeout)
+        live.refill_home()
+        fewest = min(row[0] for row in rows)
+        self._behind = self._completed > fewest
+        lost = tuple(rank for i, rank in enumerate(old.ranks) if i not in keep)
+        now = time.monotonic()
+        self.recoveries.append(
+            Recovery(
+                lost=lost,
+                cause=cause,
+                restored_bytes=moved,
+                seconds=now - began,
+                agree_seconds=agreed - started,
+                repeated=self._behind,
+            )
+        )
+        # From here on all survivors count alike.
+        self._completed = fewest + self._behind
+
+    def _members(self, old: ExpertGroup) -> list[int]:
+        """Indices (in the old group) of the ranks that go on; everybody gets the same list."""
+        if old.size == 1:
+            return [0]
+        store = old.store
+        # Ranks and epoch name the meeting: those who meet have been through the same.
+        place = f"moeless/meet/{'-'.join(map(str, old.ranks))}/{self._epoch}"
+        store.add(f"{place}/count", 1)
+        store.set(f"{place}/{old.rank}", b"here")
+        seen, last = 0, time.monotonic()
+        while time.monotonic() - last < self.grace and not store.check([f"{place}/list"]):
+            count = store.add(f"{place}/count", 0)
+            if count > seen:
+                seen, last = count, time.monotonic()
+            if count >= old.size:
+                break
+            time.sleep(0.01)
+        here = [i for i in range(old.size) if store.check([f"{place}/{i}"])]
+        decided = store.compare_set(f"{place}/list", "", json.dumps(here))
+        keep: list[int] = json.loads(decided)
+        if old.rank not in keep:
+            raise EvictedError(f"rank {old.ranks[old.rank]} came too late: ranks {[old.ranks[i] for i in keep]} went on")
+        return keep
+
+    def _target(self, group: ExpertGroup, have_LG: list[list[list[int]]]) -> Slots:
+        """The placement after the loss, from the first survivor, so that all have the same."""
+        live = self.live
+        most = max(len(row) for rows in have_LG for row in rows)
+        width = max(self.slots or 0, most, -(-live.n_experts // group.size))
+        shape = (len(live.banks), group.size, width)
+        flat, error = np.full(shape, -1, dtype=np.int32), None
+        if group.rank == 0:
+            try:
+                if self.replan is not None:
+                    found = np.asarray(self.replan(have_LG, self.load_LE), dtype=np.int32)
+                else:
+                    cap = self.slots if self.slots is not None else width
+                    found = repair_slots(have_LG, live.n_experts, np.full(shape[:2], cap), self.load_LE)
+                if found.shape[2] > width:
+                    raise MoelessError(f"the new placement has {found.shape[2]} slots per rank, {width} are allowed")
+                flat[:, :, : found.shape[2]] = found
+            except MoelessError as problem:
+                error = problem
+        rows = group.gather_ints([int(error is not None), *flat.ravel().tolist()])
+        if error is not None:
+            raise error
+        if rows[0][0]:
+            raise MoelessError("the first survivor found no placement for what is left")
+        return np.asarray(rows[0][1:], dtype=np.int32).reshape(shape)
+
+
