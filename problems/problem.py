@@ -213,18 +213,13 @@ class Problem(Record):
         InfeasibleError
             Naming the cap that binds and by how much.
         """
-        need = self.experts * self.limits.min_replicas
+        limits = self.limits
+        if limits.spread > 1:
+            self._check_spread()
+        need = self.experts * max(limits.min_replicas, limits.spread)
         room_L = self.capacity_LG.sum(1)
         if (room_L < need).any():
             raise InfeasibleError(self._shortage(int(room_L.min()), need))
-        limits = self.limits
-        if limits.min_replicas > 1:
-            hosts = int((self.capacity_LG > 0).sum(1).min())
-            if limits.min_replicas > hosts:
-                raise InfeasibleError(
-                    f"limits.min_replicas: {limits.min_replicas} replicas of an expert need as many GPUs, "
-                    f"there are {hosts}: {limits.min_replicas - hosts} too few"
-                )
         if limits.max_layer_replicas is not None and limits.max_layer_replicas < need:
             raise InfeasibleError(
                 f"limits.max_layer_replicas: {limits.max_layer_replicas} replicas per layer are "
@@ -243,19 +238,21 @@ class Problem(Record):
                     f"limits.max_total_bytes: {limits.max_total_bytes} bytes are "
                     f"{floor - limits.max_total_bytes} too few"
                 )
-        domains = np.unique(self.topology.failure_domain_G).size
-        if limits.spread > domains:
-            raise InfeasibleError(
-                f"limits.spread: {limits.spread} failure domains are wanted, there are {domains}"
-            )
-        if limits.max_replicas is not None and limits.spread > limits.max_replicas:
-            raise InfeasibleError(
-                f"limits.spread: {limits.spread} failure domains cannot be reached with "
-                f"max_replicas = {limits.max_replicas}"
-            )
 
         if limits.pinned or limits.forbidden:
             self._check_pairs()
+
+    def _check_spread(self) -> None:
+        spread, most = self.limits.spread, self.limits.max_replicas
+        domains = np.unique(self.topology.failure_domain_G[self.capacity_LG.max(0) > 0]).size
+        if spread > domains:
+            raise InfeasibleError(
+                f"limits.spread: {spread} failure domains are wanted, {domains} have room for experts"
+            )
+        if most is not None and spread > most:
+            raise InfeasibleError(
+                f"limits.spread: {spread} failure domains cannot be reached with max_replicas = {most}"
+            )
 
     def _check_pairs(self) -> None:
         pinned_LEG, forbidden_LEG = self.pairs_LEG("pinned"), self.pairs_LEG("forbidden")
@@ -284,11 +281,8 @@ class Problem(Record):
 
     def _shortage(self, room: int, need: int) -> str:
         topology, experts = self.topology, self.experts
-        each = (
-            "one replica each"
-            if self.limits.min_replicas == 1
-            else f"{self.limits.min_replicas} replicas each"
-        )
+        least = need // experts
+        each = "one replica each" if least == 1 else f"{least} replicas each"
         what = f"{experts} experts with {each} need {need} slots per layer"
         by_slots = None if topology.slots_G is None else int(np.minimum(topology.slots_G, experts).sum())
         if by_slots is not None and by_slots < need:

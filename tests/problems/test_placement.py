@@ -1,0 +1,84 @@
+"""Placements and the arrays derived from them, against plain loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.placement import Placement, equal_shares, held_LGE, replica_counts
+from tests.strategies import few, planned
+
+
+@few
+@given(planned())
+def test_derived_arrays(drawn: Any) -> None:
+    problem, plan = drawn
+    slots, experts = plan.slots_LGC, problem.experts
+    layers, gpus, _ = slots.shape
+    count, held, share = (
+        replica_counts(slots, experts),
+        held_LGE(slots, experts),
+        equal_shares(slots, experts),
+    )
+    placement = Placement(slots_LGC=slots, experts=experts)
+    assert (placement.replicas_LE == count).all()
+    assert (placement.held_LGE == held).all()
+    for x in range(layers):
+        everyone = slots[x].ravel().tolist()
+        for e in range(experts):
+            assert count[x, e] == everyone.count(e)
+            assert share[x][slots[x] == e].tolist() == [1 / everyone.count(e)] * everyone.count(e)
+            assert plan.gpus_of(x, e) == [g for g in range(gpus) if e in slots[x, g]]
+        for g in range(gpus):
+            row = slots[x, g].tolist()
+            assert held[x, g].tolist() == [e in row for e in range(experts)]
+            assert placement.used_LG[x, g] == sum(e >= 0 for e in row)
+            for e in range(experts):
+                want = plan.share_LGC[x, g, row.index(e)] if e in row else 0.0
+                assert plan.share_LGE[x, g, e] == want
+    assert (share[slots < 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([[[0, 1], [1, 1]]], r"placement\.slots\[0\]\[1\]: expert 1 sits twice on GPU 1"),
+        ([[[0, -1], [0, -1]]], r"placement\.slots\[0\]: expert 1 has no replica in layer 0"),
+        ([[[0, 2], [1, -1]]], r"placement\.slots\[0\]\[0\]\[1\]: is 2, must be from -1 to 1"),
+        ([[[0, -2], [1, -1]]], r"placement\.slots\[0\]\[0\]\[1\]: is -2"),
+        ([[0, 1]], r"placement\.slots: has shape \(1, 2\), must be \[layers, gpus, slots\]"),
+        ([[[0.5, 1]]], r"placement\.slots: must hold whole numbers"),
+        ([[[0], [-1]], [[0]]], r"placement\.slots: not an array"),
+        ([[[-1], [0]]] * 0, r"placement\.slots: has shape"),
+        ([[[0]]], r"placement\.slots: has 1 slots per layer, 2 experts need one each"),
+        (None, r"placement\.slots: must hold numbers"),
+    ],
+)
+def test_malformed(slots: Any, message: str) -> None:
+    with pytest.raises(ProblemError, match="^" + message):
+        Placement(slots_LGC=slots, experts=2)
+
+
+@pytest.mark.parametrize("experts", [0, -3, 1.5, 10**12, "2"])
+def test_malformed_number_of_experts(experts: Any) -> None:
+    with pytest.raises(ProblemError, match=r"^placement\.experts"):
+        Placement(slots_LGC=[[[0, 1]]], experts=experts)
+
+
+def test_whatever_can_be_a_placement() -> None:
+    slots = np.array([[[0, -1], [1, 0]]])
+    want = Placement(slots_LGC=slots, experts=2)
+    assert want.slots_LGC.dtype == np.int32
+    assert Placement.of(slots.tolist(), 2) == want
+    assert Placement.of(want, 2) is want
+    assert Placement.of(type("Plan", (), {"slots_LGC": slots})(), 2) == want
+    with pytest.raises(ProblemError, match=r"^current\.slots\[0\]: expert 2 has no replica"):
+        Placement.of(want, 3)
+    with pytest.raises(ProblemError, match=r"^current\.slots: must hold numbers"):
+        Placement.of("plan.json", 3)
+    slots[0, 0, 0] = 1
+    assert want.slots_LGC[0, 0, 0] == 0
