@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+from array import array
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Literal
@@ -54,7 +55,7 @@ class TableReader:
 
     def _rows(self, text: str) -> Iterator[tuple[int, list[str]]]:
         """Yield (line number, cells) of the rows that are neither blank nor comments."""
-        first = next((line for line in text.splitlines() if line.strip() and not line.startswith("#")), "")
+        first = next((line for line in io.StringIO(text) if line.strip() and not line.startswith("#")), "")
         delimiter = max(",;\t|", key=first.count)
         if first.count(delimiter) == 0:
             delimiter = " "
@@ -96,12 +97,12 @@ class TableReader:
         notes: tuple[str, ...],
     ) -> Found:
         """One row for each (scenario or step,) layer and expert; repeated rows add up, absent ones are 0."""
-        total: dict[tuple[str, int, int], float] = {}
-        repeated = 0
         lead: Literal["steps", "scenarios"] = "scenarios" if "scenario" in columns else "steps"
         lead_column = columns.get("scenario", columns.get("step"))
         layer_column, expert_column, count_column = (columns[role] for role in ("layer", "expert", "count"))
         index: dict[str, int] = {}  # the same few cells come back in every step
+        scenario_at: dict[str, int] = {}
+        at_R, layer_R, expert_R, count_R = array("q"), array("q"), array("q"), array("d")  # R: rows
         for line, cells in rows:
             if len(cells) != width:
                 raise self.source.error(f"line {line}: {len(cells)} cells, the first row has {width}")
@@ -114,32 +115,30 @@ class TableReader:
                     f"line {line}: count is {cut(cells[count_column], 40)!r}, must be a number >= 0"
                 )
             scenario = "" if lead_column is None else cells[lead_column]
-            at = (scenario, index[cells[layer_column]], index[cells[expert_column]])
-            repeated += at in total
-            total[at] = total.get(at, 0.0) + count
-        if not total:
+            at_R.append(scenario_at.setdefault(scenario, len(scenario_at)))
+            layer_R.append(index[cells[layer_column]])
+            expert_R.append(index[cells[expert_column]])
+            count_R.append(count)
+        if not count_R:
             raise self.source.error("is a table with a header and no rows")
-        scenarios = list(dict.fromkeys(scenario for scenario, _, _ in total))
-        layers = sorted({layer for _, layer, _ in total})
-        experts = self.source.expert_count(max(expert for _, _, expert in total) + 1, "the table")
-        if len(scenarios) * len(layers) * experts * 8 > self.source.max_bytes:
+        layers, row_R = np.unique(layer_R, return_inverse=True)
+        shape = (len(scenario_at), len(layers), self.source.expert_count(max(expert_R) + 1, "the table"))
+        if math.prod(shape) * 8 > self.source.max_bytes:
             raise self.source.error(
-                f"names expert {experts - 1} of {len(layers)} layers in {len(scenarios)} scenarios, over "
+                f"names expert {shape[2] - 1} of {shape[1]} layers in {shape[0]} scenarios, over "
                 f"{mib(self.source.max_bytes)}; raise max_bytes to read it anyway"
             )
-        load_TLE = np.zeros((len(scenarios), len(layers), experts))
-        scenario_at = {name: i for i, name in enumerate(scenarios)}
-        layer_at = {layer: i for i, layer in enumerate(layers)}
-        for (scenario, layer, expert), count in total.items():
-            load_TLE[scenario_at[scenario], layer_at[layer], expert] = count
+        cell_R = np.ravel_multi_index((np.asarray(at_R), row_R, np.asarray(expert_R)), shape)
+        load_TLE = np.bincount(cell_R, weights=np.asarray(count_R), minlength=math.prod(shape)).reshape(shape)
+        repeated = len(cell_R) - np.count_nonzero(np.bincount(cell_R))
         if repeated:
             notes = (*notes, f"{repeated} repeated rows added up")
         return Found(
             load=load_TLE,
             format="csv",
             axis=lead,
-            layers=tuple(layers),
-            scenarios=() if lead_column is None else tuple(scenarios),
+            layers=tuple(layers.tolist()),
+            scenarios=() if lead_column is None else tuple(scenario_at),
             notes=notes,
         )
 
