@@ -2,10 +2,10 @@
 
 Every GPU first gets whole experts, one slot short of full, so that the GPUs come out uneven but none
 stands alone. Then the remaining slot does what the second entry of Walker's alias table does: the GPU
-furthest below the mean takes what it lacks from the largest expert of the GPU furthest above, and is done. Each such step
-finishes one GPU, so G - 1 pieces suffice, and the largest time is the mean exactly. That needs
-E <= G (c - 1) experts for c slots per GPU, and a donor with an expert large enough; `alias_pack` says for each layer
-whether it got there, and leaves the others to other methods.
+furthest below the mean takes what it lacks from the largest expert of the GPU furthest above, and is done.
+Each such step finishes one GPU, so G - 1 pieces suffice, and the largest time is the mean exactly. That
+needs E <= G (c - 1) experts for c slots per GPU, and a donor with an expert large enough; `alias_pack` says
+for each layer whether it got there, and leaves the others to other methods.
 
 The plan is exact and brittle: it has few, long chains of shares, so it suffers most when the loads
 turn out different. `moeless_opt.solvers.fractional` uses it as the last resort.

@@ -6,7 +6,8 @@ GPU comes out at the mean exactly. S slots for E experts leave S - E spare repli
 G - 1 of them: the familiar condition E <= G (c - 1) leaves just enough. So the spare replicas are
 spent on joining, never on linking GPUs twice:
 
-1. Count replicas by largest ``load / (replicas + 1/2)``, which favours the heavy experts: they fluctuate most,
+1. Count replicas by largest ``load / (replicas + 1/2)``, which favours the heavy experts: they fluctuate
+most,
    in tokens, and make the widest links.
 2. Place the replicas of replicated experts, heaviest first, each on the least loaded GPU among those in
    components that the expert does not reach yet.
@@ -15,8 +16,8 @@ spent on joining, never on linking GPUs twice:
    split. Where one would be negative, the exact share solver decides.
 
 A layer that misses the mean is tried with other replica counts, with the equal-split construction, then
-with alias packing, which always gets there but is brittle; whoever is first at the mean wins, else the best. Small
-layers that can't reach it (E > G (c - 1)) end in a local search with exact shares.
+with alias packing, which always gets there but is brittle; whoever is first at the mean wins, else the
+best. Small layers that can't reach it (E > G (c - 1)) end in a local search with exact shares.
 
 Why it is sturdy: with the loads off by a factor, what counts is how much captive load a set of GPUs
 has (see `share_lp.density`). A tree of wide links leaves few sets with much captive load; the same spare
@@ -35,7 +36,7 @@ from moeless_opt.solvers.alias import alias_pack
 from moeless_opt.solvers.grouping import group_pack
 from moeless_opt.solvers.packing import pack
 from moeless_opt.solvers.search import improve
-from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
 from moeless_opt.solvers.single import join_layer
 from moeless_opt.solvers.sizing import apportion, trim
 
@@ -48,6 +49,9 @@ Bools = NDArray[np.bool_]
 
 LEAN = 0.5  # of the first try; see `sizing.apportion`
 OTHER_LEANS = (0.0, -0.3, 1.0)
+THOROUGH_LEANS = (0.0, 0.25, 0.75, 1.0)
+NOISE = 0.2  # of the scenarios that a thorough construction is judged by (standard deviation of the log)
+SCENARIOS = 6
 PERFECT = 1e-10  # relative distance from the mean that counts as none
 _SEARCH_PAIRS = 400  # experts x GPUs up to which a layer is worth a local search
 _SMALL = 512  # layers x experts x GPUs up to which plain Python is faster than NumPy
@@ -111,7 +115,7 @@ def construct_fractional(
     slots, share, time_L = _joined(load, capacity, speed, LEAN)
     _retry(load, capacity, speed, mean_L, slots, share, time_L, seed)
     if effort == "thorough":
-        _sturdiest(load, capacity, speed, mean_L, slots, share, time_L, seed)
+        _sturdiest(load, capacity, speed, slots, share, time_L, seed)
     return slots, share
 
 
@@ -133,7 +137,7 @@ def _small(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> tuple[Int32s,
 
 
 def _joined(load_LE: Floats, capacity_LG: Ints, speed_G: Floats, lean: float) -> Built:
-    """Steps 1 to 4: placement, shares and largest times; layers that can't be packed so come back at infinity."""
+    """Steps 1 to 4: placement, shares, largest times; infinite time where a layer can't be packed so."""
     total = np.minimum(capacity_LG, load_LE.shape[1]).sum(axis=1)
     cap = (capacity_LG > 0).sum(axis=1)[:, None]
     replicas = trim(load_LE, apportion(load_LE, total, cap, lean=lean), capacity_LG)
@@ -323,7 +327,7 @@ def level(
     time_L : float array [layers]
         Largest GPU times under them.
     """
-    L, G, C = slots_LGC.shape
+    L, G, _ = slots_LGC.shape
     E = load_LE.shape[1]
     rows = np.arange(L)[:, None, None]
     filled = slots_LGC >= 0
@@ -386,7 +390,7 @@ def _retry(
     time_L: Floats,
     seed: int,
 ) -> None:
-    """Other constructions for the layers that miss the mean, in place; the first at the mean is the last tried."""
+    """Other constructions for the layers that miss the mean, in place, until one is at the mean."""
 
     def again(lean: float) -> Callable[[Floats, Ints], Built]:
         return lambda load, capacity: _joined(load, capacity, speed_G, lean)
@@ -460,3 +464,38 @@ def _balanced(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Built:
     slots = improve(load_LE, pack(load_LE, replicas, capacity_LG, speed_G), capacity_LG, speed_G)
     found = solve_shares(load_LE, slots, speed_G)
     return slots, found.share_LGC, found.time_L
+
+
+def _sturdiest(
+    load_LE: Floats,
+    capacity_LG: Ints,
+    speed_G: Floats,
+    slots: Int32s,
+    share: Floats,
+    time_L: Floats,
+    seed: int,
+) -> None:
+    """Among placements of equal time, the one that fares best when the loads turn out different; in place."""
+    rng = np.random.default_rng(seed)
+    noise = [np.exp(rng.normal(0.0, NOISE, load_LE.shape)) for _ in range(SCENARIOS)]
+
+    def fares(slots_LGC: Int32s) -> Floats:
+        graph = ReplicaGraph(slots_LGC, speed_G, load_LE.shape[1])
+        mean = [np.maximum((load_LE * factor).sum(axis=1), 1e-300) / speed_G.sum() for factor in noise]
+        times = [solve_shares(load_LE * factor, graph).time_L for factor in noise]
+        total: Floats = sum(time / m for time, m in zip(times, mean, strict=True)) / len(noise)
+        return total
+
+    score_L = fares(slots)
+    for lean in THOROUGH_LEANS:
+        new_slots, new_share, new_time = _joined(load_LE, capacity_LG, speed_G, lean)
+        level_L = np.flatnonzero(new_time <= time_L * (1.0 + PERFECT))
+        if not len(level_L):
+            continue
+        new_score = np.full(len(load_LE), np.inf)
+        complete = slots.copy()  # layers that can't be packed so keep what they have
+        complete[level_L] = new_slots[level_L]
+        new_score[level_L] = fares(complete)[level_L]
+        better = new_score < score_L
+        slots[better], share[better] = new_slots[better], new_share[better]
+        score_L = np.where(better, new_score, score_L)

@@ -1,13 +1,13 @@
-"""Too few spare slots to join all GPUs: which GPUs and experts form the islands?
+"""Pools of GPUs, for when the spare slots are too few to join all GPUs into one.
 
 With free shares, GPUs that a tree of shared experts joins act as one pooled machine. A tree over k GPUs costs
-k - 1 of the pool's c k slots, so the pool holds (c - 1) k + 1 experts and finishes at its load over k. S slots
-for E experts on G GPUs leave at least m = G + E - S pools, and with exactly m every slot is used. The placement
-problem is then a partition: experts into m pools of chosen sizes, the slowest pool as fast as possible.
-That space is much smaller than that of placements.
+k - 1 of the pool's c k slots, so the pool holds (c - 1) k + 1 experts and finishes at its load over k. S
+slots for E experts on G GPUs leave at least m = G + E - S pools, and with exactly m every slot is used. The
+placement problem is then a partition: experts into m pools of chosen sizes, the slowest pool as fast as
+possible. That space is much smaller than that of placements.
 
-The search re-splits the slowest pool with each other one, optimally over all sizes and subsets, until no pair gives
-anything, from several seeded starts. Each pool is then packed by alias packing on its own GPUs.
+The search re-splits the slowest pool with each other one, optimally over all sizes and subsets, until no
+pair gives anything, from several seeded starts. Each pool is then packed by alias packing on its own GPUs.
 """
 
 from __future__ import annotations

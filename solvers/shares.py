@@ -41,9 +41,10 @@ _EXACT = 1e-12  # relative gap below which a layer counts as solved
 class ColourClass:
     """Experts that share no GPU within their layer: padded tables over [replicas, layers, members].
 
-    `member_LM` indexes the expert axis X of the graph (X itself where padded), `cell_RLM` is a flat index into
-    a [layers, GPUs + 1] array (the last column swallows the padding), `speed_RLM` the speed there. Replicas
-    come first because NumPy reduces a short leading axis several times faster than a short trailing one.
+    `member_LM` indexes the expert axis X of the graph (X itself where padded), `cell_RLM` is a flat index
+    into a [layers, GPUs + 1] array (the last column swallows the padding), `speed_RLM` the speed there.
+    Replicas come first because NumPy reduces a short leading axis several times faster than a short
+    trailing one.
     """
 
     member_LM: Ints
@@ -132,7 +133,7 @@ class ReplicaGraph:
 
     def _place_singles(self, count_LE: Ints) -> None:
         """Note the one GPU of every other expert."""
-        L, G, C = self.shape
+        _, G, C = self.shape
         self.single = np.flatnonzero(count_LE.reshape(-1)[self._key] == 1)
         self.single_load = (self.single // (G * C)) * self.experts + self.slots_LGC.reshape(-1)[self.single]
         self.single_gpu = (self.single // (G * C)) * (G + 1) + self.single % (G * C) // C
@@ -140,7 +141,7 @@ class ReplicaGraph:
     def _colour(self) -> list[ColourClass]:
         """Colour experts greedily, most replicas first: a bit mask per GPU holds the colours seen there."""
         L, G, _ = self.shape
-        X, R = self.gpu_LXR.shape[1:]
+        X = self.width
         if X == 0:
             return []
         cell_LXR = self.gpu_LXR + np.arange(L)[:, None, None] * (G + 1)
@@ -187,7 +188,8 @@ class ReplicaGraph:
         load = np.ascontiguousarray(load_LE, dtype=np.float64)
         base = np.bincount(self.single_gpu, weights=load.reshape(-1)[self.single_load], minlength=L * (G + 1))
         padded = np.concatenate([load, np.zeros((L, 1))], axis=1)
-        return np.take_along_axis(padded, self.expert_LX, axis=1), base.reshape(L, G + 1)[:, :G]
+        base_LG: Floats = base.reshape(L, G + 1)[:, :G].astype(np.float64)
+        return np.take_along_axis(padded, self.expert_LX, axis=1), base_LG
 
     def bound(self, load_LX: Floats, base_LG: Floats, time_LG: Floats) -> tuple[Floats, NDArray[np.bool_]]:
         """Largest density over the sets of the k slowest GPUs, for k = 1..G, and that set as a mask.
@@ -368,7 +370,7 @@ def descend(
 
 
 def _fill_uniform(other_RLM: Floats, load_LM: Floats, speed_RLM: Floats, out_RLM: Floats) -> None:
-    """Pour each expert's load over the GPUs' other load: the level is the least over prefixes of the sorted GPUs."""
+    """Pour each expert's load over the other loads: the level is the least over prefixes of sorted GPUs."""
     R = len(other_RLM)
     if R == 2:
         low, high = other_RLM
@@ -442,16 +444,17 @@ def _density_of(
     gpu_OXR = graph.gpu_LXR[layers]
     captive_OX = padded[np.arange(len(set_OG))[:, None, None], gpu_OXR].all(axis=2)
     load_O = np.where(captive_OX, load_OX, 0.0).sum(axis=1) + np.where(set_OG, base_OG, 0.0).sum(axis=1)
-    return load_O / np.maximum(np.where(set_OG, graph.speed_G, 0.0).sum(axis=1), 1e-300)
+    density_O: Floats = load_O / np.maximum(np.where(set_OG, graph.speed_G, 0.0).sum(axis=1), 1e-300)
+    return density_O
 
 
 def _flow(
     graph: ReplicaGraph, load_LX: Floats, base_LG: Floats, time_L: Floats, layers: Ints
 ) -> tuple[Floats, NDArray[np.bool_], NDArray[np.bool_]]:
-    """Can the open layers meet their times? Tokens, the GPUs on the source's side of the cut, and yes or no."""
+    """Can the open layers meet their times? Tokens, GPUs on the source's side of the cut, yes or no."""
     from ortools.graph.python import max_flow
 
-    O, G = len(layers), len(graph.speed_G)
+    K, G = len(layers), len(graph.speed_G)
     gpu_OXR = graph.gpu_LXR[layers]
     X = gpu_OXR.shape[1]
     # Integer units per layer: the mean GPU load is 2^36 of them, so a unit is 1.5e-11 of it.
@@ -459,17 +462,17 @@ def _flow(
     supply_OX = np.floor(load_LX[layers] / unit_O[:, None]).astype(np.int64)
     room_OG = np.ceil((time_L[layers, None] * graph.speed_G - base_LG[layers]) / unit_O[:, None])
     room_OG = np.maximum(room_OG, 0.0).astype(np.int64)
-    expert_node = 2 + np.arange(O * X).reshape(O, X)
-    gpu_node = 2 + O * X + np.arange(O * G).reshape(O, G)
+    expert_node = 2 + np.arange(K * X).reshape(K, X)
+    gpu_node = 2 + K * X + np.arange(K * G).reshape(K, G)
     layer_p, expert_p, replica_p = np.nonzero(gpu_OXR < G)
     tail = np.concatenate(
-        [np.zeros(O * X, dtype=np.int64), expert_node[layer_p, expert_p], gpu_node.reshape(-1)]
+        [np.zeros(K * X, dtype=np.int64), expert_node[layer_p, expert_p], gpu_node.reshape(-1)]
     )
     head = np.concatenate(
         [
             expert_node.reshape(-1),
             gpu_node[layer_p, gpu_OXR[layer_p, expert_p, replica_p]],
-            np.ones(O * G, dtype=np.int64),
+            np.ones(K * G, dtype=np.int64),
         ]
     )
     capacity = np.concatenate([supply_OX.reshape(-1), supply_OX[layer_p, expert_p], room_OG.reshape(-1)])
@@ -478,14 +481,91 @@ def _flow(
     if network.solve(0, 1) != network.OPTIMAL:
         raise ProblemError("load_LE", "is out of range for the flow, would be finite numbers below 1e300")
     flow = np.asarray(network.flows(arcs))
-    pairs = slice(O * X, O * X + len(layer_p))
+    pairs = slice(K * X, K * X + len(layer_p))
     token_OXR = np.zeros(gpu_OXR.shape)
     token_OXR[layer_p, expert_p, replica_p] = flow[pairs]
-    left_OX = supply_OX - flow[: O * X].reshape(O, X)
+    left_OX = supply_OX - flow[: K * X].reshape(K, X)
     full_O = (left_OX == 0).all(axis=1)
     # Floors dropped less than a unit per expert: scale the split back to the whole load.
     total_OX = token_OXR.sum(axis=2)
     token_OXR *= (load_LX[layers] / np.where(total_OX > 0.0, total_OX, 1.0))[..., None]
-    side = np.zeros(2 + O * (X + G), dtype=bool)
+    side = np.zeros(2 + K * (X + G), dtype=bool)
     side[network.get_source_side_min_cut()] = True
-    return token_OXR, side[2 + O * X :].reshape(O, G), full_O
+    return token_OXR, side[2 + K * X :].reshape(K, G), full_O
+
+
+def round_shares(
+    count_LE: NDArray[Any], slots_LGC: NDArray[Any], share_LGC: Floats, speed_G: Floats | None = None
+) -> Ints:
+    """Whole tokens per slot: every token is kept, and no GPU exceeds its cap by the rounding.
+
+    Every slot gets the floor of its part. The tokens left over, fewer than the expert has replicas, go up
+    by at most one per slot, through a flow in which a GPU takes at most the largest time's worth of tokens,
+    rounded up. Such a rounding exists (flows are integral), so the largest load grows by less than one
+    token.
+
+    Parameters
+    ----------
+    count_LE : int array [layers, experts]
+        Tokens, whole.
+    slots_LGC : int array [layers, GPUs, slots]
+        Placement, -1 where empty.
+    share_LGC : float array [layers, GPUs, slots]
+        Shares to round; an expert's sum to 1.
+    speed_G : float array [GPUs], optional
+        Relative speeds; ones by default.
+
+    Returns
+    -------
+    int64 array [layers, GPUs, slots]
+        Tokens of each slot. Over an expert's slots they sum to its count.
+    """
+    from ortools.graph.python import max_flow
+
+    count_LE = np.asarray(count_LE, dtype=np.int64)
+    L, G, _ = slots_LGC.shape
+    E = count_LE.shape[1]
+    speed = np.ones(G) if speed_G is None else np.asarray(speed_G, dtype=np.float64)
+    filled = slots_LGC >= 0
+    expert_LGC = np.where(filled, slots_LGC, 0)
+    rows = np.arange(L)[:, None, None]
+    exact_LGC = np.where(filled, count_LE[rows, expert_LGC] * share_LGC, 0.0)
+    token_LGC = np.floor(exact_LGC + 1e-9 * (1.0 + exact_LGC)).astype(np.int64)
+    key_LGC = rows * E + expert_LGC
+    given = np.bincount(key_LGC[filled], weights=token_LGC[filled].astype(np.float64), minlength=L * E)
+    left = count_LE.reshape(-1) - given.astype(np.int64)
+    for over in np.flatnonzero(left < 0).tolist():  # shares that sum to a hair above 1
+        at = np.argwhere((key_LGC == over) & filled)
+        top = at[np.argmax([token_LGC[tuple(a)] for a in at])]
+        token_LGC[tuple(top)] += left[over]
+        left[over] = 0
+    layer, gpu, slot = np.nonzero(filled & (left[key_LGC] > 0))
+    if not len(layer):
+        return token_LGC
+    # Nodes: source, sink, experts with tokens left, GPUs.
+    key, node = np.unique(key_LGC[layer, gpu, slot], return_inverse=True)
+    gpu_node = 2 + len(key) + layer * G + gpu
+    top_L = (exact_LGC.sum(axis=2) / speed).max(axis=1)
+    cap_LG = np.ceil(top_L[:, None] * speed * (1.0 - 1e-9)).astype(np.int64) - token_LGC.sum(axis=2)
+    all_gpus = np.arange(L * G)
+    # The slot that lost most by its floor comes first.
+    order = np.lexsort((slot, gpu, -(exact_LGC - token_LGC)[layer, gpu, slot], layer))
+    for extra in range(int(left.max()) + 2):
+        network = max_flow.SimpleMaxFlow()
+        arcs = network.add_arcs_with_capacity(
+            np.concatenate([np.zeros(len(key), dtype=np.int64), 2 + node[order], 2 + len(key) + all_gpus]),
+            np.concatenate([2 + np.arange(len(key)), gpu_node[order], np.ones(L * G, dtype=np.int64)]),
+            np.concatenate(
+                [
+                    left[key],
+                    np.full(len(order), 1 + extra, dtype=np.int64),
+                    np.maximum(cap_LG.reshape(-1) + extra, 0),
+                ]
+            ),
+        )
+        network.solve(0, 1)
+        if network.optimal_flow() == int(left[key].sum()):
+            up = np.asarray(network.flows(arcs))[len(key) : len(key) + len(order)]
+            token_LGC[layer[order], gpu[order], slot[order]] += up
+            return token_LGC
+    raise ProblemError("share_LGC", "does not sum to 1 per expert, would be shares of all its tokens")

@@ -1,8 +1,9 @@
 """The fractional construction of one small layer in plain Python.
 
-The same rules as `fractional`, without its array machinery: for 8 experts on 8 GPUs that is several times faster
-than NumPy, whose every call costs a microsecond before it does anything. Levelling needs no linear system
-here: in a tree, some GPU always has one open share or some expert one open replica, and that one is determined.
+The same rules as `fractional`, without its array machinery: for 8 experts on 8 GPUs that is several times
+faster than NumPy, whose every call costs a microsecond before it does anything. Levelling needs no linear
+system here: in a tree, some GPU always has one open share or some expert one open replica, and that one is
+determined.
 """
 
 from __future__ import annotations
