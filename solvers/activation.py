@@ -1,0 +1,379 @@
+"""Memory-bound decode: which replicas to use, when reading an expert costs more than its tokens.
+
+With few tokens per expert a GPU's time follows the number of experts that it *activates*: all weights of
+each are read, for one token or for thirty. A second replica in use is then a cost, not a relief. So every
+expert uses one replica, and the placement decides only how freely it can be chosen.
+
+*Fewest activated on the fullest GPU* is solved exactly. It is a semi-matching: take any choice, and hand
+experts on along a path of GPUs (each has an expert that the next one holds too) from a fullest GPU to one
+with room to spare. If no such path is left, the GPUs that it reaches can hand nothing out of their midst,
+and they are full: that set is the proof, just as a minimum cut is for the usual binary search over maximum
+flows. A search over eight GPUs instead of hundreds of experts takes microseconds.
+
+*Then tokens*: among the choices that do not activate more, moves and swaps bring the largest token load
+down (heuristic: this second step contains bin packing).
+
+*All together*, ``time = launch + activation * activated + token * tokens``: heavy experts may use several
+replicas where that pays (`choose_shares`), and a plan with equal split may hold fewer replicas than fit
+(`worthwhile_replicas`), because each costs its activation.
+
+Axes: L layers, E experts, G GPUs, C slots of a GPU.
+
+References
+----------
+N. Harvey, R. Ladner, L. Lovász, T. Tamir, "Semi-matchings for bipartite graphs and load balancing",
+J. Algorithms 59 (2006).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moeless_opt.problems.bounds import LinearTime
+from moeless_opt.problems.errors import InfeasibleError
+
+__all__ = ["Activation", "choose_shares", "fewest_activated", "worthwhile_replicas"]
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """One replica for every expert that has tokens.
+
+    Parameters
+    ----------
+    gpu_E : ndarray of int, shape (E,)
+        The GPU that serves each expert, -1 if it has no tokens.
+    activated_G : ndarray of int, shape (G,)
+        Experts activated on each GPU.
+    proof_G : ndarray of bool, shape (G,)
+        GPUs whose experts cannot go anywhere else, and which would not hold them all if each activated fewer
+        than ``max(activated / speed)``: the proof that no choice of replicas does better.
+    """
+
+    gpu_E: Int
+    activated_G: Int
+    proof_G: NDArray[np.bool_]
+
+
+def fewest_activated(
+    load_E: ArrayLike, slots_GC: ArrayLike, speed_G: ArrayLike | None = None, *, tokens: bool = True
+) -> Activation:
+    """Choose one replica per expert so that ``max(activated experts / speed)`` over GPUs is least, exactly.
+
+    Parameters
+    ----------
+    load_E : array_like of float, shape (E,)
+        Tokens of each expert; an expert without tokens is not activated.
+    slots_GC : array_like of int, shape (G, C)
+        The placement, -1 in empty slots.
+    speed_G : array_like of float, shape (G,), optional
+        Relative speeds (default 1).
+    tokens : bool
+        Whether to bring the largest token load down among the best choices.
+
+    Returns
+    -------
+    Activation
+
+    Raises
+    ------
+    InfeasibleError
+        If an expert with tokens is on no GPU.
+    """
+    load = np.asarray(load_E, dtype=np.float64)
+    slots = np.asarray(slots_GC)
+    G = len(slots)
+    board = _Board.open(
+        load, slots, None if speed_G is None else np.asarray(speed_G, dtype=np.float64).tolist()
+    )
+    proof = board.level_counts()
+    if tokens:
+        board.level_tokens()
+    gpu_E = np.where(load > 0, board.alone_E, -1)
+    for expert, gpu in board.at.items():
+        gpu_E[expert] = gpu
+    proof_G = np.zeros(G, dtype=bool)
+    proof_G[proof] = True
+    return Activation(gpu_E, np.array(board.count), proof_G)
+
+
+@dataclass(slots=True)
+class _Board:
+    """Where experts are served. Only those with tokens and a choice are handled one by one."""
+
+    speed: list[float]
+    alone_E: Int  # a GPU that holds each expert
+    hosts: dict[int, list[int]]  # of each expert with a choice
+    load: dict[int, float]
+    at: dict[int, int]
+    here: list[list[int]]  # experts with a choice, by GPU
+    count: list[int]
+    token: list[float]
+
+    @classmethod
+    def open(cls, load: Float, slots: NDArray[np.integer], speed: list[float] | None) -> _Board:
+        """Serve experts where they must be, then the others, heaviest first, where least is active."""
+        E, (G, C) = len(load), slots.shape
+        flat = slots.ravel()
+        place = np.flatnonzero(flat >= 0)
+        place = place[np.argsort(flat[place], kind="stable")]
+        gpu = place // C
+        copies_E = np.bincount(flat[place], minlength=E)
+        first_E = copies_E.cumsum() - copies_E
+        active_E = load > 0
+        missing = np.flatnonzero(active_E & (copies_E == 0))
+        if len(missing):
+            raise InfeasibleError(f"expert {missing[0]} has {load[missing[0]]:g} tokens and is on no GPU")
+        alone_E = np.full(E, -1)
+        held = copies_E > 0
+        alone_E[held] = gpu[first_E[held]]
+        fixed = np.flatnonzero(active_E & (copies_E == 1))
+        choice = np.flatnonzero(active_E & (copies_E > 1))
+        choice = choice[np.argsort(-load[choice], kind="stable")]
+        count = np.bincount(alone_E[fixed], minlength=G).tolist()
+        token = np.bincount(alone_E[fixed], weights=load[fixed], minlength=G).tolist()
+        gpus = gpu.tolist()
+        start, copies = first_E[choice].tolist(), copies_E[choice].tolist()
+        experts, loads = choice.tolist(), load[choice].tolist()
+        hosts = {e: gpus[i : i + n] for e, i, n in zip(experts, start, copies, strict=True)}
+        board = cls(
+            [1.0] * G if speed is None else speed,
+            alone_E,
+            hosts,
+            dict(zip(experts, loads, strict=True)),
+            {},
+            [[] for _ in range(G)],
+            count,
+            token,
+        )
+        speed = board.speed
+        for e in experts:
+            best, key = -1, (np.inf, np.inf)
+            for g in hosts[e]:
+                now = ((count[g] + 1) / speed[g], token[g] / speed[g])
+                if now < key:
+                    best, key = g, now
+            board.at[e] = best
+            board.here[best].append(e)
+            count[best] += 1
+            token[best] += board.load[e]
+        return board
+
+    def move(self, expert: int, to: int) -> None:
+        """Serve an expert elsewhere."""
+        source = self.at[expert]
+        self.here[source].remove(expert)
+        self.here[to].append(expert)
+        self.at[expert] = to
+        self.count[source] -= 1
+        self.count[to] += 1
+        self.token[source] -= self.load[expert]
+        self.token[to] += self.load[expert]
+
+    def level_counts(self) -> list[int]:
+        """Hand experts on until the fullest GPU cannot; return the GPUs that prove it."""
+        count, speed, hosts = self.count, self.speed, self.hosts
+        while True:
+            worst = max(n / s for n, s in zip(count, speed, strict=True))
+            start = next(g for g, (n, s) in enumerate(zip(count, speed, strict=True)) if n / s == worst)
+            came: dict[int, tuple[int, int]] = {start: (-1, -1)}  # GPU: (previous GPU, expert handed on)
+            queue = [start]
+            found = -1
+            for g in queue:
+                for e in self.here[g]:
+                    for h in hosts[e]:
+                        if h not in came:
+                            came[h] = (g, e)
+                            queue.append(h)
+                            if (count[h] + 1) / speed[h] < worst:
+                                found = h
+                                break
+                    if found >= 0:
+                        break
+                if found >= 0:
+                    break
+            if found < 0:
+                return queue
+            while found != start:
+                previous, expert = came[found]
+                self.move(expert, found)
+                found = previous
+
+    def level_tokens(self, rounds: int = 64) -> None:
+        """Move and swap experts off the GPU with most tokens while no GPU activates more than the fullest."""
+        count, speed, token, load = self.count, self.speed, self.token, self.load
+        most = max(n / s for n, s in zip(count, speed, strict=True))
+        for _ in range(rounds):
+            time = [t / s for t, s in zip(token, speed, strict=True)]
+            worst = max(time)
+            g = time.index(worst)
+            best, step = worst * (1 - 1e-12), None
+            for e in self.here[g]:
+                for h in self.hosts[e]:
+                    if h == g:
+                        continue
+                    if (count[h] + 1) / speed[h] <= most:
+                        after = max((token[g] - load[e]) / speed[g], (token[h] + load[e]) / speed[h])
+                        if after < best:
+                            best, step = after, (e, h, -1)
+                    for f in self.here[h]:
+                        if load[f] < load[e] and g in self.hosts[f]:
+                            change = load[e] - load[f]
+                            after = max((token[g] - change) / speed[g], (token[h] + change) / speed[h])
+                            if after < best:
+                                best, step = after, (e, h, f)
+            if step is None:
+                return
+            self.move(step[0], step[1])
+            if step[2] >= 0:
+                self.move(step[2], g)
+
+
+def choose_shares(
+    load_E: ArrayLike,
+    slots_GC: ArrayLike,
+    speed_G: ArrayLike | None = None,
+    time: LinearTime = LinearTime(activation=1.0, token=0.0),  # noqa: B008
+) -> Float:
+    """Choose shares for a time model with activation cost: one replica per expert, more where that pays.
+
+    Parameters
+    ----------
+    load_E, slots_GC, speed_G
+        As in `fewest_activated`.
+    time : LinearTime
+        The time model.
+
+    Returns
+    -------
+    ndarray of float, shape (G, C)
+        Share of its expert's tokens that each slot serves.
+
+    Notes
+    -----
+    Starts from `fewest_activated`. Then, as long as the slowest GPU gets faster, one of its experts moves to
+    another of its hosts, or hands part of its tokens on (activating that host, unless it is in use already).
+    """
+    load = np.asarray(load_E, dtype=np.float64)
+    slots = np.asarray(slots_GC)
+    G = len(slots)
+    speed = np.ones(G) if speed_G is None else np.asarray(speed_G, dtype=np.float64)
+    serving = fewest_activated(load, slots, speed).gpu_E
+    token_EG = np.zeros((len(load), G))
+    active = np.flatnonzero(load > 0)
+    token_EG[active, serving[active]] = load[active]
+    holds_EG = np.zeros((len(load), G), dtype=bool)
+    gpu, slot = np.nonzero(slots >= 0)
+    holds_EG[slots[gpu, slot], gpu] = True
+    for _ in range(8 * len(load)):
+        if not _relieve(token_EG, holds_EG, speed, time):
+            break
+    share_GC = np.zeros(slots.shape)
+    expert = slots[gpu, slot]
+    share_GC[gpu, slot] = np.where(
+        load[expert] > 0, token_EG[expert, gpu] / np.maximum(load[expert], 1e-300), 0.0
+    )
+    # An expert without tokens still needs shares that sum to 1: its first slot has them.
+    idle, first = np.unique(expert, return_index=True)
+    first = first[load[idle] == 0]
+    share_GC[gpu[first], slot[first]] = 1.0
+    return share_GC
+
+
+def _relieve(token_EG: Float, holds_EG: NDArray[np.bool_], speed: Float, time: LinearTime) -> bool:
+    """Take work off the slowest GPU by the best single move or split; False if none helps."""
+    used_EG = token_EG > 0
+    time_G = (time.launch + time.activation * used_EG.sum(axis=0) + time.token * token_EG.sum(axis=0)) / speed
+    g = int(time_G.argmax())
+    here = np.flatnonzero(used_EG[:, g])
+    if not len(here):
+        return False
+    host_XG = holds_EG[here].copy()
+    host_XG[:, g] = False
+    tokens_X1 = token_EG[here, g][:, None]
+    opens_XG = np.where(used_EG[here], 0.0, time.activation)
+    # Everything moves: g is rid of the activation too. Or a part does, such that both end together.
+    all_XG = np.maximum(
+        time_G[g] - (time.activation + time.token * tokens_X1) / speed[g],
+        time_G + (opens_XG + time.token * tokens_X1) / speed,
+    )
+    part_XG = np.full(all_XG.shape, np.inf)
+    moved_XG = np.zeros(all_XG.shape)
+    if time.token > 0:
+        room_XG = time_G[g] - (time_G + opens_XG / speed)
+        moved_XG = np.minimum(room_XG / (time.token * (1 / speed[g] + 1 / speed)), tokens_X1 * (1 - 1e-9))
+        level_XG = np.maximum(
+            time_G[g] - time.token * moved_XG / speed[g],
+            time_G + (opens_XG + time.token * moved_XG) / speed,
+        )
+        part_XG = np.where(moved_XG > 0, level_XG, np.inf)
+    after_XG = np.where(host_XG, np.minimum(all_XG, part_XG), np.inf)
+    x, h = np.unravel_index(int(after_XG.argmin()), after_XG.shape)
+    if after_XG[x, h] >= time_G[g] * (1 - 1e-9):
+        return False
+    expert = here[x]
+    amount = token_EG[expert, g] if all_XG[x, h] <= part_XG[x, h] else moved_XG[x, h]
+    token_EG[expert, h] += amount
+    token_EG[expert, g] = 0.0 if all_XG[x, h] <= part_XG[x, h] else token_EG[expert, g] - amount
+    return True
+
+
+def worthwhile_replicas(
+    load_LE: ArrayLike, capacity_LG: ArrayLike, speed_G: ArrayLike, time: LinearTime
+) -> tuple[NDArray[np.int32], Float]:
+    """Choose how many replicas an equal split should have when each costs its activation.
+
+    Parameters
+    ----------
+    load_LE : array_like of float, shape (L, E)
+        Tokens of each expert.
+    capacity_LG : array_like of int, shape (L, G)
+        Slots.
+    speed_G : array_like of float, shape (G,)
+        Relative speeds.
+    time : LinearTime
+        The time model, with a token cost above 0.
+
+    Returns
+    -------
+    slots_LGC : ndarray of int32, shape (L, G, C)
+        The best placement found over all totals of replicas.
+    time_L : ndarray of float, shape (L,)
+        Its largest GPU time.
+
+    Notes
+    -----
+    A replica of expert e with r of them weighs ``activation + token * w_e / r``, which is the token cost
+    of an expert with ``w_e + r * activation / token`` tokens: the packing for tokens packs this too.
+    """
+    from moeless_opt.solvers.packing import pack
+    from moeless_opt.solvers.sizing import apportion, trim
+
+    load = np.atleast_2d(np.asarray(load_LE, dtype=np.float64))
+    capacity = np.asarray(capacity_LG, dtype=np.int64)
+    speed = np.asarray(speed_G, dtype=np.float64)
+    L, E = load.shape
+    spare_L = np.minimum(capacity, E).sum(axis=1) - E
+    best_L, best_LGC = (
+        np.full(L, np.inf),
+        np.full((L, capacity.shape[1], int(capacity.max())), -1, dtype=np.int32),
+    )
+    price = time.activation / time.token
+    for part in np.unique(np.round(np.linspace(0, 1, 33) * spare_L.max(initial=0)).astype(np.int64)):
+        total_L = E + np.minimum(part, spare_L)
+        replicas = trim(load, apportion(load, total_L, (capacity > 0).sum(axis=1)[:, None]), capacity)
+        slots = pack(load + replicas * price, replicas, capacity, speed)
+        piece_LE = np.where(load > 0, time.activation + time.token * load / replicas, 0.0)
+        padded = np.concatenate([piece_LE, np.zeros((L, 1))], axis=1)
+        time_LG = (time.launch + padded[np.arange(L)[:, None, None], slots].sum(axis=2)) / speed
+        now_L = time_LG.max(axis=1)
+        better = now_L < best_L * (1 - 1e-12)
+        best_L = np.where(better, now_L, best_L)
+        best_LGC[better, :, : slots.shape[2]] = slots[better]
+    return best_LGC, best_L
