@@ -8,8 +8,8 @@ of scratch; there is never a copy of the model, or of a file, beside it.
 What is checked: every parameter is filled to the last element, every tensor has the expected shape, and no
 tensor of the checkpoint is left over. What is not supported is refused by name.
 
-`ExpertSource` reads single experts from the same folder: the second source of weights for a rank that lost
-its own.
+`ExpertSource` reads single experts from the same folder, and `CheckpointHome` offers them to a live model:
+the second source of weights when a rank is lost.
 
 Examples
 --------
@@ -19,7 +19,7 @@ Examples
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from moeless_opt.runtime.building_blocks import (
 from moeless_opt.runtime.loader_files import SafetensorsFolder, read_config
 from moeless_opt.runtime.loader_models import Piece, Recipe, recipe
 
-__all__ = ["ExpertSource", "LoadReport", "build_model", "load_checkpoint", "recipe_of"]
+__all__ = ["CheckpointHome", "ExpertSource", "LoadReport", "build_model", "load_checkpoint", "recipe_of"]
 
 _DTYPES = {
     "float64": torch.float64,
@@ -338,17 +338,91 @@ class ExpertSource:
         -------
         int
             Bytes read.
+
+        Raises
+        ------
+        FormatError
+            There is no such expert, or its tensors are missing or of the wrong shape.
         """
+        return self._fill(layer, expert, dict(module.named_parameters()))
+
+    def read(self, layer: int, expert: int, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+        """Read an expert's weights: those of ``linear_fc1`` and of ``linear_fc2``, on the CPU.
+
+        Parameters
+        ----------
+        layer, expert : int
+            Which one.
+        dtype : torch.dtype, optional
+            By default what ``config.json`` names.
+
+        Returns
+        -------
+        list of two Tensors
+            Shapes ``[2 x inner, hidden]`` (gate rows first) and ``[hidden, inner]``.
+
+        Raises
+        ------
+        FormatError
+            As of `fill`.
+        """
+        width, inner = self.recipe.hf["hidden_size"], self.recipe.fields["moe_ffn_hidden_size"]
+        kind = dtype or _dtype_of(self.recipe)
+        weights = [torch.empty(shape, dtype=kind) for shape in ((2 * inner, width), (width, inner))]
+        names = ("linear_fc1.weight", "linear_fc2.weight")
+        self._fill(layer, expert, dict(zip(names, weights, strict=True)))
+        return weights
+
+    def _fill(self, layer: int, expert: int, targets: Mapping[str, torch.Tensor]) -> int:
         if not (0 <= layer < self.recipe.layers and self.recipe.moe_L[layer]):
             raise FormatError("layer", f"{layer} is not a layer with experts of {self.folder}")
         if not 0 <= expert < self.recipe.experts:
             raise FormatError("expert", f"{expert} is not one of the {self.recipe.experts} experts")
-        before = self._files.bytes_read
-        parameters, filler = dict(module.named_parameters()), _Filler(self._files)
+        before, filler = self._files.bytes_read, _Filler(self._files)
         for piece in self.recipe.expert_pieces(layer, expert):
-            filler.fill(piece, parameters[piece.target])
+            filler.fill(piece, targets[piece.target])
         return self._files.bytes_read - before
 
     def close(self) -> None:
         """Close the files."""
         self._files.close()
+
+
+class CheckpointHome:
+    """A checkpoint folder as the second source of a live model's experts (a `home.HomeStore`).
+
+    It holds no memory, every rank can read all of it, and it survives the loss of any rank.
+
+    Parameters
+    ----------
+    folder : path
+        The folder that the model was loaded from, reachable from every rank.
+    n_ranks : int
+        Ranks of the expert-parallel group.
+    dtype : torch.dtype, optional
+        Of the live model's parameters; by default what ``config.json`` names.
+
+    Notes
+    -----
+    Layers are counted as a live model counts them: only those with experts.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], n_ranks: int, dtype: torch.dtype | None = None
+    ) -> None:
+        self.source = ExpertSource(folder)
+        self.dtype = dtype
+        self._n_ranks = n_ranks
+        self._layers = [i for i, has_experts in enumerate(self.source.recipe.moe_L) if has_experts]
+
+    def ranks(self, layer: int, expert: int) -> Sequence[int]:
+        """Ranks that can read the expert: all."""
+        return range(self._n_ranks)
+
+    def read(self, layer: int, expert: int) -> list[torch.Tensor]:
+        """Return the expert's tensors on the CPU."""
+        return self.source.read(self._layers[layer], expert, self.dtype)
+
+    def regroup(self, survivors: Sequence[int]) -> None:
+        """Nothing is lost with a rank."""
+        self._n_ranks = len(survivors)

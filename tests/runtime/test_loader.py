@@ -21,7 +21,7 @@ import torch
 
 from moeless_opt.problems.errors import FormatError, UnsupportedFeatureError
 from moeless_opt.runtime.building_blocks import causal_positions, moe_layers
-from moeless_opt.runtime.loader import ExpertSource, load_checkpoint, recipe_of
+from moeless_opt.runtime.loader import CheckpointHome, ExpertSource, load_checkpoint, recipe_of
 from moeless_opt.runtime.loader_files import SafetensorsFolder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -358,8 +358,10 @@ def test_expert_source(name: str, folders: dict[str, tuple[Path, Any]]) -> None:
         )
         size = source.fill(layer, expert, spare)
         assert size == sum(p.nbytes for p in spare.parameters())
-        for a, b in zip(wanted.parameters(), spare.parameters(), strict=True):
+        half = source.read(layer, expert, torch.bfloat16)
+        for a, b, c in zip(wanted.parameters(), spare.parameters(), half, strict=True):
             assert torch.equal(a, b)
+            assert torch.equal(a.bfloat16(), c)
     source.close()
 
 
@@ -369,6 +371,26 @@ def test_expert_source_refuses_what_is_not_there(folders: dict[str, tuple[Path, 
         source.fill(0, 0, torch.nn.Module())
     with pytest.raises(FormatError, match="16 is not one of the 16 experts"):
         source.fill(1, 16, torch.nn.Module())
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_loaded_model_can_be_taken_over(name: str, folders: dict[str, tuple[Path, Any]]) -> None:
+    """Attached, it computes the same; and the folder is a home for all of its experts."""
+    from moeless_opt.runtime.live import attach
+
+    folder, reference = folders[name]
+    model = load_checkpoint(folder)
+    live = attach(model)
+    assert difference(reference, model) < 1e-5
+    home = CheckpointHome(folder, n_ranks=3)
+    for layer, bank in enumerate(live.banks):
+        for expert in (0, live.n_experts - 1):
+            assert list(home.ranks(layer, expert)) == [0, 1, 2]
+            for a, b in zip(bank.weights(expert), home.read(layer, expert), strict=True):
+                assert torch.equal(a, b)
+    home.regroup([0, 2])
+    assert list(home.ranks(0, 0)) == [0, 1]
+    live.close()
 
 
 RANK_SCRIPT = """
