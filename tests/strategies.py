@@ -1,4 +1,4 @@
-"""Hypothesis strategies for instances, and plans made without any solver."""
+"""Hypothesis strategies for instances, plans made without any solver, and a slow oracle of time."""
 
 from __future__ import annotations
 
@@ -205,3 +205,24 @@ def planned(draw: Any, **kind: Any) -> tuple[Problem, Plan]:
     slots = random_slots(rng, problem.capacity_LG, problem.experts)
     share = None if problem.split == "equal" else random_shares(rng, slots, problem.experts)
     return problem, plan_of(problem, slots, share)
+
+
+def slow_time(model: TimeModel, tokens: float, activated: float, speed: float) -> float:
+    """One GPU's time, point by point."""
+    if model.curve_time is None:
+        return (model.launch + model.activation_cost * activated + model.token_cost * tokens) / speed
+    assert model.curve_tokens is not None
+    assert model.curve_activated is not None
+    grid_K, grid_J = model.curve_tokens.tolist(), model.curve_activated.tolist()
+
+    def column(k: int) -> float:
+        return float(np.interp(activated, grid_J, model.curve_time[k]))  # type: ignore[index]
+
+    if tokens <= grid_K[0]:
+        value = column(0)
+    elif tokens >= grid_K[-1]:  # the last segment goes on
+        slope = (column(-1) - column(-2)) / (grid_K[-1] - grid_K[-2])
+        value = column(-1) + slope * (tokens - grid_K[-1])
+    else:
+        value = float(np.interp(tokens, grid_K, [column(k) for k in range(len(grid_K))]))
+    return value / speed

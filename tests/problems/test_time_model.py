@@ -11,28 +11,7 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.time_model import TimeModel
-from tests.strategies import few, time_models
-
-
-def slow_time(model: TimeModel, tokens: float, activated: float, speed: float) -> float:
-    """One GPU's time, point by point."""
-    if model.curve_time is None:
-        return (model.launch + model.activation_cost * activated + model.token_cost * tokens) / speed
-    assert model.curve_tokens is not None
-    assert model.curve_activated is not None
-    grid_K, grid_J = model.curve_tokens.tolist(), model.curve_activated.tolist()
-
-    def column(k: int) -> float:
-        return float(np.interp(activated, grid_J, model.curve_time[k]))  # type: ignore[index]
-
-    if tokens <= grid_K[0]:
-        value = column(0)
-    elif tokens >= grid_K[-1]:  # the last segment goes on
-        slope = (column(-1) - column(-2)) / (grid_K[-1] - grid_K[-2])
-        value = column(-1) + slope * (tokens - grid_K[-1])
-    else:
-        value = float(np.interp(tokens, grid_K, [column(k) for k in range(len(grid_K))]))
-    return value / speed
+from tests.strategies import few, slow_time, time_models
 
 
 @few
