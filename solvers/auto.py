@@ -1,121 +1,19 @@
-"""The default solvers: construct from nothing, or re-plan what is live, whichever the problem asks for."""
+"""The default solver: what fits the problem best."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
-
-from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.evaluate import gpu_times, risk
-from moeless_opt.problems.placement import equal_shares
 from moeless_opt.problems.plan import Plan, ProgressCallback, Result
 from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.base import Clock, Feature, Stop, finish
+from moeless_opt.solvers.base import Feature, Stop
+from moeless_opt.solvers.planners import Construct
 
-__all__ = ["Auto", "Construct"]
-
-
-class Construct:
-    """Sizing, packing and local search (equal split) or exact token shares on them (fractional)."""
-
-    name = "construct"
-    summary = "sizing + packing + local search; with a fractional split, exact token shares"
-    features: ClassVar[frozenset[Feature]] = frozenset(
-        {
-            Feature.EQUAL_SPLIT,
-            Feature.FRACTIONAL,
-            Feature.MIGRATION,
-            Feature.HETEROGENEOUS,
-            Feature.MEMORY,
-            Feature.SCENARIOS,
-            Feature.NODE_AWARE,
-        }
-    )
-
-    def solve(
-        self,
-        problem: Problem,
-        *,
-        stop: Stop,
-        seed: int = 0,
-        initial: Plan | None = None,
-        progress: ProgressCallback | None = None,
-        **options: Any,
-    ) -> Result:
-        """Construct a placement for the expected loads, or the best of several where there are scenarios."""
-        began = Clock.begin()
-        slots_LGC, share_LGC = self._construct(problem, problem.load_LE, seed, options)
-        if problem.loads.shape[0] > 1:
-            slots_LGC, share_LGC = self._over_scenarios(problem, slots_LGC, share_LGC, seed, options)
-        return finish(
-            problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
-        )
-
-    @staticmethod
-    def _construct(
-        problem: Problem, load_LE: FloatArray, seed: int, options: dict[str, Any]
-    ) -> tuple[SlotArray, FloatArray]:
-        capacity_LG, speed_G = problem.capacity_LG, problem.topology.speed_G
-        if problem.split == "equal":
-            from moeless_opt.solvers.construct import construct_equal
-
-            slots_LGC = construct_equal(load_LE, capacity_LG, speed_G, seed=seed, **options)
-            return slots_LGC, equal_shares(slots_LGC, problem.experts)
-        from moeless_opt.solvers.fractional import construct_fractional
-
-        return construct_fractional(load_LE, capacity_LG, speed_G, seed=seed, **options)
-
-    def _over_scenarios(
-        self,
-        problem: Problem,
-        slots_LGC: SlotArray,
-        share_LGC: FloatArray,
-        seed: int,
-        options: dict[str, Any],
-    ) -> tuple[SlotArray, FloatArray]:
-        """Per layer, the best placement among those made for the mean, the envelope, and each scenario.
-
-        Shares follow the traffic, so a placement is judged by its best shares in every scenario.
-        """
-        loads = problem.loads
-        weight_T = np.ones(loads.shape[0]) if loads.weight_T is None else loads.weight_T
-        heaviest = np.argsort(-weight_T, kind="stable")[:MOST_SCENARIOS]
-        best_L = self._risk_L(problem, slots_LGC)
-        slots_LGC = slots_LGC.copy()
-        for load_LE in (loads.load_TLE.max(0), *(loads.load_TLE[t] for t in heaviest)):
-            other_LGC, _ = self._construct(problem, np.asarray(load_LE), seed, options)
-            risk_L = self._risk_L(problem, other_LGC)
-            better_L = risk_L < best_L * (1 - 1e-9)
-            best_L = np.minimum(best_L, risk_L)
-            slots_LGC[better_L] = other_LGC[better_L]
-        if problem.split == "equal":
-            return slots_LGC, equal_shares(slots_LGC, problem.experts)
-        from moeless_opt.solvers.share_lp import solve_shares_exact
-
-        share_LGC, _, _ = solve_shares_exact(problem.load_LE, slots_LGC, problem.topology.speed_G)
-        return slots_LGC, share_LGC
-
-    @staticmethod
-    def _risk_L(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
-        speed_G = problem.topology.speed_G
-        even_LGC = equal_shares(slots_LGC, problem.experts)
-        from moeless_opt.solvers.share_lp import solve_shares_exact
-
-        top_TL = []
-        for load_LE in problem.loads.load_TLE:
-            if problem.split == "equal":
-                top_TL.append(gpu_times(load_LE, slots_LGC, even_LGC, speed_G).max(1))
-            else:
-                top_TL.append(solve_shares_exact(load_LE, slots_LGC, speed_G)[1])
-        return risk(np.array(top_TL), problem.loads.weight_T, problem.objective)
-
-
-MOST_SCENARIOS = 8
+__all__ = ["Auto"]
 
 
 class Auto:
-    """The default: what fits the problem best."""
+    """Construct where nothing is live; re-plan where something is."""
 
     name = "auto"
     summary = "the default: re-plans what is live, or constructs"
@@ -132,8 +30,6 @@ class Auto:
         **options: Any,
     ) -> Result:
         """Choose and solve."""
-        return (
-            Construct()
-            .solve(problem, stop=stop, seed=seed, initial=initial, progress=progress, **options)
-            .replace(solver=self.name)
+        return Construct(self.name).solve(
+            problem, stop=stop, seed=seed, initial=initial, progress=progress, **options
         )

@@ -65,7 +65,7 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         Feature.HETEROGENEOUS: not topology.is_uniform or bool((capacity_LG != capacity_LG[:, :1]).any()),
         Feature.MEMORY: topology.memory_G is not None,
         Feature.SCENARIOS: problem.loads.shape[0] > 1,
-        Feature.TIME_MODEL: not problem.time.counts_tokens_only,
+        Feature.TIME_MODEL: _more_than_tokens(problem),
         Feature.NODE_AWARE: problem.loads.load_TLNE is not None,
         Feature.REPLICA_LIMITS: limits.min_replicas > 1
         or any(
@@ -84,6 +84,14 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         Feature.SIZING_MEMORY: problem.sizing.policy == "memory",
     }
     return frozenset(feature for feature, asked in asks.items() if asked)
+
+
+def _more_than_tokens(problem: Problem) -> bool:
+    """Whether least tokens is not least time: a launch cost alone shifts all times alike on equal GPUs."""
+    time = problem.time
+    if time.has_curve or time.activation_cost > 0:
+        return True
+    return time.launch > 0 and not problem.topology.is_uniform
 
 
 class Stop(Protocol):

@@ -16,7 +16,8 @@ ENTRY_POINTS = "moeless_opt.solvers"
 
 BUILT_IN: dict[str, str] = {
     "auto": "moeless_opt.solvers.auto:Auto",
-    "construct": "moeless_opt.solvers.auto:Construct",
+    "construct": "moeless_opt.solvers.planners:Construct",
+    "stay": "moeless_opt.solvers.planners:Stay",
     "static": "moeless_opt.solvers.baselines:Static",
     "eplb": "moeless_opt.solvers.baselines:Eplb",
     "eplb-hierarchical": "moeless_opt.solvers.baselines:EplbHierarchical",
