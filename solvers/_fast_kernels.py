@@ -1,5 +1,7 @@
 """The compiled kernels of `fast`; importing this module imports Numba."""
 
+# mypy: disable-error-code="untyped-decorator"
+
 from __future__ import annotations
 
 from typing import Any
@@ -40,6 +42,28 @@ def rank_down(key: Any, order: Any, spare: Any) -> None:  # pragma: no cover
 
 
 @njit(cache=True)
+def hand_out(load_LE: Any, replicas: Any, high: Any, left: Any, lean: float) -> None:  # pragma: no cover
+    """Give the slots that are left, each to the largest key (the first such)."""
+    L, E = load_LE.shape
+    key = np.empty(E)
+    for layer in range(L):
+        for e in range(E):
+            key[e] = (
+                load_LE[layer, e] / (replicas[layer, e] + lean)
+                if replicas[layer, e] < high[layer, e]
+                else -1.0
+            )
+        for _ in range(left[layer]):
+            pick = 0
+            for e in range(1, E):
+                if key[e] > key[pick]:
+                    pick = e
+            replicas[layer, pick] += 1
+            grown = replicas[layer, pick]
+            key[pick] = load_LE[layer, pick] / (grown + lean) if grown < high[layer, pick] else -1.0
+
+
+@njit(cache=True)
 def difference(expert_LS: Any, weight_LS: Any, G: int, C: int) -> Any:  # pragma: no cover
     """Balanced largest differencing of each layer's sorted pieces, on G equal GPUs of C slots."""
     L = expert_LS.shape[0]
@@ -47,7 +71,9 @@ def difference(expert_LS: Any, weight_LS: Any, G: int, C: int) -> Any:  # pragma
     part = np.empty((C, G))
     spread = np.empty(C)
     owner = np.empty(C, dtype=np.int64)
-    place = np.empty((C, G), dtype=np.int64)  # place[group, position in the partial packing]: rank in the group
+    place = np.empty(
+        (C, G), dtype=np.int64
+    )  # place[group, position in the partial packing]: rank in the group
     merged, was = np.empty(G), np.empty(G, dtype=np.int64)
     order, spare = np.empty(G, dtype=np.int64), np.empty(G, dtype=np.int64)
     for layer in range(L):
@@ -91,8 +117,10 @@ def difference(expert_LS: Any, weight_LS: Any, G: int, C: int) -> Any:  # pragma
 
 
 @njit(cache=True)
-def best_swap(expert: Any, weight: Any, time: Any, usable: Any, held: Any, inverse: Any, a: int, b: int) -> Any:
-    """The swap between GPUs a and b that comes closest to level: (slot of a, slot of b), or -1 if all is barred."""
+def best_swap(
+    expert: Any, weight: Any, time: Any, usable: Any, held: Any, inverse: Any, a: int, b: int
+) -> Any:
+    """The swap between GPUs a and b that comes closest to level: the two slots, -1 if all is barred."""
     level = (time[a] - time[b]) / (inverse[a] + inverse[b])
     at_i, at_j, least = -1, -1, np.inf
     for i in range(usable[a]):
@@ -107,7 +135,9 @@ def best_swap(expert: Any, weight: Any, time: Any, usable: Any, held: Any, inver
 
 
 @njit(cache=True)
-def swap(expert: Any, weight: Any, time: Any, held: Any, inverse: Any, a: int, b: int, i: int, j: int) -> None:
+def swap(
+    expert: Any, weight: Any, time: Any, held: Any, inverse: Any, a: int, b: int, i: int, j: int
+) -> None:
     """Make the swap."""
     out, into = expert[a, i], expert[b, j]
     shift = weight[a, i] - weight[b, j]
@@ -129,7 +159,15 @@ def later_of(weight: Any, time: Any, inverse: Any, a: int, b: int, i: int, j: in
 
 @njit(cache=True)
 def swap_rounds(
-    slots: Any, weights: Any, times: Any, usables: Any, inverse: Any, goals: Any, E: int, rounds: int, focus: int
+    slots: Any,
+    weights: Any,
+    times: Any,
+    usables: Any,
+    inverse: Any,
+    goals: Any,
+    E: int,
+    rounds: int,
+    focus: int,
 ) -> None:  # pragma: no cover
     """Paired rounds, then focused rounds, layer by layer: see `search`."""
     L, G, C = slots.shape

@@ -1,9 +1,9 @@
 """The equal-split construction: count the replicas, pack them, swap, and count again where that isn't enough.
 
-Every layer gets greedy counts, balanced differencing and rounds of swaps; that ends within a thousandth of the
-mean for 64 experts and more. Layers that stay far above their bound, small ones mostly, go on: those with two
-slots per GPU are solved by folding, usually to proven optimality, and for the others the replica counts are
-searched. The best of what was found is returned. Nothing is drawn at random.
+Every layer gets greedy counts, balanced differencing and rounds of swaps; that ends within a thousandth of
+the mean for 64 experts and more. Layers that stay far above their bound, small ones mostly, go on: those
+with two slots per GPU are solved by folding, usually to proven optimality, and for the others the replica
+counts are searched. The best of what was found is returned. Nothing is drawn at random.
 """
 
 from __future__ import annotations
@@ -86,17 +86,17 @@ def construct_equal(
         Taken so that all constructions can be called alike; this one draws nothing at random.
     effort : {"quick", "normal", "thorough"}
         How long to search, see `EFFORTS`. Quick takes a tenth of a millisecond for 8 experts on 8 GPUs of two
-        slots; normal solves such a layer to optimality in about one millisecond, and may spend about 10 ms on a
-        layer that swaps can't bring near its bound.
+        slots; normal solves such a layer to optimality in about one millisecond, and may spend about 10 ms on
+        a layer that swaps can't bring near its bound.
     backend : {"auto", "numpy", "numba"}
-        The plan is the same, bit for bit. "auto" uses the compiled kernels once they are in the process (after
-        `fast.warm` or a call with "numba"): loading them takes longer than most plans do.
+        The plan is the same, bit for bit. "auto" uses the compiled kernels once they are in the process
+        (after `fast.warm` or a call with "numba"): loading them takes longer than most plans do.
 
     Returns
     -------
     int32 [L, G, C]
-        Expert in each slot, -1 (last) where empty; C is the largest capacity. No GPU holds an expert twice, and
-        every expert has a replica.
+        Expert in each slot, -1 (last) where empty; C is the largest capacity. No GPU holds an expert twice,
+        and every expert has a replica.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def construct_equal(
     speed = np.asarray(speed_G, dtype=np.float64)
     if effort not in EFFORTS:
         raise ProblemError("effort", f"is {effort!r}; it can be " + ", ".join(map(repr, EFFORTS)))
-    L, E = load_LE.shape
+    E = load_LE.shape[1]
     G = capacity.shape[1]
     backend = fast.choose(backend)
     same_speed = bool((speed == speed[0]).all())
@@ -136,10 +136,10 @@ def _general(load_LE: Floats, capacity: Ints, speed: Floats, effort: Effort, bac
     """Any layer: counts, packing, swaps, and other counts where these end far above the bound."""
     E = load_LE.shape[1]
     total = np.minimum(capacity, E).sum(axis=1)
-    greedy = apportion(load_LE, total, (capacity > 0).sum(axis=1)[:, None])
+    greedy = apportion(load_LE, total, (capacity > 0).sum(axis=1)[:, None], backend=backend)
     bound = np.maximum(load_LE.sum(axis=1) / speed.sum(), largest_piece(load_LE, greedy) / speed.max())
     slots = pack(load_LE, trim(load_LE, greedy, capacity), capacity, speed, backend=backend)
-    swaps: dict[str, Any] = dict(rounds=effort.rounds, focus=effort.focus, backend=backend)
+    swaps: dict[str, Any] = {"rounds": effort.rounds, "focus": effort.focus, "backend": backend}
     slots = improve(load_LE, slots, capacity, speed, target=effort.target, **swaps)
     if not effort.steps:
         return slots

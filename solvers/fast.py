@@ -1,11 +1,12 @@
 """Compiled twins of the kernels that take time: the same plans, bit for bit, several times sooner.
 
-Numba is optional (the extra ``fast``) and is imported only when a twin is first asked for. The first call in a
-fresh installation compiles each kernel, a few seconds in all; Numba keeps the machine code in ``__pycache__``, and
-later processes load it in a fraction of a second.
+Numba is optional (the extra ``fast``) and is imported only when a twin is first asked for. The first call
+in a fresh installation compiles each kernel, a few seconds in all; Numba keeps the machine code in
+``__pycache__``, and later processes load it in a fraction of a second.
 
-Same results means: the same additions in the same order, the same comparisons, ties to the same index. Sorting
-is by a total order (value, then index), and nothing here may be reassociated: no ``fastmath``, no ``parallel``.
+Same results means: the same additions in the same order, the same comparisons, ties to the same index.
+Sorting is by a total order (value, then index), and nothing here may be reassociated: no ``fastmath``, no
+``parallel``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 
-__all__ = ["available", "choose", "difference", "loaded", "swap_rounds", "warm"]
+__all__ = ["available", "choose", "difference", "hand_out", "loaded", "swap_rounds", "warm"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -40,8 +41,8 @@ def loaded() -> bool:
 def warm() -> bool:
     """Load the kernels (compiling them where that was never done); returns whether they could be.
 
-    A few seconds at the first call in an installation, a few tenths of a second in later processes. Afterwards
-    the backend "auto" uses them.
+    A few seconds at the first call in an installation, a few tenths of a second in later processes.
+    Afterwards the backend "auto" uses them.
     """
     if not available():
         return False
@@ -49,7 +50,9 @@ def warm() -> bool:
     expert[0, 1] = 1
     slots = difference(expert, weight, 2, 1)
     shape = slots.shape
-    usable, one, goal = np.ones((1, 2), dtype=np.int64), np.ones(2), np.zeros(1)
+    ones = np.ones((1, 2), dtype=np.int64)
+    hand_out(weight, ones.copy(), ones, np.zeros(1, dtype=np.int64), 0.0)
+    usable, one, goal = ones, np.ones(2), np.zeros(1)
     swap_rounds(slots, np.ones(shape), np.ones((1, 2)), usable, one, goal, 2, 1, 1)
     return True
 
@@ -60,8 +63,9 @@ def choose(backend: str) -> str:
     Parameters
     ----------
     backend : {"auto", "numpy", "numba"}
-        "auto" is Numba where its kernels are loaded, for they are then faster at no cost, and NumPy elsewhere:
-        loading takes several times as long as planning a whole model in NumPy, and the plans are the same.
+        "auto" is Numba where its kernels are loaded, for they are then faster at no cost, and NumPy
+        elsewhere: loading takes several times as long as planning a whole model in NumPy, and the plans are
+        the same.
 
     Returns
     -------
@@ -81,23 +85,37 @@ def choose(backend: str) -> str:
     return backend
 
 
+def hand_out(load_LE: Floats, replicas: Ints, high: Ints, left: Ints, lean: float) -> None:
+    """Twin of `sizing._hand_out`; changes the replicas in place."""
+    _kernels().hand_out(load_LE, replicas, np.ascontiguousarray(high), left, float(lean))
+
+
 def difference(expert_LS: Ints, weight_LS: Floats, G: int, C: int) -> Int32s:
     """Twin of `packing._difference`."""
-    slots: Int32s = _kernels()[0](np.ascontiguousarray(expert_LS), np.ascontiguousarray(weight_LS), G, C)
+    slots: Int32s = _kernels().difference(
+        np.ascontiguousarray(expert_LS), np.ascontiguousarray(weight_LS), G, C
+    )
     return slots
 
 
 def swap_rounds(
-    slots: Int32s, weight: Floats, time: Floats, usable: Ints, inverse_G: Floats, goal: Floats, E: int, rounds: int,
+    slots: Int32s,
+    weight: Floats,
+    time: Floats,
+    usable: Ints,
+    inverse_G: Floats,
+    goal: Floats,
+    E: int,
+    rounds: int,
     focus: int,
 ) -> None:
     """Twin of the rounds of `search.improve`; changes slots, weight and time in place."""
-    _kernels()[1](slots, weight, time, usable, inverse_G, goal, E, rounds, focus)
+    _kernels().swap_rounds(slots, weight, time, usable, inverse_G, goal, E, rounds, focus)
 
 
 @functools.cache
-def _kernels() -> tuple[Any, ...]:
+def _kernels() -> Any:
     """Declare the kernels (Numba compiles each at its first call, or loads it from its cache)."""
     import moeless_opt.solvers._fast_kernels as kernels
 
-    return kernels.difference, kernels.swap_rounds
+    return kernels

@@ -1,15 +1,15 @@
 """Which GPU each replica goes to, once the replicas are counted.
 
-Equal GPUs: balanced largest differencing. The pieces, sorted, are cut into one group of G per slot; each group is
-a partial packing with one piece on every GPU. The two partial packings of largest spread are merged, fullest
-against emptiest, until one is left. It leaves a fraction of the gap of LPT and is a handful of sorts for all
-layers at once.
+Equal GPUs: balanced largest differencing. The pieces, sorted, are cut into one group of G per slot; each
+group is a partial packing with one piece on every GPU. The two partial packings of largest spread are
+merged, fullest against emptiest, until one is left. It leaves a fraction of the gap of LPT and is a handful
+of sorts for all layers at once.
 
 Unequal GPUs: LPT, the largest piece first, each to the GPU that would be done with it first.
 
-Neither looks far enough ahead to keep two replicas of an expert apart always. Where they fail, a swap repairs
-it, and where no swap does, the layer is packed by room instead: each expert to the GPUs with most room, which
-finds a packing whenever there is one (the constructive proof of the Gale-Ryser theorem).
+Neither looks far enough ahead to keep two replicas of an expert apart always. Where they fail, a swap
+repairs it, and where no swap does, the layer is packed by room instead: each expert to the GPUs with most
+room, which finds a packing whenever there is one (the constructive proof of the Gale-Ryser theorem).
 
 References
 ----------
@@ -34,6 +34,7 @@ __all__ = ["gpu_time", "pack"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Int32s = NDArray[np.int32]
+Bools = NDArray[np.bool_]
 
 
 def pack(
@@ -74,8 +75,9 @@ def pack(
         layer = int(excess.argmax())
         raise InfeasibleError(f"layer {layer}: {int(excess[layer])} replicas more than the GPUs have slots")
     slots = _start(piece, replicas, capacity, speed, backend)
-    for layer in _faulty(slots, replicas):
-        slots[layer] = _mend(slots[layer], piece[layer], replicas[layer], capacity[layer], speed, layer)
+    rows = _faulty(slots, replicas)
+    if len(rows):
+        slots[rows] = _mend(slots[rows], piece[rows], replicas[rows], capacity[rows], speed, rows)
     return _empties_last(slots)
 
 
@@ -215,42 +217,55 @@ def _faulty(slots_LGC: Int32s, replicas_LE: Ints) -> Ints:
 
 
 def _mend(
-    slots_GC: Int32s, piece_E: Floats, replicas_E: Ints, capacity_G: Ints, speed_G: Floats, layer: int
+    slots_LGC: Int32s, piece_LE: Floats, replicas_LE: Ints, capacity_LG: Ints, speed_G: Floats, layers: Ints
 ) -> Int32s:
-    """One layer without duplicates and complete: by swaps, or packed anew by room."""
-    if (slots_GC >= 0).sum() == replicas_E.sum() and _swap_apart(slots_GC, piece_E, capacity_G, speed_G):
-        return slots_GC
-    return _by_room(piece_E, replicas_E, capacity_G, speed_G, slots_GC.shape[1], layer)
+    """Layers without duplicates and complete: by swaps, or packed anew by room."""
+    stuck = _swap_apart(slots_LGC, piece_LE, capacity_LG, speed_G)
+    stuck |= (slots_LGC >= 0).sum(axis=(1, 2)) < replicas_LE.sum(axis=1)
+    C = slots_LGC.shape[2]
+    for i in np.flatnonzero(stuck):
+        slots_LGC[i] = _by_room(piece_LE[i], replicas_LE[i], capacity_LG[i], speed_G, C, int(layers[i]))
+    return slots_LGC
 
 
-def _swap_apart(slots_GC: Int32s, piece_E: Floats, capacity_G: Ints, speed_G: Floats) -> bool:
-    """Swap every second replica of an expert on a GPU away; False where one can't be.
+def _swap_apart(slots_LGC: Int32s, piece_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Bools:
+    """Swap every second replica of an expert on a GPU away, one in every layer at a time, in place.
 
-    Each goes where the two GPUs' later finish is earliest (first such slot).
+    Each goes where the two GPUs' later finish is earliest (first such slot). Returns where a layer got stuck.
     """
-    G, C = slots_GC.shape
-    E = len(piece_E)
-    padded = np.append(piece_E, 0.0)
+    L, _, C = slots_LGC.shape
+    padded_LE = np.hstack([piece_LE, np.zeros((L, 1))])  # the last for the empty slots, index -1
+    inverse_G = 1.0 / speed_G
+    beyond = np.arange(C) >= capacity_LG[:, :, None]
     earlier = np.tri(C, k=-1, dtype=bool)
-    twice = ((slots_GC[:, :, None] == slots_GC[:, None, :]) & earlier).any(axis=2) & (slots_GC >= 0)
-    for gpu, slot in zip(*np.nonzero(twice), strict=True):
-        expert = int(slots_GC[gpu, slot])
-        if expert < 0 or expert not in slots_GC[gpu, :slot]:
-            continue  # an earlier swap took care of it
-        weight = padded[slots_GC]
-        load = _sum_slots(weight[None])[0]
-        here = np.zeros(E + 1, dtype=bool)
-        here[slots_GC[gpu]] = True
-        here[E] = False  # an empty slot may always be taken
-        usable = (slots_GC != expert).all(axis=1)[:, None] & (np.arange(C) < capacity_G[:, None])
-        change = padded[expert] - weight
-        after = np.maximum((load[:, None] + change) / speed_G[:, None], (load[gpu] - change) / speed_G[gpu])
-        after[~usable | here[slots_GC]] = np.inf
-        best = int(after.argmin())
-        if not after.flat[best] < np.inf:
-            return False
-        slots_GC[gpu, slot], slots_GC.flat[best] = slots_GC.flat[best], expert
-    return True
+    stuck = np.zeros(L, dtype=bool)
+    rows = np.arange(L)
+    while len(rows):
+        held = slots_LGC[rows]
+        twice = ((held[:, :, :, None] == held[:, :, None, :]) & earlier).any(axis=3) & (held >= 0)
+        twice = twice.reshape(len(rows), twice.shape[1] * C)
+        faulty = twice.any(axis=1)
+        rows, held, twice = rows[faulty], held[faulty], twice[faulty]
+        each = np.arange(len(rows))
+        gpu, slot = np.divmod(twice.argmax(axis=1), C)
+        expert = held[each, gpu, slot]
+        weight = padded_LE[rows[:, None, None], held]
+        load = _sum_slots(weight)
+        change = padded_LE[rows, expert][:, None, None] - weight
+        there = (load[:, :, None] + change) * inverse_G[:, None]
+        here = (load[each, gpu][:, None, None] - change) * inverse_G[gpu][:, None, None]
+        after = np.maximum(there, here)
+        after[(held == expert[:, None, None]).any(axis=2)] = np.inf
+        known = (held[:, :, :, None] == held[each, gpu][:, None, None, :]).any(axis=3) & (held >= 0)
+        after[known | beyond[rows]] = np.inf
+        best = after.reshape(len(rows), after.shape[1] * C).argmin(axis=1)
+        to, at = np.divmod(best, C)
+        swap = np.flatnonzero(after[each, to, at] < np.inf)
+        slots_LGC[rows[swap], gpu[swap], slot[swap]] = held[swap, to[swap], at[swap]]
+        slots_LGC[rows[swap], to[swap], at[swap]] = expert[swap]
+        stuck[np.delete(rows, swap)] = True
+        rows = rows[swap]
+    return stuck
 
 
 def _by_room(
@@ -266,7 +281,7 @@ def _by_room(
         gpus = np.lexsort((time, used - capacity_G))[:count]
         if len(gpus) < count or (used[gpus] >= capacity_G[gpus]).any():
             raise InfeasibleError(
-                f"layer {layer}: no placement of the replicas keeps the replicas of an expert on different GPUs; "
+                f"layer {layer}: no placement keeps the replicas of an expert on different GPUs; "
                 f"the {count} replicas of expert {int(expert)} find no {count} GPUs with room"
             )
         slots[gpus, used[gpus]] = expert

@@ -1,10 +1,10 @@
 """Local search on the replica counts, where swaps alone stay stuck.
 
-Greedy counts make the largest piece small, but what counts is the largest GPU: a heavy piece that must share its
-GPU may be worth another replica, taken from an expert whose pieces find company easily. Here each layer that is
-far from its bound tries many counts at once, those that the greedy's variants give and those one replica away from
-its best so far, packs and swaps them all as if they were layers of one problem, and goes on from the best while
-that helps.
+Greedy counts make the largest piece small, but what counts is the largest GPU: a heavy piece that must
+share its GPU may be worth another replica, taken from an expert whose pieces find company easily. Here each
+layer that is far from its bound tries many counts at once, those that the greedy's variants give and those
+one replica away from its best so far, packs and swaps them all as if they were layers of one problem, and
+goes on from the best while that helps.
 """
 
 from __future__ import annotations
@@ -70,18 +70,19 @@ def resize(
         No layer's slowest GPU is slower than before.
     """
     slots = np.array(slots_LGC, dtype=np.int32)
-    E, G = load_LE.shape[1], slots.shape[1]
+    E = load_LE.shape[1]
     mean_L = load_LE.sum(axis=1) / speed_G.sum()
     bench = _Bench(
         load_LE=load_LE,
         capacity_LG=np.asarray(capacity_LG, dtype=np.int64),
         speed_G=speed_G,
         goal_L=mean_L if goal_L is None else goal_L,
-        swaps=dict(rounds=rounds, focus=focus, backend=backend),
+        swaps={"rounds": rounds, "focus": focus, "backend": backend},
     )
     counts = _count(slots, E)
     top, excess = bench.score(np.arange(len(slots)), slots)
-    cap_L = np.minimum((capacity_LG > 0).sum(axis=1), G)
+    cap_L = (capacity_LG > 0).sum(axis=1)
+    total_L = np.minimum(capacity_LG, E).sum(axis=1)
     live = counts  # where the search stands: by excess, so not always at the best so far
     rows = np.flatnonzero(top > bench.goal_L)
     for step in range(steps):
@@ -91,10 +92,9 @@ def resize(
             base, tried = _leaning(load_LE, live, cap_L, rows)
             trial = bench.run(base, tried)
         else:
-            base, tried = _shifted(load_LE, live, cap_L, rows, width)
+            base, tried = _shifted(load_LE, live, cap_L, total_L, rows, width)
             trial = bench.run(base, tried)
-            more = _combined(trial, live)
-            trial = trial.joined(bench.run(*more)) if len(more[0]) else trial
+            trial = trial.joined(bench.run(*_combined(trial, live)))
         if not len(trial.base):
             break
         record = trial.least(trial.top)
@@ -119,7 +119,8 @@ class _Trial(NamedTuple):
 
     def joined(self, other: _Trial) -> _Trial:
         """Both."""
-        return _Trial(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
+        fields: Any = zip(self, other, strict=True)
+        return _Trial(*(np.concatenate(pair) for pair in fields))
 
     def least(self, value: Floats) -> Ints:
         """The case of least value of each layer."""
@@ -152,6 +153,9 @@ class _Bench:
             keep[case] = key not in self.seen
             self.seen.add(key)
         base, counts = base[keep], counts[keep]
+        if not len(base):
+            shape = (0, self.capacity_LG.shape[1], int(self.capacity_LG.max(initial=1)))
+            return _Trial(base, counts, np.empty(shape, dtype=np.int32), np.empty(0), np.empty(0))
         load, capacity = self.load_LE[base], self.capacity_LG[base]
         slots = pack(load, counts, capacity, self.speed_G, backend=self.swaps["backend"])
         slots = improve(load, slots, capacity, self.speed_G, goal_L=self.goal_L[base], **self.swaps)
@@ -173,9 +177,15 @@ def _leaning(load_LE: Floats, counts_LE: Ints, cap_L: Ints, rows: Ints) -> tuple
     return np.tile(rows, len(LEANS)), np.concatenate(tried)
 
 
-def _shifted(load_LE: Floats, counts_LE: Ints, cap_L: Ints, rows: Ints, width: int) -> tuple[Ints, Ints]:
-    """Cases: one replica moved from an expert to another."""
-    tried = [_shifts(load_LE[layer], counts_LE[layer], int(cap_L[layer]), width) for layer in rows]
+def _shifted(
+    load_LE: Floats, counts_LE: Ints, cap_L: Ints, total_L: Ints, rows: Ints, width: int
+) -> tuple[Ints, Ints]:
+    """Cases: one replica moved from an expert to another, left out, or added."""
+    tried = []
+    for layer in rows:
+        counts = counts_LE[layer]
+        empty = int(total_L[layer] - counts.sum())
+        tried.append(_shifts(load_LE[layer], counts, int(cap_L[layer]), empty, width))
     return np.repeat(rows, [len(cases) for cases in tried]), np.concatenate(tried)
 
 
@@ -207,17 +217,21 @@ def _runs(key: Ints, value: Ints) -> tuple[list[int], list[Ints]]:
     return [int(k) for k in keys], np.split(value, starts[1:]) if len(keys) else []
 
 
-def _shifts(load_E: Floats, counts_E: Ints, cap: int, width: int) -> Ints:
-    """Counts with one replica moved from an expert to another: small new pieces first, large old ones first."""
-    givers = np.flatnonzero(counts_E > 1)
-    takers = np.flatnonzero(counts_E < cap)
-    grown = load_E[givers] / (counts_E[givers] - 1)
-    relieved = load_E[takers] / counts_E[takers]
+def _shifts(load_E: Floats, counts_E: Ints, cap: int, empty: int, width: int) -> Ints:
+    """Up to `width` ways to move a replica, first those with the smallest new and the largest old pieces.
+
+    An expert without load, the last, stands for the empty slots.
+    """
+    E = len(counts_E)
+    givers = np.append(np.flatnonzero(counts_E > 1), np.full(int(empty > 0), E))
+    takers = np.append(np.flatnonzero(counts_E < cap), E)
+    load, counts = np.append(load_E, 0.0), np.append(counts_E, empty)
+    grown = load[givers] / np.maximum(counts[givers] - 1, 1)
+    relieved = load[takers] / np.maximum(counts[takers], 1)
     worth = np.where(givers[:, None] == takers, -np.inf, relieved - grown[:, None])
     order = np.argsort(-worth, axis=None, kind="stable")[:width]
     order = order[worth.flat[order] > -np.inf]
-    give, take = givers[order // max(len(takers), 1)], takers[order % max(len(takers), 1)]
-    tried = np.repeat(counts_E[None], len(order), axis=0)
-    tried[np.arange(len(order)), give] -= 1
-    tried[np.arange(len(order)), take] += 1
-    return tried
+    tried = np.repeat(counts[None], len(order), axis=0)
+    tried[np.arange(len(order)), givers[order // len(takers)]] -= 1
+    tried[np.arange(len(order)), takers[order % len(takers)]] += 1
+    return tried[:, :E]

@@ -1,10 +1,10 @@
 """Local search on placements: swaps between GPUs, all layers at once.
 
-A round ranks the GPUs of each layer by time, pairs each of the slower half with one of the faster half (another
-one every round), and makes the swap in each pair that brings its two GPUs closest together: thousands of swaps
-for a few array operations. An empty slot counts as a replica of weight zero, so moves are swaps too. Layers leave
-as they reach the target; those that still miss it after the paired rounds get focused ones, the slowest GPU
-against all the others.
+A round ranks the GPUs of each layer by time, pairs each of the slower half with one of the faster half
+(another one every round), and makes the swap in each pair that brings its two GPUs closest together:
+thousands of swaps for a few array operations. An empty slot counts as a replica of weight zero, so moves
+are swaps too. Layers leave as they reach the target; those that still miss it after the paired rounds get
+focused ones, the slowest GPU against all the others.
 """
 
 from __future__ import annotations
@@ -101,7 +101,14 @@ class _State:
     """The layers still at work, and what the rounds need of them."""
 
     def __init__(
-        self, slots: Int32s, weight: Floats, time: Floats, usable: Ints, inverse_G: Floats, goal: Floats, E: int
+        self,
+        slots: Int32s,
+        weight: Floats,
+        time: Floats,
+        usable: Ints,
+        inverse_G: Floats,
+        goal: Floats,
+        E: int,
     ) -> None:
         L, G, C = slots.shape
         self.inverse_G = inverse_G

@@ -1,16 +1,17 @@
 """How many replicas each expert gets.
 
-With an equal split every replica of expert e carries the piece ``load_e / r_e``, and no GPU can be lighter than
-its largest piece. Handing out slots one at a time, always to the expert whose piece is largest, minimises that
-largest piece: it is Adams' divisor method of apportionment, and the greedy that DeepSeek's EPLB uses.
+With an equal split every replica of expert e carries the piece ``load_e / r_e``, and no GPU can be lighter
+than its largest piece. Handing out slots one at a time, always to the expert whose piece is largest,
+minimises that largest piece: it is Adams' divisor method of apportionment, and the greedy that DeepSeek's
+EPLB uses.
 
-The greedy can be entered in the middle: once every piece is at most T it stands at ``r_e = ceil(load_e / T)``,
-and with ``T = total load / spare slots`` these can't add up to more slots than there are. About one step per
-expert, at most, is left to do.
+The greedy can be entered in the middle: once every piece is at most T it stands at ``r_e = ceil(load_e /
+T)``, and with ``T = total load / spare slots`` these can't add up to more slots than there are. About one
+step per expert, at most, is left to do.
 
-GPUs of unequal size can't host just any replica counts, for no GPU takes an expert twice: k experts together
-find at most ``sum_g min(slots_g, k)`` places. That bound is concave in k, so the counts that can be hosted form a
-polymatroid, and the same greedy, skipping steps that leave it, is still optimal.
+GPUs of unequal size can't host just any replica counts, for no GPU takes an expert twice: k experts
+together find at most ``sum_g min(slots_g, k)`` places. That bound is concave in k, so the counts that can
+be hosted form a polymatroid, and the same greedy, skipping steps that leave it, is still optimal.
 
 References
 ----------
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.solvers import fast
 
 __all__ = ["apportion", "hostable", "largest_piece", "trim"]
 
@@ -34,7 +36,15 @@ Ints = NDArray[np.int64]
 Int32s = NDArray[np.int32]
 
 
-def apportion(load_LE: Floats, total_L: Any, cap: Any = None, *, least: Any = 1, lean: float = 0.0) -> Int32s:
+def apportion(
+    load_LE: Floats,
+    total_L: Any,
+    cap: Any = None,
+    *,
+    least: Any = 1,
+    lean: float = 0.0,
+    backend: str = "numpy",
+) -> Int32s:
     """Share out each layer's slots so that the largest piece ``load / replicas`` is as small as it can be.
 
     Parameters
@@ -51,6 +61,8 @@ def apportion(load_LE: Floats, total_L: Any, cap: Any = None, *, least: Any = 1,
         Slots go to the largest ``load / (replicas + lean)``. 0 minimises the largest piece; more gives heavy
         experts more replicas at the cost of light ones, which helps where heavy pieces must share a GPU with
         others (0.5 is Webster's method, 1 Jefferson's).
+    backend : {"numpy", "numba"}
+        Which of the two twins does the work; the result is the same.
 
     Returns
     -------
@@ -78,21 +90,26 @@ def apportion(load_LE: Floats, total_L: Any, cap: Any = None, *, least: Any = 1,
         )
     replicas = _enter(load_LE, -short, low, high, lean)
     left = np.minimum(total, high.sum(axis=1)) - replicas.sum(axis=1)
-    key = np.where(replicas < high, load_LE / (replicas + lean), -1.0)
-    rows = np.arange(L)
-    fewest = int(left.min(initial=0))
-    for step in range(int(left.max(initial=0))):
-        if step >= fewest:
-            rows = np.flatnonzero(left > step)
-        pick = (key if len(rows) == L else key[rows]).argmax(axis=1)
-        grown = replicas[rows, pick] + 1
-        replicas[rows, pick] = grown
-        key[rows, pick] = np.where(grown < high[rows, pick], load_LE[rows, pick] / (grown + lean), -1.0)
+    (fast.hand_out if backend == "numba" else _hand_out)(load_LE, replicas, high, left, lean)
     return replicas.astype(np.int32)
 
 
+def _hand_out(load_LE: Floats, replicas: Ints, high: Ints, left: Ints, lean: float) -> None:
+    """Give the slots that are left, one in every layer at a time; changes the replicas in place."""
+    key = np.where(replicas < high, load_LE / (replicas + lean), -1.0)
+    rows = np.arange(len(key))
+    fewest = int(left.min()) if len(left) else 0
+    for step in range(int(left.max(initial=0))):
+        if step >= fewest:
+            rows = np.flatnonzero(left > step)
+        pick = (key if len(rows) == len(key) else key[rows]).argmax(axis=1)
+        grown = replicas[rows, pick] + 1
+        replicas[rows, pick] = grown
+        key[rows, pick] = np.where(grown < high[rows, pick], load_LE[rows, pick] / (grown + lean), -1.0)
+
+
 def _enter(load_LE: Floats, spare: Ints, low: Ints, high: Ints, lean: float) -> Ints:
-    """Where the greedy stands once no key is above ``total load / spare slots`` (and a hair, for rounding)."""
+    """Where the greedy stands once no key is above ``total load / spare slots`` and a hair."""
     threshold = load_LE.sum(axis=1) * (1.0 + 1e-9) / np.maximum(spare, 1)
     enter = (spare > 0) & (threshold > 0.0)
     threshold = np.where(enter, threshold, np.inf)
@@ -131,8 +148,7 @@ def hostable(replicas_LE: Any, capacity_LG: Any) -> NDArray[np.bool_]:
     """
     replicas = -np.sort(-np.asarray(replicas_LE, dtype=np.int64), axis=1)
     places = _places(np.asarray(capacity_LG, dtype=np.int64), replicas.shape[1])
-    ok: NDArray[np.bool_] = (replicas.cumsum(axis=1) <= places).all(axis=1)
-    return ok
+    return np.asarray((replicas.cumsum(axis=1) <= places).all(axis=1), dtype=np.bool_)
 
 
 def _places(capacity_LG: Ints, E: int) -> Ints:
@@ -165,18 +181,18 @@ def trim(load_LE: Floats, replicas_LE: Any, capacity_LG: Any) -> Int32s:
     InfeasibleError
         Where not even one replica of each expert can be hosted.
     """
-    replicas_LE = np.array(replicas_LE, dtype=np.int32)
+    counts: Int32s = np.array(replicas_LE, dtype=np.int32)
     capacity = np.asarray(capacity_LG, dtype=np.int64)
-    if (capacity == capacity[:, :1]).all() and (replicas_LE <= capacity.shape[1]).all():
-        return replicas_LE  # equal GPUs host any counts up to one per GPU
-    for layer in np.flatnonzero(~hostable(replicas_LE, capacity)):
+    if (capacity == capacity[:, :1]).all() and (counts <= capacity.shape[1]).all():
+        return counts  # equal GPUs host any counts up to one per GPU
+    for layer in np.flatnonzero(~hostable(counts, capacity)):
         places = _places(capacity[layer : layer + 1], load_LE.shape[1])[0]
-        replicas_LE[layer] = _greedy_within(load_LE[layer], int(replicas_LE[layer].sum()), places)
-    return replicas_LE
+        counts[layer] = _greedy_within(load_LE[layer], int(counts[layer].sum()), places)
+    return counts
 
 
 def _greedy_within(load_E: Floats, total: int, places_E: Ints) -> Ints:
-    """Adams' greedy that skips each step after which some k experts would need more than ``places_E[k-1]``."""
+    """Adams' greedy, without the steps after which some k experts need more than ``places_E[k-1]``."""
     E = len(load_E)
     replicas = np.ones(E, dtype=np.int64)
     if (replicas.cumsum() > places_E).any():

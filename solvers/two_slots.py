@@ -1,15 +1,15 @@
 """Layers whose GPUs all have two slots: exact, by folding.
 
-With two slots per GPU and the replicas counted, the best packing is known: sort the pieces and fold the list, so
-that the largest meets the smallest. Only an expert that lies across the middle would meet itself there. If it has r
-replicas of weight w, then its copies must go to r GPUs, the G - r others can't keep all of the G - r + 1 largest
-pieces apart, so that one of these shares a GPU with a copy or with its like: no packing does better than
-``w + piece[G - r]``, and taking the copies apart just there attains it.
+With two slots per GPU and the replicas counted, the best packing is known: sort the pieces and fold the
+list, so that the largest meets the smallest. Only an expert that lies across the middle would meet itself
+there. If it has r replicas of weight w, then its copies must go to r GPUs, the G - r others can't keep all
+of the G - r + 1 largest pieces apart, so that one of these shares a GPU with a copy or with its like: no
+packing does better than ``w + piece[G - r]``, and taking the copies apart just there attains it.
 
 What is left is to try the replica counts. A plan better than T needs at least ``load / T`` replicas of each
-expert, which leaves few slots to hand out freely once T is good: a few hundred to a few thousand ways for 8 experts
-on 8 GPUs, all folded at once. Where there are more, one replica at a time is moved from an expert to another
-while it helps.
+expert, which leaves few slots to hand out freely once T is good: a few hundred to a few thousand ways for 8
+experts on 8 GPUs, all folded at once. Where there are more, one replica at a time is moved from an expert
+to another while it helps.
 
 A last expert without load stands for the slots that are left empty.
 """
@@ -46,7 +46,7 @@ def fold_value(load_NE: Floats, counts_NE: Ints, G: int) -> Floats:
     float64 [N]
     """
     expert, weight = _line_up(load_NE, counts_NE, G)
-    top = (weight[:, :G] + weight[:, : G - 1 : -1]).max(axis=1)
+    top: Floats = (weight[:, :G] + weight[:, : G - 1 : -1]).max(axis=1)
     rows = np.flatnonzero((expert[:, G - 1] == expert[:, G]) & (expert[:, G] >= 0))
     middle = expert[rows, G]
     apart = weight[rows, G] + weight[rows, G - counts_NE[rows, middle]]
@@ -182,8 +182,9 @@ def _descend(load_E: Floats, counts_E: Ints, value: float, G: int) -> float:
 def quick_fold(load_E: list[float], G: int, *, target: float = 1.0, tries: int = 12) -> list[tuple[int, int]]:
     """A good packing of one small layer in about a tenth of a millisecond, on plain lists.
 
-    For a handful of experts NumPy spends its time on being called. Greedy counts, then a few attempts to give one
-    of the two experts on the fullest GPU another replica, each time from the expert that makes the best of it.
+    For a handful of experts NumPy spends its time on being called. Greedy counts, then a few attempts to
+    give one of the two experts on the fullest GPU another replica, each time from the expert that makes the
+    best of it.
 
     Parameters
     ----------
