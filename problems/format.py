@@ -48,6 +48,7 @@ __all__ = [
     "read_json",
     "save_plan",
     "save_problem",
+    "schema",
     "topology_from_json",
 ]
 
@@ -197,6 +198,23 @@ def atomic_write(path: str | PathLike[str], data: bytes) -> None:
         if isinstance(error, OSError):
             raise FormatError(str(target), f"cannot be written: {error.strerror}") from None
         raise
+
+
+def schema(name: str) -> dict[str, Any]:
+    """The published JSON schema (draft 2020-12) of a ``problem``, ``plan`` or ``topology``.
+
+    The schema of a problem refers to that of a topology by its ``$id``.
+
+    Raises
+    ------
+    ProblemError
+        If there is none of that name.
+    """
+    if name not in ("problem", "plan", "topology"):
+        raise ProblemError("schema", f"{name!r} is unknown; there are problem, plan, topology")
+    path = Path(__file__).parent / "schema" / f"{name}.schema.json"
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
 
 
 def _header(entry: _Fields, want: str) -> None:
@@ -606,7 +624,7 @@ def plan_from_json(data: object, where: str = "") -> Plan:
             seconds=number(proof.path("seconds"), proof.take("seconds", _NUMBER, 0.0)),
             proof=proof.take("proof", str, ""),
         ),
-        problem_digest=entry.take("problem_digest", str, ""),
+        made_for=entry.take("problem_digest", str, ""),
         unit=entry.take("unit", str, "tokens"),
         name=entry.take("name", str, ""),
     )

@@ -121,8 +121,8 @@ class Plan(Record):
         What has to be shipped from the live placement.
     certificate : Certificate
         How far from the best possible.
-    problem_digest : str
-        Which problem the plan is for.
+    made_for : Problem or str
+        The problem that the plan is for, or its digest (a plan that was read from a file).
     unit : str
         Unit of the times.
     name : str
@@ -138,7 +138,7 @@ class Plan(Record):
     imbalance_L: FloatArray
     moves: Moves
     certificate: Certificate
-    problem_digest: str = ""
+    made_for: Problem | str = field(default="", compare=False, repr=False)
     unit: str = "tokens"
     name: str = ""
 
@@ -162,6 +162,11 @@ class Plan(Record):
         dense = np.zeros((*self.slots_LGC.shape[:2], self.experts + 1))
         np.put_along_axis(dense, self.slots_LGC.astype(np.int64) + 1, self.share_LGC, axis=2)
         return dense[:, :, 1:]
+
+    @property
+    def problem_digest(self) -> str:
+        """Digest of the problem that the plan is for; empty if unknown."""
+        return self.made_for if isinstance(self.made_for, str) else self.made_for.digest()
 
     @property
     def replicas(self) -> int:

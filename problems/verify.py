@@ -50,11 +50,10 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
         return [f"slots hold an expert outside -1..{experts - 1}"]
     found: list[str] = []
 
-    at = np.flatnonzero(slots.ravel() >= 0)
-    row = at // slots.shape[2]  # layer * gpus + gpu
-    cell = row * experts + slots.ravel()[at]
-    weight = share.ravel()[at]
-    count = np.bincount(cell, minlength=layers * gpus * experts).reshape(layers, gpus, experts)
+    # One cell per (layer, GPU, expert); an empty slot (-1) falls into a column of its own.
+    size = layers * gpus * (experts + 1)
+    cell = (slots + np.arange(1, size, experts + 1).reshape(layers, gpus, 1)).ravel()
+    count = np.bincount(cell, minlength=size).reshape(layers, gpus, experts + 1)[:, :, 1:]
     if int(count.max()) > 1:
         found += [
             f"layer {x} GPU {g}: expert {e} sits there {count[x, g, e]} times"
@@ -75,12 +74,13 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
             for x, g in np.argwhere(used > capacity)[:_MOST]
         ]
     found += _memory(problem, used)
-    if not np.isfinite(share).all() or float(share.min()) < -TOLERANCE:
+    if not (float(share.min()) >= -TOLERANCE and float(share.max()) < np.inf):
         return [*found, "shares must be finite and at least 0"]
-    if at.size < slots.size and np.any(share[slots < 0] != 0):
+    scattered = np.asarray(np.bincount(cell, weights=share.ravel(), minlength=size), dtype=np.float64)
+    part = scattered.reshape(layers, gpus, experts + 1)
+    if part[:, :, 0].any():
         found.append("an empty slot has a token share")
-    served = np.bincount(cell, weights=weight, minlength=count.size)
-    part = np.asarray(served, dtype=np.float64).reshape(count.shape)
+    part = part[:, :, 1:]
     off = np.abs(part.sum(1) - 1.0)
     if float(off.max()) > TOLERANCE:
         found += [
@@ -100,8 +100,8 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
             )
     if problem.limits is not _NO_LIMITS:
         found += _limits(problem, count > 0, replicas)
-    found += _moves(problem, plan, count > 0, used)
-    return found + _claims(problem, plan, part, count > 0)
+    found += _moves(problem, plan, count, used)
+    return found + _claims(problem, plan, part, count)
 
 
 def _even_over_slots(part: FloatArray, uneven: BoolArray, replicas: IntArray, capacity: IntArray) -> bool:
@@ -162,33 +162,33 @@ def _limits(problem: Problem, has: BoolArray, replicas: IntArray) -> list[str]:
     return found
 
 
-def _moves(problem: Problem, plan: Plan, has: BoolArray, used: IntArray) -> list[str]:
+def _moves(problem: Problem, plan: Plan, count: IntArray, used: IntArray) -> list[str]:
     claimed = plan.moves
     if problem.current is None:
         count_L = used.sum(1)
     else:
-        had = np.zeros(has.shape, dtype=bool)
+        had = np.zeros(count.shape, dtype=bool)
         x, g, c = np.nonzero(problem.current.slots_LGC >= 0)
         had[x, g, problem.current.slots_LGC[x, g, c]] = True
-        count_L = (has & ~had).sum((1, 2))
-    count, size = int(count_L.sum()), int(count_L @ problem.bytes_L)
+        count_L = ((count > 0) & ~had).sum((1, 2))
+    moved, size = int(count_L.sum()), int(count_L @ problem.bytes_L)
     found = []
-    if (claimed.count, claimed.bytes) != (count, size):
+    if (claimed.count, claimed.bytes) != (moved, size):
         found.append(
-            f"plan claims {claimed.count} moves of {claimed.bytes} bytes, it makes {count} of {size}"
+            f"plan claims {claimed.count} moves of {claimed.bytes} bytes, it makes {moved} of {size}"
         )
     elif claimed.count_L.shape != count_L.shape or (claimed.count_L != count_L).any():
         found.append("the plan's moves by layer are not those that it makes")
     if claimed.cold != (problem.current is None):
         found.append(f"plan claims cold={claimed.cold}, the problem says the opposite")
-    if abs(claimed.fraction - count / max(int(used.sum()), 1)) > TOLERANCE:
+    if abs(claimed.fraction - moved / max(int(used.sum()), 1)) > TOLERANCE:
         found.append(
-            f"plan claims to move {claimed.fraction:.6g} of its replicas, it moves {count} of {used.sum()}"
+            f"plan claims to move {claimed.fraction:.6g} of its replicas, it moves {moved} of {used.sum()}"
         )
     limits = problem.limits
     if problem.current is not None and limits.bounds_moves:
-        if limits.max_moves is not None and count > limits.max_moves:
-            found.append(f"{count} replicas move, at most {limits.max_moves} may")
+        if limits.max_moves is not None and moved > limits.max_moves:
+            found.append(f"{moved} replicas move, at most {limits.max_moves} may")
         if limits.max_move_bytes is not None and size > limits.max_move_bytes:
             found.append(f"{size} bytes move, at most {limits.max_move_bytes} may")
         if limits.max_layer_moves is not None and count_L.max() > limits.max_layer_moves:
@@ -196,20 +196,20 @@ def _moves(problem: Problem, plan: Plan, has: BoolArray, used: IntArray) -> list
     return found
 
 
-def _claims(problem: Problem, plan: Plan, part: FloatArray, has: BoolArray) -> list[str]:
+def _claims(problem: Problem, plan: Plan, part: FloatArray, count: IntArray) -> list[str]:
     """Compare the plan's own figures with the recomputed ones."""
     load = problem.load_LE[:, None, :]
     served = part * load
     tokens = served.sum(2)
     model: TimeModel = problem.time
     speed = problem.topology.speed_G
-    active = ((served > 0) & has).sum(2)
+    active = tokens if model.counts_tokens_only else ((served > 0) & (count > 0)).sum(2)
     time = np.asarray(model.time(tokens, active, speed))
     top = time.max(1)
     found = []
     if plan.time_LG.shape != time.shape or (np.abs(plan.time_LG - time).max(1) > TOLERANCE * top).any():
         found.append("the plan's GPU times are not those of its shares")
-    work = (time * speed).sum(1) / speed.sum()
+    work = time @ (speed / speed.sum())
     ratio = np.where(work > 0, top / np.where(work > 0, work, 1.0), 1.0)
     if plan.imbalance_L.shape != ratio.shape or np.abs(plan.imbalance_L - ratio).max() > TOLERANCE:
         found.append("the plan's imbalance is not that of its shares")

@@ -289,7 +289,7 @@ def finish(
             seconds=seconds,
             proof=proof,
         ),
-        problem_digest=problem.digest(),
+        made_for=problem,
         unit=problem.time.unit,
         name=problem.name,
     )

@@ -150,7 +150,7 @@ def plan_of(problem: Problem, slots_LGC: Any, share_LGC: Any = None) -> Plan:
             solver="drawn",
             seconds=0.25,
         ),
-        problem_digest=problem.digest(),
+        made_for=problem,
         unit=problem.time.unit,
         name=problem.name,
     )
