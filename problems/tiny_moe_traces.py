@@ -1,4 +1,4 @@
-"""Recorded routing of the project's own small model: which experts every token of 768 requests was sent to.
+"""Recorded routing of the project's own small model: which experts every token of 1280 requests was sent to.
 
 The model is the tiny MoE of `moeless_opt.runtime.tiny_moe` (6 layers, 16 experts, top-2), the requests are
 held-out texts of the eight domains that it was trained on. The routing is measured. The split of a request
@@ -129,7 +129,7 @@ def tiny_moe_traces() -> TinyMoeTraces:
     --------
     >>> traces = tiny_moe_traces()
     >>> traces.experts_TLK.shape[1:], traces.requests
-    ((6, 2), 768)
+    ((6, 2), 1280)
     """
     with np.load(tiny_moe_traces_file(), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
