@@ -29,7 +29,7 @@ from moeless_opt.problems.evaluate import Moves
 from moeless_opt.problems.loads import Loads
 from moeless_opt.problems.models import ModelSpec, model_preset
 from moeless_opt.problems.placement import Placement
-from moeless_opt.problems.plan import Certificate, Plan
+from moeless_opt.problems.plan import Certificate, Payback, Plan
 from moeless_opt.problems.problem import Known, Problem
 from moeless_opt.problems.spec import SPLITS, Limits, Objective, Sizing
 from moeless_opt.problems.time_model import TimeModel
@@ -390,7 +390,7 @@ def _current(data: object, where: str, folder: Path, experts: int) -> Placement:
     else:
         raise FormatError(entry.path("kind"), f"is {kind!r}, must be 'inline' or 'plan'")
     entry.done()
-    return Placement.of(slots, experts, f"{where}.slots")
+    return Placement.of(slots, experts, where)
 
 
 def _time(data: object, where: str) -> TimeModel:
@@ -405,6 +405,10 @@ def _time(data: object, where: str) -> TimeModel:
     given = {key: entry.take(key) for key in (*allowed[kind], "unit", "name") if key in entry.data}
     entry.asked += allowed[kind]
     entry.done()
+    if kind == "curve":
+        for key in allowed[kind]:
+            if key not in given:
+                raise FormatError(where, f"{key!r} is missing")
     model: TimeModel = _record(TimeModel, given, where)
     return model
 
@@ -568,6 +572,9 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             "by_layer": plan.moves.count_L.tolist(),
             "cold": plan.moves.cold,
         },
+        "payback": None
+        if plan.payback is None
+        else {"saved_per_pass": plan.payback.saved_per_pass, "cost": plan.payback.cost},
         "certificate": {
             "status": certificate.status.value,
             "value": certificate.value_L.tolist(),
@@ -592,7 +599,7 @@ def plan_from_json(data: object, where: str = "") -> Plan:
     entry = _Fields(data, where)
     _header(entry, "moeless-plan")
     experts = entry.take("experts", int)
-    slots = Placement.of(entry.take("slots"), experts, entry.path("slots")).slots_LGC
+    slots = Placement.of(entry.take("slots"), experts, where).slots_LGC
     arrays = {key: floats(entry.path(key), entry.take(key)) for key in _ARRAYS[1:]}
     moves = _Fields(entry.take("moves", dict), entry.path("moves"))
     proof = _Fields(entry.take("certificate", dict), entry.path("certificate"))
@@ -627,6 +634,7 @@ def plan_from_json(data: object, where: str = "") -> Plan:
         made_for=entry.take("problem_digest", str, ""),
         unit=entry.take("unit", str, "tokens"),
         name=entry.take("name", str, ""),
+        payback=_payback(entry),
     )
     for part in (moves, proof, entry):
         part.done()
@@ -644,6 +652,14 @@ def plan_from_json(data: object, where: str = "") -> Plan:
         if array.shape != want:
             raise FormatError(entry.path(key), f"has shape {array.shape}, must be {want}")
     return plan
+
+
+def _payback(entry: _Fields) -> Payback | None:
+    data = entry.take("payback", (dict, type(None)), None)
+    if data is None:
+        return None
+    payback: Payback = _record(Payback, data, entry.path("payback"))
+    return payback
 
 
 def save_plan(plan: Plan, path: str | PathLike[str]) -> None:

@@ -113,4 +113,4 @@ class Placement(Record):
         try:
             return cls(slots_LGC=slots, experts=experts)
         except ProblemError as error:
-            raise ProblemError(error.where.replace("placement", where, 1), error.what) from None
+            raise ProblemError(error.where.replace("placement", where, 1).lstrip("."), error.what) from None
