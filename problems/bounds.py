@@ -42,6 +42,7 @@ __all__ = [
     "packing_bound",
     "replicas_needed",
     "slots_bound",
+    "tau_curve",
     "tau_star",
 ]
 
@@ -159,6 +160,46 @@ def tau_star(
     """
     layers = _Layers.make(load_LE, capacity_LG, speed_G, max_replicas, min_replicas, replicas_L)
     return _tau(layers, split, time)
+
+
+def tau_curve(
+    load_LE: ArrayLike,
+    speed_G: ArrayLike,
+    most: int,
+    split: Split = "equal",
+    *,
+    max_replicas: int | None = None,
+    time: LinearTime = TOKENS,
+) -> Float:
+    """Return `tau_star` for every number of spare replicas at once: what each one can buy at best.
+
+    Parameters
+    ----------
+    load_LE, split, time
+        As in `best_bound`.
+    speed_G : array_like of float, shape (G,)
+        Speeds of the GPUs that hold the layer.
+    most : int
+        Largest number of spare replicas.
+    max_replicas : int, optional
+        Most replicas of an expert (default: the number of GPUs).
+
+    Returns
+    -------
+    ndarray of float, shape (L, most + 1)
+        The bound with 0, 1, ..., `most` replicas beyond one per expert; it never rises.
+    """
+    load = np.asarray(load_LE, dtype=np.float64)
+    heavy_LE = np.sort(load, axis=1)[:, ::-1]
+    speed = np.sort(np.asarray(speed_G, dtype=np.float64))[::-1]
+    copies = len(speed) if max_replicas is None else min(len(speed), max_replicas)
+    floor_L1 = _quotient(heavy_LE[:, :1], np.array([copies]), speed, split, time)
+    rank_P, count_P = apportionment_pairs(load.shape[1], copies - 1, most + 1)
+    steps_LP = np.sort(_quotient(heavy_LE[:, rank_P], count_P, speed, split, time), axis=1)[:, ::-1]
+    curve_LK = np.zeros((len(load), most + 1))
+    listed = min(most + 1, steps_LP.shape[1])
+    curve_LK[:, :listed] = steps_LP[:, :listed]
+    return np.maximum(curve_LK, floor_L1)
 
 
 def slots_bound(

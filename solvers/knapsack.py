@@ -1,0 +1,508 @@
+"""One budget of replicas over all layers: memory goes to the layers where it buys most.
+
+A replica is worth different amounts in different layers. With ``value[l, k]`` the time of layer l with k
+spare replicas, the best way to spend a budget is a multiple-choice knapsack: one k per layer, the smallest
+sum of values within the bytes. A dynamic programme over the budget solves it exactly, for curves of any
+shape and for layers of different expert size; if all curves are convex and sizes are equal, taking the best
+next replica anywhere is exact too, and is used instead.
+
+What a replica really buys is only known once it is packed, and packing every layer with every k would be
+slow. The bound max(mean, tau(k)) is known for all k at once (`bounds.tau_curve`) and never too high. So the
+programme runs on the bounds, its choice is packed, the bounds at those k are replaced by what was measured,
+and so on until it chooses what is measured already: optimism that corrects itself, as in A*. The first
+run's optimum is a lower bound for the whole model, whatever the layers get.
+
+Axes: L layers, E experts, G GPUs, C slots of a GPU, K spare replicas, B units of budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moeless_opt.problems.bounds import tau_curve
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.solvers.packing import gpu_time, pack
+from moeless_opt.solvers.search import improve
+from moeless_opt.solvers.sizing import apportion, trim
+
+__all__ = [
+    "BudgetPlan",
+    "Redundancy",
+    "Spending",
+    "bound_curves",
+    "fewest_bytes",
+    "plan_budget",
+    "recommend_redundancy",
+    "spare_budget",
+    "spend",
+]
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+Int32 = NDArray[np.int32]
+
+_MOST_CELLS = 60_000_000  # of the dynamic programme, layers x budget x choices
+_ROUNDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """How a budget is spent.
+
+    Parameters
+    ----------
+    spare_L : ndarray of int, shape (L,)
+        Choice of each layer: its spare replicas.
+    value : float
+        Sum of the chosen values.
+    spent : int
+        Cost of the choices.
+    exact : bool
+        Whether no other spending is better (False only if the budget had to be counted in coarse units).
+    """
+
+    spare_L: Int
+    value: float
+    spent: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPlan:
+    """A placement of all layers under one budget.
+
+    Parameters
+    ----------
+    spare_L : ndarray of int, shape (L,)
+        Replicas of each layer beyond one per expert.
+    slots_LGC : ndarray of int32, shape (L, G, C)
+        The placement, -1 in empty slots.
+    time_L : ndarray of float, shape (L,)
+        Largest GPU time of each layer with equal split.
+    bound : float
+        No placement within the budget has a smaller sum of `time_L`.
+    rounds : int
+        Runs of the knapsack.
+    """
+
+    spare_L: Int
+    slots_LGC: Int32
+    time_L: Float
+    bound: float
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Redundancy:
+    """One row of a recommendation.
+
+    Parameters
+    ----------
+    spare : int
+        Spare replicas over all layers.
+    spare_L : ndarray of int, shape (L,)
+        Where they go.
+    gib : float
+        Their memory in GiB, over all GPUs.
+    imbalance : float
+        Sum of the layers' largest GPU times over the sum of their means: 1 is perfect.
+    bound : float
+        The least imbalance that any placement within this budget could have.
+    uniform : float
+        The imbalance with the same spare replicas spent evenly, as engines do; NaN if they can't be.
+    """
+
+    spare: int
+    spare_L: Int
+    gib: float
+    imbalance: float
+    bound: float
+    uniform: float
+
+
+def spend(value_LK: Float, budget: int, cost_L: ArrayLike | None = None) -> Spending:
+    """Choose one k per layer: the least sum of values with ``sum of cost * k`` within the budget.
+
+    Parameters
+    ----------
+    value_LK : ndarray of float, shape (L, K + 1)
+        Value of each layer with 0 to K spare replicas; infinite where impossible. More is no worse: a value
+        above one to its left counts as that one.
+    budget : int
+        Units in all (replicas, or bytes).
+    cost_L : array_like of int, shape (L,), optional
+        Units per replica of each layer (default 1).
+
+    Returns
+    -------
+    Spending
+
+    Raises
+    ------
+    InfeasibleError
+        If no choice is within the budget.
+    """
+    L = len(value_LK)
+    cost = np.ones(L, dtype=np.int64) if cost_L is None else np.asarray(cost_L, dtype=np.int64)
+    if (cost < 1).any():
+        raise ProblemError("cost_L", f"has {int(cost.min())}, must be at least 1 in every layer")
+    lowest_LK = np.minimum.accumulate(value_LK, axis=1)
+    if budget < 0 or not np.isfinite(lowest_LK).any(axis=1).all():
+        raise InfeasibleError(f"budget: {budget} units are not enough for any choice of spare replicas")
+    exact = True
+    if (cost == cost[0]).all() and _convex(lowest_LK):
+        spare_L = _greedy(lowest_LK[:, :-1] - lowest_LK[:, 1:], int(budget // cost[0]))
+    else:
+        spare_L, exact = _programme(lowest_LK, int(budget), cost)
+    # The least k that has the value chosen: replicas that buy nothing are not bought.
+    chosen_L = lowest_LK[np.arange(L), spare_L]
+    spare_L = (lowest_LK <= chosen_L[:, None]).argmax(axis=1)
+    return Spending(spare_L, float(chosen_L.sum()), int(cost @ spare_L), exact)
+
+
+def fewest_bytes(value_LK: Float, target: float, cost_L: ArrayLike | None = None) -> Spending:
+    """Choose one k per layer so that ``sum of cost * k`` is least and the values' sum is at most ``target``.
+
+    Parameters
+    ----------
+    value_LK, cost_L
+        As in `spend`.
+    target : float
+        Largest sum of values (for instance seconds of a forward pass).
+
+    Returns
+    -------
+    Spending
+
+    Raises
+    ------
+    InfeasibleError
+        If even the best values are above the target.
+    """
+    L, K1 = value_LK.shape
+    cost = np.ones(L, dtype=np.int64) if cost_L is None else np.asarray(cost_L, dtype=np.int64)
+    lowest_LK = np.minimum.accumulate(value_LK, axis=1)
+    best = float(lowest_LK[:, -1].sum())
+    if best > target * (1 + 1e-12):
+        raise InfeasibleError(
+            f"target: {target:g} cannot be met, the best with all spare replicas is {best:g}"
+        )
+    unit = int(np.gcd.reduce(cost))
+    low, high = -1, int(cost.sum()) * (K1 - 1) // unit
+    found = spend(value_LK, high * unit, cost)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            trial = spend(value_LK, middle * unit, cost)
+        except InfeasibleError:
+            low = middle
+            continue
+        if trial.value <= target * (1 + 1e-12):
+            high, found = middle, trial
+        else:
+            low = middle
+    return found
+
+
+def _convex(value_LK: Float) -> bool:
+    """Whether no replica buys more than the one before it, in any layer."""
+    if not np.isfinite(value_LK).all():
+        return False
+    return bool((np.diff(value_LK, n=2, axis=1) >= -1e-12 * value_LK[:, :1]).all())
+
+
+def _greedy(drop_LK: Float, budget: int) -> Int:
+    """Take the largest drops anywhere; drops fall within a layer, so they are taken in its order."""
+    L, K = drop_LK.shape
+    flat = np.argsort(-drop_LK, axis=None, kind="stable")[: max(budget, 0)]
+    flat = flat[drop_LK.ravel()[flat] > 0]
+    return np.bincount(flat // K, minlength=L) if K else np.zeros(L, dtype=np.int64)
+
+
+def _programme(value_LK: Float, budget: int, cost: Int) -> tuple[Int, bool]:
+    """Solve by dynamic programming: best sum of the layers so far for every part of the budget."""
+    L, K1 = value_LK.shape
+    unit = int(np.gcd.reduce(cost))
+    budget = min(budget, int(cost.sum()) * (K1 - 1))
+    exact = True
+    if L * (budget // unit + 1) * K1 > _MOST_CELLS:
+        unit, exact = max(1, L * budget * K1 // _MOST_CELLS), False
+    step = -(-cost // unit)  # rounded up: what fits in coarse units fits in bytes
+    top = budget // unit
+    best_B = np.zeros(top + 1)
+    choice_LB = np.zeros((L, top + 1), dtype=np.int32)
+    for layer in range(L):
+        most = min(K1 - 1, top // int(step[layer]))
+        padded = np.concatenate([np.full(most * int(step[layer]), np.inf), best_B])
+        windows_BK = np.lib.stride_tricks.sliding_window_view(padded, most * int(step[layer]) + 1)
+        sums_BK = windows_BK[:, :: -int(step[layer])] + value_LK[layer, : most + 1]
+        choice_LB[layer] = sums_BK.argmin(axis=1)
+        best_B = np.take_along_axis(sums_BK, choice_LB[layer][:, None].astype(np.int64), axis=1)[:, 0]
+    if not np.isfinite(best_B[top]):
+        raise InfeasibleError(f"budget: {budget} units are not enough for any choice of spare replicas")
+    spare_L = np.zeros(L, dtype=np.int64)
+    left = top
+    for layer in range(L - 1, -1, -1):
+        spare_L[layer] = choice_LB[layer, left]
+        left -= int(step[layer] * spare_L[layer])
+    return spare_L, exact
+
+
+def bound_curves(load_LE: ArrayLike, speed_G: ArrayLike, most: int) -> Float:
+    """Return the best time each layer could have with 0 to ``most`` spare replicas, shape (L, most + 1)."""
+    load = np.asarray(load_LE, dtype=np.float64)
+    speed = np.asarray(speed_G, dtype=np.float64)
+    mean_L1 = load.sum(axis=1, keepdims=True) / speed.sum()
+    curve_LK: Float = np.maximum(tau_curve(load, speed, most, "fractional"), mean_L1)
+    return curve_LK
+
+
+def spare_budget(
+    memory_G: ArrayLike, bytes_L: ArrayLike, experts: int, *, reserve_G: ArrayLike = 0, other_G: ArrayLike = 0
+) -> int:
+    """Return the bytes left for spare replicas on all GPUs.
+
+    Parameters
+    ----------
+    memory_G : array_like of int, shape (G,)
+        Bytes of each GPU.
+    bytes_L : array_like of int, shape (L,)
+        Bytes of one replica in each layer.
+    experts : int
+        Experts of a layer, each of which needs one replica.
+    reserve_G, other_G : int or array_like of int, shape (G,)
+        Bytes kept for the KV cache, and those that other weights take.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    InfeasibleError
+        If not even one replica of each expert fits.
+    """
+    free = int((np.asarray(memory_G, dtype=np.int64) - np.asarray(reserve_G) - np.asarray(other_G)).sum())
+    spare = free - experts * int(np.asarray(bytes_L, dtype=np.int64).sum())
+    if spare < 0:
+        raise InfeasibleError(
+            f"memory: one replica of every expert needs {-spare} bytes more than the GPUs have"
+        )
+    return spare
+
+
+def plan_budget(
+    load_LE: ArrayLike,
+    speed_G: ArrayLike,
+    budget: int,
+    *,
+    bytes_L: ArrayLike | None = None,
+    memory_G: ArrayLike | None = None,
+    rounds: int = _ROUNDS,
+    tolerance: float = 5e-4,
+) -> BudgetPlan:
+    """Spend one budget of spare replicas over all layers, and place them all.
+
+    Parameters
+    ----------
+    load_LE : array_like of float, shape (L, E)
+        Tokens.
+    speed_G : array_like of float, shape (G,)
+        Relative speeds.
+    budget : int
+        Spare replicas in all, or bytes of them if `bytes_L` is given.
+    bytes_L : array_like of int, shape (L,), optional
+        Bytes of one replica in each layer.
+    memory_G : array_like of int, shape (G,), optional
+        Bytes of each GPU for all its replicas (after weights of other parts and the KV reserve). Without it
+        each GPU gets its even part of the replicas.
+    rounds : int
+        Most runs of the knapsack.
+    tolerance : float
+        Stop once the sum of times is within this share of its bound.
+
+    Returns
+    -------
+    BudgetPlan
+
+    Raises
+    ------
+    InfeasibleError
+        If one replica of each expert is too much already.
+    """
+    load = np.ascontiguousarray(load_LE, dtype=np.float64)
+    speed = np.asarray(speed_G, dtype=np.float64)
+    (L, E), G = load.shape, len(speed)
+    size_L = np.ones(L, dtype=np.int64) if bytes_L is None else np.asarray(bytes_L, dtype=np.int64)
+    most = int(min(E * (G - 1), 4 * E, budget // int(size_L.min())))
+    value_LK = bound_curves(load, speed, most)
+    # Beyond the first k without gain nothing is to be had, but packing may like a few more to choose from.
+    useful = int((value_LK > value_LK[:, -1:] * (1 + 1e-12)).sum(axis=1).max()) + G
+    value_LK = value_LK[:, : max(useful, budget // int(size_L.sum())) + 1].copy()
+    measured_LK = np.full(value_LK.shape, np.inf)
+    memory = None if memory_G is None else np.asarray(memory_G, dtype=np.int64)
+    kept: dict[tuple[int, int], Int32] = {}
+    choice = spend(value_LK, budget, size_L)
+    bound = choice.value if choice.exact else float(value_LK.min(axis=1).sum())
+    everything = np.minimum(budget // int(size_L.sum()), value_LK.shape[1] - 1)
+    run = 0
+    for run in range(1, rounds + 1):
+        # The last run spends evenly what is left: more to choose from for the packing.
+        spare_L = choice.spare_L if run < rounds else np.full(L, everything)
+        fresh_L = ~np.isfinite(measured_LK[np.arange(L), spare_L])
+        if fresh_L.any():
+            slots, time_L = _place(load, speed, spare_L, size_L, memory)
+            for layer in np.flatnonzero(fresh_L):
+                kept[int(layer), int(spare_L[layer])] = slots[layer]
+            measured_LK[np.arange(L), spare_L] = np.minimum(measured_LK[np.arange(L), spare_L], time_L)
+            value_LK[np.arange(L), spare_L] = np.maximum(time_L, value_LK[np.arange(L), spare_L])
+        best = spend(measured_LK, budget, size_L)
+        if best.value <= bound * (1 + tolerance) or not fresh_L.any():
+            break
+        choice = spend(value_LK, budget, size_L)
+    slots, time_L = _assembled(load, speed, best.spare_L, kept, size_L, memory)
+    return BudgetPlan(best.spare_L, slots, time_L, bound, run)
+
+
+def _place(load: Float, speed: Float, spare_L: Int, size_L: Int, memory: Int | None) -> tuple[Int32, Float]:
+    """Pack all layers with so many spare replicas, and keep every GPU within its bytes."""
+    (L, E), G = load.shape, len(speed)
+    total_L = E + spare_L
+    alike = bool((speed == speed[0]).all()) and (memory is None or bool((memory == memory[0]).all()))
+    if alike:
+        capacity = np.broadcast_to(-(-total_L // G)[:, None], (L, G))
+        slots = _packed(load, total_L, capacity, speed)
+        slots = _relabelled(slots, size_L)
+        used_G = ((slots >= 0).sum(axis=2) * size_L[:, None]).sum(axis=0)
+        if memory is None or bool((used_G <= memory).all()):
+            return slots, gpu_time(load, slots, speed).max(axis=1)
+    capacity = _slots_by_memory(total_L, size_L, memory if memory is not None else np.full(G, 1 << 62), E)
+    slots = _packed(load, total_L, capacity, speed)
+    return slots, gpu_time(load, slots, speed).max(axis=1)
+
+
+def _assembled(
+    load: Float,
+    speed: Float,
+    spare_L: Int,
+    kept: dict[tuple[int, int], Int32],
+    size_L: Int,
+    memory: Int | None,
+) -> tuple[Int32, Float]:
+    """Put the chosen layers of several runs together; pack anew if their bytes do not fit that way."""
+    L, G = len(load), len(speed)
+    chosen = [kept[layer, int(k)] for layer, k in enumerate(spare_L)]
+    slots = np.full((L, G, max(c.shape[1] for c in chosen)), -1, dtype=np.int32)
+    for layer, part in enumerate(chosen):
+        slots[layer, :, : part.shape[1]] = part
+    if bool((speed == speed[0]).all()):
+        slots = _relabelled(slots, size_L)
+    used_G = ((slots >= 0).sum(axis=2) * size_L[:, None]).sum(axis=0)
+    if memory is not None and bool((used_G > memory).any()):
+        return _place(load, speed, spare_L, size_L, memory)
+    slots = slots[:, :, : max(1, int((slots >= 0).sum(axis=2).max()))]
+    return slots, gpu_time(load, slots, speed).max(axis=1)
+
+
+def _packed(load: Float, total_L: Int, capacity: Int, speed: Float) -> Int32:
+    replicas = trim(load, apportion(load, total_L, (capacity > 0).sum(axis=1)[:, None]), capacity)
+    slots = pack(load, replicas, capacity, speed)
+    return improve(load, slots, capacity, speed, target=1.0005)
+
+
+def _relabelled(slots: Int32, size_L: Int) -> Int32:
+    """Permute the (equal) GPUs of each layer so that their bytes over all layers are even."""
+    used_LG = (slots >= 0).sum(axis=2)
+    total_G = np.zeros(used_LG.shape[1], dtype=np.int64)
+    result = np.empty_like(slots)
+    for layer in np.argsort(-size_L, kind="stable"):
+        full = np.argsort(-used_LG[layer], kind="stable")
+        free = np.argsort(total_G, kind="stable")
+        result[layer, free] = slots[layer, full]
+        total_G[free] += used_LG[layer, full] * size_L[layer]
+    return result
+
+
+def _slots_by_memory(total_L: Int, size_L: Int, memory: Int, experts: int) -> Int:
+    """Share the slots of each layer out by the bytes that the GPUs have left, largest replicas first."""
+    L, G = len(total_L), len(memory)
+    left_G = memory.astype(np.float64).copy()
+    capacity = np.zeros((L, G), dtype=np.int64)
+    for layer in np.argsort(-size_L, kind="stable"):
+        # Every layer takes the same part of what is left, so the last one still finds room everywhere.
+        ideal_G = total_L[layer] * left_G / max(left_G.sum(), 1.0)
+        room_G = np.minimum((left_G // size_L[layer]).astype(np.int64), experts)
+        take_G = np.minimum(np.floor(ideal_G).astype(np.int64), room_G)
+        while take_G.sum() < total_L[layer]:
+            wish_G = np.where(take_G < room_G, ideal_G - take_G, -np.inf)
+            if not np.isfinite(wish_G.max()):
+                short = int((total_L[layer] - take_G.sum()) * size_L[layer])
+                raise InfeasibleError(
+                    f"memory: layer {layer} needs {short} bytes more than the GPUs have left"
+                )
+            take_G[int(wish_G.argmax())] += 1
+        capacity[layer] = take_G
+        left_G -= take_G * size_L[layer]
+    return capacity
+
+
+def recommend_redundancy(
+    load_LE: ArrayLike,
+    speed_G: ArrayLike,
+    *,
+    bytes_L: ArrayLike | None = None,
+    totals: ArrayLike | None = None,
+    uniform: bool = True,
+) -> list[Redundancy]:
+    """Answer how many spare replicas a model is worth, in which layers, and what for.
+
+    Parameters
+    ----------
+    load_LE : array_like of float, shape (L, E)
+        Tokens.
+    speed_G : array_like of float, shape (G,)
+        Relative speeds.
+    bytes_L : array_like of int, shape (L,), optional
+        Bytes of one replica in each layer, for the memory column. All layers alike count replicas.
+    totals : array_like of int, optional
+        Totals of spare replicas to look at (default: 0, then half a replica per layer, doubling up to one
+        per expert).
+    uniform : bool
+        Whether to compare with the same number in every layer.
+
+    Returns
+    -------
+    list of Redundancy
+        One row per total, in rising order.
+    """
+    load = np.ascontiguousarray(load_LE, dtype=np.float64)
+    speed = np.asarray(speed_G, dtype=np.float64)
+    L, E = load.shape
+    size_L = np.ones(L, dtype=np.int64) if bytes_L is None else np.asarray(bytes_L, dtype=np.int64)
+    if totals is None:
+        half = max(L // 2, 1)
+        counts = [0] + [half << i for i in range(20) if half << i <= L * E]
+    else:
+        counts = sorted(int(t) for t in np.atleast_1d(np.asarray(totals)))
+    mean = float(load.sum() / speed.sum()) or 1.0
+    rows = []
+    for total in counts:
+        # Replicas are what is counted, so a layer's size does not enter the choice here.
+        plan = plan_budget(load, speed, total)
+        even = np.nan
+        if uniform and total % L == 0:
+            even = float(_place(load, speed, np.full(L, total // L), size_L, None)[1].sum()) / mean
+        rows.append(
+            Redundancy(
+                total,
+                plan.spare_L,
+                float(plan.spare_L @ size_L) / 2**30 if bytes_L is not None else float("nan"),
+                float(plan.time_L.sum()) / mean,
+                plan.bound / mean,
+                even,
+            )
+        )
+    return rows
