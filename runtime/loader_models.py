@@ -150,6 +150,12 @@ class Recipe:
     def transformer_config(self, dtype: torch.dtype) -> TransformerConfig:
         """Build megatron-core's configuration, for parameters of type `dtype`."""
         ensure_model_parallel()
+        for kind, ranks in (
+            ("tensor", parallel_state.get_tensor_model_parallel_world_size()),
+            ("pipeline", parallel_state.get_pipeline_model_parallel_world_size()),
+            ("expert tensor", parallel_state.get_expert_tensor_parallel_world_size()),
+        ):
+            _refuse(ranks > 1, f"{kind} parallelism ({ranks} ranks)")
         size = parallel_state.get_expert_model_parallel_world_size()
         if self.experts % size:
             raise UnsupportedFeatureError(

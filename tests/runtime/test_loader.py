@@ -23,6 +23,7 @@ from moeless_opt.problems.errors import FormatError, UnsupportedFeatureError
 from moeless_opt.runtime.building_blocks import causal_positions, moe_layers
 from moeless_opt.runtime.loader import CheckpointHome, ExpertSource, load_checkpoint, recipe_of
 from moeless_opt.runtime.loader_files import SafetensorsFolder
+from moeless_opt.runtime.loader_models import recipe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -196,6 +197,7 @@ LONG = {
         ("qwen3", {"rope_parameters": {**YARN, "rope_theta": 1e6}}),
         ("phi", {"rope_parameters": {**LONG, "rope_theta": 1e4}, "lm_head_bias": False}),
         ("llama4", {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "interleave_moe_layer_step": 1}),
+        ("llama4", {"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0, "rope_theta": 5e5}}),
         ("llama4", {"use_qk_norm": False, "moe_layers": [0, 3]}),
         ("deepseek", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 1e4}}),
         ("deepseek", {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}),
@@ -599,7 +601,196 @@ def test_longer_inputs_than_the_attention_allows(folders: dict[str, tuple[Path, 
     assert recipe_of(folders["llama4"][0]).max_sequence_length == 8191
 
 
+@pytest.mark.parametrize("kind", ["tensor_model", "pipeline_model", "expert_tensor"])
+def test_other_parallelism_is_refused(kind: str, broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moeless_opt.runtime import loader_models
+
+    monkeypatch.setattr(loader_models.parallel_state, f"get_{kind}_parallel_world_size", lambda: 2)
+    with pytest.raises(UnsupportedFeatureError, match=kind.removesuffix("_model").replace("_", " ")):
+        load_checkpoint(broken)
+
+
 def test_missing_field(broken: Path) -> None:
     edit(broken / "config.json", num_local_experts=None)
     with pytest.raises(FormatError, match="'num_local_experts': is missing"):
         load_checkpoint(broken)
+
+
+# --------------------------------------------------------------------------------- the published checkpoints
+
+_DEEPSEEK_ROPE = {
+    "type": "yarn",
+    "factor": 40,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+#: The fields of the published config.json files that matter, and how many parameters the text models have.
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "mistralai/Mixtral-8x7B-v0.1": (
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 32000,
+        },
+        46_702_792_704,
+    ),
+    "microsoft/Phi-3.5-MoE-instruct": (
+        {
+            "architectures": ["PhiMoEForCausalLM"],
+            "attention_bias": True,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 6400,
+            "lm_head_bias": True,
+            "max_position_embeddings": 131072,
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 16,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0] * 64,
+                "long_factor": [2.0] * 64,
+                "short_mscale": 1.243163121016122,
+                "long_mscale": 1.243163121016122,
+                "original_max_position_embeddings": 4096,
+            },
+            "rope_theta": 10000.0,
+            "router_jitter_noise": 0.01,
+            "sliding_window": 131072,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 32064,
+        },
+        41_873_153_344,
+    ),
+    "Qwen/Qwen3-30B-A3B": (
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "max_position_embeddings": 40960,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 151936,
+        },
+        30_532_122_624,
+    ),
+    "meta-llama/Llama-4-Scout-17B-16E": (
+        {
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "text_config": {
+                "attention_bias": False,
+                "attention_chunk_size": 8192,
+                "attn_temperature_tuning": True,
+                "floor_scale": 8192,
+                "head_dim": 128,
+                "hidden_act": "silu",
+                "hidden_size": 5120,
+                "interleave_moe_layer_step": 1,
+                "intermediate_size": 8192,
+                "intermediate_size_mlp": 16384,
+                "max_position_embeddings": 10485760,
+                "no_rope_layers": [],
+                "num_attention_heads": 40,
+                "num_experts_per_tok": 1,
+                "num_hidden_layers": 48,
+                "num_key_value_heads": 8,
+                "num_local_experts": 16,
+                "rms_norm_eps": 1e-05,
+                "rope_scaling": {**LLAMA3, "factor": 16.0, "high_freq_factor": 1.0},
+                "rope_theta": 500000.0,
+                "use_qk_norm": True,
+                "vocab_size": 202048,
+            },
+            "torch_dtype": "bfloat16",
+        },
+        107_769_861_120,
+    ),
+    "deepseek-ai/DeepSeek-V3": (
+        {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "attention_bias": False,
+            "first_k_dense_replace": 3,
+            "hidden_act": "silu",
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "kv_lora_rank": 512,
+            "max_position_embeddings": 163840,
+            "moe_intermediate_size": 2048,
+            "moe_layer_freq": 1,
+            "n_group": 8,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_attention_heads": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 61,
+            "num_key_value_heads": 128,
+            "num_nextn_predict_layers": 1,
+            "q_lora_rank": 1536,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": _DEEPSEEK_ROPE,
+            "rope_theta": 10000,
+            "routed_scaling_factor": 2.5,
+            "scoring_func": "sigmoid",
+            "tie_word_embeddings": False,
+            "topk_group": 4,
+            "topk_method": "noaux_tc",
+            "torch_dtype": "bfloat16",
+            "v_head_dim": 128,
+            "vocab_size": 129280,
+        },
+        671_026_419_200,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models_have_their_published_size(name: str) -> None:
+    """The tensors that the loader asks for add up to the parameters that the model is known to have."""
+    from math import prod
+
+    config, parameters = PUBLISHED[name]
+    plan = recipe(config)
+    shapes = {p.source: p.shape for p in plan.pieces(lambda layer: list(range(plan.experts)))}
+    assert sum(map(prod, shapes.values())) == parameters
