@@ -58,6 +58,7 @@ __all__ = [
     "record_routes",
     "save",
     "score",
+    "summary",
 ]
 
 LAYERS, EXPERTS, TOP_K = 6, 16, 2
@@ -357,3 +358,30 @@ def generate(
         else:  # the largest of logits + Gumbel noise is a sample of their soft-max
             tokens.append(int((logits_V / temperature + rng.gumbel(size=256)).argmax()))
     return bytes(tokens[len(tokens) - length :])
+
+
+def summary() -> str:
+    """Return the card's figures as text: losses, skew and drift by domain."""
+    figures = card()
+    skew, drift = figures["skew_max_over_mean"], figures["drift_total_variation"]
+    lines = [
+        f"{figures['model']['parameters']:,} parameters, {figures['training']['tokens']:,} bytes of training",
+        "",
+        f"{'domain':12}{'nats/byte':>10}{'bits/byte':>10}{'counted':>9}   skew (max / mean load) by layer",
+    ]
+    for domain, loss in figures["held_out"].items():
+        row = "".join(f"{x:6.2f}" for x in skew[domain])
+        lines.append(
+            f"{domain:12}{loss['nats_per_byte']:10.3f}{loss['bits_per_byte']:10.3f}"
+            f"{loss['counted_bits_per_byte']:9.3f}   {row}"
+        )
+    lines.append(f"{'all':41}   " + "".join(f"{x:6.2f}" for x in skew["all_domains_L"]))
+    lines += ["", "drift (total variation of the expert loads; diagonal: two halves of one domain)"]
+    lines.append(" " * 12 + "".join(f"{d[:7]:>8}" for d in figures["held_out"]))
+    for domain, distances in zip(figures["held_out"], drift["matrix"], strict=True):
+        lines.append(f"{domain:12}" + "".join(f"{x:8.2f}" for x in distances))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(summary())
