@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moeless_opt.problems.plan import Plan
     from moeless_opt.problems.problem import Problem
     from moeless_opt.problems.spec import Objective
+    from moeless_opt.problems.topology import Topology
 
 __all__ = [
     "Moves",
@@ -23,6 +24,7 @@ __all__ = [
     "gpu_times",
     "gpu_tokens",
     "imbalance",
+    "move_seconds",
     "new_replicas",
     "node_traffic",
     "objective_vector",
@@ -94,6 +96,26 @@ def new_replicas(slots_LGC: SlotArray, before_LGC: SlotArray, experts: int) -> B
     had_LGE = held_LGE(before_LGC, experts)
     kept = np.take_along_axis(had_LGE, np.maximum(slots_LGC, 0).astype(np.int64), axis=2)
     return (slots_LGC >= 0) & ~kept
+
+
+def move_seconds(
+    topology: Topology, slots_LGC: SlotArray, before_LGC: SlotArray, experts: int, bytes_L: IntArray
+) -> FloatArray:
+    """Seconds of transfer of each layer's new replicas, each over the nearest link, one after the other [L].
+
+    A replica comes from its own node if that held the expert, else from another node, else from the host.
+    """
+    had_LGE = held_LGE(before_LGC, experts)
+    new_LGC = new_replicas(slots_LGC, before_LGC, experts)
+    layer, gpu, slot = np.nonzero(new_LGC)
+    expert = slots_LGC[layer, gpu, slot]
+    in_node_LNE = np.stack([had_LGE[:, topology.node_G == n].any(1) for n in range(topology.nodes)], axis=1)
+    near = in_node_LNE[layer, topology.node_G[gpu], expert]
+    anywhere = in_node_LNE[layer, :, expert].any(1)
+    links = topology.links
+    rate = np.where(near, links.intra_node, np.where(anywhere, links.inter_node, links.host))
+    seconds = links.latency + bytes_L[layer] / rate
+    return np.asarray(np.bincount(layer, weights=seconds, minlength=len(slots_LGC)), dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -15,7 +15,7 @@ from moeless_opt.problems.evaluate import Moves
 from moeless_opt.problems.placement import Placement, held_LGE, replica_counts
 from moeless_opt.problems.problem import Problem
 
-__all__ = ["Certificate", "Plan", "Progress", "Result", "Status"]
+__all__ = ["Certificate", "Payback", "Plan", "Progress", "Result", "Status"]
 
 
 class Status(enum.StrEnum):
@@ -98,6 +98,35 @@ class Certificate(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Payback(Record):
+    """Whether the moves of a plan earn their cost.
+
+    Parameters
+    ----------
+    saved_per_pass : float
+        Seconds that a forward pass takes less than with the live placement and its best shares.
+    cost : float
+        Seconds that the transfers take.
+    """
+
+    saved_per_pass: float
+    cost: float
+
+    @property
+    def passes(self) -> float:
+        """Forward passes after which the moves have paid: 0 if they are free, infinite if they never do."""
+        if self.cost <= 0:
+            return 0.0
+        return self.cost / self.saved_per_pass if self.saved_per_pass > 0 else float("inf")
+
+    def __repr__(self) -> str:
+        return (
+            f"Payback({self.saved_per_pass * 1e6:.4g} us saved per pass for {self.cost * 1e3:.4g} ms of "
+            f"transfers: even after {self.passes:.4g} passes)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Plan(Record):
     """Replicas, where they live, and the share of the tokens that each serves.
 
@@ -127,6 +156,8 @@ class Plan(Record):
         Unit of the times.
     name : str
         For people.
+    payback : Payback, optional
+        Time saved against the cost of the moves, where times are in seconds and something was live.
     """
 
     slots_LGC: SlotArray
@@ -141,6 +172,7 @@ class Plan(Record):
     made_for: Problem | str = field(default="", compare=False, repr=False)
     unit: str = "tokens"
     name: str = ""
+    payback: Payback | None = None
 
     def __post_init__(self) -> None:
         for key in ("slots_LGC", "share_LGC", "time_LG", "imbalance_L"):
@@ -206,13 +238,14 @@ class Plan(Record):
         layers, gpus, slots = self.slots_LGC.shape
         title = f" {self.name}" if self.name else ""
         worst = int(np.argmax(self.imbalance_L))
+        payback = f"\n  {self.payback!r}" if self.payback else ""
         return (
             f"<Plan{title}: {layers} layer(s), {self.experts} experts as {self.replicas} replicas "
             f"on {gpus} GPUs (up to {slots} slots), {self.split} split\n"
             f"  imbalance (max/mean) {self.imbalance_L.mean():.4f} mean, {self.imbalance_L[worst]:.4f} worst "
             f"(layer {self.layers[worst]})\n"
             f"  {self.certificate!r}\n"
-            f"  {self.moves!r}>"
+            f"  {self.moves!r}{payback}>"
         )
 
     def _repr_html_(self) -> str:

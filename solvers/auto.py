@@ -8,6 +8,7 @@ from moeless_opt.problems.plan import Plan, ProgressCallback, Result
 from moeless_opt.problems.problem import Problem
 from moeless_opt.solvers.base import Feature, Stop
 from moeless_opt.solvers.planners import Construct
+from moeless_opt.solvers.replanner import Replan
 
 __all__ = ["Auto"]
 
@@ -17,7 +18,7 @@ class Auto:
 
     name = "auto"
     summary = "the default: re-plans what is live, or constructs"
-    features: ClassVar[frozenset[Feature]] = Construct.features
+    features: ClassVar[frozenset[Feature]] = Replan.features
 
     def solve(
         self,
@@ -30,6 +31,9 @@ class Auto:
         **options: Any,
     ) -> Result:
         """Choose and solve."""
-        return Construct(self.name).solve(
+        chosen = (
+            Construct if problem.current is None or "moves" not in problem.objective.priorities else Replan
+        )
+        return chosen(self.name).solve(
             problem, stop=stop, seed=seed, initial=initial, progress=progress, **options
         )

@@ -17,6 +17,7 @@ ENTRY_POINTS = "moeless_opt.solvers"
 BUILT_IN: dict[str, str] = {
     "auto": "moeless_opt.solvers.auto:Auto",
     "construct": "moeless_opt.solvers.planners:Construct",
+    "replan": "moeless_opt.solvers.replanner:Replan",
     "stay": "moeless_opt.solvers.planners:Stay",
     "static": "moeless_opt.solvers.baselines:Static",
     "eplb": "moeless_opt.solvers.baselines:Eplb",

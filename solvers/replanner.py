@@ -1,0 +1,390 @@
+"""Re-planning as a solver of the registry: budgets, fallback, and whether a move pays.
+
+The kernels (`replan`, `replan_equal`) find few moves for a wanted balance. Here the problem's limits become
+their budgets; a fresh construction, its GPUs relabelled, takes over a layer where it moves less or balances
+better; and with a horizon every layer stops on its way at the point where the next moves would cost more
+than they save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.evaluate import gpu_times, move_seconds, new_replicas
+from moeless_opt.problems.placement import equal_shares
+from moeless_opt.problems.plan import Payback, Plan, ProgressCallback, Result
+from moeless_opt.problems.problem import Problem
+from moeless_opt.solvers.base import Clock, Feature, NeverStop, Stop, finish, lower_bound
+from moeless_opt.solvers.migration import schedule_migration
+from moeless_opt.solvers.planners import Construct
+from moeless_opt.solvers.relabel import relabel
+from moeless_opt.solvers.replan import replan_fractional
+from moeless_opt.solvers.shares import solve_shares
+
+__all__ = ["Frontier", "Replan", "frontier"]
+
+LADDER = (0.01, 0.02, 0.035, 0.06, 0.1, 0.18, 0.35)
+"""Tolerances above the bound at which a frontier looks for the fewest moves."""
+
+SCRATCH_FROM = 0.3
+"""Share of a layer's replicas whose move makes a fresh construction worth a look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """What balance costs in moves, layer by layer.
+
+    Parameters
+    ----------
+    tolerance_K : tuple of float
+        Wanted distance from the bound of each point; the last is infinite: stay.
+    slots_KLGC : array of int32, shape [K, L, G, C]
+        Placements.
+    time_KL : array, shape [K, L]
+        Largest GPU times (tokens over speed).
+    moves_KL : array of int, shape [K, L]
+        Replicas that move.
+    """
+
+    tolerance_K: tuple[float, ...]
+    slots_KLGC: SlotArray
+    time_KL: FloatArray
+    moves_KL: IntArray
+
+
+def live_slots(problem: Problem) -> SlotArray:
+    """The live placement with as many slots per GPU as the problem allows, shape [L, G, C]."""
+    if problem.current is None:
+        raise ProblemError("current", "is missing: re-planning starts from a live placement")
+    slots_LGC = problem.current.slots_LGC
+    wide = max(int(problem.capacity_LG.max()), slots_LGC.shape[2])
+    padded = np.full((*slots_LGC.shape[:2], wide), -1, dtype=np.int32)
+    # Filled slots first: the kernels take a GPU's slots to be its capacity.
+    order = np.argsort(slots_LGC < 0, axis=2, kind="stable")
+    padded[:, :, : slots_LGC.shape[2]] = np.take_along_axis(slots_LGC, order, axis=2)
+    return padded[:, :, : max(int(problem.capacity_LG.max()), 1)]
+
+
+def _layer_times(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
+    """Largest GPU time of each layer with the best shares that the split allows (tokens over speed)."""
+    if problem.split == "equal":
+        share_LGC = equal_shares(slots_LGC, problem.experts)
+        return np.asarray(gpu_times(problem.load_LE, slots_LGC, share_LGC, problem.topology.speed_G).max(1))
+    return solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).time_L
+
+
+def _moves_L(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) -> IntArray:
+    return np.asarray(new_replicas(slots_LGC, live_LGC, problem.experts).sum((1, 2)))
+
+
+def _token_bound(problem: Problem) -> FloatArray:
+    """The lower bound in tokens over speed, whatever a token costs."""
+    time = problem.time
+    bound_L, _ = lower_bound(problem)
+    launch = time.launch / float(problem.topology.speed_G.max())
+    return np.asarray(np.maximum(bound_L - launch, 0.0) / time.token_cost)
+
+
+def replan_to(
+    problem: Problem,
+    tolerance: float,
+    *,
+    max_moves: int | None = None,
+    cost_L: IntArray | None = None,
+    time_limit: float | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> SlotArray:
+    """Placement with few moves whose times are within `tolerance` of the bound, by the problem's split."""
+    live_LGC = live_slots(problem)
+    common: dict[str, Any] = {
+        "tolerance": tolerance,
+        "max_moves": max_moves,
+        "cost_L": None if cost_L is None else cost_L.tolist(),
+        "time_limit": time_limit,
+        "seed": seed,
+    }
+    speed_G, capacity_LG = problem.topology.speed_G, problem.capacity_LG
+    if problem.split == "equal":
+        from moeless_opt.solvers.replan_equal import replan_equal
+
+        return replan_equal(
+            problem.load_LE,
+            live_LGC,
+            capacity_LG,
+            speed_G,
+            bound_L=_token_bound(problem),
+            **common,
+            **options,
+        ).slots_LGC
+    return replan_fractional(
+        problem.load_LE, live_LGC, capacity_LG, speed_G, bound_L=_token_bound(problem), **common, **options
+    ).slots_LGC
+
+
+def frontier(problem: Problem, *, seed: int = 0, ladder: tuple[float, ...] = LADDER) -> Frontier:
+    """Few-move placements at a ladder of tolerances, and the live one as it is."""
+    live_LGC = live_slots(problem)
+    slots = [replan_to(problem, tolerance, seed=seed) for tolerance in ladder]
+    slots.append(live_LGC)
+    return Frontier(
+        (*ladder, float("inf")),
+        np.stack(slots),
+        np.stack([_layer_times(problem, one) for one in slots]),
+        np.stack([_moves_L(problem, one, live_LGC) for one in slots]),
+    )
+
+
+class Replan:
+    """Few moves from the live placement."""
+
+    name = "replan"
+    summary = (
+        "few moves from the live placement to within the balance tolerance; budgets; stays if nothing pays"
+    )
+    features: ClassVar[frozenset[Feature]] = frozenset(
+        {
+            Feature.EQUAL_SPLIT,
+            Feature.FRACTIONAL,
+            Feature.MIGRATION,
+            Feature.MOVE_LIMITS,
+            Feature.HETEROGENEOUS,
+            Feature.MEMORY,
+            Feature.SCENARIOS,
+            Feature.NODE_AWARE,
+        }
+    )
+
+    def __init__(self, name: str = "replan") -> None:
+        self.name = name
+
+    def solve(
+        self,
+        problem: Problem,
+        *,
+        stop: Stop,
+        seed: int = 0,
+        initial: Plan | None = None,
+        progress: ProgressCallback | None = None,
+        **options: Any,
+    ) -> Result:
+        """Re-plan within the limits; with a horizon, only as far as it pays."""
+        began = Clock.begin()
+        live_LGC = live_slots(problem)
+        objective = problem.objective
+        if objective.horizon is not None:
+            slots_LGC = self._while_it_pays(problem, live_LGC, objective.horizon, seed)
+        else:
+            remaining = stop.remaining
+            slots_LGC = self._within_limits(
+                problem,
+                live_LGC,
+                seed,
+                None if remaining == float("inf") else max(0.9 * remaining - began.seconds, 0.01),
+                options,
+            )
+        share_LGC = None
+        if problem.split == "fractional":
+            share_LGC = solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).share_LGC
+        result = finish(
+            problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
+        )
+        if problem.time.unit != "s" or result.plan is None:
+            return result
+        payback = payback_of(problem, result.plan, live_LGC)
+        return result.replace(plan=result.plan.replace(payback=payback))
+
+    def _within_limits(
+        self,
+        problem: Problem,
+        live_LGC: SlotArray,
+        seed: int,
+        time_limit: float | None,
+        options: dict[str, Any],
+    ) -> SlotArray:
+        limits, tolerance = problem.limits, problem.objective.balance_tolerance
+        budget, cost_L = _budget(problem)
+
+        def run(allowed: int | None) -> SlotArray:
+            return replan_to(
+                problem,
+                tolerance,
+                max_moves=allowed,
+                cost_L=cost_L,
+                time_limit=time_limit,
+                seed=seed,
+                **options,
+            )
+
+        slots_LGC = run(budget)
+        if limits.max_layer_moves is not None:
+            slots_LGC = self._cap_layers(problem, live_LGC, slots_LGC, limits.max_layer_moves, seed)
+        if not limits.bounds_moves:
+            return _best_of_scratch(problem, slots_LGC, live_LGC, seed)
+        if limits.max_moves is not None and limits.max_move_bytes is not None:
+            moves_L = _moves_L(problem, slots_LGC, live_LGC)
+            while int(moves_L.sum()) > limits.max_moves:  # bytes bound first, replicas do not fit yet
+                budget = int(moves_L @ problem.bytes_L) * limits.max_moves // int(moves_L.sum())
+                slots_LGC = run(budget)
+                moves_L = _moves_L(problem, slots_LGC, live_LGC)
+        if limits.max_move_seconds is not None:
+            slots_LGC = _within_seconds(problem, live_LGC, slots_LGC, limits.max_move_seconds, cost_L, run)
+        return slots_LGC
+
+    @staticmethod
+    def _cap_layers(
+        problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, most: int, seed: int
+    ) -> SlotArray:
+        """Re-plan alone, with a budget of its own, every layer that moves too much."""
+        slots_LGC = slots_LGC.copy()
+        for layer in np.flatnonzero(_moves_L(problem, slots_LGC, live_LGC) > most):
+            alone = layer_problem(problem, int(layer))
+            slots_LGC[layer] = replan_to(
+                alone, problem.objective.balance_tolerance, max_moves=most, seed=seed
+            )[0]
+        return slots_LGC
+
+    @staticmethod
+    def _while_it_pays(problem: Problem, live_LGC: SlotArray, horizon: float, seed: int) -> SlotArray:
+        """Of each layer's frontier, the point with the largest net gain over the horizon."""
+        if problem.time.unit != "s":
+            raise ProblemError(
+                "objective.horizon",
+                "needs times in seconds to weigh moves against them: give a TimeModel with unit='s'",
+            )
+        points = frontier(problem, seed=seed)
+        cost_KL = np.stack(
+            [
+                move_seconds(problem.topology, slots, live_LGC, problem.experts, problem.bytes_L)
+                for slots in points.slots_KLGC
+            ]
+        )
+        net_KL = -horizon * problem.time.token_cost * points.time_KL - cost_KL
+        # Of equal points the one with fewer moves: the ladder ends with staying.
+        best_L = net_KL.shape[0] - 1 - np.argmax(net_KL[::-1], axis=0)
+        slots_LGC = points.slots_KLGC[best_L, np.arange(len(best_L))]
+        moves_L = _moves_L(problem, slots_LGC, live_LGC)
+        budget, cost_L = _budget(problem)
+        spent = int(moves_L.sum() if cost_L is None else moves_L @ cost_L)
+        if budget is None or spent <= budget:
+            return slots_LGC
+        return replan_to(
+            problem, problem.objective.balance_tolerance, max_moves=budget, cost_L=cost_L, seed=seed
+        )
+
+
+def layer_problem(problem: Problem, layer: int) -> Problem:
+    """One layer of a problem, without limits; `layer` is a row."""
+    assert problem.current is not None
+    return problem.replace(
+        loads=problem.loads.select([problem.loads.layers[layer]]),
+        topology=problem.topology.replace(slots_G=problem.capacity_LG[layer], memory_G=None),
+        expert_bytes_L=None if not problem.bytes_L.any() else problem.bytes_L[layer : layer + 1],
+        model=None,
+        current=problem.current.replace(slots_LGC=problem.current.slots_LGC[layer : layer + 1]),
+        limits=type(problem.limits)(),
+        known=None,
+    )
+
+
+def _budget(problem: Problem) -> tuple[int | None, IntArray | None]:
+    """The limit on moves as a budget, and what a move costs in each layer (None: 1)."""
+    limits, bytes_L = problem.limits, problem.bytes_L
+    if limits.max_move_bytes is None:
+        return limits.max_moves, None
+    if not bytes_L.any():
+        raise ProblemError(
+            "limits.max_move_bytes", "needs the size of an expert: give model=... or expert_bytes=..."
+        )
+    if (bytes_L == bytes_L[0]).all():
+        by_bytes = limits.max_move_bytes // int(bytes_L[0])
+        return by_bytes if limits.max_moves is None else min(by_bytes, limits.max_moves), None
+    return limits.max_move_bytes, bytes_L
+
+
+def _within_seconds(
+    problem: Problem,
+    live_LGC: SlotArray,
+    slots_LGC: SlotArray,
+    most: float,
+    cost_L: IntArray | None,
+    run: Callable[[int | None], SlotArray],
+) -> SlotArray:
+    """Shrink the budget until the schedule of the moves takes at most `most` seconds."""
+
+    def seconds(slots: SlotArray) -> float:
+        return schedule_migration(
+            live_LGC, slots, problem.experts, problem.topology, bytes_L=problem.bytes_L
+        ).seconds
+
+    def cost(slots: SlotArray) -> int:
+        moves_L = _moves_L(problem, slots, live_LGC)
+        return int(moves_L.sum() if cost_L is None else moves_L @ cost_L)
+
+    low, high, best = 0, cost(slots_LGC), live_LGC
+    if seconds(slots_LGC) <= most:
+        return slots_LGC
+    while high - low > max(1, high // 50):
+        middle = (low + high) // 2
+        try:
+            tried = run(middle)
+        except InfeasibleError:
+            low = middle
+            continue
+        if seconds(tried) <= most:
+            low, best = middle, tried
+        else:
+            high = middle
+    return best
+
+
+def _best_of_scratch(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray, seed: int) -> SlotArray:
+    """Per layer, a fresh construction with relabelled GPUs where it moves less or alone comes near."""
+    moves_L = _moves_L(problem, slots_LGC, live_LGC)
+    wanted_L = _token_bound(problem) * (1 + problem.objective.balance_tolerance) * (1 + 1e-9)
+    time_L = _layer_times(problem, slots_LGC)
+    filled_L = (slots_LGC >= 0).sum((1, 2))
+    doubtful = (time_L > wanted_L) | (moves_L > SCRATCH_FROM * filled_L)
+    if not doubtful.any():
+        return slots_LGC
+    fresh = Construct().solve(problem.replace(current=None), stop=NeverStop(), seed=seed).plan
+    assert fresh is not None
+    wide = np.full_like(slots_LGC, -1)
+    wide[:, :, : fresh.slots_LGC.shape[2]] = fresh.slots_LGC[:, :, : wide.shape[2]]
+    topology = problem.topology
+    fresh_LGC = relabel(
+        live_LGC,
+        wide,
+        experts=problem.experts,
+        speed_G=topology.speed_G,
+        capacity_LG=problem.capacity_LG,
+        node_G=topology.node_G,
+    )
+    fresh_moves_L, fresh_time_L = _moves_L(problem, fresh_LGC, live_LGC), _layer_times(problem, fresh_LGC)
+    reaches, fresh_reaches = time_L <= wanted_L, fresh_time_L <= wanted_L
+    better = np.where(
+        reaches,
+        fresh_reaches & (fresh_moves_L < moves_L),
+        fresh_reaches | (fresh_time_L < time_L * (1 - problem.objective.balance_tolerance)),
+    )
+    slots_LGC = slots_LGC.copy()
+    slots_LGC[doubtful & better] = fresh_LGC[doubtful & better]
+    return slots_LGC
+
+
+def payback_of(problem: Problem, plan: Plan, live_LGC: SlotArray) -> Payback:
+    """What a re-plan saves per forward pass against staying, and what its moves cost."""
+    stay_L = _layer_times(problem, live_LGC)
+    go_L = _layer_times(problem, plan.slots_LGC)
+    saved = problem.time.token_cost * float((stay_L - go_L).sum())
+    schedule = schedule_migration(
+        live_LGC, plan.slots_LGC, problem.experts, problem.topology, bytes_L=problem.bytes_L
+    )
+    cost = schedule.seconds if problem.bytes_L.any() else 0.0
+    return Payback(saved_per_pass=saved, cost=cost)
