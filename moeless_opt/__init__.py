@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from moeless_opt.api import compare, plan, solve
 from moeless_opt.problems.errors import (
@@ -22,13 +23,16 @@ from moeless_opt.problems.library import instance_names, load_instance
 from moeless_opt.problems.loads import Loads
 from moeless_opt.problems.models import MODEL_PRESETS, ModelSpec, model_preset
 from moeless_opt.problems.placement import Placement
-from moeless_opt.problems.plan import Certificate, Plan, Progress, Result, Status
+from moeless_opt.problems.plan import Certificate, Payback, Plan, Progress, Result, Status
 from moeless_opt.problems.problem import Known, Problem
 from moeless_opt.problems.spec import Limits, Objective, Sizing
 from moeless_opt.problems.time_model import TimeModel
 from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Links, Topology, uniform
 from moeless_opt.problems.verify import verify, violations
 from moeless_opt.solvers.registry import get_solver, list_solvers, solver_names
+
+if TYPE_CHECKING:
+    from moeless_opt.fronts import ParetoFront, pareto
 
 try:
     __version__ = version("moeless-opt")
@@ -49,6 +53,8 @@ __all__ = [
     "ModelSpec",
     "MoelessError",
     "Objective",
+    "ParetoFront",
+    "Payback",
     "Placement",
     "Plan",
     "Problem",
@@ -70,6 +76,7 @@ __all__ = [
     "load_plan",
     "load_problem",
     "model_preset",
+    "pareto",
     "plan",
     "save_problem",
     "solve",
@@ -78,3 +85,12 @@ __all__ = [
     "verify",
     "violations",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what few need, and what pulls in ortools, only when asked for."""
+    if name in ("ParetoFront", "pareto"):
+        import importlib
+
+        return getattr(importlib.import_module("moeless_opt.fronts"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,231 @@
+"""What balance costs: plans from cheapest to best balanced, in one call and one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
+from moeless_opt.problems.evaluate import gpu_times, objective_vector
+from moeless_opt.problems.placement import equal_shares
+from moeless_opt.problems.plan import Plan
+from moeless_opt.problems.problem import Problem
+from moeless_opt.problems.spec import PRIORITIES
+from moeless_opt.problems.verify import verify
+from moeless_opt.report import bytes_text, table
+from moeless_opt.solvers.base import Clock, finish
+from moeless_opt.solvers.construct import construct_equal
+from moeless_opt.solvers.fractional import construct_fractional
+from moeless_opt.solvers.replanner import frontier
+from moeless_opt.solvers.shares import solve_shares
+
+__all__ = ["ParetoFront", "pareto"]
+
+SIZES = 8
+"""Replica counts per layer, from one each to full slots, that the front of balance against memory tries."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParetoFront:
+    """Plans of which none is better in both objectives, cheapest first.
+
+    Parameters
+    ----------
+    problem : Problem
+        What was solved.
+    objectives : (str, str)
+        ``"balance"`` and what it is traded against.
+    plans : tuple of Plan
+        Verified plans.
+    values : tuple of (float, float)
+        Of each plan: mean over the layers of max/mean GPU time, and the other objective
+        (bytes; replicas where sizes are unknown).
+    """
+
+    problem: Problem
+    objectives: tuple[str, str]
+    plans: tuple[Plan, ...]
+    values: tuple[tuple[float, float], ...]
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                f"{balance:.4f}",
+                f"{plan.imbalance_L.max():.4f}",
+                str(plan.moves.count) if self.objectives[1] == "moves" else str(plan.replicas),
+                self._cost_text(cost),
+            ]
+            for plan, (balance, cost) in zip(self.plans, self.values, strict=True)
+        ]
+        what = "moved" if self.objectives[1] == "moves" else "replicas"
+        return table(("imbalance", "worst", what, self.objectives[1]), rows)
+
+    def _cost_text(self, cost: float) -> str:
+        return bytes_text(cost) if self.problem.bytes_L.any() else f"{cost:.0f} replicas"
+
+    def plot(self) -> bytes:
+        """Draw the front.
+
+        Returns
+        -------
+        bytes
+            A PNG.
+        """
+        import io
+
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        sized = bool(self.problem.bytes_L.any())
+        scale = 1e9 if sized else 1.0
+        axes.step(
+            [cost / scale for _, cost in self.values], [b for b, _ in self.values], where="post", marker="o"
+        )
+        axes.set_xlabel(f"{self.objectives[1]} ({'GB' if sized else 'replicas'})")
+        axes.set_ylabel("imbalance (max/mean, mean over layers)")
+        axes.set_title(self.problem.name or "balance against " + self.objectives[1])
+        axes.grid(alpha=0.3)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
+        return buffer.getvalue()
+
+
+def pareto(
+    problem: Problem, objectives: Sequence[str] = ("balance", "moves"), *, points: int = 12, seed: int = 0
+) -> ParetoFront:
+    """Trade balance against moves, or against memory.
+
+    Every layer offers a few placements of its own (re-plans to a ladder of tolerances; or constructions
+    with fewer replicas); along the lower convex hull of each, the steps that gain most time for their cost
+    come first, over all layers.
+
+    Parameters
+    ----------
+    problem : Problem
+        With a live placement for ``moves``.
+    objectives : ("balance", "moves") or ("balance", "memory")
+        What to trade.
+    points : int
+        Plans wanted, at most.
+    seed : int
+        Random seed.
+
+    Returns
+    -------
+    ParetoFront
+
+    Raises
+    ------
+    ProblemError
+        If an objective is unknown, or nothing is live to move from.
+    UnsupportedFeatureError
+        If the pair cannot be traded.
+
+    Notes
+    -----
+    Merging hulls by slope is the greedy of the multiple-choice knapsack (Sinha and Zoltners, 1979): exact at
+    the points that it stops at, for the placements that the layers offer.
+    """
+    names = tuple(objectives)
+    unknown = [name for name in names if name not in PRIORITIES]
+    if unknown or len(names) != 2:
+        raise ProblemError("objectives", f"are {names}, must be two of {PRIORITIES}")
+    if isinstance(points, bool) or points < 2:
+        raise ProblemError("points", f"is {points!r}, must be at least 2")
+    if names not in (("balance", "moves"), ("balance", "memory")):
+        raise UnsupportedFeatureError(
+            f"pareto: {names} is not supported; ('balance', 'moves') and ('balance', 'memory') are"
+        )
+    problem.check_feasible()
+    began = Clock.begin()
+    if names[1] == "moves":
+        if problem.current is None:
+            raise ProblemError("current", "is missing: without a live placement every replica moves")
+        found = frontier(problem, seed=seed)
+        slots_KLGC, time_KL, count_KL = found.slots_KLGC, found.time_KL, found.moves_KL
+    else:
+        slots_KLGC, time_KL = _by_size(problem, seed)
+        count_KL = (slots_KLGC >= 0).sum((2, 3))
+    unit_L = problem.bytes_L if problem.bytes_L.any() else np.ones(problem.layers, dtype=np.int64)
+    chosen = _merge(time_KL, np.asarray(count_KL * unit_L, dtype=np.float64), points)
+    plans = []
+    for index_L in chosen:
+        slots_LGC = slots_KLGC[index_L, np.arange(problem.layers)]
+        share_LGC = None
+        if problem.split == "fractional":
+            share_LGC = solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).share_LGC
+        plan = finish(problem, slots_LGC, share_LGC, solver="pareto", began=began, seed=seed).plan
+        assert plan is not None
+        verify(problem, plan)
+        plans.append(plan)
+    values = [(float(plan.imbalance_L.mean()), objective_vector(problem, plan)[names[1]]) for plan in plans]
+    return ParetoFront(problem, ("balance", names[1]), tuple(plans), tuple(values))
+
+
+def _by_size(problem: Problem, seed: int) -> tuple[SlotArray, FloatArray]:
+    """Constructions with from one to all slots' replicas, and their largest times: [K, L, G, C], [K, L]."""
+    load_LE, speed_G, capacity_LG = problem.load_LE, problem.topology.speed_G, problem.capacity_LG
+    wide = int(capacity_LG.max())
+    slots, times = [], []
+    room_L = np.minimum(capacity_LG, problem.experts).sum(1)
+    for part in np.linspace(0.0, 1.0, SIZES):
+        want_L = np.rint(problem.experts + part * (room_L - problem.experts)).astype(np.int64)
+        less_LG = _shrink(capacity_LG, want_L)
+        if problem.split == "equal":
+            one = construct_equal(load_LE, less_LG, speed_G, seed=seed)
+            share = equal_shares(one, problem.experts)
+        else:
+            one, share = construct_fractional(load_LE, less_LG, speed_G, seed=seed)
+        times.append(gpu_times(load_LE, one, share, speed_G).max(1))
+        padded = np.full((*one.shape[:2], wide), -1, dtype=np.int32)
+        padded[:, :, : one.shape[2]] = one
+        slots.append(padded)
+    return np.stack(slots), np.stack(times)
+
+
+def _shrink(capacity_LG: IntArray, want_L: IntArray) -> IntArray:
+    """Take slots away, from the GPUs with most first, until each layer has `want_L`."""
+    less_LG = capacity_LG.copy()
+    for layer, want in enumerate(want_L):
+        for _ in range(int(less_LG[layer].sum()) - int(want)):
+            row = less_LG[layer]
+            row[len(row) - 1 - int(np.argmax(row[::-1]))] -= 1
+    return less_LG
+
+
+def _merge(time_KL: FloatArray, cost_KL: FloatArray, points: int) -> list[IntArray]:
+    """Choices of a point per layer along the merged hulls, cheapest first."""
+    layers = time_KL.shape[1]
+    at_L = np.zeros(layers, dtype=np.int64)
+    steps: list[tuple[float, int, int, int]] = []
+    for layer in range(layers):
+        hull = _hull(cost_KL[:, layer], time_KL[:, layer])
+        at_L[layer] = hull[0]
+        for order, (a, b) in enumerate(pairwise(hull)):
+            gain = (time_KL[a, layer] - time_KL[b, layer]) / (cost_KL[b, layer] - cost_KL[a, layer])
+            steps.append((-gain, layer, order, b))
+    states = [at_L.copy()]
+    for _, layer, _, b in sorted(steps):
+        at_L[layer] = b
+        states.append(at_L.copy())
+    keep = np.unique(np.rint(np.linspace(0, len(states) - 1, min(points, len(states)))).astype(np.int64))
+    return [states[i] for i in keep]
+
+
+def _hull(cost_K: FloatArray, time_K: FloatArray) -> list[int]:
+    """Indices of the lower convex hull, from the least cost to the least time."""
+    hull: list[int] = []
+    for i in np.lexsort((time_K, cost_K)):
+        if hull and (time_K[i] >= time_K[hull[-1]] * (1 - 1e-12) or cost_K[i] == cost_K[hull[-1]]):
+            continue
+        while len(hull) > 1 and (time_K[hull[-2]] - time_K[hull[-1]]) * (cost_K[i] - cost_K[hull[-2]]) <= (
+            time_K[hull[-2]] - time_K[i]
+        ) * (cost_K[hull[-1]] - cost_K[hull[-2]]):
+            hull.pop()
+        hull.append(int(i))
+    return hull
