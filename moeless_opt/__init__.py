@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from moeless_opt.api import compare, plan, solve
@@ -34,10 +33,7 @@ from moeless_opt.solvers.registry import get_solver, list_solvers, solver_names
 if TYPE_CHECKING:
     from moeless_opt.fronts import ParetoFront, pareto
 
-try:
-    __version__ = version("moeless-opt")
-except PackageNotFoundError:  # the source tree, not installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = [
     "MODEL_PRESETS",
@@ -88,9 +84,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what few need, and what pulls in ortools, only when asked for."""
+    """Import what few need, and what takes long to import, only when asked for."""
     if name in ("ParetoFront", "pareto"):
         import importlib
 
         return getattr(importlib.import_module("moeless_opt.fronts"), name)
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("moeless-opt")
+        except PackageNotFoundError:  # the source tree, not installed
+            return "0+unknown"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -363,6 +363,7 @@ def _check(problem: Problem, args: argparse.Namespace) -> int:
 def _describe(problem: Problem) -> str:
     loads, topology = problem.loads, problem.topology
     lines = [f"{problem.name or 'problem'}: {loads!r}", f"on {topology!r}, {problem.split} split"]
+    lines += [f"note: {note}" for note in loads.notes]
     if problem.known is not None and problem.known.best_L:
         lines.append(f"best known: {sum(problem.known.best_L):.6g} over all layers ({problem.known.source})")
     return "\n".join(lines)

@@ -38,6 +38,8 @@ class Loads(Record):
         The same loads by source node; summed over the nodes they must give `load_TLE`.
     source : str
         Where the loads come from, for people.
+    notes : sequence of str, optional
+        What a reader did to the recording (summed, skipped, ...).
 
     Raises
     ------
@@ -52,6 +54,7 @@ class Loads(Record):
     skipped: tuple[int, ...] = ()
     load_TLNE: FloatArray | None = None
     source: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -141,6 +144,7 @@ class Loads(Record):
             scenarios=recording.scenarios,
             skipped=recording.skipped,
             source=f"{recording.path} ({recording.format})",
+            notes=recording.notes,
         )
 
     def select(self, layers: Sequence[int]) -> Loads:

@@ -308,7 +308,7 @@ class Problem(Record):
         return f"Problem({title}{self.loads!r} on {self.topology!r}, {self.split} split{live})"
 
 
-_UNHASHED = {"name", "source", "known", "scenarios", "skipped", "capacity_LG"}
+_UNHASHED = {"name", "source", "known", "scenarios", "skipped", "notes", "capacity_LG"}
 
 
 @cache
