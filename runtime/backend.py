@@ -36,7 +36,9 @@ class Observation:
     def imbalance_L(self) -> NDArray[np.float64]:
         """Largest over mean rows per rank, by layer (1 is perfect)."""
         mean_L = self.tokens_LG.mean(axis=1)
-        result: NDArray[np.float64] = np.where(mean_L > 0, self.tokens_LG.max(axis=1) / np.maximum(mean_L, 1e-12), 1.0)
+        result: NDArray[np.float64] = np.where(
+            mean_L > 0, self.tokens_LG.max(axis=1) / np.maximum(mean_L, 1e-12), 1.0
+        )
         return result
 
 
@@ -114,7 +116,7 @@ class Backend(Protocol):
         ...
 
     def apply(self, plan: Any, **limits: Any) -> int:
-        """Start moving to a plan's placement (and use its shares, if it has any); returns its number at once."""
+        """Start moving to a plan's placement; returns its number at once."""
         ...
 
     def set_shares(self, shares: Any) -> None:

@@ -86,7 +86,8 @@ class EqualShares:
         starts_E = np.cumsum(table.replicas_E) - table.replicas_E
         nth_P[order] = np.arange(order.size) - starts_E[table.expert_P[order]]
         whole, rest = np.divmod(load_E, table.replicas_E)
-        return whole[table.expert_P] + (nth_P < rest[table.expert_P])
+        quota_P: Ints = whole[table.expert_P] + (nth_P < rest[table.expert_P])
+        return quota_P
 
 
 class PlannedShares:
@@ -102,7 +103,12 @@ class PlannedShares:
 
     def __init__(self, share_LGC: NDArray[np.float64], slots_LGC: NDArray[np.int32]) -> None:
         self._of = [
-            {(int(e), g): float(s) for g, row in enumerate(layer) for e, s in zip(row, share[g], strict=True) if e >= 0}
+            {
+                (int(e), g): float(s)
+                for g, row in enumerate(layer)
+                for e, s in zip(row, share[g], strict=True)
+                if e >= 0
+            }
             for layer, share in zip(slots_LGC, share_LGC, strict=True)
         ]
 
@@ -115,8 +121,9 @@ class PlannedShares:
         weight_P = np.where(total_E[table.expert_P] > 0, weight_P, 1.0)
         total_E = np.bincount(table.expert_P, weights=weight_P, minlength=table.n_experts)
         exact_P = load_E[table.expert_P] * weight_P / total_E[table.expert_P]
-        quota_P = np.floor(exact_P).astype(np.int64)
-        short_E = load_E - np.bincount(table.expert_P, weights=quota_P, minlength=table.n_experts).astype(np.int64)
+        quota_P: Ints = np.floor(exact_P).astype(np.int64)
+        given_E = np.bincount(table.expert_P, weights=quota_P, minlength=table.n_experts)
+        short_E = load_E - given_E.astype(np.int64)
         order = np.lexsort((np.arange(exact_P.size), quota_P - exact_P, table.expert_P))
         starts_E = np.cumsum(table.replicas_E) - table.replicas_E
         rank_in_expert = np.arange(order.size) - starts_E[table.expert_P[order]]
@@ -128,8 +135,8 @@ class BalancedShares:
     """Water-filling: the replicas of each expert top up the least loaded of their GPUs.
 
     Expert after expert, heaviest first, an expert's tokens are taken back and poured again over the GPUs that
-    hold it, until a sweep over all experts no longer lowers the fullest GPU. All arithmetic is on integers, so
-    ranks cannot disagree by a rounding.
+    hold it, until a sweep over all experts no longer lowers the fullest GPU. All arithmetic is on integers,
+    so ranks cannot disagree by a rounding.
 
     Parameters
     ----------
@@ -154,7 +161,11 @@ class BalancedShares:
         several = [int(e) for e in np.flatnonzero((table.replicas_E > 1) & (load_E > 0))]
         several.sort(key=lambda e: (-int(load_E[e]), e))
         one_P = table.replicas_E[table.expert_P] == 1
-        busy: list[int] = np.bincount(table.rank_P[one_P], weights=quota_P[one_P], minlength=table.n_ranks).astype(int).tolist()
+        busy: list[int] = (
+            np.bincount(table.rank_P[one_P], weights=quota_P[one_P], minlength=table.n_ranks)
+            .astype(int)
+            .tolist()
+        )
         ends_E = np.cumsum(table.replicas_E)
         slots = {e: table.to_slots_P[ends_E[e] - table.replicas_E[e] : ends_E[e]].tolist() for e in several}
         ranks = {e: table.rank_P[slots[e]].tolist() for e in several}
@@ -253,7 +264,12 @@ def source_aware(counts_RE: Ints, quota_P: Ints, table: SlotTable, node_R: Seque
 
 
 def _match(
-    sends_RP: Ints, supply_RE: Ints, demand_P: Ints, table: SlotTable, ranks: NDArray[np.intp], inside_P: NDArray[np.bool_]
+    sends_RP: Ints,
+    supply_RE: Ints,
+    demand_P: Ints,
+    table: SlotTable,
+    ranks: NDArray[np.intp],
+    inside_P: NDArray[np.bool_],
 ) -> None:
     """Serve what can be served inside one group of ranks, in order of rank and slot (north-west corner)."""
     order = table.to_slots_P[inside_P[table.to_slots_P]]
@@ -339,8 +355,8 @@ class SlotDispatcher:
 
     Notes
     -----
-    The object keeps the state of one batch between its stages, as megatron-core's dispatchers do: one batch of
-    a layer at a time.
+    The object keeps the state of one batch between its stages, as megatron-core's dispatchers do: one batch
+    of a layer at a time.
     """
 
     def __init__(
@@ -409,7 +425,9 @@ class SlotDispatcher:
         tokens [N, H], weights [N], sorted by destination rank and slot
         """
         if torch.is_grad_enabled() and x_TH.requires_grad:
-            raise UnsupportedFeatureError("training through a live placement is not supported: run under torch.no_grad()")
+            raise UnsupportedFeatureError(
+                "training through a live placement is not supported: run under torch.no_grad()"
+            )
         n_tokens, k = expert_Tk.shape
         if self.valid is not None and self.valid.numel() != n_tokens:
             raise ProblemError("valid", f"marks {self.valid.numel()} tokens, the batch has {n_tokens}")
@@ -445,7 +463,9 @@ class SlotDispatcher:
 
     def _exchange(self, counts: Tensor) -> Ints:
         extra = self.header() if self.header is not None else ()
-        mine = torch.cat((counts, torch.tensor(extra, dtype=torch.int64).to(counts.device))) if extra else counts
+        mine = (
+            torch.cat((counts, torch.tensor(extra, dtype=torch.int64).to(counts.device))) if extra else counts
+        )
         # The one synchronisation with the host: the all-to-all needs its sizes there.
         result: Ints = self.group.all_gather(mine).cpu().numpy()
         return result
@@ -458,9 +478,12 @@ class SlotDispatcher:
             load_E = counts_RE.sum(axis=0)
             quota_P = self.shares.quotas(self.layer, load_E, table)
             if not np.array_equal(
-                np.bincount(table.expert_P, weights=quota_P, minlength=self.n_experts).astype(np.int64), load_E
+                np.bincount(table.expert_P, weights=quota_P, minlength=self.n_experts).astype(np.int64),
+                load_E,
             ):
-                raise ProblemError("shares", f"policy {self.shares.name!r} gave quotas that do not add up to the loads")
+                raise ProblemError(
+                    "shares", f"policy {self.shares.name!r} gave quotas that do not add up to the loads"
+                )
             sends_RP = source_aware(counts_RE, quota_P, table, self.group.node_R)
         self.sends_RP = sends_RP
         total = np.zeros(table.expert_P.size + 1, dtype=np.int64)
@@ -488,7 +511,9 @@ class SlotDispatcher:
 
     def send(self, rows: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and weights to the ranks that hold their slots."""
-        return self.group.all_to_all(rows, self.from_ranks, self.to_ranks), self.group.all_to_all(probs, self.from_ranks, self.to_ranks)
+        return self.group.all_to_all(rows, self.from_ranks, self.to_ranks), self.group.all_to_all(
+            probs, self.from_ranks, self.to_ranks
+        )
 
     def sort_in(self, rows: Tensor, probs: Tensor) -> tuple[Tensor, Ints, Tensor]:
         """What arrived, by local slot.
@@ -548,9 +573,9 @@ class SlotDispatcher:
     def _start_clock(self, rows: Tensor) -> None:
         self.tokens += rows.size(0)
         if rows.is_cuda:
-            start = torch.cuda.Event(enable_timing=True)
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             start.record()
-            self._events.append((start, torch.cuda.Event(enable_timing=True)))
+            self._events.append((start, torch.cuda.Event(enable_timing=True)))  # type: ignore[no-untyped-call]
         else:
             self._began = time.perf_counter()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,9 @@ class SlotBank:
         """
         limit = self.meter.hard_limit
         if limit is not None and self.meter.now + self.expert_bytes > limit:
-            raise MemoryError(f"{self.expert_bytes} bytes more than the {self.meter.now} held exceed the limit of {limit}")
+            raise MemoryError(
+                f"{self.expert_bytes} bytes more than the {self.meter.now} held exceed the limit of {limit}"
+            )
         try:
             fresh = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.shapes]
         except torch.OutOfMemoryError as error:
@@ -168,28 +170,33 @@ def bind_weights(shell: Module, weights: Sequence[Tensor]) -> Module:
     weights : sequence of Tensor
         In the order of ``shell.parameters()``.
     """
-    supply = iter(weights)
+    return _clone(shell, iter(weights))
 
-    def clone(module: Module) -> Module:
-        twin = module.__new__(type(module))
-        twin.__dict__ = dict(module.__dict__)
-        for name in ("_parameters", "_buffers", "_modules"):
-            twin.__dict__[name] = dict(module.__dict__[name])
-        for name, old in module._parameters.items():
-            if old is not None:
-                new = next(supply)
-                twin._parameters[name] = new if isinstance(new, Parameter) else Parameter(new, requires_grad=False)
-        for name, child in module._modules.items():
-            if child is not None:
-                twin._modules[name] = clone(child)
-        return twin
 
-    return clone(shell)
+def _clone(module: Module, supply: Iterator[Tensor]) -> Module:
+    # No closure: a function that refers to itself would keep the weights until the next garbage collection.
+    twin = module.__new__(type(module))
+    twin.__dict__ = dict(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[name] = dict(module.__dict__[name])
+    for name, old in module._parameters.items():
+        if old is not None:
+            new = next(supply)
+            twin._parameters[name] = (
+                new if isinstance(new, Parameter) else Parameter(new, requires_grad=False)
+            )
+    for name, child in module._modules.items():
+        if child is not None:
+            twin._modules[name] = _clone(child, supply)
+    return twin
 
 
 def meta_shell(module: Module) -> Module:
     """The module without its weights: what `bind_weights` copies."""
-    return bind_weights(module, [Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in module.parameters()])
+    return bind_weights(
+        module,
+        [Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in module.parameters()],
+    )
 
 
 class SlotExperts(Module):
@@ -235,7 +242,9 @@ class SlotExperts(Module):
             probs = torch.ones_like(probs)
         parts = [
             unit(x, p)[0]
-            for unit, x, p in zip(self._units.values(), tokens.split(sizes), probs.split(sizes), strict=True)
+            for unit, x, p in zip(
+                self._units.values(), torch.split(tokens, sizes), torch.split(probs, sizes), strict=True
+            )
             if x.size(0)
         ]
         if len(parts) == 1:

@@ -2,9 +2,9 @@
 
 A death shows as an error in the next operation with the dead rank (its connections close), or as a timeout if
 it hangs. Who notices closes its own groups, which wakes whoever waits for *it*, so the news runs through the
-group in milliseconds. The survivors meet in the store, agree on the list of ranks (the first to write it wins,
-everybody reads it), build new groups, tell each other what they hold, compute a placement for what is left,
-fetch the experts that nobody has from home copies, and repeat the step that failed.
+group in milliseconds. The survivors meet in the store, agree on the list of ranks (the first to write it
+wins, everybody reads it), build new groups, tell each other what they hold, compute a placement for what is
+left, fetch the experts that nobody has from home copies, and repeat the step that failed.
 
 The store must outlive the ranks: the launcher has to host it, as torchrun does.
 """
@@ -101,8 +101,8 @@ class Guard:
         step : callable
             Must be repeatable: a failed attempt may have run half of it.
         dummy : callable, optional
-            A forward pass whose result nobody wants. If this rank completed a step that others did not, it has
-            to take part in it once more; by default by the step itself.
+            A forward pass whose result nobody wants. If this rank completed a step that others did not, it
+            has to take part in it once more; by default by the step itself.
 
         Raises
         ------
@@ -152,7 +152,8 @@ class Guard:
         rows = group.gather_ints([self._completed, *held])
         have_RLE = np.asarray([row[1:] for row in rows]).reshape(group.size, len(live.banks), n_experts)
         have_LG = [
-            [np.flatnonzero(have_RLE[g, layer]).tolist() for g in range(group.size)] for layer in range(len(live.banks))
+            [np.flatnonzero(have_RLE[g, layer]).tolist() for g in range(group.size)]
+            for layer in range(len(live.banks))
         ]
         target = self._target(group, have_LG)
         moved = live.migrator.restore(have_LG, target, timeout=group.timeout)
@@ -195,7 +196,9 @@ class Guard:
         decided = store.compare_set(f"{place}/list", "", json.dumps(here))
         keep: list[int] = json.loads(decided)
         if old.rank not in keep:
-            raise EvictedError(f"rank {old.ranks[old.rank]} came too late: ranks {[old.ranks[i] for i in keep]} went on")
+            raise EvictedError(
+                f"rank {old.ranks[old.rank]} came too late: ranks {[old.ranks[i] for i in keep]} went on"
+            )
         return keep
 
     def _target(self, group: ExpertGroup, have_LG: list[list[list[int]]]) -> Slots:
@@ -213,7 +216,9 @@ class Guard:
                     cap = self.slots if self.slots is not None else width
                     found = repair_slots(have_LG, live.n_experts, np.full(shape[:2], cap), self.load_LE)
                 if found.shape[2] > width:
-                    raise MoelessError(f"the new placement has {found.shape[2]} slots per rank, {width} are allowed")
+                    raise MoelessError(
+                        f"the new placement has {found.shape[2]} slots per rank, {width} are allowed"
+                    )
                 flat[:, :, : found.shape[2]] = found
             except MoelessError as problem:
                 error = problem
@@ -223,5 +228,3 @@ class Guard:
         if rows[0][0]:
             raise MoelessError("the first survivor found no placement for what is left")
         return np.asarray(rows[0][1:], dtype=np.int32).reshape(shape)
-
-

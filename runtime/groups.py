@@ -1,9 +1,9 @@
 """The ranks that hold one set of experts, and two process groups among them: for tokens and for weights.
 
-Weights travel on a group of their own, so that a transfer never queues before a batch's all-to-all. Both groups
-are ours alone, made from a store and nothing else: they stand in no registry of torch's, their names never
-repeat, and they can be made and given up at any moment by just the ranks that belong to them. That is what
-lets the survivors of a failure go on while the default group is broken.
+Weights travel on a group of their own, so that a transfer never queues before a batch's all-to-all. Both
+groups are ours alone, made from a store and nothing else: they stand in no registry of torch's, their names
+never repeat, and they can be made and given up at any moment by just the ranks that belong to them. That is
+what lets the survivors of a failure go on while the default group is broken.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ def _losses() -> Iterator[None]:
     except RuntimeError as error:
         raise RankLostError(str(error)) from error
 
+
 #: How often this process has made groups of the same ranks: their members count alike.
 _made: dict[tuple[int, ...], int] = {}
 
 
 def _make_group(store: Any, prefix: str, rank: int, size: int, device: torch.device, timeout: float) -> Any:
     """A process group that torch's registry does not know."""
-    own = dist.PrefixStore(prefix, store)
+    own = dist.distributed_c10d.PrefixStore(prefix, store)
     limit = datetime.timedelta(seconds=timeout)
     group = dist.ProcessGroup(own, rank, size)
     if device.type == "cuda":
@@ -141,7 +142,9 @@ class ExpertGroup:
         me = dist.get_rank()
         members = tuple(sorted(range(dist.get_world_size()) if ranks is None else ranks))
         if me not in members:
-            raise ProblemError("ranks", f"rank {me} builds a group {list(members)} to which it does not belong")
+            raise ProblemError(
+                "ranks", f"rank {me} builds a group {list(members)} to which it does not belong"
+            )
         if store is None:
             store = dist.distributed_c10d._get_default_store()
         _made[members] = _made.get(members, 0) + 1
@@ -192,7 +195,9 @@ class ExpertGroup:
             self._group().alltoall_base(out, rows.contiguous(), receive, give).wait()
         return out
 
-    def exchange(self, sends: Sequence[tuple[Tensor, int, int]], receives: Sequence[tuple[Tensor, int, int]]) -> list[Any]:
+    def exchange(
+        self, sends: Sequence[tuple[Tensor, int, int]], receives: Sequence[tuple[Tensor, int, int]]
+    ) -> list[Any]:
         """Start sending and receiving weights as one batch.
 
         Parameters

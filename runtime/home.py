@@ -65,7 +65,9 @@ class PinnedHome:
         new = {old: i for i, old in enumerate(survivors)}
         self._ranks = {at: [new[r] for r in ranks if r in new] for at, ranks in self._ranks.items()}
 
-    def fill(self, group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Sequence[Sequence[Sequence[int]]]) -> None:
+    def fill(
+        self, group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Sequence[Sequence[Sequence[int]]]
+    ) -> None:
         """Bring every expert to the wanted number of copies; all ranks call it, between forwards.
 
         The first copy is made on a rank that serves the expert, the next ones on the ranks that follow it: a
@@ -88,7 +90,7 @@ class PinnedHome:
                 for g in [g for g in wanted if g not in have][: max(0, copies - len(have))]:
                     have.append(g)
                     if group.rank == g and e in bank.resident:
-                        self._mine[layer, e] = [_to_host(t) for t in bank.resident[e]]
+                        self._mine[layer, e] = [host_copy(t) for t in bank.resident[e]]
                     elif g in holders[e]:
                         continue
                     elif group.rank == g:
@@ -103,10 +105,11 @@ class PinnedHome:
             for work in group.exchange(sends, receives):
                 work.wait()
             for e, room in arrivals:
-                self._mine[layer, e] = [_to_host(t) for t in room]
+                self._mine[layer, e] = [host_copy(t) for t in room]
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, pinned if it comes from a GPU."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor.detach())
 
@@ -128,11 +131,13 @@ class MappedHome:
         self._file: dict[tuple[int, int], Any] = {}
         for path in sorted(self.folder.glob("experts-*.safetensors")):
             handle = safe_open(str(path), framework="pt")
-            for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+            for key in handle.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118 (no mapping)
                 layer, expert, _ = key.split(".")
                 self._file[int(layer), int(expert)] = handle
         if not self._file:
-            raise FormatError(str(self.folder), "holds no experts-*.safetensors file; write them with save_experts")
+            raise FormatError(
+                str(self.folder), "holds no experts-*.safetensors file; write them with save_experts"
+            )
 
     def ranks(self, layer: int, expert: int) -> Sequence[int]:
         """See `HomeStore.ranks`: everybody reads the files."""

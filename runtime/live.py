@@ -12,7 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import MoelessError, ProblemError, UnsupportedFeatureError
 from moeless_opt.runtime.backend import MemoryReport, Observation
-from moeless_opt.runtime.dispatch import BalancedShares, EqualShares, PlannedShares, SharePolicy, SlotDispatcher
+from moeless_opt.runtime.dispatch import (
+    BalancedShares,
+    EqualShares,
+    PlannedShares,
+    SharePolicy,
+    SlotDispatcher,
+)
 from moeless_opt.runtime.experts import MemoryMeter, SlotBank, checksum
 from moeless_opt.runtime.groups import ExpertGroup
 from moeless_opt.runtime.home import HomeStore, PinnedHome, save_experts
@@ -28,8 +34,8 @@ def attach(model: Any, **options: Any) -> LiveModel:
     Parameters
     ----------
     model : GPTModel or transformers model
-        Unmodified, in evaluation mode, with its weights loaded. Every rank of each expert-parallel group calls
-        this at the same time.
+        Unmodified, in evaluation mode, with its weights loaded. Every rank of each expert-parallel group
+        calls this at the same time.
     **options
         As of `megatron.attach` and `transformers_backend.attach`.
 
@@ -119,7 +125,15 @@ class LiveModel:
         self.on_close: list[Callable[[], None]] = []
         self.dispatchers = [
             SlotDispatcher(
-                layer, self.n_experts, topk, table, group, self._shares, row_block=row_block, header=self._header, agree=self._agree
+                layer,
+                self.n_experts,
+                topk,
+                table,
+                group,
+                self._shares,
+                row_block=row_block,
+                header=self._header,
+                agree=self._agree,
             )
             for layer, table in enumerate(tables)
         ]
@@ -169,8 +183,8 @@ class LiveModel:
         Parameters
         ----------
         plan : object or array
-            With ``slots_LGC`` (a Plan, a Placement), or the array [L, G, C] itself. If it has ``share_LGC`` and
-            says ``split == "equal"``, the split becomes equal; otherwise shares are solved for every batch.
+            With ``slots_LGC`` (a Plan, a Placement), or the array [L, G, C] itself. If it has ``share_LGC``
+            and says ``split == "equal"``, the split becomes equal; else shares are solved for every batch.
         max_step_bytes : int, optional
             Bytes that a rank may send, or receive, in one step.
         max_extra_bytes : int, optional
@@ -256,7 +270,7 @@ class LiveModel:
         return Observation(
             load_LE=load_GLE.sum(axis=0),
             tokens_LG=np.ascontiguousarray(rest_GL2[:, :, 0].T),
-            seconds_LG=rest_GL2[:, :, 1].T * 1e-9,
+            seconds_LG=np.ascontiguousarray(rest_GL2[:, :, 1].T * 1e-9, dtype=np.float64),
             batches=batches,
         )
 
@@ -328,7 +342,9 @@ class LiveModel:
         if not self.attached:
             return
         if self.group.size != self._sized:
-            raise UnsupportedFeatureError(f"detach needs all {self._sized} ranks back, {self.group.size} are left")
+            raise UnsupportedFeatureError(
+                f"detach needs all {self._sized} ranks back, {self.group.size} are left"
+            )
         static = static_slots(self.n_experts, self.group.size, len(self.banks))
         self.migrator.submit(static)
         self.migrator.settle(timeout)

@@ -7,6 +7,7 @@ and the six stages of a dispatcher are the same from megatron-core 0.16.1 to 0.1
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,13 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.runtime.building_blocks import MoELayer, MoETokenDispatcher
 from moeless_opt.runtime.dispatch import SharePolicy, SlotDispatcher, chosen_experts, default_row_block
 from moeless_opt.runtime.experts import MemoryMeter, SlotBank, SlotExperts, meta_shell
 from moeless_opt.runtime.groups import ExpertGroup
 from moeless_opt.runtime.home import HomeStore
 from moeless_opt.runtime.live import LiveModel
 from moeless_opt.runtime.placement import SlotTable, static_slots
+
+with warnings.catch_warnings():
+    # Megatron-core announces at import every accelerator package that it did not find.
+    warnings.simplefilter("ignore")
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
 __all__ = ["MegatronDispatcher", "attach", "unwrap"]
 
@@ -33,7 +39,9 @@ def unwrap(model: Any) -> Any:
     while not hasattr(inner, "decoder") and hasattr(inner, "module"):
         inner = inner.module
     if not hasattr(inner, "decoder"):
-        raise UnsupportedFeatureError(f"{type(model).__name__} has no decoder: a megatron-core GPTModel is needed")
+        raise UnsupportedFeatureError(
+            f"{type(model).__name__} has no decoder: a megatron-core GPTModel is needed"
+        )
     return inner
 
 
@@ -68,8 +76,8 @@ def _refuse(config: Any, layers: list[Any]) -> None:
         if not hasattr(layer.experts, "local_experts"):
             kind = type(layer.experts).__name__
             raise UnsupportedFeatureError(
-                f"attach does not support {kind} (fused expert weights) yet: build the model with SequentialMLP "
-                "(moe_grouped_gemm=False)"
+                f"attach does not support {kind} (fused expert weights) yet: "
+                "build the model with SequentialMLP (moe_grouped_gemm=False)"
             )
         if isinstance(layer.token_dispatcher, MegatronDispatcher):
             raise UnsupportedFeatureError("the model is attached already: detach it first")
@@ -83,7 +91,9 @@ class MegatronDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         super().__init__(config=stock.config, pg_collection=groups)
         self.core = core
 
-    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Count, agree, split, sort by destination."""
         self.hidden_shape = hidden_states.shape
         expert_Tk = chosen_experts(routing_map, self.core.topk)
@@ -94,7 +104,9 @@ class MegatronDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         """Send."""
         return self.core.send(hidden_states, probs)
 
-    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, NDArray[Any], Tensor]:
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, NDArray[Any], Tensor]:
         """Sort by local slot."""
         return self.core.sort_in(hidden_states, probs)
 

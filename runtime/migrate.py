@@ -34,7 +34,14 @@ from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemEr
 from moeless_opt.runtime.experts import SlotBank, Weights, checksum
 from moeless_opt.runtime.groups import ExpertGroup
 from moeless_opt.runtime.home import HomeStore
-from moeless_opt.runtime.placement import Schedule, Slots, SlotTable, Transfer, build_schedule, follow_schedule
+from moeless_opt.runtime.placement import (
+    Schedule,
+    Slots,
+    SlotTable,
+    Transfer,
+    build_schedule,
+    follow_schedule,
+)
 
 __all__ = ["Courier", "Flight", "Limits", "MigrationReport", "Migrator"]
 
@@ -112,9 +119,11 @@ class Courier:
     def __init__(self, group: ExpertGroup) -> None:
         self.group = group
         self.device = group.device
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.waits = 0
-        self._queue: queue.SimpleQueue[tuple[Flight, list[Any], Callable[[], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Flight, list[Any], Callable[[], None]] | None] = (
+            queue.SimpleQueue()
+        )
         self._thread: threading.Thread | None = None
 
     def on_stream(self) -> Any:
@@ -171,13 +180,15 @@ class Courier:
                             work.wait()
                     finish()
                     if self.stream is not None:
-                        event = torch.cuda.Event(blocking=True)
+                        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                         event.record(self.stream)
                         event.synchronize()
             except _DamagedError as error:
                 flight.fault, flight.error = DAMAGED, str(error)
             except Exception as error:  # whatever it was, the other ranks must hear of it
                 flight.fault, flight.error = LOST, f"{type(error).__name__}: {error}"
+            # Let go of the weights before anybody hears of it: what is done must not hold memory.
+            works.clear()
             flight.held = []
             flight.done.set()
             del item, works, finish, flight
@@ -289,8 +300,8 @@ class Migrator:
     ) -> int:
         """Hand in a placement; every rank of the group does so with the same one.
 
-        It starts when all ranks have it, and replaces whatever was under way. Ranks may hand it in at different
-        moments: the others just go on as before.
+        It starts when all ranks have it, and replaces whatever was under way. Ranks may hand it in at
+        different moments: the others just go on as before.
 
         Parameters
         ----------
@@ -315,7 +326,9 @@ class Migrator:
         target = np.asarray(target_LGC)
         if target.shape[:2] != (len(self.banks), self.group.size):
             raise ProblemError(
-                "slots_LGC", f"has {target.shape[:2]} layers and ranks, the model has {(len(self.banks), self.group.size)}"
+                "slots_LGC",
+                f"has {target.shape[:2]} layers and ranks, "
+                f"the model has {(len(self.banks), self.group.size)}",
             )
         for layer, slots_GC in enumerate(target):
             try:
@@ -336,7 +349,11 @@ class Migrator:
     def _plan(self, request: _Request) -> Schedule:
         if request.steps is not None and not self._staged:
             return follow_schedule(
-                request.steps, self.rows_LG, request.target_LGC, self.bytes_L, max_extra_bytes=request.limits.max_extra_bytes
+                request.steps,
+                self.rows_LG,
+                request.target_LGC,
+                self.bytes_L,
+                max_extra_bytes=request.limits.max_extra_bytes,
             )
         return build_schedule(
             self.rows_LG,
@@ -359,7 +376,7 @@ class Migrator:
         return self._number, self._digest, self._ready, self._done, self._fault
 
     def agree(self, layer: int | None, headers_RK: NDArray[np.int64]) -> None:
-        """Act on everybody's numbers, in front of a batch of `layer` (None: between forwards, for all layers)."""
+        """Act on everybody's numbers, in front of a batch of `layer` (None: between forwards)."""
         numbers = headers_RK[:, 0]
         if self._schedule is None and self._request is None and (numbers == self._seen).all():
             return
@@ -391,10 +408,15 @@ class Migrator:
             self._done += 1
 
     def _make_room(self) -> None:
-        """Allocate the arrivals of the next step, so that a rank which cannot says so before anybody sends."""
+        """Allocate the next step's arrivals, so that a rank which cannot says so before anybody sends."""
         schedule = self._schedule
         assert schedule is not None
-        if self._ready > self._posted or self._ready >= len(schedule.steps) or self._fault or not self._fits():
+        if (
+            self._ready > self._posted
+            or self._ready >= len(schedule.steps)
+            or self._fault
+            or not self._fits()
+        ):
             return
         try:
             with self.courier.on_stream():
@@ -459,7 +481,9 @@ class Migrator:
             if self.sums_LE is not None:
                 for t, room in arrived:
                     if checksum(room) != int(self.sums_LE[t.layer, t.expert]):
-                        raise _DamagedError(f"expert {t.expert} of layer {t.layer} from rank {t.source} is damaged")
+                        raise _DamagedError(
+                            f"expert {t.expert} of layer {t.layer} from rank {t.source} is damaged"
+                        )
 
         if self._posted == 0:
             self.reports[self._started].began = time.perf_counter()
@@ -487,7 +511,11 @@ class Migrator:
         blocked: set[int] = set()
         for index in list(self._waiting_stages):
             stage = schedule.stages[index]
-            if stage.last_step >= done or (layer is not None and stage.layer != layer) or stage.layer in blocked:
+            if (
+                stage.last_step >= done
+                or (layer is not None and stage.layer != layer)
+                or stage.layer in blocked
+            ):
                 blocked.add(stage.layer)  # the stages of a layer come in order
                 continue
             self._install(stage.layer, stage.slots_GC)
@@ -548,7 +576,12 @@ class Migrator:
             report.status, report.reason = "aborted", str(error)
             self._forget_staged()
             return
-        wanted = {(i, int(e), g) for i, layer in enumerate(request.target_LGC) for g, row in enumerate(layer) for e in row}
+        wanted = {
+            (i, int(e), g)
+            for i, layer in enumerate(request.target_LGC)
+            for g, row in enumerate(layer)
+            for e in row
+        }
         self._staged &= wanted
         for layer, bank in enumerate(self.banks):
             bank.drop_staged([e for (i, e, g) in self._staged if i == layer and g == self.group.rank])
@@ -610,7 +643,11 @@ class Migrator:
             bank.drop_staged()
 
     def restore(
-        self, have_LG: Sequence[Sequence[Sequence[int]]], target_LGC: Slots, limits: Limits | None = None, timeout: float = 600.0
+        self,
+        have_LG: Sequence[Sequence[Sequence[int]]],
+        target_LGC: Slots,
+        limits: Limits | None = None,
+        timeout: float = 600.0,
     ) -> int:
         """Reach a placement at once, with the ranks waiting; returns the bytes that were fetched.
 
@@ -643,7 +680,9 @@ class Migrator:
         stages = list(schedule.stages)
         for s, step in enumerate(schedule.steps):
             with self.courier.on_stream():
-                self._room = {t: self.banks[t.layer].allocate() for t in step if t.destination == self.group.rank}
+                self._room = {
+                    t: self.banks[t.layer].allocate() for t in step if t.destination == self.group.rank
+                }
             self._post(step)
             self.courier.wait(self._flights[s], timeout)
             fault = self._flights[s].fault if self._flights[s].done.is_set() else LOST

@@ -71,7 +71,9 @@ def slots_of(plan: Any) -> Slots:
             break
     slots = np.asarray(plan)
     if slots.ndim != 3 or slots.dtype.kind not in "iu":
-        raise ProblemError("slots_LGC", f"must be whole numbers [layer, rank, slot], got {slots.dtype} {slots.shape}")
+        raise ProblemError(
+            "slots_LGC", f"must be whole numbers [layer, rank, slot], got {slots.dtype} {slots.shape}"
+        )
     return np.ascontiguousarray(slots, dtype=np.int32)
 
 
@@ -136,7 +138,9 @@ class SlotTable:
         for g, row in enumerate(self.rows):
             if len(set(row)) < len(row):
                 twice = sorted({e for e in row if row.count(e) > 1})
-                raise ProblemError(f"slots_GC[{g}]", f"experts {twice} stand twice on rank {g}; once is enough")
+                raise ProblemError(
+                    f"slots_GC[{g}]", f"experts {twice} stand twice on rank {g}; once is enough"
+                )
         self.single = bool((self.replicas_E == 1).all())
         # Rows of tokens come sorted by expert; to_slots_P lists the flat slots in that order.
         self.to_slots_P: Ints = np.argsort(self.expert_P, kind="stable").astype(np.int64)
@@ -235,17 +239,26 @@ class _Router:
         copies = list(self.home(layer, expert)) if self.home is not None else []
         near = [g for g in holders if self.node_G[g] == self.node_G[to]]
         # NVLink first, then the rank's own host memory, then the network.
-        for ranks, from_home in ((near, False), ([g for g in copies if g == to], True), (holders, False), (copies, True)):
+        for ranks, from_home in (
+            (near, False),
+            ([g for g in copies if g == to], True),
+            (holders, False),
+            (copies, True),
+        ):
             if ranks:
                 best = min(ranks, key=lambda g: (self.sent_G[g], g))
                 if best != to:
                     self.sent_G[best] += size
                 return Transfer(layer, expert, best, to, size, from_home)
-        raise InfeasibleError(f"layer {layer}, expert {expert}: no rank holds it and there is no home copy of it")
+        raise InfeasibleError(
+            f"layer {layer}, expert {expert}: no rank holds it and there is no home copy of it"
+        )
 
 
-def _pack(transfers: Sequence[Transfer], max_step_bytes: int | None, n_ranks: int) -> list[tuple[Transfer, ...]]:
-    """First fit in order: no rank sends or receives more than the limit in one step (one transfer always fits)."""
+def _pack(
+    transfers: Sequence[Transfer], max_step_bytes: int | None, n_ranks: int
+) -> list[tuple[Transfer, ...]]:
+    """First fit in order: no rank sends or receives more than the limit in a step of several transfers."""
     if not transfers:
         return []
     if max_step_bytes is None:
@@ -253,16 +266,18 @@ def _pack(transfers: Sequence[Transfer], max_step_bytes: int | None, n_ranks: in
     steps: list[list[Transfer]] = []
     out: list[Ints] = []
     for t in transfers:
-        for step, moved in zip(steps, out, strict=True):
-            if moved[0, t.source] + t.bytes <= max_step_bytes and moved[1, t.destination] + t.bytes <= max_step_bytes:
-                break
-        else:
-            step, moved = [], np.zeros((2, n_ranks), dtype=np.int64)
-            steps.append(step)
-            out.append(moved)
-        step.append(t)
-        moved[0, t.source] += t.bytes
-        moved[1, t.destination] += t.bytes
+        spare = (
+            moved[0, t.source] + t.bytes <= max_step_bytes
+            and moved[1, t.destination] + t.bytes <= max_step_bytes
+            for moved in out
+        )
+        at = next((i for i, fits in enumerate(spare) if fits), len(steps))
+        if at == len(steps):
+            steps.append([])
+            out.append(np.zeros((2, n_ranks), dtype=np.int64))
+        steps[at].append(t)
+        out[at][0, t.source] += t.bytes
+        out[at][1, t.destination] += t.bytes
     return [tuple(step) for step in steps]
 
 
@@ -398,8 +413,9 @@ def build_schedule(
         if todo and not progressed:
             worst = int(np.argmin(limit_G - now_G))
             raise InfeasibleError(
-                f"migration: {len(todo)} layers do not fit: rank {worst} has {int(limit_G[worst] - now_G[worst])} bytes "
-                f"to spare and one expert takes {bytes_L[todo[0]]}; max_extra_bytes must be at least that"
+                f"migration: {len(todo)} layers do not fit: rank {worst} has "
+                f"{int(limit_G[worst] - now_G[worst])} bytes to spare and one expert takes "
+                f"{bytes_L[todo[0]]}; max_extra_bytes must be at least that"
             )
     return Schedule(tuple(steps), tuple(stages), limit_G)
 
@@ -432,7 +448,11 @@ def follow_schedule(
     n_layers, n_ranks = target.shape[:2]
     goal_LG = [[[int(e) for e in row if e >= 0] for row in layer] for layer in target]
     due = {
-        (i, e, g) for i in range(n_layers) for g in range(n_ranks) for e in goal_LG[i][g] if e not in have_LG[i][g]
+        (i, e, g)
+        for i in range(n_layers)
+        for g in range(n_ranks)
+        for e in goal_LG[i][g]
+        if e not in have_LG[i][g]
     }
     last_L = [-1] * n_layers
     done: list[tuple[Transfer, ...]] = []
@@ -441,19 +461,30 @@ def follow_schedule(
         for k, t in enumerate(step):
             layer, expert, source, to = int(t.layer), int(t.expert), int(t.source), int(t.destination)
             if (layer, expert, to) not in due:
-                raise ProblemError(f"steps[{s}][{k}]", f"expert {expert} of layer {layer} is not needed on rank {to}")
+                raise ProblemError(
+                    f"steps[{s}][{k}]", f"expert {expert} of layer {layer} is not needed on rank {to}"
+                )
             if expert not in have_LG[layer][source]:
-                raise ProblemError(f"steps[{s}][{k}]", f"rank {source} does not hold expert {expert} of layer {layer}")
+                raise ProblemError(
+                    f"steps[{s}][{k}]", f"rank {source} does not hold expert {expert} of layer {layer}"
+                )
             due.discard((layer, expert, to))
             last_L[layer] = s
             row.append(Transfer(layer, expert, source, to, int(bytes_L[layer])))
         done.append(tuple(row))
     if due:
         layer, expert, to = min(due)
-        raise ProblemError("steps", f"expert {expert} of layer {layer} is never sent to rank {to} ({len(due)} missing)")
+        raise ProblemError(
+            "steps", f"expert {expert} of layer {layer} is never sent to rank {to} ({len(due)} missing)"
+        )
     changed = [i for i in range(n_layers) if [list(r) for r in have_LG[i]] != goal_LG[i]]
-    stages = sorted((Stage(i, rows_to_slots(goal_LG[i]), last_L[i]) for i in changed), key=lambda x: (x.last_step, x.layer))
-    before_G = sum((table_bytes(have_LG[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64))
+    stages = sorted(
+        (Stage(i, rows_to_slots(goal_LG[i]), last_L[i]) for i in changed),
+        key=lambda x: (x.last_step, x.layer),
+    )
+    before_G = sum(
+        (table_bytes(have_LG[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64)
+    )
     after_G = sum((table_bytes(goal_LG[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64))
     limit_G = np.maximum(before_G, after_G) + (2**62 if max_extra_bytes is None else int(max_extra_bytes))
     now_G = before_G.copy()
@@ -463,7 +494,9 @@ def follow_schedule(
             now_G[t.destination] += t.bytes
         if (now_G > limit_G).any():
             g = int(np.argmax(now_G - limit_G))
-            raise InfeasibleError(f"step {s} of the migration takes rank {g} {int(now_G[g] - limit_G[g])} bytes over its limit")
+            raise InfeasibleError(
+                f"step {s} of the migration takes rank {g} {int(now_G[g] - limit_G[g])} bytes over its limit"
+            )
         while queue and queue[0].last_step <= s:
             layer = queue.pop(0).layer
             # Arrivals are counted already; what leaves is what goes.
@@ -512,7 +545,9 @@ def repair_slots(
     layers: list[list[list[int]]] = []
     for i in range(n_layers):
         if int(np.minimum(capacity[i], n_experts).sum()) < n_experts:
-            raise InfeasibleError(f"layer {i}: {n_experts} experts and only {int(capacity[i].sum())} slots on the ranks left")
+            raise InfeasibleError(
+                f"layer {i}: {n_experts} experts and only {int(capacity[i].sum())} slots on the ranks left"
+            )
         rows = [list(row) for row in have_LG[i]]
         count_E = np.bincount([e for row in rows for e in row], minlength=n_experts)
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,21 +31,24 @@ def main() -> None:
         live.save_home(folder)
         live.use_home(MappedHome(folder, size))
     guard = Guard(live, grace=1.0, slots=8)
-    rng = np.random.default_rng(3)
     death = when.get(rank)
-    worst, waits = 0.0, []
+    worst = 0.0
     for step in range(36):
+
         def work(step: int = step) -> torch.Tensor:
             if death is not None and step == int(death):
                 # In the middle of a forward pass: after some layers of it.
                 seen = [0]
+
                 def die(dispatcher: object, experts: torch.Tensor) -> None:
                     seen[0] += 1
                     if seen[0] > (death % 1) * 10:
                         os.kill(os.getpid(), signal.SIGKILL)
+
                 for d in live.dispatchers:
                     d.on_batch.append(die)
             return worlds.forward(model, batches[step % 4])
+
         before = len(guard.recoveries)
         out = guard.run(work)
         worst = max(worst, (out - stock[step % 4]).abs().max().item())
@@ -63,7 +63,14 @@ def main() -> None:
             "worst": worst,
             "ranks": list(live.group.ranks),
             "recoveries": [
-                {"lost": r.lost, "seconds": r.seconds, "agree": r.agree_seconds, "repeated": r.repeated, "bytes": r.restored_bytes, "cause": r.cause[:80]}
+                {
+                    "lost": r.lost,
+                    "seconds": r.seconds,
+                    "agree": r.agree_seconds,
+                    "repeated": r.repeated,
+                    "bytes": r.restored_bytes,
+                    "cause": r.cause[:80],
+                }
                 for r in guard.recoveries
             ],
         }

@@ -1,8 +1,8 @@
 """Starts real processes for the runtime's tests, and what these processes share.
 
 A test calls `run_world("worker_x.py", ranks)`: so many processes run the script, each with a gloo group among
-them; the launcher hosts the store (as torchrun does), so that any rank may die. Scripts assert for themselves:
-a world passes when every process ends well.
+them; the launcher hosts the store (as torchrun does), so that any rank may die. Scripts assert for
+themselves: a world passes when every process ends well.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-def run_world(script: str, ranks: int, *arguments: str, expect_killed: int = 0, timeout: float = 240.0) -> list[Any]:
+def run_world(
+    script: str, ranks: int, *arguments: str, expect_killed: int = 0, timeout: float = 240.0
+) -> list[Any]:
     """Run a script in `ranks` processes; returns what each rank handed to `report` (None if nothing)."""
     import torch.distributed as dist
 
@@ -88,7 +90,10 @@ def join(expert_parallel: int | None = None, timeout: float = 120.0) -> tuple[in
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(
-        "127.0.0.1", int(os.environ["STORE_PORT"]), is_master=False, timeout=datetime.timedelta(seconds=timeout)
+        "127.0.0.1",
+        int(os.environ["STORE_PORT"]),
+        is_master=False,
+        timeout=datetime.timedelta(seconds=timeout),
     )
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout)
@@ -104,7 +109,12 @@ def tiny_config(layers: int = 3, topk: int = 2, dtype: Any = None, **more: Any) 
     """A small model's configuration."""
     import torch
 
-    from moeless_opt.runtime.building_blocks import TransformerConfig, neutral_config_fields, parallel_state, quiet_config
+    from moeless_opt.runtime.building_blocks import (
+        TransformerConfig,
+        neutral_config_fields,
+        parallel_state,
+        quiet_config,
+    )
 
     dtype = dtype or torch.float32
     return quiet_config(
@@ -145,7 +155,9 @@ def row_exact(kind: type[Any], block: int = 4) -> type[Any]:
     return RowExact
 
 
-def tiny_model(layers: int = 3, topk: int = 2, dtype: Any = None, exact: bool = False, spec_of: Any = None, **more: Any) -> Any:
+def tiny_model(
+    layers: int = 3, topk: int = 2, dtype: Any = None, exact: bool = False, spec_of: Any = None, **more: Any
+) -> Any:
     """A small megatron-core model whose weights do not depend on the number of ranks.
 
     exact : expert layers pad their rows, so that the stock bank, too, gives the same bits for any batch size.
@@ -207,7 +219,9 @@ def forward(model: Any, tokens: Any) -> Any:
         return model(tokens, causal_positions(tokens), None)
 
 
-def random_slots(rng: Any, layers: int, ranks: int, experts: int = EXPERTS, extra: int = 4, empty: int | None = None) -> Any:
+def random_slots(
+    rng: Any, layers: int, ranks: int, experts: int = EXPERTS, extra: int = 4, empty: int | None = None
+) -> Any:
     """A random valid placement: uneven, some experts several times, perhaps a rank without any."""
     import numpy as np
 

@@ -1,0 +1,211 @@
+"""Takes over the experts of a running `transformers` model, through its interface for experts.
+
+`transformers` 5 lets a function compute the experts of every MoE layer (``ALL_EXPERTS_FUNCTIONS``, chosen by
+``model.set_experts_implementation``). Ours sends the tokens through a `SlotDispatcher`: the model that
+`transformers` loads in one process becomes an expert-parallel one, with any placement. Attention stays data
+parallel: each rank has its own requests, and all ranks run the same number of forward passes.
+
+The stacked expert weights stay on the host as the home copies, and the device keeps only the slots' own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.runtime.dispatch import SharePolicy, default_row_block
+from moeless_opt.runtime.experts import MemoryMeter, SlotBank, Weights
+from moeless_opt.runtime.groups import ExpertGroup
+from moeless_opt.runtime.home import host_copy
+from moeless_opt.runtime.live import LiveModel
+from moeless_opt.runtime.placement import SlotTable, static_slots
+
+__all__ = ["StackedHome", "attach"]
+
+NAME = "moeless"
+_live_of: weakref.WeakKeyDictionary[Module, tuple[LiveModel, int]] = weakref.WeakKeyDictionary()
+
+
+class StackedHome:
+    """The stacked weights that `transformers` loaded, kept on the host of every rank."""
+
+    def __init__(self, stacks: Sequence[Sequence[Tensor]], n_ranks: int) -> None:
+        self._stacks = stacks
+        self._n_ranks = n_ranks
+
+    def ranks(self, layer: int, expert: int) -> Sequence[int]:
+        """Every rank has all experts."""
+        return range(self._n_ranks)
+
+    def read(self, layer: int, expert: int) -> Weights:
+        """Slices; nothing is copied."""
+        return [stack[expert] for stack in self._stacks[layer]]
+
+    def regroup(self, survivors: Sequence[int]) -> None:
+        """Nothing is lost."""
+        self._n_ranks = len(survivors)
+
+
+def _names(module: Any) -> list[str]:
+    """Names of the stacked parameters of an experts module."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    return [
+        n
+        for base in (first, "down_proj")
+        for n in (base, f"{base}_bias")
+        if isinstance(getattr(module, n, None), Tensor)
+    ]
+
+
+def _refuse(modules: list[Any]) -> None:
+    if not modules:
+        raise UnsupportedFeatureError(
+            "the model has no experts module that transformers' experts interface serves"
+        )
+    for module in modules:
+        if getattr(module, "_is_expert_parallel", False):
+            raise UnsupportedFeatureError(
+                "transformers' own expert parallelism is on: load the model without a device mesh"
+            )
+        if getattr(module, "has_post_expert_norm", False):
+            raise UnsupportedFeatureError(
+                f"attach does not support {type(module).__name__} (a norm after each expert) yet"
+            )
+        for name in _names(module):
+            stack = getattr(module, name)
+            if stack.dim() < 2 or stack.size(0) != module.num_experts:
+                raise UnsupportedFeatureError(
+                    f"attach does not support the layout of {type(module).__name__}.{name} yet"
+                )
+
+
+def _expert(module: Any, names: list[str], weights: Weights, x: Tensor) -> Tensor:
+    """One expert as the module's own forward computes it, without the router's weight."""
+    of = dict(zip(names, weights, strict=True))
+
+    def linear(base: str, value: Tensor) -> Tensor:
+        weight = of[base].t() if module.is_transposed else of[base]
+        return torch.nn.functional.linear(value, weight, of.get(f"{base}_bias"))
+
+    if module.has_gate:
+        return linear("down_proj", module._apply_gate(linear("gate_up_proj", x)))
+    return linear("down_proj", module.act_fn(linear("up_proj", x)))
+
+
+def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts function: what `transformers` calls for every MoE layer."""
+    found = _live_of.get(module)
+    if found is None:
+        raise UnsupportedFeatureError(
+            "this model is not attached; the implementation 'moeless' is set by attach"
+        )
+    live, layer = found
+    core, bank = live.dispatchers[layer], live.banks[layer]
+    # Contributions are summed in the order of the expert ids, as the eager loop over experts does.
+    expert_Tk, by = top_k_index.sort(dim=1)
+    rows, probs = core.prepare(hidden_states, expert_Tk, top_k_weights.gather(1, by))
+    rows, probs = core.send(rows, probs)
+    rows, sizes, probs = core.sort_in(rows, probs)
+    names = _names(module)
+    parts = [
+        _expert(module, names, bank.resident[e], x) * p[:, None]
+        for e, x, p in zip(
+            bank.order, torch.split(rows, sizes.tolist()), torch.split(probs, sizes.tolist()), strict=True
+        )
+        if x.size(0)
+    ]
+    out = torch.cat(parts).to(hidden_states.dtype) if parts else rows
+    return core.combine(core.send_back(core.sort_out(out)))
+
+
+def attach(
+    model: Any,
+    *,
+    shares: str | SharePolicy = "balanced",
+    ranks: Sequence[int] | None = None,
+    checksums: bool = False,
+    row_block: int | None = None,
+    timeout: float = 600.0,
+    node_G: Any = None,
+    memory_limit: int | None = None,
+    store: Any = None,
+) -> LiveModel:
+    """Take over the experts of a `transformers` model; see `live.attach`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With the same weights on every rank.
+    ranks : sequence of int, optional
+        Global ranks of the expert-parallel group; all of the world by default.
+    shares, checksums, row_block, timeout, node_G, memory_limit
+        As of `megatron.attach`.
+
+    Returns
+    -------
+    LiveModel
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    modules = [
+        m
+        for m in model.modules()
+        if hasattr(m, "has_gate") and hasattr(m, "down_proj") and hasattr(m, "num_experts")
+    ]
+    _refuse(modules)
+    stacks: list[list[Parameter]] = [[getattr(m, n) for n in _names(m)] for m in modules]
+    n_experts = int(modules[0].num_experts)
+    device, dtype = stacks[0][0].device, stacks[0][0].dtype
+    group = ExpertGroup.create(ranks, device=device, timeout=timeout, node_R=node_G, store=store)
+    if n_experts % group.size:
+        raise UnsupportedFeatureError(f"{n_experts} experts do not divide among {group.size} ranks")
+    slots_GC = static_slots(n_experts, group.size)
+    meter = MemoryMeter(memory_limit)
+    mine = [int(e) for e in slots_GC[group.rank]]
+    banks = []
+    for index, stack in enumerate(stacks):
+        # Copies: a slice would keep its whole stack alive on the device.
+        resident: dict[int, Weights] = {
+            e: [Parameter(s.detach()[e].clone(), requires_grad=False) for s in stack] for e in mine
+        }
+        banks.append(SlotBank(index, resident, [s.detach()[0] for s in stack], device, meter))
+    hosts = [[host_copy(s) if s.is_cuda else s.detach() for s in stack] for stack in stacks]
+    topk = int(getattr(model.config.get_text_config(), "num_experts_per_tok", 0))
+    before = model.config._experts_implementation
+
+    def restore(live: LiveModel) -> None:
+        for module, stack, host in zip(modules, stacks, hosts, strict=True):
+            _live_of.pop(module, None)
+            for name, parameter, kept in zip(_names(module), stack, host, strict=True):
+                parameter.data = kept.to(device)
+                setattr(module, name, parameter)
+        model.set_experts_implementation(before)
+
+    live = LiveModel(
+        group=group,
+        banks=banks,
+        tables=[SlotTable(slots_GC, n_experts) for _ in modules],
+        topk=topk,
+        meter=meter,
+        restore=restore,
+        shares=shares,
+        row_block=default_row_block(device, dtype) if row_block is None else row_block,
+        home=StackedHome(hosts, group.size),
+        checksums=checksums,
+    )
+    if NAME not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
+    for index, (module, stack) in enumerate(zip(modules, stacks, strict=True)):
+        _live_of[module] = (live, index)
+        for name, parameter in zip(_names(module), stack, strict=True):
+            # The shape stays for whoever asks; the memory goes (on a CPU it is the home copy).
+            setattr(module, name, Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+            parameter.data = parameter.data.new_empty(0)
+    model.set_experts_implementation(NAME)
+    return live

@@ -1,0 +1,63 @@
+"""The runtime on real processes: every test starts its own ranks and lets them assert."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+World = Callable[..., list[Any]]
+
+
+def test_outputs_are_those_of_static_expert_parallelism(run_world: World) -> None:
+    """Random uneven placements under traffic: the same bits in fp64, bf16 and fp32, whatever the top-k."""
+    results = run_world("worker_placement.py", 4)
+    assert set(results[0]) == {"fp64 top-2", "bf16 top-2", "fp32 top-3"}
+    for case in results[0].values():
+        assert case["moving"] == 0.0
+        assert case["detached"] == 0.0
+        assert case["bytes"] > 0
+        assert case["waits"] == 0
+
+
+def test_two_expert_parallel_groups_plan_for_themselves(run_world: World) -> None:
+    placements = run_world("worker_groups.py", 4)
+    assert placements[0] == placements[1]
+    assert placements[2] == placements[3]
+    assert placements[0] != placements[2]
+
+
+def test_plans_refused_replaced_damaged_late_and_what_is_observed(run_world: World) -> None:
+    """The assertions stand in the script; here what it measured."""
+    results = run_world("worker_control.py", 4)
+    memory, shares = results[0]["memory"], results[0]["shares"]
+    assert 0 < memory["extra_bytes_used"] <= memory["extra_bytes_allowed"]
+    assert max(shares["balanced"]) < max(shares["equal"])
+
+
+@pytest.mark.parametrize(
+    ("home", "deaths", "left"),
+    [("pinned", ("2@6.2", "1@20.1"), [0, 3]), ("mapped", ("0@5.0", "3@17.3", "2@26.1"), [1])],
+)
+def test_survivors_of_killed_ranks_go_on_with_the_same_outputs(
+    run_world: World, home: str, deaths: tuple[str, ...], left: list[int]
+) -> None:
+    results = run_world("worker_faults.py", 4, home, *deaths, expect_killed=len(deaths))
+    for rank, result in enumerate(results):
+        if rank not in left:
+            assert result is None
+            continue
+        assert result["worst"] == 0.0
+        assert result["ranks"] == left
+        assert [r["lost"] for r in result["recoveries"]] == [[int(d.split("@")[0])] for d in deaths]
+        assert all(r["bytes"] > 0 for r in result["recoveries"])
+
+
+def test_transformers_models_give_the_same_logits(run_world: World) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    for name, (moving, detached) in run_world("worker_transformers.py", 2)[0].items():
+        assert moving < 1e-5, name
+        assert detached == 0.0, name
