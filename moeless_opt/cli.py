@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="which of several scenarios (workloads) of a recording",
     )
-    add("--key", metavar="NAME", help="which array of an .npz recording")
+    add("--key", metavar="NAME", help="which array of a recording that has several")
+    add("--steps", choices=("sum", "keep"), help="sum the steps of a recording, or keep them as scenarios")
+    add("--experts", type=int, metavar="E", help="experts per layer, where a recording lists only busy ones")
     return parser
 
 
@@ -261,7 +263,8 @@ def _problem(args: argparse.Namespace) -> Problem:
         raise FormatError(name, f"is no file{hint}")
     if _is_problem(name):
         return _override(load_problem(name), args)
-    options = {key: value for key in ("key", "scenario") if (value := getattr(args, key)) is not None}
+    asked = {key: getattr(args, key) for key in ("key", "scenario", "steps", "experts")}
+    options = {key: value for key, value in asked.items() if value is not None}
     loads = Loads.read(name, **options)
     topology = _topology(args)
     if topology is None:
