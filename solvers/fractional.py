@@ -54,6 +54,7 @@ NOISE = 0.2  # of the scenarios that a thorough construction is judged by (stand
 SCENARIOS = 6
 PERFECT = 1e-10  # relative distance from the mean that counts as none
 _SEARCH_PAIRS = 400  # experts x GPUs up to which a layer is worth a local search
+_SINGULAR = 1e5  # potentials beyond this, in units of the mean load over a piece, mean a singular system
 _SMALL = 512  # layers x experts x GPUs up to which plain Python is faster than NumPy
 _SAME = 1e250  # penalty of a GPU that the expert reaches already: last choice
 _NEVER = 1e280  # a full GPU, or one that holds the expert
@@ -372,7 +373,9 @@ def level(
     time_L = (token_LGC.sum(axis=2) / speed_G).max(axis=1)
     negative_L = np.zeros(L, dtype=bool)
     negative_L[layer[token < -1e-12 * unit_L[layer, 0, 0]]] = True
-    good_L = ~negative_L & (time_L <= equal_L * (1.0 + PERFECT)) & np.isfinite(time_L)
+    # GPUs that are not joined make the system singular, and its potentials huge and worthless.
+    sound_L = np.isfinite(potential).all(axis=1) & (np.abs(potential).max(axis=1) < _SINGULAR)
+    good_L = sound_L & ~negative_L & (time_L <= equal_L * (1.0 + PERFECT))
     load = load_LE[layer, expert[layer, gpu, slot]]
     new = np.where(load > 0.0, np.maximum(token, 0.0) / np.where(load > 0.0, load, 1.0), 1.0 / count)
     keep = good_L[layer]
