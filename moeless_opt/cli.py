@@ -39,7 +39,7 @@ from moeless_opt.problems.verify import violations
 from moeless_opt.progress import Display, InterruptStop
 from moeless_opt.report import Comparison, row_of, table, worst_layers
 from moeless_opt.solvers.base import required_features
-from moeless_opt.solvers.registry import get_solver, list_solvers, solver_names
+from moeless_opt.solvers.registry import get_solver, list_solvers, require, solver_names
 
 __all__ = ["main"]
 
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the result as JSON on standard output")
     add("--plot", metavar="PNG", help="draw the GPUs' loads per layer, before and after")
     add("--worst", type=int, default=3, metavar="N", help="layers to list, worst first (default: 3)")
-    add("--quiet", action="store_true", help="no progress and no table")
+    add("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
     add("--list-solvers", action="store_true", help="list the solvers and what they can do")
     add("--list-instances", action="store_true", help="list the shipped instances")
     add("--version", action="version", version=f"moeless-solve {moeless_opt.__version__}")
@@ -173,6 +173,8 @@ def _run(args: argparse.Namespace) -> int:
 def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
     if not args.quiet:
         _say(_describe(problem))
+    if not args.compare:
+        require(get_solver(names[0]), problem)
     # A lone solver is shown beside what there would be without it.
     shown = names if args.compare or names == ["static"] else _with_reference(problem, names)
     with _interruptible() as stop, Display(quiet=args.quiet, solvers=len(shown), limit=args.time) as display:
@@ -201,7 +203,7 @@ def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
     if stop.pressed:
         _say("interrupted: the best found so far is shown")
     for path in (args.output, args.plot):
-        if path and best is not None:
+        if path and best is not None and not args.quiet:
             _say(f"wrote {path}")
     if best is None and names != ["oracle"]:
         reasons = "; ".join(
