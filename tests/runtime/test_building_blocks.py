@@ -55,7 +55,7 @@ def config(kind: type[Any] = TransformerConfig, **overrides: Any) -> Any:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_angles(interleaved: bool) -> None:
-    """Position times frequency, twice: the two halves, or neighbours; frequencies as the stock class has them."""
+    """Position times frequency, twice (in halves, or as neighbours), with the stock frequencies."""
     stock = RotaryEmbedding(8, 1.0, rotary_base=100, use_cpu_initialization=True)
     ours = NeutralRotary.plain(8, 100.0, interleaved=interleaved)
     torch.testing.assert_close(ours.inv_freq, stock.inv_freq)
