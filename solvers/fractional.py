@@ -202,28 +202,33 @@ class _Packing:
     """What is where, in all layers at once."""
 
     def __init__(self, L: int, G: int, capacity_LG: Ints, speed_G: Floats) -> None:
-        self.slots = np.full((L, G, int(capacity_LG.max(initial=1))), -1, dtype=np.int32)
-        self.used = np.zeros((L, G), dtype=np.int64)
-        self.capacity = capacity_LG
-        self.pace = 1.0 / speed_G
+        self._width = int(capacity_LG.max(initial=1))
+        self.slots = np.full((L, G, self._width), -1, dtype=np.int32)
         # Time so far; full GPUs are never chosen.
         self.time = np.where(capacity_LG > 0, 0.0, _NEVER)
         self.ok_L = np.ones(L, dtype=bool)
+        self.uniform = bool((capacity_LG > 0).all()) and bool((speed_G == speed_G[0]).all())
+        # The same arrays flat: one index per (layer, GPU) is twice as fast as two.
+        self._slots, self._time = self.slots.reshape(-1), self.time.reshape(-1)
+        self._used = np.zeros(L * G, dtype=np.int64)
+        self._capacity = capacity_LG.reshape(-1)
+        self._pace = np.tile(1.0 / speed_G, L)
 
-    def put(self, rows: Ints, gpus: Ints, experts: Ints, pieces: Floats) -> None:
-        """Place one replica per (row, GPU) pair, all pairs distinct."""
-        used = self.used[rows, gpus]
-        self.slots[rows, gpus, used] = experts
-        self.used[rows, gpus] = used + 1
-        time = self.time[rows, gpus] + pieces * self.pace[gpus]
-        self.time[rows, gpus] = np.where(used + 1 < self.capacity[rows, gpus], time, _NEVER)
+    def put(self, cell: Ints, experts: Ints, pieces: Floats) -> None:
+        """Place one replica per cell (layer * GPUs + GPU), all cells distinct."""
+        used = self._used[cell]
+        self._slots[cell * self._width + used] = experts
+        used += 1
+        self._used[cell] = used
+        time = self._time[cell] + pieces * self._pace[cell]
+        self._time[cell] = np.where(used < self._capacity[cell], time, _NEVER)
 
 
 def _place_links(
     state: _Packing, order: Ints, pieces: Floats, replicas: NDArray[Any], linked_L: Ints, E: int
 ) -> None:
     """Replicas of replicated experts, in order, each joining another component to its expert's."""
-    L, G = state.used.shape
+    L, G = state.time.shape
     length = int(linked_L.max(initial=0))
     if length == 0:
         return
@@ -243,33 +248,37 @@ def _place_links(
     root_L = np.zeros(L, dtype=np.int64)
     barred = np.zeros((L, G))
     done = 0
-    if bool((state.capacity > 0).all()) and bool((state.pace == state.pace[0]).all()):
+    if state.uniform:
         # On empty equal GPUs the first G replicas take one each.
         done = int(min(G, linked_L.min()))
-        rows = np.repeat(all_rows, done)
-        gpus = np.tile(np.arange(done), L)
-        state.put(rows, gpus, expert_LS[:, :done].reshape(-1), piece_LS[:, :done].reshape(-1))
+        cell = (all_rows[:, None] * G + np.arange(done)).reshape(-1)
+        state.put(cell, expert_LS[:, :done].reshape(-1), piece_LS[:, :done].reshape(-1))
         start = np.maximum.accumulate(np.where(first_LS[:, :done], step[:done], 0), axis=1)
         component[:, :done] = start
         root_L = start[:, -1].copy() if done else root_L
         barred[component == root_L[:, None]] = _SAME
         barred[:, :done][start == root_L[:, None]] = _NEVER
+    flat_barred = barred.reshape(-1)
+    row_start = all_rows * G
     for s in range(done, length):
-        first_L, live_L = first_LS[:, s], live_LS[:, s]
+        first_L = first_LS[:, s]
         barred[first_L] = 0.0
         key = state.time + barred
-        gpu_L = key.argmin(axis=1)
-        best_L = key[all_rows, gpu_L]
-        live_L = live_L & (best_L < _NEVER)
+        cell_L = row_start + key.argmin(axis=1)
+        live_L = live_LS[:, s] & (key.reshape(-1)[cell_L] < _NEVER)
         state.ok_L &= live_L | ~live_LS[:, s]
-        rows = np.flatnonzero(live_L)
-        gpus = gpu_L[rows]
-        state.put(rows, gpus, expert_LS[rows, s], piece_LS[rows, s])
-        joined_L = component[all_rows, gpu_L]
+        joined_L = component.reshape(-1)[cell_L]
         root_L = np.where(first_L, joined_L, root_L)
-        np.copyto(component, root_L[:, None], where=(component == joined_L[:, None]) & live_L[:, None])
+        if live_L.all():
+            state.put(cell_L, expert_LS[:, s], piece_LS[:, s])
+            np.copyto(component, root_L[:, None], where=component == joined_L[:, None])
+        else:
+            rows = np.flatnonzero(live_L)
+            state.put(cell_L[rows], expert_LS[rows, s], piece_LS[rows, s])
+            np.copyto(component, root_L[:, None], where=(component == joined_L[:, None]) & live_L[:, None])
+            cell_L = cell_L[rows]
         np.copyto(barred, _SAME, where=(component == root_L[:, None]) & (barred < _SAME))
-        barred[rows, gpus] = _NEVER
+        flat_barred[cell_L] = _NEVER
 
 
 def _ranks(end_LE: NDArray[Any], length: int) -> Ints:
@@ -284,10 +293,11 @@ def _ranks(end_LE: NDArray[Any], length: int) -> Ints:
 def _place_rest(state: _Packing, order: Ints, pieces: Floats, linked_L: Ints) -> None:
     """The experts with one replica: rounds of the heaviest ones left onto the emptiest GPUs."""
     L, E = order.shape
-    G = state.used.shape[1]
+    G = state.time.shape[1]
     all_rows = np.arange(L)[:, None]
     wave = max(1, G // 2)  # a whole wave at once is nearly LPT, for a fraction of the steps
     at_L = linked_L.copy()
+    flat_order, flat_pieces = order.reshape(-1), pieces.reshape(-1)
     while (at_L < E).any():
         gpu_LW = np.argsort(state.time, axis=1, kind="stable")[:, :wave]
         rank_LW = at_L[:, None] + np.arange(wave)
@@ -297,8 +307,9 @@ def _place_rest(state: _Packing, order: Ints, pieces: Floats, linked_L: Ints) ->
             if not fits.any():
                 return
         rows, column = np.nonzero(fits)
-        rank = rank_LW[rows, column]
-        state.put(rows, gpu_LW[rows, column], order[rows, rank], pieces[rows, rank])
+        cell = rows * G + gpu_LW[rows, column]
+        rank = rows * E + rank_LW[rows, column]
+        state.put(cell, flat_order[rank], flat_pieces[rank])
         at_L += fits.sum(axis=1)
 
 
