@@ -31,7 +31,7 @@ from moeless_opt.problems.verify import verify, violations
 from moeless_opt.solvers.registry import get_solver, list_solvers, solver_names
 
 if TYPE_CHECKING:
-    from moeless_opt.fronts import ParetoFront, pareto
+    from moeless_opt.fronts import ParetoFront, migration, pareto
 
     __version__: str
 
@@ -71,6 +71,7 @@ __all__ = [
     "load_instance",
     "load_plan",
     "load_problem",
+    "migration",
     "model_preset",
     "pareto",
     "plan",
@@ -85,7 +86,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what few need, and what takes long to import, only when asked for."""
-    if name in ("ParetoFront", "pareto"):
+    if name in ("ParetoFront", "migration", "pareto"):
         import importlib
 
         return getattr(importlib.import_module("moeless_opt.fronts"), name)

@@ -1,4 +1,4 @@
-"""What balance costs: plans from cheapest to best balanced, in one call and one picture."""
+"""What balance costs: Pareto fronts in one call and one picture, and the schedule of a plan's moves."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from itertools import pairwise
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
-from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
+from moeless_opt.problems.errors import InvalidPlanError, ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.evaluate import gpu_times, objective_vector
+from moeless_opt.problems.migration import Migration, migration_violations
 from moeless_opt.problems.placement import equal_shares
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.problem import Problem
@@ -20,10 +21,11 @@ from moeless_opt.report import bytes_text, table
 from moeless_opt.solvers.base import Clock, finish
 from moeless_opt.solvers.construct import construct_equal
 from moeless_opt.solvers.fractional import construct_fractional
+from moeless_opt.solvers.migration import schedule_migration, staging_limit
 from moeless_opt.solvers.replanner import frontier
 from moeless_opt.solvers.shares import solve_shares
 
-__all__ = ["ParetoFront", "pareto"]
+__all__ = ["ParetoFront", "migration", "pareto"]
 
 SIZES = 8
 """Replica counts per layer, from one each to full slots, that the front of balance against memory tries."""
@@ -165,6 +167,57 @@ def pareto(
         plans.append(plan)
     values = [(float(plan.imbalance_L.mean()), objective_vector(problem, plan)[names[1]]) for plan in plans]
     return ParetoFront(problem, ("balance", names[1]), tuple(plans), tuple(values))
+
+
+def migration(
+    problem: Problem, plan: Plan, *, staging: int | None = None, max_step_bytes: int | None = None
+) -> Migration:
+    """The ordered schedule that brings the live placement to a plan.
+
+    Parameters
+    ----------
+    problem : Problem
+        With the live placement.
+    plan : Plan
+        Where to.
+    staging : int, optional
+        Bytes that a GPU may hold beyond its slots while replicas arrive (one replica by default); where the
+        GPUs' memory is known, that is the limit.
+    max_step_bytes : int, optional
+        Bytes of all transfers of one step.
+
+    Returns
+    -------
+    Migration
+        Checked by an independent replay.
+
+    Raises
+    ------
+    ProblemError
+        If nothing is live.
+    InfeasibleError
+        If the replicas wait for each other and no memory is left to break the cycle.
+    """
+    if problem.current is None:
+        raise ProblemError("current", "is missing: a migration starts from a live placement")
+    topology, before_LGC, size_L = problem.topology, problem.current.slots_LGC, problem.bytes_L
+    unit_L = size_L if size_L.any() else np.ones(problem.layers, dtype=np.int64)
+    limit_G = staging_limit(topology, unit_L, problem.capacity_LG, staging)
+    schedule = schedule_migration(
+        before_LGC,
+        plan.slots_LGC,
+        problem.experts,
+        topology,
+        bytes_L=size_L,
+        limit_G=limit_G,
+        max_step_bytes=max_step_bytes,
+    )
+    found = migration_violations(
+        schedule, before_LGC, plan.slots_LGC, problem.experts, topology, bytes_L=size_L, limit_G=limit_G
+    )
+    if found:
+        raise InvalidPlanError(found)
+    return schedule
 
 
 def _by_size(problem: Problem, seed: int) -> tuple[SlotArray, FloatArray]:

@@ -1,0 +1,174 @@
+"""The solvers of the registry that start from a live placement."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import moeless_opt as mo
+from moeless_opt.api import make_problem
+from moeless_opt.problems.generators import lognormal, surprise
+from moeless_opt.problems.problem import Problem
+
+TOPOLOGY = mo.uniform(2, 4, slots=5, links=mo.Links(intra_node=1e9, inter_node=1e8, host=1e8, latency=0.0))
+
+
+def drifted(split: str = "fractional", sigma: float = 1.0, layers: int = 6, **extra: object) -> Problem:
+    """A problem whose live plan was made for other loads."""
+    load = lognormal(layers, 32, tokens=10**6, sigma=1.0, seed=3)
+    live = mo.plan(load, TOPOLOGY, split=split)
+    return make_problem(
+        surprise(load, sigma, seed=4), TOPOLOGY, current=live, split=split, expert_bytes=10**6, **extra
+    )
+
+
+def test_replan_moves_little_and_reaches_the_tolerance() -> None:
+    problem = drifted()
+    stay = mo.solve(problem, "stay").plan
+    again = mo.solve(problem).plan
+    fresh = mo.solve(problem, "construct").plan
+    assert stay is not None
+    assert again is not None
+    assert fresh is not None
+    assert stay.moves.count == 0
+    assert stay.imbalance_L.max() > 1.01
+    assert again.certificate.gap_L.max() <= 0.01 + 1e-9
+    assert 0 < again.moves.count < fresh.moves.count / 3
+
+
+def test_same_loads_need_no_move() -> None:
+    load = lognormal(2, 32, tokens=10**6, sigma=1.0, seed=3)
+    live = mo.plan(load, TOPOLOGY)
+    again = mo.plan(load, TOPOLOGY, current=live)
+    assert again.moves.count == 0
+    np.testing.assert_array_equal(again.slots_LGC, live.slots_LGC)
+
+
+@pytest.mark.parametrize("budget", [0, 2, 5])
+def test_a_budget_of_moves_is_kept_and_used_well(budget: int) -> None:
+    problem = drifted(limits=mo.Limits(max_moves=budget))
+    plan = mo.solve(problem).plan
+    assert plan is not None
+    assert plan.moves.count <= budget
+    stay = mo.solve(problem, "stay").plan
+    assert stay is not None
+    assert plan.certificate.value_L.sum() <= stay.certificate.value_L.sum() * (1 + 1e-9)
+    if budget:
+        assert plan.certificate.value_L.sum() < stay.certificate.value_L.sum()
+
+
+def test_budgets_of_bytes_layers_and_seconds() -> None:
+    free = mo.solve(drifted()).plan
+    assert free is not None
+    assert free.moves.count > 6
+    plan = mo.solve(drifted(limits=mo.Limits(max_move_bytes=6 * 10**6 + 1))).plan
+    assert plan is not None
+    assert 0 < plan.moves.bytes <= 6 * 10**6
+    plan = mo.solve(drifted(limits=mo.Limits(max_layer_moves=1))).plan
+    assert plan is not None
+    assert plan.moves.count_L.max() <= 1
+    problem = drifted(limits=mo.Limits(max_move_seconds=0.01))
+    plan = mo.solve(problem).plan
+    assert plan is not None
+    assert mo.migration(problem, plan).seconds <= 0.01
+
+
+def test_a_budget_that_cannot_be_weighed_names_what_is_missing() -> None:
+    problem = drifted(limits=mo.Limits(max_move_bytes=10)).replace(expert_bytes_L=None)
+    with pytest.raises(mo.ProblemError, match=r"limits\.max_move_bytes: needs the size of an expert"):
+        mo.solve(problem)
+
+
+def test_a_move_must_earn_its_cost() -> None:
+    time = mo.TimeModel(token_cost=1e-9, unit="s")
+    counts = []
+    for horizon in (1e-3, 30.0, 1e6):
+        problem = drifted(time=time, objective=mo.Objective(horizon=horizon))
+        plan = mo.solve(problem).plan
+        assert plan is not None
+        assert plan.payback is not None
+        counts.append(plan.moves.count)
+        if plan.moves.count:
+            assert plan.payback.passes <= horizon
+            assert "saved per pass" in repr(plan)
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+    assert counts[-1] > 0
+
+
+def test_a_horizon_needs_seconds() -> None:
+    with pytest.raises(mo.ProblemError, match=r"objective\.horizon: needs times in seconds"):
+        mo.solve(drifted(objective=mo.Objective(horizon=10.0)))
+
+
+def test_stay_needs_something_live() -> None:
+    with pytest.raises(mo.ProblemError, match="current: is missing"):
+        mo.solve(mo.load_instance("flashlb-fractional"), "stay")
+
+
+def test_a_narrower_live_placement_uses_the_new_slots() -> None:
+    """The live placement had three slots per GPU, now there are five."""
+    load = lognormal(2, 16, tokens=10**6, sigma=1.2, seed=5)
+    live = mo.plan(load, mo.uniform(2, 4, slots=2))
+    plan = mo.plan(surprise(load, 0.8, seed=6), TOPOLOGY, current=live)
+    assert plan.slots_LGC.shape[2] == 5
+    assert plan.certificate.gap_L.max() <= 0.011
+
+
+def test_equal_split_reaches_its_tolerance_too() -> None:
+    problem = drifted("equal", objective=mo.Objective(balance_tolerance=0.05))
+    plan, fresh = mo.solve(problem).plan, mo.solve(problem, "construct").plan
+    assert plan is not None
+    assert fresh is not None
+    assert plan.certificate.gap_L.max() <= 0.05 + 1e-9
+    assert plan.moves.count < fresh.moves.count
+
+
+@pytest.mark.parametrize("against", ["moves", "memory"])
+def test_pareto_front(against: str) -> None:
+    problem = drifted()
+    front = mo.pareto(problem, ("balance", against), points=6)
+    balance, cost = np.array(front.values).T
+    assert (np.diff(cost) > 0).all()
+    assert (np.diff(balance) < 1e-12).all()
+    assert 2 <= len(front.plans) <= 6
+    if against == "moves":
+        assert front.plans[0].moves.count == 0
+        assert front.plans[-1].certificate.gap_L.max() <= 0.01 + 1e-9
+    assert against in str(front)
+
+
+def test_pareto_errors() -> None:
+    problem = mo.load_instance("flashlb-fractional")
+    with pytest.raises(mo.ProblemError, match="current: is missing"):
+        mo.pareto(problem)
+    with pytest.raises(mo.UnsupportedFeatureError, match="not supported"):
+        mo.pareto(problem, ("moves", "traffic"))
+    with pytest.raises(mo.ProblemError, match="must be two of"):
+        mo.pareto(problem, ("balance", "speed"))
+
+
+def test_migration_of_a_plan() -> None:
+    problem = drifted()
+    plan = mo.solve(problem).plan
+    assert plan is not None
+    schedule = mo.migration(problem, plan)
+    assert len(schedule.transfers) == plan.moves.count + schedule.staged
+    assert schedule.seconds >= schedule.lower_bound > 0
+
+
+def test_scenarios_share_one_placement() -> None:
+    """Two opposite kinds of traffic: a placement for the mean alone is worse in the worst case."""
+    load = lognormal(2, 16, tokens=10**5, sigma=1.0, seed=8)
+    both = np.stack([load, surprise(load, 1.0, seed=9)])
+    topology = mo.uniform(1, 8, slots=3)
+    robust = mo.plan(both, topology, objective=mo.Objective(risk="worst"))
+    mean = mo.plan(both.mean(0), topology)
+
+    def worst(plan: mo.Plan) -> float:
+        return max(
+            float(mo.plan(scene, topology, current=plan, solver="stay").certificate.value_L.sum())
+            for scene in both
+        )
+
+    assert worst(robust) <= worst(mean) * (1 + 1e-9)
