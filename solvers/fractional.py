@@ -48,7 +48,7 @@ Int32s = NDArray[np.int32]
 Bools = NDArray[np.bool_]
 
 LEAN = 0.5  # of the first try; see `sizing.apportion`
-OTHER_LEANS = (0.0, -0.3, 1.0)
+OTHER_LEANS = (0.25, 0.0, -0.25, -0.5, -0.75)  # ever fewer replicas for the heaviest, more links elsewhere
 THOROUGH_LEANS = (0.0, 0.25, 0.75, 1.0)
 NOISE = 0.2  # of the scenarios that a thorough construction is judged by (standard deviation of the log)
 SCENARIOS = 6
