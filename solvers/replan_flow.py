@@ -79,14 +79,14 @@ class LayerFlow:
     """
 
     __slots__ = (
-        "arcs",
-        "_node",
         "_cap",
         "_head",
         "_net",
+        "_node",
         "_size",
         "_tail",
         "_trial_arc",
+        "arcs",
         "capacity",
         "content",
         "fixed",
