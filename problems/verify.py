@@ -164,6 +164,7 @@ def _limits(problem: Problem, has: BoolArray, replicas: IntArray) -> list[str]:
 
 def _moves(problem: Problem, plan: Plan, count: IntArray, used: IntArray) -> list[str]:
     claimed = plan.moves
+    had: BoolArray = np.zeros((), dtype=bool)
     if problem.current is None:
         count_L = used.sum(1)
     else:
@@ -193,7 +194,20 @@ def _moves(problem: Problem, plan: Plan, count: IntArray, used: IntArray) -> lis
             found.append(f"{size} bytes move, at most {limits.max_move_bytes} may")
         if limits.max_layer_moves is not None and count_L.max() > limits.max_layer_moves:
             found.append(f"{count_L.max()} replicas move in one layer, at most {limits.max_layer_moves} may")
+        if limits.max_move_seconds is not None:
+            least = _least_seconds(problem, (count > 0) & ~had)
+            if least > limits.max_move_seconds * (1 + TOLERANCE):
+                found.append(
+                    f"moves take {least:.6g} s at least, at most {limits.max_move_seconds:.6g} s are allowed"
+                )
     return found
+
+
+def _least_seconds(problem: Problem, new: BoolArray) -> float:
+    """Seconds that no schedule of the moves can beat: what the busiest GPU must receive, over all its links."""
+    links = problem.topology.links
+    bytes_G = (new.sum(2) * problem.bytes_L[:, None]).sum(0)
+    return float(bytes_G.max()) / (links.intra_node + links.inter_node + links.host)
 
 
 def _claims(problem: Problem, plan: Plan, part: FloatArray, count: IntArray) -> list[str]:

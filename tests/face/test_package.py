@@ -122,7 +122,7 @@ def data_files() -> set[str]:
             inside = path.relative_to(root)
             if (
                 path.is_file()
-                and path.suffix in (".py", ".json", ".typed")
+                and path.suffix in (".py", ".json", ".npz", ".typed")
                 and "__pycache__" not in path.parts
             ):
                 if folder == "." and inside.parts[0] in NAMES:

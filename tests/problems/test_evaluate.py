@@ -16,6 +16,7 @@ from moeless_opt.problems.evaluate import (
     gpu_times,
     gpu_tokens,
     imbalance,
+    move_seconds,
     new_replicas,
     node_traffic,
     objective_vector,
@@ -115,6 +116,31 @@ def test_moves(drawn: Any, seed: int) -> None:
     assert cold.cold
     assert cold.count == plan.replicas
     assert cold.fraction == 1.0
+
+
+@few
+@given(planned(), st.integers(0, 2**32 - 1))
+def test_seconds_of_moves(drawn: Any, seed: int) -> None:
+    problem, plan = drawn
+    topology = problem.topology
+    before = random_slots(np.random.default_rng(seed), problem.capacity_LG, problem.experts)
+    size_L = np.arange(1, problem.layers + 1) * 10**6
+    got = move_seconds(topology, plan.slots_LGC, before, problem.experts, size_L)
+    for x in range(problem.layers):
+        took = 0.0
+        for g, e in itertools.product(range(topology.gpus), range(problem.experts)):
+            if e in plan.slots_LGC[x, g] and e not in before[x, g]:
+                nodes = {topology.node_G[h] for h in range(topology.gpus) if e in before[x, h]}
+                near = topology.node_G[g] in nodes
+                took += topology.links.latency
+                took += size_L[x] / (topology.links.intra_node if near else topology.links.inter_node)
+        assert got[x] == pytest.approx(took, rel=1e-9)
+
+
+def test_a_replica_that_nobody_has_comes_from_the_host() -> None:
+    slots, before = np.array([[[0], [1]]], np.int32), np.array([[[0], [-1]]], np.int32)
+    got = move_seconds(uniform(1, 2, slots=1), slots, before, 2, np.array([55 * 10**9]))
+    assert got.tolist() == [pytest.approx(1.0 + 10e-6)]
 
 
 def test_a_replica_that_changes_its_slot_does_not_move() -> None:
