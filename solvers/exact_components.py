@@ -1,0 +1,102 @@
+"""A lower bound for the fractional split where slots are scarce: groups of GPUs that cannot share load.
+
+Draw every replica as an edge between its expert and its GPU. With fewer edges than E + G - 1 the graph
+falls apart, and load cannot pass from one component to another. A component of m experts and k GPUs has at
+least m + k - 1 edges and at most ``c * k`` slots, so ``m <= (c - 1) k + 1``; its time is at least its load
+over k. So within time T a component with the experts X needs at least
+
+    k(X) = max(1, ceil(load(X) / T), ceil((|X| - 1) / (c - 1)))
+
+GPUs, and T is possible only if the experts can be partitioned so that the sum of k is at most G. The least
+such T is a lower bound, found by bisection over the candidates ``load(X) / k`` with a dynamic programme
+over subsets. If every component can be balanced inside, which is usual, it is the optimum.
+
+Axes: E experts, M subsets of them as bit masks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["MOST_EXPERTS", "component_bound"]
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+
+MOST_EXPERTS = 13
+"""Beyond, 3^E steps are too many."""
+
+
+def component_bound(load_E: Float, gpus: int, slots: int, *, upper: float = np.inf) -> float:
+    """Return a lower bound on the time of any plan with fractional split on equal GPUs.
+
+    Parameters
+    ----------
+    load_E : ndarray of float, shape (E,)
+        Tokens of each expert, E at most `MOST_EXPERTS`.
+    gpus, slots : int
+        Number of GPUs, and slots of each.
+    upper : float
+        The time of a known plan: the search stays below it.
+
+    Returns
+    -------
+    float
+        In units of `load_E` per GPU of speed 1. At least the mean; infinite if the experts do not fit.
+    """
+    load = np.asarray(load_E, dtype=np.float64)
+    E = len(load)
+    if gpus * slots < E:
+        return np.inf
+    if E > MOST_EXPERTS or load.sum() == 0:
+        return float(load.sum()) / gpus
+    mask = np.arange(1 << E)
+    sum_M = np.zeros(1 << E)
+    size_M = np.zeros(1 << E, dtype=np.int64)
+    for e in range(E):
+        has = (mask >> e) & 1 == 1
+        sum_M[has] += load[e]
+        size_M[has] += 1
+    shape_M = np.ones(1 << E, dtype=np.int64)
+    if slots > 1:
+        shape_M = np.maximum(shape_M, -(-(size_M - 1) // (slots - 1)))
+    else:
+        shape_M = np.where(size_M > 1, gpus + 1, shape_M)
+    mean = float(load.sum()) / gpus
+    levels = np.unique((sum_M[1:, None] / np.arange(1, gpus + 1)).ravel())
+    levels = np.append(mean, levels[(levels > mean * (1 + 1e-12)) & (levels <= upper * (1 + 1e-12))])
+    splits = [_halves(m) for m in range(1, 1 << E)]
+    if _fits(mean, sum_M, shape_M, splits, gpus):
+        return mean
+    low, high = 0, len(levels) - 1  # not possible; taken to be possible
+    if high == 0 or (np.isinf(upper) and not _fits(levels[high], sum_M, shape_M, splits, gpus)):
+        return float(min(upper, levels[high]))
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _fits(levels[middle], sum_M, shape_M, splits, gpus):
+            high = middle
+        else:
+            low = middle
+    return float(levels[high])
+
+
+def _halves(mask: int) -> Int:
+    """Return all subsets of a mask that contain its highest bit."""
+    top = 1 << (mask.bit_length() - 1)
+    rest = mask ^ top
+    some = np.zeros(1, dtype=np.int64)
+    while rest:
+        bit = rest & -rest
+        some = np.concatenate([some, some | bit])
+        rest ^= bit
+    return some | top
+
+
+def _fits(time: float, sum_M: Float, shape_M: Int, splits: list[Int], gpus: int) -> bool:
+    """Whether some partition of the experts needs no more GPUs than there are."""
+    need_M = np.maximum(shape_M, np.ceil(sum_M / time * (1 - 1e-12)).astype(np.int64))
+    least_M = np.zeros(len(sum_M), dtype=np.int64)
+    for mask, some in enumerate(splits, start=1):
+        least_M[mask] = (need_M[some] + least_M[mask ^ some]).min()
+    return bool(least_M[-1] <= gpus)

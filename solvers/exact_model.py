@@ -1,0 +1,378 @@
+"""One layer as a mixed-integer programme, written once, and the way back from its solution to a plan.
+
+Equal split: ``z[e,r,g] = 1`` if expert e has r replicas and one of them is on g. Splitting on r makes the
+load of a replica, ``w_e / r``, a constant, at the price of one copy of the placement per count.
+
+    min T   s.t.   sum_r n[e,r] = 1,   sum_g z[e,r,g] = r n[e,r],   z[e,r,g] <= n[e,r]
+                   sum_{e,r} z[e,r,g] <= slots[g],   sum_{e,r} (w_e / r) z[e,r,g] <= speed[g] T
+
+Fractional split: ``x[e,g] = 1`` if e is on g, and f[e,g] of its tokens are served there.
+
+    min T   s.t.   sum_g f[e,g] = w_e,   f[e,g] <= w_e x[e,g],   sum_g x[e,g] >= needed[e]
+                   sum_e x[e,g] <= slots[g],   sum_e f[e,g] <= speed[g] T
+
+A known plan of time U cuts both down: with fewer than ``w_e / (U speed)`` replicas expert e would be
+slower. GPUs that are alike could be permuted at will, so the heaviest expert's replicas come first among
+them.
+
+Tokens are scaled so that the lower bound is 1: solvers' absolute tolerances then mean the same everywhere.
+
+Axes: E experts, G GPUs, C slots of a GPU, V variables, R rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moeless_opt.problems.bounds import best_bound, replicas_needed
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.plan import Status
+
+__all__ = ["ExactLayer", "ExactResult", "LinearModel", "build", "layer_of", "read_back", "result_of"]
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+Split = Literal["equal", "fractional"]
+
+PROVEN = 1e-6
+"""Relative gap at which a solver's optimum counts as proven: what its own tolerances allow to claim."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactResult:
+    """What an exact solver returns: always the best plan known, whoever found it.
+
+    Parameters
+    ----------
+    status : Status
+        OPTIMAL if ``value <= bound * (1 + 1e-6)``, else FEASIBLE; INFEASIBLE only if proven; NO_SOLUTION if
+        there was no plan to start from and none was found.
+    slots_GC, share_GC : ndarray, shape (G, C), or None
+        The plan.
+    value, bound : float
+        Its largest GPU time, and the proven lower bound.
+    improved : bool
+        Whether the solver beat the plan that it was given.
+    message : str
+        The solver's own words.
+    """
+
+    status: Status
+    slots_GC: NDArray[np.int32] | None
+    share_GC: Float | None
+    value: float
+    bound: float
+    improved: bool
+    message: str
+
+
+@dataclass(slots=True, kw_only=True)
+class ExactLayer:
+    """One layer, checked and scaled, and the plan to beat."""
+
+    load_E: Float
+    capacity_G: Int
+    speed_G: Float
+    split: Split
+    least_E: Int
+    most_E: Int
+    scale: float  # tokens per unit of the model
+    bound: float
+    slots_GC: NDArray[np.int32] | None
+    share_GC: Float | None
+    value: float
+    alike: list[list[int]]  # GPUs that could be permuted, by class
+
+
+def layer_of(
+    load_E: ArrayLike,
+    capacity_G: ArrayLike,
+    speed_G: ArrayLike | None = None,
+    split: Split = "equal",
+    *,
+    slots_GC: NDArray[np.int32] | None = None,
+    share_GC: Float | None = None,
+    max_replicas: int | None = None,
+    min_replicas: int = 1,
+    bound: float = 0.0,
+) -> ExactLayer:
+    """Check the arguments of an exact solver, and scale the layer.
+
+    Parameters
+    ----------
+    load_E : array_like of float, shape (E,)
+        Tokens of each expert.
+    capacity_G : array_like of int, shape (G,)
+        Slots of each GPU.
+    speed_G : array_like of float, shape (G,), optional
+        Relative speeds (default 1).
+    split : {"equal", "fractional"}
+        How tokens are divided.
+    slots_GC, share_GC : ndarray, optional
+        A known plan (for the fractional split with its shares); it cuts the search and is returned if nothing
+        better turns up.
+    max_replicas, min_replicas : int, optional
+        Limits on the replicas of each expert.
+    bound : float
+        A known lower bound.
+
+    Raises
+    ------
+    InfeasibleError
+        If the experts do not fit.
+    """
+    load = np.asarray(load_E, dtype=np.float64)
+    capacity = np.minimum(np.asarray(capacity_G, dtype=np.int64), len(load))
+    speed = np.ones(len(capacity)) if speed_G is None else np.asarray(speed_G, dtype=np.float64)
+    if split not in ("equal", "fractional"):
+        raise ProblemError("split", f"is {split!r}, must be 'equal' or 'fractional'")
+    bound_L, _ = best_bound(
+        load[None], capacity[None], speed, split, max_replicas=max_replicas, min_replicas=min_replicas
+    )
+    bound = max(bound, float(bound_L[0]))
+    if not np.isfinite(bound):
+        raise InfeasibleError(
+            f"slots: {len(load)} experts of {min_replicas} or more replicas do not fit {capacity.sum()} slots"
+        )
+    gpus = int((capacity > 0).sum())
+    most = np.full(len(load), gpus if max_replicas is None else min(gpus, max_replicas))
+    least = np.full(len(load), min_replicas)
+    value = np.inf
+    if slots_GC is not None:
+        if split == "equal" or share_GC is None:
+            share_GC = _equal_shares(slots_GC, len(load))
+        value = time_of(load, speed, slots_GC, share_GC)
+        least = np.maximum(least, replicas_needed(load[None], [value], speed[capacity > 0], split)[0])
+    spare = int(capacity.sum() - np.minimum(least, most).sum())
+    most = np.minimum(most, least + max(spare, 0))
+    classes: dict[tuple[int, float], list[int]] = {}
+    for g in np.flatnonzero(capacity > 0).tolist():
+        classes.setdefault((int(capacity[g]), float(speed[g])), []).append(g)
+    return ExactLayer(
+        load_E=load,
+        capacity_G=capacity,
+        speed_G=speed,
+        split=split,
+        least_E=np.minimum(least, most),
+        most_E=most,
+        scale=bound if bound > 0 else 1.0,
+        bound=bound,
+        slots_GC=slots_GC,
+        share_GC=share_GC,
+        value=value,
+        alike=list(classes.values()),
+    )
+
+
+def _equal_shares(slots_GC: NDArray[np.int32], experts: int) -> Float:
+    count = np.bincount(slots_GC[slots_GC >= 0], minlength=experts)
+    return np.where(slots_GC >= 0, 1.0 / np.maximum(count, 1)[slots_GC], 0.0)
+
+
+def time_of(load_E: Float, speed_G: Float, slots_GC: NDArray[np.int32], share_GC: Float) -> float:
+    """Largest GPU time of a plan."""
+    tokens = np.where(slots_GC >= 0, load_E[slots_GC] * share_GC, 0.0).sum(axis=1)
+    return float((tokens / speed_G).max())
+
+
+@dataclass(slots=True)
+class LinearModel:
+    """``min value[objective]`` over linear rows: what every backend is handed."""
+
+    names: list[str] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    whole: list[bool] = field(default_factory=list)
+    start: list[float] = field(default_factory=list)
+    rows: list[tuple[str, list[int], list[float], float, float]] = field(default_factory=list)
+    objective: int = -1
+    place: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # (e, g): variables that put e on g
+    tokens: dict[tuple[int, int], int] = field(default_factory=dict)  # (e, g): tokens served there
+
+    def variable(self, name: str, low: float, high: float, whole: bool, start: float) -> int:
+        """Add a variable; return its index."""
+        self.names.append(name)
+        self.low.append(low)
+        self.high.append(high)
+        self.whole.append(whole)
+        self.start.append(start)
+        return len(self.names) - 1
+
+    def row(self, name: str, terms: list[tuple[int, float]], low: float, high: float) -> None:
+        """Add ``low <= sum of coefficient * variable <= high``."""
+        self.rows.append((name, [v for v, _ in terms], [c for _, c in terms], low, high))
+
+
+def build(layer: ExactLayer) -> LinearModel:
+    """Write the programme of a layer."""
+    model = LinearModel()
+    known = _start(layer)
+    unit = layer.scale
+    upper = layer.value / unit if np.isfinite(layer.value) else np.inf
+    start = upper if np.isfinite(upper) else 0.0
+    model.objective = model.variable("T", layer.bound / unit, upper, False, start)
+    gpus = np.flatnonzero(layer.capacity_G > 0).tolist()
+    for e in range(len(layer.load_E)):
+        (_equal_expert if layer.split == "equal" else _fractional_expert)(model, layer, e, gpus, known)
+    for g in gpus:
+        held = [(v, 1.0) for (_, at), some in model.place.items() if at == g for v in some]
+        model.row(f"slots_{g}", held, -np.inf, float(layer.capacity_G[g]))
+        work = [(model.objective, -float(layer.speed_G[g]))]
+        for e in range(len(layer.load_E)):
+            if layer.split == "equal":
+                counts = range(int(layer.least_E[e]), int(layer.most_E[e]) + 1)
+                pairs = zip(model.place[e, g], counts, strict=True)
+                work += [(v, float(layer.load_E[e]) / unit / r) for v, r in pairs]
+            else:
+                work.append((model.tokens[e, g], 1.0))
+        model.row(f"time_{g}", [(v, c) for v, c in work if c], -np.inf, 0.0)
+    heaviest = int(np.argmax(layer.load_E))
+    for some in layer.alike:
+        for g, h in itertools.pairwise(some):
+            terms = [(v, 1.0) for v in model.place[heaviest, g]] + [
+                (v, -1.0) for v in model.place[heaviest, h]
+            ]
+            model.row(f"order_{g}_{h}", terms, 0.0, np.inf)
+    return model
+
+
+def _equal_expert(
+    model: LinearModel,
+    layer: ExactLayer,
+    e: int,
+    gpus: list[int],
+    known: tuple[NDArray[np.bool_], Float] | None,
+) -> None:
+    counts = range(int(layer.least_E[e]), int(layer.most_E[e]) + 1)
+    held = known[0][e] if known is not None else np.zeros(len(layer.capacity_G), dtype=bool)
+    chosen = []
+    for r in counts:
+        active = known is not None and int(held.sum()) == r
+        n = model.variable(f"n_{e}_{r}", 0, 1, True, float(active))
+        chosen.append((n, 1.0))
+        copies = []
+        for g in gpus:
+            z = model.variable(f"z_{e}_{r}_{g}", 0, 1, True, float(active and held[g]))
+            model.place.setdefault((e, g), []).append(z)
+            model.row(f"if_{e}_{r}_{g}", [(z, 1.0), (n, -1.0)], -np.inf, 0.0)
+            copies.append((z, 1.0))
+        model.row(f"copies_{e}_{r}", [*copies, (n, -float(r))], 0.0, 0.0)
+    model.row(f"count_{e}", chosen, 1.0, 1.0)
+
+
+def _fractional_expert(
+    model: LinearModel,
+    layer: ExactLayer,
+    e: int,
+    gpus: list[int],
+    known: tuple[NDArray[np.bool_], Float] | None,
+) -> None:
+    load = float(layer.load_E[e]) / layer.scale
+    upper = layer.value / layer.scale
+    hosts, tokens = [], []
+    for g in gpus:
+        most = min(load, upper * float(layer.speed_G[g]))
+        x = model.variable(f"x_{e}_{g}", 0, 1, True, float(known is not None and bool(known[0][e, g])))
+        f = model.variable(f"f_{e}_{g}", 0, most, False, 0.0 if known is None else float(known[1][e, g]))
+        model.place[e, g], model.tokens[e, g] = [x], f
+        model.row(f"if_{e}_{g}", [(f, 1.0), (x, -most)], -np.inf, 0.0)
+        hosts.append((x, 1.0))
+        tokens.append((f, 1.0))
+    model.row(f"copies_{e}", hosts, float(layer.least_E[e]), float(layer.most_E[e]))
+    model.row(f"served_{e}", tokens, load, load)
+
+
+def _start(layer: ExactLayer) -> tuple[NDArray[np.bool_], Float] | None:
+    """Return the known plan as (held, tokens) by expert and GPU, alike GPUs in the order of the rows."""
+    if layer.slots_GC is None or layer.share_GC is None:
+        return None
+    E, G = len(layer.load_E), len(layer.capacity_G)
+    held = np.zeros((E, G), dtype=bool)
+    tokens = np.zeros((E, G))
+    gpu, slot = np.nonzero(layer.slots_GC >= 0)
+    expert = layer.slots_GC[gpu, slot]
+    held[expert, gpu] = True
+    tokens[expert, gpu] = layer.load_E[expert] / layer.scale * layer.share_GC[gpu, slot]
+    heaviest = int(np.argmax(layer.load_E))
+    source = np.arange(G)
+    for some in layer.alike:
+        source[some] = sorted(some, key=lambda g: (not held[heaviest, g], g))
+    return held[:, source], tokens[:, source]
+
+
+def read_back(layer: ExactLayer, model: LinearModel, value_V: Float) -> tuple[NDArray[np.int32], Float]:
+    """Turn a solution into slots and shares."""
+    G, C = len(layer.capacity_G), int(layer.capacity_G.max())
+    slots = np.full((G, C), -1, dtype=np.int32)
+    share = np.zeros((G, C))
+    used = np.zeros(G, dtype=np.int64)
+    for (e, g), some in sorted(model.place.items()):
+        if sum(value_V[v] for v in some) > 0.5:
+            slots[g, used[g]] = e
+            if layer.split == "fractional":
+                share[g, used[g]] = max(float(value_V[model.tokens[e, g]]), 0.0)
+            used[g] += 1
+    if layer.split == "equal":
+        return slots, _equal_shares(slots, len(layer.load_E))
+    total = np.zeros(len(layer.load_E))
+    np.add.at(total, slots[slots >= 0], share[slots >= 0])
+    even = _equal_shares(slots, len(layer.load_E))
+    held = slots >= 0
+    share[held] = np.where(
+        total[slots[held]] > 0, share[held] / np.maximum(total[slots[held]], 1e-300), even[held]
+    )
+    return slots, share
+
+
+def result_of(
+    layer: ExactLayer,
+    plan: tuple[NDArray[np.int32], Float] | None,
+    bound: float,
+    message: str,
+    *,
+    infeasible: bool = False,
+) -> ExactResult:
+    """Keep the better of the solver's plan and the known one, and say truthfully what is proven.
+
+    Parameters
+    ----------
+    layer : ExactLayer
+        The layer.
+    plan : (slots_GC, share_GC) or None
+        What the solver found.
+    bound : float
+        Its lower bound, in tokens; minus infinity if it has none.
+    message : str
+        The solver's own words.
+    infeasible : bool
+        Whether the solver proved that no plan is better than the known one (or exists, without one).
+    """
+    slots, share, value = layer.slots_GC, layer.share_GC, layer.value
+    improved = False
+    if plan is not None:
+        held = np.bincount(plan[0][plan[0] >= 0], minlength=len(layer.load_E))
+        now = time_of(layer.load_E, layer.speed_G, *plan) if held.min() >= 1 else np.inf
+        if now < value:
+            slots, share, value, improved = plan[0], plan[1], now, now < value * (1 - 1e-9)
+    if infeasible and np.isfinite(value):
+        bound = value
+    # A solver's bound may exceed the value by its tolerance; it never counts for more than the value.
+    bound = min(max(layer.bound, bound), value)
+    if slots is None:
+        status = Status.INFEASIBLE if infeasible else Status.NO_SOLUTION
+    else:
+        status = Status.OPTIMAL if value <= bound * (1 + PROVEN) + 1e-300 else Status.FEASIBLE
+    return ExactResult(
+        status=status,
+        slots_GC=slots,
+        share_GC=share,
+        value=value,
+        bound=bound,
+        improved=improved,
+        message=message,
+    )
