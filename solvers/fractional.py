@@ -295,7 +295,7 @@ def _place_rest(state: _Packing, order: Ints, pieces: Floats, linked_L: Ints) ->
     L, E = order.shape
     G = state.time.shape[1]
     all_rows = np.arange(L)[:, None]
-    wave = max(1, G // 2)  # a whole wave at once is nearly LPT, for a fraction of the steps
+    wave = max(1, 3 * G // 4)  # a whole wave at once is nearly LPT, for a fraction of the steps
     at_L = linked_L.copy()
     flat_order, flat_pieces = order.reshape(-1), pieces.reshape(-1)
     while (at_L < E).any():

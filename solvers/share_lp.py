@@ -30,8 +30,10 @@ from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 
-_ON = float("inf")  # upper bound on the tokens of a live replica
-_WARM = "use_dual_simplex:true max_number_of_iterations:500"
+# Upper bound on the tokens of a live replica. With a large finite number GLOP ran for ever on some loads.
+_ON = float("inf")
+# Presolve would cost more than the few pivots of a warm start.
+_WARM = "use_dual_simplex:true use_preprocessing:false max_number_of_iterations:500"
 _COLD = "use_dual_simplex:true max_number_of_iterations:100000 use_preprocessing:true"
 _COLD_PRIMAL = "use_dual_simplex:false max_number_of_iterations:100000"
 _LEVELS = 8  # distinct price levels examined for the certificate
@@ -162,6 +164,10 @@ class ShareLP:
         for row, speed in zip(self._gpu_rows, self.speed_G.tolist(), strict=True):
             row.SetCoefficient(self._time, -speed)
         self._expert_rows: dict[int, Any] = {}
+        # What follows from the placement, made when needed: experts outside the programme and their GPUs,
+        # and the slots of the replicas inside it.
+        self._singles: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._slot_of: dict[tuple[int, int], int] | None = None
         self._pairs: dict[tuple[int, int], Any] = {}
         for expert, home in enumerate(self._home_E):
             if len(home) > 1:
@@ -174,6 +180,7 @@ class ShareLP:
 
     def _open(self, expert: int) -> None:
         """Bring an expert into the programme, with a variable for each of its replicas."""
+        self._singles = self._slot_of = None
         if expert not in self._expert_rows:
             self._expert_rows[expert] = self._solver.Constraint(0.0, 0.0)
         for gpu in self._home_E[expert]:
@@ -212,6 +219,7 @@ class ShareLP:
         ProblemError
             The GPU does not hold the expert, or it is the expert's last replica.
         """
+        self._singles = self._slot_of = None
         home = self._home_E[expert]
         if gpu not in home:
             raise ProblemError(f"slots_GC[{gpu}]", f"holds no replica of expert {expert}")
@@ -229,6 +237,7 @@ class ShareLP:
         """Exchange a replica of `expert` on `gpu` with one of `other` on `other_gpu`."""
         if gpu in self._home_E[other] or other_gpu in self._home_E[expert]:
             raise ProblemError("swap", f"of experts {expert} and {other} would put two replicas on one GPU")
+        self._singles = self._slot_of = None
         for moved, source, target in ((expert, gpu, other_gpu), (other, other_gpu, gpu)):
             self.slots_GC[source, int(np.flatnonzero(self.slots_GC[source] == moved)[0])] = -2 - moved
             self._home_E[moved].remove(source)
@@ -259,7 +268,9 @@ class ShareLP:
         price_G, token = self._run(load_E)
         share_GC = self._shares(load_E, token)
         time_G = _gpu_time(load_E, self.slots_GC, share_GC, self.speed_G)
-        critical, bound = critical_set(load_E, self.slots_GC, self.speed_G, price_G)
+        critical, bound = critical_set(
+            load_E, self.slots_GC, self.speed_G, price_G, enough=float(time_G.max()) * (1.0 - 1e-12)
+        )
         return ShareSolution(
             time=float(time_G.max()),
             share_GC=share_GC,
@@ -293,18 +304,19 @@ class ShareLP:
         # Loads in units of the mean GPU load: GLOP's tolerances are absolute.
         self._unit = float(load_E.sum() / self.speed_G.sum()) or 1.0
         load = (load_E / self._unit).tolist()
-        base = [0.0] * len(self._gpu_rows)
-        for expert, home in enumerate(self._home_E):
-            if expert in self._expert_rows:
-                self._expert_rows[expert].SetBounds(load[expert], load[expert])
-            else:
-                base[home[0]] += load[expert]
-        for row, fixed in zip(self._gpu_rows, base, strict=True):
-            row.SetUb(-fixed)
+        for expert, row in self._expert_rows.items():
+            row.SetBounds(load[expert], load[expert])
+        if self._singles is None:
+            singles = [e for e in range(len(self._home_E)) if e not in self._expert_rows]
+            gpus = [self._home_E[e][0] for e in singles]
+            self._singles = np.array(singles, dtype=np.int64), np.array(gpus, dtype=np.int64)
+        expert_S, gpu_S = self._singles
+        base_G = np.bincount(gpu_S, weights=load_E[expert_S], minlength=len(self._gpu_rows)) / -self._unit
+        for row, room in zip(self._gpu_rows, base_G.tolist(), strict=True):
+            row.SetUb(room)
         if self._solver.Solve() == self._optimal:
             return
-        # A warm start may cycle on degenerate loads (ours did, for ever): the cap on iterations ends that,
-        # and a solve from scratch answers.
+        # Should a warm start cycle on degenerate loads, the cap on iterations ends it: solve from scratch.
         for retry in (_COLD, _COLD_PRIMAL):
             self._solver.SetSolverSpecificParametersAsString(retry)
             status = self._solver.Solve(self._cold)
@@ -314,21 +326,41 @@ class ShareLP:
         raise SolverUnavailableError("GLOP ended a share programme without an optimum")
 
     def _shares(self, load_E: Floats, token: dict[tuple[int, int], float]) -> Floats:
+        if self._slot_of is None:
+            self._slot_of = {
+                (expert, gpu): slot
+                for gpu, row in enumerate(self.slots_GC.tolist())
+                for slot, expert in enumerate(row)
+                if expert in self._expert_rows
+            }
         share_GC = np.where(self.slots_GC >= 0, 1.0, 0.0)
         for expert in self._expert_rows:
             home = self._home_E[expert]
             part = [max(0.0, token[expert, gpu]) for gpu in home]
             total = sum(part)
             for gpu, value in zip(home, part, strict=True):
-                slot = int(np.flatnonzero(self.slots_GC[gpu] == expert)[0])
-                share_GC[gpu, slot] = value / total if total > 0.0 else 1.0 / len(home)
+                share_GC[gpu, self._slot_of[expert, gpu]] = value / total if total > 0.0 else 1.0 / len(home)
         return share_GC
 
 
 def critical_set(
-    load_E: Floats, slots_GC: NDArray[Any], speed_G: Floats, price_G: Floats
+    load_E: Floats,
+    slots_GC: NDArray[Any],
+    speed_G: Floats,
+    price_G: Floats,
+    *,
+    enough: float = float("inf"),
 ) -> tuple[tuple[int, ...], float]:
     """Densest level set of the prices: with exact prices, a set that proves the optimum.
+
+    Parameters
+    ----------
+    load_E, slots_GC, speed_G : array
+        As for `density`.
+    price_G : float array [GPUs]
+        Dual prices.
+    enough : float
+        A density to be content with: no further set is tried.
 
     Returns
     -------
@@ -344,6 +376,8 @@ def critical_set(
         value = density(load_E, slots_GC, speed_G, chosen.tolist())
         if value > best[1] * (1.0 + 1e-12):
             best = (tuple(int(gpu) for gpu in chosen), value)
+            if value >= enough:
+                break
     return best
 
 
