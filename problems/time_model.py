@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import FloatArray, Record, floats, number
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.models import ModelSpec
 
 __all__ = ["TimeModel"]
 
@@ -76,6 +77,34 @@ class TimeModel(Record):
             raise ProblemError(
                 "time.curve_time", f"has shape {time.shape}, must be {(tokens.size, activated.size)}"
             )
+
+    @classmethod
+    def roofline(cls, model: ModelSpec, *, flops: float, bandwidth: float, launch: float = 0.0) -> TimeModel:
+        """Times in seconds from a GPU's attained speed: arithmetic per token, one read of each used expert.
+
+        A model of first order, for when nothing was measured: a token costs its multiply-adds, an activated
+        expert the reading of its weights.
+
+        Parameters
+        ----------
+        model : ModelSpec
+            Gives an expert's weights and bytes.
+        flops : float
+            Floating-point operations per second that the GPU attains on expert matrices.
+        bandwidth : float
+            Bytes per second that it reads from its memory.
+        launch : float
+            Seconds per layer for launching kernels.
+        """
+        floats("time.flops", flops, open_low=True)
+        floats("time.bandwidth", bandwidth, open_low=True)
+        return cls(
+            token_cost=2.0 * model.matrices * model.hidden * model.ffn / flops,
+            activation_cost=model.expert_bytes / bandwidth,
+            launch=launch,
+            unit="s",
+            name=f"{model.name} at {flops:.3g} FLOP/s and {bandwidth:.3g} B/s",
+        )
 
     def _curve(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         assert self.curve_tokens is not None

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from moeless_opt.problems.plan import Plan, ProgressCallback, Result
 from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.base import Feature, Stop
+from moeless_opt.solvers.base import Feature, Stop, required_features
+from moeless_opt.solvers.constrained import Constrained
 from moeless_opt.solvers.planners import Construct
 from moeless_opt.solvers.replanner import Replan
 
@@ -18,7 +19,7 @@ class Auto:
 
     name = "auto"
     summary = "the default: re-plans what is live, or constructs"
-    features: ClassVar[frozenset[Feature]] = Replan.features
+    features: ClassVar[frozenset[Feature]] = Replan.features | Constrained.features
 
     def solve(
         self,
@@ -31,9 +32,10 @@ class Auto:
         **options: Any,
     ) -> Result:
         """Choose and solve."""
-        chosen = (
-            Construct if problem.current is None or "moves" not in problem.objective.priorities else Replan
-        )
+        fresh = problem.current is None or "moves" not in problem.objective.priorities
+        chosen: type[Construct | Replan | Constrained] = Construct if fresh else Replan
+        if required_features(problem) & Constrained.features - chosen.features:
+            chosen = Constrained
         return chosen(self.name).solve(
             problem, stop=stop, seed=seed, initial=initial, progress=progress, **options
         )

@@ -18,6 +18,7 @@ BUILT_IN: dict[str, str] = {
     "auto": "moeless_opt.solvers.auto:Auto",
     "construct": "moeless_opt.solvers.planners:Construct",
     "replan": "moeless_opt.solvers.replanner:Replan",
+    "constrained": "moeless_opt.solvers.constrained:Constrained",
     "stay": "moeless_opt.solvers.planners:Stay",
     "static": "moeless_opt.solvers.baselines:Static",
     "eplb": "moeless_opt.solvers.baselines:Eplb",
@@ -81,6 +82,10 @@ def require(solver: Solver, problem: Problem) -> None:
     lacking = required_features(problem) - solver.features
     if lacking:
         names = ", ".join(sorted(feature.value for feature in lacking))
-        able = [s.name for s in list_solvers() if not required_features(problem) - s.features]
+        able = [
+            s.name
+            for s in list_solvers()
+            if s.name != "oracle" and not required_features(problem) - s.features
+        ]
         hint = f"; solvers that have it: {', '.join(able)}" if able else ""
         raise UnsupportedFeatureError(f"solver {solver.name!r} does not support {names}{hint}")
