@@ -45,9 +45,8 @@ def recorded(path: Path) -> None:
     """Each workload of the recording."""
     with np.load(path) as data:
         counts, names = data["counts"].astype(float), [str(name) for name in data["workloads"]]
-    print(
-        f"{'workload':32}{'GPUs':>5}{'slots':>6}{'mean':>9}{'worst':>9}{'greedy':>9}{'numpy ms':>10}{'numba ms':>10}"
-    )
+    heads = ("mean", "worst", "packed", "numpy ms", "numba ms")
+    print(f"{'workload':32}{'GPUs':>5}{'slots':>6}" + "".join(f"{head:>10}" for head in heads))
     for G, C in ((32, 9), (64, 5)):
         for name, load in zip(names, counts, strict=True):
             capacity, speed = np.full((len(load), G), C), np.ones(G)
