@@ -55,6 +55,8 @@ SCENARIOS = 6
 PERFECT = 1e-10  # relative distance from the mean that counts as none
 _SEARCH_PAIRS = 400  # experts x GPUs up to which a layer is worth a local search
 _SINGULAR = 1e5  # potentials beyond this, in units of the mean load over a piece, mean a singular system
+_CLOSE = 1.0005  # balance at which swapping stops
+_WORTH = 1e-3  # what balance alone must gain over a sturdier placement, relative
 _SMALL = 512  # layers x experts x GPUs up to which plain Python is faster than NumPy
 _SAME = 1e250  # penalty of a GPU that the expert reaches already: last choice
 _NEVER = 1e280  # a full GPU, or one that holds the expert
@@ -418,17 +420,22 @@ def _retry(
     def balanced(load: Floats, capacity: Ints) -> Built:
         return _balanced(load, capacity, speed_G)
 
+    def steadied(load: Floats, capacity: Ints) -> Built:
+        return _steadied(load, capacity, speed_G)
+
     tries: list[Callable[[Floats, Ints], Built]] = [*(again(lean) for lean in OTHER_LEANS), aliased, balanced]
     if load_LE.shape[1] > int(np.maximum(capacity_LG - 1, 0).sum(axis=1).min()):
         # Too few slots to join all GPUs in some layer: no tree will do.
         small = load_LE.shape[1] * len(speed_G) <= _SEARCH_PAIRS
-        tries = [grouped, aliased, balanced] if small else [aliased, balanced]
+        tries = [*([grouped] if small else []), aliased, steadied, balanced]
     for build in tries:
         open_L = np.flatnonzero(time_L > mean_L * (1.0 + PERFECT))
         if not len(open_L):
             return
         slots_O, share_O, time_O = build(load_LE[open_L], capacity_LG[open_L])
-        better = time_O < time_L[open_L] * (1.0 - 1e-12)
+        # Balance alone is the least sturdy: it must be worth it.
+        margin = _WORTH if build is balanced else 1e-12
+        better = time_O < time_L[open_L] * (1.0 - margin)
         layers = open_L[better]
         slots[layers], share[layers], time_L[layers] = slots_O[better], share_O[better], time_O[better]
 
@@ -467,6 +474,19 @@ def _each(
             slots[layer, :, :c], share[layer, :, :c] = found
             token = np.where(found[0] >= 0, load_LE[layer][found[0]] * found[1], 0.0)
             time_L[layer] = (token.sum(axis=1) / speed_G).max()
+    return slots, share, time_L
+
+
+def _steadied(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Built:
+    """Joined as far as the slots go, then swapped towards balance, with exact shares."""
+    slots, _, time_L = _joined(load_LE, capacity_LG, speed_G, 0.0)
+    share = np.zeros(slots.shape)
+    layers = np.flatnonzero(np.isfinite(time_L))
+    if len(layers):
+        load = load_LE[layers]
+        slots[layers] = improve(load, slots[layers], capacity_LG[layers], speed_G, target=_CLOSE)
+        found = solve_shares(load, slots[layers], speed_G)
+        share[layers], time_L[layers] = found.share_LGC, found.time_L
     return slots, share, time_L
 
 

@@ -226,3 +226,23 @@ def test_thorough_is_no_worse_and_repeatable() -> None:
 def test_too_few_slots() -> None:
     with pytest.raises(InfeasibleError):
         construct_fractional(np.ones((1, 5)), np.full((1, 2), 2), np.ones(2))
+
+
+def test_too_few_slots_to_join_all() -> None:
+    """Half the GPUs have a slot less: near the mean all the same, and sturdier than balance alone."""
+    load_LE, speed_G = lognormal(8, 256, 1.0, 2), np.ones(32)
+    capacity_LG = np.tile(np.where(np.arange(32) < 16, 9, 8), (8, 1))
+    slots_LGC, share_LGC = construct_fractional(load_LE, capacity_LG, speed_G)
+    mean_L = load_LE.sum(axis=1) / 32
+    time_L = largest(load_LE, slots_LGC, share_LGC, capacity_LG, speed_G)
+    assert (time_L <= 1.002 * mean_L).all()
+    replicas_LE = trim(load_LE, apportion(load_LE, capacity_LG.sum(axis=1), 32), capacity_LG)
+    balanced_LGC = improve(
+        load_LE, pack(load_LE, replicas_LE, capacity_LG, speed_G), capacity_LG, speed_G, target=1.0005
+    )
+    ours, mark = [], []
+    for seed in range(4):
+        actual_LE = load_LE * np.exp(np.random.default_rng(seed).normal(0.0, 0.3, load_LE.shape))
+        ours.append((solve_shares(actual_LE, slots_LGC).time_L / actual_LE.sum(axis=1)).mean())
+        mark.append((solve_shares(actual_LE, balanced_LGC).time_L / actual_LE.sum(axis=1)).mean())
+    assert np.mean(ours) <= np.mean(mark)
