@@ -322,6 +322,7 @@ def _loads(data: object, where: str, folder: Path) -> Loads:
         "skipped": tuple(entry.take("skipped", list, ())),
         "load_TLNE": entry.take("by_node", list, None),
         "source": entry.take("source", str, ""),
+        "notes": tuple(entry.take("notes", list, ())),
     }
     entry.done()
     for key in ("layers", "skipped"):
@@ -496,6 +497,7 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
         ("skipped", list(loads.skipped)),
         ("by_node", None if loads.load_TLNE is None else loads.load_TLNE.tolist()),
         ("source", loads.source),
+        ("notes", list(loads.notes)),
     ):
         if value:
             entry[key] = value

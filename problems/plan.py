@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, Record, SlotArray, frozen
+from moeless_opt.problems.arrays import FloatArray, Record, SlotArray, frozen, number
 from moeless_opt.problems.evaluate import Moves
 from moeless_opt.problems.placement import Placement, held_LGE, replica_counts
 from moeless_opt.problems.problem import Problem
@@ -111,6 +111,11 @@ class Payback(Record):
 
     saved_per_pass: float
     cost: float
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "saved_per_pass", number("payback.saved_per_pass", self.saved_per_pass, low=-1e300))
+        put(self, "cost", number("payback.cost", self.cost))
 
     @property
     def passes(self) -> float:

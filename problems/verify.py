@@ -204,7 +204,7 @@ def _moves(problem: Problem, plan: Plan, count: IntArray, used: IntArray) -> lis
 
 
 def _least_seconds(problem: Problem, new: BoolArray) -> float:
-    """Seconds that no schedule of the moves can beat: what the busiest GPU must receive, over all its links."""
+    """Seconds that no schedule of the moves can beat: the busiest receiver's bytes over all its links."""
     links = problem.topology.links
     bytes_G = (new.sum(2) * problem.bytes_L[:, None]).sum(0)
     return float(bytes_G.max()) / (links.intra_node + links.inter_node + links.host)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moeless_opt.problems.evaluate import count_moves, gpu_times, imbalance
 from moeless_opt.problems.loads import Loads
 from moeless_opt.problems.placement import Placement, equal_shares
-from moeless_opt.problems.plan import Certificate, Plan
+from moeless_opt.problems.plan import Certificate, Payback, Plan
 from moeless_opt.problems.problem import Problem
 from moeless_opt.problems.spec import Limits, Objective, Sizing
 from moeless_opt.problems.time_model import TimeModel
@@ -74,6 +74,7 @@ def loads(draw: Any, layers: int, experts: int, *, max_scenarios: int = 3, nodes
         skipped=tuple(range(first)),
         load_TLNE=by_node,
         source=draw(st.sampled_from(("", "drawn"))),
+        notes=("2 steps summed",) if draw(st.booleans()) else (),
     )
 
 
@@ -204,7 +205,10 @@ def planned(draw: Any, **kind: Any) -> tuple[Problem, Plan]:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     slots = random_slots(rng, problem.capacity_LG, problem.experts)
     share = None if problem.split == "equal" else random_shares(rng, slots, problem.experts)
-    return problem, plan_of(problem, slots, share)
+    plan = plan_of(problem, slots, share)
+    if draw(st.booleans()):
+        plan = plan.replace(payback=Payback(saved_per_pass=draw(st.floats(-1, 1)), cost=0.5))
+    return problem, plan
 
 
 def slow_time(model: TimeModel, tokens: float, activated: float, speed: float) -> float:

@@ -208,7 +208,7 @@ def test_digest_ignores_what_is_for_people() -> None:
     other = make(
         name="other",
         known=Known(source="me"),
-        loads=LOADS.replace(source="file", scenarios=("a",), skipped=(7,)),
+        loads=LOADS.replace(source="file", scenarios=("a",), skipped=(7,), notes=("summed",)),
         topology=uniform(2, 2, slots=2, name="rack"),
         # equal to the defaults, but other objects, and other kinds of numbers
         objective=Objective(balance_tolerance=np.float64(0.01)),

@@ -84,7 +84,10 @@ GOOD = [
         "loads",
         {"load": [[[3, 2, 1]], [[1, 2, 3]]], "weights": [1, 3], "scenarios": ["a", "b"], "layers": [4]},
     ),
-    ("loads", {"load": [[3, 2, 1]], "by_node": [[[3, 2, 1]]], "skipped": [0], "source": "here"}),
+    (
+        "loads",
+        {"load": [[3, 2, 1]], "by_node": [[[3, 2, 1]]], "skipped": [0], "source": "here", "notes": ["x"]},
+    ),
     ("loads", {"kind": "generated", "recipe": {"kind": "zipf", "layers": 1, "experts": 3, "alpha": 1.1}}),
     (
         "loads",
