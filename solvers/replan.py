@@ -29,7 +29,7 @@ from moeless_opt.solvers.replan_flow import UNIT, LayerFlow, least_time
 from moeless_opt.solvers.replan_lns import Shaker, count_moves
 from moeless_opt.solvers.shares import solve_shares
 
-__all__ = ["Replan", "mend_content", "replan_fractional"]
+__all__ = ["Replan", "checked", "mend_content", "replan_fractional"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -160,7 +160,7 @@ def replan_fractional(
         The slots cannot hold every expert, or the budget cannot restore coverage.
     """
     started = clock.monotonic()
-    load, slots, capacity, speed = _checked(load_LE, slots_LGC, capacity_LG, speed_G)
+    load, slots, capacity, speed = checked(load_LE, slots_LGC, capacity_LG, speed_G)
     if not tolerance >= 0.0:
         raise ProblemError("tolerance", f"is {tolerance}, would need a number of at least 0")
     L = len(load)
@@ -330,7 +330,7 @@ def _frontier(one: _Layer, search: Search) -> list[tuple[int, float, Content]]:
 # -- the live placement --------------------------------------------------------------------------------
 
 
-def _checked(
+def checked(
     load_LE: Any, slots_LGC: Any, capacity_LG: Any, speed_G: Any
 ) -> tuple[Floats, Slots, Ints, Floats]:
     load = np.asarray(load_LE, dtype=np.float64)

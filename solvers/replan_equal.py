@@ -1,0 +1,443 @@
+"""Re-planning for engines that split an expert's tokens evenly over its replicas: a local search on few moves.
+
+With an equal split every replica of expert e carries w[e] / r[e], so that changing the number of replicas changes
+the load of all GPUs that hold one. The search lowers the *overflow*, the tokens above a wanted time summed over
+the GPUs, by the change that lowers it most per replica moved:
+
+========  ============================================================================================
+add       a replica of an expert of a hot GPU elsewhere, on a free slot or one that yields
+move      that replica itself, likewise
+swap      it with a replica of another GPU (two moves)
+drop      a replica whose expert has others (no move)
+========  ============================================================================================
+
+A replica *yields* when its expert has others; they then take its tokens. What was live at a place before costs
+nothing to put back. Destroying and repairing (as in `replan_lns`) then removes moves that turned out needless.
+All candidates of a step are evaluated exactly and at once, as arrays.
+"""
+
+from __future__ import annotations
+
+import time as clock
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeless_opt.problems.bounds import best_bound
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.placement import equal_shares
+from moeless_opt.solvers.relabel import seat
+from moeless_opt.solvers.replan import Replan, checked, mend_content
+from moeless_opt.solvers.replan_budget import choose_points
+from moeless_opt.solvers.replan_lns import count_moves, put_back
+
+__all__ = ["EqualState", "fill_equal", "replan_equal"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Content = list[list[int]]
+
+_HOT = 8  # hottest GPUs that a step looks at
+_MOST_BACK = 6  # GPUs put back in one round of destroying and repairing
+_ENOUGH = 1e-9  # overflow, in units of the mean GPU load, that counts as none
+_TRIES = 6  # wanted times tried for a layer that cannot reach its own
+
+
+class EqualState:
+    """A placement of one layer under an equal split, in units of the mean GPU load.
+
+    Parameters
+    ----------
+    load_E : float array [experts]
+        Loads.
+    content : list of list of int
+        Experts on each GPU; each has a replica.
+    capacity_G : int array [GPUs]
+        Slots.
+    room_G : float array [GPUs]
+        Load that each GPU may carry.
+    live_EG : bool array [experts, GPUs]
+        Where each expert is live: placing it there is no move.
+    """
+
+    def __init__(
+        self,
+        load_E: Floats,
+        content: Sequence[Sequence[int]],
+        capacity_G: Ints,
+        room_G: Floats,
+        live_EG: NDArray[np.bool_],
+    ) -> None:
+        self.load_E, self.capacity_G, self.room_G, self.live_EG = load_E, capacity_G, room_G, live_EG
+        self.on_EG = np.zeros((len(load_E), len(content)), dtype=bool)
+        for gpu, row in enumerate(content):
+            self.on_EG[list(row), gpu] = True
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Recompute what follows from the membership."""
+        self.count_E = self.on_EG.sum(axis=1)
+        self.piece_E = self.load_E / self.count_E
+        self.load_G = self.piece_E @ self.on_EG
+
+    @property
+    def overflow(self) -> float:
+        """Load above the rooms, summed."""
+        return float(np.maximum(self.load_G - self.room_G, 0.0).sum())
+
+    def content(self) -> Content:
+        """Experts on each GPU."""
+        return [np.flatnonzero(column).tolist() for column in self.on_EG.T]
+
+    def moves(self) -> int:
+        """Count replicas that aren't live where they stand."""
+        return int((self.on_EG & ~self.live_EG).sum())
+
+    def apply(self, change: _Change) -> None:
+        """Make a change."""
+        for expert, gpu in change.drops:
+            self.on_EG[expert, gpu] = False
+        for expert, gpu in change.adds:
+            self.on_EG[expert, gpu] = True
+        self.refresh()
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    rate: float  # overflow taken away per move
+    adds: tuple[tuple[int, int], ...]
+    drops: tuple[tuple[int, int], ...]
+
+
+def fill_equal(
+    state: EqualState, rng: np.random.Generator | None = None, budget: int | None = None, trace: Any = None
+) -> bool:
+    """Lower the overflow until none is left; False if no change helps, or the budget of moves is spent.
+
+    Parameters
+    ----------
+    state : EqualState
+        Changed in place.
+    rng : numpy Generator, optional
+        Perturbs the choice of the change.
+    budget : int, optional
+        Moves (against the live placement) that the state may have.
+    trace : callable, optional
+        Shown the state after each change.
+    """
+    steps = 4 * state.on_EG.shape[1] + int(state.count_E.sum())
+    for _ in range(steps):
+        if state.overflow <= _ENOUGH:
+            return budget is None or state.moves() <= budget
+        if budget is not None and state.moves() > budget:
+            return False
+        change = _best_change(state, rng)
+        if change is None:
+            return False
+        state.apply(change)
+        if trace is not None:
+            trace(state)
+    return False
+
+
+def _best_change(state: EqualState, rng: np.random.Generator | None) -> _Change | None:
+    over_G = state.load_G - state.room_G
+    hot = np.argsort(-over_G, kind="stable")[:_HOT]
+    hot = hot[over_G[hot] > 0.0]
+    gpu_P, expert_P = np.nonzero(state.on_EG.T[hot])
+    gpu_P = hot[gpu_P]
+    found = [
+        _best_swap(state, over_G, gpu_P, expert_P, rng),
+        *_best_placing(state, over_G, gpu_P, expert_P, rng),
+    ]
+    best = max((change for change in found if change is not None), key=lambda change: change.rate, default=None)
+    return best if best is not None and best.rate > 1e-12 else None
+
+
+def _noise(rng: np.random.Generator | None, shape: tuple[int, ...]) -> Floats | float:
+    return 1.0 if rng is None else rng.uniform(0.6, 1.0, size=shape)
+
+
+def _rate(gain: Floats, cost: NDArray[Any]) -> Floats:
+    """Gain per move; what costs nothing counts as a tenth of a move."""
+    rate: Floats = gain / np.where(cost > 0, cost, 0.1)
+    return rate
+
+
+def _best_swap(
+    state: EqualState, over_G: Floats, gpu_P: Ints, expert_P: Ints, rng: np.random.Generator | None
+) -> _Change | None:
+    """Exchange a replica of a hot GPU with a lighter one of another."""
+    on, live, piece_E = state.on_EG, state.live_EG, state.piece_E
+    expert_Q, gpu_Q = np.nonzero(on)
+    shift_PQ = piece_E[expert_P][:, None] - piece_E[expert_Q][None, :]
+    source, target = over_G[gpu_P][:, None], over_G[gpu_Q][None, :]
+    before = np.maximum(source, 0.0) + np.maximum(target, 0.0)
+    gain = before - np.maximum(source - shift_PQ, 0.0) - np.maximum(target + shift_PQ, 0.0)
+    barred = (shift_PQ <= 0.0) | on[expert_P][:, gpu_Q] | on[expert_Q][:, gpu_P].T
+    cost = (~live[expert_P][:, gpu_Q]).astype(np.int64) + (~live[expert_Q][:, gpu_P].T)
+    rate = np.where(barred, -1.0, _rate(gain, cost) * _noise(rng, gain.shape))
+    if rate.size == 0:
+        return None
+    p, q = np.unravel_index(int(rate.argmax()), rate.shape)
+    here, there = (int(expert_P[p]), int(gpu_P[p])), (int(expert_Q[q]), int(gpu_Q[q]))
+    return _Change(float(rate[p, q]), ((here[0], there[1]), (there[0], here[1])), (here, there))
+
+
+def _yields(state: EqualState) -> tuple[Ints, Ints, Floats]:
+    """Places for a replica: GPU, the expert that yields (-1: a free slot), and the loads' change when it does."""
+    G = state.on_EG.shape[1]
+    free = np.flatnonzero(state.on_EG.sum(axis=0) < state.capacity_G)
+    expert_Y, gpu_Y = np.nonzero(state.on_EG & (state.count_E > 1)[:, None])
+    keep = ~np.isin(gpu_Y, free)
+    expert_Y, gpu_Y = expert_Y[keep], gpu_Y[keep]
+    fewer_Y = state.count_E[expert_Y] - 1
+    shift_YG = state.on_EG[expert_Y] * (state.piece_E[expert_Y] / fewer_Y)[:, None]
+    shift_YG[np.arange(len(gpu_Y)), gpu_Y] = -state.piece_E[expert_Y]
+    return (
+        np.concatenate([free, gpu_Y]),
+        np.concatenate([np.full(len(free), -1), expert_Y]),
+        np.concatenate([np.zeros((len(free), G)), shift_YG]),
+    )
+
+
+def _best_placing(
+    state: EqualState, over_G: Floats, gpu_P: Ints, expert_P: Ints, rng: np.random.Generator | None
+) -> list[_Change | None]:
+    """Add a replica of a hot GPU's expert elsewhere, move the hot replica itself, or drop it."""
+    gpu_Y, yields_Y, shift_YG = _yields(state)
+    if len(gpu_Y) == 0:
+        return []
+    total = float(np.maximum(over_G, 0.0).sum())
+    places = np.arange(len(gpu_Y))
+    after_YG = over_G + shift_YG
+    experts = np.unique(expert_P)
+    found: list[_Change | None] = []
+    # Add: every replica of the expert gets lighter, the new one as heavy as they.
+    piece_A = state.load_E[experts] / (state.count_E[experts] + 1)
+    lighter_AG = state.on_EG[experts] * (piece_A - state.piece_E[experts])[:, None]
+    over_AYG = after_YG[None] + lighter_AG[:, None]
+    over_AYG[:, places, gpu_Y] += piece_A[:, None]
+    found.append(_pick(state, total, over_AYG, experts, None, gpu_Y, yields_Y, rng))
+    # Move: only the hot GPU gets lighter.
+    piece_P = state.piece_E[expert_P]
+    over_PYG = np.repeat(after_YG[None], len(expert_P), axis=0)
+    over_PYG[np.arange(len(expert_P)), :, gpu_P] -= piece_P[:, None]
+    over_PYG[:, places, gpu_Y] += piece_P[:, None]
+    found.append(_pick(state, total, over_PYG, expert_P, gpu_P, gpu_Y, yields_Y, rng))
+    # Drop: the others take it.
+    dropped = np.flatnonzero(yields_Y >= 0)
+    gain_D = total - np.maximum(after_YG[dropped], 0.0).sum(axis=1)
+    if len(dropped) and gain_D.max() > 1e-12:
+        first = int(dropped[int(gain_D.argmax())])
+        found.append(_Change(float(gain_D.max()) / 0.1, (), ((int(yields_Y[first]), int(gpu_Y[first])),)))
+    return found
+
+
+def _pick(
+    state: EqualState,
+    total: float,
+    over_XYG: Floats,
+    expert_X: Ints,
+    leaves_X: Ints | None,
+    gpu_Y: Ints,
+    yields_Y: Ints,
+    rng: np.random.Generator | None,
+) -> _Change | None:
+    gain_XY = total - np.maximum(over_XYG, 0.0).sum(axis=2)
+    barred = state.on_EG[expert_X][:, gpu_Y] | (expert_X[:, None] == yields_Y[None, :])
+    cost = (~state.live_EG[expert_X][:, gpu_Y]).astype(np.int64)
+    rate = np.where(barred, -1.0, _rate(gain_XY, cost) * _noise(rng, gain_XY.shape))
+    x, y = np.unravel_index(int(rate.argmax()), rate.shape)
+    expert, gpu, yields = int(expert_X[x]), int(gpu_Y[y]), int(yields_Y[y])
+    drops = ((yields, gpu),) if yields >= 0 else ()
+    if leaves_X is not None:
+        drops = (*drops, (expert, int(leaves_X[x])))
+    return _Change(float(rate[x, y]), ((expert, gpu),), drops)
+
+
+# -- all layers ----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Layer:
+    load_E: Floats
+    capacity_G: Ints
+    speed_G: Floats
+    live: list[frozenset[int]]
+    live_EG: NDArray[np.bool_]
+    start: Content
+    content: Content
+    target: float
+    reached: bool = True
+    rng: np.random.Generator | None = None
+
+    def state(self, content: Content, time: float) -> EqualState:
+        room_G = self.speed_G * time * (1.0 + 1e-12)
+        return EqualState(self.load_E, content, self.capacity_G, room_G, self.live_EG)
+
+    def time(self, content: Content) -> float:
+        state = self.state(content, self.target)
+        return float((state.load_G / self.speed_G).max())
+
+
+def replan_equal(
+    load_LE: Any,
+    slots_LGC: Any,
+    capacity_LG: Any,
+    speed_G: Any = None,
+    *,
+    tolerance: float = 0.02,
+    max_moves: int | None = None,
+    cost_L: Sequence[int] | None = None,
+    time_limit: float | None = None,
+    rounds: int = 4,
+    seed: int = 0,
+    repair: bool = False,
+    bound_L: Any = None,
+) -> Replan:
+    """Move few replicas so that, tokens split evenly, the largest GPU time is within a tolerance of the bound.
+
+    Parameters and errors are those of `replan.replan_fractional`; `rounds` of destroying and repairing run for
+    each layer even without a time limit, with one until time is out.
+
+    Returns
+    -------
+    Replan
+        Placement, equal shares, times, moves and bounds. A layer that the search cannot bring to the wanted time
+        has the best time that it found; ``least_moves_L`` is one where the live placement misses it.
+    """
+    started = clock.monotonic()
+    load, slots, capacity, speed = checked(load_LE, slots_LGC, capacity_LG, speed_G)
+    if not tolerance >= 0.0:
+        raise ProblemError("tolerance", f"is {tolerance}, would need a number of at least 0")
+    L, E = load.shape
+    bound = best_bound(load, capacity, speed, "equal")[0] if bound_L is None else np.asarray(bound_L, float)
+    mean_L = np.where(load.sum(axis=1) > 0.0, load.sum(axis=1) / speed.sum(), 1.0)
+    layers = []
+    for layer in range(L):
+        load_E = load[layer] / mean_L[layer]
+        rows = slots[layer].tolist()
+        start = mend_content(load_E.tolist(), rows, capacity[layer].tolist(), speed.tolist(), layer, repair)
+        live = [frozenset(expert for expert in row if 0 <= expert < E) for row in rows]
+        live_EG = np.array([[expert in row for row in live] for expert in range(E)])
+        target = (1.0 + tolerance) * float(bound[layer] / mean_L[layer])
+        layers.append(_Layer(load_E, capacity[layer], speed, live, live_EG, start, start, target))
+    forced_L = np.array([count_moves(one.live, one.start) for one in layers], dtype=np.int64)
+    price = [1] * L if cost_L is None else [int(one) for one in cost_L]
+    needed = int(sum(one * by for one, by in zip(forced_L.tolist(), price, strict=True)))
+    if max_moves is not None and needed > max_moves:
+        raise InfeasibleError(
+            f"max_moves: {max_moves} cannot give every expert a replica; the least that would is {needed}"
+        )
+    least = [int(one.time(one.start) > one.target * (1.0 + 1e-9)) for one in layers]
+    for layer, one in enumerate(layers):
+        if least[layer]:
+            _plan_layer(one)
+        one.rng = np.random.default_rng((seed, layer))
+    _improve(layers, time_limit, rounds, started)
+    if max_moves is not None:
+        _keep_to_budget(layers, price, max_moves)
+    new = np.full_like(slots, -1)
+    for layer, one in enumerate(layers):
+        for gpu, row in enumerate(one.content):
+            new[layer, gpu] = seat(slots[layer, gpu].tolist(), row)
+    return Replan(
+        slots_LGC=new,
+        share_LGC=equal_shares(new, E),
+        time_L=np.array([one.time(one.content) for one in layers]) * mean_L * (load.sum(axis=1) > 0.0),
+        moves_L=np.array([count_moves(one.live, one.content) for one in layers], dtype=np.int64),
+        forced_L=forced_L,
+        bound_L=bound,
+        target_L=(1.0 + tolerance) * bound,
+        least_moves_L=np.array(least, dtype=np.int64),
+    )
+
+
+def _plan_layer(one: _Layer) -> None:
+    """Reach the wanted time; else bisect for one that is within reach."""
+    state = one.state(one.start, one.target)
+    one.reached = fill_equal(state)
+    best = min(one.time(one.start), time := one.time(state.content()))
+    if one.reached or time <= best:
+        one.content = state.content()
+    low, high = one.target, best
+    for _ in range(0 if one.reached else _TRIES):
+        middle = 0.5 * (low + high)
+        state = one.state(one.start, middle)
+        done = fill_equal(state)
+        time = one.time(state.content())
+        if time < high:
+            high, one.content = time, state.content()
+        if not done:
+            low = middle
+        if high - low < 1e-3 * high:
+            break
+
+
+def _improve(layers: list[_Layer], time_limit: float | None, rounds: int, started: float) -> None:
+    """Destroy and repair each layer in turn."""
+    last = np.inf if time_limit is None else started + time_limit
+    turn = 0
+    active = [one for one in layers if one.reached and one.content is not one.start]
+    while active and (turn < rounds or time_limit is not None) and clock.monotonic() < last:
+        for one in active:
+            if clock.monotonic() >= last:
+                break
+            _shake(one)
+        turn += 1
+
+
+def _shake(one: _Layer) -> None:
+    assert one.rng is not None
+    changed = [gpu for gpu, row in enumerate(one.content) if any(expert not in one.live[gpu] for expert in row)]
+    if not changed:
+        return
+    moves = count_moves(one.live, one.content)
+    size = int(one.rng.integers(1, min(len(changed), _MOST_BACK) + 1))
+    chosen = one.rng.choice(changed, size=size, replace=False).tolist()
+    state = one.state(put_back(one.live, one.content, chosen, len(one.load_E)), one.target)
+    if fill_equal(state, one.rng, moves):
+        one.content = state.content()
+
+
+def _keep_to_budget(layers: list[_Layer], price: list[int], budget: int) -> None:
+    spent = sum(by * count_moves(one.live, one.content) for one, by in zip(layers, price, strict=True))
+    if spent <= budget:
+        return
+    fronts = [_frontier(one) for one in layers]
+    chosen = choose_points(
+        [[point[0] for point in front] for front in fronts],
+        [[point[1] * float(one.load_E.sum()) for point in front] for front, one in zip(fronts, layers, strict=True)],
+        price,
+        budget,
+    )
+    for one, front, index in zip(layers, fronts, chosen, strict=True):
+        one.content = front[index][2]
+
+
+def _frontier(one: _Layer) -> list[tuple[int, float, Content]]:
+    """Points (moves, time, content) between the start and the finished plan, each faster than the last."""
+    points: list[tuple[int, float, Content]] = []
+
+    def note(content: Content) -> None:
+        points.append((count_moves(one.live, content), max(one.time(content), one.target), content))
+
+    note(one.start)
+    note(one.content)
+    first, last = points[0][1], points[1][1]
+    for part in (0.5, 0.25, 0.1, 0.0):
+        state = one.state(one.start, last + part * (first - last))
+        fill_equal(state, trace=lambda now: note(now.content()))
+    points.sort(key=lambda point: point[:2])
+    front = points[:1]
+    for point in points[1:]:
+        if point[1] < front[-1][1] * (1.0 - 1e-9):
+            if point[0] == front[-1][0]:
+                front[-1] = point
+            else:
+                front.append(point)
+    return front
