@@ -1,0 +1,86 @@
+"""The exact solvers on whole problems: proofs where there is time, the heuristic's plan where not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.library import load_instance
+from moeless_opt.problems.plan import Progress, Status
+from moeless_opt.problems.verify import verify
+from moeless_opt.solvers.base import MaxTime
+from moeless_opt.solvers.planners import Construct
+from moeless_opt.solvers.portfolio import CpSat, Milp, Patterns, Portfolio
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("flashlb-equal", [590 / 3]),
+        ("flashlb-fractional", [181.25]),
+        ("deepseek-readme-equal", [136.0, 172.0]),
+        ("deepseek-readme-fractional", [129.25, 146.0]),
+    ],
+)
+def test_published_examples_are_proven(name: str, values: Any) -> None:
+    result = Portfolio().solve(load_instance(name), stop=MaxTime(30))
+    assert result.status is Status.OPTIMAL
+    assert result.plan is not None
+    verify(result.problem, result.plan)
+    np.testing.assert_allclose(result.plan.certificate.value_L, values)
+    np.testing.assert_allclose(result.plan.certificate.lower_bound_L, values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [Portfolio(), Patterns(), CpSat(), Milp()])
+def test_small_layers_by_every_method(solver: Any) -> None:
+    problem = load_instance("tiny-pairs")
+    seen: list[Progress] = []
+    result = solver.solve(problem, stop=MaxTime(30), progress=seen.append)
+    assert result.status is Status.OPTIMAL
+    assert result.plan is not None
+    verify(problem, result.plan)
+    best = Patterns().solve(problem, stop=MaxTime(30)).plan
+    assert best is not None
+    np.testing.assert_allclose(result.plan.certificate.value_L, best.certificate.value_L, rtol=2e-6)
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+
+
+def test_milp_through_pulp() -> None:
+    problem = load_instance("flashlb-fractional")
+    result = Milp().solve(problem, stop=MaxTime(10), backend="pulp")
+    assert result.status is Status.OPTIMAL
+    with pytest.raises(ProblemError, match="backend"):
+        Milp().solve(load_instance("flashlb-equal"), stop=MaxTime(10), backend="abacus")
+
+
+@pytest.mark.parametrize("solver", [Portfolio(), CpSat(), Milp()])
+def test_without_time_the_heuristics_plan_remains(solver: Any) -> None:
+    problem = load_instance("phi-zipf-equal")
+    first = Construct().solve(problem, stop=MaxTime(30)).plan
+    result = solver.solve(problem, stop=MaxTime(0.0), initial=first)
+    assert first is not None
+    assert result.plan is not None
+    assert result.stopped_by == "time"
+    assert result.status is Status.FEASIBLE
+    verify(problem, result.plan)
+    np.testing.assert_array_equal(result.plan.certificate.value_L, first.certificate.value_L)
+
+
+def test_never_worse_than_where_it_starts() -> None:
+    problem = load_instance("mixtral-zipf-equal")
+    first = Construct().solve(problem, stop=MaxTime(30)).plan
+    result = Portfolio().solve(problem, stop=MaxTime(30), initial=first)
+    assert first is not None
+    assert result.plan is not None
+    verify(problem, result.plan)
+    assert (result.plan.certificate.value_L <= first.certificate.value_L * (1 + 1e-12)).all()
+    assert result.status is Status.OPTIMAL
+
+
+def test_initial_must_fit() -> None:
+    other = Construct().solve(load_instance("flashlb-equal"), stop=MaxTime(1)).plan
+    with pytest.raises(ProblemError, match="initial"):
+        Portfolio().solve(load_instance("tiny-pairs"), stop=MaxTime(1), initial=other)
