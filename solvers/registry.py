@@ -25,6 +25,10 @@ BUILT_IN: dict[str, str] = {
     "eplb-hierarchical": "moeless_opt.solvers.baselines:EplbHierarchical",
     "moeless": "moeless_opt.solvers.baselines:MoEless",
     "oracle": "moeless_opt.solvers.baselines:Oracle",
+    "portfolio": "moeless_opt.solvers.portfolio:Portfolio",
+    "patterns": "moeless_opt.solvers.portfolio:Patterns",
+    "cpsat": "moeless_opt.solvers.portfolio:CpSat",
+    "milp": "moeless_opt.solvers.portfolio:Milp",
 }
 """Name -> ``module:class`` of the solvers that ship with the package."""
 
