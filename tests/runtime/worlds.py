@@ -8,12 +8,16 @@ themselves: a world passes when every process ends well.
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,53 +27,82 @@ HERE = Path(__file__).parent
 def run_world(
     script: str, ranks: int, *arguments: str, expect_killed: int = 0, timeout: float = 240.0
 ) -> list[Any]:
-    """Run a script in `ranks` processes; returns what each rank handed to `report` (None if nothing)."""
+    """Run a script in `ranks` processes; returns what each rank handed to `report` (None if nothing).
+
+    One process imports torch and megatron-core and forks the ranks: importing takes longer than most tests.
+    """
     import torch.distributed as dist
 
     store = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout)
     )
     with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        logs = [open(f"{folder}/log{r}", "w+") for r in range(ranks)]  # noqa: SIM115
-        for r in range(ranks):
-            env = os.environ | {
-                "RANK": str(r),
-                "WORLD_SIZE": str(ranks),
-                "STORE_PORT": str(store.port),
-                "WORLD_FOLDER": folder,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}",
-                "TORCHDYNAMO_DISABLE": "1",
-            }
-            command = [sys.executable, "-W", "ignore", str(HERE / script), *arguments]
-            processes.append(subprocess.Popen(command, env=env, stdout=logs[r], stderr=subprocess.STDOUT))
-        deadline = time.monotonic() + timeout
-        try:
-            while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-                if any(p.poll() not in (None, 0, -9) for p in processes):
-                    time.sleep(3)  # let the others tell their story, then stop
-                    break
-                time.sleep(0.05)
-        finally:
-            late = [p for p in processes if p.poll() is None]
-            for p in late:
-                p.kill()
-                p.wait()
-            text = []
-            for r, log in enumerate(logs):
-                log.seek(0)
-                text.append(f"--- rank {r} (exit {processes[r].returncode})\n{log.read()[-4000:]}")
-                log.close()
-        codes = sorted(p.returncode for p in processes)
+        env = os.environ | {
+            "WORLD_SIZE": str(ranks),
+            "STORE_PORT": str(store.port),
+            "WORLD_FOLDER": folder,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE}",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+        command = [sys.executable, "-W", "ignore", __file__, str(timeout), str(HERE / script), *arguments]
+        leader = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        codes = json.loads(leader.stdout.splitlines()[-1]) if leader.returncode == 0 else []
         wanted = [-9] * expect_killed + [0] * (ranks - expect_killed)
-        if codes != wanted or late:
-            raise AssertionError(f"exit codes {codes}, wanted {wanted}\n" + "\n".join(text))
-        results = []
-        for r in range(ranks):
-            path = Path(folder) / f"result{r}.json"
-            results.append(json.loads(path.read_text()) if path.exists() else None)
-        return results
+        if sorted(codes) != wanted:
+            logs = [
+                f"--- rank {r}: {path.read_text()[-4000:]}"
+                for r, path in enumerate(sorted(Path(folder).glob("log*")))
+            ]
+            raise AssertionError(
+                "\n".join([f"exit codes {codes}, wanted {wanted}", leader.stderr[-4000:], *logs])
+            )
+        results = [Path(folder) / f"result{r}.json" for r in range(ranks)]
+        return [json.loads(path.read_text()) if path.exists() else None for path in results]
+
+
+def lead(timeout: float, script: str, *arguments: str) -> list[int]:
+    """Import what is heavy, fork the ranks, and wait for them; returns their exit codes."""
+    for heavy in ("live", "observe"):
+        importlib.import_module(f"moeless_opt.runtime.{heavy}")
+    size = int(os.environ["WORLD_SIZE"])
+    running: dict[int, int] = {}
+    codes = [-1] * size
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            os.environ["RANK"] = str(rank)
+            log = os.open(f"{os.environ['WORLD_FOLDER']}/log{rank}", os.O_CREAT | os.O_WRONLY)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            sys.argv = [script, *arguments]
+            failed = 1
+            try:
+                runpy.run_path(script, run_name="__main__")
+                failed = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                # Not the interpreter's own end: a thread may wait in gloo for a rank that is gone.
+                os._exit(failed)
+        running[child] = rank
+    deadline = time.monotonic() + timeout
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            codes[running.pop(child)] = os.waitstatus_to_exitcode(status)
+            if codes.count(1) and running:
+                deadline = min(deadline, time.monotonic() + 5)  # let the others tell their story
+        elif time.monotonic() > deadline:
+            for late in list(running):
+                os.kill(late, signal.SIGKILL)
+                os.waitpid(late, 0)
+                codes[running.pop(late)] = 124
+        else:
+            time.sleep(0.02)
+    return codes
 
 
 # ------------------------------------------------------------------------------------- inside a process
@@ -120,22 +153,24 @@ def tiny_config(layers: int = 3, topk: int = 2, dtype: Any = None, **more: Any) 
     return quiet_config(
         TransformerConfig,
         **neutral_config_fields(
-            num_layers=layers,
-            hidden_size=HIDDEN,
-            num_attention_heads=4,
-            num_moe_experts=EXPERTS,
-            moe_router_topk=topk,
-            moe_ffn_hidden_size=96,
-            ffn_hidden_size=96,
-            add_bias_linear=False,
-            gated_linear_unit=True,
-            activation_func=torch.nn.functional.silu,
-            normalization="RMSNorm",
-            moe_router_load_balancing_type="none",
-            expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
-            params_dtype=dtype,
-            bf16=dtype is torch.bfloat16,
-            **more,
+            **{
+                "num_layers": layers,
+                "hidden_size": HIDDEN,
+                "num_attention_heads": 4,
+                "num_moe_experts": EXPERTS,
+                "moe_router_topk": topk,
+                "moe_ffn_hidden_size": 96,
+                "ffn_hidden_size": 96,
+                "add_bias_linear": False,
+                "gated_linear_unit": True,
+                "activation_func": torch.nn.functional.silu,
+                "normalization": "RMSNorm",
+                "moe_router_load_balancing_type": "none",
+                "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+                "params_dtype": dtype,
+                "bf16": dtype is torch.bfloat16,
+            }
+            | more
         ),
     )
 
@@ -240,3 +275,7 @@ def random_slots(
                 rows[g].append(e)
         out.append(rows_to_slots(rows, width))
     return np.stack(out)
+
+
+if __name__ == "__main__":
+    print(json.dumps(lead(float(sys.argv[1]), *sys.argv[2:])))

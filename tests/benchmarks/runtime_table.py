@@ -1,0 +1,109 @@
+"""Prints what the live runtime costs and survives, on four gloo ranks of this machine.
+
+    python tests/benchmarks/runtime_table.py [--quick]
+
+Every world is real processes. Times depend on the machine and on who else uses it: compare them within a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "runtime"))
+import worlds  # noqa: E402
+
+
+def world(*arguments: Any, ranks: int = 4, killed: int = 0) -> list[Any]:
+    """One world of `runtime_worker`."""
+    script = str(HERE / "runtime_worker.py")
+    return worlds.run_world(script, ranks, *map(str, arguments), expect_killed=killed, timeout=900)
+
+
+def placements(plans: int) -> None:
+    """Identical outputs through re-placements; memory."""
+    r = world("placements", plans)[0]
+    rows = (
+        ("carried out", f"{r['done']} of {r['plans']}"),
+        ("largest difference from static expert parallelism", f"{r['worst']:g}"),
+        ("moved", f"{r['bytes'] / 1e6:.1f} MB in {r['forwards']} forwards"),
+        ("forwards in which a rank waited for a transfer", f"{r['waits']}"),
+        ("forward, median", f"{r['calm_ms']:.1f} ms; while experts move {r['busy_ms']:.1f} ms"),
+        (
+            "most memory beyond before and after",
+            f"{r['used'] / 1e6:.2f} MB of {r['allowed'] / 1e6:.2f} MB allowed",
+        ),
+    )
+    show("Re-placements under traffic (4 ranks, 4 layers x 8 experts, fp64)", rows)
+
+
+def show(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """A title and its lines."""
+    print(f"{title}:")
+    for name, value in rows:
+        print(f"  {name:<52s}{value}")
+
+
+def overhead(rounds: int) -> None:
+    """Against megatron-core's own dispatcher and experts."""
+    print(
+        "Attached with the static placement, against stock megatron-core (all-to-all, SequentialMLP), fp32:"
+    )
+    print("  hidden  tokens     stock  attached  ratio of pairs   processor time (all ranks)    difference")
+    for hidden, length in ((64, 16), (128, 64), (256, 128)):
+        ranks = world("overhead", rounds, hidden, length)
+        ratio = statistics.median(r["ratio"] for r in ranks)
+        stock, live = (sum(r["processor_ms"][i] for r in ranks) for i in (0, 1))
+        r = ranks[0]
+        print(
+            f"  {hidden:6d}  {r['tokens']:6d}  {r['stock_ms']:5.1f} ms  {r['live_ms']:5.1f} ms"
+            f"  {ratio:14.3f}   "
+            f"{stock:6.1f} -> {live:6.1f} ms ({live / stock:.3f})   {r['difference']:.1e}"
+        )
+
+
+def kills(worlds_of_three: int) -> None:
+    """Ranks killed at random moments."""
+    times: list[float] = []
+    agree: list[float] = []
+    worst, recovered, wanted, repeated = 0.0, 0, 0, 0
+    for seed in range(worlds_of_three):
+        wanted += 3
+        results = [r for r in world("kills", seed, killed=3) if r]
+        (last,) = results
+        recovered += len(last["lost"])
+        worst = max(worst, last["worst"])
+        times += last["seconds"]
+        agree += last["agree"]
+        repeated += last["repeated"]
+    rows = (
+        ("recovered", f"{recovered} of {wanted}"),
+        ("largest difference of the survivors' outputs", f"{worst:g}"),
+        ("time to recover", f"median {statistics.median(times):.2f} s, worst {max(times):.2f} s"),
+        ("of it agreeing on who is left (0.5 s of grace)", f"median {statistics.median(agree):.2f} s"),
+        ("forwards that a last survivor ran again", f"{repeated}"),
+    )
+    show("Ranks killed at random moments of a forward, while experts move", rows)
+
+
+def main() -> None:
+    """Print all tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--only", choices=("placements", "overhead", "kills"))
+    args = parser.parse_args()
+    if args.only in (None, "placements"):
+        placements(12 if args.quick else 60)
+    if args.only in (None, "overhead"):
+        overhead(20 if args.quick else 100)
+    if args.only in (None, "kills"):
+        kills(1 if args.quick else 7)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Ranks of `runtime_table`: ``python`` is not meant to run this by itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtime"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import worlds
+
+from moeless_opt.runtime.faults import Guard
+from moeless_opt.runtime.home import MappedHome
+from moeless_opt.runtime.live import attach
+
+
+def placements(plans: int) -> dict[str, Any]:
+    """Outputs, bytes, waits, and memory through many re-placements under traffic."""
+    rank, size = worlds.join()
+    layers = 4
+    model = worlds.tiny_model(layers, 2, torch.float64, exact=True)
+    batches = [worlds.batch(rank, k) for k in range(4)]
+    stock = [worlds.forward(model, x) for x in batches]
+    live = attach(model, checksums=True)
+    one = live.banks[0].expert_bytes
+    rng = np.random.default_rng(0)
+    worst, forwards, over = 0.0, 0, -(10**18)
+    calm: list[float] = []
+    busy: list[float] = []
+    done = 0
+
+    def run() -> None:
+        nonlocal worst, forwards
+        began = time.perf_counter()
+        out = worlds.forward(model, batches[forwards % 4])
+        (busy if not live.migrator.idle else calm).append(time.perf_counter() - began)
+        worst = max(worst, (out - stock[forwards % 4]).abs().max().item())
+        forwards += 1
+
+    for _ in range(plans):
+        run()
+        wanted = worlds.random_slots(rng, layers, size)
+        held = np.array([sum(len(row[g]) for row in live.migrator.rows_LG) for g in range(size)]) * one
+        after = (wanted >= 0).sum(axis=(0, 2)) * one
+        live.meter.reset_peak()
+        number = live.apply(wanted, max_step_bytes=4 * one, max_extra_bytes=4 * one)
+        while live.migration(number).status in ("waiting", "moving"):
+            run()
+        done += live.migration(number).status == "done"
+        over = max(over, int(live.meter.peak - max(held[rank], after[rank])))
+    figures = torch.tensor([worst, live.migrator.courier.waits, over], dtype=torch.float64)
+    dist.all_reduce(figures, op=dist.ReduceOp.MAX)
+    return {
+        "plans": plans,
+        "done": done,
+        "forwards": forwards,
+        "worst": figures[0].item(),
+        "waits": int(figures[1]),
+        "bytes": live.migrator.bytes_moved,
+        "allowed": 4 * one,
+        "used": int(figures[2]),
+        "calm_ms": 1e3 * statistics.median(calm),
+        "busy_ms": 1e3 * statistics.median(busy),
+    }
+
+
+def overhead(rounds: int, hidden: int, length: int) -> dict[str, Any]:
+    """An attached model with the static placement against megatron-core's own dispatcher and experts."""
+    import stock_on_cpu
+
+    rank, _ = worlds.join()
+    stock_on_cpu.install()
+    worlds.HIDDEN = hidden
+    fields = {"moe_token_dispatcher_type": "alltoall"}
+    wide = {"moe_ffn_hidden_size": 2 * hidden, "ffn_hidden_size": 2 * hidden}
+    models = []
+    for _ in range(2):
+        model = worlds.tiny_model(4, 2, torch.float32, **wide, **fields)
+        models.append(model)
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    for layer in models[0].decoder.layers:
+        mlp = layer.mlp
+        mlp.token_dispatcher = MoEAlltoAllTokenDispatcher(
+            mlp.num_local_experts, mlp.local_expert_indices, config=mlp.config, pg_collection=_groups()
+        )
+    live = attach(models[1])
+    x = worlds.batch(rank, 0, 4, length)
+    seconds: list[list[float]] = [[], []]
+    processor: list[list[float]] = [[], []]
+    difference = (worlds.forward(models[0], x) - worlds.forward(models[1], x)).abs().max().item()
+    for k in range(rounds):
+        for which in (0, 1) if k % 2 else (1, 0):
+            dist.barrier()
+            began, used = time.perf_counter(), time.process_time()
+            worlds.forward(models[which], x)
+            seconds[which].append(time.perf_counter() - began)
+            processor[which].append(time.process_time() - used)
+    live.detach()
+    stock_ms, live_ms = (1e3 * statistics.median(s) for s in seconds)
+    return {
+        "hidden": hidden,
+        "tokens": x.numel(),
+        "stock_ms": stock_ms,
+        "live_ms": live_ms,
+        "ratio": statistics.median(b / a for a, b in zip(*seconds, strict=True)),
+        "processor_ms": [1e3 * statistics.median(p) for p in processor],
+        "difference": difference,
+    }
+
+
+def _groups() -> Any:
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    return get_default_pg_collection()
+
+
+def kills(seed: int) -> dict[str, Any]:
+    """Three deaths, one after the other, at random moments under traffic and migrations."""
+    rank, size = worlds.join()
+    chance = np.random.default_rng(seed)
+    victims = chance.permutation(size)[: size - 1].tolist()
+    moments = np.sort(chance.choice(np.arange(3, 45), size - 1, replace=False)).tolist()
+    model = worlds.tiny_model(3, 2, torch.float64, exact=True)
+    batches = [worlds.batch(rank, k) for k in range(4)]
+    stock = [worlds.forward(model, x) for x in batches]
+    live = attach(model, timeout=8.0, checksums=True)
+    folder = os.environ["WORLD_FOLDER"] + "/home"
+    live.save_home(folder)
+    live.use_home(MappedHome(folder, size))
+    guard = Guard(live, grace=0.5, slots=8)
+    # A death comes after so many batches of layers in the step: in the middle of a forward pass.
+    depth = {r: int(chance.integers(0, 3)) for r in range(size)}
+    worst, attempts = 0.0, 0
+    for step in range(48):
+
+        def work(step: int = step) -> torch.Tensor:
+            nonlocal attempts
+            attempts += 1
+            if rank in victims and step == moments[victims.index(rank)]:
+                seen = [0]
+
+                def die(*_: Any) -> None:
+                    seen[0] += 1
+                    if seen[0] > depth[rank]:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+                for d in live.dispatchers:
+                    d.on_batch.append(die)
+            return worlds.forward(model, batches[step % 4])
+
+        before = len(guard.recoveries)
+        out = guard.run(work)
+        worst = max(worst, (out - stock[step % 4]).abs().max().item())
+        if len(guard.recoveries) == before and step % 2 == 0:
+            rng = np.random.default_rng(1000 * seed + step)
+            live.apply(worlds.random_slots(rng, 3, live.group.size), max_step_bytes=300_000)
+    return {
+        "worst": worst,
+        "lost": [r.lost for r in guard.recoveries],
+        "seconds": [r.seconds for r in guard.recoveries],
+        "agree": [r.agree_seconds for r in guard.recoveries],
+        "repeated": attempts - 48,
+        "bytes": [r.restored_bytes for r in guard.recoveries],
+    }
+
+
+if __name__ == "__main__":
+    what, *numbers = sys.argv[1:]
+    run = {"placements": placements, "overhead": overhead, "kills": kills}[what]
+    worlds.report(run(*(int(n) for n in numbers)))
