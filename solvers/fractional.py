@@ -58,7 +58,6 @@ _SINGULAR = 1e5  # potentials beyond this, in units of the mean load over a piec
 _CLOSE = 1.0005  # balance at which swapping stops
 _WORTH = 1e-3  # what balance alone must gain over a sturdier placement, relative
 _SMALL = 512  # layers x experts x GPUs up to which plain Python is faster than NumPy
-_SAME = 1e250  # penalty of a GPU that the expert reaches already: last choice
 _NEVER = 1e280  # a full GPU, or one that holds the expert
 
 
@@ -215,6 +214,7 @@ class _Packing:
         self._used = np.zeros(L * G, dtype=np.int64)
         self._capacity = capacity_LG.reshape(-1)
         self._pace = np.tile(1.0 / speed_G, L)
+        self.slowest = float(1.0 / speed_G.min())
 
     def put(self, cell: Ints, experts: Ints, pieces: Floats) -> None:
         """Place one replica per cell (layer * GPUs + GPU), all cells distinct."""
@@ -249,6 +249,8 @@ def _place_links(
     component = np.tile(np.arange(G), (L, 1))
     root_L = np.zeros(L, dtype=np.int64)
     barred = np.zeros((L, G))
+    # A GPU that the expert reaches already is the last choice: later than any other could ever be.
+    same_L1 = (pieces * replicas).sum(axis=1, keepdims=True) * state.slowest + 1.0
     done = 0
     if state.uniform:
         # On empty equal GPUs the first G replicas take one each.
@@ -258,7 +260,7 @@ def _place_links(
         start = np.maximum.accumulate(np.where(first_LS[:, :done], step[:done], 0), axis=1)
         component[:, :done] = start
         root_L = start[:, -1].copy() if done else root_L
-        barred[component == root_L[:, None]] = _SAME
+        barred[:] = np.where(component == root_L[:, None], same_L1, 0.0)
         barred[:, :done][start == root_L[:, None]] = _NEVER
     flat_barred = barred.reshape(-1)
     row_start = all_rows * G
@@ -279,7 +281,7 @@ def _place_links(
             state.put(cell_L[rows], expert_LS[rows, s], piece_LS[rows, s])
             np.copyto(component, root_L[:, None], where=(component == joined_L[:, None]) & live_L[:, None])
             cell_L = cell_L[rows]
-        np.copyto(barred, _SAME, where=(component == root_L[:, None]) & (barred < _SAME))
+        np.copyto(barred, same_L1, where=(component == root_L[:, None]) & (barred < _NEVER))
         flat_barred[cell_L] = _NEVER
 
 
