@@ -153,7 +153,9 @@ def _best_change(state: EqualState, rng: np.random.Generator | None) -> _Change 
         _best_swap(state, over_G, gpu_P, expert_P, rng),
         *_best_placing(state, over_G, gpu_P, expert_P, rng),
     ]
-    best = max((change for change in found if change is not None), key=lambda change: change.rate, default=None)
+    best = max(
+        (change for change in found if change is not None), key=lambda change: change.rate, default=None
+    )
     return best if best is not None and best.rate > 1e-12 else None
 
 
@@ -393,7 +395,9 @@ def _improve(layers: list[_Layer], time_limit: float | None, rounds: int, starte
 
 def _shake(one: _Layer) -> None:
     assert one.rng is not None
-    changed = [gpu for gpu, row in enumerate(one.content) if any(expert not in one.live[gpu] for expert in row)]
+    changed = [
+        gpu for gpu, row in enumerate(one.content) if any(expert not in one.live[gpu] for expert in row)
+    ]
     if not changed:
         return
     moves = count_moves(one.live, one.content)
@@ -411,7 +415,10 @@ def _keep_to_budget(layers: list[_Layer], price: list[int], budget: int) -> None
     fronts = [_frontier(one) for one in layers]
     chosen = choose_points(
         [[point[0] for point in front] for front in fronts],
-        [[point[1] * float(one.load_E.sum()) for point in front] for front, one in zip(fronts, layers, strict=True)],
+        [
+            [point[1] * float(one.load_E.sum()) for point in front]
+            for front, one in zip(fronts, layers, strict=True)
+        ],
         price,
         budget,
     )

@@ -123,7 +123,7 @@ def _best_change(
     gain = overflow - best.overflow if best else 0
     # An exchange costs two moves: it must gain more than twice as much.
     if 3 * gain < cut.excess[hot[0]]:
-        swap = _best_exchange(state, overflow, cut, ways, places, search.exchanges, 2 * gain)
+        swap = _best_exchange(state, overflow, cut, ways, places, search, 2 * gain)
         if swap is not None:
             best = swap
     return best
@@ -142,25 +142,39 @@ _THIRDS = 6  # cool places offered to an expert that makes way
 
 def _places(state: LayerFlow, cut: Cut, most: int) -> list[Row]:
     """Cool GPUs that can take a replica, best first, with the replica that yields its slot (-1: a free slot)."""
-    home, content, room = state.home, state.content, state.room
+    home, capacity = state.home, state.capacity
     flow, gpus, arc = cut.flow, state.gpus, state.arcs
+    free = [room - used for room, used in zip(state.room, flow[gpus : 2 * gpus], strict=True)]
     places: list[Row] = []
     for gpu, group in cut.group.items():
-        own, behind = room[gpu] - flow[gpus + gpu], cut.slack[group]
-        if len(content[gpu]) < state.capacity[gpu]:
-            places.append((-min(most, own), -behind, -own, 0, own, gpu, -1))
+        own, behind, row = free[gpu], cut.slack[group], state.content[gpu]
+        if len(row) < capacity[gpu]:
+            places.append((-own if own < most else -most, -behind, -own, 0, own, gpu, -1))
             continue
-        for expert in content[gpu]:
+        for expert in row:
             where = home[expert]
             if len(where) > 1:
                 # What the yielding replica serves must fit on the expert's other GPUs.
-                stranded = tokens = flow[arc[expert, gpu]]
-                for other in where:
-                    if other != gpu:
-                        stranded -= room[other] - flow[gpus + other]
-                harm = stranded if stranded > 0 else 0
+                tokens = flow[arc[expert, gpu]]
+                harm = 0
+                if tokens:
+                    harm = tokens + own
+                    for other in where:
+                        harm -= free[other]
+                    if harm < 0:
+                        harm = 0
                 after = own + tokens
-                places.append((harm - min(most, after), -behind, harm - after, harm, after, gpu, expert))
+                places.append(
+                    (
+                        harm - (after if after < most else most),
+                        -behind,
+                        harm - after,
+                        harm,
+                        after,
+                        gpu,
+                        expert,
+                    )
+                )
     places.sort()
     return places
 
@@ -221,21 +235,22 @@ def _best_exchange(
     cut: Cut,
     ways: list[tuple[int, list[int]]],
     places: list[Row],
-    trials: int,
+    search: Search,
     gain: int,
 ) -> Change | None:
     """Let an unreplicated expert of a cool GPU make way: to the captive expert's own slot, or to a third GPU."""
     load, home = state.load, state.home
     thirds = places[:_THIRDS]
-    rows: list[tuple[int, int, int, int, int, int, int]] = []
+    roomy = sorted((-state.free(cut, gpu), gpu) for gpu in cut.group)[: search.targets // 3]
+    rows: list[Row] = []
     for name, experts in ways:
         for expert in experts:
             most = min(load[expert], cut.excess[name])
-            for gpu, group in cut.group.items():
-                bound = min(most, cut.slack[group])
+            for free, gpu in roomy:
+                own = -free
+                bound = min(most, cut.slack[cut.group[gpu]])
                 if gpu in home[expert] or bound <= gain:
                     continue
-                own = state.free(cut, gpu)
                 singles = [(load[other], other) for other in state.content[gpu] if len(home[other]) == 1]
                 singles.sort()
                 for rank, (weight, other) in enumerate(singles):
@@ -251,12 +266,14 @@ def _best_exchange(
                             hope = reach - harm - max(0, weight - after)
                             if hope > gain:
                                 rows.append((-hope, -bound, expert, gpu, other, third, yields))
+    # Without any addition to fall back on, look further.
+    trials = search.exchanges if gain > 0 else 10 * search.exchanges
     best: Change | None = None
     tried = 0
-    for _, bound, expert, gpu, other, third, yields in heapq.nsmallest(10 * trials, rows):
+    for _, bound, expert, gpu, other, third, yields in heapq.nsmallest(trials, rows):
         if -bound <= gain:
             continue
-        if tried >= trials and best is not None:
+        if tried >= search.exchanges and best is not None:
             break
         tried += 1
         adds = ((expert, gpu), (other, third))

@@ -287,14 +287,15 @@ class LayerFlow:
         as the flow there allows).
         """
         gpus, net, home = self.gpus, self._net, self.home
-        hot, cool = [False] * gpus, [False] * gpus
+        hot, cool = [False] * (_FIRST_GPU + gpus), [False] * (_FIRST_GPU + gpus)
         end = _FIRST_GPU + gpus
         for node in net.get_source_side_min_cut():
-            if _FIRST_GPU <= node < end:
-                hot[node - _FIRST_GPU] = True
+            if node < end:
+                hot[node] = True
         for node in net.get_sink_side_min_cut():
-            if _FIRST_GPU <= node < end:
-                cool[node - _FIRST_GPU] = True
+            if node < end:
+                cool[node] = True
+        hot, cool = hot[_FIRST_GPU:], cool[_FIRST_GPU:]
         flow = net.flows(np.arange(self._size)).tolist()
         root = list(range(gpus))
 
@@ -306,16 +307,25 @@ class LayerFlow:
         captive: list[int] = []
         for expert in self.replicated:
             where = home[expert]
-            inside = [gpu for gpu in where if cool[gpu]]
-            if not inside:
-                if not all([hot[gpu] for gpu in where]):
+            first = where[0]
+            if hot[first]:
+                # With a replica on a hot GPU and none elsewhere it is captive; one elsewhere frees all.
+                for gpu in where:
+                    if not hot[gpu]:
+                        break
+                else:
+                    captive.append(expert)
+                    first = find(first)
+                    for gpu in where:
+                        root[find(gpu)] = first
                     continue
-                captive.append(expert)
-                inside = where
-            if len(inside) > 1:
-                first = find(inside[0])
-                for gpu in inside[1:]:
-                    root[find(gpu)] = first
+            first = -1
+            for gpu in where:
+                if cool[gpu]:
+                    if first < 0:
+                        first = find(gpu)
+                    else:
+                        root[find(gpu)] = first
         found = Cut(flow=flow)
         for gpu in range(gpus):
             if hot[gpu]:
