@@ -26,12 +26,14 @@ replicas placed for balance alone leave many GPUs linked to nobody.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.solvers import fast
 from moeless_opt.solvers.alias import alias_pack
 from moeless_opt.solvers.grouping import group_pack
 from moeless_opt.solvers.packing import pack
@@ -163,7 +165,12 @@ def _share(
 
 
 def connect(
-    load_LE: Floats, replicas_LE: NDArray[Any], capacity_LG: Ints, speed_G: Floats
+    load_LE: Floats,
+    replicas_LE: NDArray[Any],
+    capacity_LG: Ints,
+    speed_G: Floats,
+    *,
+    backend: str = "auto",
 ) -> tuple[Int32s, Bools]:
     """Steps 2 and 3: place replicas so that replicated experts join the GPUs into one component.
 
@@ -177,15 +184,18 @@ def connect(
         Slots.
     speed_G : float array [GPUs]
         Relative speeds.
+    backend : {"auto", "numpy", "numba"}
+        Which of the two twins does the work; the result is the same. "auto" is Numba once
+        `moeless_opt.solvers.share_fast` is imported.
 
     Returns
     -------
     slots_LGC : int32 array [layers, GPUs, slots]
         Placement.
     ok_L : bool array [layers]
-        Whether every replica found a GPU; the other layers are incomplete.
+        Whether every replica found a GPU; the other layers are empty.
     """
-    L, E = load_LE.shape
+    L, _ = load_LE.shape
     G = capacity_LG.shape[1]
     piece = load_LE / replicas_LE
     # Replicated experts first, each group by falling piece.
@@ -193,10 +203,32 @@ def connect(
     replicas = np.take_along_axis(replicas_LE, order, axis=1)
     pieces = np.take_along_axis(piece, order, axis=1)
     linked_L = np.where(replicas > 1, replicas, 0).sum(axis=1)
+    # A GPU that the expert reaches already is the last choice: later than any other could ever be.
+    same_L = (pieces * replicas).sum(axis=1) * float(1.0 / speed_G.min()) + 1.0
+    # On empty equal GPUs the first G replicas take one each.
+    uniform = bool((capacity_LG > 0).all()) and bool((speed_G == speed_G[0]).all())
+    head = int(min(G, linked_L.min())) if uniform else 0
+    wave = max(1, 3 * G // 4)  # a whole wave at once is nearly LPT, for a fraction of the steps
+    if _choose(backend) == "numba":
+        from moeless_opt.solvers.share_fast import connect_layers
+
+        slots = np.full((L, G, int(capacity_LG.max(initial=1))), -1, dtype=np.int32)
+        ok_L = np.ones(L, dtype=bool)
+        pace_G = 1.0 / speed_G
+        connect_layers(order, pieces, replicas, capacity_LG, pace_G, same_L, head, wave, _NEVER, slots, ok_L)
+        return slots, ok_L
     state = _Packing(L, G, capacity_LG, speed_G)
-    _place_links(state, order, pieces, replicas, linked_L, E)
-    _place_rest(state, order, pieces, (replicas > 1).sum(axis=1))
+    _place_links(state, order, pieces, replicas, linked_L, same_L, head)
+    _place_rest(state, order, pieces, (replicas > 1).sum(axis=1), wave)
+    state.slots[~state.ok_L] = -1
     return state.slots, state.ok_L
+
+
+def _choose(backend: str) -> str:
+    """Numba where it is asked for, or loaded already ("auto"); the placements are the same."""
+    if backend == "auto":
+        return "numba" if "moeless_opt.solvers.share_fast" in sys.modules else "numpy"
+    return fast.choose(backend)
 
 
 class _Packing:
@@ -208,13 +240,11 @@ class _Packing:
         # Time so far; full GPUs are never chosen.
         self.time = np.where(capacity_LG > 0, 0.0, _NEVER)
         self.ok_L = np.ones(L, dtype=bool)
-        self.uniform = bool((capacity_LG > 0).all()) and bool((speed_G == speed_G[0]).all())
         # The same arrays flat: one index per (layer, GPU) is twice as fast as two.
         self._slots, self._time = self.slots.reshape(-1), self.time.reshape(-1)
         self._used = np.zeros(L * G, dtype=np.int64)
         self._capacity = capacity_LG.reshape(-1)
         self._pace = np.tile(1.0 / speed_G, L)
-        self.slowest = float(1.0 / speed_G.min())
 
     def put(self, cell: Ints, experts: Ints, pieces: Floats) -> None:
         """Place one replica per cell (layer * GPUs + GPU), all cells distinct."""
@@ -227,10 +257,17 @@ class _Packing:
 
 
 def _place_links(
-    state: _Packing, order: Ints, pieces: Floats, replicas: NDArray[Any], linked_L: Ints, E: int
+    state: _Packing,
+    order: Ints,
+    pieces: Floats,
+    replicas: NDArray[Any],
+    linked_L: Ints,
+    same_L: Floats,
+    done: int,
 ) -> None:
     """Replicas of replicated experts, in order, each joining another component to its expert's."""
     L, G = state.time.shape
+    E = order.shape[1]
     length = int(linked_L.max(initial=0))
     if length == 0:
         return
@@ -249,17 +286,13 @@ def _place_links(
     component = np.tile(np.arange(G), (L, 1))
     root_L = np.zeros(L, dtype=np.int64)
     barred = np.zeros((L, G))
-    # A GPU that the expert reaches already is the last choice: later than any other could ever be.
-    same_L1 = (pieces * replicas).sum(axis=1, keepdims=True) * state.slowest + 1.0
-    done = 0
-    if state.uniform:
-        # On empty equal GPUs the first G replicas take one each.
-        done = int(min(G, linked_L.min()))
+    same_L1 = same_L[:, None]
+    if done:
         cell = (all_rows[:, None] * G + np.arange(done)).reshape(-1)
         state.put(cell, expert_LS[:, :done].reshape(-1), piece_LS[:, :done].reshape(-1))
         start = np.maximum.accumulate(np.where(first_LS[:, :done], step[:done], 0), axis=1)
         component[:, :done] = start
-        root_L = start[:, -1].copy() if done else root_L
+        root_L = start[:, -1].copy()
         barred[:] = np.where(component == root_L[:, None], same_L1, 0.0)
         barred[:, :done][start == root_L[:, None]] = _NEVER
     flat_barred = barred.reshape(-1)
@@ -294,12 +327,11 @@ def _ranks(end_LE: NDArray[Any], length: int) -> Ints:
     return np.cumsum(mark[:, :length], axis=1)
 
 
-def _place_rest(state: _Packing, order: Ints, pieces: Floats, linked_L: Ints) -> None:
+def _place_rest(state: _Packing, order: Ints, pieces: Floats, linked_L: Ints, wave: int) -> None:
     """The experts with one replica: rounds of the heaviest ones left onto the emptiest GPUs."""
     L, E = order.shape
     G = state.time.shape[1]
     all_rows = np.arange(L)[:, None]
-    wave = max(1, 3 * G // 4)  # a whole wave at once is nearly LPT, for a fraction of the steps
     at_L = linked_L.copy()
     flat_order, flat_pieces = order.reshape(-1), pieces.reshape(-1)
     while (at_L < E).any():

@@ -10,6 +10,8 @@ Run it as a script: ``python tests/benchmarks/surprise.py --data deepseek_v3_cou
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -232,7 +234,14 @@ def speed_table(instances: list[Instance], planned: Instance) -> list[tuple[str,
         rows.append((f"{name}: shares, descent + flow (gap {gap:.0e})", *milliseconds(by_flow)))
         rows.append((f"{name}: shares, descent alone (gap {short:.1e})", *milliseconds(by_descent)))
         rows.append((f"{name}: shares, persistent GLOP", *milliseconds(by_lp, 5)))
-        rows.append((f"{name}: construct_fractional", *milliseconds(construct)))
+        rows.append((f"{name}: construct_fractional, NumPy", *milliseconds(construct)))
+    if importlib.util.find_spec("numba") is not None:
+        importlib.import_module("moeless_opt.solvers.share_fast")  # from here on the compiled twin works
+
+        def compiled(load_LE: Floats = planned.load_LE) -> object:
+            return construct_fractional(load_LE, capacity_LG, speed_G)
+
+        rows.append((f"{planned.name.split(',')[0]}: construct_fractional, Numba", *milliseconds(compiled)))
     return rows
 
 

@@ -246,3 +246,23 @@ def test_too_few_slots_to_join_all() -> None:
         ours.append((solve_shares(actual_LE, slots_LGC).time_L / actual_LE.sum(axis=1)).mean())
         mark.append((solve_shares(actual_LE, balanced_LGC).time_L / actual_LE.sum(axis=1)).mean())
     assert np.mean(ours) <= np.mean(mark)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_compiled_twin_places_alike(seed: int) -> None:
+    pytest.importorskip("numba")
+    rng = np.random.default_rng(seed)
+    layers, gpus = int(rng.integers(1, 6)), int(rng.integers(1, 20))
+    capacity_LG = np.tile(rng.integers(seed % 2, 7, gpus) if seed % 3 else np.full(gpus, 4), (layers, 1))
+    capacity_LG[:, 0] = 6
+    speed_G = rng.uniform(0.5, 2.0, gpus) if seed % 5 == 0 else np.ones(gpus)
+    experts = int(rng.integers(1, capacity_LG[0].sum() + 1))
+    load_LE = np.round(lognormal(layers, experts, 1.5, seed), 0 if seed % 2 else 6)
+    load_LE[rng.random(load_LE.shape) < 0.2] = 0.0
+    total_L = np.minimum(capacity_LG, experts).sum(axis=1)
+    cap = (capacity_LG > 0).sum(axis=1)[:, None]
+    replicas_LE = trim(load_LE, apportion(load_LE, total_L, cap, lean=0.5), capacity_LG)
+    one = connect(load_LE, replicas_LE, capacity_LG, speed_G, backend="numpy")
+    two = connect(load_LE, replicas_LE, capacity_LG, speed_G, backend="numba")
+    np.testing.assert_array_equal(one[0], two[0])
+    np.testing.assert_array_equal(one[1], two[1])
