@@ -45,6 +45,7 @@ def make_problem(
     time: TimeModel | None = None,
     expert_bytes: ArrayLike | None = None,
     name: str = "",
+    repair: bool = False,
 ) -> Problem:
     """The `Problem` that `plan` with the same arguments solves."""
     load = as_loads(loads)
@@ -71,9 +72,9 @@ def make_problem(
         extra["time"] = time
     if expert_bytes is not None:
         extra["expert_bytes_L"] = np.asarray(expert_bytes)
-    if current is not None:
+    if current is not None and not repair:
         extra["current"] = Placement.of(current, load.shape[2])
-    return Problem(
+    problem = Problem(
         loads=load,
         topology=topology,
         model=model_preset(model) if isinstance(model, str) else model,
@@ -81,6 +82,9 @@ def make_problem(
         name=name,
         **extra,
     )
+    if current is None or not repair:
+        return problem
+    return problem.replace(current=Placement.repaired(current, problem.experts, problem.capacity_LG))
 
 
 def plan(
@@ -100,6 +104,7 @@ def plan(
     time_limit: float | None = None,
     seed: int = 0,
     name: str = "",
+    repair: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
 ) -> Plan:
@@ -133,6 +138,9 @@ def plan(
         For the random parts; the same seed gives the same plan on every machine.
     name : str
         For people.
+    repair : bool
+        Accept a `current` that breaks the rules (an unknown expert, two copies on a GPU, more than fits, an
+        expert without a replica) and mend it with the least change, instead of refusing it.
     progress : callable, optional
         Called with `Progress` objects.
     **options
@@ -170,6 +178,7 @@ def plan(
         time=time,
         expert_bytes=expert_bytes,
         name=name,
+        repair=repair,
     )
     result = solve(problem, solver, time_limit=time_limit, seed=seed, progress=progress, **options)
     if result.plan is None:

@@ -31,6 +31,7 @@ from moeless_opt.problems.errors import (
 from moeless_opt.problems.format import atomic_write, load_plan, load_problem, plan_to_json, read_json
 from moeless_opt.problems.library import instance_names, instance_summary, load_instance
 from moeless_opt.problems.loads import Loads
+from moeless_opt.problems.placement import Placement
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.problem import Problem
 from moeless_opt.problems.spec import SPLITS
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="model preset, for the bytes of an expert (e.g. DeepSeek-V3)")
     add("--split", choices=SPLITS, help="free or equal token shares (default: fractional)")
     add("--current", metavar="PLAN", help="the plan that is live now")
+    add("--repair", action="store_true", help="mend a live plan that breaks the rules instead of refusing it")
     add("--tolerance", type=float, metavar="X", help="balance that may be given up for fewer moves (0.01)")
     add(
         "--scenario",
@@ -282,6 +284,7 @@ def _problem(args: argparse.Namespace) -> Problem:
         model=args.model,
         split=args.split or "fractional",
         balance_tolerance=args.tolerance,
+        repair=args.repair,
         name=Path(name).stem,
     )
 
@@ -310,7 +313,12 @@ def _override(problem: Problem, args: argparse.Namespace) -> Problem:
     if args.tolerance is not None:
         changes["objective"] = problem.objective.replace(balance_tolerance=args.tolerance)
     if args.current is not None:
-        changes["current"] = moeless_opt.Placement.of(load_plan(args.current), problem.experts)
+        live = load_plan(args.current)
+        if args.repair:
+            bare = problem.replace(**changes)
+            changes["current"] = Placement.repaired(live, problem.experts, bare.capacity_LG)
+        else:
+            changes["current"] = Placement.of(live, problem.experts)
     return problem.replace(**changes) if changes else problem
 
 

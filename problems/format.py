@@ -381,7 +381,7 @@ def _model(data: object, where: str) -> ModelSpec:
     return spec
 
 
-def _current(data: object, where: str, folder: Path, experts: int) -> Placement:
+def _current(data: object, where: str, folder: Path, problem: Problem) -> Placement:
     entry = _Fields(data, where)
     kind = entry.take("kind", str, "inline")
     if kind == "inline":
@@ -390,8 +390,14 @@ def _current(data: object, where: str, folder: Path, experts: int) -> Placement:
         slots = load_plan(folder / entry.take("path", str)).slots_LGC
     else:
         raise FormatError(entry.path("kind"), f"is {kind!r}, must be 'inline' or 'plan'")
+    repair = entry.take("repair", bool, False)
     entry.done()
-    return Placement.of(slots, experts, where)
+    if not repair:
+        return Placement.of(slots, problem.experts, where)
+    try:
+        return Placement.repaired(slots, problem.experts, problem.capacity_LG)
+    except ProblemError as error:
+        raise _moved(error, "current", where) from None
 
 
 def _time(data: object, where: str) -> TimeModel:
@@ -447,7 +453,6 @@ def problem_from_json(data: object, *, folder: str | PathLike[str] = ".", where:
         "objective": (dict, lambda d, w: _record(Objective, d, w)),
         "limits": (dict, lambda d, w: _record(Limits, d, w)),
         "known": (dict, _known),
-        "current": (dict, lambda d, w: _current(d, w, base, loads.shape[2])),
     }
     for key, (kind, read) in readers.items():
         value = entry.take(key, kind, None)
@@ -458,8 +463,12 @@ def problem_from_json(data: object, *, folder: str | PathLike[str] = ".", where:
         optional["expert_bytes_L"] = integers(entry.path("expert_bytes"), size, low=1)
     split = entry.take("split", str, "fractional")
     name = entry.take("name", str, "")
+    live = entry.take("current", dict, None)
     entry.done()
-    return Problem(loads=loads, topology=topology, split=split, name=name, **optional)
+    problem = Problem(loads=loads, topology=topology, split=split, name=name, **optional)
+    if live is None:
+        return problem
+    return problem.replace(current=_current(live, entry.path("current"), base, problem))
 
 
 def _known(data: object, where: str) -> Known:
@@ -511,6 +520,8 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
         document["expert_bytes"] = problem.expert_bytes_L.tolist()
     if problem.current is not None:
         document["current"] = {"kind": "inline", "slots": problem.current.slots_LGC.tolist()}
+        if problem.current.partial:
+            document["current"]["repair"] = True
     if time := _plain(problem.time):
         document["time"] = {"kind": "curve" if problem.time.has_curve else "linear", **time}
     for key, record in (

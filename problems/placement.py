@@ -52,6 +52,8 @@ class Placement(Record):
         Expert in each slot, -1 for an empty one.
     experts : int
         Experts per layer, E.
+    partial : bool
+        Whether experts may be missing, as after the loss of a GPU. A plan must bring them back.
 
     Raises
     ------
@@ -61,13 +63,14 @@ class Placement(Record):
 
     slots_LGC: SlotArray
     experts: int
+    partial: bool = False
 
     def __post_init__(self) -> None:
         experts = whole("placement.experts", self.experts, low=1, high=2**31 - 1)
         slots = integers("placement.slots", self.slots_LGC, low=-1, high=experts - 1).astype(np.int32)
         if slots.ndim != 3 or 0 in slots.shape[:2]:
             raise ProblemError("placement.slots", f"has shape {slots.shape}, must be [layers, gpus, slots]")
-        if experts > slots.shape[1] * slots.shape[2]:
+        if experts > slots.shape[1] * slots.shape[2] and not self.partial:
             raise ProblemError(
                 "placement.slots",
                 f"has {slots.shape[1] * slots.shape[2]} slots per layer, {experts} experts need one each",
@@ -83,7 +86,7 @@ class Placement(Record):
                 f"expert {ordered[layer, gpu, c]} sits twice on GPU {gpu}; once is enough",
             )
         missing = self.replicas_LE == 0
-        if missing.any():
+        if missing.any() and not self.partial:
             layer, expert = (int(i) for i in np.argwhere(missing)[0])
             raise ProblemError(
                 f"placement.slots[{layer}]", f"expert {expert} has no replica in layer {layer}; it needs one"
@@ -103,6 +106,40 @@ class Placement(Record):
     def used_LG(self) -> IntArray:
         """Filled slots of every GPU, shape [L, G]."""
         return np.asarray((self.slots_LGC >= 0).sum(2))
+
+    @classmethod
+    def repaired(cls, value: ArrayLike | object, experts: int, capacity_LG: IntArray) -> Placement:
+        """What is usable of a placement that may break every rule; the least is dropped, nothing invented.
+
+        Unknown experts and second copies go; a GPU over its slots gives up replicas that others have first.
+        Experts without a replica are left to the solver (`partial`).
+
+        Parameters
+        ----------
+        value : array [L, G, C], or anything with ``slots_LGC``
+            The placement as found.
+        experts : int
+            Experts per layer.
+        capacity_LG : array of int, shape [L, G]
+            Slots of each GPU.
+        """
+        slots: Any = getattr(value, "slots_LGC", value)
+        found = integers("current", slots, low=-(2**31), high=2**31 - 1)
+        if found.ndim != 3 or found.shape[:2] != capacity_LG.shape:
+            layers, gpus = capacity_LG.shape
+            raise ProblemError("current", f"has shape {found.shape}, must be [{layers}, {gpus}, slots]")
+        kept = np.full(found.shape, -1, dtype=np.int32)
+        for layer, rows in enumerate(found.tolist()):
+            content = [list(dict.fromkeys(e for e in row if 0 <= e < experts)) for row in rows]
+            count = np.bincount([e for row in content for e in row], minlength=experts)
+            for gpu, row in enumerate(content):
+                while len(row) > capacity_LG[layer, gpu]:
+                    gone = max(row, key=lambda e: (count[e], row.index(e)))
+                    row.remove(gone)
+                    count[gone] -= 1
+                kept[layer, gpu, : len(row)] = row
+        bare = cls(slots_LGC=kept, experts=experts, partial=True)
+        return bare if (bare.replicas_LE == 0).any() else bare.replace(partial=False)
 
     @classmethod
     def of(cls, value: ArrayLike | Placement | object, experts: int, where: str = "current") -> Placement:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.evaluate import gpu_times, risk
 from moeless_opt.problems.placement import equal_shares
 from moeless_opt.problems.plan import Plan, ProgressCallback, Result
@@ -135,6 +135,12 @@ class Stay:
                 "current", "is missing: solver 'stay' keeps the live placement, so it needs one"
             )
         slots_LGC = problem.current.slots_LGC
+        missing = np.argwhere(problem.current.replicas_LE == 0)
+        if missing.size:
+            layer, expert = missing[0]
+            raise InfeasibleError(
+                f"current: expert {expert} of layer {layer} has no live replica; staying cannot bring it back"
+            )
         share_LGC = None
         if problem.split == "fractional":
             share_LGC = solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).share_LGC

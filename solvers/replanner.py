@@ -32,6 +32,9 @@ __all__ = ["Frontier", "Replan", "frontier"]
 LADDER = (0.01, 0.02, 0.035, 0.06, 0.1, 0.18, 0.35)
 """Tolerances above the bound at which a frontier looks for the fewest moves."""
 
+_ANY = 1e9
+"""A tolerance that any placement keeps."""
+
 SCRATCH_FROM = 0.3
 """Share of a layer's replicas whose move makes a fresh construction worth a look."""
 
@@ -109,6 +112,7 @@ def replan_to(
         "cost_L": None if cost_L is None else cost_L.tolist(),
         "time_limit": time_limit,
         "seed": seed,
+        "repair": problem.current is not None and problem.current.partial,
     }
     speed_G, capacity_LG = problem.topology.speed_G, problem.capacity_LG
     if problem.split == "equal":
@@ -132,7 +136,9 @@ def frontier(problem: Problem, *, seed: int = 0, ladder: tuple[float, ...] = LAD
     """Few-move placements at a ladder of tolerances, and the live one as it is."""
     live_LGC = live_slots(problem)
     slots = [replan_to(problem, tolerance, seed=seed) for tolerance in ladder]
-    slots.append(live_LGC)
+    assert problem.current is not None
+    # Something lost must come back: then the cheapest point is not to stay.
+    slots.append(replan_to(problem, _ANY, seed=seed) if problem.current.partial else live_LGC)
     return Frontier(
         (*ladder, float("inf")),
         np.stack(slots),
@@ -195,7 +201,8 @@ class Replan:
         result = finish(
             problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
         )
-        if problem.time.unit != "s" or result.plan is None:
+        assert problem.current is not None
+        if problem.time.unit != "s" or result.plan is None or problem.current.partial:
             return result
         payback = payback_of(problem, result.plan, live_LGC)
         return result.replace(plan=result.plan.replace(payback=payback))
@@ -268,7 +275,7 @@ class Replan:
         net_KL = -horizon * problem.time.token_cost * points.time_KL - cost_KL
         # Of equal points the one with fewer moves: the ladder ends with staying.
         best_L = net_KL.shape[0] - 1 - np.argmax(net_KL[::-1], axis=0)
-        slots_LGC = points.slots_KLGC[best_L, np.arange(len(best_L))]
+        slots_LGC: SlotArray = points.slots_KLGC[best_L, np.arange(len(best_L))]
         moves_L = _moves_L(problem, slots_LGC, live_LGC)
         budget, cost_L = _budget(problem)
         spent = int(moves_L.sum() if cost_L is None else moves_L @ cost_L)

@@ -8,6 +8,7 @@ import pytest
 import moeless_opt as mo
 from moeless_opt.api import make_problem
 from moeless_opt.problems.generators import lognormal, surprise
+from moeless_opt.problems.placement import replica_counts
 from moeless_opt.problems.problem import Problem
 
 TOPOLOGY = mo.uniform(2, 4, slots=5, links=mo.Links(intra_node=1e9, inter_node=1e8, host=1e8, latency=0.0))
@@ -172,3 +173,31 @@ def test_scenarios_share_one_placement() -> None:
         )
 
     assert worst(robust) <= worst(mean) * (1 + 1e-9)
+
+
+def test_a_broken_live_placement_is_refused_or_repaired() -> None:
+    load = lognormal(1, 6, tokens=10**4, sigma=1.0, seed=2)
+    topology = mo.uniform(1, 4, slots=2)
+    broken = np.array([[[0, 0, 7], [1, 2, 3], [0, -1, -1], [4, 9, -1]]])
+    with pytest.raises(mo.ProblemError, match=r"^current"):
+        mo.plan(load, topology, current=broken)
+    # Drops mend GPU 0 and 3; expert 5, and one of the three on GPU 1, must be shipped
+    plan = mo.plan(load, topology, current=broken, repair=True, limits=mo.Limits(max_moves=2))
+    assert plan.replicas_LE.min() >= 1
+    assert plan.moves.count == 2
+    nothing = mo.Limits(max_moves=1)
+    with pytest.raises(mo.InfeasibleError, match="least budget that would is 2"):
+        mo.plan(load, topology, current=broken, repair=True, limits=nothing)
+    with pytest.raises(mo.InfeasibleError, match="has no live replica"):
+        mo.plan(load, topology, current=broken, repair=True, solver="stay")
+
+
+def test_the_loss_of_a_gpu_restores_every_expert() -> None:
+    load = lognormal(2, 16, tokens=10**4, sigma=1.0, seed=2)
+    live = mo.plan(load, mo.uniform(1, 6, slots=4))
+    survivors = live.slots_LGC[:, 1:]
+    plan = mo.plan(load, mo.uniform(1, 5, slots=4), current=survivors, repair=True)
+    lost = 16 * 2 - int((replica_counts(survivors, 16) > 0).sum())
+    assert lost > 0
+    assert plan.moves.count >= lost
+    assert plan.certificate.gap_L.max() <= 0.011
