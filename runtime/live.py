@@ -176,7 +176,7 @@ class LiveModel:
         *,
         max_step_bytes: int | None = None,
         max_extra_bytes: int | None = None,
-        steps: Sequence[Sequence[Any]] | None = None,
+        steps: Any = None,
     ) -> int:
         """Start moving to a plan's placement; the model goes on meanwhile.
 
@@ -189,8 +189,8 @@ class LiveModel:
             Bytes that a rank may send, or receive, in one step.
         max_extra_bytes : int, optional
             Bytes of experts that a rank may hold beyond the larger of before and after.
-        steps : sequence of sequences of transfers, optional
-            A schedule made elsewhere: objects with ``layer``, ``expert``, ``source``, ``destination``.
+        steps : Migration or sequence of steps, optional
+            A schedule made elsewhere, e.g. by `moeless_opt.solvers.migration.schedule_migration`.
 
         Returns
         -------

@@ -216,7 +216,7 @@ class _Request:
     number: int
     target_LGC: Slots
     limits: Limits
-    steps: Sequence[Sequence[Any]] | None
+    steps: Any
     digest: int
 
 
@@ -296,7 +296,7 @@ class Migrator:
         self,
         target_LGC: Slots,
         limits: Limits | None = None,
-        steps: Sequence[Sequence[Any]] | None = None,
+        steps: Any = None,
     ) -> int:
         """Hand in a placement; every rank of the group does so with the same one.
 
@@ -309,8 +309,9 @@ class Migrator:
             Wanted slots.
         limits : Limits, optional
             Bytes per step and beyond.
-        steps : sequence of sequences of transfers, optional
-            A schedule that starts from the placement in force; worked out here when absent.
+        steps : Migration or sequence of steps, optional
+            A schedule that starts from the placement in force (see `follow_schedule`); worked out here when
+            absent.
 
         Returns
         -------
@@ -335,7 +336,7 @@ class Migrator:
                 SlotTable(slots_GC, self.tables[layer].n_experts)
             except ProblemError as error:
                 raise ProblemError(f"layer {layer}: {error.where}", error.what) from None
-        text = repr((target.tolist(), limits, [[_key(t) for t in step] for step in steps or ()]))
+        text = repr((target.tolist(), limits, steps))
         request = _Request(self._number + 1, target, limits, steps, zlib.crc32(text.encode()) & 0x7FFFFFFF)
         if self._schedule is None:
             self._plan(request)  # refuse at once what cannot work
@@ -354,6 +355,7 @@ class Migrator:
                 request.target_LGC,
                 self.bytes_L,
                 max_extra_bytes=request.limits.max_extra_bytes,
+                home=None if self.home is None else self.home.ranks,
             )
         return build_schedule(
             self.rows_LG,
@@ -701,7 +703,3 @@ class Migrator:
     def close(self) -> None:
         """End the thread."""
         self.courier.close()
-
-
-def _key(transfer: Any) -> tuple[int, int, int, int]:
-    return int(transfer.layer), int(transfer.expert), int(transfer.source), int(transfer.destination)

@@ -1,17 +1,7 @@
 """Watching a running model: hidden states for predictors, routing traces, and traces played back.
 
-Loads and times are the business of `LiveModel.observe`; here is what concerns single tokens.
-
-The trace format (``.npz``) has
-
-============  =========================================================================================
-``experts``   whole numbers, [tokens, layers, top-k]: the experts of every token, ascending; -1 for none
-``offsets``   int64, [requests + 1]: tokens of request i are ``offsets[i]`` to ``offsets[i + 1]``
-``n_experts`` experts per layer
-``format``    ``"moeless-trace"``, and ``version`` 1
-============  =========================================================================================
-
-Other arrays may stand beside them and are kept. `moeless_opt.problems` reads loads from such a file.
+Loads and times are the business of `LiveModel.observe`; here is what concerns single tokens. Traces are
+`moeless_opt.problems.traces.TokenTraces`; in a recorded one the experts of a token ascend.
 """
 
 from __future__ import annotations
@@ -19,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeless_opt.problems.errors import FormatError, ProblemError, UnsupportedFeatureError
+from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
+from moeless_opt.problems.traces import TokenTraces
 from moeless_opt.runtime.dispatch import SlotDispatcher
 from moeless_opt.runtime.live import LiveModel
 from moeless_opt.runtime.megatron import unwrap
@@ -40,11 +30,11 @@ with warnings.catch_warnings():
 
 __all__ = [
     "HiddenTap",
-    "RoutingTrace",
     "TraceRecorder",
     "record_routes",
     "replay_gate",
     "replay_routes",
+    "save_token_traces",
     "tap_hidden",
 ]
 
@@ -52,100 +42,16 @@ __all__ = [
 # ------------------------------------------------------------------------------------------- traces
 
 
-@dataclass(frozen=True)
-class RoutingTrace:
-    """Which experts served which token.
-
-    Parameters
-    ----------
-    experts_TLK : array of int, shape [tokens, layers, top-k]
-        Ascending; -1 where a token had none.
-    offsets : array of int64, shape [requests + 1]
-        Where each request begins and ends.
-    n_experts : int
-        Experts per layer.
-    more : dict
-        Arrays that came along.
-    """
-
-    experts_TLK: NDArray[Any]
-    offsets: NDArray[np.int64]
-    n_experts: int
-    more: dict[str, NDArray[Any]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.experts_TLK.ndim != 3 or self.experts_TLK.dtype.kind not in "iu":
-            raise FormatError(
-                "experts", f"must be whole numbers [tokens, layers, top-k], got {self.experts_TLK.shape}"
-            )
-        ends = self.offsets
-        if (
-            ends.ndim != 1
-            or ends.size < 1
-            or ends[0] != 0
-            or ends[-1] != len(self.experts_TLK)
-            or (np.diff(ends) < 0).any()
-        ):
-            raise FormatError(
-                "offsets",
-                f"must rise from 0 to the {len(self.experts_TLK)} tokens, got {ends[:1]}..{ends[-1:]}",
-            )
-        if self.experts_TLK.size and int(self.experts_TLK.max()) >= self.n_experts:
-            raise FormatError("experts", f"names expert {int(self.experts_TLK.max())} of {self.n_experts}")
-
-    def load_LE(self) -> NDArray[np.int64]:
-        """Tokens of each expert, by layer."""
-        n_layers = self.experts_TLK.shape[1]
-        flat = self.experts_TLK.astype(np.int64).transpose(1, 0, 2).reshape(n_layers, -1)
-        return np.stack([np.bincount(row[row >= 0], minlength=self.n_experts) for row in flat])
-
-    def request(self, index: int) -> NDArray[Any]:
-        """Tokens of one request, [tokens, layers, top-k]."""
-        return self.experts_TLK[self.offsets[index] : self.offsets[index + 1]]
-
-    def save(self, path: str | Path) -> None:
-        """Write the trace."""
-        small = (
-            np.uint8
-            if self.n_experts < 256 and (not self.experts_TLK.size or self.experts_TLK.min() >= 0)
-            else np.int16
-        )
-        arrays: dict[str, Any] = {
-            **self.more,
-            "experts": self.experts_TLK.astype(small),
-            "offsets": self.offsets.astype(np.int64),
-            "n_experts": np.int64(self.n_experts),
-            "format": np.array("moeless-trace"),
-            "version": np.int64(1),
-        }
-        np.savez_compressed(path, **arrays)
-
-    @classmethod
-    def load(cls, path: str | Path, n_experts: int | None = None) -> RoutingTrace:
-        """Read a trace; `n_experts` for files that do not say it.
-
-        Raises
-        ------
-        FormatError
-            If it is no trace.
-        """
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        if "experts" not in arrays or "offsets" not in arrays:
-            raise FormatError(
-                str(path), f"is no routing trace: needs 'experts' and 'offsets', has {sorted(arrays)}"
-            )
-        version = int(arrays.pop("version", np.int64(1)))
-        if version != 1:
-            raise FormatError(str(path), f"is version {version} of the trace format, this reads version 1")
-        arrays.pop("format", None)
-        experts = arrays.pop("experts")
-        offsets = arrays.pop("offsets").astype(np.int64)
-        known = arrays.pop("n_experts", None)
-        count = int(known) if known is not None else n_experts
-        if count is None:
-            count = int(experts.max()) + 1 if experts.size else 1
-        return cls(experts, offsets, count, arrays)
+def save_token_traces(traces: TokenTraces, path: str | Path) -> None:
+    """Write traces as `read_token_traces` reads them (give it ``experts=`` where not every expert occurs)."""
+    arrays: dict[str, Any] = {
+        "experts": traces.experts_TLK,
+        "offsets": traces.offsets,
+        "prompt_tokens": traces.prompt_tokens,
+    }
+    if traces.domain is not None:
+        arrays |= {"domain": traces.domain, "domain_names": np.array(traces.domains)}
+    np.savez_compressed(path, **arrays)
 
 
 class TraceRecorder:
@@ -183,11 +89,20 @@ class TraceRecorder:
                 self._tokens.append(real)
                 self._ends.append(self._ends[-1] + len(real))
 
-    def trace(self) -> RoutingTrace:
-        """Everything recorded so far."""
-        shape = (0, self._layers, 1)
-        tokens = np.concatenate(self._tokens) if self._tokens else np.zeros(shape, dtype=np.int16)
-        return RoutingTrace(tokens, np.asarray(self._ends, dtype=np.int64), self._n_experts)
+    def trace(self) -> TokenTraces:
+        """Everything recorded so far.
+
+        Raises
+        ------
+        ProblemError
+            If no token was recorded, or one had fewer experts than others.
+        """
+        if not self._tokens:
+            raise ProblemError("trace", "no token was recorded")
+        tokens = np.concatenate(self._tokens)
+        return TokenTraces(
+            experts_TLK=tokens, offsets=np.asarray(self._ends, dtype=np.int64), experts=self._n_experts
+        )
 
 
 @contextlib.contextmanager

@@ -421,88 +421,120 @@ def build_schedule(
 
 
 def follow_schedule(
-    steps: Sequence[Sequence[Any]],
+    steps: Any,
     have_LG: Sequence[Sequence[Sequence[int]]],
     target_LGC: Slots,
     bytes_L: Sequence[int],
     *,
     max_extra_bytes: int | None = None,
+    home: Callable[[int, int], Sequence[int]] | None = None,
 ) -> Schedule:
-    """A schedule whose steps somebody else chose; each layer switches when its last transfer is there.
+    """A schedule whose steps somebody else chose, made ready to be carried out.
 
     Parameters
     ----------
-    steps : sequence of sequences
-        Transfers, as `Transfer` or anything with ``layer``, ``expert``, ``source`` and ``destination``.
-    have_LG, target_LGC, bytes_L, max_extra_bytes
+    steps : Migration or sequence
+        A `moeless_opt.problems.migration.Migration`, its steps, or plain sequences of transfers (anything
+        with ``layer``, ``expert``, ``source`` and ``target`` or ``destination``). A source of -1 is the host.
+        Without drops of their own, steps let go of a layer's old replicas after its last transfer.
+    have_LG, target_LGC, bytes_L, max_extra_bytes, home
         As in `build_schedule`.
 
     Raises
     ------
     ProblemError
-        If a source does not hold its expert, or a transfer that the target needs is missing.
+        If a source does not hold its expert, or the steps do not lead to the target.
     InfeasibleError
         If the steps need more memory than `max_extra_bytes` allows.
     """
     target = np.asarray(target_LGC)
     n_layers, n_ranks = target.shape[:2]
     goal_LG = [[[int(e) for e in row if e >= 0] for row in layer] for layer in target]
-    due = {
-        (i, e, g)
-        for i in range(n_layers)
-        for g in range(n_ranks)
-        for e in goal_LG[i][g]
-        if e not in have_LG[i][g]
-    }
-    last_L = [-1] * n_layers
-    done: list[tuple[Transfer, ...]] = []
-    for s, step in enumerate(steps):
-        row = []
-        for k, t in enumerate(step):
-            layer, expert, source, to = int(t.layer), int(t.expert), int(t.source), int(t.destination)
-            if (layer, expert, to) not in due:
-                raise ProblemError(
-                    f"steps[{s}][{k}]", f"expert {expert} of layer {layer} is not needed on rank {to}"
-                )
-            if expert not in have_LG[layer][source]:
-                raise ProblemError(
-                    f"steps[{s}][{k}]", f"rank {source} does not hold expert {expert} of layer {layer}"
-                )
-            due.discard((layer, expert, to))
-            last_L[layer] = s
-            row.append(Transfer(layer, expert, source, to, int(bytes_L[layer])))
-        done.append(tuple(row))
-    if due:
-        layer, expert, to = min(due)
-        raise ProblemError(
-            "steps", f"expert {expert} of layer {layer} is never sent to rank {to} ({len(due)} missing)"
-        )
-    changed = [i for i in range(n_layers) if [list(r) for r in have_LG[i]] != goal_LG[i]]
-    stages = sorted(
-        (Stage(i, rows_to_slots(goal_LG[i]), last_L[i]) for i in changed),
-        key=lambda x: (x.last_step, x.layer),
-    )
-    before_G = sum(
-        (table_bytes(have_LG[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64)
-    )
+    held = [[list(row) for row in layer] for layer in have_LG]
+    given = list(getattr(steps, "steps", steps))
+    explicit = any(hasattr(step, "transfers") for step in given)
+    last_L = {int(t.layer): s for s, step in enumerate(given) for t in getattr(step, "transfers", step)}
+    before_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64))
     after_G = sum((table_bytes(goal_LG[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64))
     limit_G = np.maximum(before_G, after_G) + (2**62 if max_extra_bytes is None else int(max_extra_bytes))
-    now_G = before_G.copy()
-    queue = list(stages)
-    for s, step_row in enumerate(done):
-        for t in step_row:
-            now_G[t.destination] += t.bytes
+    done: list[tuple[Transfer, ...]] = []
+    stages: list[Stage] = []
+
+    def switch(layers: set[int], last_step: int) -> None:
+        stages.extend(Stage(i, rows_to_slots(held[i]), last_step) for i in sorted(layers))
+
+    for s, step in enumerate(given):
+        switch(_let_go(held, getattr(step, "drops_before", ()), f"steps[{s}].drops_before"), s - 1)
+        row = tuple(
+            _checked(t, f"steps[{s}].transfers[{k}]", held, bytes_L, home)
+            for k, t in enumerate(getattr(step, "transfers", step))
+        )
+        for t in row:
+            held[t.layer][t.destination].append(t.expert)
+        done.append(row)
+        now_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64))
         if (now_G > limit_G).any():
             g = int(np.argmax(now_G - limit_G))
-            raise InfeasibleError(
-                f"step {s} of the migration takes rank {g} {int(now_G[g] - limit_G[g])} bytes over its limit"
-            )
-        while queue and queue[0].last_step <= s:
-            layer = queue.pop(0).layer
-            # Arrivals are counted already; what leaves is what goes.
-            for g in range(n_ranks):
-                now_G[g] -= bytes_L[layer] * sum(e not in goal_LG[layer][g] for e in have_LG[layer][g])
+            over = int(now_G[g] - limit_G[g])
+            raise InfeasibleError(f"step {s} of the migration takes rank {g} {over} bytes over its limit")
+        changed = {t.layer for t in row}
+        changed |= _let_go(held, getattr(step, "drops_after", ()), f"steps[{s}].drops_after")
+        if not explicit:
+            for i in [i for i in changed if last_L[i] == s]:
+                held[i] = [
+                    [e for e in row if e in goal] for row, goal in zip(held[i], goal_LG[i], strict=True)
+                ]
+        switch(changed, s)
+    for i in range(n_layers):
+        if not explicit and i not in last_L:
+            held[i] = _common(held[i], goal_LG[i])
+        for g in range(n_ranks):
+            if set(held[i][g]) != set(goal_LG[i][g]):
+                missing = sorted(set(goal_LG[i][g]) - set(held[i][g]))
+                extra = sorted(set(held[i][g]) - set(goal_LG[i][g]))
+                raise ProblemError(
+                    "steps", f"layer {i}: rank {g} would end without experts {missing} and with {extra}"
+                )
+        if [list(row) for row in have_LG[i]] != goal_LG[i]:
+            stages.append(Stage(i, rows_to_slots(goal_LG[i]), len(done) - 1))
     return Schedule(tuple(done), tuple(stages), limit_G)
+
+
+def _common(rows: list[list[int]], others: list[list[int]]) -> list[list[int]]:
+    return [[e for e in row if e in other] for row, other in zip(rows, others, strict=True)]
+
+
+def _let_go(held: list[list[list[int]]], drops: Sequence[Any], where: str) -> set[int]:
+    for drop in drops:
+        row = held[int(drop.layer)][int(drop.gpu)]
+        if int(drop.expert) not in row:
+            raise ProblemError(
+                where, f"rank {drop.gpu} does not hold expert {drop.expert} of layer {drop.layer}"
+            )
+        row.remove(int(drop.expert))
+    return {int(drop.layer) for drop in drops}
+
+
+def _checked(
+    t: Any,
+    where: str,
+    held: list[list[list[int]]],
+    bytes_L: Sequence[int],
+    home: Callable[[int, int], Sequence[int]] | None,
+) -> Transfer:
+    layer, expert, source = int(t.layer), int(t.expert), int(t.source)
+    to = int(t.target if hasattr(t, "target") else t.destination)
+    if expert in held[layer][to]:
+        raise ProblemError(where, f"rank {to} has expert {expert} of layer {layer} already")
+    from_home = source < 0 or bool(getattr(t, "from_home", False))
+    if from_home:
+        copies = list(home(layer, expert)) if home is not None else []
+        if not copies:
+            raise ProblemError(where, f"there is no home copy of expert {expert} of layer {layer}")
+        source = to if to in copies else copies[0]
+    elif expert not in held[layer][source]:
+        raise ProblemError(where, f"rank {source} does not hold expert {expert} of layer {layer}")
+    return Transfer(layer, expert, source, to, int(bytes_L[layer]), from_home)
 
 
 def repair_slots(

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.topology import Topology
 from moeless_opt.runtime.placement import (
     Schedule,
     SlotTable,
@@ -21,6 +22,7 @@ from moeless_opt.runtime.placement import (
     slots_of,
     static_slots,
 )
+from moeless_opt.solvers.migration import schedule_migration
 
 Rows = list[list[int]]
 
@@ -164,6 +166,24 @@ def test_what_lies_there_already_is_not_sent_again() -> None:
     assert [(t.expert, t.destination) for step in schedule.steps for t in step] == [(0, 1)]
 
 
+@given(changes())
+def test_the_planners_schedules_are_followed(change: tuple[int, list[Rows], list[Rows]]) -> None:
+    experts, before, after = change
+    target = stacked(after, experts)
+    sizes = np.full(len(before), 10)
+    migration = schedule_migration(
+        stacked(before, experts),
+        target,
+        experts,
+        Topology.uniform(1, len(before[0]), slots=experts),
+        bytes_L=sizes,
+    )
+    schedule = follow_schedule(migration, before, target, sizes.tolist())
+    end, sent = replay(schedule, before, experts, 10)
+    assert end == after
+    assert sent == migration.bytes
+
+
 def test_somebody_elses_steps_are_checked() -> None:
     have = [[[0], [1]], [[0], [1]]]
     target = np.array([[[1], [0]], [[0], [1]]], dtype=np.int32)
@@ -173,12 +193,14 @@ def test_somebody_elses_steps_are_checked() -> None:
     ]
     schedule = follow_schedule(good, have, target, [5, 5])
     assert replay(schedule, have, 2, 5)[0] == [[[1], [0]], [[0], [1]]]
-    with pytest.raises(ProblemError, match="never sent"):
+    with pytest.raises(ProblemError, match="would end without experts"):
         follow_schedule(good[:1], have, target, [5, 5])
-    with pytest.raises(ProblemError, match="not needed"):
-        follow_schedule([*good, [Transfer(1, 1, 1, 0, 5)]], have, target, [5, 5])
+    with pytest.raises(ProblemError, match="has expert 1 of layer 1 already"):
+        follow_schedule([*good, [Transfer(1, 1, 0, 1, 5)]], have, target, [5, 5])
     with pytest.raises(ProblemError, match="does not hold"):
         follow_schedule([[Transfer(0, 1, 0, 0, 5)]], have, target, [5, 5])
+    with pytest.raises(ProblemError, match="no home copy"):
+        follow_schedule([[Transfer(0, 1, -1, 0, 5)]], have, target, [5, 5])
     with pytest.raises(InfeasibleError, match="over its limit"):
         follow_schedule(good, have, target, [5, 5], max_extra_bytes=0)
 
@@ -228,5 +250,6 @@ def test_a_repair_keeps_what_is_there_and_places_what_is_lost(
         table = SlotTable(slots[layer], experts)
         assert all(len(row) <= room for row in table.rows)
         for g, row in enumerate(rows):
-            if len(row) <= room and all(e in {x for r in rows for x in r} for e in range(experts)):
+            fits = all(len(r) <= room for r in rows)
+            if fits and {x for r in rows for x in r} == set(range(experts)):
                 assert set(table.rows[g]) == set(row)  # nothing lost: nothing moves

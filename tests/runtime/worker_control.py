@@ -12,10 +12,20 @@ import torch.distributed as dist
 import worlds
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError, UnsupportedFeatureError
+from moeless_opt.problems.migration import Migration
+from moeless_opt.problems.topology import Topology
+from moeless_opt.problems.traces import read_token_traces
 from moeless_opt.runtime.backend import Backend, LoadWindow
 from moeless_opt.runtime.live import LiveModel, attach
-from moeless_opt.runtime.observe import RoutingTrace, record_routes, replay_gate, replay_routes, tap_hidden
+from moeless_opt.runtime.observe import (
+    record_routes,
+    replay_gate,
+    replay_routes,
+    save_token_traces,
+    tap_hidden,
+)
 from moeless_opt.runtime.placement import Transfer, rows_to_slots, static_slots
+from moeless_opt.solvers.migration import schedule_migration
 
 LAYERS = 3
 
@@ -194,6 +204,23 @@ def given_steps(w: World, live: LiveModel) -> None:
     assert (live.slots_LGC == wanted).all()
     with pytest.raises(ProblemError, match="step"):
         live.apply(static, steps=steps[:1])
+    # The planner's own schedules, with drops, and cycles broken by way of a third rank.
+    topology = Topology.uniform(1, w.size, slots=worlds.EXPERTS)
+    one = live.banks[0].expert_bytes
+    for _ in range(3):
+        wanted = w.slots()
+        migration: Migration = schedule_migration(
+            live.slots_LGC,
+            wanted,
+            worlds.EXPERTS,
+            topology,
+            bytes_L=np.full(LAYERS, one),
+            max_step_bytes=3 * one,
+        )
+        number = live.apply(wanted, steps=migration)
+        assert w.until_over(live, number, 200) == "done", live.migration(number)
+        assert (np.sort(live.slots_LGC, 2)[:, :, -3:] == np.sort(wanted, 2)[:, :, -3:]).all()
+        assert live.migration(number).bytes == migration.bytes
 
 
 def observation(w: World, live: LiveModel) -> dict[str, float]:
@@ -207,7 +234,7 @@ def observation(w: World, live: LiveModel) -> dict[str, float]:
     assert seen.batches == 1
     assert trace.experts_TLK.shape == (w.x.numel(), LAYERS, 2)
     assert trace.offsets.tolist() == [0, w.x.size(1), 2 * w.x.size(1)]
-    mine = torch.from_numpy(trace.load_LE())
+    mine = torch.from_numpy(trace.load_LE().astype(np.int64))
     dist.all_reduce(mine)
     assert (mine.numpy() == seen.load_LE).all()
     assert seen.tokens_LG.sum() >= seen.load_LE.sum()
@@ -232,9 +259,8 @@ def observation(w: World, live: LiveModel) -> dict[str, float]:
     assert (out[:, :20] - w.stock[:, :20]).abs().max().item() == 0.0
     # Traces to a file, and back through the routers of other tokens.
     path = f"{os.environ['WORLD_FOLDER']}/trace{w.rank}.npz"
-    trace.save(path)
-    again = RoutingTrace.load(path)
-    assert again.n_experts == worlds.EXPERTS
+    save_token_traces(trace, path)
+    again = read_token_traces(path, experts=worlds.EXPERTS)
     assert (again.experts_TLK == trace.experts_TLK).all()
     other = worlds.batch(w.rank, 5)
     with replay_routes(w.model) as replay:
