@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.bounds import TOKENS, LinearTime, best_bound
 
-__all__ = ["PatternResult", "solve_patterns"]
+__all__ = ["PatternResult", "fewest_replicas", "solve_patterns"]
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -146,6 +146,53 @@ def solve_patterns(
     return result
 
 
+def fewest_replicas(
+    load_E: Float,
+    capacity_G: Int,
+    speed_G: Float | None = None,
+    *,
+    limit: float,
+    most: int | None = None,
+    time: LinearTime = TOKENS,
+    seconds: float = np.inf,
+) -> tuple[int, NDArray[np.int32] | None]:
+    """Find the fewest replicas with which a layer with equal split can be placed within a time, proven.
+
+    Parameters
+    ----------
+    load_E, capacity_G, speed_G, time, seconds
+        As in `solve_patterns`.
+    limit : float
+        Largest GPU time wanted.
+    most : int, optional
+        Replicas from which on nobody is interested (default: the slots + 1).
+
+    Returns
+    -------
+    bound : int
+        No plan within the limit has fewer replicas; ``most`` if there is none with fewer than that.
+    slots_GC : ndarray of int32, shape (G, C), or None
+        A plan with ``bound`` replicas; None if there is none below ``most``, or time ran out.
+    """
+    deadline = clock.perf_counter() + seconds
+    speed = np.ones(len(capacity_G)) if speed_G is None else np.asarray(speed_G, dtype=np.float64)
+    load = np.asarray(load_E, dtype=np.float64)
+    layer = _Layer.make(load, np.asarray(capacity_G, dtype=np.int64), speed, None, 1, time)
+    top = int(layer.slots_K @ layer.size_K) + 1 if most is None else most
+    types = _types(layer, limit)
+    if types is None:
+        return top, None
+    total = int(layer.slots_K @ layer.size_K) - types.spare
+    while total < top:
+        found, complete = _Search(layer, limit, deadline, total).run()
+        if found is not None:
+            return total, found[1]
+        if not complete:
+            break
+        total += 1
+    return min(total, top), None
+
+
 @dataclass(slots=True)
 class _Layer:
     """The layer, its GPUs in classes of equal slots and speed."""
@@ -203,6 +250,7 @@ class _Types:
     extra_Y: Int  # replicas beyond the fewest that the expert needs
     lost_Y: Float  # work that those extra replicas add
     spare: int  # slots beyond the fewest replicas of all experts
+    budget: int  # replicas that may be added to those
     slack: float  # work that the GPUs can do within the limit beyond what must be done
 
 
@@ -231,6 +279,7 @@ class _States:
     gpus_NK: NDArray[np.int16]
     slack_N: Float
     spare_N: NDArray[np.int16]
+    budget_N: NDArray[np.int16]
     worst_N: Float  # largest time of the GPUs filled so far
     hash_N: Word
 
@@ -242,7 +291,7 @@ class _States:
         return len(self.slack_N)
 
 
-def _types(layer: _Layer, limit: float) -> _Types | None:
+def _types(layer: _Layer, limit: float, total: int | None = None) -> _Types | None:
     """List the types; None if some expert has none or the slots do not suffice."""
     E = len(layer.load_E)
     slots = int(layer.slots_K @ layer.size_K)
@@ -262,13 +311,16 @@ def _types(layer: _Layer, limit: float) -> _Types | None:
     spare = slots - int(fewest_E.sum())
     work = layer.token * float(layer.load_E.sum()) + float(layer.cost_E @ fewest_E)
     slack = float(room_K @ layer.size_K) - work
-    if spare < 0 or slack < -slop * len(layer.class_G):
+    budget = spare if total is None else min(spare, total - int(fewest_E.sum()))
+    if budget < 0 or slack < -slop * len(layer.class_G):
         return None
-    pairs = [(e, r) for e in layer.order_E for r in options[e] if r - fewest_E[e] <= spare]
+    pairs = [(e, r) for e in layer.order_E for r in options[e] if r - fewest_E[e] <= budget]
     expert_Y, count_Y = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
     weight_Y = layer.token * layer.load_E[expert_Y] / count_Y + layer.cost_E[expert_Y]
     extra_Y = count_Y - fewest_E[expert_Y]
-    return _Types(expert_Y, count_Y, weight_Y, extra_Y, layer.cost_E[expert_Y] * extra_Y, spare, slack)
+    return _Types(
+        expert_Y, count_Y, weight_Y, extra_Y, layer.cost_E[expert_Y] * extra_Y, spare, budget, slack
+    )
 
 
 def _patterns(layer: _Layer, types: _Types, limit: float) -> _Patterns | None:
@@ -320,14 +372,14 @@ def _bit(type_: Int) -> Word:
 class _Search:
     """One step: all plans within ``limit``, or the best of them."""
 
-    def __init__(self, layer: _Layer, limit: float, deadline: float) -> None:
-        self.layer, self.limit, self.deadline = layer, limit, deadline
+    def __init__(self, layer: _Layer, limit: float, deadline: float, total: int | None = None) -> None:
+        self.layer, self.limit, self.deadline, self.total = layer, limit, deadline, total
         self.states = 0
         self.slop = _ROUND * limit * float(layer.speed_K.max()) * len(layer.class_G)
 
     def run(self) -> tuple[tuple[float, NDArray[np.int32]] | None, bool]:
         """Return the best plan within the limit, or None, and whether that is certain."""
-        types = _types(self.layer, self.limit)
+        types = _types(self.layer, self.limit, self.total)
         if types is None:
             return None, True
         patterns = _patterns(self.layer, types, self.limit)
@@ -365,6 +417,7 @@ class _Search:
             self.layer.size_K[None].astype(np.int16),
             np.array([self.types.slack]),
             np.array([self.types.spare], dtype=np.int16),
+            np.array([self.types.budget], dtype=np.int16),
             np.zeros(1),
             np.zeros(1, dtype=np.uint64),
         )
@@ -390,6 +443,8 @@ class _Search:
                 row = int(np.argmin(np.where(done_N, chunk.worst_N, np.inf)))
                 if chunk.worst_N[row] < best:
                     best, leaf = float(chunk.worst_N[row]), (chunk, row)
+                    if self.total is not None:
+                        break  # any plan within the limit will do
             states_N, pattern_N = self._matches(chunk, pivot_N, best)
             children = self._children(chunk, states_N, pattern_N)
             if len(children):
@@ -434,12 +489,14 @@ class _Search:
         types, patterns, layer = self.types, self.patterns, self.layer
         types_CN = patterns.types_MC[pattern_N].T
         spare_N = states.spare_N[origin_N] - patterns.empty_M[pattern_N]
+        budget_N = states.budget_N[origin_N]
         slack_N = states.slack_N[origin_N] - patterns.waste_M[pattern_N]
         for type_N in types_CN:
             fresh_N = (type_N >= 0) & (states.decided_NE[origin_N, types.expert_Y[type_N]] == 0)
-            spare_N = spare_N - np.where(fresh_N, types.extra_Y[type_N], 0).astype(np.int16)
+            extra_N = np.where(fresh_N, types.extra_Y[type_N], 0).astype(np.int16)
+            spare_N, budget_N = spare_N - extra_N, budget_N - extra_N
             slack_N = slack_N - np.where(fresh_N, types.lost_Y[type_N], 0.0)
-        keep = (spare_N >= 0) & (slack_N >= -self.slop)
+        keep = (spare_N >= 0) & (budget_N >= 0) & (slack_N >= -self.slop)
         origin_N, pattern_N, types_CN = origin_N[keep], pattern_N[keep], types_CN[:, keep]
         class_N = patterns.class_M[pattern_N]
         time_N = (patterns.weight_M[pattern_N] + layer.launch) / layer.speed_K[class_N]
@@ -453,6 +510,7 @@ class _Search:
             states.gpus_NK[origin_N],
             slack_N[keep],
             spare_N[keep],
+            budget_N[keep],
             np.maximum(states.worst_N[origin_N], time_N),
             states.hash_N[origin_N] + self.class_key_K[class_N],
         )

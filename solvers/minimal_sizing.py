@@ -22,19 +22,27 @@ E. V. Huntington, "The apportionment of representatives in Congress", Trans. Ame
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeless_opt.problems.bounds import apportionment_pairs
+from moeless_opt.problems.bounds import apportionment_pairs, replicas_needed
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.solvers.exact_patterns import fewest_replicas
+from moeless_opt.solvers.fractional import construct_fractional
+from moeless_opt.solvers.packing import pack
+from moeless_opt.solvers.search import improve
+from moeless_opt.solvers.sizing import apportion, trim
 
-__all__ = ["CvSizing", "fewest_for_cv"]
+__all__ = ["CvSizing", "TimeSizing", "fewest_for_cv", "fewest_for_time"]
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 
 _ROUND = 1e-12  # relative slop of the threshold
+_EXTRAS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 1 << 40)  # beyond the bound
+_PROVE_EXPERTS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +61,132 @@ class CvSizing:
     replicas_LE: NDArray[np.int32]
     cv_L: Float
     met_L: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeSizing:
+    """Few replicas, placed, that end in time.
+
+    Parameters
+    ----------
+    slots_LGC : ndarray of int32, shape (L, G, C)
+        The placement, -1 in empty slots.
+    share_LGC : ndarray of float, shape (L, G, C)
+        Shares of the experts' tokens.
+    replicas_L, bound_L : ndarray of int, shape (L,)
+        Replicas of each layer, and the fewest that any plan within the time could have.
+    met_L : ndarray of bool, shape (L,)
+        Whether the time is met. Where it is not, all slots are in use; no plan may exist.
+    """
+
+    slots_LGC: NDArray[np.int32]
+    share_LGC: Float
+    replicas_L: Int
+    bound_L: Int
+    met_L: NDArray[np.bool_]
+
+
+def fewest_for_time(
+    load_LE: ArrayLike,
+    capacity_LG: ArrayLike,
+    speed_G: ArrayLike,
+    time_L: ArrayLike,
+    split: Literal["equal", "fractional"] = "equal",
+    *,
+    seconds: float = 0.5,
+) -> TimeSizing:
+    """Find few replicas with which every layer ends within its time, placement included.
+
+    Parameters
+    ----------
+    load_LE : array_like of float, shape (L, E)
+        Tokens of each expert.
+    capacity_LG : array_like of int, shape (L, G)
+        Slots.
+    speed_G : array_like of float, shape (G,)
+        Relative speeds.
+    time_L : array_like of float, shape (L,)
+        Largest GPU time wanted; for an imbalance x that is x times total load over total speed.
+    split : {"equal", "fractional"}
+        How tokens are divided.
+    seconds : float
+        For each layer of up to 16 experts with equal split, to prove the fewest; 0 to do without.
+
+    Returns
+    -------
+    TimeSizing
+    """
+    load = np.ascontiguousarray(load_LE, dtype=np.float64)
+    speed = np.asarray(speed_G, dtype=np.float64)
+    L, E = load.shape
+    capacity = np.minimum(np.asarray(capacity_LG, dtype=np.int64), E)
+    target_L = np.broadcast_to(np.asarray(time_L, dtype=np.float64), (L,)) * (1 + 1e-9)
+    most_L = capacity.sum(axis=1)
+    bound_L = np.minimum(replicas_needed(load, target_L, speed, split).sum(axis=1), most_L)
+    slots_LGC = np.full((L, capacity.shape[1], int(capacity.max())), -1, dtype=np.int32)
+    share_LGC = np.zeros(slots_LGC.shape)
+    met_L = np.zeros(L, dtype=bool)
+    for extra in _EXTRAS:
+        todo = np.flatnonzero(~met_L)
+        if not len(todo):
+            break
+        total = np.minimum(bound_L[todo] + extra, most_L[todo])
+        slots, share, now = _built(load[todo], capacity[todo], speed, total, target_L[todo], split)
+        slots_LGC[todo], share_LGC[todo] = slots, share
+        met_L[todo] = now <= target_L[todo]
+        if (total == most_L[todo]).all():
+            break
+    if split == "equal" and E <= _PROVE_EXPERTS and seconds > 0:
+        for layer in range(L):
+            used = int((slots_LGC[layer] >= 0).sum())
+            if met_L[layer] and used == bound_L[layer]:
+                continue
+            bound, better = fewest_replicas(
+                load[layer],
+                capacity[layer],
+                speed,
+                limit=float(target_L[layer]),
+                most=used if met_L[layer] else None,
+                seconds=seconds,
+            )
+            bound_L[layer] = max(int(bound_L[layer]), bound)
+            if better is not None:
+                slots_LGC[layer] = -1
+                slots_LGC[layer, :, : better.shape[1]] = better
+                count = np.bincount(better[better >= 0], minlength=E)
+                share_LGC[layer] = np.where(slots_LGC[layer] >= 0, 1.0 / count[slots_LGC[layer]], 0.0)
+                met_L[layer] = True
+    replicas_L = (slots_LGC >= 0).sum(axis=(1, 2))
+    return TimeSizing(
+        slots_LGC=slots_LGC, share_LGC=share_LGC, replicas_L=replicas_L, bound_L=bound_L, met_L=met_L
+    )
+
+
+def _built(
+    load: Float, capacity: Int, speed: Float, total_L: Int, target_L: Float, split: str
+) -> tuple[NDArray[np.int32], Float, Float]:
+    """Place so many replicas by the fast constructions: (slots, shares, largest GPU times)."""
+    L, E = load.shape
+    if split == "equal":
+        counts = apportion(load, total_L, (capacity > 0).sum(axis=1)[:, None])
+        slots = pack(load, trim(load, counts, capacity), capacity, speed)
+        slots = improve(load, slots, capacity, speed, goal_L=target_L)
+        copies = np.stack([np.bincount(s[s >= 0], minlength=E) for s in slots])
+        share = np.where(slots >= 0, 1.0 / copies[np.arange(L)[:, None, None], slots], 0.0)
+    else:
+        fewer = np.zeros(capacity.shape, dtype=np.int64)
+        for layer in range(L):
+            # Slots are taken away where most are left, so that the GPUs keep about the same.
+            fewer[layer] = capacity[layer]
+            while fewer[layer].sum() > total_L[layer]:
+                fewer[layer, int(fewer[layer].argmax())] -= 1
+        slots, share = construct_fractional(load, fewer, speed)
+    width = int(capacity.max())
+    slots, share = slots[:, :, :width], share[:, :, :width]
+    pad = ((0, 0), (0, 0), (0, width - slots.shape[2]))
+    slots, share = np.pad(slots, pad, constant_values=-1), np.pad(share, pad)
+    tokens = np.where(slots >= 0, load[np.arange(L)[:, None, None], slots] * share, 0.0).sum(axis=2)
+    return slots, share, (tokens / speed).max(axis=1)
 
 
 def fewest_for_cv(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers.minimal_sizing import fewest_for_cv
+from moeless_opt.solvers.minimal_sizing import fewest_for_cv, fewest_for_time
 from moeless_opt.solvers.moeless import replica_cv, scale
 
 
@@ -92,3 +92,55 @@ def test_wrong_arguments(options: Any, word: str) -> None:
 def test_cap_below_one_each() -> None:
     with pytest.raises(InfeasibleError, match="cap: layer 0 may have 1"):
         fewest_for_cv([[1.0, 2.0]], cap=1)
+
+
+def fewest_by_enumeration(load: Any, capacity: Any, speed: Any, time: float) -> int | None:
+    sets = [
+        [s for k in range(min(len(load), int(c)) + 1) for s in itertools.combinations(range(len(load)), k)]
+        for c in capacity
+    ]
+    best = None
+    for hosts in itertools.product(*sets):
+        count = np.bincount(list(itertools.chain.from_iterable(hosts)), minlength=len(load))
+        if count.min() < 1:
+            continue
+        worst = max(sum(load[e] / count[e] for e in h) / s for h, s in zip(hosts, speed, strict=True))
+        if worst <= time * (1 + 1e-9) and (best is None or count.sum() < best):
+            best = int(count.sum())
+    return best
+
+
+@given(
+    load=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    gpus=st.lists(st.tuples(st.integers(1, 3), st.sampled_from([0.5, 1.0, 2.0])), min_size=1, max_size=3),
+    slack=st.sampled_from([1.0, 1.1, 1.3, 2.0]),
+)
+@settings(max_examples=200, deadline=None)
+def test_fewest_for_a_time_against_enumeration(load: Any, gpus: Any, slack: float) -> None:
+    capacity, speed = np.array([c for c, _ in gpus]), np.array([s for _, s in gpus])
+    time = slack * sum(load) / speed.sum()
+    truth = fewest_by_enumeration(load, capacity, speed, time)
+    if np.minimum(capacity, len(load)).sum() < len(load):
+        return
+    sized = fewest_for_time(np.array([load], float), capacity[None], speed, [time], seconds=20.0)
+    assert sized.met_L[0] == (truth is not None)
+    if truth is not None:
+        assert sized.replicas_L[0] == truth == sized.bound_L[0]
+        count = np.bincount(sized.slots_LGC[sized.slots_LGC >= 0], minlength=len(load))
+        assert count.min() >= 1
+        piece = np.append(np.array(load) / count, 0.0)
+        assert (piece[sized.slots_LGC[0]].sum(axis=1) / speed).max() <= time * (1 + 1e-8) + 1e-12
+
+
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+def test_fewest_for_an_imbalance_on_many_experts(split: Any) -> None:
+    load = np.random.default_rng(0).lognormal(0, 1, (4, 64))
+    capacity, speed = np.full((4, 8), 12), np.ones(8)
+    time = 1.02 * load.sum(axis=1) / 8
+    sized = fewest_for_time(load, capacity, speed, time, split)
+    assert sized.met_L.all()
+    assert (sized.bound_L <= sized.replicas_L).all()
+    assert (sized.replicas_L < 80).all()
+    held = sized.slots_LGC >= 0
+    tokens = np.where(held, load[np.arange(4)[:, None, None], sized.slots_LGC] * sized.share_LGC, 0.0)
+    assert (tokens.sum(axis=2).max(axis=1) <= time * (1 + 1e-8)).all()
