@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import ProblemError
 
-__all__ = ["relabel", "seat"]
+__all__ = ["relabel", "seat", "seat_all"]
 
 Slots = NDArray[np.int32]
 
@@ -101,6 +101,14 @@ def seat(live_C: Sequence[int], content: Sequence[int]) -> list[int]:
             break
         slots[hole], slots[full] = slots[full], -1
     return slots
+
+
+def seat_all(live_GC: Sequence[list[int]], content: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Slots of every GPU of a layer; those whose experts stay the same stay as they are."""
+    return [
+        row if len(experts) == len(row) and set(experts) == set(row) else seat(row, experts)
+        for row, experts in zip(live_GC, content, strict=True)
+    ]
 
 
 def _holds(slots_LGC: NDArray[Any], experts: int) -> NDArray[np.float32]:

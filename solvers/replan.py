@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from moeless_opt.problems.bounds import best_bound
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.solvers.min_moves import flow_moves_bound
-from moeless_opt.solvers.relabel import seat
+from moeless_opt.solvers.relabel import seat_all
 from moeless_opt.solvers.replan_budget import choose_points
 from moeless_opt.solvers.replan_fill import QUICK, Search, fill_overflow
 from moeless_opt.solvers.replan_flow import UNIT, LayerFlow, least_time
@@ -188,8 +188,7 @@ def replan_fractional(
         _keep_to_budget(layers, price, max_moves, search)
     new = np.full_like(slots, -1)
     for layer, one in enumerate(layers):
-        for gpu, row in enumerate(one.content):
-            new[layer, gpu] = seat(slots[layer, gpu].tolist(), row)
+        new[layer] = seat_all(slots[layer].tolist(), one.content)
     shares = solve_shares(load, new, speed)
     return Replan(
         slots_LGC=new,

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from moeless_opt.problems.bounds import best_bound
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.placement import equal_shares
-from moeless_opt.solvers.relabel import seat
+from moeless_opt.solvers.relabel import seat_all
 from moeless_opt.solvers.replan import Replan, checked, mend_content
 from moeless_opt.solvers.replan_budget import choose_points
 from moeless_opt.solvers.replan_lns import count_moves, put_back
@@ -345,8 +345,7 @@ def replan_equal(
         _keep_to_budget(layers, price, max_moves)
     new = np.full_like(slots, -1)
     for layer, one in enumerate(layers):
-        for gpu, row in enumerate(one.content):
-            new[layer, gpu] = seat(slots[layer, gpu].tolist(), row)
+        new[layer] = seat_all(slots[layer].tolist(), one.content)
     return Replan(
         slots_LGC=new,
         share_LGC=equal_shares(new, E),
