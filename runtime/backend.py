@@ -20,7 +20,7 @@ class Observation:
     load_LE : array of int64, shape [L, E]
         Real tokens routed to each expert, over all ranks; padding and dummies are left out.
     tokens_LG : array of int64, shape [L, G]
-        Rows that each rank computed (with everything that was computed, also padding).
+        Rows that each rank's experts were given, for whatever tokens (also padding and dummies).
     seconds_LG : array of float, shape [L, G]
         Time that each rank spent in the experts of each layer.
     batches : int

@@ -527,6 +527,7 @@ class SlotDispatcher:
         self._order_in(sizes_S, padded_S, rows)
         if self._gather is not None:
             rows, probs = rows.index_select(0, self._gather), probs.index_select(0, self._gather)
+        self.tokens += int(sizes_S.sum())
         self._start_clock(rows)
         return rows, padded_S, probs
 
@@ -571,7 +572,6 @@ class SlotDispatcher:
     # -- the clock: seconds in the experts of this layer on this rank -----------------------------
 
     def _start_clock(self, rows: Tensor) -> None:
-        self.tokens += rows.size(0)
         if rows.is_cuda:
             start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             start.record()

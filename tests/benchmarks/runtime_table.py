@@ -91,16 +91,28 @@ def kills(worlds_of_three: int) -> None:
     show("Ranks killed at random moments of a forward, while experts move", rows)
 
 
+def traffic(steps: int) -> None:
+    """Static EP, equal split, shares, shares and re-plans."""
+    print("Own model on its recorded traffic, a new domain every few steps (4 ranks; 5 slots, static EP 4):")
+    print("                         mean imbalance   worst layer, step   moved        logits differ by")
+    for name, r in world("traffic", steps, 5)[0].items():
+        moved = r["bytes"] / 1e6
+        figures = f"{r['mean']:14.3f} {r['worst']:19.3f}   {moved:6.1f} MB    {r['difference']:.1e}"
+        print(f"  {name:<22s} {figures}")
+
+
 def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--only", choices=("placements", "overhead", "kills"))
+    parser.add_argument("--only", choices=("placements", "overhead", "kills", "traffic"))
     args = parser.parse_args()
     if args.only in (None, "placements"):
         placements(12 if args.quick else 60)
     if args.only in (None, "overhead"):
         overhead(20 if args.quick else 100)
+    if args.only in (None, "traffic"):
+        traffic(2 if args.quick else 6)
     if args.only in (None, "kills"):
         kills(1 if args.quick else 7)
 

@@ -174,7 +174,69 @@ def kills(seed: int) -> dict[str, Any]:
     }
 
 
+def traffic(steps_per_domain: int, slots: int) -> dict[str, Any]:
+    """Tokens per rank on the project's own model, replaying its recorded traffic domain after domain."""
+    from moeless_opt import plan
+    from moeless_opt.problems.tiny_moe_traces import tiny_moe_traces
+    from moeless_opt.problems.topology import Topology
+    from moeless_opt.runtime import tiny_moe
+    from moeless_opt.runtime.backend import LoadWindow
+    from moeless_opt.runtime.observe import replay_routes
+    from moeless_opt.runtime.placement import static_slots
+
+    rank, size = worlds.join()
+    model = tiny_moe.load()
+    live = attach(model)
+    traces = tiny_moe_traces()
+    chance = np.random.default_rng(rank)
+    length = 192
+    steps = []
+    for name in traces.domains:
+        of_domain = traces.of_domain(name)
+        for _ in range(steps_per_domain):
+            drawn: list[Any] = []
+            while sum(map(len, drawn)) < length:
+                drawn.append(traces.request(int(chance.choice(of_domain))))
+            steps.append(np.concatenate(drawn)[:length])
+    tokens = torch.from_numpy(chance.integers(0, 256, (1, length)))
+    topology = Topology.uniform(1, size, slots=slots)
+    static = static_slots(tiny_moe.EXPERTS, size, tiny_moe.LAYERS)
+    one = live.banks[0].expert_bytes
+    results: dict[str, Any] = {}
+    outputs: list[torch.Tensor] = []
+    for name in ("static EP", "equal split", "shares", "shares and re-plans"):
+        live.apply(static)
+        live.settle()
+        live.set_shares("equal" if name == "equal split" else "balanced")
+        live.observe()
+        window, imbalance, moved, worst = LoadWindow(0.5), [], live.migrator.bytes_moved, 0.0
+        for k, routes in enumerate(steps):
+            with replay_routes(model) as replay:
+                replay.load(routes)
+                out = worlds.forward(model, tokens)
+            if name == "static EP":
+                outputs.append(out)
+            worst = max(worst, (out - outputs[k]).abs().max().item())
+            seen = live.observe()
+            imbalance.append(seen.imbalance_L)
+            loads = window.update(seen)
+            first = k == 0 and name != "static EP"
+            if first or (name == "shares and re-plans" and k % 2 == 0):
+                wanted = plan(loads, topology, current=live.slots_LGC, expert_bytes=one)
+                live.apply(wanted.slots_LGC)
+                if first:
+                    live.settle()
+        live.settle()
+        results[name] = {
+            "mean": float(np.mean(imbalance[1:])),
+            "worst": float(np.max(imbalance[1:])),
+            "bytes": live.migrator.bytes_moved - moved,
+            "difference": worst,
+        }
+    return results
+
+
 if __name__ == "__main__":
     what, *numbers = sys.argv[1:]
-    run = {"placements": placements, "overhead": overhead, "kills": kills}[what]
+    run = {"placements": placements, "overhead": overhead, "kills": kills, "traffic": traffic}[what]
     worlds.report(run(*(int(n) for n in numbers)))
