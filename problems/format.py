@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tempfile
@@ -279,10 +280,12 @@ def _explicit(entry: _Fields, links: Links) -> Topology:
         if missing and len(missing) < len(gpus):
             raise FormatError(f"{entry.where}.gpus[{missing[0]}]", f"{key!r} is missing; other GPUs have it")
     return Topology(
-        node_G=np.asarray(columns["node"], dtype=np.int64),
-        speed_G=np.asarray(columns["speed"], dtype=np.float64),
+        node_G=integers(f"{entry.where}.node", columns["node"]),
+        speed_G=floats(f"{entry.where}.speed", columns["speed"]),
         **{
-            f"{key}_G": None if not gpus or columns[key][0] is None else np.asarray(columns[key])
+            f"{key}_G": None
+            if not gpus or columns[key][0] is None
+            else integers(f"{entry.where}.{key}", columns[key])
             for key in ("slots", "memory", "domain")
         },
         links=links,
@@ -371,6 +374,14 @@ def _generated(entry: _Fields) -> Any:
     from moeless_opt.problems.generators import from_recipe
 
     recipe = entry.take("recipe", dict)
+    drift = recipe.get("drift")
+    sizes = [recipe.get("layers"), recipe.get("experts")]
+    sizes += [drift.get("steps"), drift.get("domains")] if isinstance(drift, Mapping) else []
+    cells = math.prod(size for size in sizes if isinstance(size, int) and size > 0)
+    if cells > MAX_UNPACKED // 8:
+        raise FormatError(
+            entry.path("recipe"), f"asks for {cells} loads; up to {MAX_UNPACKED // 8} are generated"
+        )
     return from_recipe(recipe, entry.path("recipe"))
 
 

@@ -54,6 +54,8 @@ class TimeModel(Record):
     def __post_init__(self) -> None:
         for key in ("token_cost", "activation_cost", "launch"):
             object.__setattr__(self, key, number(f"time.{key}", getattr(self, key)))
+        if not isinstance(self.name, str):
+            raise ProblemError("time.name", f"is {self.name!r}, must be a string")
         if self.unit not in ("tokens", "s"):
             raise ProblemError("time.unit", f"is {self.unit!r}, must be 'tokens' or 's'")
         curve = (self.curve_tokens, self.curve_activated, self.curve_time)

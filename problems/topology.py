@@ -161,8 +161,8 @@ class Topology(Record):
             raise ProblemError("topology.gpus", f"are {gpus}, more than the {MOST_GPUS} that are supported")
 
         def spread(value: ArrayLike | None) -> Any:
-            if value is None or np.ndim(value) > 0:
-                return value
+            if value is None or isinstance(value, Sequence) or np.ndim(value) > 0:
+                return np.full(gpus, value) if isinstance(value, str) else value
             return np.full(gpus, value)
 
         return cls(
@@ -202,7 +202,7 @@ class Topology(Record):
             memory = int(gigabytes * GB * expert_memory)
         return cls.uniform(nodes, per_node, slots=slots, memory=memory, links=links, name=name)
 
-    def capacity_LG(self, bytes_L: ArrayLike, experts: int) -> IntArray:
+    def capacity_LG(self, bytes_L: ArrayLike, experts: int, *, shared: bool = False) -> IntArray:
         """Slots of each GPU in each layer, shape [L, G].
 
         Bytes are divided so that every layer gets the same number of slots; no GPU can use more
@@ -214,11 +214,15 @@ class Topology(Record):
             Bytes of one replica in each layer (0 where unknown: then only `slots_G` binds).
         experts : int
             Experts per layer.
+        shared : bool
+            The layers compete for the bytes: each could have them all.
         """
         size_L = np.asarray(bytes_L, dtype=np.int64)
         slots_G = np.full(self.gpus, experts, dtype=np.int64)
         if self.slots_G is not None:
             slots_G = np.minimum(slots_G, self.slots_G)
+        if shared and self.memory_G is not None and size_L.all():
+            return np.minimum(slots_G, self.memory_G // size_L[:, None])
         if self.memory_G is not None and size_L.any():
             slots_G = np.minimum(slots_G, self.memory_G // int(size_L.sum()))
         elif self.slots_G is None:

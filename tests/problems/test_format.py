@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moeless_opt.problems import format as module
 from moeless_opt.problems.errors import FormatError, MoelessError, ProblemError
@@ -436,3 +437,131 @@ def test_all_errors_have_one_line() -> None:
             problem_from_json(edited(document(), path, value))
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 400
+
+
+# --- anything else -----------------------------------------------------------------------------------------
+
+STRANGE: list[Any] = [
+    None, True, 0, -1, 1.5, 5000, 1e999, float("nan"), 10**30, -(10**30), 2**63, 2**31, 1e30,
+    "", "x", "\ud800", [], [[]], [[[]]], {}, {"a": 1}, [None], ["x"], [1, [2]], [True], [[1e308]],
+]  # fmt: skip
+
+
+def whole_documents() -> dict[str, dict[str, Any]]:
+    """Documents that use every key."""
+    full = document() | {
+        "name": "x",
+        "loads": {
+            "kind": "inline",
+            "load": [[3, 2, 1], [1, 2, 3]],
+            "weights": [1],
+            "layers": [3, 4],
+            "scenarios": ["a"],
+            "skipped": [0],
+            "by_node": [[[3, 2, 1]], [[1, 2, 3]]],
+            "source": "s",
+            "notes": ["n"],
+        },
+        "topology": {
+            "kind": "explicit",
+            "gpus": [
+                {"node": 0, "speed": 1, "slots": 2, "memory": 100, "domain": 0},
+                {"node": 0, "speed": 1, "slots": 2, "memory": 100, "domain": 1},
+            ],
+            "links": {"host": 1},
+        },
+        "model": {"name": "m", "layers": 2, "experts": 3, "top_k": 1, "hidden": 1, "ffn": 1},
+        "expert_bytes": [10, 10],
+        "current": {"kind": "inline", "slots": [[[0, 1], [2, -1]], [[0, 1], [2, -1]]]},
+        "time": {
+            "kind": "curve",
+            "curve_tokens": [0, 1],
+            "curve_activated": [0, 1],
+            "curve_time": [[1, 1], [2, 2]],
+            "unit": "s",
+            "name": "n",
+        },
+        "sizing": {"policy": "cv", "cv": 0.2, "ddof": 0, "imbalance": 1.1},
+        "objective": {
+            "priorities": ["balance"],
+            "balance_tolerance": 0.1,
+            "horizon": 5,
+            "risk": "cvar",
+            "cvar_alpha": 0.5,
+        },
+        "limits": {
+            "min_replicas": 1,
+            "max_replicas": 2,
+            "max_moves": 3,
+            "max_move_seconds": 1.0,
+            "spread": 1,
+            "pinned": [[0, 0, 0]],
+            "forbidden": [[0, 2, 0]],
+        },
+        "known": {"source": "s", "best": [1, 2], "bound": [1, 1]},
+    }
+    recipe = {
+        "kind": "lognormal",
+        "layers": 2,
+        "experts": 3,
+        "tokens": 100,
+        "sigma": 0.5,
+        "seed": 1,
+        "drift": {"kind": "ar1", "steps": 2, "sigma": 0.1, "rho": 0.5},
+    }
+    flat = {
+        "kind": "uniform",
+        "nodes": 1,
+        "gpus_per_node": 2,
+        "slots": [2, 2],
+        "memory": 100,
+        "speed": [1, 1],
+    }
+    return {
+        "full": full,
+        "generated": full | {"loads": {"kind": "generated", "recipe": recipe}},
+        "uniform": full | {"topology": flat, "time": {"kind": "linear", "token_cost": 1, "launch": 1}},
+        "plan": plan_to_json(small()[1]) | {"payback": {"saved_per_pass": 1.0, "cost": 2.0}},
+    }
+
+
+def _places(node: Any, path: tuple[Any, ...] = ()) -> Any:
+    if path:
+        yield path
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield from _places(value, (*path, key))
+
+
+@pytest.mark.parametrize("name", whole_documents())
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_strange_values_anywhere_are_taken_or_refused_in_one_line(name: str, data: Any) -> None:
+    good = whole_documents()[name]
+    path = data.draw(st.sampled_from(list(_places(good))))
+    entry = good
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = data.draw(st.sampled_from(STRANGE))
+    try:
+        _use(name, good)
+    except MoelessError as error:
+        message = str(error)
+    else:
+        message = ""
+    assert "\n" not in message
+
+
+def _use(name: str, good: dict[str, Any]) -> None:
+    """Read, write, and all that a command would do with it."""
+    if name == "plan":
+        plan = plan_from_json(good)
+        assert plan_from_json(json.loads(json.dumps(plan_to_json(plan), allow_nan=False))) == plan
+        assert isinstance(violations(small()[0], plan), list)
+        assert repr(plan)
+        return
+    problem = problem_from_json(good)
+    twin = problem_from_json(json.loads(json.dumps(problem_to_json(problem), allow_nan=False)))
+    assert twin.digest() == problem.digest()
+    assert repr(problem)
+    problem.check_feasible()
