@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moeless_opt.api import compare, plan, solve
+from moeless_opt.api import compare, plan, recommend_redundancy, solve
 from moeless_opt.problems.errors import (
     FormatError,
     InfeasibleError,
@@ -75,6 +75,7 @@ __all__ = [
     "model_preset",
     "pareto",
     "plan",
+    "recommend_redundancy",
     "save_problem",
     "solve",
     "solver_names",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,7 +28,10 @@ from moeless_opt.report import Comparison, row_of
 from moeless_opt.solvers.base import FirstOf, MaxTime, NeverStop, Stop
 from moeless_opt.solvers.registry import get_solver, require
 
-__all__ = ["compare", "make_problem", "plan", "solve"]
+if TYPE_CHECKING:
+    from moeless_opt.solvers.knapsack import Redundancy
+
+__all__ = ["compare", "make_problem", "plan", "recommend_redundancy", "solve"]
 
 
 def make_problem(
@@ -296,3 +299,33 @@ def compare(
         results[name] = result
         rows.append(row_of(result))
     return Comparison(problem=problem, rows=tuple(rows), results=results)
+
+
+def recommend_redundancy(
+    loads: ArrayLike | Loads | str | PathLike[str],
+    topology: Topology | str | Mapping[str, Any],
+    *,
+    model: ModelSpec | str | None = None,
+    totals: Iterable[int] | None = None,
+) -> list[Redundancy]:
+    """How many redundant experts a model is worth, in which layers, and what they buy.
+
+    Parameters
+    ----------
+    loads, topology, model
+        As in `plan`; slots and memory of the topology are not looked at, they are what is asked for.
+    totals : iterable of int, optional
+        Totals of spare replicas over all layers to look at; by default half a replica per layer, doubling.
+
+    Returns
+    -------
+    list of Redundancy
+        Per total: where the replicas go (``spare_L``), their memory, the imbalance with an equal split, the
+        least that any spending could have, and the imbalance if every layer got the same number.
+    """
+    from moeless_opt.solvers.knapsack import recommend_redundancy as recommend
+
+    problem = make_problem(loads, topology, model=model)
+    sized = problem.bytes_L if problem.bytes_L.any() else None
+    wanted = None if totals is None else list(totals)
+    return recommend(problem.load_LE, problem.topology.speed_G, bytes_L=sized, totals=wanted)

@@ -136,7 +136,9 @@ class Problem(Record):
                     "expert_bytes", f"has shape {size_L.shape}, must be one number or ({layers},)"
                 )
             object.__setattr__(self, "expert_bytes_L", size_L)
-        object.__setattr__(self, "capacity_LG", self.topology.capacity_LG(self.bytes_L, experts))
+        shared = self.sizing.policy == "memory"
+        capacity_LG = self.topology.capacity_LG(self.bytes_L, experts, shared=shared)
+        object.__setattr__(self, "capacity_LG", capacity_LG)
         if self.current is not None:
             self._check_current(self.current)
         for key in ("pinned", "forbidden"):
@@ -220,6 +222,13 @@ class Problem(Record):
         room_L = self.capacity_LG.sum(1)
         if (room_L < need).any():
             raise InfeasibleError(self._shortage(int(room_L.min()), need))
+        if self.sizing.policy == "memory" and self.topology.memory_G is not None:
+            floor, have = need * int(self.bytes_L.sum()), int(self.topology.memory_G.sum())
+            if have < floor:
+                raise InfeasibleError(
+                    f"topology.memory: {need} replicas in each of {self.layers} layers are {floor} bytes, "
+                    f"the GPUs have {have} in all: {floor - have} too few"
+                )
         if limits.max_layer_replicas is not None and limits.max_layer_replicas < need:
             raise InfeasibleError(
                 f"limits.max_layer_replicas: {limits.max_layer_replicas} replicas per layer are "

@@ -222,7 +222,7 @@ class Topology(Record):
         if self.slots_G is not None:
             slots_G = np.minimum(slots_G, self.slots_G)
         if shared and self.memory_G is not None and size_L.all():
-            return np.minimum(slots_G, self.memory_G // size_L[:, None])
+            return np.asarray(np.minimum(slots_G, self.memory_G // size_L[:, None]))
         if self.memory_G is not None and size_L.any():
             slots_G = np.minimum(slots_G, self.memory_G // int(size_L.sum()))
         elif self.slots_G is None:

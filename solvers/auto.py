@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from moeless_opt.problems.errors import UnsupportedFeatureError
 from moeless_opt.problems.plan import Plan, ProgressCallback, Result
 from moeless_opt.problems.problem import Problem
 from moeless_opt.solvers.base import Feature, Stop, required_features
 from moeless_opt.solvers.constrained import Constrained
 from moeless_opt.solvers.planners import Construct
+from moeless_opt.solvers.portfolio import Portfolio
 from moeless_opt.solvers.replanner import Replan
+from moeless_opt.solvers.sized import ActivationAware, Sized
 
 __all__ = ["Auto"]
 
 
 class Auto:
-    """Construct where nothing is live; re-plan where something is."""
+    """Construct where nothing is live; re-plan where something is; prove where there is time."""
 
     name = "auto"
-    summary = "the default: re-plans what is live, or constructs"
-    features: ClassVar[frozenset[Feature]] = Replan.features | Constrained.features
+    summary = "the default: constructs, or re-plans what is live; with a time limit, proves small layers"
+    features: ClassVar[frozenset[Feature]] = (
+        Replan.features | Constrained.features | Sized.features | ActivationAware.features
+    )
 
     def solve(
         self,
@@ -33,9 +38,24 @@ class Auto:
     ) -> Result:
         """Choose and solve."""
         fresh = problem.current is None or "moves" not in problem.objective.priorities
-        chosen: type[Construct | Replan | Constrained] = Construct if fresh else Replan
-        if required_features(problem) & Constrained.features - chosen.features:
-            chosen = Constrained
+        needs = required_features(problem)
+        base = Construct if fresh else Replan
+        # The first that has what the problem needs: they go from the fastest to the most particular.
+        for kind in (base, Construct, Constrained, Sized, ActivationAware):
+            if needs <= kind.features:
+                chosen: type[_Kind] = kind
+                break
+        else:
+            lacking = ", ".join(sorted(feature.value for feature in needs - base.features))
+            raise UnsupportedFeatureError(f"solver {self.name!r}: no one method takes all of: {lacking}")
+        if chosen is Construct and stop.remaining < float("inf") and needs <= Portfolio.features:
+            proven = Portfolio().solve(
+                problem, stop=stop, seed=seed, initial=initial, progress=progress, **options
+            )
+            return proven.replace(solver=self.name)
         return chosen(self.name).solve(
             problem, stop=stop, seed=seed, initial=initial, progress=progress, **options
         )
+
+
+_Kind = Construct | Replan | Constrained | Sized | ActivationAware

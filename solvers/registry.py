@@ -19,6 +19,8 @@ BUILT_IN: dict[str, str] = {
     "construct": "moeless_opt.solvers.planners:Construct",
     "replan": "moeless_opt.solvers.replanner:Replan",
     "constrained": "moeless_opt.solvers.constrained:Constrained",
+    "sized": "moeless_opt.solvers.sized:Sized",
+    "activation": "moeless_opt.solvers.sized:ActivationAware",
     "stay": "moeless_opt.solvers.planners:Stay",
     "static": "moeless_opt.solvers.baselines:Static",
     "eplb": "moeless_opt.solvers.baselines:Eplb",

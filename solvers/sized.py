@@ -1,0 +1,230 @@
+"""Sizing policies and time models beyond tokens, as solvers of the registry.
+
+`Sized` takes the policies ``makespan`` (the fewest replicas for a wanted imbalance) and ``memory`` (all
+layers share the GPUs' bytes, replicas go where they buy most). `ActivationAware` plans for a time model in which a
+used replica costs something whatever its tokens, as in decode.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.bounds import LinearTime
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.evaluate import gpu_times
+from moeless_opt.problems.placement import equal_shares
+from moeless_opt.problems.plan import Plan, ProgressCallback, Result
+from moeless_opt.problems.problem import Problem
+from moeless_opt.solvers.activation import choose_shares, worthwhile_replicas
+from moeless_opt.solvers.base import Clock, Feature, NeverStop, Stop, finish
+from moeless_opt.solvers.knapsack import plan_budget
+from moeless_opt.solvers.minimal_sizing import fewest_for_time
+from moeless_opt.solvers.planners import Construct
+from moeless_opt.solvers.replanner import Replan, live_slots
+from moeless_opt.solvers.shares import solve_shares
+
+__all__ = ["ActivationAware", "Sized"]
+
+_SPLITS = frozenset({Feature.EQUAL_SPLIT, Feature.FRACTIONAL, Feature.HETEROGENEOUS})
+
+
+class Sized:
+    """The policies ``makespan`` and ``memory``."""
+
+    name = "sized"
+    summary = "fewest replicas for a wanted imbalance, or one budget of bytes over all layers"
+    features: ClassVar[frozenset[Feature]] = _SPLITS | {
+        Feature.MIGRATION,
+        Feature.MEMORY,
+        Feature.SCENARIOS,
+        Feature.NODE_AWARE,
+        Feature.SIZING_MAKESPAN,
+        Feature.SIZING_MEMORY,
+    }
+
+    def __init__(self, name: str = "sized") -> None:
+        self.name = name
+
+    def solve(
+        self,
+        problem: Problem,
+        *,
+        stop: Stop,
+        seed: int = 0,
+        initial: Plan | None = None,
+        progress: ProgressCallback | None = None,
+        **options: Any,
+    ) -> Result:
+        """Size, place, share."""
+        began = Clock.begin()
+        policy = problem.sizing.policy
+        solve = {"makespan": _few_replicas, "memory": _shared_memory}.get(policy)
+        if solve is None:
+            raise ProblemError(
+                "sizing.policy", f"is {policy!r}; solver {self.name!r} takes 'makespan' and 'memory'"
+            )
+        slots_LGC, message = solve(problem)
+        share_LGC = None
+        if problem.split == "fractional":
+            share_LGC = solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).share_LGC
+        return finish(
+            problem,
+            slots_LGC,
+            share_LGC,
+            solver=self.name,
+            began=began,
+            options=options,
+            seed=seed,
+            message=message,
+            proof=message,
+        )
+
+
+def _few_replicas(problem: Problem) -> tuple[SlotArray, str]:
+    wanted = problem.sizing.imbalance
+    speed_G = problem.topology.speed_G
+    mean_L = problem.load_LE.sum(1) / speed_G.sum()
+    found = fewest_for_time(
+        problem.load_LE,
+        problem.capacity_LG,
+        speed_G,
+        wanted * mean_L,
+        "equal" if problem.split == "equal" else "fractional",
+    )
+    if not found.met_L.all():
+        missed = [problem.loads.layers[i] for i in np.flatnonzero(~found.met_L)]
+        raise InfeasibleError(
+            f"sizing.imbalance: {wanted} was not reached in {len(missed)} layer(s), first {missed[0]}; "
+            "more slots or a larger imbalance would do"
+        )
+    few, least = int(found.replicas_L.sum()), int(found.bound_L.sum())
+    return found.slots_LGC, f"{few} replicas for an imbalance of {wanted}; no plan has fewer than {least}"
+
+
+def _shared_memory(problem: Problem) -> tuple[SlotArray, str]:
+    topology, bytes_L = problem.topology, problem.bytes_L
+    if topology.memory_G is None or not bytes_L.any():
+        raise ProblemError(
+            "sizing.policy", "'memory' needs topology.memory and the size of an expert (model=...)"
+        )
+    if topology.slots_G is not None:
+        raise ProblemError(
+            "topology.slots", "cannot be given with sizing 'memory': there bytes are the only limit"
+        )
+    budget = int(topology.memory_G.sum()) - problem.experts * int(bytes_L.sum())
+    found = plan_budget(
+        problem.load_LE, topology.speed_G, budget, bytes_L=bytes_L, memory_G=topology.memory_G
+    )
+    mean = float(problem.load_LE.sum() / topology.speed_G.sum()) or 1.0
+    return found.slots_LGC, (
+        f"{found.spare_L.sum()} spare replicas, {found.spare_L.min()} to {found.spare_L.max()} a layer; "
+        f"no spending of {budget} bytes has a mean imbalance below {found.bound / mean:.5f}"
+    )
+
+
+class ActivationAware:
+    """Plans for time models with a cost per used replica: more replicas can be slower."""
+
+    name = "activation"
+    summary = "for time models with activation cost or a measured curve: which replicas to have, and to use"
+    features: ClassVar[frozenset[Feature]] = _SPLITS | {
+        Feature.MIGRATION,
+        Feature.MEMORY,
+        Feature.SCENARIOS,
+        Feature.NODE_AWARE,
+        Feature.TIME_MODEL,
+    }
+
+    def __init__(self, name: str = "activation") -> None:
+        self.name = name
+
+    def solve(
+        self,
+        problem: Problem,
+        *,
+        stop: Stop,
+        seed: int = 0,
+        initial: Plan | None = None,
+        progress: ProgressCallback | None = None,
+        **options: Any,
+    ) -> Result:
+        """Per layer the fastest, by the problem's own time model, of lean and balanced placements."""
+        began = Clock.begin()
+        tokens = problem.replace(time=_TOKENS, known=None)
+        linear = linear_time(problem)
+        fresh = Replan() if problem.current is not None else Construct()
+        base = fresh.solve(tokens, stop=NeverStop(), seed=seed).plan
+        assert base is not None
+        placements = [base.slots_LGC]
+        if problem.current is None:
+            lean, _ = worthwhile_replicas(
+                problem.load_LE, problem.capacity_LG, problem.topology.speed_G, linear
+            )
+            placements.append(lean)
+        elif not problem.current.partial:
+            placements.append(live_slots(problem))
+        candidates = [(base.slots_LGC, base.share_LGC)]
+        for slots_LGC in placements:
+            candidates.append((slots_LGC, equal_shares(slots_LGC, problem.experts)))
+            if problem.split == "fractional":
+                candidates.append((slots_LGC, _lean_shares(problem, slots_LGC, linear)))
+        if problem.split == "equal":
+            candidates = candidates[1:]
+        slots_LGC, share_LGC = _fastest(problem, candidates)
+        return finish(
+            problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
+        )
+
+
+_TOKENS = Problem.__dataclass_fields__["time"].default
+
+
+def linear_time(problem: Problem) -> LinearTime:
+    """The problem's time model, or the linear one nearest to its curve where the loads are."""
+    time = problem.time
+    if not time.has_curve:
+        return LinearTime(
+            launch=time.launch, activation=time.activation_cost, token=max(time.token_cost, 1e-12)
+        )
+    assert time.curve_tokens is not None
+    assert time.curve_activated is not None
+    assert time.curve_time is not None
+    tokens, used = np.meshgrid(time.curve_tokens, time.curve_activated, indexing="ij")
+    reach = 2 * float(problem.load_LE.sum(1).max()) / problem.topology.gpus
+    near = (tokens <= max(reach, float(time.curve_tokens[1]))).ravel()
+    table = np.stack([np.ones(near.sum()), used.ravel()[near], tokens.ravel()[near]], axis=1)
+    (launch, activation, token), *_ = np.linalg.lstsq(table, time.curve_time.ravel()[near], rcond=None)
+    return LinearTime(launch=max(launch, 0.0), activation=max(activation, 0.0), token=max(token, 1e-12))
+
+
+def _lean_shares(problem: Problem, slots_LGC: SlotArray, linear: LinearTime) -> FloatArray:
+    speed_G = problem.topology.speed_G
+    return np.stack(
+        [
+            choose_shares(load_E, slots_GC, speed_G, linear)
+            for load_E, slots_GC in zip(problem.load_LE, slots_LGC, strict=True)
+        ]
+    )
+
+
+def _fastest(
+    problem: Problem, candidates: list[tuple[SlotArray, FloatArray]]
+) -> tuple[SlotArray, FloatArray]:
+    """Per layer the candidate with the least largest GPU time; the first of equals."""
+    wide = max(slots.shape[2] for slots, _ in candidates)
+    shape = (*candidates[0][0].shape[:2], wide)
+    best_LGC, best_share = np.full(shape, -1, dtype=np.int32), np.zeros(shape)
+    best_L = np.full(shape[0], np.inf)
+    for slots_LGC, share_LGC in candidates:
+        time_L = gpu_times(problem.load_LE, slots_LGC, share_LGC, problem.topology.speed_G, problem.time).max(
+            1
+        )
+        better = time_L < best_L * (1 - 1e-12)
+        best_L[better] = time_L[better]
+        best_LGC[better], best_share[better] = -1, 0.0
+        best_LGC[better, :, : slots_LGC.shape[2]] = slots_LGC[better]
+        best_share[better, :, : slots_LGC.shape[2]] = share_LGC[better]
+    return best_LGC, best_share
