@@ -434,7 +434,7 @@ class SlotDispatcher:
         if self.valid is not None and self.skip_invalid:
             expert_Tk = torch.where(self.valid[:, None], expert_Tk, self.n_experts)
         flat = expert_Tk.reshape(-1)
-        counts = torch.bincount(flat, minlength=self.n_experts + 1)[: self.n_experts]
+        counts = self._count(flat)
         self._observe(expert_Tk, counts)
         gathered = self._exchange(counts)
         self.batch_counts_RE = counts_RE = gathered[:, : self.n_experts]
@@ -450,10 +450,17 @@ class SlotDispatcher:
         self._place(order, n_tokens, k)
         return x_TH.index_select(0, order // k), prob_Tk.reshape(-1).index_select(0, order)
 
+    def _count(self, flat: Tensor) -> Tensor:
+        if flat.is_cuda:
+            # bincount would wait for the device to learn the largest id.
+            counts = torch.zeros(self.n_experts + 1, dtype=torch.int64, device=flat.device)
+            return counts.scatter_add_(0, flat, torch.ones_like(flat))[: self.n_experts]
+        return torch.bincount(flat, minlength=self.n_experts + 1)[: self.n_experts]
+
     def _observe(self, expert_Tk: Tensor, counts: Tensor) -> None:
         if self.valid is not None and not self.skip_invalid:
             kept = torch.where(self.valid[:, None], expert_Tk, self.n_experts).reshape(-1)
-            counts = torch.bincount(kept, minlength=self.n_experts + 1)[: self.n_experts]
+            counts = self._count(kept)
         if self.load_E is None:
             self.load_E = counts.clone()
         else:

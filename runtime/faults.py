@@ -51,6 +51,8 @@ class Recovery:
         From noticing to being ready for the next step.
     agree_seconds : float
         Of these, finding out who is left.
+    migrating : bool
+        Whether experts were on their way, or a plan was waiting.
     repeated : bool
         Whether this rank had to repeat a step that it had completed already, for those that had not.
     """
@@ -60,6 +62,7 @@ class Recovery:
     restored_bytes: int
     seconds: float
     agree_seconds: float
+    migrating: bool
     repeated: bool
 
 
@@ -130,14 +133,15 @@ class Guard:
     def _recover(self, error: Exception) -> None:
         began = time.monotonic()
         cause = str(error)
+        migrating = not self.live.migrator.idle
         while True:
             try:
-                self._attempt(cause, began)
+                self._attempt(cause, began, migrating)
                 return
             except RankLostError as again:
                 cause = str(again)
 
-    def _attempt(self, cause: str, began: float) -> None:
+    def _attempt(self, cause: str, began: float, migrating: bool) -> None:
         live = self.live
         old = live.group
         old.close()
@@ -169,6 +173,7 @@ class Guard:
                 restored_bytes=moved,
                 seconds=now - began,
                 agree_seconds=agreed - started,
+                migrating=migrating,
                 repeated=self._behind,
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -295,7 +296,7 @@ class LiveModel:
         everybody = np.asarray(self.group.gather_ints(sums.ravel().tolist()), dtype=np.int64)
         self.migrator.sums_LE = everybody.sum(axis=0).reshape(sums.shape)
 
-    def save_home(self, folder: str) -> None:
+    def save_home(self, folder: str | Path) -> None:
         """Write the experts where `MappedHome` finds them."""
         save_experts(folder, self.group, self.banks, self.migrator.rows_LG)
 

@@ -147,6 +147,9 @@ class Courier:
         """
         flight = Flight()
         flight.held = [*sends, *receives]
+        if self.stream is not None:
+            # The memory of the arrivals may have been freed by kernels that are still to run.
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
         works: list[Any] = []
         with self.on_stream():
             outgoing, incoming = (
@@ -421,10 +424,10 @@ class Migrator:
         ):
             return
         try:
-            with self.courier.on_stream():
-                for t in schedule.steps[self._ready]:
-                    if t.destination == self.group.rank:
-                        self._room[t] = self.banks[t.layer].allocate()
+            # From the pool of the computing stream: what left a layer makes room for what arrives.
+            for t in schedule.steps[self._ready]:
+                if t.destination == self.group.rank:
+                    self._room[t] = self.banks[t.layer].allocate()
         except MemoryError as error:
             self._room.clear()
             self._fault = NO_MEMORY
@@ -530,12 +533,7 @@ class Migrator:
         old = self.tables[layer]
         table = SlotTable(slots_GC, old.n_experts)
         bank = self.banks[layer]
-        if self.courier.stream is not None:
-            current = torch.cuda.current_stream(self.group.device)
-            current.wait_stream(self.courier.stream)
-            for expert in table.rows[self.group.rank]:
-                for t in bank.staged.get(expert, ()):
-                    t.record_stream(current)
+        # The host has seen the arrivals complete, so the kernels that it launches next may read them.
         bank.install(table.rows[self.group.rank])
         self.tables[layer] = table
         self._staged -= {(layer, e, g) for g, row in enumerate(table.rows) for e in row}
@@ -681,10 +679,8 @@ class Migrator:
         self._schedule = schedule
         stages = list(schedule.stages)
         for s, step in enumerate(schedule.steps):
-            with self.courier.on_stream():
-                self._room = {
-                    t: self.banks[t.layer].allocate() for t in step if t.destination == self.group.rank
-                }
+            mine = [t for t in step if t.destination == self.group.rank]
+            self._room = {t: self.banks[t.layer].allocate() for t in mine}
             self._post(step)
             self.courier.wait(self._flights[s], timeout)
             fault = self._flights[s].fault if self._flights[s].done.is_set() else LOST

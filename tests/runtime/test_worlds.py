@@ -53,6 +53,17 @@ def test_survivors_of_killed_ranks_go_on_with_the_same_outputs(
         assert result["ranks"] == left
         assert [r["lost"] for r in result["recoveries"]] == [[int(d.split("@")[0])] for d in deaths]
         assert all(r["bytes"] > 0 for r in result["recoveries"])
+        assert any(r["migrating"] for r in result["recoveries"])
+
+
+def test_a_rank_that_hangs_is_left_behind_and_told_so(run_world: World) -> None:
+    results = run_world("worker_faults.py", 4, "pinned", "stop", "1@7.1")
+    assert results[1] == {"evicted": True}
+    for result in (results[0], results[2], results[3]):
+        assert result["ranks"] == [0, 2, 3]
+        assert result["worst"] == 0.0
+        (recovery,) = result["recoveries"]
+        assert recovery["lost"] == [1]
 
 
 def test_transformers_models_give_the_same_logits(run_world: World) -> None:

@@ -1,16 +1,17 @@
-"""Ranks of `test_faults_world`: one is killed, then another; the others go on with the same outputs."""
+"""Ranks of `test_worlds`: one is killed or hangs, then another; the others go on with the same outputs."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 import worlds
 
-from moeless_opt.runtime.faults import Guard
+from moeless_opt.runtime.faults import EvictedError, Guard
 from moeless_opt.runtime.home import MappedHome, PinnedHome
 from moeless_opt.runtime.live import attach
 
@@ -18,18 +19,26 @@ LAYERS = 3
 
 
 def main() -> None:
-    """argv: kind of home, then rank@moment of each death, e.g. ``pinned 2@6 0@20``."""
+    """argv: kind of home, then rank@moment of each death, e.g. ``pinned 2@6 0@20``; ``stop`` to hang only."""
     rank, size = worlds.join()
     home_kind, *deaths = sys.argv[1:]
+    blow = signal.SIGSTOP if deaths[0] == "stop" else signal.SIGKILL
+    deaths = [d for d in deaths if "@" in d]
+    folder = Path(os.environ["WORLD_FOLDER"])
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
     when = {int(r): float(s) for r, s in (d.split("@") for d in deaths)}
     model = worlds.tiny_model(LAYERS, 2, torch.float64, exact=True)
     batches = [worlds.batch(rank, k) for k in range(4)]
     stock = [worlds.forward(model, x) for x in batches]
-    live = attach(model, home=PinnedHome(2) if home_kind == "pinned" else None, checksums=True, timeout=6.0)
+    live = attach(
+        model,
+        home=PinnedHome(2) if home_kind == "pinned" else None,
+        checksums=True,
+        timeout=3.0 if blow == signal.SIGSTOP else 8.0,
+    )
     if home_kind == "mapped":
-        folder = os.environ["WORLD_FOLDER"] + "/home"
-        live.save_home(folder)
-        live.use_home(MappedHome(folder, size))
+        live.save_home(folder / "home")
+        live.use_home(MappedHome(folder / "home", size))
     guard = Guard(live, grace=1.0, slots=8)
     death = when.get(rank)
     worst = 0.0
@@ -43,14 +52,18 @@ def main() -> None:
                 def die(dispatcher: object, experts: torch.Tensor) -> None:
                     seen[0] += 1
                     if seen[0] > (death % 1) * 10:
-                        os.kill(os.getpid(), signal.SIGKILL)
+                        os.kill(os.getpid(), blow)
 
                 for d in live.dispatchers:
                     d.on_batch.append(die)
             return worlds.forward(model, batches[step % 4])
 
         before = len(guard.recoveries)
-        out = guard.run(work)
+        try:
+            out = guard.run(work)
+        except EvictedError:
+            worlds.report({"evicted": True})
+            return
         worst = max(worst, (out - stock[step % 4]).abs().max().item())
         if len(guard.recoveries) == before and step % 3 == 0:
             # Keep migrations under way, so that deaths meet them too.
@@ -58,6 +71,9 @@ def main() -> None:
             live.apply(worlds.random_slots(rng, LAYERS, live.group.size), max_step_bytes=200_000)
     live.settle()
     assert worst == 0.0, worst
+    if blow == signal.SIGSTOP and live.group.rank == 0:
+        for stopped in when:
+            os.kill(int((folder / f"pid{stopped}").read_text()), signal.SIGCONT)
     worlds.report(
         {
             "worst": worst,
@@ -69,6 +85,7 @@ def main() -> None:
                     "agree": r.agree_seconds,
                     "repeated": r.repeated,
                     "bytes": r.restored_bytes,
+                    "migrating": r.migrating,
                     "cause": r.cause[:80],
                 }
                 for r in guard.recoveries
