@@ -136,6 +136,12 @@ class Limits(Record):
         limits = (self.max_moves, self.max_move_bytes, self.max_move_seconds, self.max_layer_moves)
         return any(limit is not None for limit in limits)
 
+    @property
+    def bounds_replicas(self) -> bool:
+        """Whether any upper limit on replicas or their bytes is set."""
+        limits = (self.max_replicas, self.max_layer_replicas, self.max_total_replicas, self.max_total_bytes)
+        return any(limit is not None for limit in limits)
+
 
 def _triples(where: str, value: object) -> tuple[tuple[int, int, int], ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):

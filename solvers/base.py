@@ -56,34 +56,37 @@ class Feature(enum.StrEnum):
 def required_features(problem: Problem) -> frozenset[Feature]:
     """The features without which a solver would have to ignore a part of the problem."""
     topology, limits = problem.topology, problem.limits
+    needs = {Feature.EQUAL_SPLIT if problem.split == "equal" else Feature.FRACTIONAL}
     capacity_LG = problem.capacity_LG
-    asks = {
-        Feature.EQUAL_SPLIT: problem.split == "equal",
-        Feature.FRACTIONAL: problem.split == "fractional",
-        Feature.MIGRATION: problem.current is not None,
-        Feature.MOVE_LIMITS: limits.bounds_moves,
-        Feature.HETEROGENEOUS: not topology.is_uniform or bool((capacity_LG != capacity_LG[:, :1]).any()),
-        Feature.MEMORY: topology.memory_G is not None,
-        Feature.SCENARIOS: problem.loads.shape[0] > 1,
-        Feature.TIME_MODEL: _more_than_tokens(problem),
-        Feature.NODE_AWARE: problem.loads.load_TLNE is not None,
-        Feature.REPLICA_LIMITS: limits.min_replicas > 1
-        or any(
-            x is not None
-            for x in (
-                limits.max_replicas,
-                limits.max_layer_replicas,
-                limits.max_total_replicas,
-                limits.max_total_bytes,
-            )
-        ),
-        Feature.PAIRS: bool(limits.pinned or limits.forbidden),
-        Feature.SPREAD: limits.spread > 1,
-        Feature.SIZING_CV: problem.sizing.policy == "cv",
-        Feature.SIZING_MAKESPAN: problem.sizing.policy == "makespan",
-        Feature.SIZING_MEMORY: problem.sizing.policy == "memory",
-    }
-    return frozenset(feature for feature, asked in asks.items() if asked)
+    if not topology.is_uniform or (capacity_LG != capacity_LG[:, :1]).any():
+        needs.add(Feature.HETEROGENEOUS)
+    if topology.memory_G is not None:
+        needs.add(Feature.MEMORY)
+    if problem.current is not None:
+        needs.add(Feature.MIGRATION)
+    if problem.loads.load_TLE.shape[0] > 1:
+        needs.add(Feature.SCENARIOS)
+    if problem.loads.load_TLNE is not None:
+        needs.add(Feature.NODE_AWARE)
+    if _more_than_tokens(problem):
+        needs.add(Feature.TIME_MODEL)
+    if problem.sizing.policy != "slots":
+        needs.add(_SIZING[problem.sizing.policy])
+    if limits is _NO_LIMITS:
+        return frozenset(needs)
+    if limits.bounds_moves:
+        needs.add(Feature.MOVE_LIMITS)
+    if limits.min_replicas > 1 or limits.bounds_replicas:
+        needs.add(Feature.REPLICA_LIMITS)
+    if limits.pinned or limits.forbidden:
+        needs.add(Feature.PAIRS)
+    if limits.spread > 1:
+        needs.add(Feature.SPREAD)
+    return frozenset(needs)
+
+
+_NO_LIMITS = Problem.__dataclass_fields__["limits"].default
+_SIZING = {"cv": Feature.SIZING_CV, "makespan": Feature.SIZING_MAKESPAN, "memory": Feature.SIZING_MEMORY}
 
 
 def _more_than_tokens(problem: Problem) -> bool:
@@ -222,6 +225,15 @@ def lower_bound(problem: Problem, split: str | None = None) -> tuple[FloatArray,
     return bound_L, tuple(name_L.tolist())
 
 
+def _bound_for(problem: Problem, value_L: FloatArray) -> tuple[FloatArray, tuple[str, ...]]:
+    """The best cheap bound; the mean alone where every layer attains it."""
+    if problem.time.counts_tokens_only:
+        mean_L = problem.load_LE.sum(1) * (problem.time.token_cost / problem.topology.speed_G.sum())
+        if (value_L <= mean_L * (1 + 1e-9)).all():
+            return mean_L, ("mean",) * len(mean_L)
+    return lower_bound(problem)
+
+
 def finish(
     problem: Problem,
     slots_LGC: SlotArray,
@@ -258,7 +270,7 @@ def finish(
     load_LE, speed_G = problem.load_LE, problem.topology.speed_G
     time_LG = gpu_times(load_LE, slots_LGC, share_LGC, speed_G, problem.time)
     value_L = time_LG.max(1)
-    bound_L, names = lower_bound(problem)
+    bound_L, names = _bound_for(problem, value_L)
     if bound is not None:
         names = tuple(
             b if y > x else a for a, b, x, y in zip(names, bound[1], bound_L, bound[0], strict=True)

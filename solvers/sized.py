@@ -1,8 +1,8 @@
 """Sizing policies and time models beyond tokens, as solvers of the registry.
 
 `Sized` takes the policies ``makespan`` (the fewest replicas for a wanted imbalance) and ``memory`` (all
-layers share the GPUs' bytes, replicas go where they buy most). `ActivationAware` plans for a time model in which a
-used replica costs something whatever its tokens, as in decode.
+layers share the GPUs' bytes, replicas go where they buy most). `ActivationAware` plans for a time model in
+which a used replica costs something whatever its tokens, as in decode.
 """
 
 from __future__ import annotations
