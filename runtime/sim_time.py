@@ -1,0 +1,295 @@
+"""How long a simulated layer takes: all-to-all, experts, all-to-all, with a barrier after each.
+
+Everything here is a model. What it rests on is said in `Machine.text`, which the simulator prints.
+
+*All-to-all*: tokens start evenly on all GPUs; a GPU receives, for every token-expert pair that it serves, one
+hidden state from each other GPU's share, over the link of their nodes, and sends its own share of all pairs;
+ports of the node and of the network work side by side; the phase ends with the slowest port. Combine is
+dispatch backwards and takes as long.
+
+*Experts*: the problem's `TimeModel` of tokens and activated replicas; the phase ends with the slowest GPU.
+
+*The rest of a pass* (attention, shared experts, norms): the larger of its arithmetic and of reading its
+weights and the KV cache, on data-parallel GPUs. It is the same for every policy.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, IntArray, Record, SlotArray, number
+from moeless_opt.problems.errors import FormatError
+from moeless_opt.problems.evaluate import activated, gpu_tokens
+from moeless_opt.problems.models import ModelSpec
+from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.topology import Topology
+
+__all__ = ["GPUS", "LayerTimes", "Machine", "expert_curve"]
+
+GPUS: dict[str, tuple[float, float]] = {
+    "A6000": (154.8e12, 768e9),
+    "A100": (312e12, 2039e9),
+    "H100": (989e12, 3350e9),
+}
+"""Data-sheet peaks: dense 16-bit FLOP/s, bytes/s of memory."""
+
+EFFICIENCY = (0.6, 0.75)
+"""Assumed shares of the two peaks that kernels attain, where nothing was measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerTimes:
+    """Times of a layer in each pass.
+
+    Parameters
+    ----------
+    network_BL, experts_BL : arrays, shape [B, L]
+        Seconds of both all-to-all phases together, and of the expert phase.
+    mean_BL : array, shape [B, L]
+        Mean over the GPUs of the expert phase: what perfect balance of the same work would take.
+    tokens_BLG : array, shape [B, L, G]
+        Token-expert pairs that each GPU served.
+    seconds_BLG : array, shape [B, L, G]
+        Expert time of each GPU.
+    used_BL : array, shape [B, L]
+        Replicas that served a token.
+    """
+
+    network_BL: FloatArray
+    experts_BL: FloatArray
+    mean_BL: FloatArray
+    tokens_BLG: FloatArray
+    seconds_BLG: FloatArray
+    used_BL: FloatArray
+
+    @property
+    def layer_BL(self) -> FloatArray:
+        """Seconds of the whole MoE layer, shape [B, L]."""
+        return np.asarray(self.network_BL + self.experts_BL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Machine(Record):
+    """GPUs and model as the simulator times them.
+
+    Parameters
+    ----------
+    topology : Topology
+        GPUs and links.
+    model : ModelSpec
+        Dimensions.
+    time : TimeModel
+        Expert time in seconds.
+    flops, bandwidth : float
+        FLOP/s and bytes/s that a GPU attains outside the experts.
+    kv_bytes : float
+        Bytes of the KV cache of one token in one layer: keys and values of 8 heads of 128, 16 bits.
+    basis : str
+        Where `time`, `flops` and `bandwidth` come from, for people.
+    """
+
+    topology: Topology
+    model: ModelSpec
+    time: TimeModel
+    flops: float
+    bandwidth: float
+    kv_bytes: float = 4096.0
+    basis: str = ""
+
+    def __post_init__(self) -> None:
+        number("machine.flops", self.flops, open_low=True)
+        number("machine.bandwidth", self.bandwidth, open_low=True)
+        number("machine.kv_bytes", self.kv_bytes)
+
+    @classmethod
+    def of(
+        cls,
+        topology: Topology,
+        model: ModelSpec,
+        *,
+        gpu: str = "A6000",
+        timings: str | PathLike[str] | None = None,
+        timed: tuple[int, int] = (4096, 960),
+    ) -> Machine:
+        """A machine from its data sheet, or from measured times of one expert on it.
+
+        Parameters
+        ----------
+        topology, model : Topology, ModelSpec
+            What runs where.
+        gpu : str
+            A name of ``GPUS``.
+        timings : path, optional
+            Measured kernel times of an expert (see `expert_curve`) on this GPU.
+        timed : (int, int)
+            Hidden and inner width of the expert that was measured.
+        """
+        peak_flops, peak_bandwidth = GPUS[gpu]
+        flops, bandwidth = peak_flops * EFFICIENCY[0], peak_bandwidth * EFFICIENCY[1]
+        if timings is None:
+            time = TimeModel.roofline(model, flops=flops, bandwidth=bandwidth)
+            basis = (
+                f"assumed: {EFFICIENCY[0]:.0%} of an {gpu}'s {peak_flops / 1e12:.4g} TFLOP/s and "
+                f"{EFFICIENCY[1]:.0%} of its {peak_bandwidth / 1e9:.4g} GB/s; expert time = reading its "
+                "weights + arithmetic"
+            )
+        else:
+            time = expert_curve(timings, model, timed=timed, most=8 * topology.gpus)
+            basis = (
+                f"expert time measured ({Path(timings).name}, an expert of {timed[0]} x {timed[1]}), scaled "
+                f"by size to {model.hidden} x {model.ffn}; experts of a GPU one after the other (assumed); "
+                f"the rest assumed: {EFFICIENCY[0]:.0%} and {EFFICIENCY[1]:.0%} of an {gpu}'s peaks"
+            )
+        return cls(
+            topology=topology, model=model, time=time, flops=flops, bandwidth=bandwidth, basis=basis
+        )  # fmt: skip
+
+    @property
+    def layer_bytes(self) -> float:
+        """Bytes of one layer's weights outside the routed experts, on one GPU.
+
+        Attention with grouped queries (2.5 hidden^2 weights, assumed) and the shared experts.
+        """
+        model = self.model
+        shared = model.shared_experts * model.matrices * model.hidden * model.ffn
+        return 2.0 * (2.5 * model.hidden**2 + shared)
+
+    @property
+    def other_bytes(self) -> float:
+        """Bytes of all weights outside the routed experts, over all GPUs (a copy on each)."""
+        return self.layer_bytes * self.model.layers * self.topology.gpus
+
+    @property
+    def text(self) -> str:
+        """What the times rest on."""
+        links = self.topology.links
+        return (
+            f"{self.topology.gpus} GPUs, {links.intra_node / 1e9:.4g} GB/s in the node, "
+            f"{links.inter_node / 1e9:.4g} between nodes, {links.host / 1e9:.4g} from the host (data sheet); "
+            f"{self.basis}; all-to-all and attention modelled, no overlap of the two with experts (assumed)"
+        )
+
+    def layers(self, load_BLE: FloatArray, slots_LGC: SlotArray, share_BLGC: FloatArray) -> LayerTimes:
+        """Times of every layer of some passes under one placement.
+
+        Parameters
+        ----------
+        load_BLE : array, shape [B, L, E]
+            Token-expert pairs.
+        slots_LGC : array of int32, shape [L, G, C]
+            Placement.
+        share_BLGC : array, shape [B, L, G, C]
+            Shares of each pass.
+        """
+        passes, layers, experts = load_BLE.shape
+        flat = load_BLE.reshape(passes * layers, experts)
+        slots = np.broadcast_to(slots_LGC, (passes, *slots_LGC.shape)).reshape(-1, *slots_LGC.shape[1:])
+        shares = share_BLGC.reshape(slots.shape)
+        tokens = gpu_tokens(flat, slots, shares)
+        used = activated(flat, slots, shares)
+        seconds = self.time.time(tokens, used, self.topology.speed_G)
+        # A GPU that serves nothing launches nothing; a measured curve cannot say so below its first point.
+        seconds = np.where(tokens > 0, seconds, 0.0)
+        shape = (passes, layers, slots.shape[1])
+        return LayerTimes(
+            network_BL=self.all_to_all(tokens).reshape(passes, layers),
+            experts_BL=seconds.max(1).reshape(passes, layers),
+            mean_BL=seconds.mean(1).reshape(passes, layers),
+            tokens_BLG=tokens.reshape(shape),
+            seconds_BLG=seconds.reshape(shape),
+            used_BL=used.sum(1).reshape(passes, layers).astype(np.float64),
+        )
+
+    def all_to_all(self, tokens_BG: FloatArray) -> FloatArray:
+        """Seconds of dispatch and combine together, for the pairs that each GPU serves, shape [B]."""
+        topology, links = self.topology, self.topology.links
+        state = 2.0 * self.model.hidden  # bytes of a hidden state
+        peers_G = np.bincount(topology.node_G)[topology.node_G] - 1
+        others_G = topology.gpus - 1 - peers_G
+        sends_BG = np.broadcast_to(tokens_BG.sum(1, keepdims=True) / topology.gpus, tokens_BG.shape)
+        busiest_BG = np.maximum(tokens_BG, sends_BG) * state / topology.gpus
+        near_BG = busiest_BG * peers_G / links.intra_node
+        far_BG = busiest_BG * others_G / links.inter_node
+        phase_B = np.maximum(near_BG, far_BG).max(1)
+        live_B = tokens_BG.sum(1) > 0
+        return np.asarray(2.0 * np.where(live_B, phase_B + links.latency * (topology.gpus > 1), 0.0))
+
+    def rest(self, tokens_B: FloatArray, kv_tokens_B: FloatArray) -> FloatArray:
+        """Seconds of a pass outside its MoE layers, all layers together, shape [B]."""
+        gpus, layers = self.topology.gpus, self.model.layers
+        arithmetic_B = tokens_B / gpus * self.layer_bytes / self.flops  # 2 FLOP per 2-byte weight
+        reading_B = (self.layer_bytes + kv_tokens_B / gpus * self.kv_bytes) / self.bandwidth
+        return np.asarray(layers * np.maximum(arithmetic_B, reading_B))
+
+    def kv_bytes_of(self, kv_tokens_B: FloatArray) -> FloatArray:
+        """Bytes of the KV cache over all layers and GPUs, shape [B]."""
+        return np.asarray(kv_tokens_B * self.kv_bytes * self.model.layers)
+
+    def load_seconds(self, cold_LGE: IntArray, warm_LGE: IntArray, bytes_L: IntArray) -> FloatArray:
+        """Seconds until each layer's cold replicas are there, shape [L].
+
+        Each comes over the nearest link from a GPU that holds the expert, else from the host; a GPU receives
+        one after the other, senders are not limited (assumed).
+        """
+        topology, links = self.topology, self.topology.links
+        layers, gpus, _ = cold_LGE.shape
+        rate_LGE = np.full(cold_LGE.shape, links.host)
+        rate_LGE[np.broadcast_to(warm_LGE.any(1)[:, None, :], cold_LGE.shape)] = links.inter_node
+        for node in range(topology.nodes):
+            here_G = topology.node_G == node
+            near_LE = warm_LGE[:, here_G].any(1)
+            rate_LGE[:, here_G] = np.where(near_LE[:, None, :], links.intra_node, rate_LGE[:, here_G])
+        seconds_LGE = np.where(cold_LGE, links.latency + bytes_L[:, None, None] / rate_LGE, 0.0)
+        return np.asarray(seconds_LGE.sum(2).reshape(layers, gpus).max(1))
+
+
+def expert_curve(
+    path: str | PathLike[str], model: ModelSpec, *, timed: tuple[int, int], most: int = 64
+) -> TimeModel:
+    """Time model from measured kernel times of one expert.
+
+    The file (.csv or .csv.gz) has columns ``layer_name`` (``expert.w1``, ``expert.w2``, ``expert.w3``),
+    ``input`` (tokens) and ``latency(ns)``. A GPU that serves n tokens with a replicas takes a times the time
+    of n / a tokens (the tokens spread evenly, one expert after the other: assumed), times the ratio of the
+    experts' sizes. Repeated and noisy measurements are smoothed to a curve that does not fall.
+
+    Raises
+    ------
+    FormatError
+        If a column or a matrix is missing.
+    """
+    data = Path(path).read_bytes()
+    text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+    table: dict[int, dict[str, float]] = {}
+    try:
+        for row in csv.DictReader(text.splitlines()):
+            if row["layer_name"].startswith("expert."):
+                table.setdefault(int(row["input"]), {})[row["layer_name"]] = float(row["latency(ns)"]) * 1e-9
+    except (KeyError, ValueError, TypeError) as error:
+        raise FormatError(str(path), f"is no table of expert times ({error!r})") from None
+    full = {n: sum(times.values()) for n, times in table.items() if len(times) == model.matrices}
+    if len(full) < 2:
+        raise FormatError(
+            str(path), f"has no two token counts with all {model.matrices} matrices of an expert"
+        )
+    tokens_K = np.array(sorted(full), dtype=np.float64)
+    time_K = np.array([full[int(n)] for n in tokens_K])
+    smooth_K = np.maximum.accumulate(
+        np.array([np.median(time_K[max(k - 4, 0) : k + 5]) for k in range(len(time_K))])
+    )
+    ratio = model.hidden * model.ffn / (timed[0] * timed[1])
+    grid_K = np.unique(np.geomspace(1, 8 * tokens_K[-1], 96).round())
+    active_J = np.unique(np.r_[1:9, np.geomspace(9, max(most, 10), 12).round()]).astype(np.float64)
+    each_KJ = np.maximum(grid_K[:, None] / active_J, 1.0)
+    slope = (smooth_K[-1] - smooth_K[len(smooth_K) // 2]) / (tokens_K[-1] - tokens_K[len(tokens_K) // 2])
+    beyond = np.maximum(each_KJ - tokens_K[-1], 0.0) * slope
+    curve_KJ = ratio * active_J * (np.interp(each_KJ, tokens_K, smooth_K) + beyond)
+    return TimeModel(
+        curve_tokens=grid_K, curve_activated=active_J, curve_time=curve_KJ, unit="s", name=Path(path).name
+    )

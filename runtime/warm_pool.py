@@ -1,0 +1,272 @@
+"""Experts as functions: which replicas are warm on which GPU, and for how long an unused one is kept.
+
+A replica is *used* by a pass, then *kept alive* for a while, then released; the last replica of an expert is
+never released (only extra ones scale to zero). A wanted replica that is not warm is a *cold start*: its
+weights have to come from another GPU or from the host. How long to keep one is a policy: a fixed time, or one
+learnt from how long replicas of the layer were idle before they were used again.
+
+Axis letters: L layers, G GPUs, E experts, C slots.
+
+References
+----------
+Adaptive keep-alive follows the idle-time histograms of Shahrad et al., "Serverless in the Wild", USENIX
+ATC 2020.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray, number, whole
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.placement import held_LGE
+
+__all__ = ["AdaptiveKeepAlive", "FixedKeepAlive", "KeepAlive", "WarmPool"]
+
+
+class KeepAlive(Protocol):
+    """How long an unused replica stays, by layer."""
+
+    def idle(self, layer: IntArray, seconds: FloatArray) -> None:
+        """Learn that replicas of these layers were idle for so long before they were used again."""
+
+    def seconds_L(self, layers: int) -> FloatArray:
+        """Keep-alive of each layer, shape [L]."""
+
+
+class FixedKeepAlive:
+    """The same time for every replica.
+
+    Parameters
+    ----------
+    seconds : float
+        At least 0: 0 releases a replica as soon as a pass does without it. May be infinite.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        if not (isinstance(seconds, int | float) and seconds >= 0):
+            raise ProblemError("keep_alive", f"is {seconds!r}, must be a number of seconds of at least 0")
+        self.seconds = float(seconds)
+
+    def idle(self, layer: IntArray, seconds: FloatArray) -> None:
+        """Learn nothing."""
+
+    def seconds_L(self, layers: int) -> FloatArray:
+        """The same for all layers."""
+        return np.full(layers, self.seconds)
+
+
+class AdaptiveKeepAlive:
+    """The time within which most idle replicas of the layer were used again.
+
+    Parameters
+    ----------
+    quantile : float
+        Share of re-uses that should find the replica warm, above 0 and at most 1.
+    low, high : float
+        Range of the keep-alive, in seconds; `high` holds until a layer has shown 16 re-uses.
+    bins : int
+        Of the histogram of idle times, spaced evenly in the logarithm between 1 ms and 10 `high`.
+    """
+
+    LEARNT = 16
+
+    def __init__(
+        self, quantile: float = 0.9, *, low: float = 0.05, high: float = 60.0, bins: int = 64
+    ) -> None:
+        self.quantile = number("keep_alive.quantile", quantile, open_low=True)
+        if self.quantile > 1:
+            raise ProblemError("keep_alive.quantile", f"is {quantile!r}, must be above 0 and at most 1")
+        self.low = number("keep_alive.low", low)
+        self.high = number("keep_alive.high", high, low=self.low)
+        self.edges = np.geomspace(1e-3, max(10 * self.high, 1e-2), whole("keep_alive.bins", bins, low=2))
+        self._seen_LB: IntArray = np.zeros((0, self.edges.size + 1), dtype=np.int64)
+
+    def idle(self, layer: IntArray, seconds: FloatArray) -> None:
+        """Count idle times."""
+        layers = int(layer.max(initial=-1)) + 1
+        if layers > len(self._seen_LB):
+            more = np.zeros((layers - len(self._seen_LB), self.edges.size + 1), dtype=np.int64)
+            self._seen_LB = np.concatenate([self._seen_LB, more])
+        np.add.at(self._seen_LB, (layer, np.searchsorted(self.edges, seconds)), 1)
+
+    def seconds_L(self, layers: int) -> FloatArray:
+        """Upper edge of the bin in which the quantile falls."""
+        result = np.full(layers, self.high)
+        known = min(layers, len(self._seen_LB))
+        counts_LB = self._seen_LB[:known]
+        total_L = counts_LB.sum(1)
+        enough_L = total_L >= self.LEARNT
+        reached_LB = np.cumsum(counts_LB, axis=1) >= np.ceil(self.quantile * total_L)[:, None]
+        edge = np.append(self.edges, np.inf)[reached_LB.argmax(1)]
+        result[:known] = np.where(enough_L, np.clip(edge, self.low, self.high), self.high)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a use of replicas met.
+
+    Parameters
+    ----------
+    cold_LGE : array of bool, shape [L, G, E]
+        Replicas that had to be loaded.
+    evicted : int
+        Warm replicas that made room.
+    """
+
+    cold_LGE: BoolArray
+    evicted: int
+
+
+class WarmPool:
+    """The replicas in memory.
+
+    Parameters
+    ----------
+    slots_LGC : array of int32, shape [L, G, C]
+        What is warm at time 0.
+    experts : int
+        Experts per layer.
+    capacity_LG : array of int, shape [L, G]
+        Replicas that a GPU has room for, in use and kept alive together.
+    bytes_L : array of int, shape [L]
+        Bytes of one replica.
+    keep_alive : KeepAlive or float
+        Policy, or a fixed time in seconds.
+    """
+
+    def __init__(
+        self,
+        slots_LGC: SlotArray,
+        experts: int,
+        *,
+        capacity_LG: IntArray,
+        bytes_L: ArrayLike,
+        keep_alive: KeepAlive | float = 10.0,
+    ) -> None:
+        self.warm_LGE = held_LGE(slots_LGC, experts)
+        self.capacity_LG = np.asarray(capacity_LG, dtype=np.int64)
+        self.bytes_L = np.asarray(bytes_L, dtype=np.float64)
+        self.keep_alive: KeepAlive = (
+            FixedKeepAlive(keep_alive) if isinstance(keep_alive, int | float) else keep_alive
+        )
+        self.last_LGE: FloatArray = np.where(self.warm_LGE, 0.0, -np.inf)
+        self.now = 0.0
+        self.byte_seconds = 0.0
+        self.cold_starts = self.reuses = self.released = 0
+        self._check_room(self.warm_LGE)
+
+    @property
+    def held_L(self) -> FloatArray:
+        """Replicas in memory by layer, shape [L]."""
+        return np.asarray(self.warm_LGE.sum((1, 2)), dtype=np.float64)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes in memory."""
+        return float(self.held_L @ self.bytes_L)
+
+    def slots(self) -> SlotArray:
+        """What is warm as slots, experts in ascending order, shape [L, G, C]."""
+        width = max(int(self.warm_LGE.sum(2).max()), 1)
+        order = np.argsort(~self.warm_LGE, axis=2, kind="stable")[:, :, :width]
+        filled = np.take_along_axis(self.warm_LGE, order, axis=2)
+        return np.where(filled, order, -1).astype(np.int32)
+
+    def advance(self, now: float) -> None:
+        """Let time pass until `now`: charge what is held, release what has been idle for too long."""
+        if now < self.now:
+            raise ProblemError("now", f"is {now}, time has reached {self.now}")
+        keep_L = self.keep_alive.seconds_L(len(self.warm_LGE))
+        end_LGE = self.last_LGE + keep_L[:, None, None]
+        gone_LGE = self.warm_LGE & (end_LGE < now) & ~self._last_copies()
+        self.byte_seconds += self.bytes * (now - self.now)
+        # A replica is charged to the moment of its release, not to the moment at which we notice.
+        over_LGE = np.where(gone_LGE, now - np.maximum(end_LGE, self.now), 0.0)
+        self.byte_seconds -= float(over_LGE.sum((1, 2)) @ self.bytes_L)
+        self.warm_LGE &= ~gone_LGE
+        self.released += int(gone_LGE.sum())
+        self.now = now
+
+    def use(self, slots_LGC: SlotArray, now: float, until: float | None = None) -> Use:
+        """Use replicas from `now` on; those that are not warm are loaded, idle ones make room if they must.
+
+        Parameters
+        ----------
+        slots_LGC : array of int32, shape [L, G, C]
+            What is used.
+        now, until : float
+            Start and end of the use (the start by default). Idle time counts from the end.
+
+        Raises
+        ------
+        InfeasibleError
+            If more is wanted on a GPU than it has room for.
+        """
+        self.advance(now)
+        wanted_LGE = held_LGE(slots_LGC, self.warm_LGE.shape[2])
+        self._check_room(wanted_LGE)
+        cold_LGE = wanted_LGE & ~self.warm_LGE
+        again_LGE = wanted_LGE & self.warm_LGE
+        layer, gpu, expert = np.nonzero(again_LGE & (self.last_LGE < now))
+        self.keep_alive.idle(layer, now - self.last_LGE[layer, gpu, expert])
+        self.last_LGE[wanted_LGE] = now if until is None else max(now, until)
+        self.warm_LGE |= wanted_LGE
+        evicted = self._make_room(wanted_LGE)
+        self.cold_starts += int(cold_LGE.sum())
+        self.reuses += int(again_LGE.sum())
+        return Use(cold_LGE, evicted)
+
+    def hold(self, slots_LGC: SlotArray, until: float) -> None:
+        """Keep warm replicas until a time at least, used or not: what a serverful system does."""
+        held = held_LGE(slots_LGC, self.warm_LGE.shape[2]) & self.warm_LGE
+        self.last_LGE[held] = np.maximum(self.last_LGE[held], until)
+
+    def prewarm(self, slots_LGC: SlotArray, now: float) -> Use:
+        """Load, ahead of their use, replicas that a prediction wants; a use at the same time finds them warm.
+
+        Counts as cold starts what it loads, and nothing as re-used.
+        """
+        self.advance(now)
+        wanted_LGE = held_LGE(slots_LGC, self.warm_LGE.shape[2])
+        self._check_room(wanted_LGE)
+        cold_LGE = wanted_LGE & ~self.warm_LGE
+        self.last_LGE[cold_LGE] = now
+        self.warm_LGE |= cold_LGE
+        self.cold_starts += int(cold_LGE.sum())
+        return Use(cold_LGE, self._make_room(wanted_LGE))
+
+    def _last_copies(self) -> BoolArray:
+        """Of every expert, the copy used last (on the lowest GPU among equals)."""
+        last_LGE = np.where(self.warm_LGE, self.last_LGE, -np.inf)
+        best_LE = last_LGE.argmax(1)
+        copies: BoolArray = np.zeros(self.warm_LGE.shape, dtype=np.bool_)
+        np.put_along_axis(copies, best_LE[:, None, :], True, axis=1)
+        return copies & self.warm_LGE
+
+    def _check_room(self, wanted_LGE: BoolArray) -> None:
+        over_LG = wanted_LGE.sum(2) - self.capacity_LG
+        if (over_LG > 0).any():
+            layer, gpu = (int(i) for i in np.argwhere(over_LG > 0)[0])
+            raise InfeasibleError(
+                f"warm pool: {int(wanted_LGE[layer, gpu].sum())} replicas are wanted on GPU {gpu} in layer "
+                f"{layer}, it has room for {int(self.capacity_LG[layer, gpu])}"
+            )
+
+    def _make_room(self, wanted_LGE: BoolArray) -> int:
+        """Release the longest idle replicas of GPUs that are over their room."""
+        over_LG = self.warm_LGE.sum(2) - self.capacity_LG
+        evicted = 0
+        for layer, gpu in np.argwhere(over_LG > 0):
+            idle = np.flatnonzero(self.warm_LGE[layer, gpu] & ~wanted_LGE[layer, gpu])
+            order = idle[np.argsort(self.last_LGE[layer, gpu, idle], kind="stable")]
+            gone = order[: over_LG[layer, gpu]]
+            self.warm_LGE[layer, gpu, gone] = False
+            evicted += gone.size
+        self.released += evicted
+        return evicted
