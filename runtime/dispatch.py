@@ -193,6 +193,11 @@ def pour(tokens: int, busy: list[int], speed: list[int]) -> list[int]:
 
     Whole tokens; exact up to one token per vessel. Ties go to the first vessel.
     """
+    if len(busy) == 2 and speed[0] == speed[1]:
+        # By far the most frequent case.
+        level = busy[0] + busy[1] + tokens
+        first = min(tokens, max(0, (level + (busy[0] <= busy[1])) // 2 - busy[0]))
+        return [first, tokens - first]
     order = sorted(range(len(busy)), key=lambda i: (busy[i] * 2**20 // speed[i], i))
     level, width = tokens, 0
     used = 0
@@ -250,8 +255,12 @@ def source_aware(counts_RE: Ints, quota_P: Ints, table: SlotTable, node_R: Seque
     sends_RP = np.zeros((counts_RE.shape[0], quota_P.size), dtype=np.int64)
     supply_RE, demand_P = counts_RE.copy(), quota_P.copy()
     slots = np.arange(quota_P.size)
+    # An expert with one replica leaves no choice.
+    one_P = table.replicas_E[table.expert_P] == 1
+    sends_RP[:, one_P] = counts_RE[:, table.expert_P[one_P]]
+    demand_P[one_P] = 0
     own_P = np.minimum(supply_RE[table.rank_P, table.expert_P], demand_P)
-    sends_RP[table.rank_P, slots] = own_P
+    sends_RP[table.rank_P, slots] += own_P
     supply_RE[table.rank_P, table.expert_P] -= own_P
     demand_P -= own_P
     nodes = sorted(set(node_R))
@@ -272,7 +281,8 @@ def _match(
     inside_P: NDArray[np.bool_],
 ) -> None:
     """Serve what can be served inside one group of ranks, in order of rank and slot (north-west corner)."""
-    order = table.to_slots_P[inside_P[table.to_slots_P]]
+    open_P = inside_P & (demand_P > 0)
+    order = table.to_slots_P[open_P[table.to_slots_P]]
     if not order.size:
         return
     expert = table.expert_P[order]
@@ -288,9 +298,7 @@ def _match(
     np.maximum(flow, 0, out=flow)
     sends_RP[np.ix_(ranks, order)] += flow
     demand_P[order] -= flow.sum(axis=0)
-    spent_ER = np.zeros((supply_RE.shape[1], ranks.size), dtype=np.int64)
-    np.add.at(spent_ER, expert, flow.T)
-    supply_RE[ranks] -= spent_ER.T
+    supply_RE[np.ix_(ranks, expert[first])] -= np.add.reduceat(flow, first, axis=1)
 
 
 # ---------------------------------------------------------------------------------------------- tensors

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtime"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import worlds
 
 from moeless_opt.runtime.faults import Guard
@@ -86,13 +85,7 @@ def overhead(rounds: int, hidden: int, length: int) -> dict[str, Any]:
     for _ in range(2):
         model = worlds.tiny_model(4, 2, torch.float32, **wide, **fields)
         models.append(model)
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-
-    for layer in models[0].decoder.layers:
-        mlp = layer.mlp
-        mlp.token_dispatcher = MoEAlltoAllTokenDispatcher(
-            mlp.num_local_experts, mlp.local_expert_indices, config=mlp.config, pg_collection=_groups()
-        )
+    stock_on_cpu.use_stock_dispatchers(models[0])
     live = attach(models[1])
     x = worlds.batch(rank, 0, 4, length)
     seconds: list[list[float]] = [[], []]
@@ -116,12 +109,6 @@ def overhead(rounds: int, hidden: int, length: int) -> dict[str, Any]:
         "processor_ms": [1e3 * statistics.median(p) for p in processor],
         "difference": difference,
     }
-
-
-def _groups() -> Any:
-    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-
-    return get_default_pg_collection()
 
 
 def kills(seed: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Ranks of `test_worlds`: outputs under any placement are those of static expert parallelism."""
+"""Ranks of `test_worlds`: outputs under any placement are those of megatron-core's own dispatcher."""
 
 from __future__ import annotations
 
 import numpy as np
+import stock_on_cpu
 import torch
 import torch.distributed as dist
 import worlds
@@ -26,10 +27,12 @@ def largest(x: float) -> float:
 
 def main() -> None:
     rank, size = worlds.join()
+    stock_on_cpu.install()
     batches = [worlds.batch(rank, step) for step in range(2)]
     out: dict[str, dict[str, float]] = {}
     for name, dtype, topk in CASES:
         model = worlds.tiny_model(LAYERS, topk, dtype, exact=True)
+        stock_on_cpu.use_stock_dispatchers(model)
         names = sorted(n for n, _ in model.named_parameters())
         stock = [worlds.forward(model, x) for x in batches]
 

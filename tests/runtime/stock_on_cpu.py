@@ -31,6 +31,23 @@ class _Stream:
         return 0
 
 
+def use_stock_dispatchers(model: Any) -> None:
+    """Give every MoE layer megatron-core's own all-to-all dispatcher."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    for block in model.decoder.layers:
+        layer = block.mlp
+        if isinstance(layer, MoELayer):
+            layer.token_dispatcher = MoEAlltoAllTokenDispatcher(
+                layer.num_local_experts,
+                layer.local_expert_indices,
+                config=layer.config,
+                pg_collection=get_default_pg_collection(),
+            )
+
+
 def install() -> None:
     """Patch this process; call it before a stock dispatcher is built."""
     if torch.cuda.is_available():
