@@ -241,6 +241,9 @@ def solve(
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ProblemError("seed", f"is {seed!r}, must be a whole number of at least 0")
     chosen = get_solver(solver)
+    if unknown := set(options) - getattr(chosen, "options", set(options)):
+        has = ", ".join(sorted(chosen.options)) or "none"
+        raise ProblemError(min(unknown), f"is no option of solver {solver!r} (it has: {has})")
     require(chosen, problem)
     problem.check_feasible()
     stops: list[Stop] = [] if stop is None else [stop]

@@ -23,7 +23,7 @@ from moeless_opt.solvers.construct import construct_equal
 from moeless_opt.solvers.fractional import construct_fractional
 from moeless_opt.solvers.migration import schedule_migration, staging_limit
 from moeless_opt.solvers.replanner import frontier
-from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.solvers.splitting import best_shares
 
 __all__ = ["ParetoFront", "migration", "pareto"]
 
@@ -158,9 +158,7 @@ def pareto(
     plans = []
     for index_L in chosen:
         slots_LGC = slots_KLGC[index_L, np.arange(problem.layers)]
-        share_LGC = None
-        if problem.split == "fractional":
-            share_LGC = solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).share_LGC
+        share_LGC = best_shares(problem, slots_LGC)
         plan = finish(problem, slots_LGC, share_LGC, solver="pareto", began=began, seed=seed).plan
         assert plan is not None
         verify(problem, plan)

@@ -257,11 +257,7 @@ def objective_vector(problem: Problem, plan: Plan) -> dict[str, float]:
         size of an expert is unknown. ``traffic``: tokens that leave their node. ``memory``: bytes
         held, or replicas.
     """
-    loads = problem.loads
-    by_node = None
-    if loads.load_TLNE is not None:
-        weight_T = np.full(loads.shape[0], 1 / loads.shape[0]) if loads.weight_T is None else loads.weight_T
-        by_node = np.tensordot(weight_T, loads.load_TLNE, 1)
+    by_node = problem.loads.load_LNE
     held_L = np.count_nonzero(plan.slots_LGC >= 0, axis=(1, 2))
     sized = bool(problem.bytes_L.any())
     return {

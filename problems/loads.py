@@ -127,6 +127,15 @@ class Loads(Record):
         return np.asarray(np.tensordot(self.weight_T, self.load_TLE, 1))
 
     @property
+    def load_LNE(self) -> FloatArray | None:
+        """Expected loads by source node, shape [L, N, E]; None where unknown."""
+        if self.load_TLNE is None:
+            return None
+        if self.weight_T is None:
+            return np.asarray(self.load_TLNE.mean(0))
+        return np.asarray(np.tensordot(self.weight_T, self.load_TLNE, 1))
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Scenarios, layers, experts."""
         t, layers, experts = self.load_TLE.shape

@@ -22,6 +22,7 @@ class Auto:
 
     name = "auto"
     summary = "the default: constructs, or re-plans what is live; with a time limit, proves small layers"
+    options: ClassVar[frozenset[str]] = frozenset({"backend", "effort", "rounds"})
     features: ClassVar[frozenset[Feature]] = (
         Replan.features | Constrained.features | Sized.features | ActivationAware.features
     )
@@ -49,12 +50,11 @@ class Auto:
             lacking = ", ".join(sorted(feature.value for feature in needs - base.features))
             raise UnsupportedFeatureError(f"solver {self.name!r}: no one method takes all of: {lacking}")
         if chosen is Construct and stop.remaining < float("inf") and needs <= Portfolio.features:
-            proven = Portfolio().solve(
-                problem, stop=stop, seed=seed, initial=initial, progress=progress, **options
-            )
+            proven = Portfolio().solve(problem, stop=stop, seed=seed, initial=initial, progress=progress)
             return proven.replace(solver=self.name)
+        own = {key: value for key, value in options.items() if key in chosen.options}
         return chosen(self.name).solve(
-            problem, stop=stop, seed=seed, initial=initial, progress=progress, **options
+            problem, stop=stop, seed=seed, initial=initial, progress=progress, **own
         )
 
 

@@ -170,6 +170,7 @@ class Solver(Protocol):
     name: str
     summary: str
     features: frozenset[Feature]
+    options: frozenset[str]
 
     def solve(
         self,

@@ -26,6 +26,7 @@ class Static:
 
     name = "static"
     summary = "contiguous blocks, one replica each (Megatron-LM's expert parallelism)"
+    options: ClassVar[frozenset[str]] = frozenset()
     features: ClassVar[frozenset[Feature]] = _BOTH_SPLITS | _ANY_TRAFFIC | {Feature.HETEROGENEOUS}
 
     def solve(
@@ -50,6 +51,7 @@ class Eplb:
     name = "eplb"
     summary = "DeepSeek's EPLB, global policy"
     policy: Literal["global", "hierarchical"] = "global"
+    options: ClassVar[frozenset[str]] = frozenset({"groups"})
     features: ClassVar[frozenset[Feature]] = _BOTH_SPLITS | _ANY_TRAFFIC
 
     def solve(
@@ -113,6 +115,7 @@ class MoEless:
 
     name = "moeless"
     summary = "the MoEless paper's scaler (CV threshold) and placer (warm first, then least loaded)"
+    options: ClassVar[frozenset[str]] = frozenset()
     features: ClassVar[frozenset[Feature]] = (
         _BOTH_SPLITS | _ANY_TRAFFIC | {Feature.HETEROGENEOUS, Feature.SIZING_CV}
     )
@@ -160,6 +163,7 @@ class Oracle:
 
     name = "oracle"
     summary = "perfect balance: a bound for reports, not a plan"
+    options: ClassVar[frozenset[str]] = frozenset()
     features: ClassVar[frozenset[Feature]] = frozenset(Feature)
 
     def solve(

@@ -27,8 +27,8 @@ from moeless_opt.problems.plan import Plan, ProgressCallback, Result
 from moeless_opt.problems.problem import Problem
 from moeless_opt.solvers.base import Clock, Feature, Stop, finish
 from moeless_opt.solvers.minimal_sizing import fewest_for_cv
-from moeless_opt.solvers.shares import solve_shares
 from moeless_opt.solvers.sizing import apportion
+from moeless_opt.solvers.splitting import best_shares
 
 __all__ = ["Constrained", "place_within"]
 
@@ -310,6 +310,7 @@ class Constrained:
 
     name = "constrained"
     summary = "placement under replica limits, pins, bans, failure domains and cv sizing"
+    options: ClassVar[frozenset[str]] = frozenset()
     features: ClassVar[frozenset[Feature]] = frozenset(
         {
             Feature.EQUAL_SPLIT,
@@ -342,9 +343,7 @@ class Constrained:
         """Count, place, even out, share."""
         began = Clock.begin()
         slots_LGC = place_within(problem, count_replicas(problem))
-        share_LGC = None
-        if problem.split == "fractional":
-            share_LGC = solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).share_LGC
+        share_LGC = best_shares(problem, slots_LGC)
         return finish(
             problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
         )

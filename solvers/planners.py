@@ -16,6 +16,7 @@ from moeless_opt.solvers.base import Clock, Feature, Stop, finish
 from moeless_opt.solvers.construct import construct_equal
 from moeless_opt.solvers.fractional import construct_fractional
 from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.solvers.splitting import best_shares
 
 __all__ = ["Construct", "Stay"]
 
@@ -27,6 +28,7 @@ class Construct:
     """Sizing, packing and local search (equal split) or exact token shares on them (fractional)."""
 
     summary = "sizing + packing + local search; with a fractional split, exact token shares"
+    options: ClassVar[frozenset[str]] = frozenset({"backend", "effort"})
     features: ClassVar[frozenset[Feature]] = frozenset(
         {
             Feature.EQUAL_SPLIT,
@@ -57,6 +59,8 @@ class Construct:
         slots_LGC, share_LGC = self._construct(problem, problem.load_LE, seed, options)
         if problem.loads.shape[0] > 1:
             slots_LGC, share_LGC = self._over_scenarios(problem, slots_LGC, share_LGC, seed, options)
+        elif problem.loads.load_TLNE is not None:
+            share_LGC = best_shares(problem, slots_LGC)
         return finish(
             problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
         )
@@ -69,7 +73,10 @@ class Construct:
         if problem.split == "equal":
             slots_LGC = construct_equal(load_LE, capacity_LG, speed_G, seed=seed, **options)
             return slots_LGC, equal_shares(slots_LGC, problem.experts)
-        return construct_fractional(load_LE, capacity_LG, speed_G, seed=seed, **options)
+        effort = options.get("effort", "normal")
+        return construct_fractional(
+            load_LE, capacity_LG, speed_G, seed=seed, effort="normal" if effort == "quick" else effort
+        )
 
     def _over_scenarios(
         self,
@@ -94,9 +101,7 @@ class Construct:
             better_L = risk_L < best_L * (1 - 1e-9)
             best_L = np.minimum(best_L, risk_L)
             slots_LGC[better_L] = other_LGC[better_L]
-        if problem.split == "equal":
-            return slots_LGC, equal_shares(slots_LGC, problem.experts)
-        return slots_LGC, solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).share_LGC
+        return slots_LGC, best_shares(problem, slots_LGC)
 
     @staticmethod
     def _risk_L(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
@@ -116,6 +121,7 @@ class Stay:
 
     name = "stay"
     summary = "keep the live placement and re-solve the token shares: no move at all"
+    options: ClassVar[frozenset[str]] = frozenset()
     features: ClassVar[frozenset[Feature]] = Construct.features | {Feature.MOVE_LIMITS}
 
     def solve(
@@ -141,9 +147,7 @@ class Stay:
             raise InfeasibleError(
                 f"current: expert {expert} of layer {layer} has no live replica; staying cannot bring it back"
             )
-        share_LGC = None
-        if problem.split == "fractional":
-            share_LGC = solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).share_LGC
+        share_LGC = best_shares(problem, slots_LGC)
         return finish(
             problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
         )

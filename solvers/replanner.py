@@ -26,6 +26,7 @@ from moeless_opt.solvers.planners import Construct
 from moeless_opt.solvers.relabel import relabel
 from moeless_opt.solvers.replan import replan_fractional
 from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.solvers.splitting import best_shares
 
 __all__ = ["Frontier", "Replan", "frontier"]
 
@@ -154,6 +155,7 @@ class Replan:
     summary = (
         "few moves from the live placement to within the balance tolerance; budgets; stays if nothing pays"
     )
+    options: ClassVar[frozenset[str]] = frozenset({"rounds"})
     features: ClassVar[frozenset[Feature]] = frozenset(
         {
             Feature.EQUAL_SPLIT,
@@ -195,9 +197,7 @@ class Replan:
                 None if remaining == float("inf") else max(0.9 * remaining - began.seconds, 0.01),
                 options,
             )
-        share_LGC = None
-        if problem.split == "fractional":
-            share_LGC = solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).share_LGC
+        share_LGC = best_shares(problem, slots_LGC)
         result = finish(
             problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
         )

@@ -24,7 +24,7 @@ from moeless_opt.solvers.knapsack import plan_budget
 from moeless_opt.solvers.minimal_sizing import fewest_for_time
 from moeless_opt.solvers.planners import Construct
 from moeless_opt.solvers.replanner import Replan, live_slots
-from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.solvers.splitting import best_shares
 
 __all__ = ["ActivationAware", "Sized"]
 
@@ -36,6 +36,7 @@ class Sized:
 
     name = "sized"
     summary = "fewest replicas for a wanted imbalance, or one budget of bytes over all layers"
+    options: ClassVar[frozenset[str]] = frozenset()
     features: ClassVar[frozenset[Feature]] = _SPLITS | {
         Feature.MIGRATION,
         Feature.MEMORY,
@@ -67,9 +68,7 @@ class Sized:
                 "sizing.policy", f"is {policy!r}; solver {self.name!r} takes 'makespan' and 'memory'"
             )
         slots_LGC, message = solve(problem)
-        share_LGC = None
-        if problem.split == "fractional":
-            share_LGC = solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).share_LGC
+        share_LGC = best_shares(problem, slots_LGC)
         return finish(
             problem,
             slots_LGC,
@@ -130,6 +129,7 @@ class ActivationAware:
 
     name = "activation"
     summary = "for time models with activation cost or a measured curve: which replicas to have, and to use"
+    options: ClassVar[frozenset[str]] = frozenset()
     features: ClassVar[frozenset[Feature]] = _SPLITS | {
         Feature.MIGRATION,
         Feature.MEMORY,

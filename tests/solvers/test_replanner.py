@@ -201,3 +201,20 @@ def test_the_loss_of_a_gpu_restores_every_expert() -> None:
     assert lost > 0
     assert plan.moves.count >= lost
     assert plan.certificate.gap_L.max() <= 0.011
+
+
+def test_known_sources_keep_tokens_on_their_node() -> None:
+    """The same balance, fewer tokens across the network, once it is known where they come from."""
+    rng = np.random.default_rng(0)
+    load = lognormal(2, 16, tokens=10**5, sigma=0.8, seed=11)
+    part = rng.dirichlet([0.5, 0.5], size=load.shape)  # [L, E, N]
+    by_node = np.moveaxis(load[:, :, None] * part, 2, 1)
+    topology = mo.uniform(2, 2, slots=8)
+    known = mo.Loads(load_TLE=by_node.sum(1), load_TLNE=by_node)
+    aware = mo.solve(make_problem(known, topology))
+    blind = mo.solve(
+        make_problem(known, topology, objective=mo.Objective(priorities=("balance", "moves", "memory")))
+    )
+    assert aware.plan is not None
+    assert aware.plan.certificate.gap_L.max() <= 0.01 + 1e-9
+    assert aware.objective["traffic"] < blind.objective["traffic"] * 0.95

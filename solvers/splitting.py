@@ -1,0 +1,40 @@
+"""The token shares of a placement, as a problem wants them: even, free, or free and near their source."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.placement import equal_shares
+from moeless_opt.problems.problem import Problem
+from moeless_opt.solvers.shares import solve_shares
+
+__all__ = ["best_shares"]
+
+
+def best_shares(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
+    """Shares of the expected loads on a placement, shape [L, G, C].
+
+    With an equal split they are even. With a fractional one they make the largest GPU time least; where the
+    loads are known by source node and traffic counts, they then keep as many tokens on their node as the
+    balance tolerance allows (without a tolerance left, as the least largest time allows).
+    """
+    if problem.split == "equal":
+        return equal_shares(slots_LGC, problem.experts)
+    load_LE, speed_G = problem.load_LE, problem.topology.speed_G
+    by_node = problem.loads.load_LNE
+    if by_node is None or "traffic" not in problem.objective.priorities or problem.topology.nodes == 1:
+        return solve_shares(load_LE, slots_LGC, speed_G).share_LGC
+    from moeless_opt.solvers.share_source import solve_source_shares
+
+    # A re-plan has spent its tolerance on moves already.
+    slack = problem.objective.balance_tolerance if problem.current is None else 0.0
+    found = solve_source_shares(by_node, slots_LGC, problem.topology.node_G, speed_G, slack=max(slack, 1e-9))
+    expert_LGC = np.maximum(slots_LGC, 0)
+    row_L = np.arange(len(slots_LGC))[:, None, None]
+    tokens_LGC = sum(
+        found.share_LNGC[:, node] * by_node[row_L, node, expert_LGC] for node in range(by_node.shape[1])
+    )
+    load_LGC = load_LE[row_L, expert_LGC]
+    even = equal_shares(slots_LGC, problem.experts)  # for experts without tokens
+    return np.asarray(np.where(load_LGC > 0, tokens_LGC / np.where(load_LGC > 0, load_LGC, 1.0), even))
