@@ -8,17 +8,18 @@ between GPUs and makes it solvable where the plain placement programme is hopele
           sum_e y[e,g] <= T speed[g],   sum_e x[e,g] <= capacity[g]              for every GPU
           x binary, y >= 0
 
-Cuts: let S be GPUs whose captive experts (all live replicas inside S) bring an excess over T speed(S). Replicas of
-them must be placed outside, and those must be able to carry the excess (a knapsack cover):
+Cuts: let S be GPUs whose captive experts (all live replicas inside S) bring an excess over T speed(S).
+Replicas of them must be placed outside, and those must be able to carry the excess (a knapsack cover):
 
     sum over captive e, g outside S of min(w[e], excess) x[e,g] >= excess.
 
-Written for the groups of the minimum cut, for single GPUs and for the unions that replicated experts tie together.
-The same argument, counted instead of solved, is `flow_moves_bound`: microseconds, valid for any size.
+Written for the groups of the minimum cut, for single GPUs and for the unions that replicated experts tie
+together. The same argument, counted instead of solved, is `flow_moves_bound`: microseconds, valid for any
+size.
 
-A known plan enters as a cutoff: ask for a plan that moves fewer. If there is none, the known plan is proven least.
-HiGHS runs through ortools' MathOpt; PuLP (CBC) is the second backend. Statuses are never taken on trust: plans are
-re-checked by maximum flow, and what a time limit stopped is called feasible, not optimal.
+A known plan enters as a cutoff: ask for a plan that moves fewer. If there is none, the known plan is proven
+least. HiGHS runs through ortools' MathOpt; PuLP (CBC) is the second backend. Statuses are never taken on
+trust: plans are re-checked by maximum flow, and what a time limit stopped is called feasible, not optimal.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from __future__ import annotations
 import datetime
 import math
 import time as clock
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -49,8 +51,8 @@ class MinMoves:
     Attributes
     ----------
     status : str
-        ``optimal`` (proven), ``feasible`` (a plan and a smaller bound), ``infeasible`` (no plan meets the time),
-        ``no_solution`` (stopped before it knew).
+        ``optimal`` (proven), ``feasible`` (a plan and a smaller bound), ``infeasible`` (no plan meets the
+        time), ``no_solution`` (stopped before it knew).
     moves : int or None
         Moves of the best plan known.
     bound : int
@@ -84,9 +86,10 @@ def flow_moves_bound(state: LayerFlow, cut: Cut) -> int:
     Returns
     -------
     int
-        The larger of two counts. Leaving: hot groups are disjoint and so are their captive experts; each group
-        needs as many new replicas as its heaviest captives take to carry its excess. Arriving: the overflow must
-        find room in cool groups, and one that no new replica enters cannot take more than it has.
+        The larger of two counts. Leaving: hot groups are disjoint and so are their captive experts; each
+        group needs as many new replicas as its heaviest captives take to carry its excess. Arriving: the
+        overflow must find room in cool groups, and one that no new replica enters cannot take more than it
+        has.
     """
     leave = 0
     for name, excess in cut.excess.items():
@@ -236,7 +239,7 @@ class _Answer:
 
 
 def _with_highs(programme: _Programme, seconds: float) -> _Answer:
-    """HiGHS through MathOpt. One thread setting per process (its scheduler fails otherwise), so none is set."""
+    """HiGHS through MathOpt. Its scheduler fails when the thread setting changes, so none is ever set."""
     from ortools.math_opt.python import mathopt
 
     model = mathopt.Model()
@@ -269,15 +272,8 @@ def _with_highs(programme: _Programme, seconds: float) -> _Answer:
     return _Answer(status, values, bound)
 
 
-def _with_pulp(programme: _Programme, seconds: float) -> _Answer:
-    """PuLP's first available solver. Its `status` says Optimal even when time ran out; `sol_status` doesn't."""
-    import pulp
-
-    names = [
-        name for name in ("PULP_CBC_CMD", "COIN_CMD", "HiGHS", "GLPK_CMD") if name in pulp.listSolvers(True)
-    ]
-    if not names:
-        raise SolverUnavailableError("PuLP finds no solver (CBC or HiGHS)")
+def _pulp_problem(pulp: Any, programme: _Programme) -> tuple[Any, list[Any]]:
+    """The programme as PuLP has it, and its variables."""
     problem = pulp.LpProblem("min_moves", pulp.LpMinimize)
     columns = [
         pulp.LpVariable(f"v{column}", 0.0, upper, pulp.LpInteger if integer else pulp.LpContinuous)
@@ -295,7 +291,24 @@ def _with_pulp(programme: _Programme, seconds: float) -> _Answer:
             problem += row >= lower
         if upper < math.inf:
             problem += row <= upper
-    problem.solve(pulp.getSolver(names[0], msg=False, timeLimit=max(seconds, 0.01)))
+    return problem, columns
+
+
+def _with_pulp(programme: _Programme, seconds: float) -> _Answer:
+    """PuLP's first available solver. When time ran out, `status` still says Optimal; `sol_status` doesn't."""
+    import pulp
+
+    names = [
+        name for name in ("PULP_CBC_CMD", "COIN_CMD", "HiGHS", "GLPK_CMD") if name in pulp.listSolvers(True)
+    ]
+    if not names:
+        raise SolverUnavailableError("PuLP finds no solver (CBC or HiGHS)")
+    with warnings.catch_warnings():
+        # 3.x announces 4.0's way to make variables and drops the bundled CBC; this works in both.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        problem, columns = _pulp_problem(pulp, programme)
+        problem.solve(pulp.getSolver(names[0], msg=False, timeLimit=max(seconds, 0.01)))
+
     if problem.sol_status == pulp.LpSolutionInfeasible:
         return _Answer("infeasible", None, math.inf)
     if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):

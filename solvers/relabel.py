@@ -2,8 +2,8 @@
 
 A plan constructed from scratch doesn't care which GPU is called which. Among GPUs of equal speed and
 slots, the assignment of contents to GPUs that keeps most replicas in place is a linear assignment; of
-assignments that keep equally many, the one with most experts already on the *node* wins, since those copies stay
-on its fast links. Also here: seating a GPU's experts so that what stays doesn't change its slot.
+assignments that keep equally many, the one with most experts already on the *node* wins: those copies stay on
+its fast links. Also here: seating a GPU's experts so that what stays doesn't change its slot.
 
 References
 ----------
@@ -90,7 +90,9 @@ def seat(live_C: Sequence[int], content: Sequence[int]) -> list[int]:
     """Slots of one GPU: kept experts where they were, new ones in the freed slots, empties last."""
     stays, wanted = set(content), set(live_C)
     arrivals = [expert for expert in content if expert not in wanted]
-    slots = [expert if expert in stays else -1 for expert in live_C]
+    slots: list[int] = []
+    for expert in live_C:  # a duplicate, where one was mended, keeps its first slot
+        slots.append(expert if expert in stays and expert not in slots else -1)
     for slot, expert in enumerate(slots):
         if expert < 0 and arrivals:
             slots[slot] = arrivals.pop(0)

@@ -1,9 +1,9 @@
 """Re-planning from the live placement with free token shares: move only what pays.
 
-`replan_fractional` treats every layer as a flow problem with a wanted time (`replan_flow`), fills its overflow
-with few new replicas (`replan_fill`), improves that by destroying and repairing while time is left
-(`replan_lns`), and hands one budget to the layers that gain most (`replan_budget`). A layer that cannot reach
-the wanted time gets the best time that the search attains. Shares are then re-solved exactly.
+`replan_fractional` treats every layer as a flow problem with a wanted time (`replan_flow`), fills its
+overflow with few new replicas (`replan_fill`), improves that by destroying and repairing while time is left
+(`replan_lns`), and hands one budget to the layers that gain most (`replan_budget`). A layer that cannot
+reach the wanted time gets the best time that the search attains. Shares are then re-solved exactly.
 
 A *move* is a pair (expert, GPU) of the new placement that the live one lacks: weights that must be shipped.
 Dropping a replica is free.
@@ -140,8 +140,8 @@ def replan_fractional(
     seed : int
         Seed of the improvement.
     repair : bool
-        Mend a live placement that breaks the rules (too many replicas, unknown expert, duplicate, expert without
-        a replica) by the least change, instead of refusing it.
+        Mend a live placement that breaks the rules (too many replicas, unknown expert, duplicate, expert
+        without a replica) by the least change, instead of refusing it.
     bound_L : float array [layers], optional
         Lower bound to measure against; by default the best known (`problems.bounds.best_bound`).
     search : Search
@@ -179,7 +179,8 @@ def replan_fractional(
         needed = int(sum(one * by for one, by in zip(forced_L.tolist(), price, strict=True)))
         if needed > max_moves:
             raise InfeasibleError(
-                f"max_moves: {max_moves} cannot give every expert a replica; the least budget that would is {needed}"
+                f"max_moves: {max_moves} cannot give every expert a replica; "
+                f"the least budget that would is {needed}"
             )
     for one in layers:
         _plan_layer(one, search)
@@ -297,7 +298,7 @@ def _keep_to_budget(layers: list[_Layer], price: list[int], budget: int, search:
 
 
 def _frontier(one: _Layer, search: Search) -> list[tuple[int, float, Content]]:
-    """Points (moves, time, content) on the way to the wanted time, fewer moves first, each faster than the last."""
+    """Points (moves, time, content) on the way to the wanted time, each with more moves and faster."""
     points: list[tuple[int, float, Content]] = []
 
     def note(state: LayerFlow) -> None:
@@ -332,6 +333,7 @@ def _frontier(one: _Layer, search: Search) -> list[tuple[int, float, Content]]:
 def checked(
     load_LE: Any, slots_LGC: Any, capacity_LG: Any, speed_G: Any
 ) -> tuple[Floats, Slots, Ints, Floats]:
+    """Loads, live slots, capacities and speeds as arrays, or the error that names what is wrong."""
     load = np.asarray(load_LE, dtype=np.float64)
     slots = np.asarray(slots_LGC, dtype=np.int32)
     if load.ndim != 2:
@@ -378,8 +380,8 @@ def mend_content(
         For messages.
     repair : bool
         Mend instead of refusing. Unknown experts and duplicates are dropped; a GPU over its slots drops
-        replicas that others have, then its lightest experts; each expert left without a replica gets one, on a
-        free slot or that of a replica that others have.
+        replicas that others have, then its lightest experts; each expert left without a replica gets one,
+        on a free slot or that of a replica that others have.
 
     Returns
     -------
@@ -400,7 +402,8 @@ def mend_content(
             elif not repair:
                 raise ProblemError(
                     f"slots_LGC[{layer}, {gpu}]",
-                    f"expert {expert} is {wrong}; would need distinct experts below {experts} (or repair=True)",
+                    f"expert {expert} is {wrong}; "
+                    f"would need distinct experts below {experts} (or repair=True)",
                 )
         content.append(kept)
         for expert in kept:

@@ -1,8 +1,8 @@
-"""Re-planning for engines that split an expert's tokens evenly over its replicas: a local search on few moves.
+"""Re-planning for engines that split an expert's tokens evenly over its replicas: local search on few moves.
 
-With an equal split every replica of expert e carries w[e] / r[e], so that changing the number of replicas changes
-the load of all GPUs that hold one. The search lowers the *overflow*, the tokens above a wanted time summed over
-the GPUs, by the change that lowers it most per replica moved:
+With an equal split every replica of expert e carries w[e] / r[e], so that changing the number of replicas
+changes the load of all GPUs that hold one. The search lowers the *overflow*, the tokens above a wanted time
+summed over the GPUs, by the change that lowers it most per replica moved:
 
 ========  ============================================================================================
 add       a replica of an expert of a hot GPU elsewhere, on a free slot or one that yields
@@ -11,9 +11,9 @@ swap      it with a replica of another GPU (two moves)
 drop      a replica whose expert has others (no move)
 ========  ============================================================================================
 
-A replica *yields* when its expert has others; they then take its tokens. What was live at a place before costs
-nothing to put back. Destroying and repairing (as in `replan_lns`) then removes moves that turned out needless.
-All candidates of a step are evaluated exactly and at once, as arrays.
+A replica *yields* when its expert has others; they then take its tokens. What was live at a place before
+costs nothing to put back. Destroying and repairing (as in `replan_lns`) then removes moves that turned out
+needless. All candidates of a step are evaluated exactly and at once, as arrays.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _best_swap(
 
 
 def _yields(state: EqualState) -> tuple[Ints, Ints, Floats]:
-    """Places for a replica: GPU, the expert that yields (-1: a free slot), and the loads' change when it does."""
+    """Places for a replica: GPU, the expert that yields (-1: free slot), and how the loads change then."""
     G = state.on_EG.shape[1]
     free = np.flatnonzero(state.on_EG.sum(axis=0) < state.capacity_G)
     expert_Y, gpu_Y = np.nonzero(state.on_EG & (state.count_E > 1)[:, None])
@@ -301,16 +301,16 @@ def replan_equal(
     repair: bool = False,
     bound_L: Any = None,
 ) -> Replan:
-    """Move few replicas so that, tokens split evenly, the largest GPU time is within a tolerance of the bound.
+    """Move few replicas until, tokens split evenly, the largest GPU time is within a tolerance of the bound.
 
-    Parameters and errors are those of `replan.replan_fractional`; `rounds` of destroying and repairing run for
-    each layer even without a time limit, with one until time is out.
+    Parameters and errors are those of `replan.replan_fractional`; `rounds` of destroying and repairing run
+    for each layer even without a time limit, with one until time is out.
 
     Returns
     -------
     Replan
-        Placement, equal shares, times, moves and bounds. A layer that the search cannot bring to the wanted time
-        has the best time that it found; ``least_moves_L`` is one where the live placement misses it.
+        Placement, equal shares, times, moves and bounds. A layer that the search cannot bring to the wanted
+        time has the best time that it found; ``least_moves_L`` is one where the live placement misses it.
     """
     started = clock.monotonic()
     load, slots, capacity, speed = checked(load_LE, slots_LGC, capacity_LG, speed_G)

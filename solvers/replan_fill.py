@@ -141,7 +141,7 @@ _THIRDS = 6  # cool places offered to an expert that makes way
 
 
 def _places(state: LayerFlow, cut: Cut, most: int) -> list[Row]:
-    """Cool GPUs that can take a replica, best first, with the replica that yields its slot (-1: a free slot)."""
+    """Cool GPUs that can take a replica, best first, and the expert that yields its slot (-1: a free slot)."""
     home, capacity = state.home, state.capacity
     flow, gpus, arc = cut.flow, state.gpus, state.arcs
     free = [room - used for room, used in zip(state.room, flow[gpus : 2 * gpus], strict=True)]
@@ -238,7 +238,7 @@ def _best_exchange(
     search: Search,
     gain: int,
 ) -> Change | None:
-    """Let an unreplicated expert of a cool GPU make way: to the captive expert's own slot, or to a third GPU."""
+    """Let an unreplicated expert of a cool GPU make way: to the captive's own slot, or to a third GPU."""
     load, home = state.load, state.home
     thirds = places[:_THIRDS]
     roomy = sorted((-state.free(cut, gpu), gpu) for gpu in cut.group)[: search.targets // 3]

@@ -17,7 +17,8 @@ choice; its load is a fixed amount of its GPU, so that the network holds replica
 
 References
 ----------
-Goldberg (1984), "Finding a maximum density subgraph"; Picard and Queyranne (1982), for the cut and the density.
+Goldberg (1984), "Finding a maximum density subgraph"; Picard and Queyranne (1982), for the cut and the
+density.
 """
 
 from __future__ import annotations

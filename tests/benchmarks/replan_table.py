@@ -1,9 +1,9 @@
-"""Print what re-planning moves, row by row of the table that it is held to, and how far that is from the least.
+"""Print what re-planning moves, row by row of the table that it is held to, and the distance from the least.
 
-``python tests/benchmarks/replan_table.py [--data DIR]`` plans on traffic A by equal-split construction, lets the
-traffic become B and re-plans all layers, on the measured loads in DIR (``deepseek_v3_counts.npz``). With
-``--gap`` it compares quick and thorough re-plans with the proven least number of moves, on synthetic loads and,
-where DIR is given, on measured ones.
+``python tests/benchmarks/replan_table.py [--data DIR]`` plans on traffic A by equal-split construction,
+lets the traffic become B and re-plans all layers, on the measured loads in DIR
+(``deepseek_v3_counts.npz``). With ``--gap`` it compares quick and thorough re-plans with the proven least
+number of moves, on synthetic loads and, where DIR is given, on measured ones.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def print_gap(loads: dict[str, np.ndarray] | None, limit: float, seconds: float,
     """Quick and thorough against the proven least number of moves, layer by layer."""
     print(f"tolerance 1 %; thorough: {seconds} s a layer; proof: at most {limit} s a layer")
     print(
-        "| loads | layers | proven | thorough equal | thorough worst | quick equal | quick mean above | unproven |"
+        "| loads | layers | proven | thorough equal | thorough worst | quick equal | quick above (mean) "
+        "| unproven |"
     )
     print("|---|---|---|---|---|---|---|---|")
     everything: list[tuple[int, int, int, bool]] = []

@@ -1,0 +1,122 @@
+"""Re-planning under an equal split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.solvers.construct import construct_equal
+from moeless_opt.solvers.replan_equal import EqualState, fill_equal, replan_equal
+
+
+def times(load_E: np.ndarray, slots_GC: np.ndarray, speed_G: np.ndarray) -> np.ndarray:
+    """GPU times by the definition."""
+    count = np.bincount(slots_GC[slots_GC >= 0], minlength=len(load_E))
+    piece = load_E / np.maximum(count, 1)
+    return np.where(slots_GC >= 0, piece[slots_GC], 0.0).sum(axis=1) / speed_G
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 5000), st.integers(2, 5), st.integers(2, 4), st.booleans())
+def test_replan_is_valid_counts_its_moves_and_is_never_worse(
+    seed: int, gpus: int, width: int, hetero: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    experts = int(rng.integers(2, gpus * width + 1))
+    load = rng.lognormal(0, 1, (2, experts))
+    capacity = np.full((2, gpus), width)
+    speed = 1.0 + 0.5 * (np.arange(gpus) % 2) if hetero else np.ones(gpus)
+    live = construct_equal(rng.lognormal(0, 1, (2, experts)), capacity, speed)
+    plan = replan_equal(load, live, capacity, speed, tolerance=0.05, rounds=2)
+    for layer in range(2):
+        slots = plan.slots_LGC[layer]
+        for row in slots.tolist():
+            full = [expert for expert in row if expert >= 0]
+            assert len(full) == len(set(full))
+        assert set(slots[slots >= 0].tolist()) == set(range(experts))
+        moved = sum(
+            expert not in live[layer, gpu]
+            for gpu in range(gpus)
+            for expert in slots[gpu].tolist()
+            if expert >= 0
+        )
+        assert plan.moves_L[layer] == moved
+        now = times(load[layer], slots, speed).max()
+        assert now == pytest.approx(plan.time_L[layer])
+        stay = times(load[layer], live[layer], speed).max()
+        assert now <= max(stay, plan.target_L[layer]) * (1 + 1e-9)
+        if stay <= plan.target_L[layer]:
+            assert moved == 0
+    again = replan_equal(load, live, capacity, speed, tolerance=0.05, rounds=2)
+    np.testing.assert_array_equal(plan.slots_LGC, again.slots_LGC)
+
+
+def test_adding_one_replica_is_one_move() -> None:
+    live = np.array([[[0, -1], [1, -1]]])
+    plan = replan_equal([[8.0, 2.0]], live, [[2, 2]], tolerance=0.3)
+    assert plan.moves_L[0] == 1
+    assert plan.time_L[0] == pytest.approx(6.0)
+
+
+def test_dropping_a_replica_is_free() -> None:
+    # With both replicas of expert 0, GPU 1 carries 3 + 4; without its one, 4.
+    live = np.array([[[0, -1], [0, 1]]])
+    plan = replan_equal([[6.0, 4.0]], live, [[2, 2]], tolerance=0.2)
+    assert plan.moves_L[0] == 0
+    assert plan.time_L[0] == pytest.approx(6.0)
+
+
+def test_the_state_knows_its_overflow_and_moves() -> None:
+    live_EG = np.array([[True, False], [False, True]])
+    state = EqualState(np.array([1.5, 0.5]), [[0], [1]], np.array([2, 2]), np.array([1.0, 1.0]), live_EG)
+    assert state.overflow == pytest.approx(0.5)
+    assert state.moves() == 0
+    assert not fill_equal(state, budget=0)
+    state = EqualState(np.array([1.5, 0.5]), [[0], [1]], np.array([2, 2]), np.array([1.3, 1.3]), live_EG)
+    assert fill_equal(state)
+    assert state.moves() == 1
+
+
+def test_more_rounds_never_move_more_and_budgets_hold() -> None:
+    rng = np.random.default_rng(2)
+    before = rng.lognormal(0, 1, (3, 64))
+    after = before * rng.lognormal(0, 0.3, before.shape)
+    capacity = np.full((3, 8), 10)
+    live = construct_equal(before, capacity, np.ones(8))
+    none = replan_equal(after, live, capacity, rounds=0)
+    some = replan_equal(after, live, capacity, rounds=6)
+    assert (none.time_L <= none.target_L * (1 + 1e-9)).all()
+    assert (some.time_L <= some.target_L * (1 + 1e-9)).all()
+    assert (some.moves_L <= none.moves_L).all()
+    total = int(some.moves_L.sum())
+    last = np.inf
+    for budget in (0, total // 3, total // 2, total):
+        plan = replan_equal(after, live, capacity, rounds=6, max_moves=budget)
+        assert plan.moves_L.sum() <= budget
+        assert plan.time_L.sum() <= last * 1.03
+        last = plan.time_L.sum()
+
+
+def test_bad_live_placements_and_budgets() -> None:
+    with pytest.raises(ProblemError, match="held twice"):
+        replan_equal([[1.0, 1.0]], [[[0, 0], [1, -1]]], [[2, 2]])
+    with pytest.raises(InfeasibleError, match="least that would is 1"):
+        replan_equal([[1.0, 1.0]], [[[0], [-1]]], [[1, 1]], repair=True, max_moves=0)
+    mended = replan_equal([[1.0, 1.0]], [[[0], [-1]]], [[1, 1]], repair=True)
+    assert mended.slots_LGC.tolist() == [[[0], [1]]]
+
+
+@pytest.mark.slow
+def test_measured_drift(shared_data: Path) -> None:
+    with np.load(shared_data / "deepseek_v3_counts.npz") as archive:
+        loads = dict(zip(archive["workloads"].tolist(), archive["counts"].astype(float), strict=True))
+    capacity = np.full((58, 32), 9)
+    live = construct_equal(loads["prefill_in1024"], capacity, np.ones(32))
+    plan = replan_equal(loads["decode_in1000out1000"], live, capacity)
+    assert (plan.time_L <= 1.02 * loads["decode_in1000out1000"].sum(axis=1) / 32 * (1 + 1e-9)).all()
+    assert 100 * plan.moves_L.mean() / 288 <= 10
