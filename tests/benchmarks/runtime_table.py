@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,51 @@ def traffic(steps: int) -> None:
         print(f"  {name:<22s} {figures}")
 
 
+def split() -> None:
+    """What computing the token split costs on the host."""
+    import numpy as np
+
+    from moeless_opt.runtime.dispatch import BalancedShares, EqualShares, source_aware
+    from moeless_opt.runtime.placement import SlotTable, rows_to_slots
+
+    print("Token split of one layer on the host, microseconds (median of 100; nodes of 8 ranks):")
+    print("  experts  ranks  replicas more    equal   water-filling   routes")
+    for experts, ranks, more in ((8, 4, 4), (16, 8, 8), (256, 32, 32), (256, 64, 64)):
+        chance = np.random.default_rng(0)
+        load_E = chance.lognormal(0, 1, experts)
+        rows = [row.tolist() for row in np.array_split(chance.permutation(experts), ranks)]
+        for e in np.argsort(-load_E)[:more].tolist():
+            others = [g for g in range(ranks) if e not in rows[g]]
+            rows[min(others, key=lambda g: sum(load_E[x] for x in rows[g]))].append(e)
+        table = SlotTable(rows_to_slots(rows), experts)
+        counts_RE = chance.multinomial(2000, load_E / load_E.sum(), size=ranks).astype(np.int64)
+        total_E = counts_RE.sum(axis=0)
+        quota_P = BalancedShares().quotas(0, total_E, table)
+        node_R = [r // 8 for r in range(ranks)]
+        times = [
+            microseconds(lambda t=table, n=total_E: EqualShares().quotas(0, n, t)),
+            microseconds(lambda t=table, n=total_E: BalancedShares().quotas(0, n, t)),
+            microseconds(lambda t=table, c=counts_RE, q=quota_P, n=node_R: source_aware(c, q, t, n)),
+        ]
+        figures = f"{times[0]:7.0f} {times[1]:15.0f} {times[2]:8.0f}"
+        print(f"  {experts:7d} {ranks:6d} {more:14d}  {figures}")
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Median of 100 calls."""
+    seconds = []
+    for _ in range(100):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return 1e6 * statistics.median(seconds)
+
+
 def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--only", choices=("placements", "overhead", "kills", "traffic"))
+    parser.add_argument("--only", choices=("placements", "overhead", "kills", "traffic", "split"))
     args = parser.parse_args()
     if args.only in (None, "placements"):
         placements(12 if args.quick else 60)
@@ -113,6 +154,8 @@ def main() -> None:
         overhead(20 if args.quick else 100)
     if args.only in (None, "traffic"):
         traffic(2 if args.quick else 6)
+    if args.only in (None, "split"):
+        split()
     if args.only in (None, "kills"):
         kills(1 if args.quick else 7)
 
