@@ -35,7 +35,7 @@ Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 Word = NDArray[np.uint64]
 
-_CHUNK = 1 << 16  # states expanded together
+_CHUNK = 1 << 14  # states expanded together
 _CELLS = 1 << 22  # (state, pattern) pairs tested together
 _MOST_CANDIDATES = 60_000_000  # sets of types looked at before the method gives up
 _ROUND = 1e-11  # relative slop of sums of loads
@@ -130,7 +130,7 @@ def solve_patterns(
     step = 2.0**-13
     while not result.proven:
         # The last step before a known plan asks for anything better than it.
-        limit = base * (1 + step) if result.upper > base * (1 + 1.5 * step) else result.upper * (1 - _SAME)
+        limit = base * (1 + step) if result.upper > base * (1 + 1.15 * step) else result.upper * (1 - _SAME)
         search = _Search(layer, limit, deadline)
         found, complete = search.run()
         result.states += search.states
@@ -399,7 +399,11 @@ class _Search:
         self.all_EW = np.zeros((E, words), dtype=np.uint64)
         np.bitwise_or.at(self.all_EW, types.expert_Y, self.one_YW)
         expert_MC = np.where(patterns.types_MC >= 0, types.expert_Y[patterns.types_MC], -1)
-        self.with_expert = [np.flatnonzero((expert_MC == e).any(axis=1)) for e in range(E)]
+        # Patterns with an expert, by its replicas: (e, 0) for any number.
+        self.with_type = {(e, 0): np.flatnonzero((expert_MC == e).any(axis=1)) for e in range(E)}
+        for y, (e, r) in enumerate(zip(types.expert_Y.tolist(), types.count_Y.tolist(), strict=True)):
+            some = self.with_type[e, 0]
+            self.with_type[e, r] = some[(patterns.types_MC[some] == y).any(axis=1)]
         self.speed_M = layer.speed_K[patterns.class_M]
         rng = np.random.default_rng(1)
         keys = rng.integers(0, 1 << 63, 2 * E + K).astype(np.uint64) * np.uint64(2) + np.uint64(1)
@@ -467,12 +471,14 @@ class _Search:
     def _matches(self, states: _States, pivot_N: Int, best: float) -> tuple[Int, Int]:
         """Return all (state, pattern) pairs in which the pattern holds the pivot and fits the state."""
         patterns, parts = self.patterns, [np.zeros((2, 0), dtype=np.int64)]
-        for pivot in np.unique(pivot_N[pivot_N >= 0]):
-            columns = self.with_expert[pivot]
+        decided_N = states.decided_NE[np.arange(len(states)), pivot_N].astype(np.int64)
+        key_N = np.where(pivot_N >= 0, pivot_N * 256 + decided_N, -1)
+        for key in np.unique(key_N[key_N >= 0]).tolist():
+            columns = self.with_type[divmod(key, 256)]
             if best < np.inf:
                 time_M = (patterns.weight_M[columns] + self.layer.launch) / self.speed_M[columns]
                 columns = columns[time_M < best * (1 - _ROUND)]
-            rows, height = np.flatnonzero(pivot_N == pivot), max(1, _CELLS // max(len(columns), 1))
+            rows, height = np.flatnonzero(key_N == key), max(1, _CELLS // max(len(columns), 1))
             for some in (rows[start : start + height] for start in range(0, len(rows), height)):
                 fits = patterns.waste_M[columns] <= states.slack_N[some, None] + self.slop
                 for w in range(patterns.mask_MW.shape[1]):
