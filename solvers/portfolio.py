@@ -38,6 +38,7 @@ class _Exact:
 
     name = ""
     summary = ""
+    options: ClassVar[frozenset[str]] = frozenset()
     features: ClassVar[frozenset[Feature]] = frozenset(
         {Feature.EQUAL_SPLIT, Feature.FRACTIONAL, Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
     )
@@ -221,6 +222,7 @@ class CpSat(_Exact):
 
     name = "cpsat"
     summary = "CP-SAT on the exact model of every layer"
+    options: ClassVar[frozenset[str]] = frozenset({"threads"})
 
     def prove(
         self,
@@ -244,6 +246,7 @@ class Milp(_Exact):
 
     name = "milp"
     summary = "HiGHS, CBC or another mixed-integer solver on the exact model of every layer"
+    options: ClassVar[frozenset[str]] = frozenset({"backend", "milp", "threads"})
 
     def prove(
         self,
