@@ -123,7 +123,7 @@ def tiny_moe_traces() -> TinyMoeTraces:
     Returns
     -------
     TinyMoeTraces
-        About a quarter of a million tokens.
+        About a third of a million tokens.
 
     Examples
     --------
