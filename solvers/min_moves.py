@@ -91,24 +91,30 @@ def flow_moves_bound(state: LayerFlow, cut: Cut) -> int:
         overflow must find room in cool groups, and one that no new replica enters cannot take more than it
         has.
     """
+    slack = 4 * state.gpus  # rounding of the rooms
     leave = 0
     for name, excess in cut.excess.items():
-        for load in sorted((state.load[expert] for expert in cut.captive[name]), reverse=True):
-            if excess <= _slack_tokens(state):
-                break
-            excess -= load
-            leave += 1
-    arrive, overflow = 0, sum(cut.excess.values())
-    for slack in sorted(cut.slack.values(), reverse=True):
-        if overflow <= _slack_tokens(state):
+        captive = cut.captive[name]
+        group = _fewest((state.load[expert] for expert in captive), excess - slack)
+        # Its GPUs on their own: what only they hold.
+        alone: dict[int, list[int]] = {}
+        for expert in captive:
+            if len(state.home[expert]) == 1:
+                alone.setdefault(state.home[expert][0], []).append(state.load[expert])
+        each = sum(_fewest(loads, sum(loads) - state.room[gpu] - slack) for gpu, loads in alone.items())
+        leave += max(group, each)
+    return max(leave, _fewest(cut.slack.values(), sum(cut.excess.values()) - slack))
+
+
+def _fewest(sizes: Iterable[int], wanted: int) -> int:
+    """How many of the largest sizes it takes to sum to what is wanted."""
+    count = 0
+    for size in sorted(sizes, reverse=True):
+        if wanted <= 0:
             break
-        overflow -= slack
-        arrive += 1
-    return max(leave, arrive)
-
-
-def _slack_tokens(state: LayerFlow) -> int:
-    return 4 * state.gpus  # rounding of the rooms
+        wanted -= size
+        count += 1
+    return count
 
 
 def min_moves_bound(load_LE: Any, slots_LGC: Any, speed_G: Any, time_L: Any) -> NDArray[np.int64]:

@@ -141,7 +141,7 @@ _THIRDS = 6  # cool places offered to an expert that makes way
 
 
 def _places(state: LayerFlow, cut: Cut, most: int) -> list[Row]:
-    """Cool GPUs that can take a replica, best first, and the expert that yields its slot (-1: a free slot)."""
+    """Cool GPUs that can take a replica, best first, and the expert that yields (-1: a free slot)."""
     home, capacity = state.home, state.capacity
     flow, gpus, arc = cut.flow, state.gpus, state.arcs
     free = [room - used for room, used in zip(state.room, flow[gpus : 2 * gpus], strict=True)]
