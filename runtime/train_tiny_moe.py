@@ -228,7 +228,7 @@ def training_seconds(log: Path) -> int:
 
 
 def counted_bits(corpus: Corpus, belief: float = 16.0) -> float:
-    """Return a yardstick's bits per held-out byte: counts of what follows each two bytes in the training text.
+    """Return a yardstick's bits per held-out byte, from counts of what follows each two bytes in training.
 
     Each order's estimate is drawn towards the next lower order's, as if that had been seen `belief` times.
     """
