@@ -34,12 +34,12 @@ from moeless_opt.problems.loads import Loads
 from moeless_opt.problems.placement import Placement
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.problem import Problem
-from moeless_opt.problems.spec import SPLITS
+from moeless_opt.problems.spec import SPLITS, Limits
 from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Topology
 from moeless_opt.problems.verify import violations
 from moeless_opt.progress import Display, InterruptStop
 from moeless_opt.report import Comparison, row_of, table, worst_layers
-from moeless_opt.solvers.base import required_features
+from moeless_opt.solvers.base import lower_bound, required_features
 from moeless_opt.solvers.registry import get_solver, list_solvers, require, solver_names
 
 __all__ = ["main"]
@@ -86,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--time", type=float, metavar="SECONDS", help="time limit of each solver")
     add("--seed", type=int, default=0, help="seed of the random parts (default: 0)")
     add("--check", metavar="PLAN", help="verify a plan of this problem and say what it is worth")
+    add("--bound", action="store_true", help="print the lower bounds of every layer; solve nothing")
+    add(
+        "--pareto",
+        choices=("moves", "memory"),
+        metavar="moves|memory",
+        help="plans from cheapest to best balanced (with --plot, a picture of the front)",
+    )
+    add("--schedule", metavar="JSON", help="write the ordered transfers from the live plan to the new one")
     add("--json", action="store_true", help="print the result as JSON on standard output")
     add("--plot", metavar="PNG", help="draw the GPUs' loads per layer, before and after")
     add("--worst", type=int, default=3, metavar="N", help="layers to list, worst first (default: 3)")
@@ -103,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", choices=SPLITS, help="free or equal token shares (default: fractional)")
     add("--current", metavar="PLAN", help="the plan that is live now")
     add("--repair", action="store_true", help="mend a live plan that breaks the rules instead of refusing it")
+    add("--max-moves", type=int, metavar="N", help="replicas that may move in all")
+    add("--max-move-bytes", metavar="SIZE", help="bytes that may move in all, e.g. 4GB (needs --model)")
     add("--tolerance", type=float, metavar="X", help="balance that may be given up for fewer moves (0.01)")
     add(
         "--scenario",
@@ -156,7 +166,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ProblemError(
             "problem", "is missing: give a problem, a recording, or an instance (--list-instances)"
         )
-    for path in (args.output, args.plot):
+    for path in (args.output, args.plot, args.schedule):
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise FormatError(path, "cannot be written: its folder does not exist")
         if path is not None and Path(path).is_dir():
@@ -166,6 +176,12 @@ def _run(args: argparse.Namespace) -> int:
     problem = _problem(args)
     if args.check is not None:
         return _check(problem, args)
+    if args.bound:
+        return _bounds(problem, args)
+    if args.pareto is not None:
+        return _pareto(problem, args)
+    if args.schedule is not None and problem.current is None:
+        raise ProblemError("--schedule", "needs a live plan to start from: give --current PLAN")
     names = [name.strip() for name in args.compare.split(",")] if args.compare else [args.solver]
     for name in names:
         get_solver(name)
@@ -196,6 +212,8 @@ def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
         from moeless_opt.plots import plot_loads
 
         atomic_write(args.plot, plot_loads(problem, best))
+    if best is not None and args.schedule:
+        atomic_write(args.schedule, _schedule(problem, best))
     if args.json:
         print(json.dumps(_document(outcome, best)))
     elif not args.quiet:
@@ -204,7 +222,7 @@ def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
             print(f"\nworst layers of {best.certificate.solver}:\n{worst_layers(best, args.worst)}")
     if stop.pressed:
         _say("interrupted: the best found so far is shown")
-    for path in (args.output, args.plot):
+    for path in (args.output, args.plot, args.schedule):
         if path and best is not None and not args.quiet:
             _say(f"wrote {path}")
     if best is None and names != ["oracle"]:
@@ -285,6 +303,7 @@ def _problem(args: argparse.Namespace) -> Problem:
         split=args.split or "fractional",
         balance_tolerance=args.tolerance,
         repair=args.repair,
+        limits=_limits(args, None),
         name=Path(name).stem,
     )
 
@@ -310,6 +329,8 @@ def _override(problem: Problem, args: argparse.Namespace) -> Problem:
         changes["model"] = moeless_opt.model_preset(args.model)
     if args.split is not None and args.split != problem.split:
         changes |= {"split": args.split, "known": None}
+    if args.max_moves is not None or args.max_move_bytes is not None:
+        changes["limits"] = _limits(args, problem.limits)
     if args.tolerance is not None:
         changes["objective"] = problem.objective.replace(balance_tolerance=args.tolerance)
     if args.current is not None:
@@ -320,6 +341,16 @@ def _override(problem: Problem, args: argparse.Namespace) -> Problem:
         else:
             changes["current"] = Placement.of(live, problem.experts)
     return problem.replace(**changes) if changes else problem
+
+
+def _limits(args: argparse.Namespace, given: Limits | None) -> Limits | None:
+    """The problem's limits with what the command line says of moves."""
+    changes: dict[str, Any] = {}
+    if args.max_moves is not None:
+        changes["max_moves"] = args.max_moves
+    if args.max_move_bytes is not None:
+        changes["max_move_bytes"] = _size(args.max_move_bytes, "--max-move-bytes")
+    return (given or Limits()).replace(**changes) if changes else given
 
 
 def _topology(args: argparse.Namespace) -> Topology | None:
@@ -346,10 +377,10 @@ def _topology(args: argparse.Namespace) -> Topology | None:
     return Topology.uniform(int(found[1] or 1), int(found[2]), slots=args.slots, memory=memory)
 
 
-def _size(text: str) -> int:
+def _size(text: str, option: str = "--memory") -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if found is None or found[2].lower() not in _UNITS:
-        raise ProblemError("--memory", f"is {text!r}, must be a size such as 40GB or 38GiB")
+        raise ProblemError(option, f"is {text!r}, must be a size such as 40GB or 38GiB")
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
@@ -371,6 +402,73 @@ def _check(problem: Problem, args: argparse.Namespace) -> int:
     for text in found:
         print(f"moeless-solve: {args.check}: {text}", file=sys.stderr)
     return 1 if found else 0
+
+
+def _bounds(problem: Problem, args: argparse.Namespace) -> int:
+    problem.check_feasible()
+    bound_L, names = lower_bound(problem)
+    mean_L = problem.load_LE.sum(1) * problem.time.token_cost / problem.topology.speed_G.sum()
+    if args.json:
+        layers = [
+            {"layer": layer, "bound": value, "name": name}
+            for layer, value, name in zip(problem.loads.layers, bound_L.tolist(), names, strict=True)
+        ]
+        print(
+            json.dumps(
+                {"format": "moeless-bounds", "version": 1, "unit": problem.time.unit, "layers": layers}
+            )
+        )
+        return 0
+    rows = [
+        [str(layer), f"{value:.8g}", name, f"{value / mean:.4f}" if mean > 0 else "-"]
+        for layer, value, name, mean in zip(problem.loads.layers, bound_L, names, mean_L, strict=True)
+    ]
+    print(table(("layer", f"bound ({problem.time.unit})", "name", "bound / mean"), rows))
+    print(f"all layers: {bound_L.sum():.8g} {problem.time.unit}")
+    return 0
+
+
+def _pareto(problem: Problem, args: argparse.Namespace) -> int:
+    from moeless_opt.fronts import pareto
+
+    front = pareto(problem, ("balance", args.pareto), seed=args.seed)
+    if args.output:
+        front.plans[-1].save(args.output)
+    if args.plot:
+        atomic_write(args.plot, front.plot())
+    if args.json:
+        points = [
+            {"imbalance": balance, args.pareto: cost, "moves": plan.moves.count, "replicas": plan.replicas}
+            for plan, (balance, cost) in zip(front.plans, front.values, strict=True)
+        ]
+        print(json.dumps({"format": "moeless-pareto", "version": 1, "points": points}))
+    elif not args.quiet:
+        print(front)
+    return 0
+
+
+def _schedule(problem: Problem, plan: Plan) -> bytes:
+    from moeless_opt.fronts import migration
+
+    found = migration(problem, plan)
+    steps = [
+        {
+            "seconds": step.seconds,
+            "drops_before": [[d.layer, d.expert, d.gpu] for d in step.drops_before],
+            "transfers": [[t.layer, t.expert, t.source, t.target, t.bytes] for t in step.transfers],
+            "drops_after": [[d.layer, d.expert, d.gpu] for d in step.drops_after],
+        }
+        for step in found.steps
+    ]
+    document = {
+        "format": "moeless-migration",
+        "version": 1,
+        "problem_digest": problem.digest(),
+        "seconds": found.seconds,
+        "lower_bound": found.lower_bound,
+        "steps": steps,
+    }
+    return (json.dumps(document) + "\n").encode()
 
 
 def _describe(problem: Problem) -> str:

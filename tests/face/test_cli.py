@@ -543,3 +543,22 @@ def test_a_time_limit_stops_a_solver(saved: mo.Problem) -> None:
 
 def test_problems_on_disk_are_what_was_saved(saved: mo.Problem) -> None:
     assert load_problem("problem.json") == saved
+
+
+def test_bounds_fronts_and_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["flashlb-equal", "--bound", "--json"]) == 0
+    bounds = json.loads(capsys.readouterr().out)
+    assert bounds["layers"] == [{"layer": 0, "bound": 181.25, "name": "mean"}]
+    live, after, moves = tmp_path / "live.json", tmp_path / "after.json", tmp_path / "moves.json"
+    assert main(["mixtral-zipf", "-o", str(live), "--quiet"]) == 0
+    drifted = ["mixtral-lognormal", "--current", str(live)]
+    assert main([*drifted, "--max-moves", "20", "-o", str(after), "--schedule", str(moves), "--quiet"]) == 0
+    schedule = json.loads(moves.read_text())
+    assert 0 < sum(len(step["transfers"]) for step in schedule["steps"]) <= 20
+    assert schedule["seconds"] >= schedule["lower_bound"] > 0
+    assert main([*drifted, "--pareto", "moves", "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert points[0]["moves"] == 0
+    assert points[-1]["imbalance"] < points[0]["imbalance"]
+    assert main(["mixtral-lognormal", "--schedule", str(moves)]) == 2
+    assert "--schedule: needs a live plan" in capsys.readouterr().err
