@@ -92,6 +92,8 @@ class Guard:
         self.replan = replan
         self.load_LE: NDArray[np.float64] | None = None
         self.recoveries: list[Recovery] = []
+        # Meetings are counted from here, whatever became of the groups in between.
+        self._meeting = f"moeless/meet/{'-'.join(map(str, live.group.ranks))}"
         self._epoch = 0
         self._completed = 0
         self._replay: Callable[[], Any] | None = None
@@ -133,24 +135,25 @@ class Guard:
     def _recover(self, error: Exception) -> None:
         began = time.monotonic()
         cause = str(error)
+        before = self.live.group.ranks
         migrating = not self.live.migrator.idle
         while True:
             try:
-                self._attempt(cause, began, migrating)
+                self._attempt(cause, began, before, migrating)
                 return
             except RankLostError as again:
                 cause = str(again)
 
-    def _attempt(self, cause: str, began: float, migrating: bool) -> None:
+    def _attempt(self, cause: str, began: float, before: tuple[int, ...], migrating: bool) -> None:
         live = self.live
         old = live.group
         old.close()
         self._epoch += 1
         started = time.monotonic()
-        keep = self._members(old)
+        ranks = self._members(old)
         agreed = time.monotonic()
-        group = old.shrunk(keep, f"epoch{self._epoch}")
-        live.regroup(group, keep)
+        group = old.shrunk([old.ranks.index(r) for r in ranks], f"epoch{self._epoch}")
+        live.regroup(group)
         n_experts = live.n_experts
         held = [int(e in bank.resident) for bank in live.banks for e in range(n_experts)]
         rows = group.gather_ints([self._completed, *held])
@@ -164,7 +167,7 @@ class Guard:
         live.refill_home()
         fewest = min(row[0] for row in rows)
         self._behind = self._completed > fewest
-        lost = tuple(rank for i, rank in enumerate(old.ranks) if i not in keep)
+        lost = tuple(r for r in before if r not in ranks)
         now = time.monotonic()
         self.recoveries.append(
             Recovery(
@@ -181,14 +184,13 @@ class Guard:
         self._completed = fewest + self._behind
 
     def _members(self, old: ExpertGroup) -> list[int]:
-        """Indices (in the old group) of the ranks that go on; everybody gets the same list."""
+        """Global ranks that go on; everybody who comes to the meeting gets the same list."""
+        me = old.ranks[old.rank]
         if old.size == 1:
-            return [0]
-        store = old.store
-        # Ranks and epoch name the meeting: those who meet have been through the same.
-        place = f"moeless/meet/{'-'.join(map(str, old.ranks))}/{self._epoch}"
+            return [me]
+        store, place = old.store, f"{self._meeting}/{self._epoch}"
+        store.set(f"{place}/{me}", b"here")
         store.add(f"{place}/count", 1)
-        store.set(f"{place}/{old.rank}", b"here")
         seen, last = 0, time.monotonic()
         while time.monotonic() - last < self.grace and not store.check([f"{place}/list"]):
             count = store.add(f"{place}/count", 0)
@@ -197,14 +199,12 @@ class Guard:
             if count >= old.size:
                 break
             time.sleep(0.01)
-        here = [i for i in range(old.size) if store.check([f"{place}/{i}"])]
+        here = [r for r in old.ranks if store.check([f"{place}/{r}"])]
         decided = store.compare_set(f"{place}/list", "", json.dumps(here))
-        keep: list[int] = json.loads(decided)
-        if old.rank not in keep:
-            raise EvictedError(
-                f"rank {old.ranks[old.rank]} came too late: ranks {[old.ranks[i] for i in keep]} went on"
-            )
-        return keep
+        ranks: list[int] = json.loads(decided)
+        if me not in ranks:
+            raise EvictedError(f"rank {me} came too late: ranks {ranks} went on")
+        return ranks
 
     def _target(self, group: ExpertGroup, have_LG: list[list[list[int]]]) -> Slots:
         """The placement after the loss, from the first survivor, so that all have the same."""

@@ -26,8 +26,8 @@ class HomeStore(Protocol):
         """The expert's tensors on the CPU; only on a rank that has it."""
         ...
 
-    def regroup(self, survivors: Sequence[int]) -> None:
-        """Ranks were lost: `survivors` lists the old indices of those left, in their new order."""
+    def regroup(self, members: Sequence[int]) -> None:
+        """The group now has these (global) ranks."""
         ...
 
 
@@ -45,11 +45,14 @@ class PinnedHome:
             raise ProblemError("copies", f"is {copies}, must be at least 1")
         self.copies = copies
         self._mine: dict[tuple[int, int], Weights] = {}
-        self._ranks: dict[tuple[int, int], list[int]] = {}
+        # Holders by global rank, so that they mean the same in every group.
+        self._holders: dict[tuple[int, int], list[int]] = {}
+        self._members: tuple[int, ...] = ()
 
     def ranks(self, layer: int, expert: int) -> Sequence[int]:
         """See `HomeStore.ranks`."""
-        return self._ranks.get((layer, expert), [])
+        holders = self._holders.get((layer, expert), [])
+        return [self._members.index(r) for r in holders if r in self._members]
 
     def read(self, layer: int, expert: int) -> Weights:
         """See `HomeStore.read`."""
@@ -60,10 +63,9 @@ class PinnedHome:
         """Host memory in use on this rank."""
         return sum(t.numel() * t.element_size() for w in self._mine.values() for t in w)
 
-    def regroup(self, survivors: Sequence[int]) -> None:
-        """Forget the dead; `fill` makes new copies of what they had."""
-        new = {old: i for i, old in enumerate(survivors)}
-        self._ranks = {at: [new[r] for r in ranks if r in new] for at, ranks in self._ranks.items()}
+    def regroup(self, members: Sequence[int]) -> None:
+        """Count only these ranks; `fill` makes new copies of what the others had."""
+        self._members = tuple(members)
 
     def fill(
         self, group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Sequence[Sequence[Sequence[int]]]
@@ -74,6 +76,7 @@ class PinnedHome:
         rank's own host memory is lost with the rank.
         """
         copies = min(self.copies, group.size)
+        self._members = group.ranks
         for layer, bank in enumerate(banks):
             sends: list[tuple[torch.Tensor, int, int]] = []
             receives: list[tuple[torch.Tensor, int, int]] = []
@@ -84,11 +87,12 @@ class PinnedHome:
                 for e in row:
                     holders.setdefault(e, []).append(g)
             for e in sorted(holders):
-                have = self._ranks.setdefault((layer, e), [])
+                have = list(self.ranks(layer, e))
                 source = holders[e][0]
                 wanted = [(source + k) % group.size for k in range(group.size)]
                 for g in [g for g in wanted if g not in have][: max(0, copies - len(have))]:
                     have.append(g)
+                    self._holders.setdefault((layer, e), []).append(group.ranks[g])
                     if group.rank == g and e in bank.resident:
                         self._mine[layer, e] = [host_copy(t) for t in bank.resident[e]]
                     elif g in holders[e]:
@@ -151,9 +155,9 @@ class MappedHome:
             weights.append(handle.get_tensor(f"{layer}.{expert}.{len(weights)}"))
         return weights
 
-    def regroup(self, survivors: Sequence[int]) -> None:
+    def regroup(self, members: Sequence[int]) -> None:
         """Nothing is lost."""
-        self._n_ranks = len(survivors)
+        self._n_ranks = len(members)
 
 
 def save_experts(folder: str | Path, group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Any) -> None:

@@ -119,9 +119,9 @@ class LiveModel:
         self.batches = 0
         self.attached = True
         self._restore = restore
-        self._shares = share_policy(shares)
-        self._next_shares = self._shares
-        self._share_no = self._next_share_no = 0
+        # Policies as they were asked for; the ranks agree on how many of them all know.
+        self._policies = [share_policy(shares)]
+        self._in_force = 0
         self._sized = group.size
         self.on_close: list[Callable[[], None]] = []
         self.dispatchers = [
@@ -131,7 +131,7 @@ class LiveModel:
                 topk,
                 table,
                 group,
-                self._shares,
+                self._policies[0],
                 row_block=row_block,
                 header=self._header,
                 agree=self._agree,
@@ -147,17 +147,20 @@ class LiveModel:
     # -- agreement ---------------------------------------------------------------------------------
 
     def _header(self) -> tuple[int, ...]:
-        return (*self.migrator.header(), self._next_share_no)
+        return (*self.migrator.header(), len(self._policies) - 1)
 
     def _agree(self, layer: int | None, headers_RK: NDArray[np.int64]) -> None:
         if layer == 0:
             self.batches += 1
         self.migrator.agree(layer, headers_RK)
-        if int(headers_RK[:, HEADER].min()) > self._share_no:
-            self._share_no = int(headers_RK[:, HEADER].min())
-            self._shares = self._next_shares
-            for dispatcher in self.dispatchers:
-                dispatcher.shares = self._shares
+        known = int(headers_RK[:, HEADER].min())
+        if known > self._in_force:
+            self._use_policy(known)
+
+    def _use_policy(self, number: int) -> None:
+        self._in_force = number
+        for dispatcher in self.dispatchers:
+            dispatcher.shares = self._policies[number]
 
     def _switched(self, layer: int, table: SlotTable) -> None:
         self.dispatchers[layer].set_table(table)
@@ -206,10 +209,10 @@ class LiveModel:
         self._alive()
         number = self.migrator.submit(slots_of(plan), Limits(max_step_bytes, max_extra_bytes), steps)
         split = getattr(plan, "split", None)
-        if split in ("equal", "fractional") and self._next_shares.name in ("equal", "balanced"):
-            wanted = "equal" if split == "equal" else "balanced"
-            if wanted != self._next_shares.name:
-                self.set_shares(wanted)
+        wanted = {"equal": "equal", "fractional": "balanced"}.get(str(split))
+        asked = self._policies[-1].name
+        if wanted is not None and asked in ("equal", "balanced") and wanted != asked:
+            self.set_shares(wanted)
         return number
 
     def migration(self, number: int) -> MigrationReport:
@@ -223,8 +226,7 @@ class LiveModel:
 
     def set_shares(self, shares: str | SharePolicy) -> None:
         """Use another policy from the first batch on that all ranks know of it."""
-        self._next_shares = share_policy(shares)
-        self._next_share_no += 1
+        self._policies.append(share_policy(shares))
 
     def set_planned_shares(self, plan: Any) -> None:
         """Use a plan's own ``share_LGC`` instead of solving for every batch."""
@@ -312,20 +314,18 @@ class LiveModel:
         if not self.attached:
             raise MoelessError("the model was detached")
 
-    def regroup(self, group: ExpertGroup, survivors: Sequence[int]) -> None:
+    def regroup(self, group: ExpertGroup) -> None:
         """Go on with other ranks; used by `faults`, which restores a placement next."""
         self.group = group
         for dispatcher in self.dispatchers:
             dispatcher.group = group
             dispatcher.load_E = None
         self.batches = 0
-        self._share_no = self._next_share_no = 0
-        self._shares = self._next_shares
-        for dispatcher in self.dispatchers:
-            dispatcher.shares = self._shares
         if self.home is not None:
-            self.home.regroup(survivors)
+            self.home.regroup(group.ranks)
         self.migrator.reset(group)
+        # Some may have switched in the batch that failed, and others not: take what all have.
+        self._use_policy(min(row[0] for row in group.gather_ints([len(self._policies) - 1])))
 
     def refill_home(self) -> None:
         """Bring the home copies to their number again."""

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
 from moeless_opt.runtime.experts import SlotBank, Weights, checksum
-from moeless_opt.runtime.groups import ExpertGroup
+from moeless_opt.runtime.groups import ExpertGroup, RankLostError
 from moeless_opt.runtime.home import HomeStore
 from moeless_opt.runtime.placement import (
     Schedule,
@@ -686,7 +686,8 @@ class Migrator:
             fault = self._flights[s].fault if self._flights[s].done.is_set() else LOST
             worst = max(row[0] for row in self.group.gather_ints([fault]))
             if worst != OK:
-                raise MoelessError(f"restoring failed: {_REASON[worst]} {self._flights[s].error}")
+                failed = RankLostError if worst == LOST else MoelessError
+                raise failed(f"restoring failed: {_REASON[worst]} {self._flights[s].error}")
             while stages and stages[0].last_step <= s:
                 stage = stages.pop(0)
                 self.banks[stage.layer].install([int(e) for e in stage.slots_GC[self.group.rank] if e >= 0])

@@ -47,9 +47,9 @@ class StackedHome:
         """Slices; nothing is copied."""
         return [stack[expert] for stack in self._stacks[layer]]
 
-    def regroup(self, survivors: Sequence[int]) -> None:
+    def regroup(self, members: Sequence[int]) -> None:
         """Nothing is lost."""
-        self._n_ranks = len(survivors)
+        self._n_ranks = len(members)
 
 
 def _names(module: Any) -> list[str]:

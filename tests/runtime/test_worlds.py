@@ -56,6 +56,15 @@ def test_survivors_of_killed_ranks_go_on_with_the_same_outputs(
         assert any(r["migrating"] for r in result["recoveries"])
 
 
+def test_a_death_during_a_recovery(run_world: World) -> None:
+    results = run_world("worker_faults.py", 4, "mapped", "2@6.2", "0@recovery", expect_killed=2)
+    for result in (results[1], results[3]):
+        assert result["ranks"] == [1, 3]
+        assert result["worst"] == 0.0
+        (recovery,) = result["recoveries"]
+        assert recovery["lost"] == [0, 2]
+
+
 def test_a_rank_that_hangs_is_left_behind_and_told_so(run_world: World) -> None:
     results = run_world("worker_faults.py", 4, "pinned", "stop", "1@7.1")
     assert results[1] == {"evicted": True}

@@ -12,6 +12,7 @@ import torch
 import worlds
 
 from moeless_opt.runtime.faults import EvictedError, Guard
+from moeless_opt.runtime.groups import ExpertGroup
 from moeless_opt.runtime.home import MappedHome, PinnedHome
 from moeless_opt.runtime.live import attach
 
@@ -19,14 +20,17 @@ LAYERS = 3
 
 
 def main() -> None:
-    """argv: kind of home, then rank@moment of each death, e.g. ``pinned 2@6 0@20``; ``stop`` to hang only."""
+    """argv: kind of home, then rank@moment of each death, e.g. ``pinned 2@6 0@20``; ``stop`` to hang only.
+
+    ``3@recovery`` dies in the middle of the recovery from another one.
+    """
     rank, size = worlds.join()
     home_kind, *deaths = sys.argv[1:]
     blow = signal.SIGSTOP if deaths[0] == "stop" else signal.SIGKILL
     deaths = [d for d in deaths if "@" in d]
     folder = Path(os.environ["WORLD_FOLDER"])
     (folder / f"pid{rank}").write_text(str(os.getpid()))
-    when = {int(r): float(s) for r, s in (d.split("@") for d in deaths)}
+    when = {int(r): float(s) for r, s in (d.split("@") for d in deaths) if s != "recovery"}
     model = worlds.tiny_model(LAYERS, 2, torch.float64, exact=True)
     batches = [worlds.batch(rank, k) for k in range(4)]
     stock = [worlds.forward(model, x) for x in batches]
@@ -41,6 +45,14 @@ def main() -> None:
         live.use_home(MappedHome(folder / "home", size))
     guard = Guard(live, grace=1.0, slots=8)
     death = when.get(rank)
+    if f"{rank}@recovery" in deaths:
+        recover = live.regroup
+
+        def die_in_it(group: ExpertGroup) -> None:
+            recover(group)
+            os.kill(os.getpid(), blow)
+
+        live.regroup = die_in_it  # type: ignore[method-assign]
     worst = 0.0
     for step in range(36):
 
