@@ -226,10 +226,11 @@ def _plan_layer(one: _Layer, search: Search) -> None:
     """Reach the wanted time with few moves; else the least time that is found."""
     state = one.state(one.target)
     overflow = state.solve()
+    one.least = forced = count_moves(one.live, one.start)
     if overflow <= 0:
         return
-    forced = count_moves(one.live, one.start)
-    one.least = flow_moves_bound(state, state.cut()) if forced == 0 else 0
+    if forced == 0:  # the bound counts from a placement that is live
+        one.least = flow_moves_bound(state, state.cut())
     one.reached = fill_overflow(state, search) <= 0
     one.content = state.content
     if one.reached:

@@ -3,8 +3,8 @@
 A finished re-plan differs from the live placement on a few GPUs. Each round puts some of those GPUs back to
 what they hold live, which takes their moves back, and fills the overflow again with a randomly perturbed
 ranking. The result is kept when it moves no more replicas than before; equal counts are accepted too, since
-walking along plateaus is what lets the search leave a local optimum. Moves that later ones made needless
-disappear by the same step (put back, nothing to repair).
+walking along plateaus is what lets the search leave a local optimum; so are rounds that place a random
+replica first. Moves that later ones made needless disappear by the same step (put back, nothing to repair).
 
 References
 ----------
@@ -23,6 +23,7 @@ from moeless_opt.solvers.replan_flow import LayerFlow
 __all__ = ["Shaker", "count_moves", "put_back"]
 
 _MOST_BACK = 6  # GPUs put back in one round, at most
+_KICK = 0.3  # share of the rounds that also take a random step
 
 
 def count_moves(live: Sequence[frozenset[int]], content: Sequence[Sequence[int]]) -> int:
@@ -102,10 +103,34 @@ class Shaker:
         size = int(rng.integers(1, min(len(changed), _MOST_BACK) + 1))
         chosen = rng.choice(changed, size=size, replace=False).tolist()
         trial = put_back(live, self.content, chosen, len(self._load))
-        kept = count_moves(live, trial)
         state = LayerFlow(self._load, trial, self._capacity, self._room)
+        if rng.random() < _KICK and state.solve() > 0:
+            self._kick(state)
+        kept = count_moves(live, state.content)
+        if kept > self.moves:
+            return
         if fill_overflow(state, QUICK, rng=rng, budget=self.moves - kept) > 0:
             return
         found = count_moves(live, state.content)
         if found <= self.moves:
             self.content, self.moves = state.content, found
+
+    def _kick(self, state: LayerFlow) -> None:
+        """Add one or two random replicas, heavy experts likelier: steps that no single gain would suggest."""
+        rng, load = self._rng, self._load
+        weight = np.array(load, dtype=np.float64) / max(state.total, 1)
+        for _ in range(int(rng.integers(1, 3))):
+            expert, gpu = int(rng.choice(len(load), p=weight)), int(rng.integers(state.gpus))
+            row, home = state.content[gpu], state.home
+            if gpu in home[expert]:
+                continue
+            if len(row) < state.capacity[gpu]:
+                state.apply([(expert, gpu)], [])
+                continue
+            spare = [other for other in row if len(home[other]) > 1]
+            if spare:
+                state.apply([(expert, gpu)], [(spare[int(rng.integers(len(spare)))], gpu)])
+            elif row:
+                other, source = row[int(rng.integers(len(row)))], home[expert][0]
+                if source not in home[other]:
+                    state.apply([(expert, gpu), (other, source)], [(expert, source), (other, gpu)])

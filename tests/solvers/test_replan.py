@@ -124,6 +124,20 @@ def test_a_trial_foretells_what_applying_gives(problem, random) -> None:
         assert foretold == state.solve() == fresh.solve()
 
 
+def test_the_network_grows_as_experts_become_replicated() -> None:
+    load = [3 + expert % 5 for expert in range(64)]
+    content = [list(range(gpu * 8, gpu * 8 + 8)) for gpu in range(8)]
+    room = [sum(load) // 8 - 2] * 8
+    state = LayerFlow(load, content, [64] * 8, room)
+    for expert in range(64):
+        for step in (1, 2, 3):
+            gpu = (expert // 8 + step) % 8
+            foretold = state.trial([(expert, gpu)], [])
+            state.apply([(expert, gpu)], [])
+            assert state.solve() == foretold
+    assert state.solve() == LayerFlow(load, state.content, [64] * 8, room).solve() == sum(load) - sum(room)
+
+
 @settings(max_examples=40, deadline=None)
 @given(instances())
 def test_least_time_is_the_optimum_of_the_shares(problem) -> None:
