@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import FloatArray
 
@@ -58,7 +59,7 @@ class CostMeter:
         Whether rule ``functions`` may charge by use.
     """
 
-    def __init__(self, bytes_L: FloatArray, other_bytes: float, *, elastic: bool) -> None:
+    def __init__(self, bytes_L: ArrayLike, other_bytes: float, *, elastic: bool) -> None:
         self.bytes_L = np.asarray(bytes_L, dtype=np.float64)
         self.other_bytes = float(other_bytes)
         self.elastic = elastic

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, Record, SlotArray, number
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, number
 from moeless_opt.problems.errors import FormatError
 from moeless_opt.problems.evaluate import activated, gpu_tokens
 from moeless_opt.problems.models import ModelSpec
@@ -231,7 +231,7 @@ class Machine(Record):
         """Bytes of the KV cache over all layers and GPUs, shape [B]."""
         return np.asarray(kv_tokens_B * self.kv_bytes * self.model.layers)
 
-    def load_seconds(self, cold_LGE: IntArray, warm_LGE: IntArray, bytes_L: IntArray) -> FloatArray:
+    def load_seconds(self, cold_LGE: BoolArray, warm_LGE: BoolArray, bytes_L: IntArray) -> FloatArray:
         """Seconds until each layer's cold replicas are there, shape [L].
 
         Each comes over the nearest link from a GPU that holds the expert, else from the host; a GPU receives
@@ -240,10 +240,12 @@ class Machine(Record):
         topology, links = self.topology, self.topology.links
         layers, gpus, _ = cold_LGE.shape
         rate_LGE = np.full(cold_LGE.shape, links.host)
-        rate_LGE[np.broadcast_to(warm_LGE.any(1)[:, None, :], cold_LGE.shape)] = links.inter_node
+        rate_LGE[np.broadcast_to(np.asarray(warm_LGE.any(axis=1))[:, None, :], cold_LGE.shape)] = (
+            links.inter_node
+        )
         for node in range(topology.nodes):
-            here_G = topology.node_G == node
-            near_LE = warm_LGE[:, here_G].any(1)
+            here_G = np.asarray(topology.node_G == node)
+            near_LE = np.asarray(warm_LGE[:, here_G].any(axis=1))
             rate_LGE[:, here_G] = np.where(near_LE[:, None, :], links.intra_node, rate_LGE[:, here_G])
         seconds_LGE = np.where(cold_LGE, links.latency + bytes_L[:, None, None] / rate_LGE, 0.0)
         return np.asarray(seconds_LGE.sum(2).reshape(layers, gpus).max(1))

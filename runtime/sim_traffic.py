@@ -20,14 +20,15 @@ Axis letters besides the usual ones: B forward passes, R requests, D domains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, Record, floats, number, whole
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, floats, number, whole
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.models import ModelSpec
 from moeless_opt.problems.traces import Arrivals, RoutedRequests, TokenTraces, compose_steps, count_loads
 
 __all__ = ["Passes", "RoutingModel", "continuous", "from_traces", "one_second_batches"]
@@ -55,7 +56,7 @@ class Passes(Record):
     weight_B: FloatArray
     tokens_B: FloatArray
     kv_tokens_B: FloatArray
-    prefill_B: FloatArray
+    prefill_B: BoolArray
     load_BLE: FloatArray
 
     @property
@@ -152,6 +153,52 @@ class RoutingModel(Record):
             popularity_DLE=popularity, concentration=max(concentration, 0.1), top_k=top_k, source=source
         )
 
+    @classmethod
+    def of_domains(
+        cls,
+        counts: Mapping[str, ArrayLike],
+        measured: tuple[int, ...],
+        model: ModelSpec,
+        spread: RoutingModel,
+        source: str,
+    ) -> RoutingModel:
+        """Popularity from counts per domain of a few layers; how requests differ from another model.
+
+        Parameters
+        ----------
+        counts : mapping from a domain's name to an array [layers measured, E]
+            Measured counts.
+        measured : tuple of int
+            The layers that were measured. The others take the nearest one's popularity, each with its
+            experts in an order of its own, which changes no skew (assumed).
+        model : ModelSpec
+            Dimensions.
+        spread : RoutingModel
+            Whose concentration per expert is used.
+        source : str
+            Where the counts come from.
+        """
+        table_DME = np.stack([np.asarray(counts[name], dtype=np.float64) + 0.5 for name in sorted(counts)])
+        if table_DME.shape[1:] != (len(measured), model.experts):
+            raise ProblemError(
+                "counts", f"have shape {table_DME.shape[1:]}, must be {(len(measured), model.experts)}"
+            )
+        nearest = np.abs(np.arange(model.layers)[:, None] - np.array(measured)).argmin(1)
+        rng = np.random.default_rng(0)
+        order_LE = rng.permuted(np.tile(np.arange(model.experts), (model.layers, 1)), axis=1)
+        layers = np.arange(model.layers)
+        order_LE[np.isin(layers, measured)] = np.arange(model.experts)
+        return cls(
+            popularity_DLE=np.take_along_axis(table_DME[:, nearest], order_LE[None], axis=2),
+            concentration=spread.concentration * model.experts / spread.popularity_DLE.shape[2],
+            top_k=model.top_k,
+            stay=spread.stay,
+            source=(
+                f"{source}: layers {', '.join(map(str, measured))} measured, the nearest one's for the "
+                f"others (assumed); concentration from {spread.source} (composed)"
+            ),
+        )
+
     def like(self, layers: int, experts: int, top_k: int, *, seed: int = 0) -> RoutingModel:
         """A model of other dimensions with the same spread of popularity between and within domains.
 
@@ -182,7 +229,7 @@ class RoutingModel(Record):
         return (
             f"routing generated: {domains} domains, {layers} layers x {experts} experts, top {self.top_k}; "
             f"hottest expert of a domain {skew:.2f} x mean, concentration {self.concentration:.3g}, a "
-            f"request keeps the domain of the last with chance {self.stay:g} (assumed); fitted to {self.source}"
+            f"request has its forerunner's with chance {self.stay:g} (assumed); fitted to {self.source}"
         )
 
     def requests(self, count: int, rng: np.random.Generator) -> IntArray:
@@ -322,7 +369,7 @@ def continuous(
         token_BR = writes_BR + reads_BR * np.maximum(arrivals.prompt_R[live], 1).astype(np.float64)
         written_BR = np.where(reads_BR | writes_BR, arrivals.prompt_R[live] + step_B1 - first_R[live], 0)
         yield Passes(
-            start_B=step_B1[:, 0] * period,
+            start_B=np.asarray(step_B1[:, 0] * period, dtype=np.float64),
             weight_B=np.ones(window),
             tokens_B=token_BR.sum(1),
             kv_tokens_B=written_BR.sum(1).astype(np.float64),
@@ -347,7 +394,7 @@ def from_traces(
     ):
         tokens_B = item.load_SLE[:, 0].sum(1) / top_k
         yield Passes(
-            start_B=(item.start + np.arange(window)) * period,
+            start_B=np.asarray((item.start + np.arange(window)) * period, dtype=np.float64),
             weight_B=np.ones(window),
             tokens_B=tokens_B,
             # What is in the cache is not recorded: half of a mean request for each live one.

@@ -59,8 +59,8 @@ class SimReport:
         Placements applied.
     held_seconds : float
         Sum of replicas held times seconds of passes.
-    busy, lag : float
-        Seconds in which passes ran; how late the last pass started.
+    busy, first_start, end, lag : float
+        Seconds in which passes ran; start of the first and end of the last one; how late the last started.
     """
 
     layer_BL: list[FloatArray] = field(default_factory=list)
@@ -75,6 +75,7 @@ class SimReport:
     plans: int = 0
     held_seconds: float = 0.0
     busy: float = 0.0
+    first_start: float = -1.0
     end: float = 0.0
     lag: float = 0.0
 
@@ -165,6 +166,9 @@ class SimulatedBackend:
         self.meter = CostMeter(self.bytes_L, machine.other_bytes, elastic=elastic)
         self.report = SimReport()
         self.now = 0.0
+        self._peak_G: IntArray = self.bytes_L @ self.pool.warm_LGE.sum(2)
+        self._graph: tuple[int, ReplicaGraph] | None = None
+        self._alone_LGC: FloatArray | None = None
         self._place(slots_LGC, None)
         self._switch: tuple[float, SlotArray, Any] | None = None
         self._stall = 0.0
@@ -373,6 +377,8 @@ class SimulatedBackend:
         report.mean += float((weight_B[:, None] * times.tokens_BLG[done].mean(2)).sum())
         report.busy += busy
         report.held_seconds += float(held_L.sum()) * busy
+        if report.first_start < 0:
+            report.first_start = float(start_B[0])
         report.lag = float(start_B[count - 1] - part.start_B[count - 1])
         report.end = end
         load, tokens, spent, batches = self._seen
@@ -391,10 +397,8 @@ class SimulatedBackend:
         self._equal_LGC = equal_shares(self._slots_LGC, self.experts)
         self._planned_LGC = self._equal_LGC if share_LGC is None else share_LGC
         self._replicated = bool((self._equal_LGC[self._slots_LGC >= 0] < 1).any())
-        self._graph: tuple[int, ReplicaGraph] | None = None
-        self._alone_LGC: FloatArray | None = None
-        if not hasattr(self, "_peak_G"):
-            self._peak_G: IntArray = self.bytes_L @ self.pool.warm_LGE.sum(2)
+        self._graph = None
+        self._alone_LGC = None
 
     def _finish_switch(self) -> None:
         assert self._switch is not None
@@ -450,6 +454,7 @@ def simulate(
     *,
     per_pass: bool = False,
     error: float = 0.1,
+    last: bool = False,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> SimReport:
@@ -467,6 +472,8 @@ def simulate(
         Ask the controller before every pass, with a prediction of its loads (see `predicted`).
     error : float
         Share of the pairs that the prediction gets wrong.
+    last : bool
+        Take the loads of the pass before for the prediction instead.
     seed : int
         For the prediction's errors.
     progress : callable, optional
@@ -479,6 +486,7 @@ def simulate(
     """
     rng = np.random.default_rng(seed)
     past_LE: FloatArray = np.zeros((len(backend.bytes_L), backend.experts))
+    last_BLE: FloatArray = past_LE[None]
     for passes in traffic:
         if controller is None or not per_pass:
             backend.run(passes)
@@ -486,6 +494,9 @@ def simulate(
                 controller.after(passes.count)
         else:
             foreseen_BLE = predicted(passes.load_BLE, past_LE, error, rng)
+            if last:
+                foreseen_BLE = np.concatenate([last_BLE, passes.load_BLE])[: passes.count]
+                last_BLE = passes.load_BLE[-1:]
             for i in range(passes.count):
                 backend.wait_until(float(passes.start_B[i]))
                 if foreseen_BLE[i].any():

@@ -177,28 +177,32 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--slots", type=int, default=0, help="per GPU (default 5; 3 for the tiny model)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="policies whose name has this in it")
+    parser.add_argument("--only", help="policies by their names in the table, separated by ';'")
     options = parser.parse_args()
     slots = options.slots or (5 if options.data else 3)
     topology = mo.uniform(1, options.gpus, slots=slots)
     stream = stream_of(options)
+    unknown = set((options.only or "").split(";")) - {"", *(policy.name for policy in POLICIES)}
+    if unknown:
+        parser.error(f"no policy {sorted(unknown)[0]!r}; there are {'; '.join(p.name for p in POLICIES)}")
     windows, size = stream.windows, stream.model.expert_bytes
     live = np.concatenate([w.live_S for w in windows])
     print(f"{stream.text[0]}\n{stream.text[1]}\n{COMPOSITION}\nAnswers only: no prompt tokens take part.")
     print(
         f"{len(windows)} windows of {options.window} steps of {options.step_ms:g} ms; "
         f"{live.mean():.1f} live requests per step (up to {live.max()}); "
-        f"{options.gpus} GPUs x {slots} slots; {size / 1e6:.1f} MB per expert; seed {options.seed}; {machine()}"
+        f"{options.gpus} GPUs x {slots} slots; {size / 1e6:.1f} MB per expert; seed {options.seed}; "
+        f"{machine()}"
     )
     print(
-        "imbalance: sum over steps and layers of the largest GPU load / of the mean; whole: with whole tokens\n"
-        "(an upper bound); activated: largest number of experts that a GPU reads, mean over steps and layers;\n"
-        "moved: replicas per re-plan, share of those held, MB"
+        "imbalance: sum over steps and layers of the largest GPU load / of the mean; whole: with whole\n"
+        "tokens (an upper bound); activated: largest number of experts that a GPU reads, mean over steps and\n"
+        "layers; moved: replicas per re-plan, share of those held, MB"
     )
     head = f"{'policy':<28}{'shares':>12}{'imbalance':>11}{'whole':>8}{'activated':>11}"
     print(f"{head}{'moved':>9}{'%':>8}{'MB':>9}{'held':>8}{'plan ms':>9}")
     for policy in POLICIES:
-        if options.only and options.only not in policy.name:
+        if options.only and policy.name not in options.only.split(";"):
             continue
         tally = run(policy, windows, topology)
         cells = (len(windows) - 1) * options.window * stream.model.layers

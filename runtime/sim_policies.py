@@ -1,0 +1,216 @@
+"""The policies that the simulator compares, by name: what each holds, when it plans, how it shares tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.plan import Plan
+from moeless_opt.problems.spec import Objective, Sizing
+from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.topology import Topology
+from moeless_opt.runtime.controller import Controller, Planner
+from moeless_opt.runtime.sim_time import Machine
+from moeless_opt.runtime.simulator import SimulatedBackend
+from moeless_opt.runtime.warm_pool import AdaptiveKeepAlive, KeepAlive
+from moeless_opt.solvers.static import contiguous
+
+__all__ = ["POLICIES", "Policy", "Settings", "build"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a run may vary; every value is printed with the results.
+
+    Parameters
+    ----------
+    cv : float
+        MoEless's threshold.
+    distance : int
+        Layers ahead of a prediction.
+    error : float
+        Share of the pairs that a prediction one layer ahead gets wrong; at distance d, 1 - (1 - error)^d.
+    keep_alive : float or "adaptive"
+        Seconds that unused replicas stay, for the per-pass policies.
+    tolerance : float
+        Balance tolerance of ours.
+    horizon : float
+        Passes over which a move of ours has to pay, for the policy that weighs them.
+    every : int
+        Passes between two plans of the windowed policies.
+    seed : int
+        For everything random.
+    """
+
+    cv: float = 0.2
+    distance: int = 1
+    error: float = 0.1
+    keep_alive: float | str = 10.0
+    tolerance: float = 0.1
+    horizon: float = 8.0
+    every: int = 16
+    seed: int = 0
+
+    @property
+    def error_at_distance(self) -> float:
+        """Share of the pairs that the predictor gets wrong."""
+        return 1.0 - (1.0 - self.error) ** self.distance
+
+    def keeps(self) -> KeepAlive | float:
+        """A keep-alive policy of one's own for one run."""
+        if self.keep_alive == "adaptive":
+            return AdaptiveKeepAlive()
+        if isinstance(self.keep_alive, str):
+            raise ProblemError("keep_alive", f"is {self.keep_alive!r}, must be seconds or 'adaptive'")
+        return float(self.keep_alive)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How to serve.
+
+    Parameters
+    ----------
+    text : str
+        For people.
+    shares : str
+        See `SimulatedBackend`.
+    mode : str
+        ``never`` plans, ``windowed``, or ``per-pass`` from a prediction.
+    elastic : bool
+        Whether replicas are functions.
+    solver, split : str
+        As in `moeless_opt.plan`.
+    predictor : str
+        ``model``: `predicted` with the settings' error; ``last``: the pass before.
+    scales, remembers : bool
+        Whether the scaler adds replicas, and whether the placer looks at warm ones.
+    pays : bool
+        Whether moves are weighed against what they save.
+    """
+
+    text: str
+    shares: str
+    mode: str = "never"
+    elastic: bool = False
+    solver: str = "auto"
+    split: str = "fractional"
+    predictor: str = "model"
+    scales: bool = True
+    remembers: bool = True
+    pays: bool = False
+
+
+def _moeless(text: str, **changes: object) -> Policy:
+    parts: dict[str, object] = {"solver": "moeless", "split": "equal", **changes}
+    return Policy(text, "equal", "per-pass", True, **parts)  # type: ignore[arg-type]
+
+
+POLICIES: dict[str, Policy] = {
+    "static": Policy("Megatron-LM's static expert parallelism", "equal"),
+    "eplb": Policy(
+        "DeepSeek's EPLB, per window on its loads", "planned", "windowed", solver="eplb", split="equal"
+    ),
+    "oracle": Policy("perfect balance whatever the router chose, static memory: a bound", "oracle"),
+    "moeless": _moeless("the paper's scaler and placer, per pass, from a prediction"),
+    "moeless-no-predictor": _moeless("... with the last pass's loads for a prediction", predictor="last"),
+    "moeless-no-scaler": _moeless("... with one replica per expert", scales=False),
+    "moeless-no-placer": _moeless("... placed anew without a look at what is warm", remembers=False),
+    "stay": Policy("one plan after the first window, live shares ever after", "timed", "windowed", True),
+    "ours-windowed": Policy("few moves per window on its loads, live shares", "timed", "windowed", True),
+    "ours": Policy("few moves per pass from the same prediction, live shares", "timed", "per-pass", True),
+    "ours-pays": Policy(
+        "as ours, and a replica moves only if it pays in time", "timed", "per-pass", True, pays=True
+    ),
+}  # fmt: skip
+"""What the command offers."""
+
+
+class _Once:
+    """The first plan, for ever."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self.plan: Plan | None = None
+
+    def __call__(self, load_LE: FloatArray, live_LGC: SlotArray) -> Plan:
+        self.plan = self.plan or self.planner(load_LE, live_LGC)
+        return self.plan
+
+
+class _Forgetful:
+    """Plans from nothing, whatever is live."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+
+    def __call__(self, load_LE: FloatArray, live_LGC: SlotArray) -> Plan:
+        from moeless_opt.api import plan
+
+        p = self.planner
+        return plan(load_LE, p.topology, solver=p.solver, split=p.split, **p.options)
+
+
+@dataclass(slots=True)
+class Run:
+    """A backend, and who controls it."""
+
+    backend: SimulatedBackend
+    controller: Controller | None
+    policy: Policy
+    per_pass: bool = field(default=False)
+
+
+def build(name: str, machine: Machine, topology: Topology, settings: Settings) -> Run:
+    """Set up a policy on a machine; it starts from static expert parallelism.
+
+    Raises
+    ------
+    ProblemError
+        If there is no such policy.
+    """
+    if name not in POLICIES:
+        raise ProblemError("policy", f"{name!r} is unknown; there are {', '.join(POLICIES)}")
+    policy, model = POLICIES[name], machine.model
+    bytes_L = np.full(model.layers, model.expert_bytes, dtype=np.int64)
+    capacity_LG = topology.capacity_LG(bytes_L, model.experts)
+    backend = SimulatedBackend(
+        machine,
+        contiguous(model.experts, capacity_LG),
+        capacity_LG,
+        shares=policy.shares,
+        transfers="per-pass" if policy.mode == "per-pass" else "overlapped",
+        distance=settings.distance,
+        keep_alive=settings.keeps() if policy.mode == "per-pass" else 0.0,
+        elastic=policy.elastic,
+    )
+    if policy.mode == "never":
+        return Run(backend, None, policy)
+    options: dict[str, object] = {"model": model}
+    if policy.solver == "moeless":
+        options["sizing"] = Sizing(policy="cv", cv=settings.cv if policy.scales else 1e9)
+    elif policy.solver == "auto":
+        options["objective"] = Objective(
+            balance_tolerance=settings.tolerance, horizon=settings.horizon if policy.pays else None
+        )
+        if policy.pays:
+            options["time"] = TimeModel(token_cost=_token_seconds(machine), unit="s")
+    planner = Planner(topology=topology, solver=policy.solver, split=policy.split, options=options)
+    chosen: Callable[[FloatArray, SlotArray], Plan] = planner
+    if name == "stay":
+        chosen = _Once(planner)
+    elif not policy.remembers:
+        chosen = _Forgetful(planner)
+    controller = Controller(backend, chosen, every=settings.every)
+    return Run(backend, controller, policy, policy.mode == "per-pass")
+
+
+def _token_seconds(machine: Machine) -> float:
+    """Seconds that one more token-expert pair costs a busy GPU, by the machine's time model."""
+    many = 4096.0
+    low, high = machine.time.time(np.array([many, 2 * many]), np.array([2, 2]), np.ones(2))
+    return float(high - low) / many
