@@ -221,6 +221,8 @@ class _Request:
     limits: Limits
     steps: Any
     digest: int
+    schedule: Schedule | None = None
+    version: int = -1
 
 
 class Migrator:
@@ -267,6 +269,7 @@ class Migrator:
         self._digest = 0
         self._started = 0  # the plan under way, or the last one
         self._seen = 0  # the newest number that all ranks had
+        self._version = 0  # counts changes of the placement
         self._stopping = False
         self._clear()
 
@@ -326,8 +329,21 @@ class Migrator:
         ProblemError, InfeasibleError
             If it cannot be carried out from the placement in force; nothing changes then.
         """
-        limits = limits or Limits()
         target = np.asarray(target_LGC)
+        self._number += 1
+        try:
+            request = self._request_for(target, limits or Limits(), steps)
+        except MoelessError as error:
+            # The number is spent all the same: it must mean the same plan on every rank.
+            self.reports[self._number] = MigrationReport(self._number, "aborted", str(error))
+            raise
+        if self._request is not None:
+            self.reports[self._request.number].status = "superseded"
+        self._request, self._digest = request, request.digest
+        self.reports[request.number] = MigrationReport(request.number)
+        return request.number
+
+    def _request_for(self, target: Slots, limits: Limits, steps: Any) -> _Request:
         if target.shape[:2] != (len(self.banks), self.group.size):
             raise ProblemError(
                 "slots_LGC",
@@ -339,16 +355,13 @@ class Migrator:
                 SlotTable(slots_GC, self.tables[layer].n_experts)
             except ProblemError as error:
                 raise ProblemError(f"layer {layer}: {error.where}", error.what) from None
-        text = repr((target.tolist(), limits, steps))
-        request = _Request(self._number + 1, target, limits, steps, zlib.crc32(text.encode()) & 0x7FFFFFFF)
+        text = f"{limits} {getattr(steps, 'steps', steps)!r}".encode()
+        digest = zlib.crc32(text, zlib.crc32(np.ascontiguousarray(target, dtype=np.int32).tobytes()))
+        request = _Request(self._number, target, limits, steps, 1 + (digest & 0x7FFFFFFE))
         if self._schedule is None:
-            self._plan(request)  # refuse at once what cannot work
-        if self._request is not None:
-            self.reports[self._request.number].status = "superseded"
-        self._request = request
-        self._number, self._digest = request.number, request.digest
-        self.reports[request.number] = MigrationReport(request.number)
-        return request.number
+            # Refuse at once what cannot work.
+            request.schedule, request.version = self._plan(request), self._version
+        return request
 
     def _plan(self, request: _Request) -> Schedule:
         if request.steps is not None and not self._staged:
@@ -385,23 +398,24 @@ class Migrator:
         numbers = headers_RK[:, 0]
         if self._schedule is None and self._request is None and (numbers == self._seen).all():
             return
-        # A newer plan that everybody has: post nothing more of this one.
+        # A newer number that everybody has, and the same plan behind it (none: all refused it).
         newer = int(numbers.min()) > self._seen and bool((numbers == numbers[0]).all())
+        same = bool((headers_RK[:, 1] == headers_RK[0, 1]).all())
+        wanted = newer and same and self._request is not None
         if self._schedule is not None:
-            self._stopping = newer
+            self._stopping = wanted  # post nothing more of the old one
             if (worst := int(headers_RK[:, 4].max())) != OK:
                 self._abort(_REASON[worst])
             else:
                 self._advance(layer, int(headers_RK[:, 2].min()), int(headers_RK[:, 3].min()))
-        if not newer:
-            return
-        if (headers_RK[:, 1] != headers_RK[0, 1]).any():
-            # Never raise in the middle of somebody's batch: the placement in force stays in force.
-            self._request, self._seen = None, self._number
-            report = self.reports[self._number]
-            report.status, report.reason = "aborted", "the ranks handed in different plans"
-        else:
+        if wanted:
             self._supersede(int(headers_RK[:, 3].min()))
+        elif newer:
+            # Never raise in the middle of somebody's batch: the placement in force stays in force.
+            if self._request is not None:
+                report = self.reports[self._request.number]
+                report.status, report.reason = "aborted", "the ranks handed in different plans"
+            self._request, self._digest, self._seen = None, 0, self._number
 
     def _look(self) -> None:
         while self._done < self._posted and self._flights[self._done].done.is_set():
@@ -536,6 +550,7 @@ class Migrator:
         # The host has seen the arrivals complete, so the kernels that it launches next may read them.
         bank.install(table.rows[self.group.rank])
         self.tables[layer] = table
+        self._version += 1
         self._staged -= {(layer, e, g) for g, row in enumerate(table.rows) for e in row}
         self.on_switch(layer, table)
 
@@ -563,14 +578,14 @@ class Migrator:
                 return
             self._end("superseded")
         request = self._request
-        if request is None:
-            return
-        self._request = None
-        self._started = self._seen = request.number
+        assert request is not None
+        self._request, self._digest = None, 0
+        self._started, self._seen = request.number, self._number
         report = self.reports[request.number]
         report.began = time.perf_counter()
         try:
-            schedule = self._plan(request)
+            fresh = request.schedule if request.version == self._version and not self._staged else None
+            schedule = fresh or self._plan(request)
         except (InfeasibleError, ProblemError) as error:
             # It was possible from where the ranks stood when it was handed in; everybody finds the same now.
             report.status, report.reason = "aborted", str(error)

@@ -144,7 +144,17 @@ def late_and_different(w: World, live: LiveModel) -> None:
     if w.rank == 1:
         number = live.apply(wanted)
     assert w.until_over(live, number) == "done"
+    # Refused on one rank alone: nobody takes it, and the next one is understood again.
     before = live.slots_LGC
+    if w.rank == 2:
+        with pytest.raises(ProblemError):
+            live.apply(before[:, :2])
+    else:
+        number = live.apply(np.roll(before, 1, axis=1))
+    for _ in range(3):
+        w.same()
+    assert w.rank == 2 or live.migration(number).status == "aborted", live.migration(number)
+    assert (live.slots_LGC == before).all()
     mine = worlds.random_slots(np.random.default_rng(w.rank), LAYERS, w.size)
     number = live.apply(mine)
     assert w.until_over(live, number) == "aborted"
