@@ -36,6 +36,8 @@ Int = NDArray[np.int64]
 Word = NDArray[np.uint64]
 
 _CHUNK = 1 << 14  # states expanded together
+_BEAM = 2000  # states kept per depth by the beam search
+_HARD = 1000  # states in a step from which on a good plan is looked for first
 _CELLS = 1 << 22  # (state, pattern) pairs tested together
 _MOST_CANDIDATES = 60_000_000  # sets of types looked at before the method gives up
 _ROUND = 1e-11  # relative slop of sums of loads
@@ -127,7 +129,7 @@ def solve_patterns(
     base = max(lower, float(bound_L[0]))
     result = PatternResult(base, upper, None, base == np.inf, 0)
     layer = _Layer.make(load, capacity, speed, max_replicas, min_replicas, time)
-    step = 2.0**-13
+    step, hard = 2.0**-13, _HARD
     while not result.proven:
         # The last step before a known plan asks for anything better than it.
         limit = base * (1 + step) if result.upper > base * (1 + 1.15 * step) else result.upper * (1 - _SAME)
@@ -139,8 +141,15 @@ def solve_patterns(
         if complete:
             result.lower = limit if found is None and limit < result.upper * (1 - 2 * _SAME) else result.upper
         result.proven = result.upper <= result.lower * (1 + max(gap, _ROUND))
-        if not complete or found is not None:
+        if not complete or (found is not None and result.lower >= result.upper):
             break
+        if search.states > hard:
+            # Steps get long: a good plan now keeps the last of them from going farther than it must.
+            wide = min(result.upper * (1 - _SAME), base * (1 + 4 * step))
+            plan, _ = _Search(layer, wide, deadline, beam=_BEAM).run()
+            if plan is not None:
+                result.upper, result.slots_GC = plan
+            hard = hard * 4 if plan is None else 1 << 62
         # States grow with a high power of the step: stride while they are few, walk once they are many.
         step *= 4.0 if search.states < 100 else 2.0 if search.states < 1000 else 1.35
     return result
@@ -372,8 +381,11 @@ def _bit(type_: Int) -> Word:
 class _Search:
     """One step: all plans within ``limit``, or the best of them."""
 
-    def __init__(self, layer: _Layer, limit: float, deadline: float, total: int | None = None) -> None:
-        self.layer, self.limit, self.deadline, self.total = layer, limit, deadline, total
+    def __init__(
+        self, layer: _Layer, limit: float, deadline: float, total: int | None = None, beam: int | None = None
+    ) -> None:
+        self.layer, self.limit, self.deadline = layer, limit, deadline
+        self.total, self.beam = total, beam
         self.states = 0
         self.slop = _ROUND * limit * float(layer.speed_K.max()) * len(layer.class_G)
 
@@ -451,6 +463,10 @@ class _Search:
                         break  # any plan within the limit will do
             states_N, pattern_N = self._matches(chunk, pivot_N, best)
             children = self._children(chunk, states_N, pattern_N)
+            if self.beam is not None and len(children) > self.beam:
+                # What has wasted least so far can still do most.
+                complete = False
+                children = children.take(np.argsort(-children.slack_N, kind="stable")[: self.beam])
             if len(children):
                 stack += [
                     children.take(slice(start, start + _CHUNK)) for start in range(0, len(children), _CHUNK)
