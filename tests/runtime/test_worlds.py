@@ -56,6 +56,12 @@ def test_survivors_of_killed_ranks_go_on_with_the_same_outputs(
         assert any(r["migrating"] for r in result["recoveries"])
 
 
+def test_ranks_that_hand_plans_in_at_different_moments_never_part(run_world: World) -> None:
+    results = run_world("worker_chaos.py", 4)
+    assert all(r["done"] > 0 for r in results)
+    assert any(r["superseded"] > 0 for r in results)
+
+
 def test_a_death_during_a_recovery(run_world: World) -> None:
     results = run_world("worker_faults.py", 4, "mapped", "2@6.2", "0@recovery", expect_killed=2)
     for result in (results[1], results[3]):
