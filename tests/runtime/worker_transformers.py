@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import transformers as T
 import worlds
 
+from moeless_opt.runtime.faults import Guard
 from moeless_opt.runtime.live import attach
 
 SMALL = {
@@ -87,6 +89,19 @@ def main() -> None:
         t = torch.tensor([worst, after])
         dist.all_reduce(t, op=dist.ReduceOp.MAX)
         out[name] = t.tolist()
+    live = attach(model, checksums=True, timeout=10.0)
+    guard = Guard(live, grace=0.5)
+
+    def step() -> torch.Tensor:
+        if rank == size - 1:
+            live.dispatchers[1].on_batch.append(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        with torch.no_grad():
+            logits: torch.Tensor = model(x).logits
+        return logits
+
+    out["survivor"] = [(guard.run(step) - want).abs().max().item(), 0.0]
+    assert live.group.size == size - 1
+    assert guard.recoveries[0].restored_bytes > 0
     worlds.report(out)
 
 
