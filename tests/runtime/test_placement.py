@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.topology import Topology
+from moeless_opt.runtime.backend import LoadWindow, Observation
 from moeless_opt.runtime.placement import (
     Schedule,
     SlotTable,
@@ -253,3 +256,29 @@ def test_a_repair_keeps_what_is_there_and_places_what_is_lost(
             fits = all(len(r) <= room for r in rows)
             if fits and {x for r in rows for x in r} == set(range(experts)):
                 assert set(table.rows[g]) == set(row)  # nothing lost: nothing moves
+
+
+def test_planning_parts_do_not_import_torch() -> None:
+    modules = "moeless_opt.runtime.placement, moeless_opt.runtime.backend"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_loads_fade_and_survive_a_change_of_ranks() -> None:
+    def seen(load: int, ranks: int) -> Observation:
+        return Observation(
+            load_LE=np.full((1, 2), load),
+            tokens_LG=np.full((1, ranks), 10),
+            seconds_LG=np.arange(1.0, ranks + 1)[None],
+            batches=1,
+        )
+
+    window = LoadWindow(decay=0.5)
+    window.update(seen(8, 2))
+    assert window.update(seen(4, 2)).tolist() == [[8.0, 8.0]]
+    assert window.speed_G() == pytest.approx([4 / 3, 2 / 3])
+    assert window.update(seen(0, 1)).tolist() == [[4.0, 4.0]]  # loads go on, times start anew
+    assert window.speed_G() == pytest.approx([1.0])
+    assert seen(1, 2).imbalance_L.tolist() == [1.0]
+    with pytest.raises(ProblemError, match="decay"):
+        LoadWindow(decay=1.0)
