@@ -52,8 +52,8 @@ class Activation:
     activated_G : ndarray of int, shape (G,)
         Experts activated on each GPU.
     proof_G : ndarray of bool, shape (G,)
-        GPUs whose experts cannot go anywhere else, and which would not hold them all if each activated fewer
-        than ``max(activated / speed)``: the proof that no choice of replicas does better.
+        GPUs that hold, alone, more experts with tokens than they could activate below
+        ``max(activated / speed)``: the proof that no choice of replicas does better.
     """
 
     gpu_E: Int
