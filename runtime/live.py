@@ -174,6 +174,16 @@ class LiveModel:
         width = max(len(row) for table in tables for row in table.rows)
         return np.stack([table.slots(width) for table in tables])
 
+    @property
+    def target_LGC(self) -> Slots:
+        """Where the placement is heading: the newest plan's slots, or those in force if nothing is under way.
+
+        On its way a placement may hold more replicas than a rank has slots; plan from the target, which does
+        not.
+        """
+        target = self.migrator.target_LGC
+        return self.slots_LGC if target is None else target
+
     def apply(
         self,
         plan: Any,

@@ -274,6 +274,7 @@ class Migrator:
         self._clear()
 
     def _clear(self) -> None:
+        self._target: Slots | None = None
         self._schedule: Schedule | None = None
         self._posted = 0
         self._done = 0
@@ -292,6 +293,11 @@ class Migrator:
     def rows_LG(self) -> list[list[list[int]]]:
         """Experts in force, by layer and rank."""
         return [[list(row) for row in table.rows] for table in self.tables]
+
+    @property
+    def target_LGC(self) -> Slots | None:
+        """The placement that is being reached, or waits to be; None if there is none."""
+        return self._target if self._request is None else self._request.target_LGC
 
     @property
     def idle(self) -> bool:
@@ -600,7 +606,7 @@ class Migrator:
         self._staged &= wanted
         for layer, bank in enumerate(self.banks):
             bank.drop_staged([e for (i, e, g) in self._staged if i == layer and g == self.group.rank])
-        self._schedule = schedule
+        self._schedule, self._target = schedule, request.target_LGC
         self._waiting_stages = list(range(len(schedule.stages)))
         report.status = "moving"
         if not schedule.stages:

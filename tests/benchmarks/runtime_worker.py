@@ -209,7 +209,7 @@ def traffic(steps_per_domain: int, slots: int) -> dict[str, Any]:
             loads = window.update(seen)
             first = k == 0 and name != "static EP"
             if first or (name == "shares and re-plans" and k % 2 == 0):
-                wanted = plan(loads, topology, current=live.slots_LGC, expert_bytes=one)
+                wanted = plan(loads, topology, current=live.target_LGC, expert_bytes=one)
                 live.apply(wanted.slots_LGC)
                 if first:
                     live.settle()

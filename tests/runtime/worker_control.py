@@ -118,10 +118,12 @@ def memory(w: World, live: LiveModel) -> dict[str, int]:
 def superseded(w: World, live: LiveModel) -> None:
     """A newer plan replaces one under way; what was on its way arrives, the rest is dropped."""
     one = live.banks[0].expert_bytes
-    first = live.apply(w.slots(), max_step_bytes=one)
+    early = w.slots()
+    first = live.apply(early, max_step_bytes=one)
     for _ in range(2):
         w.same()
     assert live.migration(first).status == "moving"
+    assert (live.target_LGC == early).all()
     last = w.slots()
     second = live.apply(w.slots(), max_step_bytes=one)
     third = live.apply(last, max_step_bytes=one)
@@ -132,6 +134,7 @@ def superseded(w: World, live: LiveModel) -> None:
         [sorted(e for e in row if e >= 0) for row in layer] for layer in last.tolist()
     ]
     live.settle()
+    assert (live.target_LGC == live.slots_LGC).all()
     assert (live.memory().held_G == live.memory().live_G).all(), live.memory()
 
 
