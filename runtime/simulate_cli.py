@@ -186,8 +186,8 @@ def _said(settings: Settings) -> str:
     return (
         f"cv {settings.cv:g}; predictions {settings.distance} layer(s) ahead, "
         f"{settings.error_at_distance:.3g} of the pairs wrong (assumed); keep-alive {settings.keep_alive} s "
-        f"(assumed); ours: tolerance {settings.tolerance:g}, horizon {settings.horizon:g} passes; windowed policies plan every {settings.every} passes; "
-        f"seed {settings.seed}"
+        f"(assumed); ours: tolerance {settings.tolerance:g}, horizon {settings.horizon:g} passes; windowed "
+        f"policies plan every {settings.every} passes; seed {settings.seed}"
     )
 
 

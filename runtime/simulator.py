@@ -201,7 +201,9 @@ class SimulatedBackend:
         share_LGC = getattr(plan, "share_LGC", None) if getattr(plan, "split", "") == "equal" else None
         report = self.report
         report.plans += 1
-        if self._switch is not None:  # a migration under way is finished first, in no time of its own
+        if self._switch is not None:  # what is under way takes the time that it takes
+            self._stall += max(self._switch[0] - self.now, 0.0)
+            self._switch = (self.now, *self._switch[1:])
             self._finish_switch()
         if self.transfers == "per-pass":
             before = self.pool.warm_LGE.copy()
@@ -402,8 +404,13 @@ class SimulatedBackend:
 
     def _finish_switch(self) -> None:
         assert self._switch is not None
-        _, slots_LGC, share_LGC = self._switch
+        when, slots_LGC, share_LGC = self._switch
         self._switch = None
+        when = max(when, self.pool.now)
+        self.pool.hold(self._slots_LGC, when)
+        self.pool.hold(slots_LGC, when)
+        self.pool.advance(when)
+        self.pool.keep_only(slots_LGC)
         self._place(slots_LGC, share_LGC)
 
     def _count_moves(self, cold_LGE: NDArray[np.bool_]) -> None:

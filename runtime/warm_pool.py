@@ -227,6 +227,12 @@ class WarmPool:
         held = held_LGE(slots_LGC, self.warm_LGE.shape[2]) & self.warm_LGE
         self.last_LGE[held] = np.maximum(self.last_LGE[held], until)
 
+    def keep_only(self, slots_LGC: SlotArray) -> None:
+        """Release all other replicas now: what a serverful system does when it has switched."""
+        kept_LGE = held_LGE(slots_LGC, self.warm_LGE.shape[2])
+        self.released += int((self.warm_LGE & ~kept_LGE).sum())
+        self.warm_LGE &= kept_LGE
+
     def prewarm(self, slots_LGC: SlotArray, now: float) -> Use:
         """Load, ahead of their use, replicas that a prediction wants; a use at the same time finds them warm.
 
