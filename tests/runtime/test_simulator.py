@@ -1,0 +1,384 @@
+"""Simulated time against plain arithmetic, the backend against loops over passes, the table's figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.problems.models import ModelSpec, model_preset
+from moeless_opt.problems.placement import equal_shares
+from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.topology import Links, Topology
+from moeless_opt.problems.traces import TokenTraces, poisson_arrivals
+from moeless_opt.runtime.backend import Backend
+from moeless_opt.runtime.cost import CostMeter
+from moeless_opt.runtime.sim_policies import POLICIES, Settings, build
+from moeless_opt.runtime.sim_time import Machine, expert_curve
+from moeless_opt.runtime.sim_traffic import (
+    Passes,
+    RoutingModel,
+    continuous,
+    from_traces,
+    one_second_batches,
+)
+from moeless_opt.runtime.simulate_cli import main
+from moeless_opt.runtime.simulator import SimReport, SimulatedBackend, predicted, simulate
+from moeless_opt.solvers.static import contiguous
+
+MODEL = ModelSpec(name="small", layers=3, experts=4, top_k=2, hidden=64, ffn=128)
+TOPOLOGY = Topology.uniform(2, 2, slots=2, links=Links(intra_node=1e9, inter_node=1e8, host=5e7))
+MACHINE = Machine(
+    topology=TOPOLOGY,
+    model=MODEL,
+    time=TimeModel(token_cost=1e-6, activation_cost=1e-5, unit="s"),
+    flops=1e12,
+    bandwidth=1e11,
+)
+CAPACITY = np.full((3, 4), 2)
+STATIC = contiguous(4, CAPACITY)
+
+
+def passes_of(seed: int, count: int, gap: float = 0.0) -> Passes:
+    rng = np.random.default_rng(seed)
+    load = rng.integers(0, 50, (count, 3, 4)).astype(float)
+    load[:, 1:] = rng.permuted(np.repeat(load[:, :1], 2, axis=1), axis=2)
+    return Passes(
+        start_B=np.arange(count) * gap,
+        weight_B=np.ones(count),
+        tokens_B=load[:, 0].sum(1) / 2,
+        kv_tokens_B=np.full(count, 100.0),
+        prefill_B=np.zeros(count, dtype=np.bool_),
+        load_BLE=load,
+    )
+
+
+def replicated(seed: int) -> np.ndarray:
+    """Every expert on its static GPU, and a second one on each GPU."""
+    rng = np.random.default_rng(seed)
+    slots = STATIC.copy()
+    for layer in range(3):
+        for g in range(4):
+            slots[layer, g, 1] = rng.choice([e for e in range(4) if e != slots[layer, g, 0]])
+    return slots
+
+
+# --- times -------------------------------------------------------------------------------------------------
+
+
+def test_all_to_all_by_hand() -> None:
+    # GPU 0 serves all 400 pairs: of each quarter, one is its own, one its neighbour's, two come from afar.
+    tokens = np.array([[400.0, 0, 0, 0]])
+    state = 2 * 64
+    near, far = 100 * state / 1e9, 200 * state / 1e8
+    assert MACHINE.all_to_all(tokens)[0] == pytest.approx(2 * (max(near, far) + 10e-6))
+    assert MACHINE.all_to_all(np.zeros((1, 4)))[0] == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_layer_times_by_hand(seed: int) -> None:
+    slots, passes = replicated(seed), passes_of(seed, 3)
+    share = np.broadcast_to(equal_shares(slots, 4), (3, *slots.shape))
+    times = MACHINE.layers(passes.load_BLE, slots, share)
+    for b in range(3):
+        for layer in range(3):
+            tokens, used = np.zeros(4), np.zeros(4)
+            for g in range(4):
+                for expert in slots[layer, g]:
+                    part = passes.load_BLE[b, layer, expert] / (slots[layer] == expert).sum()
+                    tokens[g] += part
+                    used[g] += part > 0
+            gpu = np.where(tokens > 0, 1e-6 * tokens + 1e-5 * used, 0)
+            assert times.tokens_BLG[b, layer] == pytest.approx(tokens)
+            assert times.experts_BL[b, layer] == pytest.approx(gpu.max())
+            assert times.used_BL[b, layer] == used.sum()
+            network = MACHINE.all_to_all(tokens[None])[0]
+            assert times.layer_BL[b, layer] == pytest.approx(gpu.max() + network)
+
+
+def test_loading_takes_the_nearest_link() -> None:
+    warm = np.zeros((1, 4, 4), dtype=np.bool_)
+    warm[0, 0, 0] = warm[0, 2, 1] = True
+    cold = np.zeros_like(warm)
+    cold[0, 1, 0] = True  # from GPU 0, its node
+    size = np.array([10**6])
+    assert MACHINE.load_seconds(cold, warm, size)[0] == pytest.approx(10e-6 + 1e-3)
+    cold[0, 1, 1] = True  # and from GPU 2, another node
+    assert MACHINE.load_seconds(cold, warm, size)[0] == pytest.approx(20e-6 + 1e-3 + 1e-2)
+    cold[0, 1, 2] = True  # and from the host
+    assert MACHINE.load_seconds(cold, warm, size)[0] == pytest.approx(30e-6 + 1e-3 + 1e-2 + 2e-2)
+
+
+def test_measured_curve(tmp_path: Path) -> None:
+    rows = ["layer_name,input,kv_cache,tp_size,latency(ns)"]
+    for n in range(1, 65):
+        rows += [
+            f"{name},{n},0,1,{100 * max(n, 16)}" for name in ("gate", "expert.w1", "expert.w2", "expert.w3")
+        ]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    model = MODEL.replace(hidden=32, ffn=64)  # a quarter of the expert that was "measured"
+    time = expert_curve(tmp_path / "t.csv", model, timed=(64, 128))
+    per_token = 3 * 100e-9 / 4
+    speed = np.ones(1)
+    # One expert below the knee, above it, and beyond what was measured.
+    assert time.time([4], [1], speed)[0] == pytest.approx(16 * per_token, rel=0.02)
+    assert time.time([48], [1], speed)[0] == pytest.approx(48 * per_token, rel=0.1)
+    assert time.time([200], [1], speed)[0] == pytest.approx(200 * per_token, rel=0.15)
+    # Reading two experts takes twice as long.
+    assert time.time([4], [2], speed)[0] == pytest.approx(2 * time.time([2], [1], speed)[0])
+    (tmp_path / "bad.csv").write_text("layer_name,input\nexpert.w1,1\n")
+    with pytest.raises(FormatError, match="no table"):
+        expert_curve(tmp_path / "bad.csv", model, timed=(64, 128))
+
+
+# --- the backend -------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_backend() -> None:
+    assert isinstance(SimulatedBackend(MACHINE, STATIC, CAPACITY), Backend)
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.05])
+def test_passes_run_one_after_the_other(gap: float) -> None:
+    passes = passes_of(1, 12, gap)
+    backend = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="equal")
+    backend.run(passes)
+    share = np.broadcast_to(equal_shares(STATIC, 4), (12, *STATIC.shape))
+    layer = MACHINE.layers(passes.load_BLE, STATIC, share).layer_BL
+    took = layer.sum(1) + MACHINE.rest(passes.tokens_B, passes.kv_tokens_B)
+    now = 0.0
+    for start, seconds in zip(passes.start_B, took, strict=True):
+        now = max(now, start) + seconds
+    assert backend.now == pytest.approx(now)
+    assert backend.report.busy == pytest.approx(took.sum())
+    seen = backend.observe()
+    assert np.array_equal(seen.load_LE, passes.load_BLE.sum(0))
+    assert seen.batches == 12
+    assert backend.observe().batches == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["equal", "balanced", "timed"]), st.integers(1, 9))
+def test_cutting_the_traffic_changes_nothing(seed: int, shares: str, cut: int) -> None:
+    passes = passes_of(seed, 10, 0.001)
+    reports = []
+    for parts in ([passes], [passes.part(0, cut), passes.part(cut, 10)]):
+        backend = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares=shares)
+        backend.apply(replicated(seed))
+        for part in parts:
+            backend.run(part)
+        reports.append(backend)
+    a, b = reports
+    assert a.now == pytest.approx(b.now)
+    assert np.concatenate(a.report.layer_BL) == pytest.approx(np.concatenate(b.report.layer_BL))
+    for rule in ("resident", "passes", "functions"):
+        assert a.meter.cost(rule).total == pytest.approx(b.meter.cost(rule).total)
+
+
+def test_overlapped_switches_when_the_transfers_are_done_and_exposed_waits() -> None:
+    passes, wanted = passes_of(2, 200, 0.0), replicated(2)
+    ends = {}
+    for transfers in ("overlapped", "exposed"):
+        backend = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="equal", transfers=transfers)
+        plain = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="equal")
+        plain.run(passes.part(0, 1))
+        first = plain.now
+        backend.apply(wanted)
+        moved = int((wanted[:, :, 1] >= 0).sum())
+        assert backend.report.moved == moved
+        assert backend.report.moved_bytes == moved * MODEL.expert_bytes
+        assert backend.memory().held_G.sum() == (12 + moved) * MODEL.expert_bytes
+        backend.run(passes.part(0, 1))
+        if transfers == "overlapped":
+            assert backend.now == pytest.approx(first)
+            assert np.array_equal(backend.slots_LGC, STATIC)
+        else:
+            assert backend.now > 2 * first
+        backend.run(passes.part(1, 200))
+        assert np.array_equal(backend.slots_LGC, wanted)
+        ends[transfers] = backend.now
+    assert ends["exposed"] > ends["overlapped"]
+
+
+def test_per_pass_waits_for_what_the_layers_before_do_not_hide() -> None:
+    backend = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="equal", transfers="per-pass", distance=1)
+    passes = passes_of(3, 2)
+    backend.run(passes.part(0, 1))
+    before = backend.pool.warm_LGE.copy()
+    last = backend.report.layer_BL[0][0]
+    wanted = replicated(3)
+    backend.apply(wanted)
+    backend.run(passes.part(1, 2))
+    share = equal_shares(wanted, 4)[None]
+    layer = MACHINE.layers(passes.load_BLE[1:], wanted, share).layer_BL[0]
+    cold = backend.pool.warm_LGE & ~before
+    load = MACHINE.load_seconds(cold, before, backend.bytes_L)
+    lead = np.array([last[2], layer[0], layer[1]])
+    assert backend.report.exposed_BL[1][0] == pytest.approx(np.maximum(load - lead, 0))
+    assert backend.report.layer_BL[1][0] == pytest.approx(layer + np.maximum(load - lead, 0))
+    assert load.max() > lead.min()  # else this shows nothing
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_share_policies_in_order(seed: int) -> None:
+    """Timed is never slower than balanced, whose largest GPU load is never above that of equal shares."""
+    runs = {}
+    for shares in ("equal", "balanced", "timed", "oracle"):
+        backend = SimulatedBackend(MACHINE, replicated(seed), CAPACITY, shares=shares)
+        backend.run(passes_of(seed, 5))
+        runs[shares] = backend.report
+    assert runs["balanced"].largest <= runs["equal"].largest * (1 + 1e-9)
+    timed, balanced = (np.concatenate(runs[name].layer_BL) for name in ("timed", "balanced"))
+    assert (timed <= balanced + 1e-15).all()
+    assert runs["oracle"].imbalance == pytest.approx(1.0)
+    assert runs["oracle"].mean == pytest.approx(runs["equal"].mean)
+
+
+def test_percentile_counts_weights() -> None:
+    report = SimReport()
+    report.layer_BL.append(np.array([[1.0], [2.0], [3.0]]))
+    report.weight_B.append(np.array([97.0, 2.0, 1.0]))
+    report.prefill_B.append(np.array([False, True, False]))
+    assert report.percentile(0.97) == 1.0
+    assert report.percentile(0.99) == 2.0
+    assert report.percentile(1.0) == 3.0
+    assert report.mean_latency() == pytest.approx(1.04)
+    assert report.mean_latency(prefill=True) == 2.0
+
+
+def test_charging_rules_by_hand() -> None:
+    held, used = np.array([3.0, 2.0]), np.array([[1.0, 2.0]])
+    layer, whole = np.array([[0.5, 1.0]]), np.array([4.0])
+    for elastic, functions in ((False, 5 * 4.0), (True, 1 * 0.5 + 2 * 1.0)):
+        meter = CostMeter([1e9, 1e9], 2e9, elastic=elastic)
+        meter.add_passes(held, used, layer, whole, np.array([1e9]), np.array([10.0]))
+        meter.add_wall(7e9, 50.0)
+        assert meter.cost("passes").experts == pytest.approx(5 * 40)
+        assert meter.cost("passes").rest == pytest.approx(3 * 40)
+        assert meter.cost("functions").experts == pytest.approx(10 * functions)
+        assert meter.cost("resident").total == pytest.approx(7 + 100)
+
+
+# --- traffic -----------------------------------------------------------------------------------------------
+
+
+def test_generated_loads_have_the_routers_totals() -> None:
+    model = RoutingModel(popularity_DLE=np.ones((2, 3, 4)), concentration=5.0, top_k=2)
+    arrivals = poisson_arrivals(4, 20, prompt=20, output=10, seed=1)
+    batches = list(one_second_batches(model, arrivals, decode_every=4))
+    for part in batches:
+        assert np.array_equal(part.load_BLE.sum(2), np.repeat(2 * part.tokens_B[:, None], 3, axis=1))
+    prompts = sum(part.tokens_B[part.prefill_B].sum() for part in batches)
+    assert prompts == np.maximum(arrivals.prompt_R, 1).sum()
+    # All writing passes are stood for: the longest answer of each second, less its first token.
+    second = np.floor(arrivals.time_R).astype(int)
+    longest = sum(int(arrivals.output_R[second == s].max()) - 1 for s in np.unique(second))
+    stood = sum(part.weight_B[~part.prefill_B].sum() for part in batches)
+    assert longest - 4 * len(batches) <= stood <= longest
+    steps = list(continuous(model, arrivals, period=0.1, window=8))
+    assert np.array_equal(
+        np.concatenate([s.load_BLE.sum(2)[:, 0] for s in steps]),
+        2 * np.concatenate([s.tokens_B for s in steps]),
+    )
+
+
+def test_continuous_is_the_slow_loop() -> None:
+    model = RoutingModel(popularity_DLE=np.ones((1, 1, 4)), concentration=5.0, top_k=1)
+    arrivals = poisson_arrivals(5, 10, prompt=9, output=6, seed=4)
+    steps = list(continuous(model, arrivals, period=0.25, window=5))
+    tokens, cached = (np.concatenate([getattr(s, k) for s in steps]) for k in ("tokens_B", "kv_tokens_B"))
+    for step in range(len(tokens)):
+        want = kept = 0
+        for t, prompt, output in zip(arrivals.time_R, arrivals.prompt_R, arrivals.output_R, strict=True):
+            age = step - int(np.ceil(t / 0.25 - 1e-9))
+            if 0 <= age < max(output, 1):
+                want += max(prompt, 1) if age == 0 else 1
+                kept += prompt + age
+        assert (tokens[step], cached[step]) == (want, kept)
+
+
+def test_fit_finds_the_concentration_back() -> None:
+    rng = np.random.default_rng(0)
+    truth = RoutingModel(
+        popularity_DLE=rng.uniform(0.5, 1.5, (1, 3, 8)), concentration=20.0, top_k=1, source="made up"
+    )
+    share = truth.distributions(np.zeros(400, dtype=np.int64), rng)
+    tokens = 100
+    routed = np.stack(
+        [[rng.choice(8, tokens, p=np.float64(p) / np.float64(p).sum()) for p in layers] for layers in share]
+    )
+    traces = TokenTraces(
+        experts_TLK=routed.transpose(0, 2, 1).reshape(-1, 3, 1),
+        offsets=np.arange(401) * tokens,
+        experts=8,
+    )
+    fitted = RoutingModel.fit(traces)
+    assert fitted.concentration == pytest.approx(20.0, rel=0.1)
+    assert fitted.popularity_DLE == pytest.approx(truth.popularity_DLE, abs=0.03)
+    like = fitted.like(5, 16, 2, seed=1)
+    assert like.popularity_DLE.shape == (1, 5, 16)
+    assert like.popularity_DLE.max() <= 0.5 + 1e-12
+
+
+def test_recorded_traces_pass_through() -> None:
+    rng = np.random.default_rng(1)
+    traces = TokenTraces(experts_TLK=rng.integers(0, 4, (60, 3, 2)), offsets=np.arange(0, 61, 10), experts=4)
+    parts = list(from_traces(traces, poisson_arrivals(5, 20, seed=2), period=0.1, window=8))
+    assert parts
+    for part in parts:
+        assert np.array_equal(part.load_BLE.sum(2), np.repeat(2 * part.tokens_B[:, None], 3, axis=1))
+
+
+def test_prediction_keeps_totals_and_errs_as_much_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    load = np.zeros((1, 2, 4))
+    load[0, :, 0] = 10_000
+    seen = predicted(load, np.ones((2, 4)), 0.4, rng)
+    assert seen.sum(2) == pytest.approx(load.sum(2))
+    assert np.abs(seen - load).sum(2) / 2 / 10_000 == pytest.approx(0.4 * 0.75, abs=0.02)
+    assert np.array_equal(predicted(load, np.ones((2, 4)), 0.0, rng), load)
+
+
+# --- policies and the command ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_every_policy_runs_and_repeats_itself(name: str) -> None:
+    topology = Topology.preset("8xA6000", slots=2)
+    model = model_preset("Mixtral-8x7B").replace(layers=2)
+    machine = Machine.of(topology, model)
+    rng = np.random.default_rng(0)
+    routing = RoutingModel(popularity_DLE=rng.uniform(0.2, 2, (3, 2, 8)), concentration=10.0, top_k=2)
+    arrivals = poisson_arrivals(4, 12, seed=3)
+    ends = []
+    for _ in range(2):
+        run = build(name, machine, topology, Settings(every=4))
+        report = simulate(
+            run.backend,
+            one_second_batches(routing, arrivals),
+            run.controller,
+            per_pass=run.per_pass,
+            last=run.policy.predictor == "last",
+        )
+        ends.append((report.mean_latency(), report.moved, run.backend.meter.cost("resident").total))
+    assert ends[0] == ends[1]
+    assert ends[0][0] > 0
+
+
+def test_command_prints_what_it_rests_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seconds", "6", "--model", "Mixtral-8x7B", "--policies", "static,moeless,ours"]) == 0
+    text = capsys.readouterr().out
+    for word in ("measured", "composed", "assumed", "resident:", "functions:", "moeless", "Poisson"):
+        assert word in text
+    assert main(["--seconds", "5", "--model", "x"]) == 2
+    assert main(["--policies", "stat"]) == 2
+    assert main(["--model", "Mixtral-8x7B", "--sweep", "cv", "low"]) == 2
+    assert "'low' is no value for cv" in capsys.readouterr().err
+    with pytest.raises(ProblemError, match="policy"):
+        build("x", MACHINE, TOPOLOGY, Settings())
