@@ -296,7 +296,7 @@ def replan_equal(
     max_moves: int | None = None,
     cost_L: Sequence[int] | None = None,
     time_limit: float | None = None,
-    rounds: int = 6,
+    rounds: int = 8,
     seed: int = 0,
     repair: bool = False,
     bound_L: Any = None,
