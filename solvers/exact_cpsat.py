@@ -1,9 +1,9 @@
 """The exact model in CP-SAT, which is strong where counts and exclusions matter more than fractions.
 
-The same rows as in `exact_model`, in whole numbers: loads are rounded *down* to units of a ten-millionth of
+The same rows as in `exact_model`, in whole numbers: loads are rounded *down* to units of a ten-billionth of
 the lower bound, so that CP-SAT's bound stays below the true optimum, and the plan it finds is evaluated
-with the true loads. In the fractional split the tokens served are whole units as well, and the bound gives
-the rounding back.
+with the true loads. In the fractional split the tokens served are whole units as well (of a
+ten-millionth), and the bound gives the rounding back.
 
 A full feasible hint is lost in presolve if the solver detects symmetry in this model. Small layers are proven
 faster with symmetry, and the known plan's time is an upper bound in any case; large ones keep the hint with
@@ -21,7 +21,7 @@ from moeless_opt.solvers.exact_model import ExactLayer, ExactResult, LinearModel
 
 __all__ = ["solve_cpsat"]
 
-_UNITS = 10_000_000  # to the lower bound: rounding costs 1e-7 of it per slot of a GPU
+_UNITS = {"equal": 10**10, "fractional": 10**7}  # to the lower bound; products of two stay in 64 bits
 _SPEED_UNITS = 1_000_000
 _LARGE = 5_000  # variables from which a start is worth more than symmetry
 
@@ -52,6 +52,7 @@ def solve_cpsat(
     from ortools.sat.python import cp_model
 
     linear = build(layer)
+    scale = _UNITS[layer.split]
     model = cp_model.CpModel()
     variables: list[Any] = []
     # A fractional plan rounded to whole units may put one unit more than it had into each slot of a GPU.
@@ -64,10 +65,10 @@ def solve_cpsat(
         else:
             top = 2.0**16 if np.isinf(high) else high
             # The known plan's time must stay reachable after rounding.
-            units = ceil(top * _UNITS) + (slop + 1 if number == linear.objective else 0)
-            variables.append(model.new_int_var(int(low * _UNITS), units, name))
+            units = ceil(top * scale) + (slop + 1 if number == linear.objective else 0)
+            variables.append(model.new_int_var(int(low * scale), units, name))
     for _, index, coefficient, least, most in linear.rows:
-        factors, bottom, ceiling = _whole_row(linear, index, coefficient, least, most)
+        factors, bottom, ceiling = _whole_row(linear, scale, index, coefficient, least, most)
         total = sum(c * variables[v] for v, c in zip(index, factors, strict=True))
         model.add_linear_constraint(total, bottom, ceiling)
     model.minimize(variables[linear.objective])
@@ -89,7 +90,7 @@ def solve_cpsat(
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         plan = read_back(layer, linear, np.array([float(solver.value(v)) for v in variables]))
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE, cp_model.UNKNOWN):
-        bound = (solver.best_objective_bound - slop) / _UNITS * layer.scale
+        bound = (solver.best_objective_bound - slop) / scale * layer.scale
     return result_of(
         layer,
         plan,
@@ -100,7 +101,7 @@ def solve_cpsat(
 
 
 def _whole_row(
-    linear: LinearModel, index: list[int], coefficient: list[float], low: float, high: float
+    linear: LinearModel, scale: int, index: list[int], coefficient: list[float], low: float, high: float
 ) -> tuple[list[int], int, int]:
     """Return a row in whole numbers that every plan still satisfies (up to the slop of `solve_cpsat`)."""
     far = 1 << 60
@@ -110,7 +111,7 @@ def _whole_row(
         speed = -coefficient[index.index(linear.objective)]
         if all(linear.whole[v] for v in index if v != linear.objective):
             factors = [
-                -1 if v == linear.objective else int(c / speed * _UNITS)
+                -1 if v == linear.objective else int(c / speed * scale)
                 for v, c in zip(index, coefficient, strict=True)
             ]
         else:
@@ -118,10 +119,10 @@ def _whole_row(
         return factors, -far, 0
     if mixed:
         factors = [
-            round(c) if not linear.whole[v] else (-1 if c < 0 else 1) * ceil(abs(c) * _UNITS)
+            round(c) if not linear.whole[v] else (-1 if c < 0 else 1) * ceil(abs(c) * scale)
             for v, c in zip(index, coefficient, strict=True)
         ]
-        least = -far if np.isinf(low) else int(low * _UNITS)
-        return factors, least, far if np.isinf(high) else int(high * _UNITS)
+        least = -far if np.isinf(low) else int(low * scale)
+        return factors, least, far if np.isinf(high) else int(high * scale)
     least = -far if np.isinf(low) else round(low)
     return [round(c) for c in coefficient], least, far if np.isinf(high) else round(high)
