@@ -41,6 +41,10 @@ class Effort:
         Rounds of swaps, see `search.improve`.
     suspect : float
         Layers above this many times their bound after the swaps have their replica counts searched.
+    worst : int
+        So many of the worst layers have them searched, too, unless they are near the target.
+    pairs : int
+        Experts x GPUs up to which they do; beyond, it would take longer than all else.
     steps, width : int
         Steps of that search, and counts tried in each, see `resizing.resize`.
     ways : int
@@ -51,15 +55,41 @@ class Effort:
     rounds: int
     focus: int
     suspect: float
+    worst: int
+    pairs: int
     steps: int
     width: int
     ways: int
 
 
+_NEAR = 1e-4  # above the target, where other counts are not worth their search
+
 EFFORTS = {
-    "quick": Effort(target=1.002, rounds=8, focus=8, suspect=np.inf, steps=0, width=0, ways=0),
-    "normal": Effort(target=1.0005, rounds=8, focus=16, suspect=1.005, steps=8, width=32, ways=20_000),
-    "thorough": Effort(target=1.0001, rounds=32, focus=200, suspect=1.001, steps=32, width=256, ways=400_000),
+    "quick": Effort(
+        target=1.002, rounds=8, focus=8, suspect=np.inf, worst=0, pairs=0, steps=0, width=0, ways=0
+    ),
+    "normal": Effort(
+        target=1.0004,
+        rounds=24,
+        focus=64,
+        suspect=1.005,
+        worst=2,
+        pairs=10_000,
+        steps=8,
+        width=32,
+        ways=20_000,
+    ),
+    "thorough": Effort(
+        target=1.0001,
+        rounds=32,
+        focus=200,
+        suspect=1.001,
+        worst=8,
+        pairs=10**9,
+        steps=32,
+        width=256,
+        ways=400_000,
+    ),
 }
 
 
@@ -143,19 +173,25 @@ def _general(load_LE: Floats, capacity: Ints, speed: Floats, effort: Effort, bac
     slots = improve(load_LE, slots, capacity, speed, target=effort.target, **swaps)
     if not effort.steps:
         return slots
-    rows = np.flatnonzero(gpu_time(load_LE, slots, speed).max(axis=1) > effort.suspect * bound)
+    over = gpu_time(load_LE, slots, speed).max(axis=1) / np.where(bound > 0.0, bound, 1.0)
+    few = effort.worst if load_LE.shape[1] * len(speed) <= effort.pairs else 0
+    worst = np.argsort(-over, kind="stable")[:few]
+    rows = np.union1d(np.flatnonzero(over > effort.suspect), worst[over[worst] > effort.target + _NEAR])
     if not len(rows):
         return slots
     load, room = load_LE[rows], capacity[rows]
+    wanted = np.where(over[rows] > effort.suspect, (effort.suspect + effort.target) / 2.0, effort.target)
     better = resize(
         load,
         slots[rows],
         room,
         speed,
-        goal_L=bound[rows] * (effort.suspect + effort.target) / 2.0,
+        goal_L=bound[rows] * wanted,
         steps=effort.steps,
         width=effort.width,
         backend=backend,
     )
-    slots[rows] = improve(load, better, room, speed, target=effort.target, **swaps)
+    better = improve(load, better, room, speed, target=effort.target, **swaps)
+    gains = gpu_time(load, better, speed).max(axis=1) < gpu_time(load, slots[rows], speed).max(axis=1)
+    slots[rows[gains]] = better[gains]
     return slots
