@@ -244,13 +244,14 @@ class Plan(Record):
         title = f" {self.name}" if self.name else ""
         worst = int(np.argmax(self.imbalance_L))
         payback = f"\n  {self.payback!r}" if self.payback else ""
+        proof = f"\n  {self.certificate.proof}" if self.certificate.proof else ""
         return (
             f"<Plan{title}: {layers} layer(s), {self.experts} experts as {self.replicas} replicas "
             f"on {gpus} GPUs (up to {slots} slots), {self.split} split\n"
             f"  imbalance (max/mean) {self.imbalance_L.mean():.4f} mean, {self.imbalance_L[worst]:.4f} worst "
             f"(layer {self.layers[worst]})\n"
             f"  {self.certificate!r}\n"
-            f"  {self.moves!r}{payback}>"
+            f"  {self.moves!r}{proof}{payback}>"
         )
 
     def _repr_html_(self) -> str:

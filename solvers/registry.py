@@ -18,6 +18,7 @@ BUILT_IN: dict[str, str] = {
     "auto": "moeless_opt.solvers.auto:Auto",
     "construct": "moeless_opt.solvers.planners:Construct",
     "replan": "moeless_opt.solvers.replanner:Replan",
+    "min-moves": "moeless_opt.solvers.replanner:MinMoves",
     "constrained": "moeless_opt.solvers.constrained:Constrained",
     "sized": "moeless_opt.solvers.sized:Sized",
     "activation": "moeless_opt.solvers.sized:ActivationAware",

@@ -18,23 +18,27 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.evaluate import gpu_times, move_seconds, new_replicas
 from moeless_opt.problems.placement import equal_shares
-from moeless_opt.problems.plan import Payback, Plan, ProgressCallback, Result
+from moeless_opt.problems.plan import Payback, Plan, Progress, ProgressCallback, Result
 from moeless_opt.problems.problem import Problem
 from moeless_opt.solvers.base import Clock, Feature, NeverStop, Stop, finish, lower_bound
 from moeless_opt.solvers.migration import schedule_migration
+from moeless_opt.solvers.min_moves import min_moves, min_moves_bound
 from moeless_opt.solvers.planners import Construct
-from moeless_opt.solvers.relabel import relabel
+from moeless_opt.solvers.relabel import relabel, seat
 from moeless_opt.solvers.replan import replan_fractional
 from moeless_opt.solvers.shares import solve_shares
 from moeless_opt.solvers.splitting import best_shares
 
-__all__ = ["Frontier", "Replan", "frontier"]
+__all__ = ["Frontier", "MinMoves", "Replan", "frontier"]
 
 LADDER = (0.01, 0.02, 0.035, 0.06, 0.1, 0.18, 0.35)
 """Tolerances above the bound at which a frontier looks for the fewest moves."""
 
 _ANY = 1e9
 """A tolerance that any placement keeps."""
+
+PROOF_SECONDS = 60.0
+"""Time of a proof of fewest moves where no limit is given."""
 
 SCRATCH_FROM = 0.3
 """Share of a layer's replicas whose move makes a fresh construction worth a look."""
@@ -199,7 +203,14 @@ class Replan:
             )
         share_LGC = best_shares(problem, slots_LGC)
         result = finish(
-            problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
+            problem,
+            slots_LGC,
+            share_LGC,
+            solver=self.name,
+            began=began,
+            options=options,
+            seed=seed,
+            proof=_moves_proof(problem, live_LGC, slots_LGC),
         )
         assert problem.current is not None
         if problem.time.unit != "s" or result.plan is None or problem.current.partial:
@@ -284,6 +295,104 @@ class Replan:
         return replan_to(
             problem, problem.objective.balance_tolerance, max_moves=budget, cost_L=cost_L, seed=seed
         )
+
+
+class MinMoves(Replan):
+    """The thorough re-plan, then the proof: the fewest replicas that must move for the wanted balance."""
+
+    summary = "the fewest moves to the balance tolerance, proven layer by layer (fractional split)"
+    features: ClassVar[frozenset[Feature]] = frozenset(
+        {Feature.FRACTIONAL, Feature.MIGRATION, Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
+    )
+    options: ClassVar[frozenset[str]] = frozenset({"backend"})
+
+    def __init__(self, name: str = "min-moves") -> None:
+        super().__init__(name)
+
+    def solve(
+        self,
+        problem: Problem,
+        *,
+        stop: Stop,
+        seed: int = 0,
+        initial: Plan | None = None,
+        progress: ProgressCallback | None = None,
+        **options: Any,
+    ) -> Result:
+        """Re-plan, then prove each layer's moves by a mixed-integer programme, as time allows.
+
+        Parameters
+        ----------
+        problem, stop, seed, initial, progress
+            As in `Solver.solve`. Without a time limit 60 seconds.
+        backend : {"highs", "pulp"}
+            Who solves the programmes: HiGHS through ortools, or PuLP's first available solver.
+        """
+        began = Clock.begin()
+        total = stop.remaining if stop.remaining < float("inf") else PROOF_SECONDS
+        live_LGC, tolerance = live_slots(problem), problem.objective.balance_tolerance
+        slots_LGC = replan_to(problem, tolerance, time_limit=total / 4, seed=seed)
+        bound_L = _token_bound(problem)
+        wanted_L = np.maximum(bound_L * (1 + tolerance), _layer_times(problem, slots_LGC))
+        least_L = min_moves_bound(problem.load_LE, live_LGC, problem.topology.speed_G, wanted_L)
+        moves_L = _moves_L(problem, slots_LGC, live_LGC)
+        open_L = [int(x) for x in np.flatnonzero(moves_L > least_L)]
+        for done, layer in enumerate(sorted(open_L, key=lambda x: (moves_L[x], x))):
+            left = total - began.seconds
+            if left <= 0 or stop(float(moves_L.sum()), float(least_L.sum())):
+                break
+            answer = min_moves(
+                problem.load_LE[layer],
+                live_LGC[layer],
+                problem.capacity_LG[layer],
+                problem.topology.speed_G,
+                float(wanted_L[layer]),
+                known=[[e for e in row if e >= 0] for row in slots_LGC[layer].tolist()],
+                time_limit=left / (len(open_L) - done),
+                **options,
+            )
+            least_L[layer] = max(int(least_L[layer]), answer.bound)
+            if answer.content is not None and answer.moves is not None and answer.moves < moves_L[layer]:
+                for gpu, row in enumerate(answer.content):
+                    slots_LGC[layer, gpu] = seat(live_LGC[layer, gpu].tolist(), row)
+                moves_L[layer] = answer.moves
+            if progress is not None:
+                report = Progress(
+                    seconds=began.seconds,
+                    best=float(moves_L.sum()),
+                    bound=float(least_L.sum()),
+                    done=(done + 1) / len(open_L),
+                    note=f"moves, layer {problem.loads.layers[layer]}",
+                )
+                progress(report)
+        proven = int((moves_L <= least_L).sum())
+        text = (
+            f"{int(moves_L.sum())} moves, at least {int(least_L.sum())} needed for this balance; "
+            f"proven fewest in {proven} of {len(moves_L)} layers"
+        )
+        return finish(
+            problem,
+            slots_LGC,
+            best_shares(problem, slots_LGC),
+            solver=self.name,
+            began=began,
+            options=options,
+            seed=seed,
+            message=text,
+            proof=text,
+        )
+
+
+def _moves_proof(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray) -> str:
+    """How many moves any plan as balanced needs at least, as a sentence."""
+    assert problem.current is not None
+    if problem.split == "equal" or problem.current.partial:
+        return ""
+    moves_L = _moves_L(problem, slots_LGC, live_LGC)
+    wanted_L = _token_bound(problem) * (1 + problem.objective.balance_tolerance)
+    reached_L = np.maximum(wanted_L, _layer_times(problem, slots_LGC))
+    least_L = min_moves_bound(problem.load_LE, live_LGC, problem.topology.speed_G, reached_L)
+    return f"{int(moves_L.sum())} replicas move; any plan as balanced moves at least {int(least_L.sum())}"
 
 
 def layer_problem(problem: Problem, layer: int) -> Problem:

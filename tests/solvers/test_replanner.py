@@ -218,3 +218,16 @@ def test_known_sources_keep_tokens_on_their_node() -> None:
     assert aware.plan is not None
     assert aware.plan.certificate.gap_L.max() <= 0.01 + 1e-9
     assert aware.objective["traffic"] < blind.objective["traffic"] * 0.95
+
+
+def test_fewest_moves_are_proven() -> None:
+    problem = drifted(layers=2)
+    quick = mo.solve(problem).plan
+    result = mo.solve(problem, "min-moves", time_limit=20)
+    assert quick is not None
+    assert result.plan is not None
+    assert result.plan.moves.count <= quick.moves.count
+    assert result.plan.certificate.gap_L.max() <= 0.01 + 1e-6
+    assert "proven fewest in 2 of 2 layers" in result.message
+    assert "moves at least" in quick.certificate.proof
+    assert int(quick.certificate.proof.split()[-1]) <= result.plan.moves.count
