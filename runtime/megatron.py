@@ -149,7 +149,7 @@ def attach(
         Check arrivals before they serve.
     row_block : int, optional
         Rows to which expert batches are padded; by default what makes results independent of the split
-        (4 on a CPU in fp32 and fp64, 1 otherwise).
+        (tried out on a CPU, 1 on a GPU).
     timeout : float
         Seconds after which a collective of a batch fails; bounds how late a dead rank is noticed.
     node_G : sequence of int, optional

@@ -175,13 +175,16 @@ def tiny_config(layers: int = 3, topk: int = 2, dtype: Any = None, **more: Any) 
     )
 
 
-def row_exact(kind: type[Any], block: int = 4) -> type[Any]:
+def row_exact(kind: type[Any], dtype: Any) -> type[Any]:
     """A linear layer that pads its rows: what a row gives does not depend on how many rows there are."""
+    import torch
+
+    from moeless_opt.runtime.dispatch import default_row_block
+
+    block = default_row_block(torch.device("cpu"), dtype)
 
     class RowExact(kind):  # type: ignore[misc,valid-type]
         def forward(self, input_: Any, *rest: Any, **named: Any) -> Any:
-            import torch
-
             missing = -input_.size(0) % block
             padded = torch.nn.functional.pad(input_, (0, 0, 0, missing)) if missing else input_
             out, bias = super().forward(padded, *rest, **named)
@@ -206,8 +209,8 @@ def tiny_model(
     if exact:
         for layer in spec.layer_specs:
             linears = layer.submodules.mlp.submodules.experts.submodules
-            linears.linear_fc1 = row_exact(linears.linear_fc1)
-            linears.linear_fc2 = row_exact(linears.linear_fc2)
+            linears.linear_fc1 = row_exact(linears.linear_fc1, config.params_dtype)
+            linears.linear_fc2 = row_exact(linears.linear_fc2, config.params_dtype)
     model = build_gpt(config, VOCAB, 128, layer_spec=spec)
     seed_weights(model)
     return model.to(dtype or torch.float32)
