@@ -19,7 +19,7 @@ import numpy as np
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
 from moeless_opt.problems.models import ModelSpec, model_preset
 from moeless_opt.problems.tiny_moe_traces import tiny_moe_traces
-from moeless_opt.problems.topology import Topology
+from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Topology
 from moeless_opt.problems.traces import (
     COMPOSITION,
     Arrivals,
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", action="append", metavar="NAME", help=f"preset; default {', '.join(PAPER_MODELS)}")
-    add("--topology", default="8xA6000", help="preset (default 8xA6000)")
+    add("--topology", default="8xA6000", help="preset, or NODESxGPUS (default 8xA6000)")
     add("--gpu", default="A6000", help="data sheet for the times (A6000, A100, H100)")
     add("--slots", type=int, help="replicas per GPU and layer (default: one more than static needs)")
     add("--policies", default=",".join(DEFAULT_POLICIES), help="comma-separated, or 'ablation'")
@@ -197,8 +197,7 @@ def _scene(model: ModelSpec, options: argparse.Namespace, slots: int | None) -> 
     def at(given: Path | None, name: str) -> Path | None:
         return given if given is not None or data is None else data / name
 
-    gpus = Topology.preset(options.topology, slots=1).gpus
-    topology = Topology.preset(options.topology, slots=slots or -(-model.experts // gpus) + 1)
+    topology = _topology(options.topology, model.experts, slots)
     timings = at(options.timings, "latency/phiminimoe_a6000_tp1_expert_gate.csv.gz")
     machine = Machine.of(
         topology, model, gpu=options.gpu, timings=timings if options.gpu == "A6000" else options.timings
@@ -249,6 +248,17 @@ def _scene(model: ModelSpec, options: argparse.Namespace, slots: int | None) -> 
         tuple(text),
         arrivals.seconds,
     )
+
+
+def _topology(text: str, experts: int, slots: int | None) -> Topology:
+    """A preset, or ``NODESxGPUS`` with H100 links; by default one slot more than static needs."""
+    nodes, _, per_node = text.partition("x")
+    if text not in TOPOLOGY_PRESETS and nodes.isdigit() and per_node.isdigit():
+        links = TOPOLOGY_PRESETS["4x8xH100"][3]
+        plain = Topology.uniform(int(nodes), int(per_node), slots=1, links=links)
+    else:
+        plain = Topology.preset(text, slots=1)
+    return plain.replace(slots_G=np.full(plain.gpus, slots or -(-experts // plain.gpus) + 1))
 
 
 def _arrivals(options: argparse.Namespace, at: Callable[[Path | None, str], Path | None]) -> Arrivals:
