@@ -38,12 +38,12 @@ def main() -> None:
         model,
         home=PinnedHome(2) if home_kind == "pinned" else None,
         checksums=True,
-        timeout=3.0 if blow == signal.SIGSTOP else 8.0,
+        timeout=5.0 if blow == signal.SIGSTOP else 20.0,
     )
     if home_kind == "mapped":
         live.save_home(folder / "home")
         live.use_home(MappedHome(folder / "home", size))
-    guard = Guard(live, grace=1.0, slots=8)
+    guard = Guard(live, grace=2.0, slots=8)
     death = when.get(rank)
     if f"{rank}@recovery" in deaths:
         recover = live.regroup

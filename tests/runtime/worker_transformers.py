@@ -89,8 +89,8 @@ def main() -> None:
         t = torch.tensor([worst, after])
         dist.all_reduce(t, op=dist.ReduceOp.MAX)
         out[name] = t.tolist()
-    live = attach(model, checksums=True, timeout=10.0)
-    guard = Guard(live, grace=0.5)
+    live = attach(model, checksums=True, timeout=20.0)
+    guard = Guard(live, grace=1.0)
 
     def step() -> torch.Tensor:
         if rank == size - 1:
