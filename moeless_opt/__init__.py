@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moeless_opt.api import compare, plan, recommend_redundancy, solve
+from moeless_opt.api import compare, export_model, plan, recommend_redundancy, solve
 from moeless_opt.problems.errors import (
     FormatError,
     InfeasibleError,
@@ -65,6 +65,7 @@ __all__ = [
     "UnsupportedFeatureError",
     "__version__",
     "compare",
+    "export_model",
     "get_solver",
     "instance_names",
     "list_solvers",

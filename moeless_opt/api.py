@@ -31,7 +31,7 @@ from moeless_opt.solvers.registry import get_solver, require
 if TYPE_CHECKING:
     from moeless_opt.solvers.knapsack import Redundancy
 
-__all__ = ["compare", "make_problem", "plan", "recommend_redundancy", "solve"]
+__all__ = ["compare", "export_model", "make_problem", "plan", "recommend_redundancy", "solve"]
 
 
 def make_problem(
@@ -332,3 +332,38 @@ def recommend_redundancy(
     sized = problem.bytes_L if problem.bytes_L.any() else None
     wanted = None if totals is None else list(totals)
     return recommend(problem.load_LE, problem.topology.speed_G, bytes_L=sized, totals=wanted)
+
+
+def export_model(problem: Problem, path: str | PathLike[str], *, layer: int | None = None) -> None:
+    """Write one layer's exact mixed-integer model as ``.lp`` or ``.mps``, for any solver.
+
+    Parameters
+    ----------
+    problem : Problem
+        What is to be solved.
+    path : path
+        Where to; its suffix tells the format.
+    layer : int, optional
+        The model's own index of the layer; the first by default.
+
+    Raises
+    ------
+    ProblemError
+        If there is no such layer, or the suffix is neither.
+    """
+    from moeless_opt.solvers.exact_milp import write_model
+    from moeless_opt.solvers.exact_model import layer_of
+
+    layers = problem.loads.layers
+    if layer is not None and layer not in layers:
+        raise ProblemError("layer", f"is {layer}, must be one of the problem's: {layers[0]} to {layers[-1]}")
+    row = 0 if layer is None else layers.index(layer)
+    one = layer_of(
+        problem.load_LE[row],
+        problem.capacity_LG[row],
+        problem.topology.speed_G,
+        "equal" if problem.split == "equal" else "fractional",
+        max_replicas=problem.limits.max_replicas,
+        min_replicas=problem.limits.min_replicas,
+    )
+    write_model(one, path)

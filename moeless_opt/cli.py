@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import moeless_opt
-from moeless_opt.api import compare, make_problem, solve
+from moeless_opt.api import compare, export_model, make_problem, recommend_redundancy, solve
 from moeless_opt.problems.errors import (
     FormatError,
     InfeasibleError,
@@ -34,7 +34,7 @@ from moeless_opt.problems.loads import Loads
 from moeless_opt.problems.placement import Placement
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.problem import Problem
-from moeless_opt.problems.spec import SPLITS, Limits
+from moeless_opt.problems.spec import SPLITS, Limits, Sizing
 from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Topology
 from moeless_opt.problems.verify import violations
 from moeless_opt.progress import Display, InterruptStop
@@ -93,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="moves|memory",
         help="plans from cheapest to best balanced (with --plot, a picture of the front)",
     )
+    add(
+        "--recommend",
+        action="store_true",
+        help="how many redundant experts are worth what, and in which layers",
+    )
+    add("--export", metavar="LP|MPS", help="write a layer's exact model for other solvers (see --layer)")
+    add("--layer", type=int, metavar="L", help="the layer to export (default: the first)")
     add("--schedule", metavar="JSON", help="write the ordered transfers from the live plan to the new one")
     add("--json", action="store_true", help="print the result as JSON on standard output")
     add("--plot", metavar="PNG", help="draw the GPUs' loads per layer, before and after")
@@ -111,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", choices=SPLITS, help="free or equal token shares (default: fractional)")
     add("--current", metavar="PLAN", help="the plan that is live now")
     add("--repair", action="store_true", help="mend a live plan that breaks the rules instead of refusing it")
+    add("--sizing", metavar="RULE", help="slots, cv=0.2, makespan=1.05 (an imbalance) or memory")
     add("--max-moves", type=int, metavar="N", help="replicas that may move in all")
     add("--max-move-bytes", metavar="SIZE", help="bytes that may move in all, e.g. 4GB (needs --model)")
     add("--tolerance", type=float, metavar="X", help="balance that may be given up for fewer moves (0.01)")
@@ -166,7 +174,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ProblemError(
             "problem", "is missing: give a problem, a recording, or an instance (--list-instances)"
         )
-    for path in (args.output, args.plot, args.schedule):
+    for path in (args.output, args.plot, args.schedule, args.export):
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise FormatError(path, "cannot be written: its folder does not exist")
         if path is not None and Path(path).is_dir():
@@ -180,6 +188,12 @@ def _run(args: argparse.Namespace) -> int:
         return _bounds(problem, args)
     if args.pareto is not None:
         return _pareto(problem, args)
+    if args.recommend:
+        return _recommend(problem, args)
+    if args.export is not None:
+        export_model(problem, args.export, layer=args.layer)
+        _say(f"wrote {args.export}")
+        return 0
     if args.schedule is not None and problem.current is None:
         raise ProblemError("--schedule", "needs a live plan to start from: give --current PLAN")
     names = [name.strip() for name in args.compare.split(",")] if args.compare else [args.solver]
@@ -304,6 +318,7 @@ def _problem(args: argparse.Namespace) -> Problem:
         balance_tolerance=args.tolerance,
         repair=args.repair,
         limits=_limits(args, None),
+        sizing=None if args.sizing is None else _sizing(args.sizing),
         name=Path(name).stem,
     )
 
@@ -329,6 +344,8 @@ def _override(problem: Problem, args: argparse.Namespace) -> Problem:
         changes["model"] = moeless_opt.model_preset(args.model)
     if args.split is not None and args.split != problem.split:
         changes |= {"split": args.split, "known": None}
+    if args.sizing is not None:
+        changes["sizing"] = _sizing(args.sizing)
     if args.max_moves is not None or args.max_move_bytes is not None:
         changes["limits"] = _limits(args, problem.limits)
     if args.tolerance is not None:
@@ -445,6 +462,52 @@ def _pareto(problem: Problem, args: argparse.Namespace) -> int:
     elif not args.quiet:
         print(front)
     return 0
+
+
+def _recommend(problem: Problem, args: argparse.Namespace) -> int:
+    rows = recommend_redundancy(problem.loads, problem.topology, model=problem.model)
+    if args.json:
+        entries = [
+            {
+                "spare": row.spare,
+                "by_layer": row.spare_L.tolist(),
+                "imbalance": row.imbalance,
+                "bound": row.bound,
+                "uniform": None if row.uniform != row.uniform else row.uniform,
+            }
+            for row in rows
+        ]
+        print(json.dumps({"format": "moeless-redundancy", "version": 1, "totals": entries}))
+        return 0
+    cells = [
+        [
+            str(row.spare),
+            f"{row.gib:.4g} GiB" if row.gib == row.gib else "-",
+            f"{row.imbalance:.4f}",
+            f"{row.bound:.4f}",
+            f"{row.uniform:.4f}" if row.uniform == row.uniform else "-",
+            f"{row.spare_L.min()} to {row.spare_L.max()}",
+        ]
+        for row in rows
+    ]
+    print(table(("spare replicas", "memory", "imbalance", "at least", "spent evenly", "per layer"), cells))
+    return 0
+
+
+def _sizing(text: str) -> Sizing:
+    """Read ``cv=0.2`` and the like."""
+    policy, _, value = text.partition("=")
+    field = {"cv": "cv", "makespan": "imbalance"}.get(policy)
+    if not value:
+        return Sizing(policy=policy)
+    try:
+        number = float(value)
+    except ValueError:
+        raise ProblemError("--sizing", f"is {text!r}: {value!r} is no number") from None
+    if field is None:
+        raise ProblemError("--sizing", f"is {text!r}: {policy!r} takes no value")
+    chosen: dict[str, Any] = {"policy": policy, field: number}
+    return Sizing(**chosen)
 
 
 def _schedule(problem: Problem, plan: Plan) -> bytes:

@@ -562,3 +562,24 @@ def test_bounds_fronts_and_schedules(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert points[-1]["imbalance"] < points[0]["imbalance"]
     assert main(["mixtral-lognormal", "--schedule", str(moves)]) == 2
     assert "--schedule: needs a live plan" in capsys.readouterr().err
+
+
+def test_sizing_redundancy_and_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["phi-zipf", "--sizing", "makespan=1.2", "--json", "--quiet"]) == 0
+    few = json.loads(capsys.readouterr().out)["solvers"][-1]
+    assert few["imbalance_worst"] <= 1.2 + 1e-6
+    assert few["replicas"] < 32 * 24
+    for wrong, message in (("makespan=x", "'x' is no number"), ("slots=3", "takes no value"), ("best", "best")):
+        assert main(["phi-zipf", "--sizing", wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["mixtral-zipf", "--recommend", "--json"]) == 0
+    totals = json.loads(capsys.readouterr().out)["totals"]
+    assert totals[0]["spare"] == 0
+    assert totals[-1]["imbalance"] < totals[0]["imbalance"]
+    assert main(["mixtral-zipf", "--recommend"]) == 0
+    assert "spent evenly" in capsys.readouterr().out
+    model = tmp_path / "layer.mps"
+    assert main(["flashlb-equal", "--export", str(model)]) == 0
+    assert model.read_text().rstrip().endswith("ENDATA")
+    assert main(["flashlb-equal", "--export", str(model), "--layer", "7"]) == 2
+    assert "layer: is 7" in capsys.readouterr().err
