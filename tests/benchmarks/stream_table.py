@@ -196,8 +196,8 @@ def main() -> None:
     )
     print(
         "imbalance: sum over steps and layers of the largest GPU load / of the mean; whole: with whole\n"
-        "tokens (an upper bound); activated: largest number of experts that a GPU reads, mean over steps and\n"
-        "layers; moved: replicas per re-plan, share of those held, MB"
+        "tokens (an upper bound); activated: largest number of experts that a GPU reads, mean over steps\n"
+        "and layers; moved: replicas per re-plan, share of those held, MB"
     )
     head = f"{'policy':<28}{'shares':>12}{'imbalance':>11}{'whole':>8}{'activated':>11}"
     print(f"{head}{'moved':>9}{'%':>8}{'MB':>9}{'held':>8}{'plan ms':>9}")

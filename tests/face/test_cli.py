@@ -569,7 +569,8 @@ def test_sizing_redundancy_and_models(tmp_path: Path, capsys: pytest.CaptureFixt
     few = json.loads(capsys.readouterr().out)["solvers"][-1]
     assert few["imbalance_worst"] <= 1.2 + 1e-6
     assert few["replicas"] < 32 * 24
-    for wrong, message in (("makespan=x", "'x' is no number"), ("slots=3", "takes no value"), ("best", "best")):
+    wrongs = (("makespan=x", "'x' is no number"), ("slots=3", "takes no value"), ("best", "best"))
+    for wrong, message in wrongs:
         assert main(["phi-zipf", "--sizing", wrong]) == 2
         assert message in capsys.readouterr().err
     assert main(["mixtral-zipf", "--recommend", "--json"]) == 0
