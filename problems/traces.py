@@ -45,7 +45,8 @@ __all__ = [
 COMPOSITION = (
     "Routing measured (the stored experts of every token); arrival times as their source says; composed: "
     "each arrival draws one recorded request at random (with replacement, by the seed) whatever its own "
-    "lengths were, joins the batch at the next step, and then every live request adds one token per step until its "
+    "lengths were, joins the batch at the next step, and then every live request adds one token per step "
+    "until its "
     "recording ends. All steps take the same time, there is no limit on the batch and no queue."
 )
 """What a stream of `compose_steps` is, for the printout."""
