@@ -216,9 +216,12 @@ class SimulatedBackend:
             self._slots_LGC, slots_LGC, self.experts, self.machine.topology, bytes_L=self.bytes_L, **limits
         )
         self._count_moves(self.pool.prewarm(slots_LGC, self.now).cold_LGE)
-        self._switch = (self.now + migration.seconds, slots_LGC, share_LGC)
-        if self.transfers == "exposed":
+        if self.transfers == "exposed":  # passes wait, and go on with the new placement
             self._stall += migration.seconds
+            self._switch = (self.now, slots_LGC, share_LGC)
+            self._finish_switch()
+        else:
+            self._switch = (self.now + migration.seconds, slots_LGC, share_LGC)
         return report.plans
 
     def set_shares(self, shares: Any) -> None:

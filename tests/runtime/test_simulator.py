@@ -202,6 +202,7 @@ def test_overlapped_switches_when_the_transfers_are_done_and_exposed_waits() -> 
             assert np.array_equal(backend.slots_LGC, STATIC)
         else:
             assert backend.now > 2 * first
+            assert np.array_equal(backend.slots_LGC, wanted)
         backend.run(passes.part(1, 200))
         assert np.array_equal(backend.slots_LGC, wanted)
         ends[transfers] = backend.now
