@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.solvers import fast
+from moeless_opt.solvers.exact_patterns import solve_patterns
 from moeless_opt.solvers.packing import gpu_time, pack
 from moeless_opt.solvers.resizing import resize
 from moeless_opt.solvers.search import improve
@@ -49,6 +50,8 @@ class Effort:
         Steps of that search, and counts tried in each, see `resizing.resize`.
     ways : int
         Most replica counts that are enumerated for a layer of two slots per GPU, see `two_slots.best_counts`.
+    tiny : int
+        Experts x GPUs up to which a layer is solved to optimality, see `exact_patterns`: a few milliseconds.
     """
 
     target: float
@@ -60,13 +63,15 @@ class Effort:
     steps: int
     width: int
     ways: int
+    tiny: int
 
 
+_TINY_SECONDS = 30.0  # never reached at this size: the result does not depend on the clock
 _NEAR = 1e-4  # above the target, where other counts are not worth their search
 
 EFFORTS = {
     "quick": Effort(
-        target=1.002, rounds=8, focus=8, suspect=np.inf, worst=0, pairs=0, steps=0, width=0, ways=0
+        target=1.002, rounds=8, focus=8, suspect=np.inf, worst=0, pairs=0, steps=0, width=0, ways=0, tiny=0
     ),
     "normal": Effort(
         target=1.0004,
@@ -78,6 +83,7 @@ EFFORTS = {
         steps=8,
         width=32,
         ways=20_000,
+        tiny=40,
     ),
     "thorough": Effort(
         target=1.0001,
@@ -89,6 +95,7 @@ EFFORTS = {
         steps=32,
         width=256,
         ways=400_000,
+        tiny=64,
     ),
 }
 
@@ -145,6 +152,8 @@ def construct_equal(
     if same_speed and E <= 2 * G and E <= 32 and G > 1 and (capacity == 2).all():
         return _two_slots(load_LE, G, EFFORTS[effort])
     slots = _general(load_LE, capacity, speed, EFFORTS[effort], backend)
+    if EFFORTS[effort].tiny >= E * G:
+        return _proven(load_LE, capacity, speed, slots)
     if same_speed and E <= 2 * G and E <= 32 and G > 1 and slots.shape[2] >= 2:
         rows = np.flatnonzero((capacity == 2).all(axis=1))
         if len(rows):
@@ -160,6 +169,24 @@ def _two_slots(load_LE: Floats, G: int, effort: Effort) -> Int32s:
     counts = apportion(load_LE, 2 * G, G).astype(np.int64)
     counts, _ = best_counts(load_LE, counts, G, target=effort.target, ways=effort.ways)
     return fold(load_LE, counts, G)
+
+
+def _proven(load_LE: Floats, capacity: Ints, speed: Floats, slots: Int32s) -> Int32s:
+    """Tiny layers to optimality by dynamic programming, where the search left a gap."""
+    value_L = gpu_time(load_LE, slots, speed).max(axis=1)
+    for layer in np.flatnonzero(value_L > load_LE.sum(axis=1) / speed.sum() * (1.0 + 1e-9)):
+        found = solve_patterns(
+            load_LE[layer],
+            capacity[layer],
+            speed,
+            upper=float(value_L[layer]),
+            gap=1e-9,
+            seconds=_TINY_SECONDS,
+        ).slots_GC
+        if found is not None and gpu_time(load_LE[layer][None], found[None], speed).max() < value_L[layer]:
+            slots[layer] = -1
+            slots[layer, :, : found.shape[1]] = found
+    return slots
 
 
 def _general(load_LE: Floats, capacity: Ints, speed: Floats, effort: Effort, backend: str) -> Int32s:

@@ -205,10 +205,10 @@ def test_construction_is_valid_on_any_gpus(seed, capacity, uneven, effort):
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_three_slots_come_close_to_the_optimum(seed):
+def test_three_slots_reach_the_optimum(seed):
     load = np.random.default_rng(seed).lognormal(0, 1, (1, 5))
     slots = construct_equal(load, np.full((1, 3), 3), np.ones(3))
-    assert gpu_time(load, slots, np.ones(3)).max() <= 1.02 * optimum(load[0], 3, 3)
+    assert gpu_time(load, slots, np.ones(3)).max() <= (1 + 1e-9) * optimum(load[0], 3, 3)
 
 
 def test_more_effort_is_never_worse():
