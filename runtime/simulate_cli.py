@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--horizon", type=float, default=8, help="passes over which a move must pay (default 8)")
     add("--every", type=int, default=16, help="passes between plans of windowed policies (default 16)")
     add("--sweep", nargs="+", metavar=("NAME", "VALUE"), help=f"one table per value; {', '.join(SWEEPS)}")
+    add("--plot", type=Path, help="write the latencies' distribution functions (.svg, .png, ...)")
     add("--seed", type=int, default=0)
     add("--json", action="store_true", help="figures as JSON on stdout, tables on stderr")
     add("--quiet", action="store_true", help="no progress")
@@ -141,6 +142,7 @@ def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
         if name not in POLICIES:
             raise ProblemError("--policies", f"{name!r} is unknown; there are {', '.join(POLICIES)}")
     rows: list[dict[str, Any]] = []
+    panels: dict[str, dict[str, SimReport]] = {}
     for model_name in options.model or PAPER_MODELS:
         for label, settings, slots in _variants(options):
             scene = _scene(model_preset(model_name), options, slots)
@@ -148,9 +150,32 @@ def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 print(line, file=out)
             if label:
                 print(f"== {label}", file=out)
-            found = _table(scene, names, settings, out, quiet=options.quiet)
-            rows += [{"model": model_name, "variant": label, **row} for row in found]
+            found, reports = _table(scene, names, settings, out, quiet=options.quiet)
+            name = scene.machine.model.name
+            rows += [{"model": name, "variant": label, **row, "basis": list(scene.text)} for row in found]
+            panels[f"{name} {label}".strip()] = reports
+    if options.plot is not None:
+        _plot(panels, options.plot)
     return rows
+
+
+def _plot(panels: dict[str, dict[str, SimReport]], path: Path) -> None:
+    """One panel per table: share of MoE layers (over passes) that take at most so long."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, reports) in zip(axes, panels.items(), strict=True):
+        for name, report in reports.items():
+            seconds, weight = report.latency()
+            order = np.argsort(seconds, kind="stable")
+            share = np.cumsum(weight[order]) / weight.sum()
+            axis.step(seconds[order] * 1e3, share, where="post", label=name, linewidth=1.2)
+        axis.set(title=title, xlabel="MoE layer, ms (simulated)", xscale="log", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of layers and passes")
+    axes[-1].legend(loc="lower right", fontsize=8)
+    figure.savefig(path)
 
 
 def _variants(options: argparse.Namespace) -> Iterator[tuple[str, Settings, int | None]]:
@@ -292,8 +317,9 @@ def _routing(
 
 def _table(
     scene: Scene, names: Sequence[str], settings: Settings, out: Any, *, quiet: bool
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, SimReport]]:
     rows: list[dict[str, Any]] = []
+    reports: dict[str, SimReport] = {}
     head = (
         f"{'policy':<22}{'mean ms':>9}{'P99 ms':>9}{'static':>8}{'eplb':>8}{'oracle':>8}{'imbal.':>8}"
         f"{'wait ms':>9}{'held':>7}{'moved/pass':>11}{'busy':>7}" + "".join(f"{rule:>17}" for rule in RULES)
@@ -313,6 +339,7 @@ def _table(
                 seed=settings.seed,
                 progress=bar,
             )
+        reports[name] = report
         row = _figures(name, run, report)
         row["seconds"] = time.monotonic() - began
         rows.append(row)
@@ -323,7 +350,7 @@ def _table(
     for rule, text in RULES.items():
         print(f"  {rule}: {text}", file=out)
     print(file=out)
-    return rows
+    return rows, reports
 
 
 def _figures(name: str, run: Run, report: SimReport) -> dict[str, Any]:

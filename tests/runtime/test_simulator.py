@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +351,22 @@ def test_prediction_keeps_totals_and_errs_as_much_as_it_says() -> None:
 
 
 # --- policies and the command ------------------------------------------------------------------------------
+
+
+def test_figures_for_programs_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "cdf.svg"
+    common = ["--seconds", "5", "--model", "mixtral-8x7b", "--policies", "static,ours-windowed"]
+    assert main([*common, "--json", "--plot", str(target), "--sweep", "slots", "1", "2"]) == 0
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    assert [(r["variant"], r["policy"]) for r in rows] == [
+        (f"slots = {n}", name) for n in (1, 2) for name in ("static", "ours-windowed")
+    ]
+    assert all(any("assumed" in line for line in r["basis"]) for r in rows)
+    assert rows[0]["held"] == 256
+    assert "static" in captured.err
+    assert target.read_text().startswith("<?xml")
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
