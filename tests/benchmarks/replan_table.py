@@ -3,7 +3,8 @@
 ``python tests/benchmarks/replan_table.py [--data DIR]`` plans on traffic A by equal-split construction,
 lets the traffic become B and re-plans all layers, on the measured loads in DIR
 (``deepseek_v3_counts.npz``). With ``--gap`` it compares quick and thorough re-plans with the proven least
-number of moves, on synthetic loads and, where DIR is given, on measured ones.
+number of moves, on synthetic loads and, where DIR is given, on measured ones. ``--own`` starts from our own
+fractional plan on A instead.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+import moeless_opt as mo
+from moeless_opt.report import table
 from moeless_opt.solvers.construct import construct_equal
 from moeless_opt.solvers.min_moves import min_moves
 from moeless_opt.solvers.replan import Replan, replan_fractional
@@ -182,6 +185,27 @@ def gap_row(name: str, records: list[tuple[int, int, int, bool]]) -> str:
     )
 
 
+def print_own(loads: dict[str, Any], repeats: int) -> None:
+    """The same rows through ``plan()``, from our own fractional plan on A instead of an equal-split one."""
+    head = ("GPUs, slots", "A -> B", "stay", "1 %", "proven at least", "ms", "5 %")
+    rows = []
+    for gpus, slots, a, b, _ in ROWS:
+        topology = mo.uniform(gpus // 8, 8, slots=slots)
+        live = mo.plan(loads[a], topology)
+        stay = mo.plan(loads[b], topology, current=live, solver="stay")
+        times = []
+        for _repeat in range(repeats):
+            start = time.perf_counter()
+            again = mo.plan(loads[b], topology, current=live)
+            times.append((time.perf_counter() - start) * 1e3)
+        coarse = mo.plan(loads[b], topology, current=live, balance_tolerance=0.05)
+        least = int(again.certificate.proof.split()[-1]) / again.replicas
+        cells = [f"{gpus}, {gpus * slots}", f"{a} -> {b}", f"{stay.imbalance_L.mean():.3f}"]
+        cells += [f"{again.moves.fraction:.3%}", f"{least:.3%}", f"{statistics.median(times):.0f}"]
+        rows.append([*cells, f"{coarse.moves.fraction:.3%}"])
+    print(table(head, rows))
+
+
 def main() -> None:
     """Parse the arguments and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -191,6 +215,7 @@ def main() -> None:
         "--thorough", type=float, default=30.0, help="seconds for all layers in thorough mode"
     )
     parser.add_argument("--gap", action="store_true", help="compare with the proven least number of moves")
+    parser.add_argument("--own", action="store_true", help="start from our own fractional plans")
     parser.add_argument("--proof", type=float, default=60.0, help="seconds of a layer's proof")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the gap's layers to take")
     arguments = parser.parse_args()
@@ -201,7 +226,11 @@ def main() -> None:
                 zip(archive["workloads"].tolist(), archive["counts"].astype(np.float64), strict=True)
             )
     print(f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}")
-    if arguments.gap:
+    if arguments.own:
+        if loads is None:
+            parser.error("the table needs the measured loads: --data DIR")
+        print_own(loads, arguments.repeats)
+    elif arguments.gap:
         print_gap(loads, arguments.proof, arguments.thorough / 58, arguments.scale)
     elif loads is None:
         parser.error("the table needs the measured loads: --data DIR")
