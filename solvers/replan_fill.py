@@ -51,9 +51,9 @@ class Search:
         Exchanges tried exactly per step.
     """
 
-    groups: int = 2
-    experts: int = 3
-    targets: int = 16
+    groups: int = 1
+    experts: int = 2
+    targets: int = 4
     trials: int = 6
     exchanges: int = 12
 
