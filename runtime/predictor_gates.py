@@ -3,7 +3,7 @@
 The residual stream changes little from one layer to the next, so the norm and gate of MoE layer l + d,
 applied to the hidden state in front of layer l, choose nearly the experts that layer l + d will choose [1]_
 [2]_. How nearly falls with d and differs from layer to layer. `profile` measures it on recorded states;
-`fine_tune` trains copies for just those layers that fall below a threshold (layer-aware, as MoEless does [3]_).
+`fine_tune` trains copies for just those layers that fall below a threshold (layer-aware, as MoEless [3]_).
 
 A trained copy (`TunedGate`) starts as what it replaces: norm and gate, and a small two-layer network added to
 the logits whose second matrix is zero. It is trained to say which experts the token will choose (a sigmoid

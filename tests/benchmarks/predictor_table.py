@@ -12,15 +12,13 @@ import argparse
 import platform
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-warnings.simplefilter("ignore")
 
 import moeless_opt as mo
 from moeless_opt.problems.evaluate import gpu_times, imbalance
@@ -61,7 +59,7 @@ WARM_UP = 4
 
 
 def recording(cache: Path) -> tuple[Recording, np.ndarray]:
-    """Requests of held-out text, none overlapping; and which are to train on (0), to profile (1), to test (2)."""
+    """Requests of held-out text, none overlapping; and which train (0), profile (1) and test (2)."""
     part = np.tile(np.repeat([0, 1, 2], [TRAIN, HELD_OUT, PER_DOMAIN - TRAIN - HELD_OUT]), len(DOMAINS))
     file = cache / "predictor_recording.npz"
     if file.exists():
@@ -183,6 +181,11 @@ def best_ms(call: Callable[[], object], repeats: int = 30) -> float:
     return 1e3 * statistics.median(spent)
 
 
+def predicted(predictor: GatePredictor, hidden: torch.Tensor) -> np.ndarray:
+    """Predict layer 1 from layer 0."""
+    return predictor.start(hidden, 0, 1).load_E()
+
+
 def print_times(gates: list[PlainGate]) -> None:
     """Time of one layer's prediction, here; models' shapes with random weights."""
     kind = platform.processor() or platform.machine()
@@ -193,9 +196,8 @@ def print_times(gates: list[PlainGate]) -> None:
         predictor = GatePredictor(gates, {(0, 1): gate} if isinstance(gate, TunedGate) else None)
         if isinstance(gate, PlainGate):
             predictor.gates = [gate, gate]
-        spent = [
-            best_ms(lambda x=torch.randn(n, hidden): predictor.start(x, 0, 1).load_E()) for n in (8, 64, 2048)
-        ]
+        states = [torch.randn(n, hidden) for n in (8, 64, 2048)]
+        spent = [best_ms(partial(predicted, predictor, x)) for x in states]
         print(f"| {name} | {count:,} | " + " | ".join(f"{x:.3f}" for x in spent) + " |")
 
     line("tiny MoE, plain", gates[1], tiny_moe.HIDDEN, 0)
