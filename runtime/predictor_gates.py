@@ -405,6 +405,7 @@ def train_gate(
     """
     if len(hidden_TH) != len(experts_TK) or not len(hidden_TH):
         raise ProblemError("hidden", f"has {len(hidden_TH)} tokens, the routes have {len(experts_TK)}")
+    gate.requires_grad_(True)  # also one that was trained before: it goes on learning
     optimizer = torch.optim.AdamW(gate.parameters(), lr=rate, weight_decay=1e-3)
     order = torch.Generator().manual_seed(seed)
     steps = epochs * math.ceil(len(hidden_TH) / batch)

@@ -9,6 +9,7 @@ three minutes) and keeps the recording in DIR.
 from __future__ import annotations
 
 import argparse
+import copy
 import platform
 import statistics
 import time
@@ -30,6 +31,7 @@ from moeless_opt.runtime.predictor_gates import (
     accuracy,
     fine_tune,
     plain_gates,
+    train_gate,
 )
 from moeless_opt.runtime.predictor_scores import (
     Recording,
@@ -105,8 +107,9 @@ def header(first: str, names: Iterable[object]) -> str:
 
 
 def mean(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Mean of what there is."""
-    return np.nanmean(values, axis=axes)
+    """Mean of what there is; NaN where there is nothing."""
+    count = (~np.isnan(values)).sum(axis=axes)
+    return np.where(count > 0, np.nansum(values, axis=axes) / np.maximum(count, 1), np.nan)
 
 
 def print_by_distance(title: str, scores: list[Scores]) -> None:
@@ -188,8 +191,9 @@ def predicted(predictor: GatePredictor, hidden: torch.Tensor) -> np.ndarray:
 
 def print_times(gates: list[PlainGate]) -> None:
     """Time of one layer's prediction, here; models' shapes with random weights."""
+    torch.set_num_threads(1)
     kind = platform.processor() or platform.machine()
-    print(f"\nms per layer, this CPU ({kind}, {torch.get_num_threads()} threads), fp32, median of 30\n")
+    print(f"\nms per layer, this CPU ({kind}, 1 thread), fp32, median of 30\n")
     print(header("gate", ["trained parameters", "8 tokens", "64 tokens", "2048 tokens"]))
 
     def line(name: str, gate: PlainGate | TunedGate, hidden: int, count: int) -> None:
@@ -246,11 +250,26 @@ def print_tuning(
         )
 
 
+def go_on(made: Recording, tuned: Any, part: np.ndarray, few: int) -> dict[tuple[int, int], TunedGate]:
+    """Train on with `few` requests of each unseen domain, and of the others, lest they be forgotten."""
+    chosen = [np.flatnonzero((part == 0) & (made.domain == d))[:few] for d in range(len(DOMAINS))]
+    hidden, experts = made.pairs(np.concatenate(chosen))
+    return {
+        (layer, d): train_gate(
+            copy.deepcopy(gate), hidden[:, layer], experts[:, layer + d], epochs=8, batch=256, rate=2e-3
+        )
+        for (layer, d), gate in tuned.items()
+    }
+
+
 def print_domains(made: Recording, gates: list[PlainGate], part: np.ndarray, all_tuned: Any) -> None:
-    """Train without some domains, test on them."""
+    """Train without some domains, test on them; then let the gates go on learning from a few requests."""
     unseen = np.isin(made.domain, [DOMAINS.index(d) for d in UNSEEN])
     train, held_out = (np.flatnonzero((part == i) & ~unseen) for i in (0, 1))
     tuned = fine_tune(gates, made.pairs(train), made.pairs(held_out), threshold=2.0).tuned
+    adapted = {few: GatePredictor(gates, go_on(made, tuned, part, few)) for few in (1, 4)}
+    for few, predictor in adapted.items():
+        predictor.name = f"gate tuned, went on with {few} of each"
     seen_affinity = Affinity(made.layers, made.experts).learn(made.experts_TLK[made.rows(train)])
     seen_affinity.name = "affinity, not trained on them"
     everything = np.flatnonzero(part == 0)
@@ -268,6 +287,7 @@ def print_domains(made: Recording, gates: list[PlainGate], part: np.ndarray, all
         Calibrated(GatePredictor(gates)),
         GatePredictor(gates, tuned, name="gate tuned, not on them"),
         Calibrated(GatePredictor(gates, tuned, name="gate tuned, not on them,")),
+        *adapted.values(),
         GatePredictor(gates, all_tuned, name="gate tuned on all domains"),
     ):
         s = evaluate(p, made, batches, distances=(1,), warm_up=WARM_UP)
