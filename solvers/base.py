@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time as clock
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.bounds import LinearTime, best_bound
 from moeless_opt.problems.evaluate import count_moves, gpu_times, imbalance
 from moeless_opt.problems.placement import equal_shares
-from moeless_opt.problems.plan import Certificate, Plan, ProgressCallback, Result, Status
+from moeless_opt.problems.plan import Certificate, Plan, ProgressCallback, Result
 from moeless_opt.problems.problem import Problem
 
 __all__ = [
@@ -318,19 +318,3 @@ def finish(
         seed=seed,
         message=message,
     )
-
-
-def infeasible(problem: Problem, *, solver: str, began: Clock, message: str, seed: int = 0) -> Result:
-    """A Result that says, proven, that no plan satisfies the caps."""
-    return Result(
-        problem=problem,
-        plan=None,
-        status=Status.INFEASIBLE,
-        seconds=began.seconds,
-        solver=solver,
-        seed=seed,
-        message=message,
-    )
-
-
-Factory = Callable[[], Solver]

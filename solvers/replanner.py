@@ -210,7 +210,7 @@ class Replan:
             began=began,
             options=options,
             seed=seed,
-            proof=_moves_proof(problem, live_LGC, slots_LGC),
+            proof=_moves_proof(problem, live_LGC, slots_LGC, share_LGC),
         )
         assert problem.current is not None
         if problem.time.unit != "s" or result.plan is None or problem.current.partial:
@@ -383,15 +383,16 @@ class MinMoves(Replan):
         )
 
 
-def _moves_proof(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray) -> str:
+def _moves_proof(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, share_LGC: FloatArray) -> str:
     """How many moves any plan as balanced needs at least, as a sentence."""
     assert problem.current is not None
     if problem.split == "equal" or problem.current.partial:
         return ""
     moves_L = _moves_L(problem, slots_LGC, live_LGC)
     wanted_L = _token_bound(problem) * (1 + problem.objective.balance_tolerance)
-    reached_L = np.maximum(wanted_L, _layer_times(problem, slots_LGC))
-    least_L = min_moves_bound(problem.load_LE, live_LGC, problem.topology.speed_G, reached_L)
+    speed_G = problem.topology.speed_G
+    reached_L = np.maximum(wanted_L, gpu_times(problem.load_LE, slots_LGC, share_LGC, speed_G).max(1))
+    least_L = min_moves_bound(problem.load_LE, live_LGC, speed_G, reached_L)
     return f"{int(moves_L.sum())} replicas move; any plan as balanced moves at least {int(least_L.sum())}"
 
 
