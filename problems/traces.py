@@ -34,8 +34,12 @@ __all__ = [
     "Lengths",
     "RoutedRequests",
     "StepLoads",
+    "StepTokens",
     "TokenTraces",
+    "compose_reads",
     "compose_steps",
+    "compose_tokens",
+    "draw_requests",
     "poisson_arrivals",
     "read_arrivals",
     "read_lengths",
@@ -502,6 +506,68 @@ def count_loads(traces: RoutedRequests, tokens_P: IntArray, step_P: IntArray, st
     return counts.reshape(steps, layers, experts).astype(np.float64)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepTokens(Record):
+    """A window of consecutive steps, token by token: which recorded tokens each step routes.
+
+    Parameters
+    ----------
+    start : int
+        Number of the first step.
+    token_P, step_P : arrays of int, shape [P]
+        Rows of the traces, and the step (from 0 in the window) that routes them.
+    live_S : array of int, shape [S]
+        Requests that write.
+    """
+
+    start: int
+    token_P: IntArray
+    step_P: IntArray
+    live_S: IntArray
+
+
+def draw_requests(
+    traces: RoutedRequests,
+    arrivals: Arrivals,
+    *,
+    requests: ArrayLike | None = None,
+    stay: float = 0.0,
+    seed: int = 0,
+) -> IntArray:
+    """A recorded request for every arrival, shape [R].
+
+    Parameters
+    ----------
+    traces : RoutedRequests
+        Measured routing.
+    arrivals : Arrivals
+        Their number counts.
+    requests : array of int, optional
+        Draw from these requests only (all by default).
+    stay : float
+        Chance that a request has the domain of the one before it; 0: domains do not matter.
+    seed : int
+        For the draw.
+    """
+    pool = np.arange(len(traces.offsets) - 1) if requests is None else integers("requests", requests)
+    rng = np.random.default_rng(seed)
+    if not number("stay", stay):
+        return np.asarray(pool[rng.integers(0, pool.size, arrivals.requests)])
+    domain_R = getattr(traces, "domain", None)
+    if domain_R is None:
+        raise ProblemError("stay", "needs traces that tell the domain of each request")
+    kinds, kind_R = np.unique(np.asarray(domain_R)[pool], return_inverse=True)
+    stays = rng.uniform(size=arrivals.requests) < stay
+    fresh = rng.integers(0, kinds.size, arrivals.requests)
+    stays[0] = False
+    chosen = fresh[np.maximum.accumulate(np.where(stays, 0, np.arange(arrivals.requests)))]
+    order = np.argsort(kind_R, kind="stable")
+    count_D = np.bincount(kind_R)
+    first_D = np.cumsum(count_D) - count_D
+    within = np.floor(rng.uniform(size=arrivals.requests) * count_D[chosen]).astype(np.int64)
+    return np.asarray(pool[order[first_D[chosen] + within]])
+
+
 def compose_steps(
     traces: RoutedRequests,
     arrivals: Arrivals,
@@ -540,10 +606,26 @@ def compose_steps(
     StepLoads
         Windows, in order.
     """
+    drawn_R = draw_requests(traces, arrivals, requests=requests, seed=seed)
+    for item in compose_tokens(
+        traces, arrivals, drawn_R, step_seconds=step_seconds, window=window, prompts=prompts
+    ):
+        load_SLE = count_loads(traces, item.token_P, item.step_P, item.live_S.size)
+        yield StepLoads(start=item.start, load_SLE=load_SLE, live_S=item.live_S)
+
+
+def compose_tokens(
+    traces: RoutedRequests,
+    arrivals: Arrivals,
+    drawn_R: IntArray,
+    *,
+    step_seconds: float,
+    window: int = 64,
+    prompts: bool = False,
+) -> Iterator[StepTokens]:
+    """The rows of the traces that each step of `compose_steps` routes, for requests that are drawn already."""
     step_seconds = number("step_seconds", step_seconds, open_low=True)
     window = whole("window", window, low=1)
-    pool = np.arange(len(traces.offsets) - 1) if requests is None else integers("requests", requests)
-    drawn_R = pool[np.random.default_rng(seed).integers(0, pool.size, arrivals.requests)]
     start_R = np.ceil(arrivals.time_R / step_seconds - 1e-9).astype(np.int64)
     prompt_R = np.asarray(traces.prompt_tokens, dtype=np.int64)[drawn_R]
     token_R = traces.offsets[drawn_R] + prompt_R  # first token of the answer
@@ -559,11 +641,26 @@ def compose_steps(
         within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
         step_P = np.repeat(first - low, count) + within
         token_P = np.repeat(token_R[live] + first - start_R[live], count) + within
-        load_SLE = count_loads(traces, token_P, step_P, window)
+        live_S = np.bincount(step_P, minlength=window)
         if prompts:
             new = np.flatnonzero((start_R[:upto] >= low) & (prompt_R[:upto] > 0))
             count = prompt_R[new]
             within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
-            token_P = np.repeat(token_R[new] - prompt_R[new], count) + within
-            load_SLE += count_loads(traces, token_P, np.repeat(start_R[new] - low, count), window)
-        yield StepLoads(start=low, load_SLE=load_SLE, live_S=np.bincount(step_P, minlength=window))
+            token_P = np.concatenate([token_P, np.repeat(token_R[new] - prompt_R[new], count) + within])
+            step_P = np.concatenate([step_P, np.repeat(start_R[new] - low, count)])
+        yield StepTokens(start=low, token_P=token_P, step_P=step_P, live_S=live_S)
+
+
+def compose_reads(
+    traces: RoutedRequests, arrivals: Arrivals, drawn_R: IntArray, *, seconds: float = 1.0
+) -> Iterator[StepTokens]:
+    """The rows that one pass reads of the requests of each interval: all recorded tokens of each.
+
+    `StepTokens.start` is the interval's number; intervals without arrivals are left out.
+    """
+    batch_R = np.floor(arrivals.time_R / number("seconds", seconds, open_low=True)).astype(np.int64)
+    for batch in np.unique(batch_R):
+        rows = [np.arange(traces.offsets[i], traces.offsets[i + 1]) for i in drawn_R[batch_R == batch]]
+        token_P = np.concatenate(rows)
+        step_P = np.zeros(token_P.size, dtype=np.int64)
+        yield StepTokens(start=int(batch), token_P=token_P, step_P=step_P, live_S=np.array([len(rows)]))
