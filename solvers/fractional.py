@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -400,19 +401,11 @@ def level(
     column = number.reshape(-1)[key]
     weight = piece_LGC[layer, gpu, slot]
     count = count_LGC[layer, gpu, slot]
-    incidence = np.zeros((L, X, G))
-    incidence[layer, column, gpu] = 1.0
-    scaled = np.zeros((L, X, G))
-    scaled[layer, column, gpu] = weight / count
-    laplacian = -np.matmul(scaled.transpose(0, 2, 1), incidence)
-    index = np.arange(G)
-    laplacian[:, index, index] += np.where(linked, piece_LGC, 0.0).sum(axis=2)
     # Constant vectors are in the kernel: ground it. A GPU without links gets a potential of its own.
     unit_L = np.where(mean_L > 0.0, mean_L, 1.0)[:, None, None]
-    potential = np.linalg.solve(
-        laplacian / unit_L + 1.0 / G + np.eye(G) * 1e-13, excess_LG[..., None] / unit_L
-    )[..., 0]
-    average = np.matmul(incidence, potential[..., None])[..., 0]
+    links = _Links(layer, gpu, column, weight, count, (L, X, G))
+    solve = _by_experts if 2 * (X + 1) <= G else _by_gpus
+    potential, average = solve(links, excess_LG / unit_L[..., 0], unit_L)
     moved = weight * (average[layer, column] / count - potential[layer, gpu])
     token = weight + moved
     token_LGC = piece_LGC.copy()
@@ -428,6 +421,102 @@ def level(
     keep = good_L[layer]
     share[layer[keep], gpu[keep], slot[keep]] = new[keep]
     return share, np.where(good_L, time_L, equal_L)
+
+
+@dataclass(frozen=True, slots=True)
+class _Links:
+    """Replicas of replicated experts, one entry each: layer, GPU, column of the expert, piece, replicas."""
+
+    layer: Ints
+    gpu: Ints
+    column: Ints
+    weight: Floats
+    count: NDArray[Any]
+    shape: tuple[int, int, int]  # layers, experts with replicas, GPUs
+
+
+def _by_gpus(links: _Links, excess_LG: Floats, unit_L: Floats) -> tuple[Floats, Floats]:
+    """Potentials of the GPUs, and their sums over each expert's GPUs, from a system over the GPUs."""
+    L, X, G = links.shape
+    layer, gpu, column = links.layer, links.gpu, links.column
+    incidence = np.zeros((L, X, G))
+    incidence[layer, column, gpu] = 1.0
+    scaled = np.zeros((L, X, G))
+    scaled[layer, column, gpu] = links.weight / links.count
+    laplacian = -np.matmul(scaled.transpose(0, 2, 1), incidence)
+    index = np.arange(G)
+    laplacian[:, index, index] += _total(links)
+    potential = np.linalg.solve(laplacian / unit_L + 1.0 / G + np.eye(G) * 1e-13, excess_LG[..., None])[
+        ..., 0
+    ]
+    return potential, np.matmul(incidence, potential[..., None])[..., 0]
+
+
+def _by_experts(links: _Links, excess_LG: Floats, unit_L: Floats) -> tuple[Floats, Floats]:
+    """The same from a system over the experts, of which there are fewer (Woodbury's identity).
+
+    With D the GPUs' linked tokens, B who is where, S the pieces over the replicas and u = 1 / sqrt(GPUs), the
+    system over the GPUs is ``(D - B' S B + u u') p = excess``. The unknowns here are ``B p`` and ``u' p``.
+    """
+    L, X, G = links.shape
+    layer, gpu, column = links.layer, links.gpu, links.column
+    unit = unit_L[:, 0, 0]
+    inverse_LG = 1.0 / (_total(links) / unit[:, None] + 1e-13)
+    scale_LX = np.zeros((L, X))
+    scale_LX[layer, column] = links.weight / links.count / unit[layer]
+
+    def over_experts(value_LG: Floats) -> Floats:
+        values = value_LG[layer, gpu]
+        sums: Floats = np.bincount(layer * X + column, weights=values, minlength=L * X).astype(np.float64)
+        return sums.reshape(L, X)
+
+    # Entries of every pair of replicas on one GPU: B D^-1 B'.
+    order = np.argsort(layer * G + gpu, kind="stable")
+    cell = (layer * G + gpu)[order]
+    start = np.searchsorted(cell, cell)
+    met_LXX = np.zeros(L * X * X)
+    for step in range(int(np.bincount(cell).max())):
+        other = start + step
+        valid = other < len(cell)
+        valid[valid] = cell[other[valid]] == cell[valid]
+        a, b = order[valid], order[other[valid]]
+        key = (layer[a] * X + column[a]) * X + column[b]
+        met_LXX += np.bincount(key, weights=inverse_LG[layer[a], gpu[a]], minlength=L * X * X)
+    ground = 1.0 / np.sqrt(G)
+    system = np.zeros((L, X + 1, X + 1))
+    system[:, :X, :X] = np.eye(X) - met_LXX.reshape(L, X, X) * scale_LX[:, None, :]
+    system[:, :X, X] = over_experts(inverse_LG) * ground
+    system[:, X, :X] = -system[:, :X, X] * scale_LX
+    system[:, X, X] = 1.0 + inverse_LG.sum(axis=1) / G
+    right = np.zeros((L, X + 1))
+    right[:, :X] = over_experts(inverse_LG * excess_LG)
+    right[:, X] = (inverse_LG * excess_LG).sum(axis=1) * ground
+    found = _solved(system, right)
+    back = np.bincount(
+        layer * G + gpu, weights=(found[:, :X] * scale_LX)[layer, column], minlength=L * G
+    ).reshape(L, G)
+    potential = inverse_LG * (excess_LG + back - ground * found[:, X:])
+    return potential, over_experts(potential)
+
+
+def _solved(system_LNN: Floats, right_LN: Floats) -> Floats:
+    """Solutions, shape [L, N]; not a number in layers whose system is singular (GPUs that nothing joins)."""
+    try:
+        return np.asarray(np.linalg.solve(system_LNN, right_LN[..., None])[..., 0], dtype=np.float64)
+    except np.linalg.LinAlgError:
+        if len(system_LNN) == 1:
+            return np.full(right_LN.shape, np.nan)
+        parts = zip(system_LNN, right_LN, strict=True)
+        return np.concatenate([_solved(system[None], right[None]) for system, right in parts])
+
+
+def _total(links: _Links) -> Floats:
+    """Tokens of the replicated experts on each GPU, shape [L, G]."""
+    L, _, G = links.shape
+    total: Floats = np.bincount(links.layer * G + links.gpu, weights=links.weight, minlength=L * G).astype(
+        float
+    )
+    return total.reshape(L, G)
 
 
 def _retry(
