@@ -280,6 +280,19 @@ class Affinity:
         self._count_DLEE = np.zeros((self.furthest, self.layers, self.experts, self.experts))
         self._chance: dict[tuple[int, int], FloatArray] = {}
 
+    @classmethod
+    def counted(cls, count_DLEE: NDArray[Any], *, smoothing: float = 16.0) -> Affinity:
+        """From transitions that were counted before: `transitions_DLEE` of another."""
+        furthest, layers, experts, _ = count_DLEE.shape
+        affinity = cls(layers, experts, furthest=furthest, smoothing=smoothing)
+        affinity._count_DLEE = floats("transitions", count_DLEE).copy()
+        return affinity
+
+    @property
+    def transitions_DLEE(self) -> FloatArray:
+        """Counts from expert to expert, at distance D + 1 from layer L."""
+        return self._count_DLEE
+
     def learn(self, experts_TLK: NDArray[Any], *, decay: float = 1.0) -> Affinity:
         """Count the transitions of recorded tokens; older counts first shrink by `decay`.
 

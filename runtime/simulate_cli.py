@@ -29,6 +29,8 @@ from moeless_opt.problems.traces import (
     read_token_traces,
 )
 from moeless_opt.runtime.cost import RULES
+from moeless_opt.runtime.predictors import LastWindow
+from moeless_opt.runtime.sim_foresight import Online
 from moeless_opt.runtime.sim_policies import POLICIES, Run, Settings, build
 from moeless_opt.runtime.sim_time import Machine
 from moeless_opt.runtime.sim_traffic import (
@@ -336,8 +338,8 @@ def _table(
                 scene.traffic(),
                 run.controller,
                 per_pass=run.per_pass,
+                foresight=Online(LastWindow(), settings.distance) if run.policy.predictor == "last" else None,
                 error=settings.error_at_distance,
-                last=run.policy.predictor == "last",
                 seed=settings.seed,
                 progress=bar,
             )

@@ -464,7 +464,7 @@ def simulate(
     *,
     per_pass: bool = False,
     error: float = 0.1,
-    last: bool = False,
+    foresight: Callable[[Passes], FloatArray] | None = None,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> SimReport:
@@ -479,11 +479,12 @@ def simulate(
     controller : Controller, optional
         Who plans; nobody by default.
     per_pass : bool
-        Ask the controller before every pass, with a prediction of its loads (see `predicted`).
+        Ask the controller before every pass, with a prediction of its loads.
     error : float
-        Share of the pairs that the prediction gets wrong.
-    last : bool
-        Take the loads of the pass before for the prediction instead.
+        Share of the pairs that the assumed prediction gets wrong (see `predicted`).
+    foresight : callable, optional
+        Predicts instead: given the next passes, in order, what was foreseen of each, [B, L, E] (see
+        `sim_foresight`).
     seed : int
         For the prediction's errors.
     progress : callable, optional
@@ -496,17 +497,16 @@ def simulate(
     """
     rng = np.random.default_rng(seed)
     past_LE: FloatArray = np.zeros((len(backend.bytes_L), backend.experts))
-    last_BLE: FloatArray = past_LE[None]
     for passes in traffic:
         if controller is None or not per_pass:
             backend.run(passes)
             if controller is not None:
                 controller.after(passes.count)
         else:
-            foreseen_BLE = predicted(passes.load_BLE, past_LE, error, rng)
-            if last:
-                foreseen_BLE = np.concatenate([last_BLE, passes.load_BLE])[: passes.count]
-                last_BLE = passes.load_BLE[-1:]
+            if foresight is not None:
+                foreseen_BLE = foresight(passes)
+            else:
+                foreseen_BLE = predicted(passes.load_BLE, past_LE, error, rng)
             for i in range(passes.count):
                 backend.wait_until(float(passes.start_B[i]))
                 if foreseen_BLE[i].any():

@@ -40,7 +40,6 @@ from moeless_opt.runtime.predictor_scores import (
     decode_batches,
     evaluate,
     prefill_batches,
-    record_requests,
 )
 from moeless_opt.runtime.predictors import (
     Affinity,
@@ -50,49 +49,13 @@ from moeless_opt.runtime.predictors import (
     LastWindow,
     LinearTrend,
 )
-from moeless_opt.runtime.tiny_moe_corpus import DOMAINS, build_corpora
+from moeless_opt.runtime.record_foresight import DISTANCES, held_out_requests, parts
+from moeless_opt.runtime.tiny_moe_corpus import DOMAINS
 from moeless_opt.solvers.shares import solve_shares
 
-PER_DOMAIN, TRAIN, HELD_OUT = 100, 48, 12  # requests; the rest are for the tests
-DISTANCES = (1, 2, 3, 4, 5)
 THRESHOLD = 0.7
 UNSEEN = ("russian", "chinese", "arithmetic")
 WARM_UP = 4
-
-
-def recording(cache: Path) -> tuple[Recording, np.ndarray]:
-    """Requests of held-out text, none overlapping; and which train (0), profile (1) and test (2)."""
-    part = np.tile(np.repeat([0, 1, 2], [TRAIN, HELD_OUT, PER_DOMAIN - TRAIN - HELD_OUT]), len(DOMAINS))
-    file = cache / "predictor_recording.npz"
-    if file.exists():
-        with np.load(file) as kept:
-            arrays = {name: kept[name] for name in kept.files}
-        return Recording(
-            hidden_TLH=torch.from_numpy(arrays["hidden"]),
-            experts_TLK=arrays["experts"],
-            offsets=arrays["offsets"],
-            domain=arrays["domain"],
-            experts=tiny_moe.EXPERTS,
-        ), part
-    corpora = build_corpora(cache)
-    rng = np.random.default_rng(0)
-    texts: list[bytes] = []
-    for name in DOMAINS:
-        text = corpora[name].held_out
-        lengths = np.exp(rng.normal(np.log(256), 0.6, size=PER_DOMAIN)).clip(32, 511).astype(int)
-        gap, at = (text.size - int(lengths.sum())) // PER_DOMAIN, 0
-        for length in lengths.tolist():
-            texts.append(text[at : at + length].tobytes())
-            at += length + gap
-    made = record_requests(tiny_moe.load(), texts, np.repeat(np.arange(len(DOMAINS)), PER_DOMAIN).tolist())
-    np.savez(
-        file,
-        hidden=made.hidden_TLH.numpy(),
-        experts=made.experts_TLK,
-        offsets=made.offsets,
-        domain=made.domain,
-    )
-    return made, part
 
 
 def row(name: str, values: Iterable[float], digits: int = 3) -> str:
@@ -301,7 +264,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=52, help="batches of prefill (default 52)")
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
-    made, part = recording(args.cache)
+    made, part = held_out_requests(args.cache), parts()
     train, held_out, test = (np.flatnonzero(part == i) for i in range(3))
     gates = plain_gates(tiny_moe.load())
     tokens = [len(made.rows(p)) for p in (train, held_out, test)]

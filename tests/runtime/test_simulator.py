@@ -18,6 +18,8 @@ from moeless_opt.problems.topology import Links, Topology
 from moeless_opt.problems.traces import TokenTraces, poisson_arrivals
 from moeless_opt.runtime.backend import Backend
 from moeless_opt.runtime.cost import CostMeter
+from moeless_opt.runtime.predictors import LastWindow
+from moeless_opt.runtime.sim_foresight import Online
 from moeless_opt.runtime.sim_policies import POLICIES, Settings, build
 from moeless_opt.runtime.sim_time import Machine, expert_curve
 from moeless_opt.runtime.sim_traffic import (
@@ -385,7 +387,7 @@ def test_every_policy_runs_and_repeats_itself(name: str) -> None:
             one_second_batches(routing, arrivals),
             run.controller,
             per_pass=run.per_pass,
-            last=run.policy.predictor == "last",
+            foresight=Online(LastWindow(), 1) if run.policy.predictor == "last" else None,
         )
         ends.append((report.mean_latency(), report.moved, run.backend.meter.cost("resident").total))
     assert ends[0] == ends[1]
