@@ -25,6 +25,9 @@ __all__ = ["relabel", "seat", "seat_all"]
 
 Slots = NDArray[np.int32]
 
+MANY = 256
+"""More GPUs than this are matched over those pairs alone that have an expert in common."""
+
 
 def relabel(
     live_LGC: NDArray[Any],
@@ -65,6 +68,16 @@ def relabel(
     if live.shape != new.shape:
         raise ProblemError("new_LGC", f"has shape {new.shape}, would need the live placement's {live.shape}")
     L, G, C = live.shape
+    speed = np.ones(G) if speed_G is None else np.asarray(speed_G, dtype=np.float64)
+    capacity = np.full((L, G), C) if capacity_LG is None else np.asarray(capacity_LG)
+    if G > MANY:
+        node = np.zeros(G, dtype=np.int64) if node_G is None else np.asarray(node_G)
+        kinds = [np.unique(np.stack([speed, row]), axis=1, return_inverse=True)[1] for row in capacity]
+        takes_LG = [
+            _assign_sparse(old, fresh, kind.reshape(-1), node, experts)
+            for old, fresh, kind in zip(live, new, kinds, strict=True)
+        ]
+        return _seated(live, new, takes_LG)
     live_LGE, new_LGE = _holds(live, experts), _holds(new, experts)
     # Kept replicas first; the node's overlap, at most C experts, decides among equals.
     value_LGG = np.einsum("lge,lhe->lgh", live_LGE, new_LGE, optimize=True) * (C + 1.0)
@@ -74,15 +87,22 @@ def relabel(
         onto_LNE = np.minimum(np.einsum("ng,lge->lne", near_NG, live_LGE, optimize=True), 1.0)
         near_LNG = np.einsum("lne,lhe->lnh", onto_LNE, new_LGE, optimize=True)
         value_LGG = value_LGG + near_LNG[:, np.searchsorted(np.unique(node), node)]
-    speed = np.ones(G) if speed_G is None else np.asarray(speed_G, dtype=np.float64)
-    capacity = np.full((L, G), C) if capacity_LG is None else np.asarray(capacity_LG)
-    out = np.empty((L, G, C), dtype=np.int32)
+    takes_LG = []
     for layer in range(L):
         alike_GG = (speed[:, None] == speed) & (capacity[layer][:, None] == capacity[layer])
-        takes = _assign(np.rint(value_LGG[layer]).astype(np.int64), alike_GG)
-        for gpu in range(G):
-            row = new[layer, takes[gpu]]
-            out[layer, gpu] = seat(live[layer, gpu].tolist(), row[row >= 0].tolist())
+        takes_LG.append(_assign(np.rint(value_LGG[layer]).astype(np.int64), alike_GG))
+    return _seated(live, new, takes_LG)
+
+
+def _seated(live_LGC: NDArray[Any], new_LGC: NDArray[Any], takes_LG: list[list[int]]) -> Slots:
+    """The new placement with its GPUs permuted, what is kept in its slot."""
+    out = np.empty(live_LGC.shape, dtype=np.int32)
+    for layer, (live, new, takes) in enumerate(zip(live_LGC, new_LGC, takes_LG, strict=True)):
+        rows = new[takes].tolist()
+        out[layer] = [
+            seat(old, [expert for expert in row if expert >= 0])
+            for old, row in zip(live.tolist(), rows, strict=True)
+        ]
     return out
 
 
@@ -131,3 +151,91 @@ def _assign(value_GG: NDArray[np.int64], allowed_GG: NDArray[np.bool_]) -> list[
     if solver.solve() != solver.OPTIMAL:  # the identity is always allowed
         raise AssertionError("linear assignment over alike GPUs has no perfect matching")
     return [solver.right_mate(gpu) for gpu in range(len(value_GG))]
+
+
+def _assign_sparse(
+    live_GC: NDArray[Any],
+    new_GC: NDArray[Any],
+    kind_G: NDArray[Any],
+    node_G: NDArray[Any],
+    experts: int,
+) -> list[int]:
+    """For each GPU, the content it takes, over many GPUs.
+
+    Most pairs of a GPU and a content have nothing in common. A matching of most value over those that do, any
+    of them left alone, is a perfect matching of two copies of the graph, each vertex joined to its copy (at
+    no value). What stays unmatched goes, kind by kind, to a GPU on a node that holds one of its experts, else
+    to the first that is left.
+    """
+    from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
+
+    gpus, width = live_GC.shape
+    left, right, kept = _overlaps(live_GC, new_GC, experts)
+    alike = kind_G[left] == kind_G[right]
+    left, right, kept = left[alike], right[alike], kept[alike]
+    near = _node_overlap(live_GC, new_GC, node_G, experts)
+    value = kept * (width + 1) + near[right, node_G[left]]
+    most = int(value.max(initial=0))
+    mate, own = gpus + np.arange(gpus), np.arange(gpus)
+    solver = SimpleLinearSumAssignment()
+    # Left: GPUs, then copies of the contents. Right: contents, then copies of the GPUs.
+    solver.add_arcs_with_cost(left, right, 2 * (most - value))
+    solver.add_arcs_with_cost(gpus + right, gpus + left, np.zeros(len(left), dtype=np.int64))
+    solver.add_arcs_with_cost(own, mate, np.full(gpus, 2 * most))
+    solver.add_arcs_with_cost(mate, own, np.zeros(gpus, dtype=np.int64))
+    if solver.solve() != solver.OPTIMAL:  # everyone may stay alone
+        raise AssertionError("the matching of contents to GPUs has no solution")
+    takes = [solver.right_mate(gpu) for gpu in range(gpus)]
+    takes = [content if content < gpus else -1 for content in takes]
+    given = set(takes)
+    idle: dict[tuple[int, int], list[int]] = {}  # GPUs without a content, by kind and node
+    for gpu in range(gpus - 1, -1, -1):
+        if takes[gpu] < 0:
+            idle.setdefault((int(kind_G[gpu]), int(node_G[gpu])), []).append(gpu)
+    later = []
+    for content in (content for content in range(gpus) if content not in given):
+        kind = int(kind_G[content])
+        nodes = np.flatnonzero(near[content])
+        nodes = nodes[np.argsort(-near[content, nodes], kind="stable")]
+        free = next((idle[kind, node] for node in nodes.tolist() if idle.get((kind, node))), None)
+        if free is None:
+            later.append(content)
+        else:
+            takes[free.pop()] = content
+    rest: dict[int, list[int]] = {}
+    for gpu in range(gpus - 1, -1, -1):
+        if takes[gpu] < 0:
+            rest.setdefault(int(kind_G[gpu]), []).append(gpu)
+    for content in later:
+        takes[rest[int(kind_G[content])].pop()] = content
+    return takes
+
+
+def _overlaps(
+    live_GC: NDArray[Any], new_GC: NDArray[Any], experts: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs of a GPU and a content with experts in common, and how many."""
+    gpus = len(live_GC)
+    gpu, slot = np.nonzero(live_GC >= 0)
+    expert = live_GC[gpu, slot].astype(np.int64)
+    content, at = np.nonzero(new_GC >= 0)
+    wanted = new_GC[content, at].astype(np.int64)
+    order = np.argsort(wanted, kind="stable")
+    content, count_E = content[order], np.bincount(wanted, minlength=experts)
+    first_E = np.cumsum(count_E) - count_E
+    repeat = count_E[expert]
+    left = np.repeat(gpu, repeat)
+    within = np.arange(int(repeat.sum())) - np.repeat(np.cumsum(repeat) - repeat, repeat)
+    right = content[np.repeat(first_E[expert], repeat) + within]
+    key, kept = np.unique(left * gpus + right, return_counts=True)
+    return key // gpus, key % gpus, kept
+
+
+def _node_overlap(
+    live_GC: NDArray[Any], new_GC: NDArray[Any], node_G: NDArray[Any], experts: int
+) -> NDArray[np.int64]:
+    """How many experts of each content a node holds, shape [contents, nodes]."""
+    on_NE = np.zeros((int(node_G.max()) + 1, experts + 1), dtype=np.int64)
+    on_NE[node_G[:, None], live_GC] = 1
+    on_NE[:, experts] = 0  # empty slots
+    return np.asarray(on_NE[:, new_GC].sum(axis=2).T)

@@ -27,6 +27,7 @@ from moeless_opt.solvers.replan_budget import choose_points
 from moeless_opt.solvers.replan_fill import QUICK, Search, fill_overflow
 from moeless_opt.solvers.replan_flow import UNIT, LayerFlow, least_time
 from moeless_opt.solvers.replan_lns import Shaker, count_moves
+from moeless_opt.solvers.replan_wide import MANY, fill_wide
 from moeless_opt.solvers.shares import solve_shares
 
 __all__ = ["Replan", "checked", "mend_content", "replan_fractional"]
@@ -224,6 +225,9 @@ def _begin(
 
 def _plan_layer(one: _Layer, search: Search) -> None:
     """Reach the wanted time with few moves; else the least time that is found."""
+    if len(one.capacity) > MANY:
+        _plan_wide(one, search)
+        return
     state = one.state(one.target)
     overflow = state.solve()
     one.least = forced = count_moves(one.live, one.start)
@@ -249,6 +253,19 @@ def _plan_layer(one: _Layer, search: Search) -> None:
             low = middle
         if high - low < 1e-4 * high:
             break
+
+
+def _plan_wide(one: _Layer, search: Search) -> None:
+    """The same over many GPUs: many changes at once, then single ones where those end."""
+    forced = count_moves(one.live, one.start)
+    room = one.room(one.target)
+    one.content, overflow = fill_wide(one.load, one.start, one.capacity, room)
+    one.least = max(forced, int(one.content != one.start))
+    if overflow <= 0:
+        return
+    state = LayerFlow(one.load, one.content, one.capacity, room)
+    one.reached = fill_overflow(state, search) <= 0
+    one.content = state.content
 
 
 def _improve(layers: list[_Layer], time_limit: float | None, rounds: int, seed: int, started: float) -> None:

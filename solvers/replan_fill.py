@@ -60,6 +60,8 @@ class Search:
 
 QUICK = Search()
 WIDE = Search(groups=64, experts=6, targets=1 << 30, trials=60, exchanges=60)
+_LARGE = Search(groups=8, experts=4, targets=64, trials=24, exchanges=24)  # where a flow takes a millisecond
+_LARGE_FROM = 256  # GPUs
 
 
 def fill_overflow(
@@ -91,14 +93,15 @@ def fill_overflow(
         Overflow that is left.
     """
     overflow = state.solve()
+    wide = WIDE if state.gpus <= _LARGE_FROM else _LARGE
     added = 0
     while overflow > 0:
         cut = state.cut()
         best = _best_change(state, cut, overflow, search, rng)
         if best is None:
-            if search is WIDE:
+            if search is wide:
                 break
-            best = _best_change(state, cut, overflow, WIDE, rng)
+            best = _best_change(state, cut, overflow, wide, rng)
             if best is None:
                 break
         added += len(best.adds)

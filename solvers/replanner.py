@@ -25,6 +25,7 @@ from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.min_moves import min_moves, min_moves_bound
 from moeless_opt.solvers.planners import Construct
 from moeless_opt.solvers.relabel import relabel, seat
+from moeless_opt.solvers.replan import Replan as Replanned
 from moeless_opt.solvers.replan import replan_fractional
 from moeless_opt.solvers.shares import solve_shares
 from moeless_opt.solvers.splitting import best_shares
@@ -99,7 +100,12 @@ def _token_bound(problem: Problem) -> FloatArray:
     return np.asarray(np.maximum(bound_L - launch, 0.0) / time.token_cost)
 
 
-def replan_to(
+def replan_to(problem: Problem, tolerance: float, **options: Any) -> SlotArray:
+    """Placement with few moves whose times are within `tolerance` of the bound; see `_replan`."""
+    return _replan(problem, tolerance, **options).slots_LGC
+
+
+def _replan(
     problem: Problem,
     tolerance: float,
     *,
@@ -108,8 +114,8 @@ def replan_to(
     time_limit: float | None = None,
     seed: int = 0,
     **options: Any,
-) -> SlotArray:
-    """Placement with few moves whose times are within `tolerance` of the bound, by the problem's split."""
+) -> Replanned:
+    """Re-plan by the kernel of the problem's split."""
     live_LGC = live_slots(problem)
     common: dict[str, Any] = {
         "tolerance": tolerance,
@@ -131,10 +137,10 @@ def replan_to(
             bound_L=_token_bound(problem),
             **common,
             **options,
-        ).slots_LGC
+        )
     return replan_fractional(
         problem.load_LE, live_LGC, capacity_LG, speed_G, bound_L=_token_bound(problem), **common, **options
-    ).slots_LGC
+    )
 
 
 def frontier(problem: Problem, *, seed: int = 0, ladder: tuple[float, ...] = LADDER) -> Frontier:
@@ -229,8 +235,8 @@ class Replan:
         limits, tolerance = problem.limits, problem.objective.balance_tolerance
         budget, cost_L = _budget(problem)
 
-        def run(allowed: int | None) -> SlotArray:
-            return replan_to(
+        def replanned(allowed: int | None) -> Replanned:
+            return _replan(
                 problem,
                 tolerance,
                 max_moves=allowed,
@@ -240,11 +246,16 @@ class Replan:
                 **options,
             )
 
-        slots_LGC = run(budget)
+        def run(allowed: int | None) -> SlotArray:
+            return replanned(allowed).slots_LGC
+
+        first = replanned(budget)
+        slots_LGC = first.slots_LGC
         if limits.max_layer_moves is not None:
             slots_LGC = self._cap_layers(problem, live_LGC, slots_LGC, limits.max_layer_moves, seed)
         if not limits.bounds_moves:
-            return _best_of_scratch(problem, slots_LGC, live_LGC, seed)
+            same = slots_LGC is first.slots_LGC
+            return _best_of_scratch(problem, slots_LGC, live_LGC, seed, first.time_L if same else None)
         if limits.max_moves is not None and limits.max_move_bytes is not None:
             moves_L = _moves_L(problem, slots_LGC, live_LGC)
             while int(moves_L.sum()) > limits.max_moves:  # bytes bound first, replicas do not fit yet
@@ -461,11 +472,13 @@ def _within_seconds(
     return best
 
 
-def _best_of_scratch(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray, seed: int) -> SlotArray:
+def _best_of_scratch(
+    problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray, seed: int, time_L: FloatArray | None
+) -> SlotArray:
     """Per layer, a fresh construction with relabelled GPUs where it moves less or alone comes near."""
     moves_L = _moves_L(problem, slots_LGC, live_LGC)
     wanted_L = _token_bound(problem) * (1 + problem.objective.balance_tolerance) * (1 + 1e-9)
-    time_L = _layer_times(problem, slots_LGC)
+    time_L = _layer_times(problem, slots_LGC) if time_L is None else time_L
     filled_L = (slots_LGC >= 0).sum((1, 2))
     doubtful = (time_L > wanted_L) | (moves_L > SCRATCH_FROM * filled_L)
     if not doubtful.any():
