@@ -330,7 +330,7 @@ class Composition:
             token_S = np.bincount(item.step_P, minlength=steps).astype(np.float64)
             first = (item.start + 1.0) if prefill else item.start * self.period
             yield Passes(
-                start_B=first + np.arange(steps) * self.period,
+                start_B=np.asarray(first + np.arange(steps) * self.period, dtype=np.float64),
                 weight_B=np.ones(steps),
                 tokens_B=token_S,
                 # What is in the cache is not recorded: half of a mean request for each one that writes.
