@@ -9,7 +9,7 @@ Ito, which colour-blind readers tell apart; a policy has the same one in every f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 __all__ = ["FIGURES", "Figure", "draw", "draw_distributions"]
 
 Row = dict[str, Any]
+Read = Callable[[Row, Row], float]
 
 COLOURS = {
     "static": "#000000",
@@ -59,14 +60,13 @@ class Figure:
     draw: Callable[[Any, list[Row]], None]
     variants: Sequence[tuple[str, Mapping[str, Any]]] = ()
     size: tuple[float, float] = (9.0, 3.6)
-    notes: tuple[str, ...] = field(default=())
 
 
 def draw(figure: Figure, rows: list[Row], path: Path) -> None:
     """Draw a figure's rows into a file (.png, .svg, ...)."""
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=figure.size, layout="constrained", dpi=100)
+    canvas = Canvas(figsize=figure.size, layout="constrained", dpi=88)
     figure.draw(canvas, rows)
     canvas.savefig(path)
 
@@ -98,7 +98,9 @@ def _policies(rows: list[Row], *without: str) -> list[str]:
 
 def _distributions(canvas: Any, rows: list[Row]) -> None:
     panels = _panels(rows)
-    _step_panels(canvas.subplots(1, len(panels), squeeze=False)[0], panels)
+    axes = canvas.subplots(1, len(panels), squeeze=False)[0]
+    _step_panels(axes, panels)
+    _legend(canvas, axes[0])
 
 
 def _step_panels(axes: Any, panels: dict[str, list[Row]]) -> None:
@@ -112,7 +114,6 @@ def _step_panels(axes: Any, panels: dict[str, list[Row]]) -> None:
         axis.set(title=title, xlabel="MoE layer latency, ms (simulated)", xscale="log", ylim=(0, 1))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of layers and passes")
-    axes[-1].legend(loc="lower right", fontsize=8)
 
 
 def _latency(canvas: Any, rows: list[Row]) -> None:
@@ -129,6 +130,7 @@ def _latency(canvas: Any, rows: list[Row]) -> None:
         axis.bar_label(bars, [f"{row['mean_ms']:.1f}" for row in group], fontsize=8)
         axis.set_xticks(at, names, rotation=35, ha="right", fontsize=8)
         axis.grid(axis="y", alpha=0.3)
+    _legend(canvas, axes[0][0])
     axes[1][0].set_ylabel("ms: mean (solid), P99 (pale)")
 
 
@@ -151,7 +153,7 @@ def _cost(canvas: Any, rows: list[Row]) -> None:
         axis.set(title=model, xlabel="charging rule")
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("cost (GB*s) against static, %")
-    axes[-1].legend(fontsize=8)
+    _legend(canvas, axes[-1])
 
 
 def _against_static(canvas: Any, rows: list[Row]) -> None:
@@ -173,17 +175,14 @@ def _against_static(canvas: Any, rows: list[Row]) -> None:
     axes[0].set_ylabel("mean MoE layer latency\nagainst static, %")
 
 
-def _lines(xlabel: str, right: tuple[str, Callable[[Row, Row], float]]) -> Callable[[Any, list[Row]], None]:
-    """Two panels over the variants: mean latency, and something else that is read off a row and static's."""
+def _lines(xlabel: str, *further: tuple[str, Read]) -> Callable[[Any, list[Row]], None]:
+    """Panels over the variants: mean latency, and what else is read off a row and static's."""
 
     def drawn(canvas: Any, rows: list[Row]) -> None:
         labels = list(dict.fromkeys(row["variant"] for row in rows))
         base = {row["variant"]: row for row in rows if row["policy"] == "static"}
-        panels: list[tuple[str, Callable[[Row, Row], float]]] = [
-            ("mean MoE layer latency, ms", lambda row, _: row["mean_ms"]),
-            right,
-        ]
-        axes = canvas.subplots(1, 2)
+        panels = (("mean MoE layer latency, ms", _mean), *further)
+        axes = canvas.subplots(1, len(panels))
         for axis, (ylabel, read) in zip(axes, panels, strict=True):
             for name in _policies(rows):
                 found = {row["variant"]: row for row in rows if row["policy"] == name}
@@ -192,13 +191,27 @@ def _lines(xlabel: str, right: tuple[str, Callable[[Row, Row], float]]) -> Calla
                     axis.plot(labels, values, color=COLOURS[name], marker=MARKERS[name], label=name)
             axis.set(xlabel=xlabel, ylabel=ylabel)
             axis.grid(alpha=0.3)
-        axes[0].legend(fontsize=8)
-        axes[0].set_title(", ".join(_models(rows)), fontsize=10)
+        canvas.suptitle(", ".join(_models(rows)), fontsize=10)
+        _legend(canvas, axes[0])
 
     return drawn
 
 
-def _cost_change(rule: str) -> tuple[str, Callable[[Row, Row], float]]:
+def _legend(canvas: Any, axis: Any) -> None:
+    """Above all panels, where it hides nothing."""
+    handles, names = axis.get_legend_handles_labels()
+    canvas.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=8, frameon=False)
+
+
+def _mean(row: Row, _: Row) -> float:
+    return float(row["mean_ms"])
+
+
+def _held(row: Row, _: Row) -> float:
+    return float(row["held"])
+
+
+def _cost_change(rule: str) -> tuple[str, Read]:
     return (
         f"cost against static, %\n(rule '{rule}')",
         lambda row, base: 100 * (row["cost"][rule] / base["cost"][rule] - 1),
@@ -209,6 +222,7 @@ def _foreseen(row: Row, _: Row) -> float:
     return float(row["foreseen"]) if row["foreseen"] is not None else float("nan")
 
 
+_HELD = ("replicas held", _held)
 _DISTANCE = ("predictions: total variation\nfrom the actual loads", _foreseen)
 
 
@@ -234,7 +248,7 @@ def _predictors(canvas: Any, rows: list[Row]) -> None:
     for axis in (left, right):
         axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
         axis.grid(axis="y", alpha=0.3)
-    left.legend(fontsize=8, loc="lower right")
+    _legend(canvas, left)
 
 
 def _table_bars(canvas: Any, rows: list[Row]) -> None:
@@ -245,7 +259,7 @@ def _table_bars(canvas: Any, rows: list[Row]) -> None:
         ("mean MoE layer latency, ms", lambda row: row["mean_ms"], "%.3f"),
         ("replicas held", lambda row: row["held"], "%.0f"),
         ("weights moved, GB", lambda row: row["moved_GB"], "%.3g"),
-        ("cost, TB*s (rule 'passes')", lambda row: row["cost"]["passes"] / 1e3, "%.2f"),
+        ("cost, GB*s (rule 'passes')", lambda row: row["cost"]["passes"], "%.0f"),
     )
     axes = canvas.subplots(1, len(panels))
     for axis, (title, read, form) in zip(axes, panels, strict=True):
@@ -300,7 +314,8 @@ FIGURES: dict[str, Figure] = {
         text="the scaler's threshold: looser is cheaper and slower",
         options={"model": ["Phi-3.5-MoE"], "policies": "static,moeless"},
         variants=_each("cv", (0.2, 0.4, 0.6, 0.8, 1.0)),
-        draw=_lines("CV threshold of MoEless's scaler", _cost_change("functions")),
+        draw=_lines("CV threshold of MoEless's scaler", _HELD, _cost_change("passes")),
+        size=(11.0, 3.6),
     ),
     "distance": Figure(
         text="layers ahead of the prediction, error assumed",
@@ -324,13 +339,15 @@ FIGURES: dict[str, Figure] = {
         text="seconds that unused replicas stay",
         options={"model": ["Phi-3.5-MoE"], "policies": "static,moeless,ours"},
         variants=_each("keep_alive", ("0", "1", "10", "60", "adaptive")),
-        draw=_lines("keep-alive, seconds", _cost_change("passes")),
+        draw=_lines("keep-alive, seconds", _HELD, _cost_change("resident")),
+        size=(11.0, 3.6),
     ),
     "memory": Figure(
         text="memory cap: replicas that a GPU may hold of each layer (static needs 2)",
         options={"model": ["Phi-3.5-MoE"], "policies": "static,eplb,moeless,ours"},
         variants=_each("slots", (2, 3, 4, 5)),
-        draw=_lines("replicas per GPU and layer", _cost_change("passes")),
+        draw=_lines("replicas per GPU and layer", _HELD, _cost_change("passes")),
+        size=(11.0, 3.6),
     ),
     "error": Figure(
         text="how much a wrong prediction costs",
