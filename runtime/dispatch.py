@@ -422,6 +422,9 @@ class SlotDispatcher:
         self.load_E: Tensor | None = None
         self.tokens = 0
         self.seconds = 0.0
+        #: Seconds on the host from a batch's counts to its sum, since somebody set it to 0.
+        self.layer_seconds = 0.0
+        self._entered = 0.0
         self._began = 0.0
         self._events: list[tuple[Any, Any]] = []
         self.set_table(table)
@@ -461,6 +464,7 @@ class SlotDispatcher:
             raise UnsupportedFeatureError(
                 "training through a live placement is not supported: run under torch.no_grad()"
             )
+        self._entered = time.perf_counter()
         n_tokens, k = expert_Tk.shape
         if self.valid is not None and self.valid.numel() != n_tokens:
             raise ProblemError("valid", f"marks {self.valid.numel()} tokens, the batch has {n_tokens}")
@@ -607,6 +611,7 @@ class SlotDispatcher:
         out = rows.index_select(0, self.back_kT[0])
         for place_T in self.back_kT[1:]:
             out += rows.index_select(0, place_T)
+        self.layer_seconds += time.perf_counter() - self._entered
         return out
 
     # -- the clock: seconds in the experts of this layer on this rank -----------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -61,16 +62,30 @@ class MemoryMeter:
         self.now = 0
         self.peak = 0
         self.hard_limit = hard_limit
+        self._charged, self._since = 0.0, time.perf_counter()
+
+    @property
+    def byte_seconds(self) -> float:
+        """Bytes times the seconds for which they were alive, since the meter was made."""
+        self._charge()
+        return self._charged
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        self._charged += self.now * (now - self._since)
+        self._since = now
 
     def track(self, tensor: Tensor) -> Tensor:
         """Count a tensor until it is freed."""
         size = tensor.numel() * tensor.element_size()
+        self._charge()
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(tensor, self._freed, size).atexit = False
         return tensor
 
     def _freed(self, size: int) -> None:
+        self._charge()
         self.now -= size
 
     def reset_peak(self) -> None:
@@ -143,9 +158,14 @@ class SlotBank:
             raise ProblemError("expert", f"expert {expert} of layer {self.layer} is not on this rank")
         return found
 
-    def install(self, experts: Sequence[int]) -> None:
-        """Serve exactly these experts from now on; staged ones are taken in, others are let go."""
+    def install(self, experts: Sequence[int], keep: Sequence[int] = ()) -> None:
+        """Serve exactly these experts from now on; staged ones are taken in, others are let go.
+
+        What is in `keep` stays in memory: staged, as if it had just arrived.
+        """
+        kept = {e: self.resident[e] for e in keep}
         self.resident = {e: self.weights(e) for e in experts}
+        self.staged |= kept
         for e in experts:
             self.staged.pop(e, None)
         self.order = tuple(experts)

@@ -15,13 +15,15 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import MoelessError, ProblemError
 
-__all__ = ["ExpertGroup", "RankLostError"]
+__all__ = ["ExpertGroup", "RankLostError", "SideGroup"]
 
 
 class RankLostError(MoelessError):
@@ -100,6 +102,8 @@ class ExpertGroup:
         self.node_R: tuple[int, ...] = (0,) * self.size
         self._tokens: Any = None
         self._weights: Any = None
+        self._sides = 0
+        self.name = name
         if self.size > 1:
             name = f"moeless/{'-'.join(map(str, self.ranks))}/{name}"
             with _losses():
@@ -161,6 +165,11 @@ class ExpertGroup:
             [self.node_R[i] for i in keep],
             name,
         )
+
+    def side(self) -> SideGroup:
+        """One more group of the same ranks, for a thread of its own; all of them call this together."""
+        self._sides += 1
+        return SideGroup(self, self._sides)
 
     # -- operations --------------------------------------------------------------------------------
 
@@ -235,3 +244,47 @@ class ExpertGroup:
                         group.abort()
         # With the last reference gloo closes its connections.
         del groups
+
+
+class SideGroup:
+    """Numbers among the ranks of an `ExpertGroup`, beside its traffic, on the host, by its own connections.
+
+    A thread may wait here while the ranks' forward passes go on, as long as every rank's thread comes.
+
+    Parameters
+    ----------
+    group : ExpertGroup
+        The ranks.
+    number : int
+        Counts the side groups of `group`; the same on all of them.
+    """
+
+    def __init__(self, group: ExpertGroup, number: int) -> None:
+        self.size = group.size
+        self._group: Any = None
+        if self.size > 1:
+            name = f"moeless/{'-'.join(map(str, group.ranks))}/{group.name}/side{number}"
+            with _losses():
+                self._group = _make_group(
+                    group.store, name, group.rank, self.size, torch.device("cpu"), group.timeout
+                )
+
+    def sum(self, mine: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum over the ranks, added in their order: the same bits on all of them."""
+        if self.size == 1:
+            return mine.copy()
+        group = self._group
+        if group is None:
+            raise RankLostError("the group was closed")
+        row = torch.from_numpy(np.ascontiguousarray(mine, dtype=np.float64)).reshape(-1)
+        out = torch.empty(self.size * row.numel(), dtype=torch.float64)
+        with _losses():
+            group._allgather_base(out, row).wait()
+        total = np.zeros(row.numel())
+        for part in out.view(self.size, -1).numpy():
+            total += part
+        return total.reshape(mine.shape)
+
+    def close(self) -> None:
+        """Give it up; whoever waits in it gets an error."""
+        self._group = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import MoelessError, ProblemError, UnsupportedFeatureError
+from moeless_opt.problems.topology import Links
 from moeless_opt.runtime.backend import MemoryReport, Observation
 from moeless_opt.runtime.dispatch import (
     BalancedShares,
@@ -20,11 +23,14 @@ from moeless_opt.runtime.dispatch import (
     SharePolicy,
     SlotDispatcher,
 )
+from moeless_opt.runtime.elastic import Elastic
 from moeless_opt.runtime.experts import MemoryMeter, SlotBank, checksum
-from moeless_opt.runtime.groups import ExpertGroup
+from moeless_opt.runtime.groups import ExpertGroup, SideGroup
 from moeless_opt.runtime.home import HomeStore, PinnedHome, save_experts
+from moeless_opt.runtime.lanes import Lanes, Ticket
 from moeless_opt.runtime.migrate import HEADER, Limits, MigrationReport, Migrator
 from moeless_opt.runtime.placement import Slots, SlotTable, slots_of, static_slots
+from moeless_opt.runtime.warm_pool import KeepAlive
 
 __all__ = ["LiveModel", "attach"]
 
@@ -94,6 +100,10 @@ class LiveModel:
         Second source of experts.
     checksums : bool
         Check what arrives.
+    model : module, optional
+        Whose experts these are.
+    links : Links, optional
+        Bandwidths, which decide where a replica comes from; see `placement.Router`.
     """
 
     def __init__(
@@ -109,7 +119,10 @@ class LiveModel:
         row_block: int = 1,
         home: HomeStore | None = None,
         checksums: bool = False,
+        model: Any = None,
+        links: Links | None = None,
     ) -> None:
+        self.model = model
         self.group = group
         self.banks = list(banks)
         self.n_experts = tables[0].n_experts
@@ -124,6 +137,8 @@ class LiveModel:
         self._in_force = 0
         self._sized = group.size
         self.on_close: list[Callable[[], None]] = []
+        self._hooks: list[Any] = []
+        self._by_layer: list[list[Ticket]] = []
         self.dispatchers = [
             SlotDispatcher(
                 layer,
@@ -138,7 +153,8 @@ class LiveModel:
             )
             for layer, table in enumerate(tables)
         ]
-        self.migrator = Migrator(group, self.banks, tables, self._switched, home=home)
+        self.migrator = Migrator(group, self.banks, tables, self._switched, home=home, links=links)
+        self.lanes = Lanes(self.migrator)
         if isinstance(home, PinnedHome):
             home.fill(group, self.banks, self.migrator.rows_LG)
         if checksums:
@@ -147,12 +163,13 @@ class LiveModel:
     # -- agreement ---------------------------------------------------------------------------------
 
     def _header(self) -> tuple[int, ...]:
-        return (*self.migrator.header(), len(self._policies) - 1)
+        return (*self.migrator.header(), len(self._policies) - 1, *self.lanes.header())
 
     def _agree(self, layer: int | None, headers_RK: NDArray[np.int64]) -> None:
         if layer == 0:
             self.batches += 1
         self.migrator.agree(layer, headers_RK)
+        self.lanes.agree(layer, headers_RK[:, HEADER + 1 :])
         known = int(headers_RK[:, HEADER].min())
         if known > self._in_force:
             self._use_policy(known)
@@ -209,7 +226,7 @@ class LiveModel:
         Returns
         -------
         int
-            For `migration`.
+            For `migration`; below 0 where experts are elastic and layers move by themselves.
 
         Raises
         ------
@@ -217,7 +234,13 @@ class LiveModel:
             If the plan cannot be carried out; the placement stays as it is.
         """
         self._alive()
-        number = self.migrator.submit(slots_of(plan), Limits(max_step_bytes, max_extra_bytes), steps)
+        if self.lanes.elastic is None:
+            limits = Limits(max_step_bytes, max_extra_bytes)
+            number = self.migrator.submit(slots_of(plan), limits, steps)
+        else:
+            if not (steps is None and max_step_bytes is None and max_extra_bytes is None):
+                raise ProblemError("limits", "of steps and bytes are not for elastic experts")
+            number = self._apply_by_layer(slots_of(plan))
         split = getattr(plan, "split", None)
         wanted = {"equal": "equal", "fractional": "balanced"}.get(str(split))
         asked = self._policies[-1].name
@@ -225,14 +248,63 @@ class LiveModel:
             self.set_shares(wanted)
         return number
 
+    def _apply_by_layer(self, slots_LGC: Slots) -> int:
+        shape = (len(self.banks), self.group.size)
+        if slots_LGC.shape[:2] != shape:
+            raise ProblemError(
+                "slots_LGC", f"has {slots_LGC.shape[:2]} layers and ranks, the model has {shape}"
+            )
+        for layer, slots_GC in enumerate(slots_LGC):
+            try:
+                SlotTable(slots_GC, self.n_experts)
+            except ProblemError as error:
+                raise ProblemError(f"layer {layer}: {error.where}", error.what) from None
+        tickets = []
+        for layer, slots_GC in enumerate(slots_LGC):
+            tickets.append(self.lanes.open(layer))
+            self.lanes.offer(tickets[-1], slots_GC)
+        self._by_layer.append(tickets)
+        return -len(self._by_layer)
+
     def migration(self, number: int) -> MigrationReport:
         """What became of a plan; on this rank, at any time."""
-        return self.migrator.reports[number]
+        if number > 0:
+            return self.migrator.reports[number]
+        tickets = self._by_layer[-number - 1]
+        moving = [t for t in tickets if not t.over]
+        void = [t for t in tickets if t.status == "void"]
+        late = any(t.status == "superseded" for t in tickets)
+        over = "aborted" if void else "superseded" if late else "done"
+        return MigrationReport(
+            number,
+            "moving" if moving else over,
+            void[0].reason if void else "",
+            sum(t.bytes for t in tickets),
+            sum(t.cold > 0 for t in tickets),
+            sum(t.status == "done" for t in tickets),
+            max(t.seconds for t in tickets),
+        )
 
     def settle(self, timeout: float = 600.0) -> None:
         """Finish what is under way without traffic."""
         self._alive()
-        self.migrator.settle(timeout)
+        deadline = time.monotonic() + timeout
+        while self._round():
+            time.sleep(0.0005)
+            if time.monotonic() > deadline:
+                raise MoelessError(f"the migrations did not end within {timeout:g} s")
+
+    def tick(self) -> None:
+        """One round of agreement without traffic: an idle model's experts move on, and kept-alive ones go."""
+        self._alive()
+        self._round()
+
+    def _round(self) -> bool:
+        """Agree outside a forward; whether anything was under way on any rank before."""
+        busy = not (self.migrator.idle and self.lanes.idle)
+        rows = np.asarray(self.group.gather_ints([*self._header(), int(busy)]), dtype=np.int64)
+        self._agree(None, rows[:, :-1])
+        return bool(rows[:, -1].any())
 
     def set_shares(self, shares: str | SharePolicy) -> None:
         """Use another policy from the first batch on that all ranks know of it."""
@@ -241,6 +313,137 @@ class LiveModel:
     def set_planned_shares(self, plan: Any) -> None:
         """Use a plan's own ``share_LGC`` instead of solving for every batch."""
         self.set_shares(PlannedShares(np.asarray(plan.share_LGC, dtype=np.float64), slots_of(plan)))
+
+    # -- layer by layer ----------------------------------------------------------------------------
+
+    def open_layer(self, layer: int) -> Ticket | None:
+        """Begin a plan of one layer, to be made elsewhere: `Ticket.base_GC` is what to plan from.
+
+        All ranks call it at the same point of the same forward pass (or between passes), and every rank
+        gives the ticket its slots by `offer_layer`, from any thread, when it has them. They come into force
+        in front of the first batch of the layer by which all ranks have them and the weights that they need.
+
+        Returns
+        -------
+        Ticket or None
+            None while an earlier plan of the layer is still being made.
+        """
+        self._alive()
+        return None if self.lanes.waits(layer) else self.lanes.open(layer)
+
+    def offer_layer(self, ticket: Ticket, slots_GC: Slots | None, error: str = "") -> None:
+        """Give a ticket its slots [G, C], the same on all ranks, or say why there are none; in any thread."""
+        self.lanes.offer(ticket, slots_GC, error)
+
+    def apply_layer(self, layer: int, slots_GC: Slots) -> int:
+        """Move one layer to these slots; all ranks call it at the same point.
+
+        Returns
+        -------
+        int
+            For `layer_plan`.
+
+        Raises
+        ------
+        ProblemError
+            If they are no placement.
+        """
+        self._alive()
+        SlotTable(slots_GC, self.n_experts)
+        ticket = self.lanes.open(layer)
+        self.lanes.offer(ticket, slots_GC)
+        return ticket.number
+
+    def prewarm_layer(self, layer: int, slots_GC: Slots) -> int:
+        """Load these replicas ahead of their use, without using them yet; the keep-alive runs from now."""
+        self._alive()
+        SlotTable(slots_GC, self.n_experts)
+        ticket = self.lanes.open(layer, serve=False)
+        self.lanes.offer(ticket, slots_GC)
+        return ticket.number
+
+    def layer_plan(self, number: int) -> Ticket:
+        """What became of a plan of one layer; on this rank, at any time."""
+        return self.lanes.find(number)
+
+    def side_group(self) -> SideGroup:
+        """One more group of the same ranks, for a thread of its own; all of them call this together."""
+        return self.group.side()
+
+    def last_load_E(self, layer: int) -> NDArray[np.int64]:
+        """Tokens of each expert in the layer's last batch, over all ranks; the same on all of them."""
+        load_E: NDArray[np.int64] = self.dispatchers[layer].batch_counts_RE.sum(axis=0)
+        return load_E
+
+    def elastic(
+        self,
+        keep_alive: KeepAlive | float = 10.0,
+        *,
+        clock: str = "seconds",
+        slots: int | Sequence[int] | None = None,
+        kv_bytes: Callable[[], float] | None = None,
+    ) -> Elastic:
+        """Keep replicas warm that a layer gives up; all ranks call it together, between passes.
+
+        From here on plans, whole ones too, are carried out layer by layer, and the costs are metered.
+
+        Parameters
+        ----------
+        keep_alive : KeepAlive or float
+            How long such a replica stays; an adaptive one learns on all ranks alike.
+        clock : {"seconds", "passes"}
+            What that is counted in: the first rank's seconds, or forward passes.
+        slots : int or sequence of int, optional
+            Replicas of a layer that each rank keeps, warm ones included; all experts by default.
+        kv_bytes : callable, optional
+            Bytes of the KV cache of all ranks, for the cost meter.
+
+        Returns
+        -------
+        Elastic
+        """
+        self.settle()
+        self._unhook()
+        layers = len(self.banks)
+        kept_G = np.broadcast_to(np.asarray(self.n_experts if slots is None else slots), (self.group.size,))
+        keeps = float(keep_alive) if isinstance(keep_alive, int | float) else vars(keep_alive)
+        asked = zlib.crc32(repr((clock, kept_G.tolist(), keeps)).encode())
+        rows = self.group.gather_ints([asked, self._other_bytes()])
+        if any(row[0] != asked for row in rows):
+            raise ProblemError("elastic", "was called with different arguments on different ranks")
+        made = Elastic(
+            self.slots_LGC,
+            self.n_experts,
+            capacity_LG=np.broadcast_to(kept_G.astype(np.int64), (layers, self.group.size)),
+            bytes_L=np.array([bank.expert_bytes for bank in self.banks], dtype=np.int64),
+            keep_alive=keep_alive,
+            clock=clock,
+            other_bytes=float(sum(row[1] for row in rows)),
+            dispatchers=self.dispatchers,
+            kv_bytes=kv_bytes,
+        )
+        self.lanes.elastic = made
+        if self.model is not None:
+            self._hooks = [
+                self.model.register_forward_pre_hook(made.begin_pass),
+                self.model.register_forward_hook(made.end_pass),
+            ]
+        return made
+
+    def _other_bytes(self) -> int:
+        if self.model is None:
+            return 0
+        experts = {id(t) for bank in self.banks for w in bank.resident.values() for t in w}
+        return sum(
+            p.numel() * p.element_size()
+            for p in self.model.parameters()
+            if id(p) not in experts and p.device.type != "meta"
+        )
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     # -- observation -------------------------------------------------------------------------------
 
@@ -334,6 +537,8 @@ class LiveModel:
         if self.home is not None:
             self.home.regroup(group.ranks)
         self.migrator.reset(group)
+        self.lanes.reset()
+        self._unhook()
         # Some may have switched in the batch that failed, and others not: take what all have.
         self._use_policy(min(row[0] for row in group.gather_ints([len(self._policies) - 1])))
 
@@ -357,8 +562,9 @@ class LiveModel:
                 f"detach needs all {self._sized} ranks back, {self.group.size} are left"
             )
         static = static_slots(self.n_experts, self.group.size, len(self.banks))
+        self.lanes.drop_open("the model is being detached")
         self.migrator.submit(static)
-        self.migrator.settle(timeout)
+        self.settle(timeout)
         if not np.array_equal(self.slots_LGC, static):
             report = self.migrator.reports[max(self.migrator.reports)]
             raise MoelessError(f"the experts could not be brought back: {report.reason or report.status}")
@@ -368,6 +574,7 @@ class LiveModel:
     def close(self) -> None:
         """Free what runs in the background; the model keeps the parts that it has."""
         self.attached = False
+        self._unhook()
         for callback in self.on_close:
             callback()
         self.migrator.close()

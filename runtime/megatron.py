@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.problems.topology import Links
 from moeless_opt.runtime.dispatch import SharePolicy, SlotDispatcher, chosen_experts, default_row_block
 from moeless_opt.runtime.experts import MemoryMeter, SlotBank, SlotExperts, meta_shell
 from moeless_opt.runtime.groups import ExpertGroup
@@ -133,6 +134,7 @@ def attach(
     timeout: float = 600.0,
     node_G: Any = None,
     memory_limit: int | None = None,
+    links: Links | None = None,
 ) -> LiveModel:
     """Take over the experts of a megatron-core model; see `live.attach`.
 
@@ -156,6 +158,9 @@ def attach(
         Node of each rank; by host name when absent.
     memory_limit : int, optional
         Bytes of experts that this rank may hold at any moment.
+    links : Links, optional
+        Bandwidths, by which sources of a replica are chosen; by default NVLink, then the rank's own host
+        memory, then the network.
 
     Returns
     -------
@@ -207,6 +212,8 @@ def attach(
         row_block=default_row_block(device, example.dtype) if row_block is None else row_block,
         home=home,
         checksums=checksums,
+        model=model,
+        links=links,
     )
     for (layer, stock, dispatcher), own, core in zip(parts, experts, live.dispatchers, strict=True):
         # The stock bank must not keep weights alive that have moved away.

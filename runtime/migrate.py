@@ -31,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
+from moeless_opt.problems.topology import Links
 from moeless_opt.runtime.experts import SlotBank, Weights, checksum
 from moeless_opt.runtime.groups import ExpertGroup, RankLostError
 from moeless_opt.runtime.home import HomeStore
@@ -46,7 +47,8 @@ from moeless_opt.runtime.placement import (
 __all__ = ["Courier", "Flight", "Limits", "MigrationReport", "Migrator"]
 
 OK, DAMAGED, NO_MEMORY, LOST = range(4)
-_REASON = {DAMAGED: "checksum mismatch", NO_MEMORY: "no memory for an arrival", LOST: "a transfer failed"}
+REASON = {DAMAGED: "checksum mismatch", NO_MEMORY: "no memory for an arrival", LOST: "a transfer failed"}
+#: Numbers of `Migrator.header`.
 HEADER = 5
 
 
@@ -103,6 +105,8 @@ class Flight:
         self.done = threading.Event()
         self.fault = OK
         self.error = ""
+        self.began = time.perf_counter()
+        self.seconds = 0.0
         # Buffers must outlive the operations that read and write them.
         self.held: list[Any] = []
 
@@ -193,6 +197,7 @@ class Courier:
             # Let go of the weights before anybody hears of it: what is done must not hold memory.
             works.clear()
             flight.held = []
+            flight.seconds = time.perf_counter() - flight.began
             flight.done.set()
             del item, works, finish, flight
 
@@ -242,6 +247,8 @@ class Migrator:
         Second source.
     sums_LE : array of int64, shape [L, E], optional
         Checksums of all experts; arrivals are checked when given.
+    links : Links, optional
+        Bandwidths, which decide between sources.
     """
 
     def __init__(
@@ -253,7 +260,9 @@ class Migrator:
         *,
         home: HomeStore | None = None,
         sums_LE: NDArray[np.int64] | None = None,
+        links: Links | None = None,
     ) -> None:
+        self.links = links
         self.group = group
         self.banks = banks
         self.tables = list(tables)
@@ -270,6 +279,10 @@ class Migrator:
         self._started = 0  # the plan under way, or the last one
         self._seen = 0  # the newest number that all ranks had
         self._version = 0  # counts changes of the placement
+        #: Whether a plan is under way or about to be, as all ranks know; set by `agree`.
+        self.claims = False
+        #: Asked before a plan starts; must give the same answer on all ranks.
+        self.way_free: Callable[[], bool] = lambda: True
         self._stopping = False
         self._clear()
 
@@ -298,6 +311,11 @@ class Migrator:
     def target_LGC(self) -> Slots | None:
         """The placement that is being reached, or waits to be; None if there is none."""
         return self._target if self._request is None else self._request.target_LGC
+
+    @property
+    def moving_LGC(self) -> Slots | None:
+        """The placement that is being reached, as all ranks know; None if no plan is under way."""
+        return self._target
 
     @property
     def idle(self) -> bool:
@@ -384,6 +402,7 @@ class Migrator:
             request.target_LGC,
             self.bytes_L,
             node_G=self.group.node_R,
+            links=self.links,
             max_step_bytes=request.limits.max_step_bytes,
             max_extra_bytes=request.limits.max_extra_bytes,
             home=None if self.home is None else self.home.ranks,
@@ -402,6 +421,7 @@ class Migrator:
     def agree(self, layer: int | None, headers_RK: NDArray[np.int64]) -> None:
         """Act on everybody's numbers, in front of a batch of `layer` (None: between forwards)."""
         numbers = headers_RK[:, 0]
+        self.claims = False
         if self._schedule is None and self._request is None and (numbers == self._seen).all():
             return
         # A newer number that everybody has, and the same plan behind it (none: all refused it).
@@ -411,7 +431,7 @@ class Migrator:
         if self._schedule is not None:
             self._stopping = wanted  # post nothing more of the old one
             if (worst := int(headers_RK[:, 4].max())) != OK:
-                self._abort(_REASON[worst])
+                self._abort(REASON[worst])
             else:
                 self._advance(layer, int(headers_RK[:, 2].min()), int(headers_RK[:, 3].min()))
         if wanted:
@@ -422,6 +442,7 @@ class Migrator:
                 report = self.reports[self._request.number]
                 report.status, report.reason = "aborted", "the ranks handed in different plans"
             self._request, self._digest, self._seen = None, 0, self._number
+        self.claims = self._schedule is not None or (wanted and self._request is not None)
 
     def _look(self) -> None:
         while self._done < self._posted and self._flights[self._done].done.is_set():
@@ -477,48 +498,64 @@ class Migrator:
             self._post(schedule.steps[self._posted])
 
     def _post(self, step: Sequence[Transfer]) -> None:
-        me = self.group.rank
-        sends: list[tuple[Weights, int, int]] = []
-        receives: list[tuple[Weights, int, int]] = []
-        loads: list[tuple[Transfer, Weights]] = []
-        arrived: list[tuple[Transfer, Weights]] = []
-        for k, t in enumerate(step):
-            self._staged.add((t.layer, t.expert, t.destination))
-            bank = self.banks[t.layer]
-            # Tags: unique in a plan; NCCL goes by the order, which is the same everywhere.
-            tag = (self._posted % 8) * 2**20 + k
-            if t.destination == me:
-                room = self._room.pop(t)
-                arrived.append((t, room))
-                if t.source == me:
-                    loads.append((t, room))
-                else:
-                    receives.append((room, t.source, tag))
-                bank.staged[t.expert] = room
-            elif t.source == me:
-                sends.append((self._outgoing(t, bank), t.destination, tag))
-
-        def finish() -> None:
-            for t, room in loads:
-                assert self.home is not None
-                for mine, theirs in zip(room, self.home.read(t.layer, t.expert), strict=True):
-                    mine.data.copy_(theirs, non_blocking=True)
-            if self.sums_LE is not None:
-                for t, room in arrived:
-                    if checksum(room) != int(self.sums_LE[t.layer, t.expert]):
-                        raise _DamagedError(
-                            f"expert {t.expert} of layer {t.layer} from rank {t.source} is damaged"
-                        )
-
         if self._posted == 0:
             self.reports[self._started].began = time.perf_counter()
-        self._flights.append(self.courier.post(sends, receives, finish))
+        self._staged |= {(t.layer, t.expert, t.destination) for t in step}
+        room = {(t.layer, t.expert): self._room.pop(t) for t in step if t.destination == self.group.rank}
+        # Tags: unique in a plan; NCCL goes by the order, which is the same everywhere.
+        self._flights.append(self.launch(step, room, (self._posted % 8) * 2**20))
         self._posted += 1
         report = self.reports[self._started]
         report.steps += 1
         moved = sum(t.bytes for t in step if t.source != t.destination)
         report.bytes += moved
         self.bytes_moved += moved
+
+    def launch(
+        self, step: Sequence[Transfer], room: dict[tuple[int, int], Weights], first_tag: int
+    ) -> Flight:
+        """Start transfers, at the same point and in the same order on all ranks; returns at once.
+
+        Parameters
+        ----------
+        step : sequence of Transfer
+            What travels.
+        room : dict of (layer, expert) to Weights
+            Memory for what arrives on this rank; it is staged from now on.
+        first_tag : int
+            Of the messages; no two flights at a time may share tags.
+        """
+        me = self.group.rank
+        sends: list[tuple[Weights, int, int]] = []
+        receives: list[tuple[Weights, int, int]] = []
+        loads: list[tuple[Transfer, Weights]] = []
+        arrived: list[tuple[Transfer, Weights]] = []
+        for k, t in enumerate(step):
+            bank = self.banks[t.layer]
+            if t.destination == me:
+                place = room[t.layer, t.expert]
+                arrived.append((t, place))
+                if t.source == me:
+                    loads.append((t, place))
+                else:
+                    receives.append((place, t.source, first_tag + k))
+                bank.staged[t.expert] = place
+            elif t.source == me:
+                sends.append((self._outgoing(t, bank), t.destination, first_tag + k))
+
+        def finish() -> None:
+            for t, place in loads:
+                assert self.home is not None
+                for mine, theirs in zip(place, self.home.read(t.layer, t.expert), strict=True):
+                    mine.data.copy_(theirs, non_blocking=True)
+            if self.sums_LE is not None:
+                for t, place in arrived:
+                    if checksum(place) != int(self.sums_LE[t.layer, t.expert]):
+                        raise _DamagedError(
+                            f"expert {t.expert} of layer {t.layer} from rank {t.source} is damaged"
+                        )
+
+        return self.courier.post(sends, receives, finish)
 
     def _outgoing(self, t: Transfer, bank: SlotBank) -> Weights:
         if not t.from_home:
@@ -543,18 +580,19 @@ class Migrator:
             ):
                 blocked.add(stage.layer)  # the stages of a layer come in order
                 continue
-            self._install(stage.layer, stage.slots_GC)
+            self.install(stage.layer, stage.slots_GC)
             self._waiting_stages.remove(index)
             self.reports[self._started].switches += 1
         if not self._waiting_stages and self._posted == done == len(schedule.steps):
             self._end("done")
 
-    def _install(self, layer: int, slots_GC: Slots) -> None:
+    def install(self, layer: int, slots_GC: Slots, keep: Sequence[int] = ()) -> None:
+        """Put a layer's slots in force; what they need lies here. `keep`: see `SlotBank.install`."""
         old = self.tables[layer]
         table = SlotTable(slots_GC, old.n_experts)
         bank = self.banks[layer]
         # The host has seen the arrivals complete, so the kernels that it launches next may read them.
-        bank.install(table.rows[self.group.rank])
+        bank.install(table.rows[self.group.rank], keep)
         self.tables[layer] = table
         self._version += 1
         self._staged -= {(layer, e, g) for g, row in enumerate(table.rows) for e in row}
@@ -583,6 +621,8 @@ class Migrator:
             if done < self._posted:
                 return
             self._end("superseded")
+        elif not self.way_free():
+            return
         request = self._request
         assert request is not None
         self._request, self._digest = None, 0
@@ -616,33 +656,6 @@ class Migrator:
         self._staged = set()
         for bank in self.banks:
             bank.drop_staged()
-
-    # -- between forwards --------------------------------------------------------------------------
-
-    def tick(self) -> None:
-        """One round of agreement outside a forward; all ranks of the group call it together."""
-        rows = self.group.gather_ints(self.header())
-        self.agree(None, np.asarray(rows, dtype=np.int64))
-
-    def settle(self, timeout: float = 600.0) -> None:
-        """Carry out what was handed in, without traffic; all ranks of the group call it together.
-
-        Raises
-        ------
-        MoelessError
-            If it takes longer than `timeout` seconds.
-        """
-        deadline = time.monotonic() + timeout
-        while True:
-            rows = np.asarray(self.group.gather_ints([*self.header(), int(self.idle)]), dtype=np.int64)
-            self.agree(None, rows[:, :HEADER])
-            # Everybody was idle before this round, so everybody leaves in it.
-            if rows[:, HEADER].all():
-                return
-            if self._flights and not self._flights[-1].done.is_set():
-                self._flights[-1].done.wait(0.002)
-            if time.monotonic() > deadline:
-                raise MoelessError(f"migration {self._started} did not end within {timeout:g} s")
 
     # -- after a loss ------------------------------------------------------------------------------
 
@@ -692,6 +705,7 @@ class Migrator:
             target_LGC,
             self.bytes_L,
             node_G=self.group.node_R,
+            links=self.links,
             max_step_bytes=limits.max_step_bytes,
             max_extra_bytes=limits.max_extra_bytes,
             home=None if self.home is None else self.home.ranks,
@@ -708,14 +722,14 @@ class Migrator:
             worst = max(row[0] for row in self.group.gather_ints([fault]))
             if worst != OK:
                 failed = RankLostError if worst == LOST else MoelessError
-                raise failed(f"restoring failed: {_REASON[worst]} {self._flights[s].error}")
+                raise failed(f"restoring failed: {REASON[worst]} {self._flights[s].error}")
             while stages and stages[0].last_step <= s:
                 stage = stages.pop(0)
                 self.banks[stage.layer].install([int(e) for e in stage.slots_GC[self.group.rank] if e >= 0])
         moved = sum(t.bytes for step in schedule.steps for t in step)
         self._clear()
         for layer, slots_GC in enumerate(target_LGC):
-            self._install(layer, slots_GC)
+            self.install(layer, slots_GC)
         return moved
 
     def close(self) -> None:

@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.topology import Links
 
 __all__ = [
+    "Router",
     "Schedule",
     "SlotTable",
     "Stage",
@@ -227,24 +229,47 @@ def table_bytes(rows: Sequence[Sequence[int]], expert_bytes: int) -> Ints:
     return np.array([len(row) * expert_bytes for row in rows], dtype=np.int64)
 
 
-class _Router:
-    """Chooses where a replica comes from: the nearest holder, then the one that sent least."""
+class Router:
+    """Chooses where a replica comes from: over the quickest link, and of equals who sent least.
 
-    def __init__(self, node_G: Sequence[int], home: Callable[[int, int], Sequence[int]] | None) -> None:
+    Parameters
+    ----------
+    node_G : sequence of int
+        Node of each rank.
+    home : callable, optional
+        ``home(layer, expert)`` lists the ranks that have a home copy.
+    links : Links, optional
+        Bandwidths. With the defaults: the own node's GPUs, then the rank's own host memory, then the network.
+    """
+
+    def __init__(
+        self,
+        node_G: Sequence[int],
+        home: Callable[[int, int], Sequence[int]] | None = None,
+        links: Links | None = None,
+    ) -> None:
         self.node_G = list(node_G)
         self.home = home
+        links = links or Links()
+        far_home = min(links.host, links.inter_node)
+        # Stable: of links that are equally quick, the first named.
+        rates = enumerate((links.intra_node, links.host, links.inter_node, far_home))
+        self._order = [kind for kind, _ in sorted(rates, key=lambda pair: -pair[1])]
         self.sent_G = [0] * len(self.node_G)
 
     def source(self, layer: int, expert: int, holders: Sequence[int], to: int, size: int) -> Transfer:
+        """Where rank `to` gets the expert from.
+
+        Raises
+        ------
+        InfeasibleError
+            If nobody has it.
+        """
         copies = list(self.home(layer, expert)) if self.home is not None else []
         near = [g for g in holders if self.node_G[g] == self.node_G[to]]
-        # NVLink first, then the rank's own host memory, then the network.
-        for ranks, from_home in (
-            (near, False),
-            ([g for g in copies if g == to], True),
-            (holders, False),
-            (copies, True),
-        ):
+        kinds = ((near, False), ([g for g in copies if g == to], True), (holders, False), (copies, True))
+        for kind in self._order:
+            ranks, from_home = kinds[kind]
             if ranks:
                 best = min(ranks, key=lambda g: (self.sent_G[g], g))
                 if best != to:
@@ -324,6 +349,7 @@ def build_schedule(
     max_step_bytes: int | None = None,
     max_extra_bytes: int | None = None,
     home: Callable[[int, int], Sequence[int]] | None = None,
+    links: Links | None = None,
     staged: frozenset[tuple[int, int, int]] = frozenset(),
     order: Sequence[int] | None = None,
 ) -> Schedule:
@@ -345,6 +371,8 @@ def build_schedule(
         A rank never holds more bytes of experts than the larger of before and after, plus this.
     home : callable, optional
         ``home(layer, expert)`` lists the ranks that have a home copy.
+    links : Links, optional
+        Bandwidths, which decide between sources; see `Router`.
     staged : set of (layer, expert, rank)
         Copies that already lie on the rank though no placement uses them.
     order : sequence of int, optional
@@ -368,7 +396,7 @@ def build_schedule(
     """
     target = np.asarray(target_LGC)
     n_layers, n_ranks = target.shape[:2]
-    router = _Router(node_G if node_G is not None else [0] * n_ranks, home)
+    router = Router(node_G if node_G is not None else [0] * n_ranks, home, links)
     goal_LG = [[[int(e) for e in row if e >= 0] for row in layer] for layer in target]
     held = [[list(row) for row in layer] for layer in have_LG]
     before_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64))

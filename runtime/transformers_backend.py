@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.problems.topology import Links
 from moeless_opt.runtime.dispatch import SharePolicy, default_row_block
 from moeless_opt.runtime.experts import MemoryMeter, SlotBank, Weights
 from moeless_opt.runtime.groups import ExpertGroup
@@ -135,6 +136,7 @@ def attach(
     node_G: Any = None,
     memory_limit: int | None = None,
     store: Any = None,
+    links: Links | None = None,
 ) -> LiveModel:
     """Take over the experts of a `transformers` model; see `live.attach`.
 
@@ -144,7 +146,7 @@ def attach(
         With the same weights on every rank.
     ranks : sequence of int, optional
         Global ranks of the expert-parallel group; all of the world by default.
-    shares, checksums, row_block, timeout, node_G, memory_limit
+    shares, checksums, row_block, timeout, node_G, memory_limit, links
         As of `megatron.attach`.
 
     Returns
@@ -198,6 +200,8 @@ def attach(
         row_block=default_row_block(device, dtype) if row_block is None else row_block,
         home=StackedHome(hosts, group.size),
         checksums=checksums,
+        model=model,
+        links=links,
     )
     if NAME not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)

@@ -156,6 +156,8 @@ class WarmPool:
             FixedKeepAlive(keep_alive) if isinstance(keep_alive, int | float) else keep_alive
         )
         self.last_LGE: FloatArray = np.where(self.warm_LGE, 0.0, -np.inf)
+        #: Replicas that stay however long they idle: in a running model, those in force or on their way.
+        self.pinned_LGE: BoolArray | None = None
         self.now = 0.0
         self.byte_seconds = 0.0
         self.cold_starts = self.reuses = self.released = 0
@@ -185,6 +187,8 @@ class WarmPool:
         keep_L = self.keep_alive.seconds_L(len(self.warm_LGE))
         end_LGE = self.last_LGE + keep_L[:, None, None]
         gone_LGE = self.warm_LGE & (end_LGE < now) & ~self._last_copies()
+        if self.pinned_LGE is not None:
+            gone_LGE &= ~self.pinned_LGE
         self.byte_seconds += self.bytes * (now - self.now)
         # A replica is charged to the moment of its release, not to the moment at which we notice.
         over_LGE = np.where(gone_LGE, now - np.maximum(end_LGE, self.now), 0.0)
@@ -211,21 +215,63 @@ class WarmPool:
         self.advance(now)
         wanted_LGE = held_LGE(slots_LGC, self.warm_LGE.shape[2])
         self._check_room(wanted_LGE)
+        cold_LGE = self._take(wanted_LGE, now, now if until is None else max(now, until))
+        return Use(cold_LGE, self._make_room(wanted_LGE))
+
+    def take(self, wanted_LGE: BoolArray, now: float) -> BoolArray:
+        """Want replicas, wherever they fit: what a running model does before it makes room (`fit`).
+
+        Parameters
+        ----------
+        wanted_LGE : array of bool, shape [L, G, E]
+            What is wanted; pinned ones count neither as cold nor as re-used.
+
+        Returns
+        -------
+        array of bool, shape [L, G, E]
+            What has to be loaded.
+        """
+        self.advance(now)
+        return self._take(wanted_LGE, now, now)
+
+    def _take(self, wanted_LGE: BoolArray, now: float, until: float) -> BoolArray:
         cold_LGE = wanted_LGE & ~self.warm_LGE
         again_LGE = wanted_LGE & self.warm_LGE
+        if self.pinned_LGE is not None:
+            again_LGE &= ~self.pinned_LGE
         layer, gpu, expert = np.nonzero(again_LGE & (self.last_LGE < now))
         self.keep_alive.idle(layer, now - self.last_LGE[layer, gpu, expert])
-        self.last_LGE[wanted_LGE] = now if until is None else max(now, until)
+        self.last_LGE[wanted_LGE] = until
         self.warm_LGE |= wanted_LGE
-        evicted = self._make_room(wanted_LGE)
         self.cold_starts += int(cold_LGE.sum())
         self.reuses += int(again_LGE.sum())
-        return Use(cold_LGE, evicted)
+        return cold_LGE
+
+    def fit(self) -> int:
+        """Release the longest idle replicas of GPUs that are over their room, pinned ones excepted."""
+        none: BoolArray = np.zeros(self.warm_LGE.shape, dtype=np.bool_)
+        return self._make_room(none if self.pinned_LGE is None else self.pinned_LGE)
+
+    def drop(self, gone_LGE: BoolArray) -> None:
+        """Forget replicas that are not there after all: a transfer has failed."""
+        self.warm_LGE &= ~gone_LGE
 
     def hold(self, slots_LGC: SlotArray, until: float) -> None:
         """Keep warm replicas until a time at least, used or not: what a serverful system does."""
-        held = held_LGE(slots_LGC, self.warm_LGE.shape[2]) & self.warm_LGE
+        self.touch(held_LGE(slots_LGC, self.warm_LGE.shape[2]), until)
+
+    def touch(self, used_LGE: BoolArray, until: float) -> None:
+        """Of these replicas those that are warm were used until then."""
+        held = used_LGE & self.warm_LGE
         self.last_LGE[held] = np.maximum(self.last_LGE[held], until)
+
+    def follow(self, slots_LGC: SlotArray, now: float) -> None:
+        """Have exactly these replicas from now on: somebody else has moved them."""
+        self.advance(now)
+        kept_LGE = held_LGE(slots_LGC, self.warm_LGE.shape[2])
+        self._take(kept_LGE, now, now)
+        self.released += int((self.warm_LGE & ~kept_LGE).sum())
+        self.warm_LGE &= kept_LGE
 
     def keep_only(self, slots_LGC: SlotArray) -> None:
         """Release all other replicas now: what a serverful system does when it has switched."""
@@ -250,6 +296,8 @@ class WarmPool:
     def _last_copies(self) -> BoolArray:
         """Of every expert, the copy used last (on the lowest GPU among equals)."""
         last_LGE = np.where(self.warm_LGE, self.last_LGE, -np.inf)
+        if self.pinned_LGE is not None:  # those are in use
+            last_LGE[self.pinned_LGE & self.warm_LGE] = np.inf
         best_LE = last_LGE.argmax(1)
         copies: BoolArray = np.zeros(self.warm_LGE.shape, dtype=np.bool_)
         np.put_along_axis(copies, best_LE[:, None, :], True, axis=1)
