@@ -6,6 +6,8 @@ into dense (expert, GPU) tables. A plan that it accepts is valid whatever found 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
@@ -18,6 +20,7 @@ __all__ = ["verify", "violations"]
 
 TOLERANCE = 1e-6
 _MOST = 5  # examples listed of each kind
+_CELLS = 1 << 21  # entries of a table, 16 MB of floats: much more does not stay in the processor's cache
 
 
 def verify(problem: Problem, plan: Plan) -> None:
@@ -48,60 +51,125 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
         return [f"shares have shape {share.shape}, the slots {slots.shape}"]
     if slots.size == 0 or int(slots.min()) < -1 or int(slots.max()) >= experts:
         return [f"slots hold an expert outside -1..{experts - 1}"]
-    found: list[str] = []
-
-    # One cell per (layer, GPU, expert); an empty slot (-1) falls into a column of its own.
-    size = layers * gpus * (experts + 1)
-    cell = (slots + np.arange(1, size, experts + 1).reshape(layers, gpus, 1)).ravel()
-    count = np.bincount(cell, minlength=size).reshape(layers, gpus, experts + 1)[:, :, 1:]
-    if int(count.max()) > 1:
-        found += [
-            f"layer {x} GPU {g}: expert {e} sits there {count[x, g, e]} times"
-            for x, g, e in np.argwhere(count > 1)[:_MOST]
-        ]
-    replicas = count.sum(1)
-    if int(replicas.min()) < problem.limits.min_replicas:
-        short = np.argwhere(replicas < problem.limits.min_replicas)
-        found += [
-            f"layer {x}: expert {e} has {replicas[x, e]} replicas, needs {problem.limits.min_replicas}"
-            for x, e in short[:_MOST]
-        ]
-    used = count.sum(2)
-    capacity = problem.capacity_LG
-    if (used > capacity).any():
-        found += [
-            f"layer {x} GPU {g}: {used[x, g]} replicas, room for {capacity[x, g]}"
-            for x, g in np.argwhere(used > capacity)[:_MOST]
-        ]
+    # Tables of (layer, GPU, expert) are made for a few layers at a time; limits look at all layers at once.
+    step = layers if problem.limits is not _NO_LIMITS else max(_CELLS // (gpus * (experts + 1)), 1)
+    parts = [_Tables.of(problem, plan, low, min(low + step, layers)) for low in range(0, layers, step)]
+    found = [text for part in parts for text in part.found]
+    if any(part.hopeless for part in parts):
+        return found
+    used = np.concatenate([part.used for part in parts])
     found += _memory(problem, used)
-    if not (float(share.min()) >= -TOLERANCE and float(share.max()) < np.inf):
-        return [*found, "shares must be finite and at least 0"]
-    scattered = np.asarray(np.bincount(cell, weights=share.ravel(), minlength=size), dtype=np.float64)
-    part = scattered.reshape(layers, gpus, experts + 1)
-    if part[:, :, 0].any():
-        found.append("an empty slot has a token share")
-    part = part[:, :, 1:]
-    off = np.abs(part.sum(1) - 1.0)
-    if float(off.max()) > TOLERANCE:
-        found += [
-            f"layer {x}: the shares of expert {e} sum to {part[x, :, e].sum():.9g}, not 1"
-            for x, e in np.argwhere(off > TOLERANCE)[:_MOST]
-        ]
     if plan.split != problem.split:
         found.append(f"plan has a {plan.split} split, the problem asks for {problem.split}")
-    if problem.split == "equal":
-        even: FloatArray = np.where(count > 0, count / np.maximum(replicas, 1)[:, None, :], 0.0)
-        uneven = np.abs(part - even).max(1) > TOLERANCE
-        if uneven.any() and not _even_over_slots(part, uneven, replicas, capacity):
-            x, g, e = np.unravel_index(int(np.abs(part - even).argmax()), part.shape)
-            found.append(
-                f"layer {x} GPU {g}: expert {e} has share {part[x, g, e]:.6g}, "
-                f"an equal split gives {even[x, g, e]:.6g}"
-            )
     if problem.limits is not _NO_LIMITS:
-        found += _limits(problem, count > 0, replicas)
-    found += _moves(problem, plan, count, used)
-    return found + _claims(problem, plan, part, count)
+        found += _limits(problem, parts[0].count > 0, np.asarray(parts[0].count.sum(1)))
+    found += _moves(problem, plan, parts, used)
+    return found + _claims(problem, plan, parts)
+
+
+@dataclass(slots=True)
+class _Tables:
+    """What dense tables of some layers say.
+
+    Parameters
+    ----------
+    found : list of str
+        Rules broken.
+    used : array, shape [L, G]
+        Filled slots.
+    tokens, active : arrays, shape [L, G]
+        Tokens served, and replicas that serve any.
+    moved_L : array, shape [L]
+        Replicas that were not live.
+    count : array, shape [L, G, E]
+        Replicas; empty unless limits need it.
+    new : array of bool, shape [L, G, E]
+        Those of them that move; likewise.
+    hopeless : bool
+        Whether shares are so wrong that there is no point in going on.
+    """
+
+    found: list[str]
+    used: IntArray
+    tokens: FloatArray
+    active: IntArray
+    moved_L: IntArray
+    count: IntArray
+    new: BoolArray
+    hopeless: bool = False
+
+    @classmethod
+    def of(cls, problem: Problem, plan: Plan, low: int, high: int) -> _Tables:
+        """Check layers `low` to `high`, without the last."""
+        slots, share = plan.slots_LGC[low:high], plan.share_LGC[low:high]
+        layers, experts, gpus = high - low, problem.experts, problem.topology.gpus
+        found: list[str] = []
+        # One cell per (layer, GPU, expert); an empty slot (-1) falls into a column of its own.
+        size = layers * gpus * (experts + 1)
+        cell = (slots + np.arange(1, size, experts + 1).reshape(layers, gpus, 1)).ravel()
+        count = np.bincount(cell, minlength=size).reshape(layers, gpus, experts + 1)[:, :, 1:]
+        if int(count.max()) > 1:
+            found += [
+                f"layer {x + low} GPU {g}: expert {e} sits there {count[x, g, e]} times"
+                for x, g, e in np.argwhere(count > 1)[:_MOST]
+            ]
+        replicas = count.sum(1)
+        if int(replicas.min()) < problem.limits.min_replicas:
+            short = np.argwhere(replicas < problem.limits.min_replicas)
+            found += [
+                f"layer {x + low}: expert {e} has {replicas[x, e]} replicas, "
+                f"needs {problem.limits.min_replicas}"
+                for x, e in short[:_MOST]
+            ]
+        used = count.sum(2)
+        capacity = problem.capacity_LG[low:high]
+        if (used > capacity).any():
+            found += [
+                f"layer {x + low} GPU {g}: {used[x, g]} replicas, room for {capacity[x, g]}"
+                for x, g in np.argwhere(used > capacity)[:_MOST]
+            ]
+        if not (float(share.min()) >= -TOLERANCE and float(share.max()) < np.inf):
+            found.append("shares must be finite and at least 0")
+            nothing = np.zeros(0)
+            return cls(found, used, nothing, nothing.astype(int), nothing.astype(int), count, count > 0, True)
+        scattered = np.asarray(np.bincount(cell, weights=share.ravel(), minlength=size), dtype=np.float64)
+        part = scattered.reshape(layers, gpus, experts + 1)
+        if part[:, :, 0].any():
+            found.append("an empty slot has a token share")
+        part = part[:, :, 1:]
+        off = np.abs(part.sum(1) - 1.0)
+        if float(off.max()) > TOLERANCE:
+            found += [
+                f"layer {x + low}: the shares of expert {e} sum to {part[x, :, e].sum():.9g}, not 1"
+                for x, e in np.argwhere(off > TOLERANCE)[:_MOST]
+            ]
+        if problem.split == "equal":
+            found += _uneven(part, count, replicas, capacity, low)
+        new = count > 0
+        if problem.current is not None:
+            x, g, c = np.nonzero(problem.current.slots_LGC[low:high] >= 0)
+            new[x, g, problem.current.slots_LGC[low:high][x, g, c]] = False
+        served = part * problem.load_LE[low:high, None, :]
+        tokens = served.sum(2)
+        needs_active = not problem.time.counts_tokens_only
+        active = ((served > 0) & (count > 0)).sum(2) if needs_active else np.zeros_like(used)
+        moved_L = new.sum((1, 2))
+        if problem.limits is _NO_LIMITS:  # nobody asks for the tables
+            count, new = count[:0].copy(), new[:0].copy()
+        return cls(found, used, tokens, active, moved_L, count, new)
+
+
+def _uneven(part: FloatArray, count: IntArray, replicas: IntArray, capacity: IntArray, low: int) -> list[str]:
+    """Where an equal split is not equal."""
+    even: FloatArray = np.where(count > 0, count / np.maximum(replicas, 1)[:, None, :], 0.0)
+    uneven = np.abs(part - even).max(1) > TOLERANCE
+    if not uneven.any() or _even_over_slots(part, uneven, replicas, capacity):
+        return []
+    x, g, e = np.unravel_index(int(np.abs(part - even).argmax()), part.shape)
+    return [
+        f"layer {x + low} GPU {g}: expert {e} has share {part[x, g, e]:.6g}, "
+        f"an equal split gives {even[x, g, e]:.6g}"
+    ]
 
 
 def _even_over_slots(part: FloatArray, uneven: BoolArray, replicas: IntArray, capacity: IntArray) -> bool:
@@ -112,12 +180,13 @@ def _even_over_slots(part: FloatArray, uneven: BoolArray, replicas: IntArray, ca
     """
     slots: IntArray = (part > 0).astype(np.int64)  # [L, G, E]
     for x, e in np.argwhere(uneven):
-        shares = part[x, :, e]
+        gpus = np.flatnonzero(part[x, :, e])
+        shares = part[x, gpus, e]
         counts = np.arange(replicas[x, e], capacity[x].sum() + 1)
         whole = np.abs(shares * counts[:, None] - np.rint(shares * counts[:, None])).max(1) < 1e-9
-        if not whole.any() or np.count_nonzero(shares) < replicas[x, e]:
+        if not whole.any() or len(gpus) < replicas[x, e]:
             return False
-        slots[x, :, e] = np.rint(shares * counts[int(whole.argmax())])
+        slots[x, gpus, e] = np.rint(shares * counts[int(whole.argmax())])
     return bool((slots.sum(2) <= capacity).all())
 
 
@@ -162,16 +231,9 @@ def _limits(problem: Problem, has: BoolArray, replicas: IntArray) -> list[str]:
     return found
 
 
-def _moves(problem: Problem, plan: Plan, count: IntArray, used: IntArray) -> list[str]:
+def _moves(problem: Problem, plan: Plan, parts: list[_Tables], used: IntArray) -> list[str]:
     claimed = plan.moves
-    had: BoolArray = np.zeros((), dtype=bool)
-    if problem.current is None:
-        count_L = used.sum(1)
-    else:
-        had = np.zeros(count.shape, dtype=bool)
-        x, g, c = np.nonzero(problem.current.slots_LGC >= 0)
-        had[x, g, problem.current.slots_LGC[x, g, c]] = True
-        count_L = ((count > 0) & ~had).sum((1, 2))
+    count_L = np.concatenate([part.moved_L for part in parts])
     moved, size = int(count_L.sum()), int(count_L @ problem.bytes_L)
     found = []
     if (claimed.count, claimed.bytes) != (moved, size):
@@ -195,7 +257,7 @@ def _moves(problem: Problem, plan: Plan, count: IntArray, used: IntArray) -> lis
         if limits.max_layer_moves is not None and count_L.max() > limits.max_layer_moves:
             found.append(f"{count_L.max()} replicas move in one layer, at most {limits.max_layer_moves} may")
         if limits.max_move_seconds is not None:
-            least = _least_seconds(problem, (count > 0) & ~had)
+            least = _least_seconds(problem, parts[0].new)
             if least > limits.max_move_seconds * (1 + TOLERANCE):
                 found.append(
                     f"moves take {least:.6g} s at least, at most {limits.max_move_seconds:.6g} s are allowed"
@@ -210,15 +272,13 @@ def _least_seconds(problem: Problem, new: BoolArray) -> float:
     return float(bytes_G.max()) / (links.intra_node + links.inter_node + links.host)
 
 
-def _claims(problem: Problem, plan: Plan, part: FloatArray, count: IntArray) -> list[str]:
+def _claims(problem: Problem, plan: Plan, parts: list[_Tables]) -> list[str]:
     """Compare the plan's own figures with the recomputed ones."""
-    load = problem.load_LE[:, None, :]
-    served = part * load
-    tokens = served.sum(2)
+    tokens = np.concatenate([part.tokens for part in parts])
+    active = np.concatenate([part.active for part in parts])
     model: TimeModel = problem.time
     speed = problem.topology.speed_G
-    active = tokens if model.counts_tokens_only else ((served > 0) & (count > 0)).sum(2)
-    time = np.asarray(model.time(tokens, active, speed))
+    time = np.asarray(model.time(tokens, tokens if model.counts_tokens_only else active, speed))
     top = time.max(1)
     found = []
     if plan.time_LG.shape != time.shape or (np.abs(plan.time_LG - time).max(1) > TOLERANCE * top).any():
