@@ -191,16 +191,24 @@ def _lines(xlabel: str, *further: tuple[str, Read]) -> Callable[[Any, list[Row]]
                     axis.plot(labels, values, color=COLOURS[name], marker=MARKERS[name], label=name)
             axis.set(xlabel=xlabel, ylabel=ylabel)
             axis.grid(alpha=0.3)
-        canvas.suptitle(", ".join(_models(rows)), fontsize=10)
-        _legend(canvas, axes[0])
+        _legend(canvas, axes[0], ", ".join(_models(rows)))
 
     return drawn
 
 
-def _legend(canvas: Any, axis: Any) -> None:
+def _legend(canvas: Any, axis: Any, title: str | None = None) -> None:
     """Above all panels, where it hides nothing."""
     handles, names = axis.get_legend_handles_labels()
-    canvas.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=8, frameon=False)
+    canvas.legend(
+        handles,
+        names,
+        loc="outside upper center",
+        ncols=len(names),
+        fontsize=8,
+        title=title,
+        title_fontsize=9,
+        frameon=False,
+    )
 
 
 def _mean(row: Row, _: Row) -> float:
@@ -220,6 +228,10 @@ def _cost_change(rule: str) -> tuple[str, Read]:
 
 def _foreseen(row: Row, _: Row) -> float:
     return float(row["foreseen"]) if row["foreseen"] is not None else float("nan")
+
+
+def _ahead(row: Row, _: Row) -> float:
+    return float(row["foreseen_ahead"]) if row["foreseen_ahead"] is not None else float("nan")
 
 
 _HELD = ("replicas held", _held)
@@ -333,7 +345,10 @@ FIGURES: dict[str, Figure] = {
             "policies": "static,moeless,ours",
         },
         variants=_each("distance", (1, 2, 3, 4, 5)),
-        draw=_lines("prediction distance, layers", _DISTANCE),
+        draw=_lines(
+            "prediction distance, layers",
+            ("total variation of the predictions\nthat a gate makes", _ahead),
+        ),
     ),
     "keep-alive": Figure(
         text="seconds that unused replicas stay",

@@ -288,8 +288,7 @@ def _table(
                 progress=bar,
             )
         row = _figures(name, run, report)
-        row["foreseen"] = float(foresight.distance_L.mean()) if foresight is not None else None
-        row["foreseen_L"] = foresight.distance_L.round(5).tolist() if foresight is not None else None
+        row |= _foreseen(foresight, settings.distance)
         row["seconds"] = time.monotonic() - began
         rows.append(row)
     by_name = {row["policy"]: row for row in rows}
@@ -297,6 +296,19 @@ def _table(
         print(_line(row, by_name), file=out)
     print(file=out, flush=True)
     return rows
+
+
+def _foreseen(foresight: Judged | None, distance: int) -> dict[str, Any]:
+    """How wrong predictions were: by layer, over all, and over those that an earlier layer foresees."""
+    if foresight is None:
+        return dict.fromkeys(("foreseen", "foreseen_ahead", "foreseen_L"))
+    wrong_L = foresight.distance_L
+    ahead = wrong_L[distance:] if wrong_L.size > distance else wrong_L
+    return {
+        "foreseen": float(wrong_L.mean()),
+        "foreseen_ahead": float(ahead.mean()),
+        "foreseen_L": wrong_L.round(5).tolist(),
+    }
 
 
 def _figures(name: str, run: Run, report: SimReport) -> dict[str, Any]:
