@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Backend", "LoadWindow", "MemoryReport", "Observation"]
+__all__ = ["Backend", "LayerBackend", "LoadWindow", "MemoryReport", "Observation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,4 +125,28 @@ class Backend(Protocol):
 
     def memory(self) -> MemoryReport:
         """Bytes of experts per rank."""
+        ...
+
+
+@runtime_checkable
+class LayerBackend(Protocol):
+    """What a controller needs besides, to move single layers while a forward pass runs."""
+
+    def open_layer(self, layer: int) -> Any:
+        """Begin a plan of a layer: something with ``number`` and ``base_GC``, the slots to plan from.
+
+        None while an earlier plan of the layer is being made. At the same point on all ranks.
+        """
+        ...
+
+    def offer_layer(self, ticket: Any, slots_GC: NDArray[np.int32] | None, error: str = "") -> None:
+        """Give it its slots, or say why there are none; from any thread."""
+        ...
+
+    def apply_layer(self, layer: int, slots_GC: NDArray[np.int32]) -> int:
+        """Both at once; returns the plan's number."""
+        ...
+
+    def side_group(self) -> Any:
+        """Something with ``sum(array)`` over the ranks and ``close()``, for a thread of its own."""
         ...

@@ -1,10 +1,10 @@
 """Elastic experts of a live model: a warm pool that every rank keeps alike, and what it costs.
 
 The `WarmPool` is the simulator's: replicas that a layer gives up stay in memory for a keep-alive, a wanted
-one that is there needs no transfer, and the last copy of an expert never goes. Here it stands for real memory:
-what it releases is freed. It is driven at batches that all ranks count alike, by a clock that they share
-(forward passes, or the first rank's seconds, which travel with the token counts), so all pools are the same
-without talking.
+one that is there needs no transfer, and the last copy of an expert never goes. Here it stands for real
+memory: what it releases is freed. It is driven at batches that all ranks count alike, by a clock that they
+share (forward passes, or the first rank's seconds, which travel with the token counts), so all pools are the
+same without talking.
 
 A replica that is not there is a *cold start*: it comes over the quickest link (`placement.Router`) from
 another rank, or from a home copy in host memory.

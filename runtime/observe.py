@@ -31,6 +31,7 @@ with warnings.catch_warnings():
 __all__ = [
     "HiddenTap",
     "TraceRecorder",
+    "moe_blocks",
     "record_routes",
     "replay_gate",
     "replay_routes",
@@ -186,33 +187,49 @@ class HiddenTap:
         self._handles = []
 
 
-def _moe_blocks(model: Any) -> list[Any]:
+def moe_blocks(model: Any) -> list[Any]:
+    """The transformer layers of a megatron-core model that have experts."""
     return [block for block in unwrap(model).decoder.layers if isinstance(block.mlp, MoELayer)]
 
 
+def _norms(model: Any) -> list[Any]:
+    """The norm in front of every MoE layer of a model of any engine."""
+    if hasattr(model, "set_experts_implementation"):
+        from moeless_opt.runtime.transformers_backend import moe_parts
+
+        return [norm for norm, _, _ in moe_parts(model)]
+    norms = [block.pre_mlp_layernorm for block in moe_blocks(model)]
+    if not all(any(True for _ in norm.parameters()) for norm in norms):
+        raise UnsupportedFeatureError(
+            "the norm in front of the MoE layer is fused away; use a layer spec that keeps it"
+        )
+    return norms
+
+
 def tap_hidden(model: Any, callback: Callable[[int, Tensor], None]) -> HiddenTap:
-    """Call `callback(layer, hidden)` in front of every MoE layer of a megatron-core model.
+    """Call `callback(layer, hidden)` in front of every MoE layer.
 
     Parameters
     ----------
-    model : GPTModel
+    model : GPTModel or transformers model
         Attached or not.
     callback : callable
-        Gets the index among the MoE layers and the residual stream, [sequence, batch, hidden], before its
-        norm. It runs in the forward pass: keep it short, and detach what you keep.
+        Gets the index among the MoE layers and the residual stream before its norm: [sequence, batch, hidden]
+        with megatron-core, [batch, sequence, hidden] with `transformers`. It runs in the forward pass: keep
+        it short, and detach what you keep.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If there is no such place in the model.
     """
     tap = HiddenTap()
-    for index, block in enumerate(_moe_blocks(model)):
+    for index, norm in enumerate(_norms(model)):
 
         def hook(_module: Any, arguments: tuple[Any, ...], index: int = index) -> None:
             callback(index, arguments[0].detach())
 
-        if not any(True for _ in block.pre_mlp_layernorm.parameters()):
-            tap.close()
-            raise UnsupportedFeatureError(
-                "the norm in front of the MoE layer is fused away; use a layer spec that keeps it"
-            )
-        tap._handles.append(block.pre_mlp_layernorm.register_forward_pre_hook(hook))
+        tap._handles.append(norm.register_forward_pre_hook(hook))
     return tap
 
 
@@ -223,7 +240,12 @@ def replay_gate(model: Any, layer: int, hidden: Tensor) -> Tensor:
     With the residual stream of an earlier layer this is the simplest predictor of a later layer's load. The
     counts are of this rank's tokens.
     """
-    block = _moe_blocks(model)[layer]
+    if hasattr(model, "set_experts_implementation"):
+        from moeless_opt.runtime.transformers_backend import moe_parts, route
+
+        norm, router, _ = moe_parts(model)[layer]
+        return route(router, norm.forward(hidden))[1].sum(dim=0)
+    block = moe_blocks(model)[layer]
     router = block.mlp.router
     # The norm's own forward: calling the module would fire the taps.
     logits = router.gating(block.pre_mlp_layernorm.forward(hidden))

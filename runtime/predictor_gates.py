@@ -29,6 +29,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,9 @@ from torch import Tensor, nn
 
 from moeless_opt.problems.arrays import FloatArray, whole
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.runtime.observe import HiddenTap, _moe_blocks, tap_hidden
+from moeless_opt.runtime.observe import HiddenTap, moe_blocks, tap_hidden
 from moeless_opt.runtime.predictors import Known
+from moeless_opt.runtime.transformers_backend import moe_parts, route
 
 __all__ = [
     "LARGEST",
@@ -48,6 +50,7 @@ __all__ = [
     "GatePredictor",
     "Pending",
     "PlainGate",
+    "RouterGate",
     "TunedGate",
     "fine_tune",
     "load_tuned",
@@ -98,9 +101,41 @@ class PlainGate:
         return chosen
 
 
+class RouterGate(PlainGate):
+    """The same of a `transformers` model.
+
+    Parameters
+    ----------
+    norm, router : modules
+        From `transformers_backend.moe_parts`.
+    """
+
+    def __init__(self, norm: Any, router: Any) -> None:
+        self.norm = norm
+        self.module = router
+        self.router = SimpleNamespace(weight=router.weight, bias=getattr(router, "bias", None))
+        self.top_k = int(router.top_k)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the hidden states, [T, E]."""
+        return route(self.module, self.norm.forward(hidden))[0]
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """What the router picks the largest of (group limits aside), [T, E]."""
+        bias = getattr(self.module, "e_score_correction_bias", None)
+        logits = self.logits(hidden)
+        return logits if bias is None else torch.sigmoid(logits) + bias
+
+    def chosen(self, hidden: Tensor) -> Tensor:
+        """Which experts the router would choose, by its own rules, as 0 and 1, [T, E]."""
+        return route(self.module, self.norm.forward(hidden))[1]
+
+
 def plain_gates(model: Any) -> list[PlainGate]:
-    """The gates of all MoE layers of a megatron-core model."""
-    return [PlainGate(block) for block in _moe_blocks(model)]
+    """The gates of all MoE layers of a megatron-core or `transformers` model."""
+    if hasattr(model, "set_experts_implementation"):
+        return [RouterGate(norm, router) for norm, router, _ in moe_parts(model)]
+    return [PlainGate(block) for block in moe_blocks(model)]
 
 
 class TunedGate(nn.Module):

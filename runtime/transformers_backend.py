@@ -27,7 +27,7 @@ from moeless_opt.runtime.home import host_copy
 from moeless_opt.runtime.live import LiveModel
 from moeless_opt.runtime.placement import SlotTable, static_slots
 
-__all__ = ["StackedHome", "attach"]
+__all__ = ["StackedHome", "attach", "moe_parts", "route"]
 
 NAME = "moeless"
 _live_of: weakref.WeakKeyDictionary[Module, tuple[LiveModel, int]] = weakref.WeakKeyDictionary()
@@ -51,6 +51,52 @@ class StackedHome:
     def regroup(self, members: Sequence[int]) -> None:
         """Nothing is lost."""
         self._n_ranks = len(members)
+
+
+#: Names of the norm in front of a MoE module in a decoder layer.
+_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm")
+
+
+def moe_parts(model: Any) -> list[tuple[Any, Any, Any]]:
+    """Norm in front, router and experts of every MoE layer of a `transformers` model, in order.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If a layer is built differently.
+    """
+    found = []
+    for layer in model.modules():
+        for mlp in layer.children():
+            experts = getattr(mlp, "experts", None)
+            if not _is_experts(experts):
+                continue
+            norm = next((getattr(layer, n) for n in _NORMS if hasattr(layer, n)), None)
+            router = next((getattr(mlp, n) for n in ("gate", "router") if hasattr(mlp, n)), None)
+            if norm is None or not isinstance(getattr(router, "weight", None), Tensor):
+                raise UnsupportedFeatureError(
+                    f"{type(layer).__name__} has no norm or router where transformers' models have them"
+                )
+            found.append((norm, router, experts))
+    return found
+
+
+@torch.no_grad()
+def route(router: Any, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """What a router makes of hidden states [..., H] behind the norm.
+
+    Returns
+    -------
+    logits [T, E], chosen bool [T, E]
+    """
+    # The router's own forward: calling the module would fire hooks, such as those that record its logits.
+    logits, _, index_Tk = router.forward(normed.flatten(0, -2))
+    chosen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    return logits, chosen.scatter_(1, index_Tk, True)
+
+
+def _is_experts(module: Any) -> bool:
+    return all(hasattr(module, name) for name in ("has_gate", "down_proj", "num_experts"))
 
 
 def _names(module: Any) -> list[str]:
@@ -155,11 +201,7 @@ def attach(
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    modules = [
-        m
-        for m in model.modules()
-        if hasattr(m, "has_gate") and hasattr(m, "down_proj") and hasattr(m, "num_experts")
-    ]
+    modules = [m for m in model.modules() if _is_experts(m)]
     _refuse(modules)
     stacks: list[list[Parameter]] = [[getattr(m, n) for n in _names(m)] for m in modules]
     n_experts = int(modules[0].num_experts)
