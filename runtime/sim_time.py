@@ -231,24 +231,45 @@ class Machine(Record):
         """Bytes of the KV cache over all layers and GPUs, shape [B]."""
         return np.asarray(kv_tokens_B * self.kv_bytes * self.model.layers)
 
-    def load_seconds(self, cold_LGE: BoolArray, warm_LGE: BoolArray, bytes_L: IntArray) -> FloatArray:
+    def load_seconds(self, cold: IntArray, warm: IntArray, bytes_L: IntArray) -> FloatArray:
         """Seconds until each layer's cold replicas are there, shape [L].
 
         Each comes over the nearest link from a GPU that holds the expert, else from the host; a GPU receives
         one after the other, senders are not limited (assumed).
+
+        Parameters
+        ----------
+        cold, warm : arrays of int
+            Keys of the replicas that are wanted and of those that are there, ascending (see
+            `sim_pool.replica_keys`).
+        bytes_L : array of int, shape [L]
+            Bytes of a replica.
         """
-        topology, links = self.topology, self.topology.links
-        layers, gpus, _ = cold_LGE.shape
-        rate_LGE = np.full(cold_LGE.shape, links.host)
-        rate_LGE[np.broadcast_to(np.asarray(warm_LGE.any(axis=1))[:, None, :], cold_LGE.shape)] = (
-            links.inter_node
-        )
-        for node in range(topology.nodes):
-            here_G = np.asarray(topology.node_G == node)
-            near_LE = np.asarray(warm_LGE[:, here_G].any(axis=1))
-            rate_LGE[:, here_G] = np.where(near_LE[:, None, :], links.intra_node, rate_LGE[:, here_G])
-        seconds_LGE = np.where(cold_LGE, links.latency + bytes_L[:, None, None] / rate_LGE, 0.0)
-        return np.asarray(seconds_LGE.sum(2).reshape(layers, gpus).max(1))
+        topology, links, experts = self.topology, self.topology.links, self.model.experts
+        layers, gpus = len(bytes_L), topology.gpus
+        if not cold.size:
+            return np.zeros(layers)
+
+        def kinds(key: IntArray, group_G: IntArray, groups: int) -> IntArray:
+            """Expert of a layer on a group of GPUs, as one number."""
+            cell, expert = np.divmod(key, experts)
+            layer, gpu = np.divmod(cell, gpus)
+            return np.asarray((layer * groups + group_G[gpu]) * experts + expert)
+
+        wanted = np.unique(kinds(cold, np.zeros_like(topology.node_G), 1))
+        some = np.isin(kinds(warm, np.zeros_like(topology.node_G), 1), wanted)
+        source = warm[some]  # only experts that move matter
+
+        def within(group_G: IntArray, groups: int) -> BoolArray:
+            return np.isin(kinds(cold, group_G, groups), kinds(source, group_G, groups))
+
+        anywhere = within(np.zeros_like(topology.node_G), 1)
+        rate = np.where(anywhere, links.inter_node, links.host)
+        rate = np.where(within(topology.node_G, topology.nodes), links.intra_node, rate)
+        cell = cold // experts
+        seconds = links.latency + bytes_L[cell // gpus] / rate
+        total = np.bincount(cell, weights=seconds, minlength=layers * gpus)
+        return np.asarray(total.reshape(layers, gpus).max(1), dtype=np.float64)
 
 
 def expert_curve(

@@ -28,9 +28,10 @@ from moeless_opt.problems.placement import equal_shares
 from moeless_opt.runtime.backend import MemoryReport, Observation
 from moeless_opt.runtime.controller import Controller
 from moeless_opt.runtime.cost import CostMeter
+from moeless_opt.runtime.sim_pool import ReplicaPool
 from moeless_opt.runtime.sim_time import LayerTimes, Machine
 from moeless_opt.runtime.sim_traffic import Passes
-from moeless_opt.runtime.warm_pool import KeepAlive, WarmPool
+from moeless_opt.runtime.warm_pool import KeepAlive
 from moeless_opt.solvers.activation import fewest_activated
 from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
@@ -160,13 +161,13 @@ class SimulatedBackend:
         self.transfers, self.shares = transfers, shares
         # While a migration runs beside the passes, old and new replicas are held: room for both.
         room_LG = capacity_LG if transfers == "per-pass" else 2 * np.asarray(capacity_LG)
-        self.pool = WarmPool(
+        self.pool = ReplicaPool(
             slots_LGC, self.experts, capacity_LG=room_LG, bytes_L=self.bytes_L, keep_alive=keep_alive
         )
         self.meter = CostMeter(self.bytes_L, machine.other_bytes, elastic=elastic)
         self.report = SimReport()
         self.now = 0.0
-        self._peak_G: IntArray = self.bytes_L @ self.pool.warm_LGE.sum(2)
+        self._peak_G: IntArray = self.bytes_L @ self.pool.held_LG
         self._graph: tuple[int, ReplicaGraph] | None = None
         self._alone_LGC: FloatArray | None = None
         self._place(slots_LGC, None)
@@ -198,7 +199,9 @@ class SimulatedBackend:
     def apply(self, plan: Any, **limits: Any) -> int:
         """Start moving to a plan's placement; `limits` go to `schedule_migration`."""
         slots_LGC = np.asarray(getattr(plan, "slots_LGC", plan), dtype=np.int32)
-        share_LGC = getattr(plan, "share_LGC", None) if getattr(plan, "split", "") == "equal" else None
+        share_LGC = getattr(plan, "share_LGC", None)
+        if self.shares != "timed" and getattr(plan, "split", "") != "equal":
+            share_LGC = None
         report = self.report
         report.plans += 1
         if self._switch is not None:  # what is under way takes the time that it takes
@@ -206,16 +209,16 @@ class SimulatedBackend:
             self._switch = (self.now, *self._switch[1:])
             self._finish_switch()
         if self.transfers == "per-pass":
-            before = self.pool.warm_LGE.copy()
-            use = self.pool.prewarm(slots_LGC, self.now)
-            self._load_L = self.machine.load_seconds(use.cold_LGE, before, self.bytes_L)
-            self._count_moves(use.cold_LGE)
+            before = self.pool.keys.copy()
+            cold = self.pool.prewarm(slots_LGC, self.now).cold
+            self._load_L = self.machine.load_seconds(cold, before, self.bytes_L)
+            self._count_moves(cold)
             self._place(slots_LGC, share_LGC)
             return report.plans
         migration = schedule_migration(
             self._slots_LGC, slots_LGC, self.experts, self.machine.topology, bytes_L=self.bytes_L, **limits
         )
-        self._count_moves(self.pool.prewarm(slots_LGC, self.now).cold_LGE)
+        self._count_moves(self.pool.prewarm(slots_LGC, self.now).cold)
         if self.transfers == "exposed":  # passes wait, and go on with the new placement
             self._stall += migration.seconds
             self._switch = (self.now, slots_LGC, share_LGC)
@@ -232,7 +235,7 @@ class SimulatedBackend:
 
     def memory(self) -> MemoryReport:
         """Bytes of experts per GPU: in force, and in memory with all that is kept alive or on its way."""
-        held_G = self.bytes_L @ self.pool.warm_LGE.sum(2)
+        held_G = self.bytes_L @ self.pool.held_LG
         live_G = self.bytes_L @ (self._slots_LGC >= 0).sum(2)
         self._peak_G = np.maximum(self._peak_G, held_G)
         return MemoryReport(live_G=live_G, held_G=held_G, peak_G=self._peak_G)
@@ -395,7 +398,7 @@ class SimulatedBackend:
         self._stall = 0.0
         self._load_L = np.zeros_like(self._load_L)
         self._previous_L = times.layer_BL[count - 1]
-        self._peak_G = np.maximum(self._peak_G, self.bytes_L @ self.pool.warm_LGE.sum(2))
+        self._peak_G = np.maximum(self._peak_G, self.bytes_L @ self.pool.held_LG)
 
     def _place(self, slots_LGC: SlotArray, share_LGC: FloatArray | None) -> None:
         self._slots_LGC = np.ascontiguousarray(slots_LGC, dtype=np.int32)
@@ -416,10 +419,10 @@ class SimulatedBackend:
         self.pool.keep_only(slots_LGC)
         self._place(slots_LGC, share_LGC)
 
-    def _count_moves(self, cold_LGE: NDArray[np.bool_]) -> None:
-        count_L = cold_LGE.sum((1, 2))
-        self.report.moved += int(count_L.sum())
-        self.report.moved_bytes += int(count_L @ self.bytes_L)
+    def _count_moves(self, cold: IntArray) -> None:
+        layer = cold // (self.machine.topology.gpus * self.experts)
+        self.report.moved += len(cold)
+        self.report.moved_bytes += int(self.bytes_L[layer].sum())
 
     def _blank(self, layers: int, gpus: int) -> tuple[FloatArray, FloatArray, FloatArray, int]:
         return np.zeros((layers, self.experts)), np.zeros((layers, gpus)), np.zeros((layers, gpus)), 0

@@ -111,13 +111,18 @@ def test_loading_takes_the_nearest_link() -> None:
     warm = np.zeros((1, 4, 4), dtype=np.bool_)
     warm[0, 0, 0] = warm[0, 2, 1] = True
     cold = np.zeros_like(warm)
+
+    def seconds() -> float:
+        keys = np.flatnonzero(cold), np.flatnonzero(warm)
+        return float(MACHINE.load_seconds(*keys, np.array([10**6]))[0])
+
+    assert seconds() == 0
     cold[0, 1, 0] = True  # from GPU 0, its node
-    size = np.array([10**6])
-    assert MACHINE.load_seconds(cold, warm, size)[0] == pytest.approx(10e-6 + 1e-3)
+    assert seconds() == pytest.approx(10e-6 + 1e-3)
     cold[0, 1, 1] = True  # and from GPU 2, another node
-    assert MACHINE.load_seconds(cold, warm, size)[0] == pytest.approx(20e-6 + 1e-3 + 1e-2)
+    assert seconds() == pytest.approx(20e-6 + 1e-3 + 1e-2)
     cold[0, 1, 2] = True  # and from the host
-    assert MACHINE.load_seconds(cold, warm, size)[0] == pytest.approx(30e-6 + 1e-3 + 1e-2 + 2e-2)
+    assert seconds() == pytest.approx(30e-6 + 1e-3 + 1e-2 + 2e-2)
 
 
 def test_measured_curve(tmp_path: Path) -> None:
@@ -216,14 +221,14 @@ def test_per_pass_waits_for_what_the_layers_before_do_not_hide() -> None:
     backend = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="equal", transfers="per-pass", distance=1)
     passes = passes_of(3, 2)
     backend.run(passes.part(0, 1))
-    before = backend.pool.warm_LGE.copy()
+    before = backend.pool.keys.copy()
     last = backend.report.layer_BL[0][0]
     wanted = replicated(3)
     backend.apply(wanted)
     backend.run(passes.part(1, 2))
     share = equal_shares(wanted, 4)[None]
     layer = MACHINE.layers(passes.load_BLE[1:], wanted, share).layer_BL[0]
-    cold = backend.pool.warm_LGE & ~before
+    cold = np.setdiff1d(backend.pool.keys, before)
     load = MACHINE.load_seconds(cold, before, backend.bytes_L)
     lead = np.array([last[2], layer[0], layer[1]])
     assert backend.report.exposed_BL[1][0] == pytest.approx(np.maximum(load - lead, 0))
