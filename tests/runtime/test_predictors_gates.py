@@ -141,6 +141,25 @@ def test_no_gate_is_over_the_limit(hidden: int, experts: int) -> None:
     assert gate.width > 0 or gate.copies
 
 
+@pytest.mark.parametrize(("width", "copies"), [(0, True), (5, True), (5, False)])
+def test_folded_gates_say_the_same(width: int, copies: bool) -> None:
+    """Without gradients the norm's weights are in the matrices; also after these have changed."""
+    torch.manual_seed(3)
+    norm = torch.nn.RMSNorm(24)
+    gate = TunedGate(norm, torch.randn(6, 24), torch.randn(6), 2, width=width, copies=copies)
+    state = 3 * torch.randn(7, 2, 24)
+    for _ in range(2):
+        with torch.no_grad():
+            for p in gate.parameters():
+                p.add_(torch.randn_like(p))
+        gate.requires_grad_(False)
+        plain = gate(state)
+        with torch.no_grad():
+            folded = gate(state)
+        assert folded.shape == (14, 6)
+        torch.testing.assert_close(folded, plain)
+
+
 def test_only_layers_under_the_threshold_are_trained(model: Any, made: Recording, split: Any) -> None:
     train, test = (made.pairs(s) for s in split)
     gates = plain_gates(model)
