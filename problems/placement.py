@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, integers, whole
 from moeless_opt.problems.errors import ProblemError
 
-__all__ = ["Placement", "equal_shares", "held_LGE", "replica_counts"]
+__all__ = ["Placement", "equal_shares", "held_LGE", "replica_counts", "replica_keys"]
 
 
 def replica_counts(slots_LGC: SlotArray, experts: int) -> SlotArray:
@@ -30,6 +30,17 @@ def held_LGE(slots_LGC: SlotArray, experts: int) -> BoolArray:
     held = np.zeros((layers, gpus, experts + 1), dtype=np.bool_)
     np.put_along_axis(held, slots_LGC.astype(np.int64) + 1, True, axis=2)
     return held[:, :, 1:]
+
+
+def replica_keys(slots_LGC: SlotArray, experts: int) -> IntArray:
+    """Replicas as one number each, ``(layer * GPUs + GPU) * experts + expert``, ascending.
+
+    What `held_LGE` says, in a list as long as there are replicas; no expert may be twice on a GPU.
+    """
+    layers, gpus, _ = slots_LGC.shape
+    ordered = np.sort(slots_LGC, axis=2).astype(np.int64)
+    key = ordered + np.arange(layers * gpus).reshape(layers, gpus, 1) * experts
+    return np.asarray(key[ordered >= 0])
 
 
 def equal_shares(slots_LGC: SlotArray, experts: int) -> FloatArray:

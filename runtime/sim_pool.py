@@ -3,7 +3,7 @@
 `WarmPool` marks replicas in a table of layers, GPUs and experts, which a live model with its few GPUs looks
 up at leisure. On 2,048 GPUs x 256 experts x 58 layers that table has 30 million entries, one in a hundred of
 them a replica. Here the replicas themselves are listed, in order, each with the time of its last use. A
-replica is one number, its *key*: ``(layer * GPUs + GPU) * experts + expert``.
+replica is one number, its *key* (`moeless_opt.problems.placement.replica_keys`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,10 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.placement import replica_keys
 from moeless_opt.runtime.warm_pool import FixedKeepAlive, KeepAlive
 
-__all__ = ["KeyUse", "ReplicaPool", "replica_keys"]
-
-
-def replica_keys(slots_LGC: SlotArray, experts: int) -> IntArray:
-    """Keys of a placement's replicas, ascending; no expert may be twice on a GPU."""
-    layers, gpus, _ = slots_LGC.shape
-    ordered = np.sort(slots_LGC, axis=2).astype(np.int64)
-    key = ordered + np.arange(layers * gpus).reshape(layers, gpus, 1) * experts
-    return np.asarray(key[ordered >= 0])
+__all__ = ["KeyUse", "ReplicaPool"]
 
 
 @dataclass(frozen=True, slots=True)
