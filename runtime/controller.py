@@ -41,7 +41,7 @@ from moeless_opt.problems.topology import Topology
 from moeless_opt.runtime.backend import Backend, LayerBackend, LoadWindow
 from moeless_opt.runtime.layer_planner import check_slots
 
-__all__ = ["Controller", "Decision", "Foreseen", "LayerDecision", "PlanLayer", "Planner"]
+__all__ = ["Controller", "Counted", "Decision", "Foreseen", "LayerDecision", "PlanLayer", "Planner"]
 
 #: Decisions of the per-layer mode that are remembered.
 REMEMBERED = 4096
@@ -252,7 +252,7 @@ class Controller:
         return found
 
     def before_layer(
-        self, layer: int, predicted: FloatArray | Foreseen, *, summed: bool | None = None
+        self, layer: int, predicted: FloatArray | Foreseen, *, summed: bool = False
     ) -> LayerDecision | None:
         """Plan one layer for a prediction of its loads, and apply it to that layer.
 
@@ -266,8 +266,8 @@ class Controller:
             Loads over all ranks: planned at once, in the caller's time. Or a prediction under way of this
             rank's own tokens: read, summed over the ranks, planned and offered by a thread, over a backend
             that can move single layers; the call returns at once.
-        summed : bool, optional
-            Whether loads are of all ranks already; by default arrays are, and predictions are not.
+        summed : bool
+            Whether a prediction is of all ranks' tokens already.
 
         Returns
         -------
@@ -276,9 +276,7 @@ class Controller:
             because its last plan is still being made.
         """
         if isinstance(predicted, np.ndarray):
-            if summed is None or summed:
-                return self._at_once(layer, predicted)
-            predicted = _Known(predicted)
+            return self._at_once(layer, predicted)
         if not isinstance(self.backend, LayerBackend):
             return self._at_once(layer, predicted.load_E())
         ticket = self.backend.open_layer(layer)
@@ -286,7 +284,7 @@ class Controller:
             group = getattr(self.backend, "group", None)
             if self._foreseer is None or self._foreseer.group is not group:  # the first, or after a loss
                 self._foreseer = _Foreseer(self, self.backend)
-            self._foreseer.take(ticket, layer, predicted, bool(summed))
+            self._foreseer.take(ticket, layer, predicted, summed)
         return None
 
     def _at_once(self, layer: int, load_E: FloatArray) -> LayerDecision:
@@ -359,8 +357,8 @@ class Controller:
         return decision
 
 
-class _Known:
-    """Loads that are known already."""
+class Counted:
+    """Loads that are known already, in the place of a prediction."""
 
     def __init__(self, load_E: FloatArray) -> None:
         self._load_E = load_E

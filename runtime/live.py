@@ -29,7 +29,7 @@ from moeless_opt.runtime.groups import ExpertGroup, SideGroup
 from moeless_opt.runtime.home import HomeStore, PinnedHome, save_experts
 from moeless_opt.runtime.lanes import Lanes, Ticket
 from moeless_opt.runtime.migrate import HEADER, Limits, MigrationReport, Migrator
-from moeless_opt.runtime.placement import Slots, SlotTable, slots_of, static_slots
+from moeless_opt.runtime.placement import Slots, SlotTable, one_each, slots_of, static_slots
 from moeless_opt.runtime.warm_pool import KeepAlive
 
 __all__ = ["LiveModel", "attach"]
@@ -429,6 +429,23 @@ class LiveModel:
                 self.model.register_forward_hook(made.end_pass),
             ]
         return made
+
+    def scale_to_zero(self) -> int:
+        """Give up every replica but one of each expert; all ranks call it together, between passes.
+
+        Their memory is freed when their keep-alive is over (at once where there is none).
+
+        Returns
+        -------
+        int
+            For `migration`.
+        """
+        layers = [one_each(table.rows, self.n_experts) for table in self.migrator.tables]
+        width = max(slots_GC.shape[1] for slots_GC in layers)
+        pads = [((0, 0), (0, width - slots_GC.shape[1])) for slots_GC in layers]
+        return self.apply(
+            np.stack([np.pad(s, pad, constant_values=-1) for s, pad in zip(layers, pads, strict=True)])
+        )
 
     def _other_bytes(self) -> int:
         if self.model is None:

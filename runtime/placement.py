@@ -29,6 +29,7 @@ __all__ = [
     "Transfer",
     "build_schedule",
     "follow_schedule",
+    "one_each",
     "repair_slots",
     "slots_of",
     "static_slots",
@@ -57,6 +58,21 @@ def static_slots(n_experts: int, n_ranks: int, n_layers: int | None = None) -> S
         raise ProblemError("n_ranks", f"{n_experts} experts do not divide among {n_ranks} ranks")
     slots_GC = np.arange(n_experts, dtype=np.int32).reshape(n_ranks, -1)
     return slots_GC if n_layers is None else np.repeat(slots_GC[None], n_layers, axis=0)
+
+
+def one_each(rows: Sequence[Sequence[int]], n_experts: int) -> Slots:
+    """Slots that keep one replica of each expert where it is, and as few on the fullest rank as comes easily.
+
+    Experts with the fewest holders choose first, each the holder that keeps least so far.
+    """
+    holders: list[list[int]] = [[] for _ in range(n_experts)]
+    for g, row in enumerate(rows):
+        for e in row:
+            holders[e].append(g)
+    kept: list[list[int]] = [[] for _ in rows]
+    for e in sorted(range(n_experts), key=lambda e: (len(holders[e]), e)):
+        kept[min(holders[e], key=lambda g: (len(kept[g]), g))].append(e)
+    return rows_to_slots([sorted(row) for row in kept])
 
 
 def slots_of(plan: Any) -> Slots:
