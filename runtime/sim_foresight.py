@@ -168,7 +168,12 @@ class Online:
 
 def _early(first: AutoRegressive, load_LE: FloatArray, count: int) -> FloatArray:
     """Forecast of the first layers from the passes before; of this pass, only its size is used."""
-    return np.stack([first.predict(Known(layer=layer, load_E=load_LE[layer]), 0) for layer in range(count)])
+    return np.stack(
+        [
+            first.predict(Known(layer=layer, load_E=load_LE[layer]), 0)
+            for layer in range(min(count, len(load_LE)))
+        ]
+    )
 
 
 # ---------------------------------------------------------------------------------------- recordings
