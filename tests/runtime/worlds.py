@@ -239,12 +239,12 @@ def seed_weights(model: Any) -> None:
                 p.copy_(torch.randn(p.shape, generator=generator) * scale)
 
 
-def batch(rank: int, step: int = 0, sequences: int = 2, length: int = 24) -> Any:
+def batch(rank: int, step: int = 0, sequences: int = 2, length: int = 24, skew: int = 3) -> Any:
     """Tokens of a rank: skewed, and different for every rank and step."""
     import torch
 
     generator = torch.Generator().manual_seed(1000 + rank + 97 * step)
-    return (torch.rand(sequences, length, generator=generator) ** 3 * VOCAB).long().clamp(max=VOCAB - 1)
+    return (torch.rand(sequences, length, generator=generator) ** skew * VOCAB).long().clamp(max=VOCAB - 1)
 
 
 def forward(model: Any, tokens: Any) -> Any:

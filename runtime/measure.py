@@ -1,0 +1,122 @@
+"""How long experts take on this machine: a measured curve for the planner and the simulator.
+
+A kernel's time is no straight line in its rows: launches, tiles, caches and the reading of weights all show.
+So the time of a rank's experts is measured on a grid of rows and of experts that they are for, and becomes a
+`TimeModel`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeless_opt.problems.arrays import FloatArray, IntArray, integers, whole
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.time_model import TimeModel
+
+__all__ = ["in_turn", "measure_experts"]
+
+RunExperts = Callable[[Tensor, IntArray], Any]
+
+
+def in_turn(experts: Sequence[Callable[[Tensor], Any]]) -> RunExperts:
+    """Experts that run one after the other, for `measure_experts`."""
+
+    def run(rows: Tensor, sizes: IntArray) -> None:
+        for expert, part in zip(experts, torch.split(rows, sizes.tolist()), strict=False):
+            expert(part)
+
+    return run
+
+
+@torch.no_grad()
+def measure_experts(
+    run: RunExperts,
+    hidden: int,
+    *,
+    activated: Sequence[int],
+    tokens: Sequence[int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 7,
+    clock: Callable[[], float] = time.perf_counter,
+    seed: int = 0,
+) -> TimeModel:
+    """Time experts on this machine.
+
+    Parameters
+    ----------
+    run : callable
+        ``run(rows, sizes)`` puts rows [N, H] through experts, ``sizes[i]`` rows through the i-th; see
+        `in_turn`. They should have weights of their own each, or caches make several look like one.
+    hidden : int
+        H.
+    activated : sequence of int
+        Numbers of experts, ascending, at least two.
+    tokens : sequence of int
+        Numbers of rows in all, ascending, at least two. Spread evenly over the experts.
+    device, dtype
+        Of the rows. On CUDA events on the stream are timed, else `clock`.
+    repeats : int
+        Measurements of each point; the median counts. They are taken in turns, all points each time, so that
+        a slow moment of the machine does not fall on one point alone.
+    clock : callable
+        Seconds; `time.thread_time` on a machine that others use, too.
+    seed : int
+        Of the rows' values.
+
+    Returns
+    -------
+    TimeModel
+        In seconds, never falling with rows.
+    """
+    device = torch.device(device)
+    grid_K = integers("tokens", tokens, low=1)
+    grid_J = integers("activated", activated, low=1)
+    for name, grid in (("tokens", grid_K), ("activated", grid_J)):
+        if grid.size < 2 or (np.diff(grid) <= 0).any():
+            raise ProblemError(name, f"is {grid.tolist()}, must be at least two rising numbers")
+    chance = torch.Generator().manual_seed(seed)
+    rows = torch.randn(int(grid_K[-1]), hidden, generator=chance).to(device, dtype)
+    points = [(k, j) for k in range(grid_K.size) for j in range(grid_J.size)]
+    seconds: dict[tuple[int, int], list[float]] = {point: [] for point in points}
+    for turn in range(1 + whole("repeats", repeats, low=1)):
+        for k, j in points if turn % 2 else points[::-1]:
+            n, parts = int(grid_K[k]), int(grid_J[j])
+            sizes = np.full(parts, n // parts)
+            sizes[: n % parts] += 1
+            took = _timed(run, rows[:n], sizes[sizes > 0], device, clock)
+            if turn:  # the first one warms up
+                seconds[k, j].append(took)
+    time_KJ: FloatArray = np.zeros((grid_K.size, grid_J.size))
+    for (k, j), all_of_it in seconds.items():
+        time_KJ[k, j] = statistics.median(all_of_it)
+    return TimeModel(
+        curve_tokens=grid_K.astype(np.float64),
+        curve_activated=grid_J.astype(np.float64),
+        curve_time=np.maximum.accumulate(time_KJ, axis=0),
+        unit="s",
+        name=f"measured on this {device.type}",
+    )
+
+
+def _timed(
+    run: RunExperts, rows: Tensor, sizes: IntArray, device: torch.device, clock: Callable[[], float]
+) -> float:
+    if device.type != "cuda":
+        began = clock()
+        run(rows, sizes)
+        return clock() - began
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    run(rows, sizes)
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) * 1e-3
