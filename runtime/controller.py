@@ -282,7 +282,10 @@ class Controller:
         ticket = self.backend.open_layer(layer)
         if ticket is not None:
             group = getattr(self.backend, "group", None)
-            if self._foreseer is None or self._foreseer.group is not group:  # the first, or after a loss
+            if self._foreseer is not None and self._foreseer.group is not group:  # a rank was lost
+                self._foreseer.give_up()
+                self._foreseer = None
+            if self._foreseer is None:
                 self._foreseer = _Foreseer(self, self.backend)
             self._foreseer.take(ticket, layer, predicted, summed)
         return None
@@ -393,6 +396,11 @@ class _Foreseer:
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
+        self._side.close()
+
+    def give_up(self) -> None:
+        """End without waiting: the thread may be waiting for a rank that is gone."""
+        self._queue.put(None)
         self._side.close()
 
     def _run(self) -> None:

@@ -56,6 +56,14 @@ def test_survivors_of_killed_ranks_go_on_with_the_same_outputs(
         assert any(r["migrating"] for r in result["recoveries"])
 
 
+def test_a_death_while_every_pass_plans_its_own_layers(run_world: World) -> None:
+    results = run_world("worker_faults.py", 4, "layered", "2@9.2", "0@21.1", expect_killed=2)
+    for result in (results[1], results[3]):
+        assert result["ranks"] == [1, 3]
+        assert result["worst"] == 0.0
+        assert [r["lost"] for r in result["recoveries"]] == [[2], [0]]
+
+
 def test_ranks_that_hand_plans_in_at_different_moments_never_part(run_world: World) -> None:
     results = run_world("worker_chaos.py", 4)
     assert all(r["done"] > 0 for r in results)

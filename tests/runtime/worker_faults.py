@@ -11,12 +11,24 @@ import numpy as np
 import torch
 import worlds
 
+import moeless_opt as mo
+from moeless_opt.runtime.controller import Controller, Planner
 from moeless_opt.runtime.faults import EvictedError, Guard
 from moeless_opt.runtime.groups import ExpertGroup
 from moeless_opt.runtime.home import MappedHome, PinnedHome
 from moeless_opt.runtime.live import attach
+from moeless_opt.runtime.per_layer import PerLayer
+from moeless_opt.runtime.predictor_gates import GatePredictor, plain_gates
 
 LAYERS = 3
+
+
+class AnyRanks:
+    """Plans layers for however many ranks there are."""
+
+    def plan_layer(self, layer: int, load_E: np.ndarray, slots_GC: np.ndarray) -> np.ndarray:
+        topology = mo.uniform(1, len(slots_GC), slots=8)
+        return Planner(topology=topology).plan_layer(layer, load_E, slots_GC)
 
 
 def main() -> None:
@@ -36,7 +48,7 @@ def main() -> None:
     stock = [worlds.forward(model, x) for x in batches]
     live = attach(
         model,
-        home=PinnedHome(2) if home_kind == "pinned" else None,
+        home=PinnedHome(2) if home_kind in ("pinned", "layered") else None,
         checksums=True,
         timeout=5.0 if blow == signal.SIGSTOP else 20.0,
     )
@@ -44,6 +56,11 @@ def main() -> None:
         live.save_home(folder / "home")
         live.use_home(MappedHome(folder / "home", size))
     guard = Guard(live, grace=2.0, slots=8)
+    layered = home_kind == "layered"
+    controller = Controller(live, AnyRanks())
+    if layered:
+        live.elastic(3.0, clock="passes")
+        PerLayer(live, controller, GatePredictor(plain_gates(model))).__enter__()
     death = when.get(rank)
     if f"{rank}@recovery" in deaths:
         recover = live.regroup
@@ -77,12 +94,17 @@ def main() -> None:
             worlds.report({"evicted": True})
             return
         worst = max(worst, (out - stock[step % 4]).abs().max().item())
-        if len(guard.recoveries) == before and step % 3 == 0:
+        if len(guard.recoveries) == before and step % 3 == 0 and not layered:
             # Keep migrations under way, so that deaths meet them too.
             rng = np.random.default_rng(100 + step)
             live.apply(worlds.random_slots(rng, LAYERS, live.group.size), max_step_bytes=200_000)
+    controller.drain()
     live.settle()
     assert worst == 0.0, worst
+    if layered:
+        planned = [d for d in controller.layer_decisions if d.slots_GC.shape[0] == live.group.size]
+        assert any(d.applied is not None for d in planned)
+        assert not any(d.error for d in planned)
     if blow == signal.SIGSTOP and live.group.rank == 0:
         for stopped in when:
             os.kill(int((folder / f"pid{stopped}").read_text()), signal.SIGCONT)
