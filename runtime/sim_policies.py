@@ -11,9 +11,9 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.spec import Objective, Sizing
-from moeless_opt.problems.time_model import TimeModel
 from moeless_opt.problems.topology import Topology
 from moeless_opt.runtime.controller import Controller, Planner
+from moeless_opt.runtime.layer_planner import LayerPlanner
 from moeless_opt.runtime.sim_time import Machine
 from moeless_opt.runtime.simulator import SimulatedBackend
 from moeless_opt.runtime.warm_pool import AdaptiveKeepAlive, KeepAlive
@@ -37,9 +37,9 @@ class Settings:
     keep_alive : float or "adaptive"
         Seconds that unused replicas stay, for the per-pass policies.
     tolerance : float
-        Balance tolerance of ours.
-    horizon : float
-        Passes over which a move of ours has to pay, for the policy that weighs them.
+        Balance tolerance of ours, windowed.
+    gain : float
+        Share of a layer's time that a replica loaded by ours, per pass, has to save.
     every : int
         Passes between two plans of the windowed policies.
     seed : int
@@ -51,7 +51,7 @@ class Settings:
     error: float = 0.1
     keep_alive: float | str = 10.0
     tolerance: float = 0.1
-    horizon: float = 8.0
+    gain: float = 0.002
     every: int = 16
     seed: int = 0
 
@@ -89,8 +89,6 @@ class Policy:
         ``model``: `predicted` with the settings' error; ``last``: the pass before.
     scales, remembers : bool
         Whether the scaler adds replicas, and whether the placer looks at warm ones.
-    pays : bool
-        Whether moves are weighed against what they save.
     """
 
     text: str
@@ -102,7 +100,6 @@ class Policy:
     predictor: str = "model"
     scales: bool = True
     remembers: bool = True
-    pays: bool = False
 
 
 def _moeless(text: str, **changes: object) -> Policy:
@@ -122,9 +119,12 @@ POLICIES: dict[str, Policy] = {
     "moeless-no-placer": _moeless("... placed anew without a look at what is warm", remembers=False),
     "stay": Policy("one plan after the first window, live shares ever after", "timed", "windowed", True),
     "ours-windowed": Policy("few moves per window on its loads, live shares", "timed", "windowed", True),
-    "ours": Policy("few moves per pass from the same prediction, live shares", "timed", "per-pass", True),
-    "ours-pays": Policy(
-        "as ours, and a replica moves only if it pays in time", "timed", "per-pass", True, pays=True
+    "ours": Policy(
+        "per pass from the same prediction, by the time model: moves only what pays, live shares",
+        "timed",
+        "per-pass",
+        True,
+        solver="per-layer",
     ),
 }  # fmt: skip
 """What the command offers."""
@@ -190,15 +190,21 @@ def build(name: str, machine: Machine, topology: Topology, settings: Settings) -
     )
     if policy.mode == "never":
         return Run(backend, None, policy)
+    if policy.solver == "per-layer":
+        per_layer = LayerPlanner(
+            topology,
+            model,
+            machine.time,
+            per_token=machine.link_per_token,
+            distance=settings.distance,
+            gain=settings.gain,
+        )
+        return Run(backend, Controller(backend, per_layer, every=settings.every), policy, True)
     options: dict[str, object] = {"model": model}
     if policy.solver == "moeless":
         options["sizing"] = Sizing(policy="cv", cv=settings.cv if policy.scales else 1e9)
     elif policy.solver == "auto":
-        options["objective"] = Objective(
-            balance_tolerance=settings.tolerance, horizon=settings.horizon if policy.pays else None
-        )
-        if policy.pays:
-            options["time"] = TimeModel(token_cost=_token_seconds(machine), unit="s")
+        options["objective"] = Objective(balance_tolerance=settings.tolerance)
     planner = Planner(topology=topology, solver=policy.solver, split=policy.split, options=options)
     chosen: Callable[[FloatArray, SlotArray], Plan] = planner
     if name == "stay":
@@ -207,10 +213,3 @@ def build(name: str, machine: Machine, topology: Topology, settings: Settings) -
         chosen = _Forgetful(planner)
     controller = Controller(backend, chosen, every=settings.every)
     return Run(backend, controller, policy, policy.mode == "per-pass")
-
-
-def _token_seconds(machine: Machine) -> float:
-    """Seconds that one more token-expert pair costs a busy GPU, by the machine's time model."""
-    many = 4096.0
-    low, high = machine.time.time(np.array([many, 2 * many]), np.array([2, 2]), np.ones(2))
-    return float(high - low) / many

@@ -220,6 +220,15 @@ class Machine(Record):
         live_B = tokens_BG.sum(1) > 0
         return np.asarray(2.0 * np.where(live_B, phase_B + links.latency * (topology.gpus > 1), 0.0))
 
+    @property
+    def link_per_token(self) -> float:
+        """Seconds that one more pair on the busiest GPU adds to both all-to-all phases together."""
+        topology, links = self.topology, self.topology.links
+        peers_G = np.bincount(topology.node_G)[topology.node_G] - 1
+        others_G = topology.gpus - 1 - peers_G
+        hops = np.maximum(peers_G / links.intra_node, others_G / links.inter_node)
+        return float(2.0 * 2.0 * self.model.hidden / topology.gpus * hops.max())
+
     def rest(self, tokens_B: FloatArray, kv_tokens_B: FloatArray) -> FloatArray:
         """Seconds of a pass outside its MoE layers, all layers together, shape [B]."""
         gpus, layers = self.topology.gpus, self.model.layers
@@ -241,7 +250,7 @@ class Machine(Record):
         ----------
         cold, warm : arrays of int
             Keys of the replicas that are wanted and of those that are there, ascending (see
-            `sim_pool.replica_keys`).
+            `moeless_opt.problems.placement.replica_keys`).
         bytes_L : array of int, shape [L]
             Bytes of a replica.
         """

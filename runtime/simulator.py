@@ -35,10 +35,13 @@ from moeless_opt.runtime.warm_pool import KeepAlive
 from moeless_opt.solvers.activation import fewest_activated
 from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
+from moeless_opt.solvers.timed import TimeTable, timed_shares
 
 __all__ = ["SimReport", "SimulatedBackend", "predicted", "simulate"]
 
 TRANSFERS = ("overlapped", "exposed", "per-pass")
+SEARCHED = 256 * 64
+"""Most experts x GPUs of a layer for which shares by time are searched."""
 SHARES = ("equal", "planned", "balanced", "timed", "oracle")
 
 
@@ -126,8 +129,9 @@ class SimulatedBackend:
         Replicas that fit; beyond it a GPU may stage replicas while a migration runs.
     shares : str
         ``equal`` over an expert's replicas; ``planned``: the plan's; ``balanced``: solved for every pass and
-        layer; ``timed``: balanced, or one replica per expert, whichever is quicker by the time model in that
-        pass and layer; ``oracle``: every GPU gets the same, whatever it holds (a bound, not a system).
+        layer; ``timed``: searched for by the time model itself (`solvers.timed`), balanced, or one replica
+        per expert, whichever is quickest in that pass and layer; ``oracle``: every GPU gets the same,
+        whatever it holds (a bound, not a system).
     transfers : str
         ``overlapped``, ``exposed`` or ``per-pass``, see the module.
     distance : int
@@ -170,6 +174,9 @@ class SimulatedBackend:
         self._peak_G: IntArray = self.bytes_L @ self.pool.held_LG
         self._graph: tuple[int, ReplicaGraph] | None = None
         self._alone_LGC: FloatArray | None = None
+        self._table = TimeTable.of(
+            machine.time, min(int(np.max(capacity_LG)), self.experts), per_token=machine.link_per_token
+        )
         self._place(slots_LGC, None)
         self._switch: tuple[float, SlotArray, Any] | None = None
         self._stall = 0.0
@@ -279,13 +286,31 @@ class SimulatedBackend:
     def _times(self, part: Passes) -> LayerTimes:
         if self.shares == "oracle":
             return self._perfect(part.load_BLE)
-        times = self.machine.layers(part.load_BLE, self._slots_LGC, self._shares(part.load_BLE))
         if self.shares != "timed" or not self._replicated:
-            return times
-        alone = self.machine.layers(
-            part.load_BLE, self._slots_LGC, np.broadcast_to(self._one_each(), self._shape(part))
-        )
-        return _quicker(times, alone)
+            return self._timed(part, self._shares(part.load_BLE))
+        # The quickest of up to three ways; balancing tokens is dear where every pass has its own placement.
+        times = self._timed(part, np.broadcast_to(self._one_each(), self._shape(part)))
+        if self._searched:
+            passes, layers, experts = part.load_BLE.shape
+            share_RGC, _ = timed_shares(
+                part.load_BLE.reshape(passes * layers, experts),
+                self._slots_LGC,
+                self.machine.topology.speed_G,
+                self._table,
+                start_LGC=self._planned_LGC,
+            )
+            times = _quicker(self._timed(part, share_RGC.reshape(self._shape(part))), times)
+        if self.transfers != "per-pass" or not self._searched:
+            times = _quicker(self._timed(part, self._shares(part.load_BLE)), times)
+        return times
+
+    def _timed(self, part: Passes, share_BLGC: FloatArray) -> LayerTimes:
+        return self.machine.layers(part.load_BLE, self._slots_LGC, share_BLGC)
+
+    @property
+    def _searched(self) -> bool:
+        """Whether shares by time are searched for; on many GPUs tokens are balanced instead."""
+        return self.experts * int(self._slots_LGC.shape[1]) <= SEARCHED
 
     def _shape(self, part: Passes) -> tuple[int, ...]:
         return (part.count, *self._slots_LGC.shape)

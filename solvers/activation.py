@@ -13,9 +13,9 @@ flows. A search over eight GPUs instead of hundreds of experts takes microsecond
 *Then tokens*: among the choices that do not activate more, moves and swaps bring the largest token load
 down (heuristic: this second step contains bin packing).
 
-*All together*, ``time = launch + activation * activated + token * tokens``: heavy experts may use several
-replicas where that pays (`choose_shares`), and a plan with equal split may hold fewer replicas than fit
-(`worthwhile_replicas`), because each costs its activation.
+*All together*, ``time = launch + activation * activated + token * tokens``: a plan with equal split may hold
+fewer replicas than fit (`worthwhile_replicas`), because each costs its activation. With free shares, `timed`
+chooses which replicas to use.
 
 Axes: L layers, E experts, G GPUs, C slots of a GPU.
 
@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from moeless_opt.problems.bounds import LinearTime
 from moeless_opt.problems.errors import InfeasibleError
 
-__all__ = ["Activation", "choose_shares", "fewest_activated", "worthwhile_replicas"]
+__all__ = ["Activation", "fewest_activated", "worthwhile_replicas"]
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -233,95 +233,6 @@ class _Board:
             self.move(step[0], step[1])
             if step[2] >= 0:
                 self.move(step[2], g)
-
-
-def choose_shares(
-    load_E: ArrayLike,
-    slots_GC: ArrayLike,
-    speed_G: ArrayLike | None = None,
-    time: LinearTime = LinearTime(activation=1.0, token=0.0),  # noqa: B008
-) -> Float:
-    """Choose shares for a time model with activation cost: one replica per expert, more where that pays.
-
-    Parameters
-    ----------
-    load_E, slots_GC, speed_G
-        As in `fewest_activated`.
-    time : LinearTime
-        The time model.
-
-    Returns
-    -------
-    ndarray of float, shape (G, C)
-        Share of its expert's tokens that each slot serves.
-
-    Notes
-    -----
-    Starts from `fewest_activated`. Then, as long as the slowest GPU gets faster, one of its experts moves to
-    another of its hosts, or hands part of its tokens on (activating that host, unless it is in use already).
-    """
-    load = np.asarray(load_E, dtype=np.float64)
-    slots = np.asarray(slots_GC)
-    G = len(slots)
-    speed = np.ones(G) if speed_G is None else np.asarray(speed_G, dtype=np.float64)
-    serving = fewest_activated(load, slots, speed).gpu_E
-    token_EG = np.zeros((len(load), G))
-    active = np.flatnonzero(load > 0)
-    token_EG[active, serving[active]] = load[active]
-    holds_EG = np.zeros((len(load), G), dtype=bool)
-    gpu, slot = np.nonzero(slots >= 0)
-    holds_EG[slots[gpu, slot], gpu] = True
-    for _ in range(8 * len(load)):
-        if not _relieve(token_EG, holds_EG, speed, time):
-            break
-    share_GC = np.zeros(slots.shape)
-    expert = slots[gpu, slot]
-    share_GC[gpu, slot] = np.where(
-        load[expert] > 0, token_EG[expert, gpu] / np.maximum(load[expert], 1e-300), 0.0
-    )
-    # An expert without tokens still needs shares that sum to 1: its first slot has them.
-    idle, first = np.unique(expert, return_index=True)
-    first = first[load[idle] == 0]
-    share_GC[gpu[first], slot[first]] = 1.0
-    return share_GC
-
-
-def _relieve(token_EG: Float, holds_EG: NDArray[np.bool_], speed: Float, time: LinearTime) -> bool:
-    """Take work off the slowest GPU by the best single move or split; False if none helps."""
-    used_EG = token_EG > 0
-    time_G = (time.launch + time.activation * used_EG.sum(axis=0) + time.token * token_EG.sum(axis=0)) / speed
-    g = int(time_G.argmax())
-    here = np.flatnonzero(used_EG[:, g])
-    if not len(here):
-        return False
-    host_XG = holds_EG[here].copy()
-    host_XG[:, g] = False
-    tokens_X1 = token_EG[here, g][:, None]
-    opens_XG = np.where(used_EG[here], 0.0, time.activation)
-    # Everything moves: g is rid of the activation too. Or a part does, such that both end together.
-    all_XG = np.maximum(
-        time_G[g] - (time.activation + time.token * tokens_X1) / speed[g],
-        time_G + (opens_XG + time.token * tokens_X1) / speed,
-    )
-    part_XG = np.full(all_XG.shape, np.inf)
-    moved_XG = np.zeros(all_XG.shape)
-    if time.token > 0:
-        room_XG = time_G[g] - (time_G + opens_XG / speed)
-        moved_XG = np.minimum(room_XG / (time.token * (1 / speed[g] + 1 / speed)), tokens_X1 * (1 - 1e-9))
-        level_XG = np.maximum(
-            time_G[g] - time.token * moved_XG / speed[g],
-            time_G + (opens_XG + time.token * moved_XG) / speed,
-        )
-        part_XG = np.where(moved_XG > 0, level_XG, np.inf)
-    after_XG = np.where(host_XG, np.minimum(all_XG, part_XG), np.inf)
-    x, h = np.unravel_index(int(after_XG.argmin()), after_XG.shape)
-    if after_XG[x, h] >= time_G[g] * (1 - 1e-9):
-        return False
-    expert = here[x]
-    amount = token_EG[expert, g] if all_XG[x, h] <= part_XG[x, h] else moved_XG[x, h]
-    token_EG[expert, h] += amount
-    token_EG[expert, g] = 0.0 if all_XG[x, h] <= part_XG[x, h] else token_EG[expert, g] - amount
-    return True
 
 
 def worthwhile_replicas(

@@ -203,13 +203,16 @@ class Clock:
 
 
 def lower_bound(problem: Problem, split: str | None = None) -> tuple[FloatArray, tuple[str, ...]]:
-    """The best cheap lower bound on each layer's largest GPU time, and its name.
-
-    A measured time curve has no closed bound; there the bound is 0 and says so.
-    """
+    """The best cheap lower bound on each layer's largest GPU time, and its name."""
     time, limits = problem.time, problem.limits
     if time.has_curve:
-        return np.zeros(problem.layers), ("none",) * problem.layers
+        from moeless_opt.solvers.timed import TimeTable, timed_bound
+
+        most = min(int(problem.capacity_LG.max()), problem.experts)
+        bound_L = timed_bound(
+            problem.load_LE, problem.capacity_LG, problem.topology.speed_G, TimeTable.of(time, most)
+        )
+        return bound_L, ("capacity",) * problem.layers
     linear = LinearTime(launch=time.launch, activation=time.activation_cost, token=time.token_cost)
     bound_L, name_L = best_bound(
         problem.load_LE,
@@ -248,6 +251,7 @@ def finish(
     seed: int = 0,
     message: str = "",
     proof: str = "",
+    certify: bool = True,
 ) -> Result:
     """Evaluate a placement, certify it, and wrap it up.
 
@@ -265,13 +269,17 @@ def finish(
         A lower bound that the solver proved; combined with the cheap ones.
     stopped_by, options, seed, message, proof
         Told on in the Result and its certificate.
+    certify : bool
+        Whether to compute a lower bound: for plans that are made in microseconds it takes longest.
     """
     if share_LGC is None:
         share_LGC = equal_shares(slots_LGC, problem.experts)
     load_LE, speed_G = problem.load_LE, problem.topology.speed_G
     time_LG = gpu_times(load_LE, slots_LGC, share_LGC, speed_G, problem.time)
     value_L = time_LG.max(1)
-    bound_L, names = _bound_for(problem, value_L)
+    bound_L, names = np.zeros(problem.layers), ("none",) * problem.layers
+    if certify:
+        bound_L, names = _bound_for(problem, value_L)
     if bound is not None:
         names = tuple(
             b if y > x else a for a, b, x, y in zip(names, bound[1], bound_L, bound[0], strict=True)

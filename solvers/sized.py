@@ -14,17 +14,18 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.bounds import LinearTime
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.evaluate import gpu_times
+from moeless_opt.problems.evaluate import gpu_times, new_replicas
 from moeless_opt.problems.placement import equal_shares
 from moeless_opt.problems.plan import Plan, ProgressCallback, Result
 from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.activation import choose_shares, worthwhile_replicas
+from moeless_opt.solvers.activation import fewest_activated, worthwhile_replicas
 from moeless_opt.solvers.base import Clock, Feature, NeverStop, Stop, finish
 from moeless_opt.solvers.knapsack import plan_budget
 from moeless_opt.solvers.minimal_sizing import fewest_for_time
 from moeless_opt.solvers.planners import Construct
 from moeless_opt.solvers.replanner import Replan, live_slots
 from moeless_opt.solvers.splitting import best_shares
+from moeless_opt.solvers.timed import TimeTable, kicks_for, timed_plan
 
 __all__ = ["ActivationAware", "Sized"]
 
@@ -129,7 +130,7 @@ class ActivationAware:
 
     name = "activation"
     summary = "for time models with activation cost or a measured curve: which replicas to have, and to use"
-    options: ClassVar[frozenset[str]] = frozenset()
+    options: ClassVar[frozenset[str]] = frozenset({"kicks"})
     features: ClassVar[frozenset[Feature]] = _SPLITS | {
         Feature.MIGRATION,
         Feature.MEMORY,
@@ -154,29 +155,60 @@ class ActivationAware:
         """Per layer the fastest, by the problem's own time model, of lean and balanced placements."""
         began = Clock.begin()
         tokens = problem.replace(time=_TOKENS, known=None)
-        linear = linear_time(problem)
         fresh = Replan() if problem.current is not None else Construct()
         base = fresh.solve(tokens, stop=NeverStop(), seed=seed).plan
         assert base is not None
-        placements = [base.slots_LGC]
-        if problem.current is None:
-            lean, _ = worthwhile_replicas(
-                problem.load_LE, problem.capacity_LG, problem.topology.speed_G, linear
-            )
-            placements.append(lean)
-        elif not problem.current.partial:
-            placements.append(live_slots(problem))
-        candidates = [(base.slots_LGC, base.share_LGC)]
-        for slots_LGC in placements:
-            candidates.append((slots_LGC, equal_shares(slots_LGC, problem.experts)))
-            if problem.split == "fractional":
-                candidates.append((slots_LGC, _lean_shares(problem, slots_LGC, linear)))
-        if problem.split == "equal":
-            candidates = candidates[1:]
-        slots_LGC, share_LGC = _fastest(problem, candidates)
+        if problem.split == "fractional":
+            candidates = self._by_time(problem, base, options.get("kicks", 4 * kicks_for(problem.experts)))
+        else:
+            placements = [base.slots_LGC]
+            if problem.current is None:
+                lean, _ = worthwhile_replicas(
+                    problem.load_LE, problem.capacity_LG, problem.topology.speed_G, linear_time(problem)
+                )
+                placements.append(lean)
+            elif not problem.current.partial:
+                placements.append(live_slots(problem))
+            candidates = [(slots_LGC, equal_shares(slots_LGC, problem.experts)) for slots_LGC in placements]
+        slots_LGC, share_LGC = _best(problem, candidates)
         return finish(
             problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
         )
+
+    @staticmethod
+    def _by_time(problem: Problem, base: Plan, kicks: int) -> list[tuple[SlotArray, FloatArray]]:
+        """From the balanced placement and from what is live; there a move has to pay or to be needed."""
+        load_LE, capacity_LG, speed_G = problem.load_LE, problem.capacity_LG, problem.topology.speed_G
+        table = TimeTable.of(problem.time, min(int(capacity_LG.max()), problem.experts))
+        free_G = np.zeros(len(speed_G))
+        fresh = timed_plan(load_LE, base.slots_LGC, capacity_LG, speed_G, table, load_G=free_G, kicks=kicks)
+        if problem.current is None or problem.current.partial:
+            alone_LGC = _one_each(load_LE, fresh.slots_LGC, speed_G)
+            return [
+                (base.slots_LGC, base.share_LGC),
+                (fresh.slots_LGC, fresh.share_LGC),
+                (fresh.slots_LGC, alone_LGC),
+            ]
+        live_LGC = live_slots(problem)
+        objective, links = problem.objective, problem.topology.links
+        if objective.horizon is not None and problem.time.unit == "s":
+            slowest = links.inter_node if problem.topology.nodes > 1 else links.intra_node
+            price_L = (links.latency + problem.bytes_L / slowest) / objective.horizon
+            paid = timed_plan(
+                load_LE, live_LGC, capacity_LG, speed_G, table, load_G=free_G, price_L=price_L, kicks=kicks
+            )
+            return [(paid.slots_LGC, paid.share_LGC)]
+        near = timed_plan(load_LE, live_LGC, capacity_LG, speed_G, table, load_G=free_G, kicks=kicks)
+        found = [(plan.slots_LGC, plan.share_LGC) for plan in (base, fresh, near)]
+        found.append((live_LGC, _one_each(load_LE, live_LGC, speed_G)))
+        best_L = np.minimum(fresh.value_L, near.value_L)
+        for part in (0.1, 1.0):
+            price_L = part * objective.balance_tolerance * best_L
+            priced = timed_plan(
+                load_LE, live_LGC, capacity_LG, speed_G, table, load_G=free_G, price_L=price_L, kicks=kicks
+            )
+            found.append((priced.slots_LGC, priced.share_LGC))
+        return found
 
 
 _TOKENS = Problem.__dataclass_fields__["time"].default
@@ -200,31 +232,37 @@ def linear_time(problem: Problem) -> LinearTime:
     return LinearTime(launch=max(launch, 0.0), activation=max(activation, 0.0), token=max(token, 1e-12))
 
 
-def _lean_shares(problem: Problem, slots_LGC: SlotArray, linear: LinearTime) -> FloatArray:
-    speed_G = problem.topology.speed_G
-    return np.stack(
-        [
-            choose_shares(load_E, slots_GC, speed_G, linear)
-            for load_E, slots_GC in zip(problem.load_LE, slots_LGC, strict=True)
-        ]
-    )
+def _one_each(load_LE: FloatArray, slots_LGC: SlotArray, speed_G: FloatArray) -> FloatArray:
+    """Shares that use one replica of each expert, as few on the fullest GPU as can be (exactly)."""
+    share_LGC = np.zeros(slots_LGC.shape)
+    for layer, (load_E, slots_GC) in enumerate(zip(load_LE, slots_LGC, strict=True)):
+        # An expert without tokens is served somewhere, too.
+        gpu_E = fewest_activated(np.maximum(load_E, 1e-300), slots_GC, speed_G).gpu_E
+        here_G1 = np.arange(len(slots_GC))[:, None]
+        share_LGC[layer] = (slots_GC >= 0) & (gpu_E[np.maximum(slots_GC, 0)] == here_G1)
+    return share_LGC
 
 
-def _fastest(
-    problem: Problem, candidates: list[tuple[SlotArray, FloatArray]]
-) -> tuple[SlotArray, FloatArray]:
-    """Per layer the candidate with the least largest GPU time; the first of equals."""
+def _best(problem: Problem, candidates: list[tuple[SlotArray, FloatArray]]) -> tuple[SlotArray, FloatArray]:
+    """Per layer the fastest candidate; where something is live, of those within the tolerance the nearest."""
     wide = max(slots.shape[2] for slots, _ in candidates)
     shape = (*candidates[0][0].shape[:2], wide)
-    best_LGC, best_share = np.full(shape, -1, dtype=np.int32), np.zeros(shape)
-    best_L = np.full(shape[0], np.inf)
-    for slots_LGC, share_LGC in candidates:
-        time_L = gpu_times(problem.load_LE, slots_LGC, share_LGC, problem.topology.speed_G, problem.time).max(
-            1
+    speed_G, current = problem.topology.speed_G, problem.current
+    time_XL = np.array(
+        [gpu_times(problem.load_LE, *candidate, speed_G, problem.time).max(1) for candidate in candidates]
+    )
+    rank_XL = time_XL
+    if current is not None and "moves" in problem.objective.priorities:
+        moves_XL = np.array(
+            [new_replicas(slots, current.slots_LGC, problem.experts).sum((1, 2)) for slots, _ in candidates]
         )
-        better = time_L < best_L * (1 - 1e-12)
-        best_L[better] = time_L[better]
-        best_LGC[better], best_share[better] = -1, 0.0
-        best_LGC[better, :, : slots_LGC.shape[2]] = slots_LGC[better]
-        best_share[better, :, : slots_LGC.shape[2]] = share_LGC[better]
+        least_L = time_XL.min(0)
+        near_XL = time_XL <= least_L * (1 + problem.objective.balance_tolerance) + 1e-300
+        # Moves are whole numbers; the time decides between equals.
+        rank_XL = np.where(near_XL, moves_XL + 0.5 * time_XL / np.maximum(time_XL.max(0), 1e-300), np.inf)
+    best_LGC, best_share = np.full(shape, -1, dtype=np.int32), np.zeros(shape)
+    for layer, x in enumerate(rank_XL.argmin(0)):
+        slots_LGC, share_LGC = candidates[x]
+        best_LGC[layer, :, : slots_LGC.shape[2]] = slots_LGC[layer]
+        best_share[layer, :, : slots_LGC.shape[2]] = share_LGC[layer]
     return best_LGC, best_share

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.bounds import LinearTime
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.solvers.activation import choose_shares, fewest_activated, worthwhile_replicas
+from moeless_opt.solvers.activation import fewest_activated, worthwhile_replicas
 
 
 def random_layer(seed: int, experts: int, gpus: int, density: float) -> Any:
@@ -88,46 +88,6 @@ def test_missing_expert() -> None:
     with pytest.raises(InfeasibleError, match="expert 1 has 5 tokens and is on no GPU"):
         fewest_activated([1.0, 5.0], [[0, -1], [0, -1]])
     fewest_activated([1.0, 0.0], [[0, -1], [0, -1]])
-
-
-@pytest.mark.parametrize(
-    "time",
-    [
-        LinearTime(activation=5.0),
-        LinearTime(launch=2.0, activation=0.5),
-        LinearTime(activation=1.0, token=0.0),
-    ],
-)
-@given(seed=st.integers(0, 10_000))
-@settings(max_examples=100, deadline=None)
-def test_shares_pay(time: LinearTime, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    load, slots, _ = random_layer(seed, int(rng.integers(1, 12)), int(rng.integers(1, 5)), 0.4)
-    speed = rng.choice([0.5, 1.0, 2.0], len(slots))
-    share = choose_shares(load, slots, speed, time)
-    held = slots >= 0
-    assert (share[~held] == 0).all()
-    assert (share >= 0).all()
-    np.testing.assert_allclose(np.bincount(slots[held], weights=share[held]), 1.0)
-
-    def largest(shares: Any) -> float:
-        tokens = np.where(held, load[slots] * shares, 0.0)
-        cost = time.activation * (tokens > 0).sum(axis=1) + time.token * tokens.sum(axis=1)
-        return float(((time.launch + cost) / speed).max())
-
-    one = fewest_activated(load, slots, speed).gpu_E
-    single = (slots >= 0) & (one[slots] == np.arange(len(slots))[:, None])
-    assert largest(share) <= largest(single.astype(float)) * (1 + 1e-9)
-    if time.token == 0:
-        assert largest(share) == pytest.approx(largest(single.astype(float)))
-
-
-def test_splitting_pays_only_if_tokens_outweigh_the_activation() -> None:
-    slots = np.array([[0, -1], [0, 1]])
-    split = choose_shares([10.0, 1.0], slots, None, LinearTime(activation=1.0))
-    np.testing.assert_allclose(split, [[0.6, 0.0], [0.4, 1.0]])
-    whole = choose_shares([10.0, 1.0], slots, None, LinearTime(activation=11.0))
-    np.testing.assert_allclose(whole, [[1.0, 0.0], [0.0, 1.0]])
 
 
 def test_more_replicas_can_be_slower() -> None:

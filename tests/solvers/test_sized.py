@@ -76,7 +76,8 @@ def test_a_measured_curve_is_planned_with() -> None:
     time = mo.TimeModel(curve_tokens=tokens, curve_activated=used, curve_time=curve, unit="s", name="made up")
     topology = mo.uniform(1, 4, slots=6)
     plan = mo.plan(lognormal(2, 16, tokens=800, sigma=1.0, seed=5), topology, time=time)
-    assert set(plan.certificate.bound_L) == {"none"}
+    assert set(plan.certificate.bound_L) == {"capacity"}
+    assert (plan.certificate.lower_bound_L > 0).all()
     static = mo.plan(lognormal(2, 16, tokens=800, sigma=1.0, seed=5), topology, time=time, solver="static")
     assert (plan.certificate.value_L <= static.certificate.value_L + 1e-9).all()
 

@@ -1,0 +1,176 @@
+"""Plans for the next pass, or for one layer of it, in microseconds: the planner of the per-layer mode.
+
+It plans by the time model itself (tokens, activated experts and the link), from what each GPU holds. A
+replica is loaded only if the layer ends sooner for it: loading is hidden behind the layers that run before
+it, what is left is waited for, and besides a load has to save a share of the layer's time (`gain`), because
+the forecast may be wrong and bytes are not free.
+
+Stateless: the same loads and the same placement give the same plan, on every rank.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
+from moeless_opt.problems.errors import InvalidPlanError, ProblemError
+from moeless_opt.problems.loads import as_loads
+from moeless_opt.problems.models import ModelSpec
+from moeless_opt.problems.placement import Placement
+from moeless_opt.problems.plan import Plan
+from moeless_opt.problems.problem import Problem
+from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.topology import Topology
+from moeless_opt.problems.verify import verify
+from moeless_opt.solvers.base import Clock, finish
+from moeless_opt.solvers.timed import TimeTable, timed_plan
+
+__all__ = ["LayerPlanner"]
+
+
+class LayerPlanner:
+    """Plan by time from what is live.
+
+    Parameters
+    ----------
+    topology : Topology
+        GPUs, slots or memory, links.
+    model : ModelSpec
+        Gives the experts and their bytes.
+    time : TimeModel
+        Of a GPU's experts, in seconds.
+    per_token : float
+        Seconds of the link for each token-expert pair of the GPU that serves most.
+    distance : int
+        Layers that run between a prediction and the layer that it is for: they hide loading.
+    gain : float
+        Share of its time that a layer has to save for each replica that is loaded.
+    kicks : int, optional
+        Search effort, see `timed_plan`.
+
+    Raises
+    ------
+    ProblemError
+        If times are not in seconds.
+    """
+
+    name = "per-layer"
+
+    def __init__(
+        self,
+        topology: Topology,
+        model: ModelSpec,
+        time: TimeModel,
+        *,
+        per_token: float = 0.0,
+        distance: int = 1,
+        gain: float = 0.002,
+        kicks: int | None = None,
+    ) -> None:
+        if time.unit != "s":
+            raise ProblemError("time.unit", f"is {time.unit!r}, must be 's': loading is weighed against time")
+        self.topology, self.model, self.time = topology, model, time
+        self.distance = whole("distance", distance, low=1)
+        self.gain = number("gain", gain)
+        self.kicks = None if kicks is None else whole("kicks", kicks)
+        bytes_L = np.full(model.layers, model.expert_bytes, dtype=np.int64)
+        self.capacity_LG: IntArray = topology.capacity_LG(bytes_L, model.experts)
+        most = min(int(self.capacity_LG.max()), model.experts)
+        self.table = TimeTable.of(time, most, per_token=number("per_token", per_token))
+        links = topology.links
+        slowest = links.inter_node if topology.nodes > 1 else links.intra_node
+        self.load_G: FloatArray = np.full(topology.gpus, links.latency + model.expert_bytes / slowest)
+
+    def expected_L(self, load_LE: FloatArray) -> FloatArray:
+        """Seconds of layers in perfect balance: what hides the loading of the layers after them."""
+        total_L = load_LE.sum(1)
+        each = max(self.model.experts // self.topology.gpus, 1)
+        each = min(each, len(self.table.table_AK) - 1)
+        speed = float(self.topology.speed_G.mean())
+        mean_L = total_L / self.topology.gpus
+        knot_K, row_K = self.table.knot_K, self.table.table_AK[each]
+        slope = (row_K[-1] - row_K[-2]) / (knot_K[-1] - knot_K[-2])
+        inside_L = np.interp(mean_L, knot_K, row_K) + np.maximum(mean_L - knot_K[-1], 0.0) * slope
+        return np.where(total_L > 0, inside_L / speed, 0.0)
+
+    def __call__(self, load_LE: FloatArray, live_LGC: SlotArray) -> Plan:
+        """Plan all layers; verified, without a bound."""
+        began = Clock.begin()
+        expected_L = self.expected_L(load_LE)
+        # Layer l's weights load while the `distance` layers before it run; before layer 0, the last pass's.
+        lead_L = sum((np.roll(expected_L, d) for d in range(1, self.distance + 1)), np.zeros(len(load_LE)))
+        found = timed_plan(
+            load_LE,
+            live_LGC,
+            self.capacity_LG[: len(load_LE)],
+            self.topology.speed_G,
+            self.table,
+            load_G=self.load_G,
+            lead_L=lead_L,
+            price_L=self.gain * expected_L,
+            kicks=self.kicks,
+        )
+        problem = Problem(
+            loads=as_loads(load_LE),
+            topology=self.topology,
+            model=self.model,
+            time=self.time,
+            current=Placement(slots_LGC=live_LGC, experts=load_LE.shape[1]),
+        )
+        plan = finish(
+            problem, found.slots_LGC, found.share_LGC, solver=self.name, began=began, certify=False
+        ).plan
+        assert plan is not None
+        verify(problem, plan)
+        return plan
+
+    def plan_layer(self, layer: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
+        """Slots of one layer, shape [G, C]; checked against the rules of a placement.
+
+        Parameters
+        ----------
+        layer : int
+            Its index.
+        load_E : array, shape [E]
+            Tokens expected.
+        slots_GC : array of int32, shape [G, C]
+            What each GPU holds.
+        """
+        load_1E = np.ascontiguousarray(load_E, dtype=np.float64)[None]
+        capacity_1G = self.capacity_LG[layer : layer + 1]
+        expected_1 = self.expected_L(load_1E)
+        slots_1GC = timed_plan(
+            load_1E,
+            np.ascontiguousarray(slots_GC, dtype=np.int32)[None],
+            capacity_1G,
+            self.topology.speed_G,
+            self.table,
+            load_G=self.load_G,
+            lead_L=self.distance * expected_1,
+            price_L=self.gain * expected_1,
+            kicks=self.kicks,
+        ).slots_LGC
+        check_slots(slots_1GC[0], load_1E.shape[1], capacity_1G[0])
+        return np.asarray(slots_1GC[0])
+
+
+def check_slots(slots_GC: SlotArray, experts: int, capacity_G: IntArray) -> None:
+    """Raise unless a layer's slots are a placement: every expert somewhere, none twice on a GPU, all fit.
+
+    Raises
+    ------
+    InvalidPlanError
+        Naming what is broken.
+    """
+    gpus = len(slots_GC)
+    cell = (slots_GC + 1 + np.arange(gpus)[:, None] * (experts + 1)).ravel()
+    count_GE = np.bincount(cell, minlength=gpus * (experts + 1)).reshape(gpus, experts + 1)[:, 1:]
+    found = []
+    if count_GE.max() > 1:
+        found.append("an expert sits on a GPU twice")
+    if not count_GE.any(0).all():
+        found.append(f"expert {int(count_GE.any(0).argmin())} has no replica")
+    if (count_GE.sum(1) > capacity_G).any():
+        found.append("a GPU holds more replicas than fit")
+    if found:
+        raise InvalidPlanError(found)
