@@ -218,7 +218,8 @@ class SimulatedBackend:
         if self.transfers == "per-pass":
             before = self.pool.keys.copy()
             cold = self.pool.prewarm(slots_LGC, self.now).cold
-            self._load_L = self.machine.load_seconds(cold, before, self.bytes_L)
+            # Layers may be planned one by one: what the others load is not forgotten.
+            self._load_L = self._load_L + self.machine.load_seconds(cold, before, self.bytes_L)
             self._count_moves(cold)
             self._place(slots_LGC, share_LGC)
             return report.plans
