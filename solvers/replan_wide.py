@@ -33,7 +33,7 @@ Bools = NDArray[np.bool_]
 MANY = 256
 """More GPUs than this are re-planned so."""
 
-_SHARE = 256  # GPUs for each change, with an expert that yields, that a round may begin with
+_SHARE = 128  # GPUs for each change, with an expert that yields, that a round may begin with
 _ROUNDS = 400  # never reached: each round lowers the overflow
 
 
@@ -189,51 +189,56 @@ def _choose(
     slack_G: Ints = np.zeros(gpus, dtype=np.int64)
     np.add.at(slack_G, pool_G[flow.cool_G], flow.free_G[flow.cool_G])
     places = _places(slots_GC, capacity_G, flow, int(excess_G.max()))
+    taken_G = [False] * gpus
     # The heaviest captives of the hottest group first.
     order = captive_E[np.lexsort((captive_E, -load_E[captive_E], -excess_G[group_G[home_E[captive_E]]]))]
-    hoped, yielding = 0, 0
+    left, slack = excess_G.tolist(), slack_G.tolist()
+    by_expert = np.argsort(flow.expert_P, kind="stable")
+    end_E = np.cumsum(flow.count_E)
+    hoped = 0
     changes: list[tuple[int, int, int]] = []
-    taken: set[int] = set()
     gone: set[int] = set()
-    left = excess_G.tolist()
-    slack = slack_G.tolist()
-    start = 0
-    holders: dict[int, set[int]] = {}
+    # Places are tried best first; what was taken, or is no use this round, leaves the list.
     for expert in order.tolist():
-        holders[expert] = set(flow.gpu_P[flow.expert_P == expert].tolist())
+        holders = set(flow.gpu_P[by_expert[end_E[expert] - flow.count_E[expert] : end_E[expert]]].tolist())
         group = int(group_G[home_E[expert]])
         out = int(load_E[expert])
         best = 0
-        for index in range(start, len(places)):
-            if left[group] <= 0 or out <= 0:
-                break
-            harm, after, gpu, slot, yields = places[index]
-            if gpu in taken:
-                start += index == start
+        passed: list[_Place] = []
+        while places and left[group] > 0 and out > 0:
+            place = places.pop()
+            harm, after, gpu, slot, yields = place
+            if taken_G[gpu] or yields in gone or (yields >= 0 and len(gone) >= most):
                 continue
-            if gpu in holders[expert] or yields in gone or yields == expert:
-                continue
-            if yields >= 0 and yielding >= most:
+            if gpu in holders or yields == expert:
+                passed.append(place)
                 continue
             pool = int(pool_G[gpu])
             gain = min(left[group], out, after - harm, slack[pool])
             if gain <= 0 or 2 * gain < best:
+                passed.append(place)
                 break
             best = max(best, gain)
             changes.append((expert, gpu, slot))
-            taken.add(gpu)
+            taken_G[gpu] = True
             if yields >= 0:
                 gone.add(yields)
-                yielding += 1
             left[group] -= gain
             out -= gain
             slack[pool] -= gain
             hoped += gain
+        places += reversed(passed)
+        if not places:
+            break
     return changes, hoped
 
 
-def _places(slots_GC: Ints, capacity_G: Ints, flow: _Flow, most: int) -> list[tuple[int, int, int, int, int]]:
-    """Cool GPUs that can take a replica, best first: harm, room then, GPU, slot, yielding expert (or -1)."""
+_Place = tuple[int, int, int, int, int]
+"""Harm, room then, GPU, slot, yielding expert (or -1)."""
+
+
+def _places(slots_GC: Ints, capacity_G: Ints, flow: _Flow, most: int) -> list[_Place]:
+    """Cool GPUs that can take a replica, best last."""
     used_G = (slots_GC >= 0).sum(1)
     open_G = np.flatnonzero(flow.cool_G & (used_G < capacity_G))
     first_open = (slots_GC[open_G] < 0).argmax(1)
@@ -255,5 +260,5 @@ def _places(slots_GC: Ints, capacity_G: Ints, flow: _Flow, most: int) -> list[tu
     )
     worth = np.minimum(rows[1], most) - rows[0]
     order = np.lexsort((rows[4], rows[2], rows[0] - rows[1], -worth))
-    order = order[worth[order] > 0]
+    order = order[worth[order] > 0][::-1]
     return [(a, b, c, d, e) for a, b, c, d, e in rows[:, order].T.tolist()]
