@@ -116,7 +116,7 @@ class Backend(Protocol):
         ...
 
     def apply(self, plan: Any, **limits: Any) -> int:
-        """Start moving to a plan's placement; returns its number at once."""
+        """Start moving to the placement of a plan (or the array itself); returns a number at once."""
         ...
 
     def set_shares(self, shares: Any) -> None:

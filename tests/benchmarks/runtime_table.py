@@ -102,6 +102,29 @@ def traffic(steps: int) -> None:
         print(f"  {name:<22s} {figures}")
 
 
+def modes(steps: int) -> None:
+    """The controller's modes: static EP, windowed, per layer."""
+    print(
+        f"Own model on text that it writes, a new domain every {steps} passes (4 ranks; 6 slots, static 4)."
+    )
+    print("In force: plans with loads that came into force in the pass in which they were begun.")
+    print("                        imbalance       cold  warm  in force     plan  forward  GB*s charged")
+    print(
+        "                       mean   worst   starts again                ms       ms  resident  functions"
+    )
+    worst, waits, errors = 0.0, 0, 0
+    for name, r in world("modes", steps, 6)[0].items():
+        force = f"{r['same']} of {r['moved']}" if r["moved"] else ""
+        print(
+            f"  {name:<19s} {r['mean']:6.3f} {r['worst']:7.3f} {r['cold']:8d} {r['reuses']:5d} {force:>10s} "
+            f"{r['plan_ms']:7.2f} {r['forward_ms']:8.0f} {r['cost'][0]:9.3f} {r['cost'][2]:10.3f}"
+        )
+        worst, waits, errors = max(worst, r["difference"]), waits + r["waits"], errors + r["errors"]
+    print(
+        f"  Logits differ from static expert parallelism's by {worst:g}; {waits} waits; {errors} failed plans."
+    )
+
+
 def split() -> None:
     """What computing the token split costs on the host."""
     import numpy as np
@@ -146,7 +169,7 @@ def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--only", choices=("placements", "overhead", "kills", "traffic", "split"))
+    parser.add_argument("--only", choices=("placements", "overhead", "kills", "traffic", "modes", "split"))
     args = parser.parse_args()
     if args.only in (None, "placements"):
         placements(12 if args.quick else 60)
@@ -154,6 +177,8 @@ def main() -> None:
         overhead(20 if args.quick else 100)
     if args.only in (None, "traffic"):
         traffic(2 if args.quick else 6)
+    if args.only in (None, "modes"):
+        modes(4 if args.quick else 12)
     if args.only in (None, "split"):
         split()
     if args.only in (None, "kills"):

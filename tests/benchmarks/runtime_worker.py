@@ -223,7 +223,132 @@ def traffic(steps_per_domain: int, slots: int) -> dict[str, Any]:
     return results
 
 
+def texts(model: Any, each: int, length: int) -> list[torch.Tensor]:
+    """What the model writes itself, `each` texts per domain in one batch: tokens [each, length] per domain."""
+    from moeless_opt.runtime import tiny_moe
+
+    start = 12
+    prompts = [tiny_moe.encode(lines[0])[:start] for lines in tiny_moe.PROMPTS.values()]
+    shortest = min(map(len, prompts))
+    tokens = torch.tensor([p[:shortest] for p in prompts for _ in range(each)])
+    chance = torch.Generator().manual_seed(100 + int(os.environ["RANK"]))
+    while tokens.size(1) < length:
+        logits = worlds.forward(model, tokens)[:, -1, :256].float()
+        tokens = torch.cat([tokens, torch.multinomial(logits.softmax(1), 1, generator=chance)], dim=1)
+    return list(tokens.view(len(prompts), each, length))
+
+
+def modes(steps_per_domain: int, slots: int) -> dict[str, Any]:
+    """The controller's modes on the project's own model, on text that it writes, domain after domain."""
+    from dataclasses import replace
+
+    from moeless_opt.problems.models import ModelSpec
+    from moeless_opt.problems.topology import Topology
+    from moeless_opt.runtime import tiny_moe
+    from moeless_opt.runtime.controller import Controller, Planner
+    from moeless_opt.runtime.layer_planner import LayerPlanner
+    from moeless_opt.runtime.measure import measure_experts
+    from moeless_opt.runtime.per_layer import PerLayer
+    from moeless_opt.runtime.placement import static_slots
+    from moeless_opt.runtime.predictor_gates import GatePredictor, plain_gates
+
+    rank, size = worlds.join()
+    model = tiny_moe.load()
+    live = attach(model)
+    batches = texts(model, 2, 96)
+    topology = Topology.uniform(1, size, slots=slots)
+    static = static_slots(tiny_moe.EXPERTS, size, tiny_moe.LAYERS)
+    experts = model.decoder.layers[0].mlp.experts
+    held = len(live.banks[0].order)
+
+    def run(rows: torch.Tensor, sizes: np.ndarray) -> None:
+        experts(rows, np.pad(sizes, (0, held - sizes.size)), rows.new_ones(len(rows)))
+
+    curve = measure_experts(
+        run,
+        tiny_moe.HIDDEN,
+        activated=range(1, held + 1),
+        tokens=(16, 64, 128, 256, 512),
+        clock=time.thread_time,
+    )
+    assert curve.curve_time is not None
+    everybody = torch.from_numpy(curve.curve_time.copy())
+    dist.all_reduce(everybody)  # one curve for all, or they would plan differently
+    spec = ModelSpec(
+        name="tiny MoE",
+        layers=tiny_moe.LAYERS,
+        experts=tiny_moe.EXPERTS,
+        top_k=tiny_moe.TOP_K,
+        hidden=tiny_moe.HIDDEN,
+        ffn=tiny_moe.EXPERT_WIDTH,
+    )
+    quick = LayerPlanner(topology, spec, replace(curve, curve_time=everybody.numpy() / size), gain=0.01)
+    planners = {"few moves": Planner(topology=topology), "by time": quick}
+    outputs: list[torch.Tensor] = []
+    results: dict[str, Any] = {}
+    runs = [("static EP", "", 0), ("windowed", "few moves", 0), ("windowed", "by time", 0)]
+    runs += [("per layer", "few moves", 1), ("per layer", "by time", 1), ("per layer", "by time", 2)]
+    runs += [("per layer", "by time", 3)]
+    for mode, kind, distance in runs:
+        live.apply(static)
+        live.settle()
+        elastic = live.elastic(2.0 * steps_per_domain, clock="passes")
+        controller = Controller(live, planners.get(kind) or quick, every=2)
+        live.observe()
+        imbalance, worst, seconds, step = [], 0.0, [], 0
+        context = PerLayer(live, controller, GatePredictor(plain_gates(model)), distance=distance or 1)
+        finished = len(live.lanes.finished)
+        if mode == "per layer":
+            context.__enter__()
+        for tokens in batches:
+            for _ in range(steps_per_domain):
+                began = time.perf_counter()
+                out = worlds.forward(model, tokens)
+                seconds.append(time.perf_counter() - began)
+                if mode == "static EP":
+                    outputs.append(out)
+                worst = max(worst, (out - outputs[step]).abs().max().item())
+                step += 1
+                if mode == "windowed":
+                    observe, seen = live.observe, live.observe()
+                    live.observe = lambda seen=seen: seen  # type: ignore[method-assign]
+                    controller.after()
+                    live.observe = observe  # type: ignore[method-assign]
+                else:
+                    seen = live.observe()
+                imbalance.append(seen.imbalance_L)
+        if mode == "per layer":
+            context.__exit__()
+        controller.drain()
+        live.settle()
+        report = elastic.report()
+        moved = [t for t in list(live.lanes.finished)[finished:] if t.cold]
+        plans = [d.seconds for d in controller.layer_decisions] or [d.seconds for d in controller.decisions]
+        results[f"{mode} {kind} {distance or ''}"] = {
+            "mean": float(np.mean(imbalance[1:])),
+            "worst": float(np.max(imbalance[1:])),
+            "cold": report.cold_starts,
+            "reuses": report.reuses,
+            "same": sum(t.ended == t.opened for t in moved),
+            "moved": len(moved),
+            "difference": worst,
+            "plan_ms": 1e3 * statistics.median(plans) if plans else float("nan"),
+            "forward_ms": 1e3 * statistics.median(seconds),
+            "cost": [elastic.meter.cost(rule).total for rule in ("resident", "passes", "functions")],
+            "waits": live.migrator.courier.waits,
+            "errors": sum(bool(d.error) for d in controller.layer_decisions),
+        }
+        controller.close()
+    return results
+
+
 if __name__ == "__main__":
     what, *numbers = sys.argv[1:]
-    run = {"placements": placements, "overhead": overhead, "kills": kills, "traffic": traffic}[what]
+    run = {
+        "placements": placements,
+        "overhead": overhead,
+        "kills": kills,
+        "traffic": traffic,
+        "modes": modes,
+    }[what]
     worlds.report(run(*(int(n) for n in numbers)))

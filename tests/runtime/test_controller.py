@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import moeless_opt as mo
-from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.errors import InvalidPlanError, ProblemError
 from moeless_opt.problems.placement import held_LGE
 from moeless_opt.runtime.backend import MemoryReport, Observation
 from moeless_opt.runtime.controller import Controller, Planner
@@ -35,7 +36,7 @@ class Notebook:
 
     def apply(self, plan: Any, **limits: Any) -> int:
         self.applied.append(plan)
-        self.slots_LGC = plan.slots_LGC
+        self.slots_LGC = getattr(plan, "slots_LGC", plan)
         return len(self.applied)
 
     def set_shares(self, shares: Any) -> None:
@@ -151,3 +152,197 @@ def test_bad_arguments() -> None:
         Controller(backend, Planner(topology=TOPOLOGY), every=0)
     with pytest.raises(ProblemError, match="decay"):
         Controller(backend, Planner(topology=TOPOLOGY), decay=1.0)
+
+
+class Single:
+    """Puts the busiest expert everywhere; knows single layers only."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def plan_layer(self, layer: int, load_E: np.ndarray, slots_GC: np.ndarray) -> np.ndarray:
+        self.seen.append((layer, float(load_E.sum())))
+        rows = [list(range(g * E // G, (g + 1) * E // G)) for g in range(G)]
+        hot = int(load_E.argmax())
+        full = [row if hot in row else [*row, hot] for row in rows]
+        return np.array([row + [-1] * (3 - len(row)) for row in full], dtype=np.int32)
+
+
+class Lanes(Notebook):
+    """A backend whose layers move by themselves; what it is offered comes at once into force."""
+
+    group = None
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.open = threading.Event()
+        self.open.set()
+        self.offers: list[tuple[int, str]] = []
+        self.waiting: set[int] = set()
+
+    def open_layer(self, layer: int) -> Any:
+        if layer in self.waiting:
+            return None
+        self.waiting.add(layer)
+        return SimpleNamespace(number=len(self.waiting), layer=layer, base_GC=self.slots_LGC[layer])
+
+    def offer_layer(self, ticket: Any, slots_GC: Any, error: str = "") -> None:
+        self.offers.append((ticket.layer, error))
+        self.waiting.discard(ticket.layer)
+        if not error:
+            self.slots_LGC[ticket.layer] = slots_GC
+
+    def apply_layer(self, layer: int, slots_GC: np.ndarray) -> int:
+        self.slots_LGC[layer] = slots_GC
+        return 7
+
+    def side_group(self) -> Any:
+        return SimpleNamespace(sum=lambda load_E: 4 * load_E, close=lambda: None)
+
+
+class Later:
+    """A prediction that takes its time."""
+
+    def __init__(self, load_E: np.ndarray, ready: threading.Event) -> None:
+        self.it, self.ready = load_E, ready
+
+    def load_E(self) -> np.ndarray:
+        assert self.ready.wait(30)
+        if self.it.size == 0:
+            raise RuntimeError("the gate is broken")
+        return self.it
+
+
+def test_one_layer_at_a_time_in_the_callers_time() -> None:
+    loads = skewed(3).astype(float)
+    plain, lanes = Notebook([]), Lanes()
+    for backend, number in ((plain, 1), (lanes, 7)):
+        controller = Controller(backend, Single())
+        decision = controller.before_layer(1, loads[1])
+        assert decision is not None
+        assert (decision.layer, decision.applied) == (1, number)
+        assert (backend.slots_LGC[1] == 3).sum() == G
+        assert (backend.slots_LGC[0] == 3).sum() == 1
+        again = controller.before_layer(1, loads[1])
+        assert again is not None
+        assert again.applied is None
+        nothing = controller.before_layer(0, np.zeros(E))
+        assert nothing is not None
+        assert nothing.applied is None
+    # All layers of a pass at once, where the planner knows layers alone.
+    decisions = Controller(plain, Single()).before(loads)
+    assert isinstance(decisions, list)
+    assert [d.applied for d in decisions] == [2, None]
+    with pytest.raises(ProblemError, match="windowed"):
+        Controller(Notebook([skewed(0)]), Single(), every=1).after()
+    with pytest.raises(ProblemError, match="plan_layer"):
+        Controller(plain, lambda loads, live: None).before_layer(0, loads[0])  # type: ignore[arg-type,return-value]
+
+
+def test_a_thread_plans_predictions_and_nobody_waits_for_it() -> None:
+    ready, backend, planner = threading.Event(), Lanes(), Single()
+    controller = Controller(backend, planner)
+    loads = skewed(5).astype(float)
+    before = backend.slots_LGC.copy()
+    assert controller.before_layer(0, Later(loads[0], ready)) is None
+    assert controller.before_layer(0, Later(loads[0], ready)) is None  # left alone: its plan is being made
+    assert controller.before_layer(1, Later(loads[1], ready), summed=True) is None
+    assert (backend.slots_LGC == before).all()
+    ready.set()
+    controller.drain()
+    assert planner.seen == [(0, 4 * loads[0].sum()), (1, loads[1].sum())]
+    assert backend.offers == [(0, ""), (1, "")]
+    assert (backend.slots_LGC == 5).sum() == L * G
+    # What goes wrong in it is told to the backend, which waits for word, and to whoever asks.
+    controller.before_layer(0, Later(np.zeros(0), ready))
+    controller.drain()
+    assert backend.offers[-1] == (0, "RuntimeError: the gate is broken")
+    assert controller.layer_decisions[-1].error == "RuntimeError: the gate is broken"
+    controller.close()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[0, 0], [2, 3], [4, 5], [6, 7]],
+        [[0, 1], [2, 3], [4, 5], [6, 1]],
+        [[0, 1, 2, 3, 4], [5, -1, -1, -1, -1], [6, -1, -1, -1, -1], [7, -1, -1, -1, -1]],
+    ],
+)
+def test_no_layer_is_applied_that_does_not_pass_the_verifier(rows: list[list[int]]) -> None:
+    backend = Lanes()
+
+    class Wrong:
+        topology = TOPOLOGY
+
+        def plan_layer(self, layer: int, load_E: np.ndarray, slots_GC: np.ndarray) -> np.ndarray:
+            return np.array(rows, dtype=np.int32)
+
+    controller = Controller(backend, Wrong())
+    before = backend.slots_LGC.copy()
+    with pytest.raises(InvalidPlanError):
+        controller.before_layer(0, skewed(0)[0].astype(float))
+    ready = threading.Event()
+    ready.set()
+    controller.before_layer(1, Later(skewed(0)[1].astype(float), ready))
+    controller.close()
+    assert "InvalidPlanError" in backend.offers[0][1]
+    assert (backend.slots_LGC == before).all()
+
+
+def test_a_simulation_is_planned_layer_by_layer_as_all_at_once() -> None:
+    from moeless_opt.problems.models import ModelSpec
+    from moeless_opt.problems.time_model import TimeModel
+    from moeless_opt.runtime.sim_time import Machine
+    from moeless_opt.runtime.sim_traffic import Passes
+    from moeless_opt.runtime.simulator import SimulatedBackend
+
+    capacity_LG = np.full((L, G), 3)
+    machine = Machine(
+        topology=TOPOLOGY,
+        model=ModelSpec(name="m", layers=L, experts=E, top_k=2, hidden=4096, ffn=8192),
+        time=TimeModel(token_cost=1e-6, unit="s"),
+        flops=1e12,
+        bandwidth=1e11,
+    )
+    loads = skewed(6).astype(float)
+    ran = []
+    for one_by_one in (True, False):
+        backend = SimulatedBackend(machine, contiguous(E, capacity_LG), capacity_LG, transfers="per-pass")
+        controller = Controller(backend, Planner(topology=TOPOLOGY))
+        if one_by_one:
+            for layer in range(L):
+                controller.before_layer(layer, loads[layer])
+        else:
+            controller.before(loads)
+        backend.run(
+            Passes(
+                start_B=np.zeros(1),
+                weight_B=np.ones(1),
+                tokens_B=np.ones(1),
+                kv_tokens_B=np.zeros(1),
+                prefill_B=np.ones(1, dtype=np.bool_),
+                load_BLE=loads[None],
+            )
+        )
+        ran.append((held_LGE(backend.slots_LGC, E), backend.report))
+    assert np.array_equal(ran[0][0], ran[1][0])
+    assert ran[0][1].moved == ran[1][1].moved > 0
+    for name in ("layer_BL", "exposed_BL"):
+        assert np.allclose(getattr(ran[0][1], name)[0], getattr(ran[1][1], name)[0])
+    assert ran[0][1].exposed_BL[0].min() > 0
+
+
+def test_the_runtime_is_imported_without_torch() -> None:
+    code = (
+        "import sys, moeless_opt.runtime as r\n"
+        "r.Controller, r.Planner\n"
+        "assert 'torch' not in sys.modules\n"
+        "from moeless_opt.runtime import attach\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    pytest.importorskip("megatron.core")
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)

@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.topology import Topology
+from moeless_opt.problems.topology import Links, Topology
 from moeless_opt.runtime.backend import LoadWindow, Observation
 from moeless_opt.runtime.placement import (
+    Router,
     Schedule,
     SlotTable,
     Transfer,
     build_schedule,
     follow_schedule,
+    one_each,
     repair_slots,
     rows_to_slots,
     slots_of,
@@ -282,3 +284,34 @@ def test_loads_fade_and_survive_a_change_of_ranks() -> None:
     assert seen(1, 2).imbalance_L.tolist() == [1.0]
     with pytest.raises(ProblemError, match="decay"):
         LoadWindow(decay=1.0)
+
+
+@pytest.mark.parametrize(
+    ("links", "near", "far"),
+    [
+        (Links(), (1, False), (3, True)),  # NVLink, the own host, the network
+        (Links(host=1e9), (1, False), (2, False)),  # a slow host link
+        (Links(host=900e9), (0, True), (3, True)),  # a quick one
+        (Links(host=900e9, inter_node=2e12), (2, False), (2, False)),  # a network quicker than all
+    ],
+)
+def test_the_quickest_link_decides_between_sources(
+    links: Links, near: tuple[int, bool], far: tuple[int, bool]
+) -> None:
+    # Ranks 0 and 1 on one node, 2 and 3 alone on theirs; every rank has a home copy.
+    def source(to: int, holders: list[int]) -> tuple[int, bool]:
+        t = Router([0, 0, 1, 2], lambda layer, expert: range(4), links).source(0, 0, holders, to, 5)
+        assert (t.destination, t.bytes) == (to, 5)
+        return t.source, t.from_home
+
+    assert source(0, [1] if near[0] == 1 else [2]) == near
+    assert source(3, [2]) == far
+
+
+def test_one_replica_of_each_stays_where_it_is() -> None:
+    rows = [[0, 1, 2, 3], [0, 1], [2], [3, 0]]
+    kept = one_each(rows, 4)
+    assert sorted(kept[kept >= 0].tolist()) == [0, 1, 2, 3]
+    for g, row in enumerate(kept.tolist()):
+        assert set(row) - {-1} <= set(rows[g])
+    assert (kept >= 0).sum(1).max() == 1

@@ -168,3 +168,60 @@ def test_bad_input() -> None:
     full = np.array([[[0, 1, 2], [3, -1, -1], [-1, -1, -1]]], dtype=np.int32)
     with pytest.raises(InfeasibleError, match="GPU 0 in layer 0, it has room for 2"):
         pool.use(full, 4.0)
+
+
+def two_by_two(*rows: list[int]) -> np.ndarray:
+    """Slots of one layer, two GPUs, room for three."""
+    slots = np.full((1, 2, 3), -1, dtype=np.int32)
+    for g, row in enumerate(rows):
+        slots[0, g, : len(row)] = row
+    return slots
+
+
+def test_what_a_running_model_uses_is_pinned() -> None:
+    start = two_by_two([0, 1], [2, 3])
+    pool = WarmPool(start, 4, capacity_LG=np.array([[3, 3]]), bytes_L=[10], keep_alive=1.0)
+    pool.pinned_LGE = held_LGE(start, 4)
+    more = two_by_two([0, 1, 2], [2, 3])
+    cold = pool.take(held_LGE(more, 4), 5.0)  # idle for long, yet all pinned ones are there
+    assert np.argwhere(cold).tolist() == [[0, 0, 2]]
+    assert (pool.cold_starts, pool.reuses) == (1, 0)
+    pool.pinned_LGE = held_LGE(more, 4)
+    # Expert 2 leaves GPU 1 and is kept: the copy in use on GPU 0 is the one that must not go.
+    after = two_by_two([0, 1, 2], [3])
+    pool.pinned_LGE = held_LGE(after, 4)
+    pool.touch(held_LGE(two_by_two([], [2]), 4), 6.0)
+    pool.advance(6.5)
+    assert pool.bytes == 50
+    pool.advance(7.5)
+    assert (pool.bytes, pool.released) == (40, 1)
+    # 40 until 5, 50 until a second after the last use, 40 from there.
+    assert pool.byte_seconds == pytest.approx(40 * 5 + 50 * 2 + 40 * 0.5)
+    # Wanted again while warm: re-used, and its idle time is learnt.
+    keep = AdaptiveKeepAlive(0.5, low=0.0, high=100.0)
+    pool.keep_alive = keep
+    pool.take(held_LGE(two_by_two([], [2]), 4), 8.0)
+    pool.touch(held_LGE(two_by_two([], [2]), 4), 8.0)
+    for k in range(1, 17):
+        assert not pool.take(held_LGE(two_by_two([], [2]), 4), 8.0 + 2 * k).any()
+    assert pool.reuses == 16
+    assert 1.5 < keep.seconds_L(1)[0] < 3.0
+
+
+def test_pinned_replicas_stay_beyond_the_room_and_others_go() -> None:
+    start = two_by_two([0, 1], [2, 3])
+    pool = WarmPool(start, 4, capacity_LG=np.array([[2, 2]]), bytes_L=[10], keep_alive=100.0)
+    pool.pinned_LGE = held_LGE(start, 4)
+    both = held_LGE(two_by_two([2, 3], []), 4)
+    pool.take(both, 1.0)
+    pool.pinned_LGE |= both
+    assert pool.fit() == 0
+    assert pool.bytes == 60
+    pool.pinned_LGE &= ~both
+    assert pool.fit() == 2
+    assert pool.bytes == 40
+    pool.take(both, 2.0)
+    pool.drop(both)
+    assert pool.bytes == 40
+    pool.follow(two_by_two([0, 1, 3], [2, 3]), 3.0)
+    assert (pool.bytes, pool.cold_starts) == (50, 5)

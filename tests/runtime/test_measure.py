@@ -1,0 +1,58 @@
+"""Measured curves of experts."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from moeless_opt.problems.errors import ProblemError  # noqa: E402
+from moeless_opt.runtime.measure import in_turn, measure_experts  # noqa: E402
+
+
+class Clockwork:
+    """A clock that experts move: 2 s per call and 1 s per row, and each call later than the last."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[list[int]] = []
+
+    def run(self, rows: torch.Tensor, sizes: np.ndarray) -> None:
+        assert rows.shape == (sizes.sum(), 8)
+        self.calls.append(sizes.tolist())
+        self.now += 2.0 * len(sizes) + len(rows)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_curve_is_what_the_clock_says() -> None:
+    works = Clockwork()
+    time = measure_experts(works.run, 8, activated=(1, 2, 4), tokens=(4, 10, 30), repeats=3, clock=works)
+    assert time.unit == "s"
+    for tokens, active in itertools.product((4, 10, 30), (1, 2, 4)):
+        assert time.time(tokens, active, 1.0) == 2.0 * active + tokens
+    assert time.time(20, 3, 1.0) == 26.0  # between the points
+    assert [3, 3, 2, 2] in works.calls  # spread evenly
+    assert len(works.calls) == 4 * 9  # and once to warm up
+
+
+def test_one_after_the_other_and_bad_grids() -> None:
+    seen: list[tuple[int, int]] = []
+    experts = [lambda x, i=i: seen.append((i, len(x))) for i in range(3)]
+    measure_experts(in_turn(experts), 4, activated=(1, 3), tokens=(3, 6), repeats=1)
+    assert {(0, 6), (0, 2), (1, 2), (2, 2), (2, 1)} <= set(seen)
+    for bad in ((4,), (4, 4), (8, 4)):
+        with pytest.raises(ProblemError, match="tokens"):
+            measure_experts(in_turn(experts), 4, activated=(1, 2), tokens=bad)
+
+
+def test_real_experts_take_longer_for_more() -> None:
+    weights = [torch.randn(256, 256) for _ in range(2)]
+    time = measure_experts(
+        in_turn([lambda x, w=w: x @ w for w in weights]), 256, activated=(1, 2), tokens=(8, 2048), repeats=5
+    )
+    assert time.time(2048, 1, 1.0) > time.time(8, 1, 1.0) > 0
