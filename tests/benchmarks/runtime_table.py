@@ -121,7 +121,7 @@ def modes(steps: int) -> None:
         )
         worst, waits, errors = max(worst, r["difference"]), waits + r["waits"], errors + r["errors"]
     print(
-        f"  Logits differ from static expert parallelism's by {worst:g}; {waits} waits; {errors} failed plans."
+        f"  Logits differ from static expert parallelism's by {worst:g}; {waits} waits, {errors} failed plans"
     )
 
 

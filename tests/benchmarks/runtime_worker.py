@@ -224,7 +224,7 @@ def traffic(steps_per_domain: int, slots: int) -> dict[str, Any]:
 
 
 def texts(model: Any, each: int, length: int) -> list[torch.Tensor]:
-    """What the model writes itself, `each` texts per domain in one batch: tokens [each, length] per domain."""
+    """What the model writes itself: tokens [each, length] for every domain."""
     from moeless_opt.runtime import tiny_moe
 
     start = 12
@@ -252,7 +252,7 @@ def modes(steps_per_domain: int, slots: int) -> dict[str, Any]:
     from moeless_opt.runtime.placement import static_slots
     from moeless_opt.runtime.predictor_gates import GatePredictor, plain_gates
 
-    rank, size = worlds.join()
+    _, size = worlds.join()
     model = tiny_moe.load()
     live = attach(model)
     batches = texts(model, 2, 96)
