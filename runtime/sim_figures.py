@@ -25,15 +25,14 @@ COLOURS = {
     "eplb": "#E69F00",
     "oracle": "#999999",
     "moeless": "#D55E00",
-    "moeless-no-predictor": "#E69F00",
+    "moeless-no-predictor": "#009E73",
     "moeless-no-scaler": "#56B4E9",
     "moeless-no-placer": "#CC79A7",
     "stay": "#F0E442",
     "ours-windowed": "#56B4E9",
     "ours": "#0072B2",
-    "ours-pays": "#009E73",
 }
-MARKERS = dict(zip(COLOURS, "os^DvP*X<>p", strict=False))
+MARKERS = dict(zip(COLOURS, "os^DvP*X<>", strict=False))
 SPARE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -175,7 +174,7 @@ def _against_static(canvas: Any, rows: list[Row]) -> None:
     axes[0].set_ylabel("mean MoE layer latency\nagainst static, %")
 
 
-def _lines(xlabel: str, *further: tuple[str, Read]) -> Callable[[Any, list[Row]], None]:
+def _lines(xlabel: str, *further: tuple[str, Read], log: bool = False) -> Callable[[Any, list[Row]], None]:
     """Panels over the variants: mean latency, and what else is read off a row and static's."""
 
     def drawn(canvas: Any, rows: list[Row]) -> None:
@@ -190,10 +189,22 @@ def _lines(xlabel: str, *further: tuple[str, Read]) -> Callable[[Any, list[Row]]
                 if not np.isnan(values).all():
                     axis.plot(labels, values, color=COLOURS[name], marker=MARKERS[name], label=name)
             axis.set(xlabel=xlabel, ylabel=ylabel)
+            if log:
+                _log(axis)
             axis.grid(alpha=0.3)
         _legend(canvas, axes[0], ", ".join(_models(rows)))
 
     return drawn
+
+
+def _log(axis: Any) -> None:
+    """A logarithmic axis with plain numbers on it."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(canvas: Any, axis: Any, title: str | None = None) -> None:
@@ -287,19 +298,20 @@ def _table_bars(canvas: Any, rows: list[Row]) -> None:
 # ------------------------------------------------------------------------------------------- figures
 
 _PAPER = ("Mixtral-8x7B", "Phi-3.5-MoE", "Llama-4-Scout")
-_ALL = "static,eplb,oracle,moeless,ours-windowed,ours,ours-pays"
+_ALL = "static,eplb,oracle,moeless,ours-windowed,ours"
 
 
 def _each(option: str, values: Sequence[Any]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     return tuple((str(value), {option: value}) for value in values)
 
 
-def _scaled(shapes: Sequence[str], rate_per_gpu: float) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-    """More GPUs and as much more traffic."""
+def _scaled(shapes: Mapping[str, int], rate_per_gpu: float) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """More GPUs, with so many slots per layer, and as much more traffic."""
     found = []
-    for shape in shapes:
+    for shape, slots in shapes.items():
         nodes, per_node = map(int, shape.split("x"))
-        found.append((str(nodes * per_node), {"topology": shape, "rate": rate_per_gpu * nodes * per_node}))
+        gpus = nodes * per_node
+        found.append((str(gpus), {"topology": shape, "slots": slots, "rate": rate_per_gpu * gpus}))
     return tuple(found)
 
 
@@ -388,12 +400,11 @@ FIGURES: dict[str, Figure] = {
             "model": ["DeepSeek-V3"],
             "gpu": "H100",
             "batching": "continuous",
-            "policies": "static,ours-windowed",
-            "seconds": 4.0,
-            "period": 0.05,
+            "policies": "static,eplb,ours-windowed",
+            "seconds": 8.0,
         },
-        variants=_scaled(("4x8", "16x8", "64x8", "256x8"), 0.25),
-        draw=_lines("GPUs", ("largest over mean GPU tokens", lambda row, _: row["imbalance"])),
+        variants=_scaled({"4x8": 9, "16x8": 3, "64x8": 1, "256x8": 1}, 0.1),
+        draw=_lines("GPUs", ("largest over mean GPU tokens", lambda row, _: row["imbalance"]), log=True),
     ),
     "gpt-oss": Figure(
         text="gpt-oss-20b's own token traces at real arrivals on 8 GPUs",

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from moeless_opt.runtime.simulator import SimReport, simulate
 __all__ = ["main"]
 
 PAPER_MODELS = ("Mixtral-8x7B", "Phi-3.5-MoE", "Llama-4-Scout")
-DEFAULT_POLICIES = ("static", "eplb", "oracle", "moeless", "ours-windowed", "ours", "ours-pays")
+DEFAULT_POLICIES = ("static", "eplb", "oracle", "moeless", "ours-windowed", "ours")
 SWEEPS: dict[str, Callable[[str], Any]] = {
     "cv": float,
     "distance": int,
@@ -79,7 +80,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if figure is not None:
         own = dict(figure.options)
         models, traces = own.pop("model", None), own.pop("traces", None)
-        parser.set_defaults(seconds=150.0, **own)
+        parser.set_defaults(**{"seconds": 150.0, **own})
     options = parser.parse_args(argv)
     options.traces_in_data = None
     if figure is not None:
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--policies", default=",".join(DEFAULT_POLICIES), help="comma-separated, or 'ablation'")
     add("--batching", choices=("seconds", "continuous"), default="seconds")
     add("--period", type=float, default=0.05, help="of continuous batching, seconds (default 0.05)")
+    add("--bank", type=int, default=0, help="routing kinds of a domain that requests share (0: each its own)")
     add("--decode-every", type=int, default=0, help="with --batching seconds: also every n-th writing pass")
     add("--seconds", type=float, default=300, help="of arrivals; 0: all (default 300)")
     add(
@@ -127,8 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--predictions", type=Path, help="token traces with recorded predictions beside them (.npz)")
     add("--error", type=float, default=0.1, help="assumed share of pairs mispredicted at distance 1 (0.1)")
     add("--keep-alive", default="10", help="seconds, or 'adaptive' (default 10)")
-    add("--tolerance", type=float, default=0.1, help="balance tolerance of ours (default 0.1)")
-    add("--horizon", type=float, default=8, help="passes over which a move must pay (default 8)")
+    add("--tolerance", type=float, default=0.1, help="balance tolerance of ours-windowed (default 0.1)")
+    add(
+        "--gain",
+        type=float,
+        default=0.002,
+        help="share of a layer's time that a load of ours must save (0.002)",
+    )
     add("--every", type=int, default=16, help="passes between plans of windowed policies (default 16)")
     add("--sweep", nargs="+", metavar=("NAME", "VALUE"), help=f"one table per value; {', '.join(SWEEPS)}")
     add("--plot", type=Path, help="draw the figure, or the latencies' distributions (.svg, .png, ...)")
@@ -217,23 +224,15 @@ def _settings(options: argparse.Namespace) -> Settings:
             keep = float(keep)
         except ValueError:
             raise ProblemError("--keep-alive", f"is {keep!r}, must be seconds or 'adaptive'") from None
-    return Settings(
-        cv=options.cv,
-        distance=options.distance,
-        error=options.error,
-        keep_alive=keep,
-        tolerance=options.tolerance,
-        horizon=options.horizon,
-        every=options.every,
-        seed=options.seed,
-    )
+    given = {part.name: getattr(options, part.name) for part in fields(Settings)}
+    return Settings(**{**given, "keep_alive": keep})
 
 
 def _said(settings: Settings) -> str:
     return (
         f"cv {settings.cv:g}; predictions {settings.distance} layer(s) ahead; keep-alive "
-        f"{settings.keep_alive} s; ours: tolerance {settings.tolerance:g}, horizon {settings.horizon:g} "
-        f"passes; windowed policies plan every {settings.every} passes; seed {settings.seed}"
+        f"{settings.keep_alive} s; ours: a load saves at least {settings.gain:.2%} of its layer's time; "
+        f"windowed: every {settings.every} passes, tolerance {settings.tolerance:g}; seed {settings.seed}"
     )
 
 
