@@ -44,6 +44,7 @@ __all__ = [
     "chosen_experts",
     "default_row_block",
     "source_aware",
+    "whole_quotas",
 ]
 
 # ---------------------------------------------------------------------------------------------- shares
@@ -122,14 +123,19 @@ class PlannedShares:
         weight_P = np.where(total_E[table.expert_P] > 0, weight_P, 1.0)
         total_E = np.bincount(table.expert_P, weights=weight_P, minlength=table.n_experts)
         exact_P = load_E[table.expert_P] * weight_P / total_E[table.expert_P]
-        quota_P: Ints = np.floor(exact_P).astype(np.int64)
-        given_E = np.bincount(table.expert_P, weights=quota_P, minlength=table.n_experts)
-        short_E = load_E - given_E.astype(np.int64)
-        order = np.lexsort((np.arange(exact_P.size), quota_P - exact_P, table.expert_P))
-        starts_E = np.cumsum(table.replicas_E) - table.replicas_E
-        rank_in_expert = np.arange(order.size) - starts_E[table.expert_P[order]]
-        quota_P[order] += rank_in_expert < short_E[table.expert_P[order]]
-        return quota_P
+        return whole_quotas(exact_P, load_E, table)
+
+
+def whole_quotas(exact_P: NDArray[np.float64], load_E: Ints, table: SlotTable) -> Ints:
+    """Whole tokens for each slot that add up to the loads, largest remainders first."""
+    quota_P: Ints = np.floor(exact_P).astype(np.int64)
+    given_E = np.bincount(table.expert_P, weights=quota_P, minlength=table.n_experts)
+    short_E = load_E - given_E.astype(np.int64)
+    order = np.lexsort((np.arange(exact_P.size), quota_P - exact_P, table.expert_P))
+    starts_E = np.cumsum(table.replicas_E) - table.replicas_E
+    rank_in_expert = np.arange(order.size) - starts_E[table.expert_P[order]]
+    quota_P[order] += rank_in_expert < short_E[table.expert_P[order]]
+    return quota_P
 
 
 class BalancedShares:
