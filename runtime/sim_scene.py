@@ -293,9 +293,14 @@ def _generated(
             f"continuous batching, a pass every {options.period:g} s whatever it takes (composed once, the "
             "same for all); prompts are read in the first pass after their arrival"
         )
+        bank = options.bank
+        if bank:
+            how += f"; requests of a domain route in one of {bank} ways"
 
         def traffic() -> Iterator[Passes]:
-            return continuous(routing, arrivals, period=options.period, window=16, seed=options.seed)
+            return continuous(
+                routing, arrivals, period=options.period, window=16, bank=bank, seed=options.seed
+            )
 
     else:
         every = options.decode_every

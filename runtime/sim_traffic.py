@@ -330,7 +330,13 @@ def one_second_batches(
 
 
 def continuous(
-    model: RoutingModel, arrivals: Arrivals, *, period: float, window: int = 64, seed: int = 0
+    model: RoutingModel,
+    arrivals: Arrivals,
+    *,
+    period: float,
+    window: int = 64,
+    bank: int = 0,
+    seed: int = 0,
 ) -> Iterator[Passes]:
     """Continuous batching with a fixed period (rule *continuous*), `window` passes at a time.
 
@@ -344,6 +350,9 @@ def continuous(
         Seconds from one pass's start to the next one's.
     window : int
         Passes per item; passes after the last arrival are left out.
+    bank : int
+        Where thousands of requests run at once: each takes one of so many distributions that are drawn once
+        for its domain. 0: every request has its own.
     seed : int
         For the routing.
     """
@@ -354,27 +363,38 @@ def continuous(
     first_R = np.ceil(arrivals.time_R / period - 1e-9).astype(np.int64)
     end_R = first_R + arrivals.output_R
     live = np.zeros(0, dtype=np.int64)
-    share = np.zeros((0, *model.popularity_DLE.shape[1:]), dtype=np.float32)
+    domains, bank = len(model.popularity_DLE), whole("bank", bank)
+    if bank:
+        kind_R = domain_R * bank + rng.integers(0, bank, arrivals.requests)
+        share = model.distributions(np.repeat(np.arange(domains), bank), rng)
+    else:
+        share = np.zeros((0, *model.popularity_DLE.shape[1:]), dtype=np.float32)
     known = 0
     for low in range(0, int(first_R[-1]) + 1 - window + 1, window):
         upto = int(np.searchsorted(first_R, low + window))
         stays = end_R[live] > low
         new = np.arange(known, upto)
         live = np.concatenate([live[stays], new])
-        share = np.concatenate([share[stays], model.distributions(domain_R[new], rng)])
+        if not bank:
+            share = np.concatenate([share[stays], model.distributions(domain_R[new], rng)])
         known = upto
         step_B1 = low + np.arange(window)[:, None]
         reads_BR = step_B1 == first_R[live]
         writes_BR = (step_B1 > first_R[live]) & (step_B1 < end_R[live])
         token_BR = writes_BR + reads_BR * np.maximum(arrivals.prompt_R[live], 1).astype(np.float64)
         written_BR = np.where(reads_BR | writes_BR, arrivals.prompt_R[live] + step_B1 - first_R[live], 0)
+        routed = token_BR
+        if bank:
+            cell = kind_R[live] + np.arange(window)[:, None] * len(share)
+            routed = np.bincount(cell.ravel(), weights=token_BR.ravel(), minlength=window * len(share))
+            routed = routed.reshape(window, len(share))
         yield Passes(
             start_B=np.asarray(step_B1[:, 0] * period, dtype=np.float64),
             weight_B=np.ones(window),
             tokens_B=token_BR.sum(1),
             kv_tokens_B=written_BR.sum(1).astype(np.float64),
             prefill_B=reads_BR.any(1),
-            load_BLE=_loads(model, token_BR, share, rng),
+            load_BLE=_loads(model, routed, share, rng),
         )
 
 

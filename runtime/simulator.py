@@ -29,6 +29,7 @@ from moeless_opt.runtime.backend import MemoryReport, Observation
 from moeless_opt.runtime.controller import Controller
 from moeless_opt.runtime.cost import CostMeter
 from moeless_opt.runtime.sim_pool import ReplicaPool
+from moeless_opt.runtime.sim_shares import MANY, WideShares
 from moeless_opt.runtime.sim_time import LayerTimes, Machine
 from moeless_opt.runtime.sim_traffic import Passes
 from moeless_opt.runtime.warm_pool import KeepAlive
@@ -173,6 +174,7 @@ class SimulatedBackend:
         self.now = 0.0
         self._peak_G: IntArray = self.bytes_L @ self.pool.held_LG
         self._graph: tuple[int, ReplicaGraph] | None = None
+        self._wide: WideShares | None = None
         self._alone_LGC: FloatArray | None = None
         self._table = TimeTable.of(
             machine.time, min(int(np.max(capacity_LG)), self.experts), per_token=machine.link_per_token
@@ -323,6 +325,10 @@ class SimulatedBackend:
         if self.shares in ("equal", "planned") or not self._replicated:
             share = self._planned_LGC if self.shares == "planned" else self._equal_LGC
             return np.broadcast_to(share, shape)
+        if shape[2] > MANY:
+            if self._wide is None:
+                self._wide = WideShares(self._slots_LGC, self.machine.topology.speed_G, experts)
+            return self._wide.of(load_BLE)
         if self._graph is None or self._graph[0] != passes:
             tiled = np.tile(self._slots_LGC, (passes, 1, 1))
             self._graph = (passes, ReplicaGraph(tiled, self.machine.topology.speed_G, experts))
@@ -431,7 +437,7 @@ class SimulatedBackend:
         self._equal_LGC = equal_shares(self._slots_LGC, self.experts)
         self._planned_LGC = self._equal_LGC if share_LGC is None else share_LGC
         self._replicated = bool((self._equal_LGC[self._slots_LGC >= 0] < 1).any())
-        self._graph = None
+        self._graph = self._wide = None
         self._alone_LGC = None
 
     def _finish_switch(self) -> None:

@@ -21,7 +21,7 @@ from moeless_opt.problems.topology import Topology
 
 __all__ = ["schedule_greedily"]
 
-_AHEAD = 24  # entries of each queue that look for a source in a step
+_AHEAD = 8192  # entries at the heads of all queues together that look for a source in a step
 _TRIES = 6  # times that they look, after others took their port
 _SEEN = 32  # copies of an expert that one of them looks at
 
@@ -130,7 +130,7 @@ class _Board:
         """Transfers that run at once, and what is given up after them."""
         gpu = self.gpu[self.waiting]
         rank = np.arange(len(gpu)) - np.searchsorted(gpu, gpu)
-        near = np.flatnonzero(rank < _AHEAD)
+        near = np.flatnonzero(rank < min(max(_AHEAD // self.gpus, 4), 24))
         entry = self.waiting[near[np.argsort(rank[near], kind="stable")]]
         busy_out = np.zeros((2, self.gpus), dtype=np.bool_)
         busy_in = np.zeros((3, self.gpus), dtype=np.bool_)

@@ -33,7 +33,7 @@ Bools = NDArray[np.bool_]
 MANY = 256
 """More GPUs than this are re-planned so."""
 
-_SHARE = 128  # GPUs for each change, with an expert that yields, that a round may begin with
+_SHARE = 64  # GPUs for each change, with an expert that yields, that a round may begin with
 _ROUNDS = 400  # never reached: each round lowers the overflow
 
 

@@ -27,6 +27,7 @@ from moeless_opt.solvers.planners import Construct
 from moeless_opt.solvers.relabel import relabel, seat
 from moeless_opt.solvers.replan import Replan as Replanned
 from moeless_opt.solvers.replan import replan_fractional
+from moeless_opt.solvers.replan_wide import MANY
 from moeless_opt.solvers.shares import solve_shares
 from moeless_opt.solvers.splitting import best_shares
 
@@ -480,7 +481,9 @@ def _best_of_scratch(
     wanted_L = _token_bound(problem) * (1 + problem.objective.balance_tolerance) * (1 + 1e-9)
     time_L = _layer_times(problem, slots_LGC) if time_L is None else time_L
     filled_L = (slots_LGC >= 0).sum((1, 2))
-    doubtful = (time_L > wanted_L) | (moves_L > SCRATCH_FROM * filled_L)
+    # Over many GPUs the look takes long, and what only fills free slots is no reason for it.
+    fills_L = filled_L - (live_LGC >= 0).sum((1, 2)) if problem.topology.gpus > MANY else 0
+    doubtful = (time_L > wanted_L) | (moves_L - fills_L > SCRATCH_FROM * filled_L)
     if not doubtful.any():
         return slots_LGC
     fresh = Construct().solve(problem.replace(current=None), stop=NeverStop(), seed=seed).plan
