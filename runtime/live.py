@@ -6,6 +6,7 @@ import contextlib
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from moeless_opt.problems.arrays import IntArray
 from moeless_opt.problems.errors import MoelessError, ProblemError, UnsupportedFeatureError
+from moeless_opt.problems.time_model import TimeModel
 from moeless_opt.problems.topology import Links
 from moeless_opt.runtime.backend import MemoryReport, Observation
 from moeless_opt.runtime.dispatch import (
@@ -28,6 +31,7 @@ from moeless_opt.runtime.experts import MemoryMeter, SlotBank, checksum
 from moeless_opt.runtime.groups import ExpertGroup, SideGroup
 from moeless_opt.runtime.home import HomeStore, PinnedHome, save_experts
 from moeless_opt.runtime.lanes import Lanes, Ticket
+from moeless_opt.runtime.measure import measure_experts
 from moeless_opt.runtime.migrate import HEADER, Limits, MigrationReport, Migrator
 from moeless_opt.runtime.placement import Slots, SlotTable, one_each, slots_of, static_slots
 from moeless_opt.runtime.warm_pool import KeepAlive
@@ -102,6 +106,11 @@ class LiveModel:
         Check what arrives.
     model : module, optional
         Whose experts these are.
+    hidden : int
+        Width of a token.
+    run_experts : callable, optional
+        ``run_experts(layer, rows, sizes)`` puts rows through this rank's experts of a layer, as many through
+        each as its size says.
     links : Links, optional
         Bandwidths, which decide where a replica comes from; see `placement.Router`.
     """
@@ -120,9 +129,13 @@ class LiveModel:
         home: HomeStore | None = None,
         checksums: bool = False,
         model: Any = None,
+        hidden: int = 0,
+        run_experts: Callable[[int, torch.Tensor, IntArray], Any] | None = None,
         links: Links | None = None,
     ) -> None:
         self.model = model
+        self.hidden = hidden
+        self._run_experts = run_experts
         self.group = group
         self.banks = list(banks)
         self.n_experts = tables[0].n_experts
@@ -512,6 +525,54 @@ class LiveModel:
         live = sum(len(bank.resident) * bank.expert_bytes for bank in self.banks)
         rows = np.asarray(self.group.gather_ints([live, self.meter.now, self.meter.peak]), dtype=np.int64)
         return MemoryReport(live_G=rows[:, 0], held_G=rows[:, 1], peak_G=rows[:, 2])
+
+    def measure(
+        self,
+        tokens: Sequence[int],
+        *,
+        layer: int = 0,
+        repeats: int = 7,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> TimeModel:
+        """Time curve of these experts on these ranks: what planners and simulations want.
+
+        All ranks call it together, between passes, and get the same curve: the mean of what they measure.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            Rows of one rank in one layer, ascending.
+        layer : int
+            Whose experts are timed; each rank should hold at least two.
+        repeats, clock
+            As of `measure_experts`.
+        """
+        self._alive()
+        run, bank = self._run_experts, self.banks[layer]
+        if run is None:
+            raise UnsupportedFeatureError("this engine does not run experts by themselves")
+        held = min(row[0] for row in self.group.gather_ints([len(bank.order)]))
+
+        def some(rows: torch.Tensor, sizes: IntArray) -> None:
+            run(layer, rows, np.pad(sizes, (0, len(bank.order) - sizes.size)))
+
+        mine = measure_experts(
+            some,
+            self.hidden,
+            activated=range(1, held + 1),
+            tokens=tokens,
+            device=self.group.device,
+            dtype=bank.shapes[0][1],
+            repeats=repeats,
+            clock=clock,
+        )
+        assert mine.curve_time is not None
+        rows = self.group.gather_ints(np.rint(mine.curve_time.ravel() * 1e9).astype(int).tolist())
+        return replace(
+            mine,
+            curve_time=np.mean(rows, axis=0).reshape(mine.curve_time.shape) * 1e-9,
+            name=f"measured on {self.group.size} ranks",
+        )
 
     # -- home copies and checksums -----------------------------------------------------------------
 

@@ -213,6 +213,8 @@ def attach(
         home=home,
         checksums=checksums,
         model=model,
+        hidden=int(inner.config.hidden_size),
+        run_experts=lambda i, rows, sizes: experts[i](rows, sizes, rows.new_ones(len(rows))),
         links=links,
     )
     for (layer, stock, dispatcher), own, core in zip(parts, experts, live.dispatchers, strict=True):

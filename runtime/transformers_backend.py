@@ -159,16 +159,19 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     rows, probs = core.prepare(hidden_states, expert_Tk, top_k_weights.gather(1, by))
     rows, probs = core.send(rows, probs)
     rows, sizes, probs = core.sort_in(rows, probs)
+    out = _run(module, bank, rows, sizes.tolist(), probs).to(hidden_states.dtype)
+    return core.combine(core.send_back(core.sort_out(out)))
+
+
+def _run(module: Any, bank: SlotBank, rows: Tensor, sizes: list[int], probs: Tensor) -> Tensor:
+    """Each slot's rows through its expert; slots without tokens cost nothing."""
     names = _names(module)
     parts = [
         _expert(module, names, bank.resident[e], x) * p[:, None]
-        for e, x, p in zip(
-            bank.order, torch.split(rows, sizes.tolist()), torch.split(probs, sizes.tolist()), strict=True
-        )
+        for e, x, p in zip(bank.order, torch.split(rows, sizes), torch.split(probs, sizes), strict=True)
         if x.size(0)
     ]
-    out = torch.cat(parts).to(hidden_states.dtype) if parts else rows
-    return core.combine(core.send_back(core.sort_out(out)))
+    return torch.cat(parts) if parts else rows
 
 
 def attach(
@@ -243,6 +246,10 @@ def attach(
         home=StackedHome(hosts, group.size),
         checksums=checksums,
         model=model,
+        hidden=int(model.config.get_text_config().hidden_size),
+        run_experts=lambda i, rows, sizes: _run(
+            modules[i], banks[i], rows, sizes.tolist(), rows.new_ones(len(rows))
+        ),
         links=links,
     )
     if NAME not in ALL_EXPERTS_FUNCTIONS:

@@ -10,7 +10,7 @@ experts is the processor time of its thread (the machine may be shared), and the
 rank; every policy runs several times over, and the median counts.
 
 Simulated: the same controller over the loads that the live model saw, with the time curve of these experts,
-measured by `measure_experts` on the same ranks at the start. Loads and plans must be equal, which is checked.
+measured by `LiveModel.measure` on the same ranks at the start. Loads and plans must be equal: it is checked.
 Compared are expert times of layers as ratios, each policy's over static's in the same pass and layer, and
 each layer's over the mean of its pass: no absolute time is compared.
 """
@@ -55,7 +55,7 @@ def main() -> None:
     }
     results = worlds.run_world("worker_simulator.py", RANKS, json.dumps(setting), timeout=900)
     live, setting = results[0], results[0]["setting"]
-    time = curve([r["curve"] for r in results])
+    time = curve(live["curve"])
     twins, lived = {}, {}
     for name in setting["policies"]:
         run = live[name]
@@ -67,12 +67,12 @@ def main() -> None:
     report(setting, time, twins, lived)
 
 
-def curve(ranks: list[dict[str, Any]]) -> TimeModel:
-    """The mean of what the ranks measured, each of its own experts."""
+def curve(measured: dict[str, Any]) -> TimeModel:
+    """What the ranks measured."""
     return TimeModel(
-        curve_tokens=np.array(ranks[0]["tokens"]),
-        curve_activated=np.array(ranks[0]["activated"], dtype=float),
-        curve_time=np.mean([r["time"] for r in ranks], axis=0),
+        curve_tokens=np.array(measured["tokens"]),
+        curve_activated=np.array(measured["activated"], dtype=float),
+        curve_time=np.array(measured["time"]),
         unit="s",
         name="measured on the ranks",
     )

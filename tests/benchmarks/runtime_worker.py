@@ -240,14 +240,11 @@ def texts(model: Any, each: int, length: int) -> list[torch.Tensor]:
 
 def modes(steps_per_domain: int, slots: int) -> dict[str, Any]:
     """The controller's modes on the project's own model, on text that it writes, domain after domain."""
-    from dataclasses import replace
-
     from moeless_opt.problems.models import ModelSpec
     from moeless_opt.problems.topology import Topology
     from moeless_opt.runtime import tiny_moe
     from moeless_opt.runtime.controller import Controller, Planner
     from moeless_opt.runtime.layer_planner import LayerPlanner
-    from moeless_opt.runtime.measure import measure_experts
     from moeless_opt.runtime.per_layer import PerLayer
     from moeless_opt.runtime.placement import static_slots
     from moeless_opt.runtime.predictor_gates import GatePredictor, plain_gates
@@ -258,22 +255,7 @@ def modes(steps_per_domain: int, slots: int) -> dict[str, Any]:
     batches = texts(model, 2, 96)
     topology = Topology.uniform(1, size, slots=slots)
     static = static_slots(tiny_moe.EXPERTS, size, tiny_moe.LAYERS)
-    experts = model.decoder.layers[0].mlp.experts
-    held = len(live.banks[0].order)
-
-    def run(rows: torch.Tensor, sizes: np.ndarray) -> None:
-        experts(rows, np.pad(sizes, (0, held - sizes.size)), rows.new_ones(len(rows)))
-
-    curve = measure_experts(
-        run,
-        tiny_moe.HIDDEN,
-        activated=range(1, held + 1),
-        tokens=(16, 64, 128, 256, 512),
-        clock=time.thread_time,
-    )
-    assert curve.curve_time is not None
-    everybody = torch.from_numpy(curve.curve_time.copy())
-    dist.all_reduce(everybody)  # one curve for all, or they would plan differently
+    curve = live.measure((16, 64, 128, 256, 512), clock=time.thread_time)
     spec = ModelSpec(
         name="tiny MoE",
         layers=tiny_moe.LAYERS,
@@ -282,7 +264,7 @@ def modes(steps_per_domain: int, slots: int) -> dict[str, Any]:
         hidden=tiny_moe.HIDDEN,
         ffn=tiny_moe.EXPERT_WIDTH,
     )
-    quick = LayerPlanner(topology, spec, replace(curve, curve_time=everybody.numpy() / size), gain=0.01)
+    quick = LayerPlanner(topology, spec, curve, gain=0.01)
     planners = {"few moves": Planner(topology=topology), "by time": quick}
     outputs: list[torch.Tensor] = []
     results: dict[str, Any] = {}

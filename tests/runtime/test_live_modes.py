@@ -26,6 +26,7 @@ def test_every_pass_plans_its_own_layers(run_world: World) -> None:
     assert all(other == results[0] for other in results[1:])
     for run in results[0].values():
         assert run["cold"] > 0
+        assert min(run["curve"]) > 0
         assert {"done"} <= {fate[2] for fate in run["fate"]} <= {"done", "superseded"}
 
 

@@ -276,10 +276,13 @@ def per_layer(w: World, distance: int) -> dict[str, Any]:
     # What was foreseen is what the gates of all ranks choose for the state that the earlier layer saw.
     assert live.migrator.courier.waits == 0
     report = e.report()
+    curve = live.measure((4, 64), repeats=2)
+    assert curve.unit == "s"
     live.detach()
     controller.close()
     w.same()
     return {
+        "curve": curve.time([4, 64], [1, 2], 1.0).tolist(),
         "unplanned": unplanned.tolist(),
         "planned": planned.tolist(),
         "cold": report.cold_starts,

@@ -89,6 +89,7 @@ def main() -> None:
                 for d in controller.layer_decisions
             ],
             "host": elastic.from_home,
+            "curve": live.measure((4, 64), repeats=2).time([4, 64], [1, 2], 1.0).tolist(),
             "cold": elastic.pool.cold_starts,
         }
         live.detach()

@@ -11,14 +11,12 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 import worlds
 from simulated_twin import planner
 
 from moeless_opt.runtime.backend import Observation
 from moeless_opt.runtime.controller import Controller
 from moeless_opt.runtime.live import LiveModel, attach
-from moeless_opt.runtime.measure import measure_experts
 from moeless_opt.runtime.per_layer import PerLayer
 from moeless_opt.runtime.predictor_gates import GatePredictor, plain_gates
 
@@ -113,32 +111,17 @@ class Run:
                 self.decisions.append({"slots": decision.plan.slots_LGC.tolist(), "moves": moved})
 
 
-def curve(model: Any, setting: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
-    """Times of this rank's experts, measured as they run."""
+def curve(model: Any, setting: dict[str, Any], size: int) -> dict[str, Any]:
+    """Times of the experts, measured as they run."""
     live = attach(model)
     # As many experts on every rank as a policy may put there.
     each = range(0, worlds.EXPERTS, worlds.EXPERTS // size)
     more = [[(first + i) % worlds.EXPERTS for i in range(setting["slots"])] for first in each]
     live.apply(np.array([more] * setting["layers"]))
     live.settle()
-    experts = model.decoder.layers[0].mlp.experts
     most = setting["sequences"] * setting["length"] * size * 2
     tokens = np.unique(np.geomspace(8, 1.25 * most, 14).round().astype(int) // 4 * 4)
-    held = setting["slots"]
-
-    def run(rows: torch.Tensor, sizes: np.ndarray) -> None:
-        full = np.zeros(held, dtype=int)
-        full[: sizes.size] = sizes
-        experts(rows, full, rows.new_ones(len(rows)))
-
-    found = measure_experts(
-        run,
-        setting["hidden"],
-        activated=range(1, held + 1),
-        tokens=tokens[tokens > 0],
-        repeats=9,
-        clock=time.thread_time,
-    )
+    found = live.measure(tokens[tokens > 0].tolist(), repeats=9, clock=time.thread_time)
     live.detach()
     assert found.curve_tokens is not None
     assert found.curve_activated is not None
@@ -163,7 +146,7 @@ def main() -> None:
     ]
     results: dict[str, Any] = {"ranks": size, "setting": setting}
     if setting["measure"]:
-        results["curve"] = curve(model, setting, rank, size)
+        results["curve"] = curve(model, setting, size)
     # In turns, so that a slow moment of the machine does not fall on one policy alone.
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in setting["policies"]}
     for _ in range(setting["repeats"]):
