@@ -161,14 +161,18 @@ class _Tables:
 
 def _uneven(part: FloatArray, count: IntArray, replicas: IntArray, capacity: IntArray, low: int) -> list[str]:
     """Where an equal split is not equal."""
-    even: FloatArray = np.where(count > 0, count / np.maximum(replicas, 1)[:, None, :], 0.0)
-    uneven = np.abs(part - even).max(1) > TOLERANCE
+    layer, gpu, expert = np.nonzero((count > 0) | (part > 0))
+    even = count[layer, gpu, expert] / np.maximum(replicas, 1)[layer, expert]
+    off = np.abs(part[layer, gpu, expert] - even)
+    uneven = np.zeros(replicas.shape, dtype=np.bool_)
+    np.logical_or.at(uneven, (layer, expert), off > TOLERANCE)
     if not uneven.any() or _even_over_slots(part, uneven, replicas, capacity):
         return []
-    x, g, e = np.unravel_index(int(np.abs(part - even).argmax()), part.shape)
+    worst = int(off.argmax())
+    x, g, e = layer[worst], gpu[worst], expert[worst]
     return [
         f"layer {x + low} GPU {g}: expert {e} has share {part[x, g, e]:.6g}, "
-        f"an equal split gives {even[x, g, e]:.6g}"
+        f"an equal split gives {even[worst]:.6g}"
     ]
 
 

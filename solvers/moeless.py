@@ -287,11 +287,9 @@ def place(
     nowhere_LGC = np.full((layers, gpus, 0), -1)
     warm_LEG = _membership(nowhere_LGC if previous_LGC is None else previous_LGC, layers, experts, gpus)
     if warm_LEG.any():
-        for k in range(board.steps):
-            board.put_where_allowed(k, warm_LEG)
-    everywhere_LEG = np.ones_like(warm_LEG)
+        board.put_where_warm(warm_LEG)
     for k in range(board.steps):
-        board.put_where_allowed(k, everywhere_LEG)
+        board.put_anywhere(k)
         for layer in np.flatnonzero(pending_LK[:, k]):
             board.put_by_exchange(int(layer), k)
     return board.result(warm_LEG)
@@ -323,20 +321,40 @@ class _Board:
             self.expert_LK[layer, : count_L[layer]] = np.repeat(order_E, wanted_LE[layer, order_E])
         self.pending_LK = np.arange(self.steps) < count_L[:, None]
 
-    def put_where_allowed(self, k: int, allowed_LEG: Bools) -> None:
-        """Put every layer's k-th replica, where it still waits, on its best allowed GPU, if there is one."""
-        expert_L = self.expert_LK[:, k]
-        piece_L = self.piece_LE[self.row_L, expert_L]
-        holds_LG = self.holds_LEG[self.row_L, expert_L]
-        allowed_LG = allowed_LEG[self.row_L, expert_L] & ~holds_LG & (self.free_LG > 0)
-        finish_LG = np.where(allowed_LG, (self.load_LG + piece_L[:, None]) / self.speed_G, np.inf)
-        gpu_L = finish_LG.argmin(axis=1)
-        done = np.flatnonzero(self.pending_LK[:, k] & allowed_LG[self.row_L, gpu_L])
-        gpu, expert = gpu_L[done], expert_L[done]
-        self.holds_LEG[done, expert, gpu] = True
-        self.load_LG[done, gpu] += piece_L[done]
-        self.free_LG[done, gpu] -= 1
-        self.pending_LK[done, k] = False
+    def put_where_warm(self, warm_LEG: Bools) -> None:
+        """Put every layer's replicas, in order, each on its best warm GPU, if there is one."""
+        layer, expert, gpu = np.nonzero(warm_LEG)
+        kind = layer * warm_LEG.shape[1] + expert
+        within = np.arange(len(kind)) - np.searchsorted(kind, kind)
+        # The warm GPUs of each expert, ascending: few of many. The spare column is never free.
+        warm_LEW = np.full((*warm_LEG.shape[:2], int(within.max()) + 1), self.gpus)
+        warm_LEW[layer, expert, within] = gpu
+        for k in range(self.steps):
+            self._put(k, self.row_L, warm_LEW[self.row_L, self.expert_LK[:, k]])
+
+    def put_anywhere(self, k: int) -> None:
+        """Put the k-th replica of the layers where it still waits on its best GPU, if there is one."""
+        rows = np.flatnonzero(self.pending_LK[:, k])
+        if rows.size:
+            self._put(k, rows, np.broadcast_to(np.arange(self.gpus), (rows.size, self.gpus)))
+
+    def _put(self, k: int, rows: Ints, gpu_RW: Ints) -> None:
+        """Put these layers' k-th replica on the best of the GPUs that each row names."""
+        expert_R = self.expert_LK[rows, k]
+        piece_R = self.piece_LE[rows, expert_R]
+        at_RW = np.minimum(gpu_RW, self.gpus - 1)
+        row_R1 = rows[:, None]
+        holds_RW = self.holds_LEG[row_R1, expert_R[:, None], at_RW]
+        allowed_RW = (gpu_RW < self.gpus) & ~holds_RW & (self.free_LG[row_R1, at_RW] > 0)
+        finish_RW = (self.load_LG[row_R1, at_RW] + piece_R[:, None]) / self.speed_G[at_RW]
+        best_R = np.where(allowed_RW, finish_RW, np.inf).argmin(axis=1)
+        here = np.arange(rows.size)
+        done = np.flatnonzero(self.pending_LK[rows, k] & allowed_RW[here, best_R])
+        layer, gpu, expert = rows[done], at_RW[done, best_R[done]], expert_R[done]
+        self.holds_LEG[layer, expert, gpu] = True
+        self.load_LG[layer, gpu] += piece_R[done]
+        self.free_LG[layer, gpu] -= 1
+        self.pending_LK[layer, k] = False
 
     def put_by_exchange(self, layer: int, k: int) -> None:
         """Make room for one replica on a full GPU by moving another from there to a free GPU, or drop it."""
