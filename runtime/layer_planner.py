@@ -64,7 +64,7 @@ class LayerPlanner:
         *,
         per_token: float = 0.0,
         distance: int = 1,
-        gain: float = 0.002,
+        gain: float = 0.02,
         kicks: int | None = None,
     ) -> None:
         if time.unit != "s":

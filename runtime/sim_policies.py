@@ -51,7 +51,7 @@ class Settings:
     error: float = 0.1
     keep_alive: float | str = 10.0
     tolerance: float = 0.1
-    gain: float = 0.002
+    gain: float = 0.02
     every: int = 16
     seed: int = 0
 
