@@ -241,11 +241,16 @@ def _foreseen(row: Row, _: Row) -> float:
     return float(row["foreseen"]) if row["foreseen"] is not None else float("nan")
 
 
+def _moved(row: Row, _: Row) -> float:
+    return float(row["moved_per_pass"])
+
+
 def _ahead(row: Row, _: Row) -> float:
     return float(row["foreseen_ahead"]) if row["foreseen_ahead"] is not None else float("nan")
 
 
 _HELD = ("replicas held", _held)
+_MOVED = ("replicas moved per pass", _moved)
 _DISTANCE = ("predictions: total variation\nfrom the actual loads", _foreseen)
 
 
@@ -318,13 +323,13 @@ def _scaled(shapes: Mapping[str, int], rate_per_gpu: float) -> tuple[tuple[str, 
 FIGURES: dict[str, Figure] = {
     "latency": Figure(
         text="MoE layer latency of all policies on the paper's models: distribution, mean, P99",
-        options={"model": list(_PAPER), "policies": _ALL},
+        options={"model": list(_PAPER), "policies": _ALL, "seconds": 300.0},
         draw=_latency,
         size=(12.5, 6.4),
     ),
     "cost": Figure(
         text="cost of all policies on the paper's models, by charging rule",
-        options={"model": list(_PAPER), "policies": _ALL},
+        options={"model": list(_PAPER), "policies": _ALL, "seconds": 300.0},
         draw=_cost,
         size=(12.5, 3.8),
     ),
@@ -381,6 +386,15 @@ FIGURES: dict[str, Figure] = {
         options={"model": ["Phi-3.5-MoE"], "policies": "static,moeless,ours"},
         variants=_each("error", (0.0, 0.02, 0.05, 0.1, 0.2)),
         draw=_lines("assumed share of pairs mispredicted", _DISTANCE),
+    ),
+    "gain": Figure(
+        text="what a load has to save of its layer's time: latency against bytes moved",
+        options={"model": ["Phi-3.5-MoE"], "policies": "static,moeless,ours"},
+        variants=_each("gain", (0.0, 0.002, 0.01, 0.03, 0.1)),
+        draw=_lines(
+            "share of the layer's time that a load of ours must save", _MOVED, _cost_change("passes")
+        ),
+        size=(11.0, 3.6),
     ),
     "predictors": Figure(
         text="real predictors on the tiny MoE's routing, experts sized as Phi-3.5-MoE's",

@@ -34,6 +34,7 @@ SWEEPS: dict[str, Callable[[str], Any]] = {
     "distance": int,
     "error": float,
     "every": int,
+    "gain": float,
     "keep_alive": str,
     "predictor": str,
     "rate": float,
@@ -108,8 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu", default="A6000", help="data sheet for the times (A6000, A100, H100)")
     add("--slots", type=int, help="replicas per GPU and layer (default: one more than static needs)")
     add("--policies", default=",".join(DEFAULT_POLICIES), help="comma-separated, or 'ablation'")
-    add("--batching", choices=("seconds", "continuous"), default="seconds")
+    add("--batching", choices=("seconds", "continuous", "closed"), default="seconds")
     add("--period", type=float, default=0.05, help="of continuous batching, seconds (default 0.05)")
+    add("--memory", type=float, help="GB of a GPU for weights and KV cache, --batching closed (data sheet)")
+    add("--most-tokens", type=int, default=8192, help="of a pass with --batching closed (default 8192)")
+    add("--most-requests", type=int, default=256, help="of a pass with --batching closed (default 256)")
     add("--bank", type=int, default=0, help="routing kinds of a domain that requests share (0: each its own)")
     add("--decode-every", type=int, default=0, help="with --batching seconds: also every n-th writing pass")
     add("--seconds", type=float, default=300, help="of arrivals; 0: all (default 300)")
@@ -276,11 +280,12 @@ def _table(
     for name in names:
         run = build(name, here.machine, here.topology, settings)
         foresight = _foreseer(here, options, settings, run.policy) if run.per_pass else None
+        loop = here.closed(run.backend) if here.closed is not None else None
         began = time.monotonic()
         with _Bar(name, here.until, options.quiet) as bar:
             report = simulate(
                 run.backend,
-                here.traffic(),
+                here.traffic() if loop is None else loop,
                 run.controller,
                 per_pass=run.per_pass,
                 foresight=foresight,
@@ -288,13 +293,31 @@ def _table(
             )
         row = _figures(name, run, report)
         row |= _foreseen(foresight, settings.distance)
+        row["requests"] = None if loop is None else loop.served().figures()
         row["seconds"] = time.monotonic() - began
         rows.append(row)
     by_name = {row["policy"]: row for row in rows}
     for row in rows:
         print(_line(row, by_name), file=out)
+    if here.closed is not None:
+        _print_requests(rows, out)
     print(file=out, flush=True)
     return rows
+
+
+def _print_requests(rows: list[dict[str, Any]], out: Any) -> None:
+    """Latency of requests in the closed loop: mean and 99th percentile."""
+    times = {"first": "first token s", "each": "per token ms", "whole": "whole answer s"}
+    head = "".join(f"{text:>17}{'P99':>9}" for text in times.values())
+    print(f"{'policy':<22}{head}{'batch':>8}{'largest':>9}{'KV full':>9}{'passes':>9}", file=out)
+    for row in rows:
+        known = row["requests"]
+        line = f"{row['policy']:<22}"
+        for name in times:
+            unit = 1e3 if name == "each" else 1.0
+            line += f"{known[f'{name}_mean_s'] * unit:>17.3f}{known[f'{name}_p99_s'] * unit:>9.3f}"
+        line += f"{known['batch']:>8.1f}{known['largest_batch']:>9}{known['held_back']:>9}{known['passes']:>9}"
+        print(line, file=out)
 
 
 def _foreseen(foresight: Judged | None, distance: int) -> dict[str, Any]:
