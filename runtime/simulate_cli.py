@@ -137,8 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--gain",
         type=float,
-        default=0.002,
-        help="share of a layer's time that a load of ours must save (0.002)",
+        default=0.02,
+        help="share of a layer's time that a load of ours must save (0.02)",
     )
     add("--every", type=int, default=16, help="passes between plans of windowed policies (default 16)")
     add("--sweep", nargs="+", metavar=("NAME", "VALUE"), help=f"one table per value; {', '.join(SWEEPS)}")
