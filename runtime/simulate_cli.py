@@ -316,7 +316,9 @@ def _print_requests(rows: list[dict[str, Any]], out: Any) -> None:
         for name in times:
             unit = 1e3 if name == "each" else 1.0
             line += f"{known[f'{name}_mean_s'] * unit:>17.3f}{known[f'{name}_p99_s'] * unit:>9.3f}"
-        line += f"{known['batch']:>8.1f}{known['largest_batch']:>9}{known['held_back']:>9}{known['passes']:>9}"
+        line += (
+            f"{known['batch']:>8.1f}{known['largest_batch']:>9}{known['held_back']:>9}{known['passes']:>9}"
+        )
         print(line, file=out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from moeless_opt.runtime.sim_figures import COLOURS, FIGURES
 from moeless_opt.runtime.sim_foresight import NAMES
-from moeless_opt.runtime.sim_policies import POLICIES
+from moeless_opt.runtime.sim_policies import POLICIES, Settings
 from moeless_opt.runtime.simulate_cli import SWEEPS, _options, _parser, _policies, main
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -149,3 +150,9 @@ def test_scale_keeps_the_traffic_per_gpu() -> None:
         assert nodes * per_node == int(label)
         assert changes["rate"] / int(label) == variants[0][1]["rate"] / 32
         assert changes["slots"] * int(label) >= 256
+
+
+def test_defaults_are_those_of_the_settings() -> None:
+    options, settings = _options([]), Settings()
+    for part in fields(Settings):
+        assert type(getattr(settings, part.name))(getattr(options, part.name)) == getattr(settings, part.name)
