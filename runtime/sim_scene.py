@@ -32,8 +32,10 @@ from moeless_opt.runtime.sim_foresight import (
     read_predictions,
     tiny_moe_predictions_file,
 )
+from moeless_opt.runtime.sim_serving import MEMORY, USABLE, ClosedLoop
 from moeless_opt.runtime.sim_time import EFFICIENCY, Machine
 from moeless_opt.runtime.sim_traffic import Passes, RoutingModel, continuous, one_second_batches
+from moeless_opt.runtime.simulator import SimulatedBackend
 
 __all__ = ["Scene", "model_of", "scene"]
 
@@ -60,6 +62,8 @@ class Scene:
         Time of the last arrival.
     composition, predictions, learnt
         Where token traces are played, see `sim_foresight.foreseer`.
+    closed : callable, optional
+        Makes the closed loop over a backend, in place of `traffic`.
     """
 
     machine: Machine
@@ -71,6 +75,7 @@ class Scene:
     composition: Composition | None = None
     predictions: Predictions | None = None
     learnt: IntArray | None = None
+    closed: Callable[[SimulatedBackend], ClosedLoop] | None = None
 
 
 @dataclass(slots=True)
@@ -288,7 +293,14 @@ def _generated(
         + "; requests differ within a domain as the tiny MoE's do; layers independent",
     )
     basis.add("assumed", f"a request has its forerunner's domain with chance {routing.stay:g}")
-    if options.batching == "continuous":
+    closed: Callable[[SimulatedBackend], ClosedLoop] | None = None
+    if options.batching == "closed":
+        closed, how = _closed(routing, arrivals, options)
+
+        def traffic() -> Iterator[Passes]:
+            raise ProblemError("--batching", "is closed: passes are made by the loop")
+
+    elif options.batching == "continuous":
         how = (
             f"continuous batching, a pass every {options.period:g} s whatever it takes (composed once, the "
             "same for all); prompts are read in the first pass after their arrival"
@@ -321,6 +333,32 @@ def _generated(
         text=(*text, routing.text, how),
         basis=basis.lines,
         until=arrivals.seconds,
+        closed=closed,
+    )
+
+
+def _closed(
+    routing: RoutingModel, arrivals: Arrivals, options: argparse.Namespace
+) -> tuple[Callable[[SimulatedBackend], ClosedLoop], str]:
+    """The closed loop of each policy, and what is said about it."""
+    memory = USABLE * MEMORY[options.gpu] if options.memory is None else options.memory * 1e9
+
+    def loop(backend: SimulatedBackend) -> ClosedLoop:
+        return ClosedLoop(
+            backend,
+            routing,
+            arrivals,
+            memory=memory,
+            most_tokens=options.most_tokens,
+            most_requests=options.most_requests,
+            seed=options.seed,
+        )
+
+    return loop, (
+        f"closed loop: a pass starts when the last one ends; at most {options.most_requests} requests and "
+        f"{options.most_tokens} tokens in a pass; {memory / 1e9:.3g} GB of each GPU for weights and the KV "
+        "cache, which spreads evenly; a request reserves its whole length and is never preempted (assumed). "
+        "Passes differ from policy to policy"
     )
 
 

@@ -7,8 +7,9 @@ admitted, in their order, as far as three limits go:
 - `most_requests` in a batch;
 - `most_tokens` of prompts and answers in a pass (a longer prompt is the only one of its pass);
 - the KV cache: what the GPUs' memory leaves beside the weights and the replicas that the policy holds at that
-  moment. The cache spreads evenly over the GPUs, so the fullest one limits (assumed); a request reserves room
-  for its prompt and all of its answer when it is admitted, and is never preempted (assumed).
+  moment (at most its slots: what a migration stages on its way does not count). The cache spreads evenly over
+  the GPUs, so the fullest one limits (assumed); a request reserves room for its prompt and all of its answer
+  when it is admitted, and is never preempted (assumed).
 
 The pass reads the prompts of the requests admitted and writes a token of every other live one; it takes what
 the policy makes it take. So a quicker policy has shorter queues, and one that holds fewer replicas may run
@@ -142,27 +143,15 @@ class ClosedLoop:
         self._passes = self._largest = self._held_back = 0
         self._batches = 0
 
-    @property
-    def text(self) -> str:
-        """What the loop rests on."""
-        room = "no limit on the KV cache"
-        if self.memory is not None:
-            room = (
-                f"{self.memory / 1e9:.3g} GB of each GPU for weights and the KV cache, which spreads evenly; "
-                "a request reserves its whole length (assumed)"
-            )
-        return (
-            f"closed loop: a pass starts when the last one ends; at most {self.most_requests} requests and "
-            f"{self.most_tokens} tokens in a pass; {room}. Passes differ from policy to policy"
-        )
-
     def cache_tokens(self) -> float:
         """Tokens whose keys and values the GPUs have room for beside what is held now."""
         if self.memory is None:
             return np.inf
         machine = self.backend.machine
         gpus = machine.topology.gpus
-        held_G = self.backend.bytes_L @ self.backend.pool.held_LG
+        # What a migration holds twice on its way is staged within the slots (assumed).
+        held_LG = np.minimum(self.backend.pool.held_LG, self.backend.capacity_LG)
+        held_G = self.backend.bytes_L @ held_LG
         free = self.memory - machine.other_bytes / gpus - float(held_G.max())
         if free <= 0:
             raise InfeasibleError(

@@ -164,6 +164,7 @@ class SimulatedBackend:
         self.bytes_L = np.full(layers, machine.model.expert_bytes, dtype=np.int64)
         self.distance = whole("distance", distance, low=1)
         self.transfers, self.shares = transfers, shares
+        self.capacity_LG: IntArray = np.asarray(capacity_LG, dtype=np.int64)
         # While a migration runs beside the passes, old and new replicas are held: room for both.
         room_LG = capacity_LG if transfers == "per-pass" else 2 * np.asarray(capacity_LG)
         self.pool = ReplicaPool(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from moeless_opt.runtime.sim_policies import Settings, build
 from moeless_opt.runtime.sim_serving import ClosedLoop
 from moeless_opt.runtime.sim_time import Machine
 from moeless_opt.runtime.sim_traffic import RoutingModel
+from moeless_opt.runtime.simulate_cli import main
 from moeless_opt.runtime.simulator import SimulatedBackend, simulate
 from moeless_opt.solvers.static import contiguous
 
@@ -177,3 +180,15 @@ def test_it_ends_in_time() -> None:
     loop, backend, starts, _ = run(arrivals, until=0.02)
     assert starts[-1] <= 0.02 < backend.now
     assert np.isnan(loop.served().whole_R).all()
+
+
+def test_the_command_prints_and_returns_latencies(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--model Phi-3.5-MoE --policies static,stay --batching closed --rate 8 --seconds 1 --json"
+    assert main([*arguments.split(), "--quiet", "--most-requests", "4"]) == 0
+    printed = capsys.readouterr()
+    rows = json.loads(printed.out)
+    assert [row["requests"]["ended"] for row in rows] == [rows[0]["requests"]["ended"]] * 2
+    assert all(row["requests"]["largest_batch"] <= 4 for row in rows)
+    assert "first token s" in printed.err
+    assert "a pass starts when the last one ends" in printed.err
+    assert main([*arguments.split(), "--memory", "1"]) == 1
