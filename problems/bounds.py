@@ -38,7 +38,6 @@ __all__ = [
     "best_bound",
     "density_bound",
     "mean_bound",
-    "min_moves_bound",
     "packing_bound",
     "replicas_needed",
     "slots_bound",
@@ -334,42 +333,6 @@ def _dense_sets(
     inside_LR[:, G] = (load * within_LE).sum(axis=1)
     speed_LR[:, G] = reach_LG @ speed
     return inside_LR, speed_LR
-
-
-def min_moves_bound(
-    load_LE: ArrayLike,
-    slots_LGC: ArrayLike,
-    share_LGC: ArrayLike,
-    time_L: ArrayLike,
-    speed_G: ArrayLike | None = None,
-    split: Split = "fractional",
-) -> Int:
-    """Return how many replicas must at least be moved in so that each layer ends within ``time_L``.
-
-    Parameters
-    ----------
-    load_LE, slots_LGC, share_LGC, speed_G, split
-        The live placement and its best shares, as in `density_bound`.
-    time_L : array_like of float, shape (L,)
-        The time wanted for each layer.
-
-    Returns
-    -------
-    ndarray of int, shape (L,)
-        The better of two counts: replicas that experts lack, and the replicas that it takes to carry the
-        excess of a too dense set of GPUs out of it, each at most one GPU's worth.
-    """
-    load, slots = np.asarray(load_LE, dtype=np.float64), np.asarray(slots_LGC)
-    L, E = load.shape
-    speed = np.ones(slots.shape[1]) if speed_G is None else np.asarray(speed_G, dtype=np.float64)
-    target_L = np.broadcast_to(np.asarray(time_L, dtype=np.float64), (L,))
-    have_LE = np.stack([np.bincount(row[row >= 0], minlength=E) for row in slots.reshape(L, -1)])
-    lacking_L = np.maximum(replicas_needed(load, target_L, speed, split) - have_LE, 0).sum(axis=1)
-    inside_LR, speed_LR = _dense_sets(load, slots, share_LGC, speed)
-    excess_L = (inside_LR - (target_L * (1 + 1e-9))[:, None] * speed_LR).max(axis=1)
-    carry_L = np.ceil(np.maximum(excess_L, 0.0) / np.maximum(target_L * speed.max(), 1e-300) - 1e-9)
-    moves_L: Int = np.maximum(lacking_L, carry_L).astype(np.int64)
-    return moves_L
 
 
 @dataclass(slots=True)
