@@ -294,6 +294,7 @@ class Lanes:
         else:
             self._landed(ticket)
         self._pin(layer)
+        self._changed = True
 
     def _transfers(self, ticket: Ticket, held_G: Sequence[set[int]]) -> list[Transfer]:
         assert ticket.slots_GC is not None
@@ -327,11 +328,11 @@ class Lanes:
         if not ticket.serve:
             self._end(ticket, "done")
             return
-        older = self._ready.pop(ticket.layer, None)
+        ticket.status = "ready"
+        older = self._ready.get(ticket.layer)
+        self._ready[ticket.layer] = ticket
         if older is not None:
             self._end(older, "superseded")
-        ticket.status = "ready"
-        self._ready[ticket.layer] = ticket
 
     def _install(self, ticket: Ticket) -> None:
         layer = ticket.layer

@@ -180,15 +180,19 @@ class WarmPool:
         filled = np.take_along_axis(self.warm_LGE, order, axis=2)
         return np.where(filled, order, -1).astype(np.int32)
 
-    def advance(self, now: float) -> None:
-        """Let time pass until `now`: charge what is held, release what has been idle for too long."""
+    def advance(self, now: float, keep_LGE: BoolArray | None = None) -> None:
+        """Let time pass until `now`: charge what is held, release what has been idle for too long.
+
+        What is in `keep_LGE` is not released this time.
+        """
         if now < self.now:
             raise ProblemError("now", f"is {now}, time has reached {self.now}")
         keep_L = self.keep_alive.seconds_L(len(self.warm_LGE))
         end_LGE = self.last_LGE + keep_L[:, None, None]
         gone_LGE = self.warm_LGE & (end_LGE < now) & ~self._last_copies()
-        if self.pinned_LGE is not None:
-            gone_LGE &= ~self.pinned_LGE
+        for kept_LGE in (self.pinned_LGE, keep_LGE):
+            if kept_LGE is not None:
+                gone_LGE &= ~kept_LGE
         self.byte_seconds += self.bytes * (now - self.now)
         # A replica is charged to the moment of its release, not to the moment at which we notice.
         over_LGE = np.where(gone_LGE, now - np.maximum(end_LGE, self.now), 0.0)
@@ -231,7 +235,7 @@ class WarmPool:
         array of bool, shape [L, G, E]
             What has to be loaded.
         """
-        self.advance(now)
+        self.advance(now, wanted_LGE)
         return self._take(wanted_LGE, now, now)
 
     def _take(self, wanted_LGE: BoolArray, now: float, until: float) -> BoolArray:
