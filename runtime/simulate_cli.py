@@ -132,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--predictor", choices=NAMES, default="assumed", help="what the per-pass policies plan by")
     add("--predictions", type=Path, help="token traces with recorded predictions beside them (.npz)")
     add("--error", type=float, default=0.1, help="assumed share of pairs mispredicted at distance 1 (0.1)")
+    add("--decide-ms", type=float, default=0.0, help="of a predictor and planner, per layer (default 0)")
+    add("--contention", action="store_true", help="transfers share ports with the all-to-all")
     add("--keep-alive", default="10", help="seconds, or 'adaptive' (default 10)")
     add("--tolerance", type=float, default=0.1, help="balance tolerance of ours-windowed (default 0.1)")
     add(
@@ -246,7 +248,14 @@ def _basis(here: Scene, options: argparse.Namespace, settings: Settings, names: 
     if any(POLICIES[name].mode == "per-pass" for name in names):
         kind, _, rest = _foreseer(here, options, settings).text.partition(": ")
         lines.setdefault(kind, []).append(f"predictions: {rest}")
-    lines["assumed"].append("a predictor takes no time of its own; transfers do not slow the all-to-all")
+    lines["assumed"].append(
+        f"a predictor and a planner take {options.decide_ms:g} ms a layer, `--distance` layers ahead; "
+        + (
+            "transfers share ports fairly with the all-to-all"
+            if options.contention
+            else "transfers do not slow the all-to-all"
+        )
+    )
     return [f"{kind}: {'; '.join(parts)}" for kind, parts in lines.items() if parts]
 
 
@@ -280,6 +289,8 @@ def _table(
     for name in names:
         run = build(name, here.machine, here.topology, settings)
         foresight = _foreseer(here, options, settings, run.policy) if run.per_pass else None
+        run.backend.contention = options.contention
+        run.backend.decide_seconds = options.decide_ms * 1e-3
         loop = here.closed(run.backend) if here.closed is not None else None
         began = time.monotonic()
         with _Bar(name, here.until, options.quiet) as bar:

@@ -6,7 +6,7 @@ forward passes (`sim_traffic.Passes`: loads and earliest starts) and computes ho
 costs depends on `transfers`:
 
 *overlapped*: the schedule of `schedule_migration` runs beside the passes, which go on with the old placement,
-undisturbed (assumed), and switch when it is done. *exposed*: the passes wait for it.
+undisturbed (assumed; but see `sim_waits`), and switch when it is done. *exposed*: the passes wait for it.
 *per-pass* (the paper's mode): the placement holds from the next pass on; a layer's missing replicas load
 while the `distance` layers before it run, and what is left of their loading is waited for.
 
@@ -16,13 +16,13 @@ Axis letters besides the usual ones: B forward passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, whole
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.placement import equal_shares
 from moeless_opt.runtime.backend import MemoryReport, Observation
@@ -32,6 +32,7 @@ from moeless_opt.runtime.sim_pool import ReplicaPool
 from moeless_opt.runtime.sim_shares import MANY, WideShares
 from moeless_opt.runtime.sim_time import LayerTimes, Machine
 from moeless_opt.runtime.sim_traffic import Passes
+from moeless_opt.runtime.sim_waits import stretched, waits
 from moeless_opt.runtime.warm_pool import KeepAlive
 from moeless_opt.solvers.activation import fewest_activated
 from moeless_opt.solvers.migration import schedule_migration
@@ -141,6 +142,10 @@ class SimulatedBackend:
         How long replicas stay that are no longer wanted.
     elastic : bool
         Whether the charging rule ``functions`` charges by use.
+    contention : bool
+        Whether transfers and the all-to-all share ports (see `sim_waits`).
+    decide_seconds : float
+        Seconds that a predictor and a planner take for a layer, `distance` layers before it (``per-pass``).
     """
 
     def __init__(
@@ -154,6 +159,8 @@ class SimulatedBackend:
         distance: int = 1,
         keep_alive: KeepAlive | float = 0.0,
         elastic: bool = False,
+        contention: bool = False,
+        decide_seconds: float = 0.0,
     ) -> None:
         for name, value, known in (("shares", shares, SHARES), ("transfers", transfers, TRANSFERS)):
             if value not in known:
@@ -163,6 +170,8 @@ class SimulatedBackend:
         layers, gpus, _ = slots_LGC.shape
         self.bytes_L = np.full(layers, machine.model.expert_bytes, dtype=np.int64)
         self.distance = whole("distance", distance, low=1)
+        self.contention = contention
+        self.decide_seconds = number("decide_seconds", decide_seconds)
         self.transfers, self.shares = transfers, shares
         self.capacity_LG: IntArray = np.asarray(capacity_LG, dtype=np.int64)
         # While a migration runs beside the passes, old and new replicas are held: room for both.
@@ -185,7 +194,8 @@ class SimulatedBackend:
         self._stall = 0.0
         self._charged = (0.0, 0.0)
         self._load_L: FloatArray = np.zeros(layers)
-        self._previous_L: FloatArray = np.zeros(layers)
+        self._previous: FloatArray = np.zeros((2, layers))  # of the last pass: seconds of layers, of networks
+        self._network_share = 0.0
         self._seen = self._blank(layers, gpus)
 
     # --- the Backend protocol ------------------------------------------------------------------------------
@@ -194,6 +204,11 @@ class SimulatedBackend:
     def slots_LGC(self) -> SlotArray:
         """The placement in force."""
         return self._slots_LGC
+
+    @property
+    def warm_LGC(self) -> SlotArray:
+        """Everything in memory: what is in force, and what is kept alive besides."""
+        return self.pool.slots()
 
     def observe(self) -> Observation:
         """Loads and times since the last call."""
@@ -230,12 +245,14 @@ class SimulatedBackend:
             self._slots_LGC, slots_LGC, self.experts, self.machine.topology, bytes_L=self.bytes_L, **limits
         )
         self._count_moves(self.pool.prewarm(slots_LGC, self.now).cold)
+        seconds = migration.seconds
         if self.transfers == "exposed":  # passes wait, and go on with the new placement
-            self._stall += migration.seconds
+            self._stall += seconds
             self._switch = (self.now, slots_LGC, share_LGC)
             self._finish_switch()
         else:
-            self._switch = (self.now + migration.seconds, slots_LGC, share_LGC)
+            seconds = stretched(seconds, self._network_share) if self.contention else seconds
+            self._switch = (self.now + seconds, slots_LGC, share_LGC)
         return report.plans
 
     def set_shares(self, shares: Any) -> None:
@@ -260,8 +277,7 @@ class SimulatedBackend:
             if self._switch is not None and max(passes.start_B[low], self.now) >= self._switch[0]:
                 self._finish_switch()
             part = passes.part(low, passes.count)
-            times = self._times(part)
-            exposed_BL = self._exposed(times)
+            times, exposed_BL = self._delayed(self._times(part))
             seconds_B = (times.layer_BL + 0.0).sum(1) + self.machine.rest(part.tokens_B, part.kv_tokens_B)
             # A pass that stands for many is waited on once, however many it stands for.
             whole_B = part.weight_B * seconds_B + exposed_BL.sum(1)
@@ -291,9 +307,9 @@ class SimulatedBackend:
         if self.shares == "oracle":
             return self._perfect(part.load_BLE)
         if self.shares != "timed" or not self._replicated:
-            return self._timed(part, self._shares(part.load_BLE))
+            return self.machine.layers(part.load_BLE, self._slots_LGC, self._shares(part.load_BLE))
         # The quickest of up to three ways; balancing tokens is dear where every pass has its own placement.
-        times = self._timed(part, np.broadcast_to(self._one_each(), self._shape(part)))
+        ways = [np.broadcast_to(self._one_each(), self._shape(part))]
         if self._searched:
             passes, layers, experts = part.load_BLE.shape
             share_RGC, _ = timed_shares(
@@ -303,13 +319,15 @@ class SimulatedBackend:
                 self._table,
                 start_LGC=self._planned_LGC,
             )
-            times = _quicker(self._timed(part, share_RGC.reshape(self._shape(part))), times)
+            ways.insert(0, share_RGC.reshape(self._shape(part)))
         if self.transfers != "per-pass" or not self._searched:
-            times = _quicker(self._timed(part, self._shares(part.load_BLE)), times)
-        return times
-
-    def _timed(self, part: Passes, share_BLGC: FloatArray) -> LayerTimes:
-        return self.machine.layers(part.load_BLE, self._slots_LGC, share_BLGC)
+            ways.insert(0, self._shares(part.load_BLE))
+        times = [self.machine.layers(part.load_BLE, self._slots_LGC, share_BLGC) for share_BLGC in ways]
+        best_BL = np.argmin([each.layer_BL for each in times], axis=0)
+        # What serves in the last of these passes, of all that is held.
+        last = [share_BLGC[-1] for share_BLGC in ways]
+        self._served_LGC = np.choose(best_BL[-1][:, None, None], last) > 0
+        return _quickest(times, best_BL)
 
     @property
     def _searched(self) -> bool:
@@ -371,16 +389,25 @@ class SimulatedBackend:
             used_BL=active_BL.astype(np.float64),
         )
 
-    def _exposed(self, times: LayerTimes) -> FloatArray:
-        """Waiting for weights in the first of these passes, shape [B, L]."""
+    def _delayed(self, times: LayerTimes) -> tuple[LayerTimes, FloatArray]:
+        """The times with what transfers cost, and the waiting in the first of these passes, shape [B, L]."""
         exposed_BL = np.zeros(times.layer_BL.shape)
-        if self._load_L.any():
-            # Layer l's weights travel while the layers before it run; before layer 0, the last pass's end.
-            line = np.concatenate([self._previous_L[-self.distance :], times.layer_BL[0]])
-            total = np.concatenate([[0.0], np.cumsum(line)])
-            lead_L = total[self.distance : -1] - total[: -1 - self.distance]
-            exposed_BL[0] = np.maximum(self._load_L - lead_L, 0.0)
-        return exposed_BL
+        if self._switch is not None and self.contention:  # every pass until then has half of the ports
+            return replace(times, network_BL=2 * times.network_BL), exposed_BL
+        if self._load_L.any() or (self.decide_seconds > 0 and self.transfers == "per-pass"):
+            exposed_BL[0], longer_L = waits(
+                self._load_L,
+                self._previous,
+                np.stack([times.layer_BL[0], times.network_BL[0]]),
+                self.distance,
+                decide=self.decide_seconds,
+                contention=self.contention,
+            )
+            if self.contention:
+                network_BL = times.network_BL.copy()
+                network_BL[0] += longer_L
+                times = replace(times, network_BL=network_BL)
+        return times, exposed_BL
 
     def _commit(
         self,
@@ -401,7 +428,11 @@ class SimulatedBackend:
         held_L = self.pool.held_L
         self.meter.add_passes(held_L, times.used_BL[done], layer_BL, seconds_B[done], kv_B, weight_B)
         if self.transfers == "per-pass":
-            self.pool.use(self._slots_LGC, max(float(start_B[0]), self.pool.now), end)
+            # Where shares are live, what serves no token of a pass is idle in it.
+            used_LGC = self._slots_LGC
+            if self._served_LGC is not None:
+                used_LGC = np.where(self._served_LGC, used_LGC, -1)
+            self.pool.use(used_LGC, max(float(start_B[0]), self.pool.now), end)
         else:
             self.pool.hold(self._slots_LGC, end)
             if self._switch is not None:
@@ -430,7 +461,8 @@ class SimulatedBackend:
         self.now = end
         self._stall = 0.0
         self._load_L = np.zeros_like(self._load_L)
-        self._previous_L = times.layer_BL[count - 1]
+        self._previous = np.stack([times.layer_BL[count - 1], times.network_BL[count - 1]])
+        self._network_share = float(self._previous[1].sum() / max(seconds_B[count - 1], 1e-30))
         self._peak_G = np.maximum(self._peak_G, self.bytes_L @ self.pool.held_LG)
 
     def _place(self, slots_LGC: SlotArray, share_LGC: FloatArray | None) -> None:
@@ -440,6 +472,7 @@ class SimulatedBackend:
         self._replicated = bool((self._equal_LGC[self._slots_LGC >= 0] < 1).any())
         self._graph = self._wide = None
         self._alone_LGC = None
+        self._served_LGC: NDArray[np.bool_] | None = None
 
     def _finish_switch(self) -> None:
         assert self._switch is not None
@@ -461,18 +494,15 @@ class SimulatedBackend:
         return np.zeros((layers, self.experts)), np.zeros((layers, gpus)), np.zeros((layers, gpus)), 0
 
 
-def _quicker(a: LayerTimes, b: LayerTimes) -> LayerTimes:
-    """Of two ways to share, the quicker one in each pass and layer (the first among equals)."""
-    first = a.layer_BL <= b.layer_BL
-    wide = first[:, :, None]
-    return LayerTimes(
-        network_BL=np.where(first, a.network_BL, b.network_BL),
-        experts_BL=np.where(first, a.experts_BL, b.experts_BL),
-        mean_BL=np.where(first, a.mean_BL, b.mean_BL),
-        tokens_BLG=np.where(wide, a.tokens_BLG, b.tokens_BLG),
-        seconds_BLG=np.where(wide, a.seconds_BLG, b.seconds_BLG),
-        used_BL=np.where(first, a.used_BL, b.used_BL),
-    )
+def _quickest(times: list[LayerTimes], best_BL: IntArray) -> LayerTimes:
+    """Of several ways to share, the one chosen in each pass and layer."""
+    wide_BL1 = best_BL[:, :, None]
+
+    def chosen(name: str) -> FloatArray:
+        parts = [getattr(each, name) for each in times]
+        return np.choose(best_BL if parts[0].ndim == 2 else wide_BL1, parts)
+
+    return LayerTimes(**{item.name: chosen(item.name) for item in fields(LayerTimes)})
 
 
 def predicted(

@@ -410,3 +410,39 @@ def test_command_prints_what_it_rests_on(capsys: pytest.CaptureFixture[str]) -> 
     assert "'low' is no value for cv" in capsys.readouterr().err
     with pytest.raises(ProblemError, match="policy"):
         build("x", MACHINE, TOPOLOGY, Settings())
+
+
+def test_contention_slows_passes_beside_a_migration_and_the_migration() -> None:
+    ends, switched = {}, {}
+    for contention in (False, True):
+        backend = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="equal", contention=contention)
+        passes = passes_of(1, 200)
+        backend.run(passes.part(0, 1))
+        share = backend._network_share
+        backend.apply(replicated(2))
+        assert backend._switch is not None
+        switched[contention] = backend._switch[0] - backend.now
+        began = backend.now
+        backend.run(passes.part(1, 2))
+        ends[contention] = backend.now - began
+        network = backend.report.network_BL[-1].sum()
+    assert switched[True] == pytest.approx(switched[False] * (1 + share))
+    assert ends[True] == pytest.approx(ends[False] + network / 2)
+
+
+def test_deciding_is_hidden_or_waited_for() -> None:
+    wait = {}
+    for seconds in (0.0, 1e-4, 1.0):
+        backend = SimulatedBackend(
+            MACHINE, STATIC, CAPACITY, shares="equal", transfers="per-pass", decide_seconds=seconds
+        )
+        passes = passes_of(3, 2)
+        backend.run(passes.part(0, 1))
+        backend.run(passes.part(1, 2))
+        wait[seconds] = backend.report.exposed_BL[1][0]
+    layer = backend.report.layer_BL[1][0] - wait[1.0]
+    before = backend.report.layer_BL[0][0] - backend.report.exposed_BL[0][0]
+    hidden = np.array([before[2], layer[0], layer[1]])
+    assert not wait[0.0].any()
+    assert wait[1.0] == pytest.approx(1.0 - hidden)
+    assert wait[1e-4] == pytest.approx(np.maximum(1e-4 - hidden, 0))
