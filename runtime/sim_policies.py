@@ -155,6 +155,16 @@ class _Forgetful:
         return plan(load_LE, p.topology, solver=p.solver, split=p.split, **p.options)
 
 
+class _Warm:
+    """Plans from all that is warm, kept-alive replicas as well as those in force."""
+
+    def __init__(self, planner: Planner, backend: SimulatedBackend) -> None:
+        self.planner, self.backend = planner, backend
+
+    def __call__(self, load_LE: FloatArray, live_LGC: SlotArray) -> Plan:
+        return self.planner(load_LE, self.backend.warm_LGC)
+
+
 @dataclass(slots=True)
 class Run:
     """A backend, and who controls it."""
@@ -211,5 +221,7 @@ def build(name: str, machine: Machine, topology: Topology, settings: Settings) -
         chosen = _Once(planner)
     elif not policy.remembers:
         chosen = _Forgetful(planner)
+    elif policy.mode == "per-pass":
+        chosen = _Warm(planner, backend)
     controller = Controller(backend, chosen, every=settings.every)
     return Run(backend, controller, policy, policy.mode == "per-pass")

@@ -92,6 +92,15 @@ class ReplicaPool:
         inside = np.minimum(place, max(len(self.keys) - 1, 0))
         return place, np.asarray(self.keys[inside] == wanted) if len(self.keys) else wanted < 0
 
+    def slots(self) -> SlotArray:
+        """What is warm as slots, experts in ascending order, shape [L, G, C]."""
+        cell = self.keys // self.experts
+        count = self.held_LG.ravel()
+        nth = np.arange(len(cell)) - (np.cumsum(count) - count)[cell]
+        slots = np.full((self.layers * self.gpus, max(int(count.max()), 1)), -1, dtype=np.int32)
+        slots[cell, nth] = self.keys % self.experts
+        return slots.reshape(self.layers, self.gpus, -1)
+
     def advance(self, now: float) -> None:
         """Let time pass until `now`: charge what is held, release what has been idle for too long."""
         if now < self.now:

@@ -16,7 +16,7 @@ Axis letters besides the usual ones: B forward passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -186,6 +186,7 @@ class SimulatedBackend:
         self._graph: tuple[int, ReplicaGraph] | None = None
         self._wide: WideShares | None = None
         self._alone_LGC: FloatArray | None = None
+        self._served_LGC: NDArray[np.bool_] | None = None
         self._table = TimeTable.of(
             machine.time, min(int(np.max(capacity_LG)), self.experts), per_token=machine.link_per_token
         )
@@ -297,6 +298,12 @@ class SimulatedBackend:
             self.now = start
             if self.transfers == "per-pass":
                 self.pool.advance(start)
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """Take what the pool has released out of force."""
+        if self.shares == "timed" and len(self.pool.keys) != int((self._slots_LGC >= 0).sum()):
+            self._place(self.pool.slots(), None)
 
     def _charge_wall(self, kv_byte_seconds: float) -> None:
         byte_seconds, now = self._charged
@@ -438,6 +445,8 @@ class SimulatedBackend:
             if self._switch is not None:
                 self.pool.hold(self._switch[1], end)
         self.pool.advance(end)
+        if self.transfers == "per-pass":
+            self._let_go()
         self._charge_wall(float((whole_B[done] * kv_B).sum()))
         busy = float(whole_B[done].sum())
         report.layer_BL.append(layer_BL)
@@ -472,7 +481,7 @@ class SimulatedBackend:
         self._replicated = bool((self._equal_LGC[self._slots_LGC >= 0] < 1).any())
         self._graph = self._wide = None
         self._alone_LGC = None
-        self._served_LGC: NDArray[np.bool_] | None = None
+        self._served_LGC = None
 
     def _finish_switch(self) -> None:
         assert self._switch is not None

@@ -110,3 +110,13 @@ def test_infinite_keep_alive_keeps_everything() -> None:
 def test_keys_are_ordered_and_skip_empty_slots() -> None:
     slots = np.array([[[3, 1], [2, -1]]], dtype=np.int32)
     assert replica_keys(slots, 4).tolist() == [1, 3, 4 + 2]
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_slots_are_the_keys(seed: int) -> None:
+    slots = placement(np.random.default_rng(seed))
+    pool = ReplicaPool(slots, EXPERTS, capacity_LG=np.full((LAYERS, GPUS), SLOTS), bytes_L=np.ones(LAYERS))
+    again = pool.slots()
+    np.testing.assert_array_equal(replica_keys(again, EXPERTS), pool.keys)
+    assert (np.diff(np.where(again < 0, EXPERTS + np.arange(again.shape[2]), again), axis=2) > 0).all()

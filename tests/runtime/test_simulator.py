@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.models import ModelSpec, model_preset
-from moeless_opt.problems.placement import equal_shares
+from moeless_opt.problems.placement import equal_shares, replica_keys
 from moeless_opt.problems.time_model import TimeModel
 from moeless_opt.problems.topology import Links, Topology
 from moeless_opt.problems.traces import TokenTraces, poisson_arrivals
@@ -250,6 +250,24 @@ def test_share_policies_in_order(seed: int) -> None:
     assert (timed <= balanced + 1e-15).all()
     assert runs["oracle"].imbalance == pytest.approx(1.0)
     assert runs["oracle"].mean == pytest.approx(runs["equal"].mean)
+
+
+def test_what_serves_no_token_goes_after_its_keep_alive() -> None:
+    """With live shares a replica is used by a pass that gives it tokens, not by one that finds it there."""
+    slots = replicated(3)
+    backend = SimulatedBackend(MACHINE, slots, CAPACITY, shares="timed", transfers="per-pass", keep_alive=2.0)
+    passes = passes_of(3, 6, gap=1.0)
+    for i in range(passes.count):
+        part = passes.part(i, i + 1)
+        backend.wait_until(float(part.start_B[0]))
+        held = backend.slots_LGC
+        backend.run(part)
+        if i < 2:  # nothing is let go before the keep-alive is over
+            np.testing.assert_array_equal(replica_keys(held, 4), replica_keys(slots, 4))
+    left = backend.slots_LGC
+    np.testing.assert_array_equal(replica_keys(left, 4), backend.pool.keys)
+    assert (left >= 0).sum() < (slots >= 0).sum()
+    assert all(set(layer[layer >= 0]) == set(range(4)) for layer in left)
 
 
 def test_percentile_counts_weights() -> None:
