@@ -5,7 +5,8 @@ replica is loaded only if the layer ends sooner for it: loading is hidden behind
 it, what is left is waited for, and besides a load has to save a share of the layer's time (`gain`), because
 the forecast may be wrong and bytes are not free.
 
-Stateless: the same loads and the same placement give the same plan, on every rank.
+Stateless: the same loads and the same placement give the same plan, on every rank. It knows slots (or
+memory), speeds and links; limits such as pins or failure domains are for `moeless_opt.plan`.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ class LayerPlanner:
         links = topology.links
         slowest = links.inter_node if topology.nodes > 1 else links.intra_node
         self.load_G: FloatArray = np.full(topology.gpus, links.latency + model.expert_bytes / slowest)
+        # Compiled kernels load (or compile) now, not in front of the first batch.
+        one = np.ones((1, 1))
+        slots = np.zeros((1, 1, 1), dtype=np.int32)
+        timed_plan(one, slots, one.astype(np.int64), one[0], self.table, load_G=one[0], kicks=0)
 
     def expected_L(self, load_LE: FloatArray) -> FloatArray:
         """Seconds of layers in perfect balance: what hides the loading of the layers after them."""
