@@ -290,7 +290,12 @@ def _generated(
         "composed",
         "routing drawn from "
         + ("that popularity" if measured else "a generator with the spread of popularity of the tiny MoE")
-        + "; requests differ within a domain as the tiny MoE's do; layers independent",
+        + "; requests differ within a domain as the tiny MoE's do; "
+        + (
+            "layers follow from each other as in its token traces"
+            if options.affinity
+            else "layers independent"
+        ),
     )
     basis.add("assumed", f"a request has its forerunner's domain with chance {routing.stay:g}")
     closed: Callable[[SimulatedBackend], ClosedLoop] | None = None
@@ -364,7 +369,7 @@ def _closed(
 
 def _routing(model: ModelSpec, options: argparse.Namespace, at: Locate) -> tuple[RoutingModel, bool]:
     """Popularity measured for this very model where there is some, else drawn like the tiny model's."""
-    own = RoutingModel.fit(tiny_moe_traces())
+    own = RoutingModel.fit(tiny_moe_traces(), affinity=options.affinity)
     popularity = at(options.popularity, "olmoe_mixtral_domain_counts.npz")
     prefix = model.name.split("-")[0].lower() + "__expert_counts__"
     if popularity is not None and popularity.is_file():

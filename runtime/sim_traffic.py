@@ -30,6 +30,7 @@ from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record,
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.models import ModelSpec
 from moeless_opt.problems.traces import Arrivals, RoutedRequests, TokenTraces, compose_steps, count_loads
+from moeless_opt.runtime.sim_affinity import Affinity, transitions
 
 __all__ = ["Passes", "RoutingModel", "continuous", "from_traces", "one_second_batches"]
 
@@ -83,7 +84,8 @@ class RoutingModel(Record):
     Request r of domain d routes its tokens in layer l by a distribution drawn once from
     ``Dirichlet(concentration * popularity_DLE[d, l])``; a pass's loads are multinomial over the mix of its
     requests, weighted by their tokens. The domain of a request changes with time as a Markov chain over the
-    arrivals: traffic drifts from domain to domain. Layers are independent (no affinity between them).
+    arrivals: traffic drifts from domain to domain. Layers are independent, unless there is an `Affinity`:
+    then what a request does in a layer depends on what it does in the one before (`sim_affinity`).
 
     Parameters
     ----------
@@ -97,6 +99,8 @@ class RoutingModel(Record):
         Chance that a request has the domain of the request before it.
     source : str
         What it was fitted to, and what was assumed.
+    affinity : Affinity, optional
+        How a layer follows from the one before.
     """
 
     popularity_DLE: FloatArray
@@ -104,6 +108,7 @@ class RoutingModel(Record):
     top_k: int
     stay: float = 0.9
     source: str = ""
+    affinity: Affinity | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -115,9 +120,18 @@ class RoutingModel(Record):
         if not 0 <= number("routing.stay", self.stay) <= 1:
             raise ProblemError("routing.stay", f"is {self.stay!r}, must be from 0 to 1")
         put(self, "popularity_DLE", floats("routing.popularity", _capped(popularity, self.top_k)))
+        _, layers, experts = popularity.shape
+        wanted = (layers - 1, experts, experts)
+        if self.affinity is not None and self.affinity.transition_MEE.shape != wanted:
+            raise ProblemError(
+                "routing.affinity",
+                f"has transitions of shape {self.affinity.transition_MEE.shape}, must be {wanted}",
+            )
 
     @classmethod
-    def fit(cls, traces: TokenTraces | RoutedRequests, *, least: int = 32) -> RoutingModel:
+    def fit(
+        cls, traces: TokenTraces | RoutedRequests, *, least: int = 32, affinity: bool = False
+    ) -> RoutingModel:
         """Popularity by domain, and concentration by moments, from the requests of recorded traces.
 
         The concentration is that for which requests drawn from the model differ from their domain's mean as
@@ -129,6 +143,8 @@ class RoutingModel(Record):
             Measured routing.
         least : int
             Requests with fewer tokens are left out of the fit of the concentration.
+        affinity : bool
+            Whether layers depend on each other as they do in the traces.
         """
         domain_R = getattr(traces, "domain", None)
         requests = len(traces.offsets) - 1
@@ -149,8 +165,16 @@ class RoutingModel(Record):
         excess = float((square - unit / count_R).sum() / (unit * (1 - 1 / count_R)).sum())
         concentration = 1 / max(excess, 1e-6) - 1
         source = f"{layers} layers x {traces.experts} experts, {requests} requests (measured)"
+        follows = None
+        if affinity:
+            table = transitions(traces.experts_TLK, traces.experts)
+            follows = Affinity.fit(table, share_RLE, mean_RLE[many], count_R)
         return cls(
-            popularity_DLE=popularity, concentration=max(concentration, 0.1), top_k=top_k, source=source
+            popularity_DLE=popularity,
+            concentration=max(concentration, 0.1),
+            top_k=top_k,
+            source=source,
+            affinity=follows,
         )
 
     @classmethod
@@ -188,8 +212,9 @@ class RoutingModel(Record):
         order_LE = rng.permuted(np.tile(np.arange(model.experts), (model.layers, 1)), axis=1)
         layers = np.arange(model.layers)
         order_LE[np.isin(layers, measured)] = np.arange(model.experts)
+        popularity_DLE = np.take_along_axis(table_DME[:, nearest], order_LE[None], axis=2)
         return cls(
-            popularity_DLE=np.take_along_axis(table_DME[:, nearest], order_LE[None], axis=2),
+            popularity_DLE=popularity_DLE,
             concentration=spread.concentration * model.experts / spread.popularity_DLE.shape[2],
             top_k=model.top_k,
             stay=spread.stay,
@@ -197,6 +222,7 @@ class RoutingModel(Record):
                 f"{source}: layers {', '.join(map(str, measured))} measured, the nearest one's for the "
                 f"others (assumed); concentration from {spread.source} (composed)"
             ),
+            affinity=None if spread.affinity is None else spread.affinity.like(_shares(popularity_DLE)),
         )
 
     def like(self, layers: int, experts: int, top_k: int, *, seed: int = 0) -> RoutingModel:
@@ -213,8 +239,11 @@ class RoutingModel(Record):
         domains, _, old = log_DLE.shape
         drawn = rng.normal(0.0, common_LE.std(), (layers, experts))
         own = rng.normal(0.0, (log_DLE - common_LE).std(), (domains, layers, experts))
+        popularity_DLE = np.exp(drawn + own)
+        follows = None if self.affinity is None else self.affinity.like(_shares(popularity_DLE), seed=seed)
         return RoutingModel(
-            popularity_DLE=np.exp(drawn + own),
+            affinity=follows,
+            popularity_DLE=popularity_DLE,
             concentration=self.concentration * experts / old,
             top_k=top_k,
             stay=self.stay,
@@ -229,7 +258,8 @@ class RoutingModel(Record):
         return (
             f"routing generated: {domains} domains, {layers} layers x {experts} experts, top {self.top_k}; "
             f"hottest expert of a domain {skew:.2f} x mean, concentration {self.concentration:.3g}, a "
-            f"request has its forerunner's with chance {self.stay:g} (assumed); fitted to {self.source}"
+            f"request has its forerunner's with chance {self.stay:g} (assumed); fitted to {self.source}; "
+            + ("layers independent" if self.affinity is None else "affinity between layers")
         )
 
     def requests(self, count: int, rng: np.random.Generator) -> IntArray:
@@ -242,9 +272,26 @@ class RoutingModel(Record):
 
     def distributions(self, domain_R: IntArray, rng: np.random.Generator) -> FloatArray:
         """One routing distribution per request and layer, shape [R, L, E] (float32)."""
-        alpha_RLE = self.concentration * self.popularity_DLE[domain_R]
-        drawn = rng.standard_gamma(np.maximum(alpha_RLE, 1e-3).astype(np.float32), dtype=np.float32)
+        mean_RLE = self.popularity_DLE[domain_R]
+        if self.affinity is None:
+            return self._drawn(self.concentration * mean_RLE, rng)
+        share_RLE = np.empty(mean_RLE.shape, dtype=np.float32)
+        share_RLE[:, 0] = self._drawn(self.concentration * mean_RLE[:, 0], rng)
+        for layer in range(mean_RLE.shape[1] - 1):
+            now_RE, then_RE = mean_RLE[:, layer], mean_RLE[:, layer + 1]
+            told_RE = self.affinity.next_mean(layer, share_RLE[:, layer], now_RE, then_RE)
+            share_RLE[:, layer + 1] = self._drawn(self.affinity.concentration * told_RE, rng)
+        return share_RLE
+
+    def _drawn(self, alpha: FloatArray, rng: np.random.Generator) -> FloatArray:
+        """Dirichlet draws, no expert with more than one of a token's choices."""
+        drawn = rng.standard_gamma(np.maximum(alpha, 1e-3).astype(np.float32), dtype=np.float32)
         return _capped(np.maximum(drawn, 1e-12), self.top_k)
+
+
+def _shares(popularity_DLE: FloatArray) -> FloatArray:
+    """Mean popularity over the domains, summing to 1 in each layer, shape [L, E]."""
+    return np.asarray((popularity_DLE / popularity_DLE.sum(2, keepdims=True)).mean(0))
 
 
 def _capped(share: FloatArray, top_k: int) -> FloatArray:

@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--memory", type=float, help="GB of a GPU for weights and KV cache, --batching closed (data sheet)")
     add("--most-tokens", type=int, default=8192, help="of a pass with --batching closed (default 8192)")
     add("--most-requests", type=int, default=256, help="of a pass with --batching closed (default 256)")
+    add("--affinity", action="store_true", help="generated routing: layers depend on the ones before")
     add("--bank", type=int, default=0, help="routing kinds of a domain that requests share (0: each its own)")
     add("--decode-every", type=int, default=0, help="with --batching seconds: also every n-th writing pass")
     add("--seconds", type=float, default=300, help="of arrivals; 0: all (default 300)")
