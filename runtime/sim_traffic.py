@@ -275,13 +275,12 @@ class RoutingModel(Record):
         mean_RLE = self.popularity_DLE[domain_R]
         if self.affinity is None:
             return self._drawn(self.concentration * mean_RLE, rng)
-        share_RLE = np.empty(mean_RLE.shape, dtype=np.float32)
-        share_RLE[:, 0] = self._drawn(self.concentration * mean_RLE[:, 0], rng)
+        rows = [self._drawn(self.concentration * mean_RLE[:, 0], rng)]
         for layer in range(mean_RLE.shape[1] - 1):
             now_RE, then_RE = mean_RLE[:, layer], mean_RLE[:, layer + 1]
-            told_RE = self.affinity.next_mean(layer, share_RLE[:, layer], now_RE, then_RE)
-            share_RLE[:, layer + 1] = self._drawn(self.affinity.concentration * told_RE, rng)
-        return share_RLE
+            told_RE = self.affinity.next_mean(layer, rows[-1], now_RE, then_RE)
+            rows.append(self._drawn(self.affinity.concentration * told_RE, rng))
+        return np.asarray(np.stack(rows, axis=1))
 
     def _drawn(self, alpha: FloatArray, rng: np.random.Generator) -> FloatArray:
         """Dirichlet draws, no expert with more than one of a token's choices."""
