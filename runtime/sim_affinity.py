@@ -132,7 +132,7 @@ def transitions(experts_TLK: IntArray, experts: int) -> FloatArray:
         then = experts_TLK[:, layer + 1, None, :]
         pairs = (now * experts + then).ravel()
         table[layer] += np.bincount(pairs, minlength=experts**2).reshape(experts, experts)
-    return table / table.sum(2, keepdims=True)
+    return np.asarray(table / table.sum(2, keepdims=True), dtype=np.float64)
 
 
 def explained(transition_MEE: FloatArray, share_RLE: FloatArray, mean_RLE: FloatArray) -> float:
