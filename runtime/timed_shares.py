@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.runtime.dispatch import whole_quotas
+from moeless_opt.runtime.dispatch import BalancedShares, whole_quotas
 from moeless_opt.runtime.placement import SlotTable
 from moeless_opt.solvers.timed import TimeTable, timed_shares
 
@@ -19,8 +20,8 @@ class TimedShares:
     """Searches, for every batch, shares that make the slowest rank end soon (`solvers.timed`).
 
     Where reading an expert costs more than its tokens (decode) this uses fewer replicas than there are;
-    `BalancedShares` uses them all. Ranks agree if their processors round alike, as equal machines do: the
-    search is in floating point, the quotas are whole.
+    `BalancedShares` uses them all, and is taken where it is quicker by the model. Ranks agree if their
+    processors round alike, as equal machines do: the search is in floating point, the quotas are whole.
 
     Parameters
     ----------
@@ -46,6 +47,10 @@ class TimedShares:
     ) -> None:
         self.time, self.per_token, self.kicks = time, per_token, kicks
         self.speed_G = None if speed_G is None else np.asarray(speed_G, dtype=np.float64)
+        mille = (
+            None if self.speed_G is None else np.maximum(np.rint(1000 * self.speed_G), 1).astype(int).tolist()
+        )
+        self._balanced = BalancedShares(mille)
         self._tables: dict[int, TimeTable] = {}
 
     def quotas(self, layer: int, load_E: Ints, table: SlotTable) -> Ints:
@@ -63,4 +68,13 @@ class TimedShares:
         )
         # Filled slots stand first in a row: the flat slots are the rows one after the other.
         share_P = np.concatenate([share_1GC[0, g, : len(row)] for g, row in enumerate(table.rows)])
-        return whole_quotas(load_E[table.expert_P] * share_P, load_E, table)
+        searched_P = whole_quotas(load_E[table.expert_P] * share_P, load_E, table)
+        balanced_P = self._balanced.quotas(layer, load_E, table)
+        quicker = self._took(searched_P, table, speed_G) <= self._took(balanced_P, table, speed_G)
+        return searched_P if quicker else balanced_P
+
+    def _took(self, quota_P: Ints, table: SlotTable, speed_G: FloatArray) -> float:
+        """Time of the slowest rank."""
+        tokens_G = np.bincount(table.rank_P, weights=quota_P, minlength=table.n_ranks)
+        used_G = np.bincount(table.rank_P, weights=quota_P > 0, minlength=table.n_ranks)
+        return float((self.time.time(tokens_G, used_G, speed_G) + self.per_token * tokens_G).max())

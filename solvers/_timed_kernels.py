@@ -391,14 +391,13 @@ def layer(
     knot_K: Any,
     table_AK: Any,
     kicks: int,
-    goal: float,
     start_EG: Any,
     y_EG: Any,
 ) -> float:
     """How many tokens of each expert each GPU serves; fills y_EG, returns time plus waiting and prices.
 
     Relieves the slowest GPU again and again, from whole experts and from the shares `start_EG` (if it has
-    any); shakes the best so far and does so again, `kicks` times or until the value reaches `goal`.
+    any); shakes the best so far and does so again, `kicks` times.
     """
     E, G = held_EG.shape
     width = 1
@@ -425,8 +424,6 @@ def layer(
         )  # fmt: skip
     state = np.uint64(88172645463325252)
     for _ in range(kicks):
-        if best <= goal:
-            break
         _restore(best_on_GW, best_y_GW, best_a_G, y_EG, on_GW, n_G, a_G, held_EG, new_G)
         for g in range(G):
             t_G[g] = seconds(n_G[g], a_G[g], speed_G[g], knot_K, table_AK)
@@ -471,7 +468,6 @@ def rows(
     knot_K: Any,
     table_AK: Any,
     kicks: int,
-    goal_R: Any,
     start_REG: Any,
     y_REG: Any,
     value_R: Any,
@@ -481,7 +477,7 @@ def rows(
     for r in range(len(load_RE)):
         value_R[r] = layer(
             load_RE[r], held_REG[r % repeats], room_RG[r % repeats], speed_G, load_G, lead_R[r], price_R[r],
-            may_load, knot_K, table_AK, kicks, goal_R[r], start_REG[r % len(start_REG)], y_REG[r],
+            may_load, knot_K, table_AK, kicks, start_REG[r % len(start_REG)], y_REG[r],
         )  # fmt: skip
 
 

@@ -126,7 +126,6 @@ def _search(
     lead_R: FloatArray | None = None,
     price_R: FloatArray | None = None,
     kicks: int | None,
-    goal_R: FloatArray | None = None,
     start_LEG: FloatArray | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """Tokens of every expert on every GPU, shape [R, E, G], and the value of each row."""
@@ -147,7 +146,6 @@ def _search(
         table.knot_K,
         table.table_AK,
         kicks_for(experts) if kicks is None else kicks,
-        none_R if goal_R is None else goal_R,
         np.zeros((1, 0, 0)) if start_LEG is None else start_LEG,
         y_REG,
         value_R,
@@ -233,7 +231,6 @@ def timed_plan(
     lead_L: FloatArray | None = None,
     price_L: FloatArray | None = None,
     kicks: int | None = None,
-    goal_L: FloatArray | None = None,
 ) -> Timed:
     """Plan from what is live: which replicas to load, and which serve how many tokens.
 
@@ -260,8 +257,6 @@ def timed_plan(
         What a load must save at least, besides; nothing by default.
     kicks : int, optional
         Shakes of each layer (`kicks_for` by default).
-    goal_L : array, shape [L], optional
-        Value that is good enough.
     """
     from moeless_opt.solvers import _timed_kernels as kernels
 
@@ -280,7 +275,6 @@ def timed_plan(
         lead_R=lead_L,
         price_R=price_L,
         kicks=kicks,
-        goal_R=goal_L,
     )
     slots_LGC = _slots(load_LE, y_LEG, held_LEG, home_LE, np.asarray(capacity_LG))
     return Timed(slots_LGC, _as_shares(load_LE, slots_LGC, y_LEG), value_L)

@@ -47,9 +47,7 @@ def test_quotas_add_up_and_are_quick(seed: int, activation: float) -> None:
     sums_E = np.bincount(table.expert_P, weights=quota_P, minlength=8)
     np.testing.assert_array_equal(sums_E, load_E)
     np.testing.assert_array_equal(quota_P, TimedShares(time).quotas(0, load_E, table))
-    if activation == 50.0:
-        # Whole tokens cost a few beyond the search's optimum; dear activations outweigh that.
-        assert took(quota_P) <= took(BalancedShares().quotas(0, load_E, table)) + 8
+    assert took(quota_P) <= took(BalancedShares().quotas(0, load_E, table)) * (1 + 1e-9)
 
 
 def test_dear_experts_are_activated_once() -> None:
