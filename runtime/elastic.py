@@ -14,6 +14,7 @@ Costs are metered by `CostMeter`: the bytes are those in memory, the seconds are
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ __all__ = ["CLOCKS", "Elastic", "ElasticReport"]
 
 #: What a keep-alive is counted in: forward passes, or seconds of the first rank's clock.
 CLOCKS = ("passes", "seconds")
-Copies = set[tuple[int, int, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,8 @@ class Elastic:
     bytes_L : array of int, shape [L]
         Bytes of one replica.
     keep_alive : KeepAlive or float
-        How long a replica stays that no longer serves, in units of `clock`.
+        How long a replica stays that no longer serves, in units of `clock`. What learns does so for each
+        layer by itself.
     clock : {"passes", "seconds"}
         See ``CLOCKS``.
     other_bytes : float
@@ -110,10 +111,22 @@ class Elastic:
         if clock not in CLOCKS:
             raise ProblemError("clock", f"is {clock!r}, must be one of {', '.join(CLOCKS)}")
         self.clock = clock
-        self.pool = WarmPool(
-            slots_LGC, experts, capacity_LG=capacity_LG, bytes_L=bytes_L, keep_alive=keep_alive
-        )
-        self.pool.pinned_LGE = self.pool.warm_LGE.copy()
+        # A pool per layer: what happens to one layer costs nothing for the others.
+        bytes_L = np.asarray(bytes_L)
+        self.pools = [
+            WarmPool(
+                slots_LGC[layer : layer + 1],
+                experts,
+                capacity_LG=np.asarray(capacity_LG)[layer : layer + 1],
+                bytes_L=bytes_L[layer : layer + 1],
+                keep_alive=keep_alive if isinstance(keep_alive, int | float) else copy.deepcopy(keep_alive),
+            )
+            for layer in range(len(slots_LGC))
+        ]
+        for pool in self.pools:
+            pool.pinned_LGE = pool.warm_LGE.copy()
+        self._bytes_L = bytes_L
+        self._held_L = np.array([float(pool.warm_LGE.sum()) for pool in self.pools])
         self.meter = CostMeter(bytes_L, other_bytes, elastic=True)
         self.byte_seconds = 0.0
         self.cold_seconds = 0.0
@@ -131,19 +144,38 @@ class Elastic:
         """The shared clock, from 0 at the start."""
         return self._units
 
+    @property
+    def bytes(self) -> float:
+        """Bytes of all ranks' replicas in memory."""
+        return float(self._held_L @ self._bytes_L)
+
+    @property
+    def cold_starts(self) -> int:
+        """Replicas that had to be loaded, over all ranks."""
+        return sum(pool.cold_starts for pool in self.pools)
+
+    @property
+    def reuses(self) -> int:
+        """Replicas that were wanted again and still warm."""
+        return sum(pool.reuses for pool in self.pools)
+
+    @property
+    def warm_LGE(self) -> BoolArray:
+        """What is in memory, or on its way."""
+        return np.concatenate([pool.warm_LGE for pool in self.pools])
+
     def report(self) -> ElasticReport:
         """What happened so far."""
         self._charge()
-        pool = self.pool
         return ElasticReport(
-            cold_starts=pool.cold_starts,
+            cold_starts=self.cold_starts,
             from_home=self.from_home,
-            reuses=pool.reuses,
-            released=pool.released,
+            reuses=self.reuses,
+            released=sum(pool.released for pool in self.pools),
             cold_bytes=self.cold_bytes,
             cold_seconds=self.cold_seconds,
-            warm_L=pool.held_L,
-            keep_alive_L=pool.keep_alive.seconds_L(len(pool.warm_LGE)),
+            warm_L=self._held_L.copy(),
+            keep_alive_L=np.concatenate([pool.keep_alive.seconds_L(1) for pool in self.pools]),
             byte_seconds=self.byte_seconds,
         )
 
@@ -156,11 +188,11 @@ class Elastic:
         by_passes = self.clock == "passes"
         self._units = passes - self._start[0] if by_passes else max(seconds - self._start[1], self._units)
 
-    def wanted(self, layer: int, slots_GC: SlotArray) -> None:
+    def wanted(self, layer: int, wanted_GE: BoolArray) -> None:
         """A layer will use these replicas."""
         self._charge()
-        pairs = {(layer, e, g) for g, row in enumerate(slots_GC.tolist()) for e in row if e >= 0}
-        self.pool.take(self._mask(pairs), self.now)
+        self.pools[layer].take(wanted_GE[None], self.now)
+        self._count(layer)
 
     def loaded(self, ticket: Ticket) -> None:
         """A ticket's transfers are over."""
@@ -168,45 +200,45 @@ class Elastic:
         self.cold_seconds += ticket.seconds
         self.from_home += ticket.from_home
 
-    def pin(self, layer: int, copies: Copies) -> None:
+    def pin(self, layer: int, copies_GE: BoolArray) -> None:
         """These replicas of a layer serve, or will soon: they stay whatever the clock says."""
-        assert self.pool.pinned_LGE is not None
-        self.pool.pinned_LGE[layer] = self._mask(copies)[layer]
+        self.pools[layer].pinned_LGE = copies_GE[None].copy()
 
-    def left(self, copies: Copies) -> Copies:
+    def left(self, layer: int, copies_GE: BoolArray) -> BoolArray:
         """These replicas serve no longer; returns those that stay warm."""
         self._charge()
-        self.pool.touch(self._mask(copies), self.now)
-        self.pool.fit()
-        return copies - self.released(copies)
+        pool = self.pools[layer]
+        pool.touch(copies_GE[None], self.now)
+        pool.fit()
+        self._count(layer)
+        return np.asarray(copies_GE & pool.warm_LGE[0])
 
-    def expire(self) -> None:
-        """Let the pool's time reach the shared clock."""
+    def expire(self, layer: int) -> None:
+        """Let the time of a layer's pool reach the shared clock."""
         self._charge()
-        self.pool.advance(self.now)
+        self.pools[layer].advance(self.now)
+        self._count(layer)
 
-    def released(self, copies: Copies) -> Copies:
-        """Of these replicas those that the pool has let go."""
-        warm_LGE = self.pool.warm_LGE
-        return {(layer, e, g) for layer, e, g in copies if not warm_LGE[layer, g, e]}
+    def warm_GE(self, layer: int) -> BoolArray:
+        """Replicas of a layer that the pool has not let go."""
+        return np.asarray(self.pools[layer].warm_LGE[0])
 
-    def lost(self, copies: Copies) -> None:
+    def lost(self, layer: int, copies_GE: BoolArray) -> None:
         """These replicas never arrived."""
         self._charge()
-        self.pool.drop(self._mask(copies))
+        self.pools[layer].drop(copies_GE[None])
+        self._count(layer)
 
-    def follow(self, slots_LGC: SlotArray) -> None:
+    def follow(self, serving_LGE: BoolArray) -> None:
         """A whole plan has changed the placement."""
         self._charge()
-        self.pool.follow(slots_LGC, self.now)
-        self.pool.pinned_LGE = self.pool.warm_LGE.copy()
+        for layer, pool in enumerate(self.pools):
+            pool.follow(serving_LGE[layer : layer + 1], self.now)
+            pool.pinned_LGE = pool.warm_LGE.copy()
+            self._count(layer)
 
-    def _mask(self, copies: Copies) -> BoolArray:
-        mask: BoolArray = np.zeros(self.pool.warm_LGE.shape, dtype=np.bool_)
-        if copies:
-            layer, expert, rank = np.array(sorted(copies)).T
-            mask[layer, rank, expert] = True
-        return mask
+    def _count(self, layer: int) -> None:
+        self._held_L[layer] = np.count_nonzero(self.pools[layer].warm_LGE)
 
     # -- costs, by this rank's clock ---------------------------------------------------------------
 
@@ -227,7 +259,7 @@ class Elastic:
         used_L = [int((d.sends_RP.sum(axis=0) > 0).sum()) for d in self._dispatchers]
         layer_L = [d.layer_seconds for d in self._dispatchers]
         self.meter.add_passes(
-            self.pool.held_L,
+            self._held_L,
             np.array([used_L], dtype=np.float64),
             np.array([layer_L]),
             np.array([seconds]),
@@ -239,7 +271,7 @@ class Elastic:
         """Charge wall time for what was held until now."""
         now = time.perf_counter()
         seconds, self._charged = now - self._charged, now
-        held = self.pool.bytes * seconds
+        held = self.bytes * seconds
         self.byte_seconds += held
         kv = self._kv_bytes() * seconds if self._kv_bytes is not None else 0.0
         self.meter.add_wall(held, seconds, kv)

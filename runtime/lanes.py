@@ -24,7 +24,6 @@ from __future__ import annotations
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -32,7 +31,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import BoolArray
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
+from moeless_opt.problems.placement import held_LGE
 from moeless_opt.runtime.experts import Weights
 from moeless_opt.runtime.migrate import OK, REASON, Flight, Migrator
 from moeless_opt.runtime.placement import Router, Slots, SlotTable, Transfer
@@ -94,7 +95,9 @@ class Ticket:
     digest: int = field(default=UNPLANNED, repr=False)
     room: dict[tuple[int, int], Weights] = field(default_factory=dict, repr=False)
     flight: Flight | None = field(default=None, repr=False)
-    arrivals: frozenset[tuple[int, int, int]] = field(default=frozenset(), repr=False)
+    #: Which rank is to have which expert, and what of it has to be loaded, [G, E].
+    wanted_GE: BoolArray | None = field(default=None, repr=False)
+    arrivals_GE: BoolArray | None = field(default=None, repr=False)
 
     @property
     def over(self) -> bool:
@@ -120,6 +123,7 @@ class Lanes:
         self._opened = 0
         self._adopted = 0
         self._floor_given = False
+        self._me = migrator.group.rank
         self._clear()
         migrator.way_free = self._give_floor
 
@@ -127,11 +131,12 @@ class Lanes:
         self._open: deque[Ticket] = deque()
         self._posted: deque[Ticket] = deque()
         self._ready: dict[int, Ticket] = {}
-        # (layer, expert, rank) of copies in memory that do not serve, on all ranks; `_coming` of these on
-        # their way.
-        self.extra: set[tuple[int, int, int]] = set()
-        self._coming: set[tuple[int, int, int]] = set()
-        self._changed = False  # since copies were last let go
+        self._me = self.migrator.group.rank
+        # On all ranks: copies that serve, copies in memory that do not, and of these those on their way.
+        self._serving_LGE: BoolArray = held_LGE(self._slots_LGC(), self.migrator.tables[0].n_experts)
+        self._extra_LGE: BoolArray = np.zeros_like(self._serving_LGE)
+        self._coming_LGE: BoolArray = np.zeros_like(self._serving_LGE)
+        self._changed: set[int] = set()  # layers of which copies may be let go
 
     # -- what callers use --------------------------------------------------------------------------
 
@@ -139,6 +144,11 @@ class Lanes:
     def idle(self) -> bool:
         """No ticket is open or under way."""
         return not (self._open or self._posted or self._ready)
+
+    @property
+    def extra(self) -> set[tuple[int, int, int]]:
+        """Copies in memory that do not serve: (layer, expert, rank)."""
+        return {(int(x), int(e), int(g)) for x, g, e in np.argwhere(self._extra_LGE)}
 
     def heading_GC(self, layer: int) -> Slots:
         """Where a layer is heading: its newest adopted slots, or those in force."""
@@ -182,6 +192,8 @@ class Lanes:
                         f"has {slots_GC.shape[0]} ranks, the group has {self.migrator.group.size}",
                     )
                 ticket.slots_GC = slots_GC
+                experts = self.migrator.tables[ticket.layer].n_experts
+                ticket.wanted_GE = held_LGE(slots_GC[None], experts)[0]
                 rows = repr([[e for e in row if e >= 0] for row in slots_GC.tolist()])
                 digest = 1 + zlib.crc32(f"{ticket.number} {ticket.layer} {ticket.serve} {rows}".encode())
             except ProblemError as problem:
@@ -212,12 +224,12 @@ class Lanes:
         """The ticket's checksum, once there is memory here for what it brings."""
         if ticket.digest <= 0:
             return ticket.digest
-        assert ticket.slots_GC is not None
-        me, layer, bank = self.migrator.group.rank, ticket.layer, self.migrator.banks[ticket.layer]
-        here = self._held_G(layer)[me]
+        assert ticket.wanted_GE is not None
+        layer, bank = ticket.layer, self.migrator.banks[ticket.layer]
+        here_E = self._serving_LGE[layer, self._me] | self._extra_LGE[layer, self._me]
         try:
-            for e in ticket.slots_GC[me].tolist():
-                if e >= 0 and e not in here and (layer, e) not in ticket.room:
+            for e in np.flatnonzero(ticket.wanted_GE[self._me] & ~here_E).tolist():
+                if (layer, e) not in ticket.room:
                     ticket.room[layer, e] = bank.allocate()
         except MemoryError as error:
             ticket.room.clear()
@@ -234,8 +246,9 @@ class Lanes:
             self.elastic.at(self.passes, self.now)
         if self._floor_given and not self.migrator.claims:
             self._floor_given = False
+            self._serving_LGE = held_LGE(self._slots_LGC(), self._serving_LGE.shape[2])
             if self.elastic is not None:
-                self.elastic.follow(self._slots_LGC())
+                self.elastic.follow(self._serving_LGE)
         for _ in range(int(headers_RK[:, AHEAD].min()) if self._posted else 0):
             self._landed(self._posted.popleft())
         if (fault := int(headers_RK[:, AHEAD + 1].max())) != OK and self._posted:
@@ -249,11 +262,14 @@ class Lanes:
         for ready in [layer] if layer is not None else sorted(self._ready):
             if ready in self._ready:
                 self._install(self._ready.pop(ready))
-        if layer in (0, None) and self.elastic is not None and self.extra:
-            self.elastic.expire()
-            self._changed = True
-        if self._changed:
-            self._let_go()
+        if self.elastic is not None:
+            # Each layer's time goes on at its own batches.
+            for one in [layer] if layer is not None else range(len(self._extra_LGE)):
+                if self._extra_LGE[one].any():
+                    self.elastic.expire(one)
+                    self._changed.add(one)
+        while self._changed:
+            self._let_go(self._changed.pop())
 
     def _decide(self, ticket: Ticket, column_R: NDArray[np.int64]) -> None:
         if (column_R < 0).any():
@@ -268,59 +284,65 @@ class Lanes:
 
     def _adopt(self, ticket: Ticket) -> None:
         layer = ticket.layer
+        assert ticket.wanted_GE is not None
         assert ticket.slots_GC is not None
-        held_G = self._held_G(layer)
-        transfers = self._transfers(ticket, held_G)
         ticket.adopted = self.passes
-        ticket.arrivals = frozenset((layer, t.expert, t.destination) for t in transfers)
+        posted = any(older.layer == layer for older in self._posted)
+        if not posted and layer not in self._ready and ticket.serve and self._in_force(ticket):
+            self._end(ticket, "done", changed=False)
+            return
+        held_GE = self._serving_LGE[layer] | self._extra_LGE[layer]
+        ticket.arrivals_GE = ticket.wanted_GE & ~held_GE
+        transfers = self._transfers(ticket, held_GE & ~self._coming_LGE[layer])
         ticket.cold, ticket.bytes = len(transfers), sum(t.bytes for t in transfers)
         ticket.from_home = sum(t.from_home for t in transfers)
-        self.extra |= ticket.arrivals
-        self._coming |= ticket.arrivals
+        self._extra_LGE[layer] |= ticket.arrivals_GE
+        self._coming_LGE[layer] |= ticket.arrivals_GE
         if self.elastic is not None:
-            self.elastic.wanted(layer, ticket.slots_GC)
+            self.elastic.wanted(layer, ticket.wanted_GE)
         ticket.status = "moving"
         if transfers:
-            me = self.migrator.group.rank
-            room = {(layer, t.expert): ticket.room[layer, t.expert] for t in transfers if t.destination == me}
+            room = {
+                (layer, t.expert): ticket.room[layer, t.expert]
+                for t in transfers
+                if t.destination == self._me
+            }
             # Tags apart from those of the migrator, of whose flights none is under way with ours.
             ticket.flight = self.migrator.launch(transfers, room, (8 + self._adopted % 8) * 2**20)
             self._adopted += 1
             self.migrator.bytes_moved += sum(t.bytes for t in transfers if t.source != t.destination)
         ticket.room = {}
         # What stands on copies that are on their way for an older ticket arrives with it.
-        if transfers or any(older.layer == layer for older in self._posted):
+        if transfers or posted:
             self._posted.append(ticket)
         else:
             self._landed(ticket)
         self._pin(layer)
-        self._changed = True
+        self._changed.add(layer)
 
-    def _transfers(self, ticket: Ticket, held_G: Sequence[set[int]]) -> list[Transfer]:
+    def _in_force(self, ticket: Ticket) -> bool:
+        """Whether the layer serves just these slots."""
         assert ticket.slots_GC is not None
+        rows = self.migrator.tables[ticket.layer].rows
+        return all(
+            list(row) == [e for e in new if e >= 0]
+            for row, new in zip(rows, ticket.slots_GC.tolist(), strict=True)
+        )
+
+    def _transfers(self, ticket: Ticket, ready_GE: BoolArray) -> list[Transfer]:
+        assert ticket.arrivals_GE is not None
         migrator, layer = self.migrator, ticket.layer
         home = None if migrator.home is None else migrator.home.ranks
         router = Router(migrator.group.node_R, home, migrator.links)
-        found = []
-        for to, row in enumerate(ticket.slots_GC.tolist()):
-            for e in row:
-                if e >= 0 and e not in held_G[to]:
-                    holders = [
-                        g for g, held in enumerate(held_G) if e in held and (layer, e, g) not in self._coming
-                    ]
-                    found.append(router.source(layer, e, holders, to, migrator.bytes_L[layer]))
-        return found
-
-    def _held_G(self, layer: int) -> list[set[int]]:
-        """What each rank has of a layer, in force, warm, or on its way."""
-        held_G = [set(row) for row in self.migrator.tables[layer].rows]
-        for at, e, g in self.extra:
-            if at == layer:
-                held_G[g].add(e)
-        return held_G
+        size = migrator.bytes_L[layer]
+        return [
+            router.source(layer, e, np.flatnonzero(ready_GE[:, e]).tolist(), to, size)
+            for to, e in np.argwhere(ticket.arrivals_GE).tolist()
+        ]
 
     def _landed(self, ticket: Ticket) -> None:
-        self._coming -= ticket.arrivals
+        if ticket.arrivals_GE is not None:
+            self._coming_LGE[ticket.layer] &= ~ticket.arrivals_GE
         if ticket.flight is not None:
             ticket.seconds, ticket.flight = ticket.flight.seconds, None
         if self.elastic is not None:
@@ -335,71 +357,70 @@ class Lanes:
             self._end(older, "superseded")
 
     def _install(self, ticket: Ticket) -> None:
-        layer = ticket.layer
+        layer, after_GE = ticket.layer, ticket.wanted_GE
         assert ticket.slots_GC is not None
-        before = self._serving(layer)
-        new = [[e for e in row if e >= 0] for row in ticket.slots_GC.tolist()]
-        if [list(row) for row in self.migrator.tables[layer].rows] != new:
-            after = {(layer, e, g) for g, row in enumerate(new) for e in row}
-            leaving = before - after
-            self.extra -= after
+        assert after_GE is not None
+        if not self._in_force(ticket):
+            leaving_GE = self._serving_LGE[layer] & ~after_GE
             # What a newer ticket counts on stays.
-            needed = self._targets(layer)
-            self.extra |= leaving & needed
+            needed_GE = self._targets(layer)
+            kept_GE = leaving_GE & needed_GE
             if self.elastic is not None:
-                self.elastic.pin(layer, after | needed)
-                self.extra |= self.elastic.left(leaving)
-            keep = [e for _, e, g in sorted(leaving & self.extra) if g == self.migrator.group.rank]
-            self.migrator.install(layer, ticket.slots_GC, keep)
+                self.elastic.pin(layer, after_GE | needed_GE)
+                kept_GE |= self.elastic.left(layer, leaving_GE)
+            self._extra_LGE[layer] &= ~after_GE
+            self._extra_LGE[layer] |= kept_GE
+            self._serving_LGE[layer] = after_GE
+            self.migrator.install(layer, ticket.slots_GC, np.flatnonzero(kept_GE[self._me]).tolist())
         self._end(ticket, "done")
 
-    def _serving(self, layer: int) -> set[tuple[int, int, int]]:
-        return {(layer, e, g) for g, row in enumerate(self.migrator.tables[layer].rows) for e in row}
-
-    def _targets(self, layer: int | None = None) -> set[tuple[int, int, int]]:
-        """Copies that tickets under way count on."""
-        return {
-            (t.layer, e, g)
-            for t in (*self._posted, *self._ready.values())
-            if t.slots_GC is not None and layer in (None, t.layer)
-            for g, row in enumerate(t.slots_GC.tolist())
-            for e in row
-            if e >= 0
-        }
+    def _targets(self, layer: int) -> BoolArray:
+        """Copies of a layer that tickets under way count on, [G, E]."""
+        targets_GE: BoolArray = np.zeros_like(self._serving_LGE[layer])
+        for ticket in (*self._posted, *self._ready.values()):
+            if ticket.layer == layer and ticket.wanted_GE is not None:
+                targets_GE |= ticket.wanted_GE
+        return targets_GE
 
     def _pin(self, layer: int) -> None:
         if self.elastic is not None:
-            self.elastic.pin(layer, self._serving(layer) | self._targets(layer))
+            self.elastic.pin(layer, self._serving_LGE[layer] | self._targets(layer))
 
-    def _let_go(self) -> None:
+    def _let_go(self, layer: int) -> None:
         """Free copies that nothing needs: all that do not serve, or what the pool has released."""
-        self._changed = False
-        gone = self.extra - self._targets() if self.elastic is None else self.elastic.released(self.extra)
-        self.extra -= gone
-        self._unstage(gone)
+        extra_GE = self._extra_LGE[layer]
+        if not extra_GE.any():
+            return
+        if self.elastic is None:
+            gone_GE = extra_GE & ~self._targets(layer)
+        else:
+            gone_GE = extra_GE & ~self.elastic.warm_GE(layer)
+        self._unstage(layer, gone_GE)
 
-    def _unstage(self, gone: set[tuple[int, int, int]]) -> None:
-        self._coming -= gone
-        for layer, e, g in gone:
-            if g == self.migrator.group.rank:
-                self.migrator.banks[layer].staged.pop(e, None)
+    def _unstage(self, layer: int, gone_GE: BoolArray) -> None:
+        self._extra_LGE[layer] &= ~gone_GE
+        self._coming_LGE[layer] &= ~gone_GE
+        for e in np.flatnonzero(gone_GE[self._me]).tolist():
+            self.migrator.banks[layer].staged.pop(e, None)
 
-    def _end(self, ticket: Ticket, status: str, reason: str = "") -> None:
+    def _end(self, ticket: Ticket, status: str, reason: str = "", *, changed: bool = True) -> None:
         ticket.status, ticket.reason = status, reason
         ticket.room, ticket.ended = {}, self.passes
+        ticket.wanted_GE = ticket.arrivals_GE = None  # many are remembered
         self.finished.append(ticket)
-        self._pin(ticket.layer)
-        self._changed = True
+        if changed:
+            self._pin(ticket.layer)
+            self._changed.add(ticket.layer)
 
     def _fail(self, reason: str) -> None:
         """Drop everything that is on its way; layers keep the slots that they have."""
         failed = list(self._posted)
         self._posted.clear()
-        lost = {copy for ticket in failed for copy in ticket.arrivals}
-        self.extra -= lost
-        self._unstage(lost)
-        if self.elastic is not None:
-            self.elastic.lost(lost)
+        for ticket in failed:
+            if ticket.arrivals_GE is not None:
+                if self.elastic is not None:
+                    self.elastic.lost(ticket.layer, ticket.arrivals_GE)
+                self._unstage(ticket.layer, ticket.arrivals_GE)
         for ticket in failed:
             self._end(ticket, "void", f"{reason} {ticket.reason}".strip())
 
@@ -412,8 +433,8 @@ class Lanes:
         for ticket in list(self._ready.values()):
             del self._ready[ticket.layer]
             self._end(ticket, "superseded")
-        self._unstage(self.extra)
-        self.extra = set()
+        for layer, extra_GE in enumerate(self._extra_LGE):
+            self._unstage(layer, extra_GE.copy())
         self._floor_given = True
         return True
 
@@ -428,7 +449,7 @@ class Lanes:
             ticket.status, ticket.reason, ticket.ended = "void", "a rank was lost", self.passes
             self.finished.append(ticket)
         self._clear()
-        self._floor_given = False
+        self._floor_given = True  # the placement comes next
         self.elastic = None
         numbers = self.migrator.group.gather_ints([self._opened, self._adopted, self.passes])
         self._opened, self._adopted, self.passes = (max(column) for column in zip(*numbers, strict=True))

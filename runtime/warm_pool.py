@@ -269,10 +269,9 @@ class WarmPool:
         held = used_LGE & self.warm_LGE
         self.last_LGE[held] = np.maximum(self.last_LGE[held], until)
 
-    def follow(self, slots_LGC: SlotArray, now: float) -> None:
+    def follow(self, kept_LGE: BoolArray, now: float) -> None:
         """Have exactly these replicas from now on: somebody else has moved them."""
         self.advance(now)
-        kept_LGE = held_LGE(slots_LGC, self.warm_LGE.shape[2])
         self._take(kept_LGE, now, now)
         self.released += int((self.warm_LGE & ~kept_LGE).sum())
         self.warm_LGE &= kept_LGE

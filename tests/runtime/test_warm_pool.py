@@ -223,5 +223,5 @@ def test_pinned_replicas_stay_beyond_the_room_and_others_go() -> None:
     pool.take(both, 2.0)
     pool.drop(both)
     assert pool.bytes == 40
-    pool.follow(two_by_two([0, 1, 3], [2, 3]), 3.0)
+    pool.follow(held_LGE(two_by_two([0, 1, 3], [2, 3]), 4), 3.0)
     assert (pool.bytes, pool.cold_starts) == (50, 5)

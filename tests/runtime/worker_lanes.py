@@ -164,13 +164,13 @@ def elastic(w: World, live: LiveModel) -> dict[str, Any]:
     e = live.elastic(3.0, clock="passes", slots=4)
     first = live.memory().held_G.sum()
     assert w.over(live, live.apply_layer(1, more)) == "done"
-    assert (e.pool.cold_starts, live.memory().held_G.sum()) == (2, first + 2 * one)
+    assert (e.cold_starts, live.memory().held_G.sum()) == (2, first + 2 * one)
     assert w.over(live, live.apply_layer(1, static)) == "done"
     assert live.memory().held_G.sum() == first + 2 * one  # kept alive
     number = live.apply_layer(1, more)
     assert w.over(live, number) == "done"
     assert live.layer_plan(number).cold == 0
-    assert (e.pool.cold_starts, e.pool.reuses) == (2, 2)
+    assert (e.cold_starts, e.reuses) == (2, 2)
     assert w.over(live, live.apply_layer(1, static)) == "done"
     for _ in range(5):
         w.same()
@@ -194,9 +194,9 @@ def elastic(w: World, live: LiveModel) -> dict[str, Any]:
             if w.rng.random() < 0.3:
                 live.apply_layer(layer, w.slots())
         w.same()
-        assert physical(live) == e.pool.warm_LGE[:, w.rank].sum(1).tolist()
-        assert live.memory().held_G.sum() == e.pool.bytes
-        assert not (held(live, e) & ~e.pool.warm_LGE).any()
+        assert physical(live) == e.warm_LGE[:, w.rank].sum(1).tolist()
+        assert live.memory().held_G.sum() == e.bytes
+        assert not (held(live, e) & ~e.warm_LGE).any()
     report = e.report()
     passes, functions = e.meter.cost("passes"), e.meter.cost("functions")
     assert 0 < functions.experts < passes.experts

@@ -80,7 +80,7 @@ def main() -> None:
         controller.drain()
         live.settle()
         assert not any(d.error for d in controller.layer_decisions)
-        assert live.memory().held_G.sum() == elastic.pool.bytes
+        assert live.memory().held_G.sum() == elastic.bytes
         results[name] = {
             "worst": worst,
             "windowed": [d.plan.slots_LGC.tolist() for d in windowed],
@@ -90,7 +90,7 @@ def main() -> None:
             ],
             "host": elastic.from_home,
             "curve": live.measure((4, 64), repeats=2).time([4, 64], [1, 2], 1.0).tolist(),
-            "cold": elastic.pool.cold_starts,
+            "cold": elastic.cold_starts,
         }
         live.detach()
         controller.close()
