@@ -206,7 +206,7 @@ class Lanes:
     def header(self) -> tuple[int, ...]:
         """What this rank tells the others now."""
         digests = [UNPLANNED] * AHEAD
-        if self._open and not self.migrator.claims:
+        if self._open and not (self.migrator.claims or self._floor_given):
             for k, ticket in enumerate(islice(self._open, AHEAD)):
                 digests[k] = self._with_room(ticket)
         arrived = fault = 0
@@ -247,6 +247,8 @@ class Lanes:
         if self._floor_given and not self.migrator.claims:
             self._floor_given = False
             self._serving_LGE = held_LGE(self._slots_LGC(), self._serving_LGE.shape[2])
+            self._extra_LGE = np.zeros_like(self._serving_LGE)  # there may be fewer ranks than before
+            self._coming_LGE = np.zeros_like(self._serving_LGE)
             if self.elastic is not None:
                 self.elastic.follow(self._serving_LGE)
         for _ in range(int(headers_RK[:, AHEAD].min()) if self._posted else 0):
