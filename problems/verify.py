@@ -185,10 +185,12 @@ def _even_over_slots(part: FloatArray, uneven: BoolArray, replicas: IntArray, ca
     slots: IntArray = (part > 0).astype(np.int64)  # [L, G, E]
     for x, e in np.argwhere(uneven):
         gpus = np.flatnonzero(part[x, :, e])
+        if len(gpus) < replicas[x, e]:
+            return False
         shares = part[x, gpus, e]
         counts = np.arange(replicas[x, e], capacity[x].sum() + 1)
         whole = np.abs(shares * counts[:, None] - np.rint(shares * counts[:, None])).max(1) < 1e-9
-        if not whole.any() or len(gpus) < replicas[x, e]:
+        if not whole.any():
             return False
         slots[x, gpus, e] = np.rint(shares * counts[int(whole.argmax())])
     return bool((slots.sum(2) <= capacity).all())
