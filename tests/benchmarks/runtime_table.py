@@ -155,6 +155,54 @@ def split() -> None:
         print(f"  {experts:7d} {ranks:6d} {more:14d}  {figures}")
 
 
+def lanes() -> None:
+    """What the per-layer mode's agreement costs a batch, apart from the plans and the transfers."""
+    import numpy as np
+    import test_lanes
+
+    from moeless_opt.runtime.elastic import Elastic
+    from moeless_opt.runtime.placement import rows_to_slots, static_slots
+
+    print(
+        "Agreement in the per-layer mode, every layer planned in every pass, microseconds per layer (median):"
+    )
+    print("  layers  ranks  experts    slots stay   two replicas move   the same, elastic")
+    for layers, ranks, experts in ((32, 8, 8), (26, 8, 64), (58, 32, 256)):
+        test_lanes.L, test_lanes.R, test_lanes.E = layers, ranks, experts
+        chance = np.random.default_rng(0)
+        figures = []
+        for moves, elastic in ((0, False), (2, False), (2, True)):
+            rank = test_lanes.Rank(None, 0)
+            static_GC = static_slots(experts, ranks)
+            width = static_GC.shape[1] + 1
+            if elastic:
+                rank.lanes.elastic = Elastic(
+                    np.stack([static_GC] * layers),
+                    experts,
+                    capacity_LG=np.full((layers, ranks), width + 1),
+                    bytes_L=np.full(layers, 4),
+                    keep_alive=3.0,
+                    clock="passes",
+                )
+            spent = []
+            for layer in list(range(layers)) * 5:
+                rows = static_GC.tolist()
+                for g in chance.choice(ranks, moves, replace=False):
+                    rows[g].append(next(e for e in chance.permutation(experts).tolist() if e not in rows[g]))
+                if not rank.lanes.waits(layer):
+                    rank.lanes.offer(rank.lanes.open(layer), rows_to_slots(rows, width))
+                began = time.perf_counter()
+                header = rank.header()
+                rank.agree(layer, np.array([header] * ranks))
+                spent.append(time.perf_counter() - began)
+                while rank.flights:
+                    rank.arrive()
+            figures.append(1e6 * statistics.median(spent))
+        print(
+            f"  {layers:6d} {ranks:6d} {experts:8d} {figures[0]:13.0f} {figures[1]:19.0f} {figures[2]:19.0f}"
+        )
+
+
 def microseconds(call: Callable[[], object]) -> float:
     """Median of 100 calls."""
     seconds = []
@@ -169,7 +217,9 @@ def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--only", choices=("placements", "overhead", "kills", "traffic", "modes", "split"))
+    parser.add_argument(
+        "--only", choices=("placements", "overhead", "kills", "traffic", "modes", "lanes", "split")
+    )
     args = parser.parse_args()
     if args.only in (None, "placements"):
         placements(12 if args.quick else 60)
@@ -179,6 +229,8 @@ def main() -> None:
         traffic(2 if args.quick else 6)
     if args.only in (None, "modes"):
         modes(4 if args.quick else 12)
+    if args.only in (None, "lanes"):
+        lanes()
     if args.only in (None, "split"):
         split()
     if args.only in (None, "kills"):
