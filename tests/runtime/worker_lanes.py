@@ -12,10 +12,13 @@ import worlds
 
 import moeless_opt as mo
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.models import ModelSpec
+from moeless_opt.problems.time_model import TimeModel
 from moeless_opt.problems.topology import Links
 from moeless_opt.runtime.backend import LayerBackend
 from moeless_opt.runtime.controller import Controller, Planner
 from moeless_opt.runtime.home import PinnedHome
+from moeless_opt.runtime.layer_planner import LayerPlanner
 from moeless_opt.runtime.live import LiveModel, attach
 from moeless_opt.runtime.per_layer import PerLayer
 from moeless_opt.runtime.placement import rows_to_slots, static_slots
@@ -253,8 +256,10 @@ def per_layer(w: World, distance: int) -> dict[str, Any]:
     live = attach(w.model, checksums=True)
     assert isinstance(live, LayerBackend)
     e = live.elastic(4.0, clock="passes", slots=5)
-    planner = Planner(topology=mo.uniform(1, w.size, slots=4))
-    controller = Controller(live, planner)
+    topology = mo.uniform(1, w.size, slots=4)
+    spec = ModelSpec(name="m", layers=LAYERS, experts=worlds.EXPERTS, top_k=2, hidden=worlds.HIDDEN, ffn=96)
+    by_time = LayerPlanner(topology, spec, TimeModel(token_cost=1e-4, unit="s"))
+    controller = Controller(live, Planner(topology=topology) if distance == 1 else by_time)
     gates = plain_gates(w.model)
     live.observe()
     w.same(0)
@@ -273,7 +278,6 @@ def per_layer(w: World, distance: int) -> dict[str, Any]:
     assert all(d.error == "" for d in decisions)
     assert all(d.load_E.sum() in (0.0, tokens) for d in decisions)
     assert any(d.applied is not None for d in decisions)
-    # What was foreseen is what the gates of all ranks choose for the state that the earlier layer saw.
     assert live.migrator.courier.waits == 0
     report = e.report()
     curve = live.measure((4, 64), repeats=2)
