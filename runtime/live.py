@@ -532,6 +532,7 @@ class LiveModel:
         *,
         layer: int = 0,
         repeats: int = 7,
+        quantile: float = 0.5,
         clock: Callable[[], float] = time.perf_counter,
     ) -> TimeModel:
         """Time curve of these experts on these ranks: what planners and simulations want.
@@ -544,7 +545,7 @@ class LiveModel:
             Rows of one rank in one layer, ascending.
         layer : int
             Whose experts are timed; each rank should hold at least two.
-        repeats, clock
+        repeats, quantile, clock
             As of `measure_experts`.
         """
         self._alive()
@@ -564,6 +565,7 @@ class LiveModel:
             device=self.group.device,
             dtype=bank.shapes[0][1],
             repeats=repeats,
+            quantile=quantile,
             clock=clock,
         )
         assert mine.curve_time is not None
