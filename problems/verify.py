@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InvalidPlanError
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.problem import Problem
@@ -144,7 +144,7 @@ class _Tables:
                 for x, e in np.argwhere(off > TOLERANCE)[:_MOST]
             ]
         if problem.split == "equal":
-            found += _uneven(part, count, replicas, capacity, low)
+            found += _uneven(slots, part, count, replicas, capacity, low)
         new = count > 0
         if problem.current is not None:
             x, g, c = np.nonzero(problem.current.slots_LGC[low:high] >= 0)
@@ -159,9 +159,12 @@ class _Tables:
         return cls(found, used, tokens, active, moved_L, count, new)
 
 
-def _uneven(part: FloatArray, count: IntArray, replicas: IntArray, capacity: IntArray, low: int) -> list[str]:
+def _uneven(
+    slots: SlotArray, part: FloatArray, count: IntArray, replicas: IntArray, capacity: IntArray, low: int
+) -> list[str]:
     """Where an equal split is not equal."""
-    layer, gpu, expert = np.nonzero((count > 0) | (part > 0))
+    layer, gpu, slot = np.nonzero(slots >= 0)
+    expert = slots[layer, gpu, slot]
     even = count[layer, gpu, expert] / np.maximum(replicas, 1)[layer, expert]
     off = np.abs(part[layer, gpu, expert] - even)
     uneven = np.zeros(replicas.shape, dtype=np.bool_)

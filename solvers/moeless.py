@@ -335,24 +335,34 @@ class _Board:
     def put_anywhere(self, k: int) -> None:
         """Put the k-th replica of the layers where it still waits on its best GPU, if there is one."""
         rows = np.flatnonzero(self.pending_LK[:, k])
-        if rows.size:
-            self._put(k, rows, np.broadcast_to(np.arange(self.gpus), (rows.size, self.gpus)))
+        if not rows.size:
+            return
+        expert_R = self.expert_LK[rows, k]
+        allowed_RG = ~self.holds_LEG[rows, expert_R] & (self.free_LG[rows] > 0)
+        finish_RG = (self.load_LG[rows] + self.piece_LE[rows, expert_R][:, None]) / self.speed_G
+        best_R = np.where(allowed_RG, finish_RG, np.inf).argmin(axis=1)
+        self._take(k, rows, best_R, allowed_RG[np.arange(rows.size), best_R])
 
     def _put(self, k: int, rows: Ints, gpu_RW: Ints) -> None:
         """Put these layers' k-th replica on the best of the GPUs that each row names."""
         expert_R = self.expert_LK[rows, k]
-        piece_R = self.piece_LE[rows, expert_R]
         at_RW = np.minimum(gpu_RW, self.gpus - 1)
         row_R1 = rows[:, None]
         holds_RW = self.holds_LEG[row_R1, expert_R[:, None], at_RW]
         allowed_RW = (gpu_RW < self.gpus) & ~holds_RW & (self.free_LG[row_R1, at_RW] > 0)
-        finish_RW = (self.load_LG[row_R1, at_RW] + piece_R[:, None]) / self.speed_G[at_RW]
+        finish_RW = (self.load_LG[row_R1, at_RW] + self.piece_LE[rows, expert_R][:, None]) / self.speed_G[
+            at_RW
+        ]
         best_R = np.where(allowed_RW, finish_RW, np.inf).argmin(axis=1)
         here = np.arange(rows.size)
-        done = np.flatnonzero(self.pending_LK[rows, k] & allowed_RW[here, best_R])
-        layer, gpu, expert = rows[done], at_RW[done, best_R[done]], expert_R[done]
+        self._take(k, rows, at_RW[here, best_R], allowed_RW[here, best_R])
+
+    def _take(self, k: int, rows: Ints, gpu_R: Ints, allowed_R: Bools) -> None:
+        done = np.flatnonzero(self.pending_LK[rows, k] & allowed_R)
+        layer, gpu = rows[done], gpu_R[done]
+        expert = self.expert_LK[layer, k]
         self.holds_LEG[layer, expert, gpu] = True
-        self.load_LG[layer, gpu] += piece_R[done]
+        self.load_LG[layer, gpu] += self.piece_LE[layer, expert]
         self.free_LG[layer, gpu] -= 1
         self.pending_LK[layer, k] = False
 
@@ -400,7 +410,9 @@ class _Board:
         replicas_LE = self.holds_LEG.sum(axis=2)
         width = int(self.capacity_LG.max())
         slots_LGC = np.full((self.layers, self.gpus, width), -1, dtype=np.int32)
-        layer, gpu, expert = np.nonzero(self.holds_LEG.transpose(0, 2, 1))
+        layer, expert, gpu = np.nonzero(self.holds_LEG)
+        order = np.lexsort((expert, gpu, layer))
+        layer, gpu, expert = layer[order], gpu[order], expert[order]
         held_LG = self.holds_LEG.sum(axis=1)
         first_LG = (np.cumsum(held_LG) - held_LG.ravel()).reshape(held_LG.shape)
         place = np.arange(layer.size) - first_LG[layer, gpu]
