@@ -284,10 +284,10 @@ def _table_bars(canvas: Any, rows: list[Row]) -> None:
     names = [row["policy"] for row in rows]
     colours = [COLOURS[name] for name in names]
     panels: tuple[tuple[str, Callable[[Row], float], str], ...] = (
-        ("mean MoE layer latency, ms", lambda row: row["mean_ms"], "%.3f"),
-        ("replicas held", lambda row: row["held"], "%.0f"),
-        ("weights moved, GB", lambda row: row["moved_GB"], "%.3g"),
-        ("cost, GB*s (rule 'passes')", lambda row: row["cost"]["passes"], "%.0f"),
+        ("mean MoE layer latency, ms", lambda row: row["mean_ms"], "{:.3f}"),
+        ("replicas held", lambda row: row["held"], "{:.0f}"),
+        ("weights moved, GB", lambda row: row["moved_GB"], "{:,.0f}"),
+        ("cost, GB*s (rule 'passes')", lambda row: row["cost"]["passes"], "{:,.0f}"),
     )
     axes = canvas.subplots(1, len(panels))
     for axis, (title, read, form) in zip(axes, panels, strict=True):
