@@ -452,6 +452,7 @@ class Lanes:
             self.finished.append(ticket)
         self._clear()
         self._floor_given = True  # the placement comes next
+        self.now = 0.0  # another rank's clock may be the first now
         self.elastic = None
         numbers = self.migrator.group.gather_ints([self._opened, self._adopted, self.passes])
         self._opened, self._adopted, self.passes = (max(column) for column in zip(*numbers, strict=True))

@@ -38,6 +38,9 @@ from moeless_opt.runtime.warm_pool import KeepAlive
 
 __all__ = ["LiveModel", "attach"]
 
+#: Plans carried out layer by layer that are remembered.
+REMEMBERED = 256
+
 
 def attach(model: Any, **options: Any) -> LiveModel:
     """Take over the experts of a running model.
@@ -151,7 +154,8 @@ class LiveModel:
         self._sized = group.size
         self.on_close: list[Callable[[], None]] = []
         self._hooks: list[Any] = []
-        self._by_layer: list[list[Ticket]] = []
+        self._by_layer: dict[int, list[Ticket]] = {}
+        self._applied_by_layer = 0
         self.dispatchers = [
             SlotDispatcher(
                 layer,
@@ -276,14 +280,19 @@ class LiveModel:
         for layer, slots_GC in enumerate(slots_LGC):
             tickets.append(self.lanes.open(layer))
             self.lanes.offer(tickets[-1], slots_GC)
-        self._by_layer.append(tickets)
-        return -len(self._by_layer)
+        self._applied_by_layer += 1
+        number = -self._applied_by_layer
+        self._by_layer[number] = tickets
+        self._by_layer.pop(number + REMEMBERED, None)
+        return number
 
     def migration(self, number: int) -> MigrationReport:
         """What became of a plan; on this rank, at any time."""
         if number > 0:
             return self.migrator.reports[number]
-        tickets = self._by_layer[-number - 1]
+        if number not in self._by_layer:
+            raise MoelessError(f"plan {number} is not known (any more)")
+        tickets = self._by_layer[number]
         moving = [t for t in tickets if not t.over]
         void = [t for t in tickets if t.status == "void"]
         late = any(t.status == "superseded" for t in tickets)
