@@ -128,9 +128,17 @@ def seat(live_C: Sequence[int], content: Sequence[int]) -> list[int]:
 def seat_all(live_GC: Sequence[list[int]], content: Sequence[Sequence[int]]) -> list[list[int]]:
     """Slots of every GPU of a layer; those whose experts stay the same stay as they are."""
     return [
-        row if len(experts) == len(row) and set(experts) == set(row) else seat(row, experts)
+        row if _stays(row, experts) else seat(row, experts)
         for row, experts in zip(live_GC, content, strict=True)
     ]
+
+
+def _stays(live_C: list[int], content: Sequence[int]) -> bool:
+    """Whether a GPU's experts are the same as before, its empty slots last."""
+    count = len(content)
+    if live_C[:count] == list(content):
+        return count == len(live_C) or max(live_C[count:]) < 0
+    return count == len(live_C) and set(content) == set(live_C)
 
 
 def _holds(slots_LGC: NDArray[Any], experts: int) -> NDArray[np.float32]:

@@ -446,6 +446,8 @@ def mend_content(
             f"capacity_LG[{layer}]: {sum(capacity)} slots in all cannot hold {experts} experts, "
             f"{experts - sum(capacity)} more would"
         )
+    if not missing:
+        return content
     busy = [
         sum(load[expert] / count[expert] for expert in row) / by
         for row, by in zip(content, speed, strict=True)
