@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers.relabel import relabel, seat
+from moeless_opt.solvers.relabel import relabel, seat, seat_all
 
 
 def kept(live_GC: np.ndarray, new_GC: np.ndarray) -> int:
@@ -69,3 +69,18 @@ def test_seating_keeps_slots_and_leaves_no_hole() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ProblemError, match="would need the live placement's"):
         relabel(np.zeros((1, 2, 2)), np.zeros((1, 2, 3)), experts=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 5))
+def test_seating_all_is_seating_each(seed: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    live, content = [], []
+    for _ in range(6):
+        held = rng.permutation(8)[: rng.integers(0, width + 1)].tolist()
+        live.append(held + [-1] * (width - len(held)))
+        kind = rng.integers(0, 3)  # as it is, in another order, or something else
+        other = rng.permutation(8)[: rng.integers(0, width + 1)].tolist()
+        content.append([held, rng.permutation(held).astype(int).tolist(), other][kind])
+    each = [seat(row, experts) for row, experts in zip(live, content, strict=True)]
+    assert seat_all(live, content) == each
