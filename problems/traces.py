@@ -623,7 +623,7 @@ def compose_tokens(
     window: int = 64,
     prompts: bool = False,
 ) -> Iterator[StepTokens]:
-    """The rows of the traces that each step of `compose_steps` routes, for requests that are drawn already."""
+    """Rows of the traces that each step of `compose_steps` routes, for requests that are drawn already."""
     step_seconds = number("step_seconds", step_seconds, open_low=True)
     window = whole("window", window, low=1)
     start_R = np.ceil(arrivals.time_R / step_seconds - 1e-9).astype(np.int64)
