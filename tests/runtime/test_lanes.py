@@ -250,3 +250,33 @@ def test_the_newest_plan_of_a_layer_wins_and_in_one_pass_where_nothing_moves() -
     assert (first[0].cold, second[0].cold) == (1, 0)
     assert second[0].opened + 1 == second[0].ended  # opened before pass 3 began
     assert world.ranks[0].lanes.find(2) is second[0]
+
+
+@pytest.mark.parametrize("keep_alive", [None, 0.0, 2.0])
+def test_what_the_next_plan_counts_on_survives_the_switch_before(keep_alive: float | None) -> None:
+    world = World(keep_alive)
+    # Expert 1 leaves rank 0; then it is back there, and rank 1 needs expert 4, which has to travel.
+    before = rows_to_slots([[0], [1, 2, 3], [4, 5]])
+    after = rows_to_slots([[0, 1], [2, 3, 4], [5]])
+    world.open(1, before)
+    for r in world.ranks:
+        r.plan()
+    world.batch(0)
+    for r in world.ranks:
+        r.arrive()
+    world.batch(2)  # all have it, but it is not the layer's turn
+    world.open(1, after)
+    for r in world.ranks:
+        r.plan()
+    world.batch(0)  # adopted while expert 1 still serves on rank 0: nothing is loaded there
+    world.batch(1)  # the first plan comes into force: expert 1 leaves, and must stay in memory
+    assert world.ranks[0].migrator.tables[1].rows == ((0,), (1, 2, 3), (4, 5))
+    assert (1, 1, 0) in world.ranks[0].lanes.extra
+    for r in world.ranks:
+        r.arrive()
+    world.batch(2)
+    world.batch(0)
+    world.batch(1)
+    assert world.ranks[0].migrator.tables[1].rows == ((0, 1), (2, 3, 4), (5,))
+    assert [t[0].cold for t in world.tickets] == [1, 1]
+    world.finish()
