@@ -279,6 +279,28 @@ def _predictors(canvas: Any, rows: list[Row]) -> None:
     _legend(canvas, left)
 
 
+def _beyond_oracle(canvas: Any, rows: list[Row]) -> None:
+    """How far from the oracle each policy is, by variant, a panel per model."""
+    models = _models(rows)
+    axes = canvas.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    labels = list(dict.fromkeys(row["variant"] for row in rows))
+    names = _policies(rows, "static", "oracle")
+    width = 0.8 / len(names)
+    for axis, model in zip(axes, models, strict=True):
+        mean = {(row["variant"], row["policy"]): row["mean_ms"] for row in rows if row["model"] == model}
+        for i, name in enumerate(names):
+            at = np.arange(len(labels)) + (i - (len(names) - 1) / 2) * width
+            beyond = [100 * (mean[label, name] / mean[label, "oracle"] - 1) for label in labels]
+            bars = axis.bar(at, beyond, width, color=COLOURS[name], label=name)
+            axis.bar_label(bars, [f"{x:+.1f}" for x in beyond], fontsize=7)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize=8)
+        axis.set_title(model)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("mean MoE layer latency beyond the oracle's, %")
+    _legend(canvas, axes[0])
+
+
 def _table_bars(canvas: Any, rows: list[Row]) -> None:
     """Latency, replicas, bytes moved and cost of every policy."""
     names = [row["policy"] for row in rows]
@@ -393,6 +415,18 @@ FIGURES: dict[str, Figure] = {
         variants=_each("gain", (0.0, 0.005, 0.02, 0.05, 0.1)),
         draw=_lines("least saving of a load (ours), share of a layer", _MOVED, _cost_change("passes")),
         size=(11.0, 3.6),
+    ),
+    "oracle": Figure(
+        text="how near to the oracle: layers ahead, and spare slots",
+        options={"model": list(_PAPER), "policies": "static,oracle,moeless,ours"},
+        # Errors such that predictions are as wrong as the trained gates of the tiny MoE, reading prompts.
+        variants=tuple(
+            (f"{ahead} ahead, {spare} spare", {"distance": ahead, "spare": spare, "error": error})
+            for ahead, error in ((1, 0.1), (3, 0.04))
+            for spare in (1, 2)
+        ),
+        draw=_beyond_oracle,
+        size=(12.5, 4.0),
     ),
     "predictors": Figure(
         text="real predictors on the tiny MoE's routing, experts sized as Phi-3.5-MoE's",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moeless_opt.problems.arrays import IntArray
+from moeless_opt.problems.arrays import IntArray, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.models import ModelSpec, model_preset
 from moeless_opt.problems.tiny_moe_traces import tiny_moe_traces
@@ -129,7 +129,7 @@ def scene(name: str, options: argparse.Namespace) -> Scene:
     model = model_of(name, options.sizes)
     if options.sizes is not None:
         basis.add("composed", f"experts and hidden state as large as {options.sizes}'s")
-    topology = _topology(options.topology, model.experts, options.slots)
+    topology = _topology(options.topology, model.experts, options.slots, options.spare)
     machine = _machine(model, topology, options, at, basis)
     tiny = name.lower() == TINY_MOE.name
     played = tiny or any((options.traces, options.predictions, options.traces_in_data))
@@ -168,15 +168,17 @@ def _machine(
     return Machine.of(topology, model, gpu=options.gpu, timings=timings)
 
 
-def _topology(text: str, experts: int, slots: int | None) -> Topology:
-    """A preset, or ``NODESxGPUS`` with H100 links; by default one slot more than static needs."""
+def _topology(text: str, experts: int, slots: int | None, spare: int) -> Topology:
+    """A preset, or ``NODESxGPUS`` with H100 links; by default `spare` slots more than static needs."""
     nodes, _, per_node = text.partition("x")
     if text not in TOPOLOGY_PRESETS and nodes.isdigit() and per_node.isdigit():
         links = TOPOLOGY_PRESETS["4x8xH100"][3]
         plain = Topology.uniform(int(nodes), int(per_node), slots=1, links=links)
     else:
         plain = Topology.preset(text, slots=1)
-    return plain.replace(slots_G=np.full(plain.gpus, slots or -(-experts // plain.gpus) + 1))
+    return plain.replace(
+        slots_G=np.full(plain.gpus, slots or -(-experts // plain.gpus) + whole("--spare", spare))
+    )
 
 
 def _arrivals(options: argparse.Namespace, at: Locate, basis: _Basis, *, lengths: bool) -> Arrivals:

@@ -39,6 +39,7 @@ SWEEPS: dict[str, Callable[[str], Any]] = {
     "predictor": str,
     "rate": float,
     "slots": int,
+    "spare": int,
     "tolerance": float,
     "topology": str,
 }
@@ -107,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sizes", metavar="NAME", help="preset whose experts' and hidden sizes to take instead")
     add("--topology", default="8xA6000", help="preset, or NODESxGPUS (default 8xA6000)")
     add("--gpu", default="A6000", help="data sheet for the times (A6000, A100, H100)")
-    add("--slots", type=int, help="replicas per GPU and layer (default: one more than static needs)")
+    add("--slots", type=int, help="replicas per GPU and layer (default: what static needs, and --spare)")
+    add("--spare", type=int, default=1, help="slots per GPU and layer beyond what static needs (default 1)")
     add("--policies", default=",".join(DEFAULT_POLICIES), help="comma-separated, or 'ablation'")
     add("--batching", choices=("seconds", "continuous", "closed"), default="seconds")
     add("--period", type=float, default=0.05, help="of continuous batching, seconds (default 0.05)")
