@@ -188,7 +188,7 @@ class WarmPool:
         if now < self.now:
             raise ProblemError("now", f"is {now}, time has reached {self.now}")
         keep_L = self.keep_alive.seconds_L(len(self.warm_LGE))
-        end_LGE = self.last_LGE + keep_L[:, None, None]
+        end_LGE = np.where(self.warm_LGE, self.last_LGE, 0.0) + keep_L[:, None, None]
         gone_LGE = self.warm_LGE & (end_LGE < now) & ~self._last_copies()
         for kept_LGE in (self.pinned_LGE, keep_LGE):
             if kept_LGE is not None:

@@ -115,6 +115,15 @@ def test_extra_replica_goes_after_its_keep_alive_and_is_charged_until_then() -> 
     assert pool.use(two_on_one(), 10.0).cold_LGE.sum() == 1
 
 
+def test_kept_for_ever() -> None:
+    slots = placement(np.random.default_rng(0))
+    pool = WarmPool(slots, E, capacity_LG=np.full((L, G), C), bytes_L=np.full(L, 2), keep_alive=float("inf"))
+    held = pool.warm_LGE.copy()
+    pool.advance(1e9)
+    np.testing.assert_array_equal(pool.warm_LGE, held)
+    assert pool.byte_seconds == pytest.approx(2e9 * held.sum())
+
+
 def test_prewarmed_replica_is_warm_and_no_reuse() -> None:
     pool = pool_of(keep_alive=FixedKeepAlive(5.0))
     moved = np.array([[[0, 1], [2, 3], [1, -1]]], dtype=np.int32)
