@@ -19,6 +19,7 @@ from typing import Any
 
 import moeless_opt
 from moeless_opt.api import compare, export_model, make_problem, recommend_redundancy, solve
+from moeless_opt.plots import need_matplotlib, plot_loads
 from moeless_opt.problems.errors import (
     FormatError,
     InfeasibleError,
@@ -180,7 +181,7 @@ def _run(args: argparse.Namespace) -> int:
         if path is not None and Path(path).is_dir():
             raise FormatError(path, "cannot be written: it is a folder")
     if args.plot is not None:
-        _need_matplotlib()
+        need_matplotlib()
     problem = _problem(args)
     if args.check is not None:
         return _check(problem, args)
@@ -223,8 +224,6 @@ def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
     if best is not None and args.output:
         best.save(args.output)
     if best is not None and args.plot:
-        from moeless_opt.plots import plot_loads
-
         atomic_write(args.plot, plot_loads(problem, best))
     if best is not None and args.schedule:
         atomic_write(args.schedule, _schedule(problem, best))
@@ -553,15 +552,6 @@ def _solvers_table() -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def _need_matplotlib() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise SolverUnavailableError(
-            "--plot: needs a package that is missing: pip install 'moeless-opt[plot]'"
-        )
 
 
 @contextmanager

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import io
+from importlib.util import find_spec
 
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray
+from moeless_opt.problems.errors import SolverUnavailableError
 from moeless_opt.problems.evaluate import gpu_times, imbalance
 from moeless_opt.problems.placement import equal_shares
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.problem import Problem
 
-__all__ = ["plot_loads"]
+__all__ = ["need_matplotlib", "plot_loads"]
+
+
+def need_matplotlib() -> None:
+    """Say before any work, not after it, that nothing can be drawn.
+
+    Raises
+    ------
+    SolverUnavailableError
+        If matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise SolverUnavailableError(
+            "--plot: needs a package that is missing: pip install 'moeless-opt[plot]'"
+        )
 
 
 def plot_loads(problem: Problem, plan: Plan) -> bytes:

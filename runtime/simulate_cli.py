@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from moeless_opt.plots import need_matplotlib
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
 from moeless_opt.runtime.cost import RULES
 from moeless_opt.runtime.sim_figures import FIGURES, draw, draw_distributions
@@ -24,6 +25,7 @@ from moeless_opt.runtime.sim_foresight import NAMES, Judged, foreseer
 from moeless_opt.runtime.sim_policies import POLICIES, Policy, Run, Settings, build
 from moeless_opt.runtime.sim_scene import Scene, scene
 from moeless_opt.runtime.simulator import SimReport, simulate
+from moeless_opt.solvers import fast
 
 __all__ = ["main"]
 
@@ -157,9 +159,17 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
     out = sys.stderr if options.json else sys.stdout
     names = _policies(options.policies)
+    if options.plot is not None:
+        need_matplotlib()
     figure = FIGURES.get(options.figure or "")
     if figure is not None:
         print(f"figure: {figure.text}", file=out)
+    if not fast.available() and any(POLICIES[name].shares == "timed" for name in names):
+        print(
+            "note: Numba is not installed, so planning by time is interpreted: the same figures, many times "
+            'slower (pip install "moeless-opt[fast]")',
+            file=sys.stderr,
+        )
     rows: list[dict[str, Any]] = []
     said: set[str] = set()
     for model_name in options.model or PAPER_MODELS:

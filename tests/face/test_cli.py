@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -221,11 +220,7 @@ def test_a_picture(saved: mo.Problem, capsys: Any) -> None:
 def test_no_matplotlib_is_said_before_anything_is_solved(
     saved: mo.Problem, capsys: Any, monkeypatch: Any
 ) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
-    )
+    monkeypatch.setattr("moeless_opt.plots.find_spec", lambda name: None)
     line = refused(capsys, "problem.json", "--plot", "x.png", code=3)
     assert line == "--plot: needs a package that is missing: pip install 'moeless-opt[plot]'"
 

@@ -156,3 +156,16 @@ def test_defaults_are_those_of_the_settings() -> None:
     options, settings = _options([]), Settings()
     for part in fields(Settings):
         assert type(getattr(settings, part.name))(getattr(options, part.name)) == getattr(settings, part.name)
+
+
+def test_missing_extras_are_told_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("moeless_opt.solvers.fast.available", lambda: False)
+    assert main([*QUICK, "--policies", "static,stay"]) == 0
+    assert "moeless-opt[fast]" in capsys.readouterr().err
+    assert main([*QUICK, "--policies", "static"]) == 0
+    assert "moeless-opt[fast]" not in capsys.readouterr().err
+    monkeypatch.setattr("moeless_opt.plots.find_spec", lambda name: None)
+    assert main([*QUICK, "--policies", "static", "--plot", str(tmp_path / "x.png")]) != 0
+    assert "moeless-opt[plot]" in capsys.readouterr().err
