@@ -99,6 +99,13 @@ class Loads(Record):
             raise ProblemError(
                 "loads.scenarios", f"names {len(self.scenarios)} scenarios, there are {scenarios}"
             )
+        notes: object = self.notes
+        if isinstance(notes, str) or not isinstance(notes, Iterable):
+            raise ProblemError("loads.notes", f"is {notes!r}, must be a list of texts")
+        put(self, "notes", tuple(notes))
+        for i, note in enumerate(self.notes):
+            if not isinstance(note, str):
+                raise ProblemError(f"loads.notes[{i}]", f"is {note!r}, must be a text")
         put(self, "skipped", _indices("loads.skipped", self.skipped))
         if self.load_TLNE is not None:
             load_TLNE = floats("loads.by_node", self.load_TLNE)

@@ -533,6 +533,13 @@ def _places(node: Any, path: tuple[Any, ...] = ()) -> Any:
         yield from _places(value, (*path, key))
 
 
+def test_notes_are_texts() -> None:
+    document = whole_documents()["uniform"]
+    document["loads"]["notes"] = ["fine", float("inf")]
+    with pytest.raises(ProblemError, match=r"loads\.notes\[1\]: is inf, must be a text"):
+        problem_from_json(document)
+
+
 @pytest.mark.parametrize("name", whole_documents())
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
