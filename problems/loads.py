@@ -85,7 +85,13 @@ class Loads(Record):
                 raise ProblemError("loads.weights", f"has shape {weight_T.shape}, must be ({scenarios},)")
             if not weight_T.any():
                 raise ProblemError("loads.weights", "are all zero; at least one must be above 0")
-            put(self, "weight_T", floats("loads.weights", weight_T / weight_T.sum()))
+            # What sums to 1 stays as it is to the last bit, so that reading back changes nothing.
+            total = float(weight_T.sum())
+            put(
+                self,
+                "weight_T",
+                weight_T if abs(total - 1) < 1e-12 else floats("loads.weights", weight_T / total),
+            )
         put(self, "layers", _indices("loads.layers", self.layers) or tuple(range(layers)))
         if len(self.layers) != layers or any(
             a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)

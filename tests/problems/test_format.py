@@ -533,6 +533,15 @@ def _places(node: Any, path: tuple[Any, ...] = ()) -> Any:
         yield from _places(value, (*path, key))
 
 
+def test_weights_come_back_to_the_last_bit() -> None:
+    """Dividing by the sum again would change 1/6, 4/6, 1/6."""
+    loads = Loads(load_TLE=np.ones((3, 1, 2)), weight_T=np.array([0.25, 1.0, 0.25]))
+    problem = Problem(loads=loads, topology=uniform(1, 2, slots=1))
+    twin = problem_from_json(json.loads(json.dumps(problem_to_json(problem))))
+    assert twin == problem
+    assert twin.digest() == problem.digest()
+
+
 def test_notes_are_texts() -> None:
     document = whole_documents()["uniform"]
     document["loads"]["notes"] = ["fine", float("inf")]
