@@ -16,7 +16,7 @@ from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.problem import Problem
 from moeless_opt.problems.time_model import TimeModel
 
-__all__ = ["verify", "violations"]
+__all__ = ["check_slots", "verify", "violations"]
 
 TOLERANCE = 1e-6
 _MOST = 5  # examples listed of each kind
@@ -309,3 +309,25 @@ def _claims(problem: Problem, plan: Plan, parts: list[_Tables]) -> list[str]:
 
 
 _NO_LIMITS = Problem.__dataclass_fields__["limits"].default
+
+
+def check_slots(slots_GC: SlotArray, experts: int, capacity_G: IntArray) -> None:
+    """Raise unless a layer's slots are a placement: every expert somewhere, none twice on a GPU, all fit.
+
+    Raises
+    ------
+    InvalidPlanError
+        Naming what is broken.
+    """
+    gpus = len(slots_GC)
+    cell = (slots_GC + 1 + np.arange(gpus)[:, None] * (experts + 1)).ravel()
+    count_GE = np.bincount(cell, minlength=gpus * (experts + 1)).reshape(gpus, experts + 1)[:, 1:]
+    found = []
+    if count_GE.max() > 1:
+        found.append("an expert sits on a GPU twice")
+    if not count_GE.any(0).all():
+        found.append(f"expert {int(count_GE.any(0).argmin())} has no replica")
+    if (count_GE.sum(1) > capacity_G).any():
+        found.append("a GPU holds more replicas than fit")
+    if found:
+        raise InvalidPlanError(found)

@@ -38,8 +38,8 @@ from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.placement import Placement
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.topology import Topology
+from moeless_opt.problems.verify import check_slots
 from moeless_opt.runtime.backend import Backend, LayerBackend, LoadWindow
-from moeless_opt.runtime.layer_planner import check_slots
 
 __all__ = ["Controller", "Counted", "Decision", "Foreseen", "LayerDecision", "PlanLayer", "Planner"]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
-from moeless_opt.problems.errors import InvalidPlanError, ProblemError
+from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.loads import as_loads
 from moeless_opt.problems.models import ModelSpec
 from moeless_opt.problems.placement import Placement
@@ -22,7 +22,7 @@ from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.problem import Problem
 from moeless_opt.problems.time_model import TimeModel
 from moeless_opt.problems.topology import Topology
-from moeless_opt.problems.verify import verify
+from moeless_opt.problems.verify import check_slots, verify
 from moeless_opt.solvers.base import Clock, finish
 from moeless_opt.solvers.timed import TimeTable, timed_plan
 
@@ -77,7 +77,8 @@ class LayerPlanner:
         bytes_L = np.full(model.layers, model.expert_bytes, dtype=np.int64)
         self.capacity_LG: IntArray = topology.capacity_LG(bytes_L, model.experts)
         most = min(int(self.capacity_LG.max()), model.experts)
-        self.table = TimeTable.of(time, most, per_token=number("per_token", per_token))
+        self.per_token = number("per_token", per_token)
+        self.table = TimeTable.of(time, most, per_token=self.per_token)
         links = topology.links
         slowest = links.inter_node if topology.nodes > 1 else links.intra_node
         self.load_G: FloatArray = np.full(topology.gpus, links.latency + model.expert_bytes / slowest)
@@ -89,14 +90,12 @@ class LayerPlanner:
     def expected_L(self, load_LE: FloatArray) -> FloatArray:
         """Seconds of layers in perfect balance: what hides the loading of the layers after them."""
         total_L = load_LE.sum(1)
+        mean_L = total_L / self.topology.gpus
         each = max(self.model.experts // self.topology.gpus, 1)
         each = min(each, len(self.table.table_AK) - 1)
         speed = float(self.topology.speed_G.mean())
-        mean_L = total_L / self.topology.gpus
-        knot_K, row_K = self.table.knot_K, self.table.table_AK[each]
-        slope = (row_K[-1] - row_K[-2]) / (knot_K[-1] - knot_K[-2])
-        inside_L = np.interp(mean_L, knot_K, row_K) + np.maximum(mean_L - knot_K[-1], 0.0) * slope
-        return np.where(total_L > 0, inside_L / speed, 0.0)
+        seconds_L = self.time.time(mean_L, each, speed) + self.per_token * mean_L / speed
+        return np.where(total_L > 0, seconds_L, 0.0)
 
     def __call__(self, load_LE: FloatArray, live_LGC: SlotArray) -> Plan:
         """Plan all layers; verified, without a bound."""
@@ -157,25 +156,3 @@ class LayerPlanner:
         ).slots_LGC
         check_slots(slots_1GC[0], load_1E.shape[1], capacity_1G[0])
         return np.asarray(slots_1GC[0])
-
-
-def check_slots(slots_GC: SlotArray, experts: int, capacity_G: IntArray) -> None:
-    """Raise unless a layer's slots are a placement: every expert somewhere, none twice on a GPU, all fit.
-
-    Raises
-    ------
-    InvalidPlanError
-        Naming what is broken.
-    """
-    gpus = len(slots_GC)
-    cell = (slots_GC + 1 + np.arange(gpus)[:, None] * (experts + 1)).ravel()
-    count_GE = np.bincount(cell, minlength=gpus * (experts + 1)).reshape(gpus, experts + 1)[:, 1:]
-    found = []
-    if count_GE.max() > 1:
-        found.append("an expert sits on a GPU twice")
-    if not count_GE.any(0).all():
-        found.append(f"expert {int(count_GE.any(0).argmin())} has no replica")
-    if (count_GE.sum(1) > capacity_G).any():
-        found.append("a GPU holds more replicas than fit")
-    if found:
-        raise InvalidPlanError(found)

@@ -34,7 +34,7 @@ from moeless_opt.runtime.sim_time import LayerTimes, Machine
 from moeless_opt.runtime.sim_traffic import Passes
 from moeless_opt.runtime.sim_waits import stretched, waits
 from moeless_opt.runtime.warm_pool import KeepAlive
-from moeless_opt.solvers.activation import fewest_activated
+from moeless_opt.solvers.activation import shares_of_one
 from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
 from moeless_opt.solvers.timed import TimeTable, timed_shares
@@ -364,18 +364,8 @@ class SimulatedBackend:
     def _one_each(self) -> FloatArray:
         """Shares that use one replica of each expert, as few experts per GPU as can be, [L, G, C]."""
         if self._alone_LGC is None:
-            slots_LGC = self._slots_LGC
-            gpu_LE = np.stack(
-                [
-                    fewest_activated(np.ones(self.experts), slots_GC, self.machine.topology.speed_G).gpu_E
-                    for slots_GC in slots_LGC
-                ]
-            )
-            gpu_LGC = np.take_along_axis(
-                gpu_LE[:, None, :], np.maximum(slots_LGC, 0).astype(np.int64), axis=2
-            )
-            here_G = np.arange(slots_LGC.shape[1])[:, None]
-            self._alone_LGC = ((slots_LGC >= 0) & (gpu_LGC == here_G)).astype(np.float64)
+            even_LE = np.ones((len(self._slots_LGC), self.experts))
+            self._alone_LGC = shares_of_one(even_LE, self._slots_LGC, self.machine.topology.speed_G)
         return self._alone_LGC
 
     def _perfect(self, load_BLE: FloatArray) -> LayerTimes:

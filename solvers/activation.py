@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from moeless_opt.problems.bounds import LinearTime
 from moeless_opt.problems.errors import InfeasibleError
 
-__all__ = ["Activation", "fewest_activated", "worthwhile_replicas"]
+__all__ = ["Activation", "fewest_activated", "shares_of_one", "worthwhile_replicas"]
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -233,6 +233,32 @@ class _Board:
             self.move(step[0], step[1])
             if step[2] >= 0:
                 self.move(step[2], g)
+
+
+def shares_of_one(load_LE: ArrayLike, slots_LGC: ArrayLike, speed_G: ArrayLike | None = None) -> Float:
+    """Shares that use one replica of each expert, as `fewest_activated` chooses it, in every layer.
+
+    Parameters
+    ----------
+    load_LE : array_like of float, shape (L, E)
+        Tokens of each expert; one without tokens is served somewhere, too.
+    slots_LGC : array_like of int, shape (L, G, C)
+        The placement, -1 in empty slots.
+    speed_G : array_like of float, shape (G,), optional
+        Relative speeds (default 1).
+
+    Returns
+    -------
+    ndarray of float, shape (L, G, C)
+        1 where an expert is served, 0 elsewhere.
+    """
+    load, slots = np.asarray(load_LE, dtype=np.float64), np.asarray(slots_LGC)
+    share_LGC = np.zeros(slots.shape)
+    here_G1 = np.arange(slots.shape[1])[:, None]
+    for layer, (load_E, slots_GC) in enumerate(zip(load, slots, strict=True)):
+        gpu_E = fewest_activated(np.maximum(load_E, 1e-300), slots_GC, speed_G).gpu_E
+        share_LGC[layer] = (slots_GC >= 0) & (gpu_E[np.maximum(slots_GC, 0)] == here_G1)
+    return share_LGC
 
 
 def worthwhile_replicas(

@@ -18,7 +18,7 @@ from moeless_opt.problems.evaluate import gpu_times, new_replicas
 from moeless_opt.problems.placement import equal_shares
 from moeless_opt.problems.plan import Plan, ProgressCallback, Result
 from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.activation import fewest_activated, worthwhile_replicas
+from moeless_opt.solvers.activation import shares_of_one, worthwhile_replicas
 from moeless_opt.solvers.base import Clock, Feature, NeverStop, Stop, finish
 from moeless_opt.solvers.knapsack import plan_budget
 from moeless_opt.solvers.minimal_sizing import fewest_for_time
@@ -183,7 +183,7 @@ class ActivationAware:
         free_G = np.zeros(len(speed_G))
         fresh = timed_plan(load_LE, base.slots_LGC, capacity_LG, speed_G, table, load_G=free_G, kicks=kicks)
         if problem.current is None or problem.current.partial:
-            alone_LGC = _one_each(load_LE, fresh.slots_LGC, speed_G)
+            alone_LGC = shares_of_one(load_LE, fresh.slots_LGC, speed_G)
             return [
                 (base.slots_LGC, base.share_LGC),
                 (fresh.slots_LGC, fresh.share_LGC),
@@ -200,7 +200,7 @@ class ActivationAware:
             return [(paid.slots_LGC, paid.share_LGC)]
         near = timed_plan(load_LE, live_LGC, capacity_LG, speed_G, table, load_G=free_G, kicks=kicks)
         found = [(plan.slots_LGC, plan.share_LGC) for plan in (base, fresh, near)]
-        found.append((live_LGC, _one_each(load_LE, live_LGC, speed_G)))
+        found.append((live_LGC, shares_of_one(load_LE, live_LGC, speed_G)))
         best_L = np.minimum(fresh.value_L, near.value_L)
         for part in (0.1, 1.0):
             price_L = part * objective.balance_tolerance * best_L
@@ -230,17 +230,6 @@ def linear_time(problem: Problem) -> LinearTime:
     table = np.stack([np.ones(near.sum()), used.ravel()[near], tokens.ravel()[near]], axis=1)
     (launch, activation, token), *_ = np.linalg.lstsq(table, time.curve_time.ravel()[near], rcond=None)
     return LinearTime(launch=max(launch, 0.0), activation=max(activation, 0.0), token=max(token, 1e-12))
-
-
-def _one_each(load_LE: FloatArray, slots_LGC: SlotArray, speed_G: FloatArray) -> FloatArray:
-    """Shares that use one replica of each expert, as few on the fullest GPU as can be (exactly)."""
-    share_LGC = np.zeros(slots_LGC.shape)
-    for layer, (load_E, slots_GC) in enumerate(zip(load_LE, slots_LGC, strict=True)):
-        # An expert without tokens is served somewhere, too.
-        gpu_E = fewest_activated(np.maximum(load_E, 1e-300), slots_GC, speed_G).gpu_E
-        here_G1 = np.arange(len(slots_GC))[:, None]
-        share_LGC[layer] = (slots_GC >= 0) & (gpu_E[np.maximum(slots_GC, 0)] == here_G1)
-    return share_LGC
 
 
 def _best(problem: Problem, candidates: list[tuple[SlotArray, FloatArray]]) -> tuple[SlotArray, FloatArray]:
