@@ -312,13 +312,15 @@ _NO_LIMITS = Problem.__dataclass_fields__["limits"].default
 
 
 def check_slots(slots_GC: SlotArray, experts: int, capacity_G: IntArray) -> None:
-    """Raise unless a layer's slots are a placement: every expert somewhere, none twice on a GPU, all fit.
+    """Raise unless slots place a layer: known experts, each somewhere, none twice on a GPU, all fit.
 
     Raises
     ------
     InvalidPlanError
         Naming what is broken.
     """
+    if slots_GC.size == 0 or int(slots_GC.min()) < -1 or int(slots_GC.max()) >= experts:
+        raise InvalidPlanError([f"slots hold an expert outside -1..{experts - 1}"])
     gpus = len(slots_GC)
     cell = (slots_GC + 1 + np.arange(gpus)[:, None] * (experts + 1)).ravel()
     count_GE = np.bincount(cell, minlength=gpus * (experts + 1)).reshape(gpus, experts + 1)[:, 1:]

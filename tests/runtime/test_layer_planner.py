@@ -84,3 +84,7 @@ def test_refusals() -> None:
         check_slots(np.array([[0, 1], [1, -1]]), 3, np.array([2, 2]))
     with pytest.raises(InvalidPlanError, match="more replicas than fit"):
         check_slots(good, 3, np.array([1, 2]))
+    # An expert that is none would be counted as an empty slot of the next GPU.
+    for wrong in ([[0, 3], [1, 2]], [[0, 1], [2, 3]], [[0, 1], [2, -2]]):
+        with pytest.raises(InvalidPlanError, match=r"an expert outside -1\.\.2"):
+            check_slots(np.array(wrong), 3, np.array([2, 2]))
