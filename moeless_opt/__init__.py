@@ -17,18 +17,18 @@ from moeless_opt.problems.errors import (
     SolverUnavailableError,
     UnsupportedFeatureError,
 )
-from moeless_opt.problems.format import load_plan, load_problem, save_problem
-from moeless_opt.problems.library import instance_names, load_instance
-from moeless_opt.problems.loads import Loads
-from moeless_opt.problems.models import MODEL_PRESETS, ModelSpec, model_preset
-from moeless_opt.problems.placement import Placement
-from moeless_opt.problems.plan import Certificate, Payback, Plan, Progress, Result, Status
-from moeless_opt.problems.problem import Known, Problem
-from moeless_opt.problems.spec import Limits, Objective, Sizing
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Links, Topology, uniform
-from moeless_opt.problems.verify import verify, violations
-from moeless_opt.solvers.registry import get_solver, list_solvers, solver_names
+from moeless_opt.problems.instances.library import instance_names, load_instance
+from moeless_opt.problems.io.documents import load_plan, load_problem, save_problem
+from moeless_opt.problems.plan.plan import Certificate, Payback, Plan, Progress, Result, Status
+from moeless_opt.problems.plan.verify import verify, violations
+from moeless_opt.problems.spec.architecture import MODEL_PRESETS, ModelSpec, model_preset
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.problem import Known, Problem
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Links, Topology, uniform
+from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
+from moeless_opt.solvers.core.registry import get_solver, list_solvers, solver_names
 
 if TYPE_CHECKING:
     from moeless_opt.fronts import ParetoFront, migration, pareto

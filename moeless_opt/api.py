@@ -15,21 +15,21 @@ from moeless_opt.problems.errors import (
     SolverUnavailableError,
     UnsupportedFeatureError,
 )
-from moeless_opt.problems.loads import Loads, as_loads
-from moeless_opt.problems.models import ModelSpec, model_preset
-from moeless_opt.problems.placement import Placement
-from moeless_opt.problems.plan import Plan, ProgressCallback, Result, Status
-from moeless_opt.problems.problem import Problem
-from moeless_opt.problems.spec import Limits, Objective, Sizing
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import Topology
-from moeless_opt.problems.verify import verify
+from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result, Status
+from moeless_opt.problems.plan.verify import verify
+from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
+from moeless_opt.problems.spec.loads import Loads, as_loads
+from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
 from moeless_opt.report import Comparison, row_of
-from moeless_opt.solvers.base import FirstOf, MaxTime, NeverStop, Stop
-from moeless_opt.solvers.registry import get_solver, require
+from moeless_opt.solvers.core.finish import FirstOf, MaxTime, NeverStop, Stop
+from moeless_opt.solvers.core.registry import get_solver, require
 
 if TYPE_CHECKING:
-    from moeless_opt.solvers.knapsack import Redundancy
+    from moeless_opt.solvers.sizing.budget import Redundancy
 
 __all__ = ["compare", "export_model", "make_problem", "plan", "recommend_redundancy", "solve"]
 
@@ -326,7 +326,7 @@ def recommend_redundancy(
         Per total: where the replicas go (``spare_L``), their memory, the imbalance with an equal split, the
         least that any spending could have, and the imbalance if every layer got the same number.
     """
-    from moeless_opt.solvers.knapsack import recommend_redundancy as recommend
+    from moeless_opt.solvers.sizing.budget import recommend_redundancy as recommend
 
     problem = make_problem(loads, topology, model=model)
     sized = problem.bytes_L if problem.bytes_L.any() else None
@@ -351,8 +351,8 @@ def export_model(problem: Problem, path: str | PathLike[str], *, layer: int | No
     ProblemError
         If there is no such layer, or the suffix is neither.
     """
-    from moeless_opt.solvers.exact_milp import write_model
-    from moeless_opt.solvers.exact_model import layer_of
+    from moeless_opt.solvers.exact.layer import layer_of
+    from moeless_opt.solvers.exact.milp import write_model
 
     layers = problem.loads.layers
     if layer is not None and layer not in layers:

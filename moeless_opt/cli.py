@@ -29,19 +29,19 @@ from moeless_opt.problems.errors import (
     SolverUnavailableError,
     UnsupportedFeatureError,
 )
-from moeless_opt.problems.format import atomic_write, load_plan, load_problem, plan_to_json, read_json
-from moeless_opt.problems.library import instance_names, instance_summary, load_instance
-from moeless_opt.problems.loads import Loads
-from moeless_opt.problems.placement import Placement
-from moeless_opt.problems.plan import Plan
-from moeless_opt.problems.problem import Problem
-from moeless_opt.problems.spec import SPLITS, Limits, Sizing
-from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Topology
-from moeless_opt.problems.verify import violations
+from moeless_opt.problems.instances.library import instance_names, instance_summary, load_instance
+from moeless_opt.problems.io.documents import atomic_write, load_plan, load_problem, plan_to_json, read_json
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.verify import violations
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
+from moeless_opt.problems.spec.wishes import SPLITS, Limits, Sizing
 from moeless_opt.progress import Display, InterruptStop
 from moeless_opt.report import Comparison, row_of, table, worst_layers
-from moeless_opt.solvers.base import lower_bound, required_features
-from moeless_opt.solvers.registry import get_solver, list_solvers, require, solver_names
+from moeless_opt.solvers.core.finish import lower_bound, required_features
+from moeless_opt.solvers.core.registry import get_solver, list_solvers, require, solver_names
 
 __all__ = ["main"]
 

@@ -10,20 +10,20 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InvalidPlanError, ProblemError, UnsupportedFeatureError
-from moeless_opt.problems.evaluate import gpu_times, objective_vector
-from moeless_opt.problems.migration import Migration, migration_violations
-from moeless_opt.problems.placement import equal_shares
-from moeless_opt.problems.plan import Plan
-from moeless_opt.problems.problem import Problem
-from moeless_opt.problems.spec import PRIORITIES
-from moeless_opt.problems.verify import verify
+from moeless_opt.problems.plan.evaluate import gpu_times, objective_vector
+from moeless_opt.problems.plan.migration import Migration, migration_violations
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.verify import verify
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.wishes import PRIORITIES
 from moeless_opt.report import bytes_text, table
-from moeless_opt.solvers.base import Clock, finish
-from moeless_opt.solvers.construct import construct_equal
-from moeless_opt.solvers.fractional import construct_fractional
-from moeless_opt.solvers.migration import schedule_migration, staging_limit
-from moeless_opt.solvers.replanner import frontier
-from moeless_opt.solvers.splitting import best_shares
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.construct.fractional import construct_fractional
+from moeless_opt.solvers.core.finish import Clock, finish
+from moeless_opt.solvers.migration.schedule import schedule_migration, staging_limit
+from moeless_opt.solvers.replan.solver import frontier
+from moeless_opt.solvers.shares.best import best_shares
 
 __all__ = ["ParetoFront", "migration", "pareto"]
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moeless_opt.runtime.controller import Controller, Planner
-    from moeless_opt.runtime.live import attach
+    from moeless_opt.runtime.control.controller import Controller, Planner
+    from moeless_opt.runtime.live.model import attach
 
 __all__ = ["Controller", "Planner", "attach"]
 
 
 def __getattr__(name: str) -> Any:
     """Import the parts when they are asked for: `attach` needs torch, the package does not."""
-    homes = {"attach": "live", "Controller": "controller", "Planner": "controller"}
+    homes = {"attach": "live.model", "Controller": "control.controller", "Planner": "control.controller"}
     if name in homes:
         import importlib
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.problems.plan import Plan, ProgressCallback, Result
-from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.base import Feature, Stop, required_features
-from moeless_opt.solvers.constrained import Constrained
-from moeless_opt.solvers.planners import Construct
-from moeless_opt.solvers.portfolio import Portfolio
-from moeless_opt.solvers.replanner import Replan
-from moeless_opt.solvers.sized import ActivationAware, Sized
+from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.construct.solver import Construct
+from moeless_opt.solvers.core.finish import Feature, Stop, required_features
+from moeless_opt.solvers.exact.solver import Portfolio
+from moeless_opt.solvers.replan.solver import Replan
+from moeless_opt.solvers.sizing.limits import Constrained
+from moeless_opt.solvers.sizing.solver import ActivationAware, Sized
 
 __all__ = ["Auto"]
 

@@ -8,14 +8,14 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.evaluate import count_moves, gpu_times, imbalance
-from moeless_opt.problems.loads import Loads
-from moeless_opt.problems.placement import Placement, equal_shares
-from moeless_opt.problems.plan import Certificate, Payback, Plan
-from moeless_opt.problems.problem import Problem
-from moeless_opt.problems.spec import Limits, Objective, Sizing
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import Links, Topology
+from moeless_opt.problems.plan.evaluate import count_moves, gpu_times, imbalance
+from moeless_opt.problems.plan.plan import Certificate, Payback, Plan
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.placement import Placement, equal_shares
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import Links, Topology
+from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -11,12 +11,12 @@ from functools import cache
 from pathlib import Path
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.format import load_problem
-from moeless_opt.problems.problem import Problem
+from moeless_opt.problems.io.documents import load_problem
+from moeless_opt.problems.spec.problem import Problem
 
 __all__ = ["INSTANCES", "instance_names", "instance_path", "instance_summary", "load_instance"]
 
-INSTANCES = Path(__file__).parent / "instances"
+INSTANCES = Path(__file__).parent
 
 
 @cache

@@ -26,15 +26,15 @@ import numpy as np
 
 from moeless_opt.problems.arrays import floats, integers, number
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.evaluate import Moves
-from moeless_opt.problems.loads import Loads
-from moeless_opt.problems.models import ModelSpec, model_preset
-from moeless_opt.problems.placement import Placement
-from moeless_opt.problems.plan import Certificate, Payback, Plan
-from moeless_opt.problems.problem import Known, Problem
-from moeless_opt.problems.spec import SPLITS, Limits, Objective, Sizing
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import Links, Topology
+from moeless_opt.problems.plan.evaluate import Moves
+from moeless_opt.problems.plan.plan import Certificate, Payback, Plan
+from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.problem import Known, Problem
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import Links, Topology
+from moeless_opt.problems.spec.wishes import SPLITS, Limits, Objective, Sizing
 
 __all__ = [
     "MAX_BYTES",
@@ -213,7 +213,7 @@ def schema(name: str) -> dict[str, Any]:
     """
     if name not in ("problem", "plan", "topology"):
         raise ProblemError("schema", f"{name!r} is unknown; there are problem, plan, topology")
-    path = Path(__file__).parent / "schema" / f"{name}.schema.json"
+    path = Path(__file__).parents[1] / "schema" / f"{name}.schema.json"
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return document
 
@@ -371,7 +371,7 @@ def _check_size(file: Any, name: str) -> None:
 
 
 def _generated(entry: _Fields) -> Any:
-    from moeless_opt.problems.generators import from_recipe
+    from moeless_opt.problems.spec.generators import from_recipe
 
     recipe = entry.take("recipe", dict)
     drift = recipe.get("drift")

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, frozen
-from moeless_opt.problems.placement import held_LGE
-from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.problems.spec.time_model import TimeModel
 
 if TYPE_CHECKING:
-    from moeless_opt.problems.plan import Plan
-    from moeless_opt.problems.problem import Problem
-    from moeless_opt.problems.spec import Objective
-    from moeless_opt.problems.topology import Topology
+    from moeless_opt.problems.plan.plan import Plan
+    from moeless_opt.problems.spec.problem import Problem
+    from moeless_opt.problems.spec.topology import Topology
+    from moeless_opt.problems.spec.wishes import Objective
 
 __all__ = [
     "Moves",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_opt.problems.arrays import IntArray, Record, SlotArray
-from moeless_opt.problems.placement import held_LGE
-from moeless_opt.problems.topology import Topology
+from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.problems.spec.topology import Topology
 
 __all__ = [
     "HOST",

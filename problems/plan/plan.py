@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, Record, SlotArray, frozen, number
-from moeless_opt.problems.evaluate import Moves
-from moeless_opt.problems.placement import Placement, held_LGE, replica_counts
-from moeless_opt.problems.problem import Problem
+from moeless_opt.problems.plan.evaluate import Moves
+from moeless_opt.problems.spec.placement import Placement, held_LGE, replica_counts
+from moeless_opt.problems.spec.problem import Problem
 
 __all__ = ["Certificate", "Payback", "Plan", "Progress", "Result", "Status"]
 
@@ -222,7 +222,7 @@ class Plan(Record):
 
         The file appears whole or not at all: it is written aside and renamed.
         """
-        from moeless_opt.problems.format import save_plan
+        from moeless_opt.problems.io.documents import save_plan
 
         save_plan(self, path)
 
@@ -235,7 +235,7 @@ class Plan(Record):
         FormatError
             If the file is no plan.
         """
-        from moeless_opt.problems.format import load_plan
+        from moeless_opt.problems.io.documents import load_plan
 
         return load_plan(path)
 
@@ -331,7 +331,7 @@ class Result(Record):
         """The whole vector: balance, moves, traffic, memory (see ``evaluate.objective_vector``)."""
         if self.plan is None:
             return {}
-        from moeless_opt.problems.evaluate import objective_vector
+        from moeless_opt.problems.plan.evaluate import objective_vector
 
         return objective_vector(self.problem, self.plan)
 

@@ -157,7 +157,7 @@ class Loads(Record):
     @classmethod
     def read(cls, path: str | PathLike[str], **options: Any) -> Loads:
         """Read a recording of any supported format; see ``readers.read_recording`` for the options."""
-        from moeless_opt.problems.readers import read_recording
+        from moeless_opt.problems.io.recordings.read import read_recording
 
         recording = read_recording(path, **options)
         return cls(

@@ -11,12 +11,12 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, floats, integers
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.loads import Loads
-from moeless_opt.problems.models import ModelSpec
-from moeless_opt.problems.placement import Placement
-from moeless_opt.problems.spec import SPLITS, Limits, Objective, Sizing
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import Topology
+from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.problems.spec.wishes import SPLITS, Limits, Objective, Sizing
 
 __all__ = ["Known", "Problem"]
 

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import FloatArray, Record, floats, number
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.models import ModelSpec
+from moeless_opt.problems.spec.architecture import ModelSpec
 
 __all__ = ["TimeModel"]
 

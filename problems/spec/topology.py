@@ -290,7 +290,7 @@ class Topology(Record):
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "topology") -> Topology:
         """Read the JSON form (kinds ``uniform``, ``preset``, ``explicit``)."""
-        from moeless_opt.problems.format import topology_from_json
+        from moeless_opt.problems.io.documents import topology_from_json
 
         return topology_from_json(data, where)
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from moeless_opt.problems.errors import FormatError, UnsupportedFeatureError
-from moeless_opt.runtime.building_blocks import (
+from moeless_opt.runtime.checkpoint.parts import (
     MLATransformerConfig,
     NeutralRouter,
     TransformerConfig,
@@ -31,7 +31,7 @@ from moeless_opt.runtime.building_blocks import (
     parallel_state,
     quiet_config,
 )
-from moeless_opt.runtime.loader_rope import RotarySpec, rotary_spec
+from moeless_opt.runtime.checkpoint.rope import RotarySpec, rotary_spec
 
 __all__ = ["ARCHITECTURES", "Architecture", "Names", "Piece", "Recipe", "SparseMixerRouter", "recipe"]
 

@@ -26,15 +26,15 @@ from pathlib import Path
 import torch
 
 from moeless_opt.problems.errors import FormatError, UnsupportedFeatureError
-from moeless_opt.runtime.building_blocks import (
+from moeless_opt.runtime.checkpoint.architectures import Piece, Recipe, recipe
+from moeless_opt.runtime.checkpoint.files import SafetensorsFolder, read_config
+from moeless_opt.runtime.checkpoint.parts import (
     GPTModel,
     NeutralRotary,
     build_gpt,
     cpu_capable_layer_spec,
     moe_layers,
 )
-from moeless_opt.runtime.loader_files import SafetensorsFolder, read_config
-from moeless_opt.runtime.loader_models import Piece, Recipe, recipe
 
 __all__ = ["CheckpointHome", "ExpertSource", "LoadReport", "build_model", "load_checkpoint", "recipe_of"]
 

@@ -35,11 +35,11 @@ import numpy as np
 from moeless_opt.api import plan as make_plan
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.placement import Placement
-from moeless_opt.problems.plan import Plan
-from moeless_opt.problems.topology import Topology
-from moeless_opt.problems.verify import check_slots
-from moeless_opt.runtime.backend import Backend, LayerBackend, LoadWindow
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.verify import check_slots
+from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.runtime.control.backend import Backend, LayerBackend, LoadWindow
 
 __all__ = ["Controller", "Counted", "Decision", "Foreseen", "LayerDecision", "PlanLayer", "Planner"]
 

@@ -17,13 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.problems.topology import Links
-from moeless_opt.runtime.dispatch import SharePolicy, SlotDispatcher, chosen_experts, default_row_block
-from moeless_opt.runtime.experts import MemoryMeter, SlotBank, SlotExperts, meta_shell
-from moeless_opt.runtime.groups import ExpertGroup
-from moeless_opt.runtime.home import HomeStore
-from moeless_opt.runtime.live import LiveModel
-from moeless_opt.runtime.placement import SlotTable, static_slots
+from moeless_opt.problems.spec.topology import Links
+from moeless_opt.runtime.live.dispatch.dispatcher import (
+    SharePolicy,
+    SlotDispatcher,
+    chosen_experts,
+    default_row_block,
+)
+from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, SlotExperts, meta_shell
+from moeless_opt.runtime.live.groups import ExpertGroup
+from moeless_opt.runtime.live.home import HomeStore
+from moeless_opt.runtime.live.model import LiveModel
+from moeless_opt.runtime.live.schedule import SlotTable, static_slots
 
 with warnings.catch_warnings():
     # Megatron-core announces at import every accelerator package that it did not find.

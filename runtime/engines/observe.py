@@ -1,7 +1,7 @@
 """Watching a running model: hidden states for predictors, routing traces, and traces played back.
 
 Loads and times are the business of `LiveModel.observe`; here is what concerns single tokens. Traces are
-`moeless_opt.problems.traces.TokenTraces`; in a recorded one the experts of a token ascend.
+`moeless_opt.problems.io.traces.TokenTraces`; in a recorded one the experts of a token ascend.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
-from moeless_opt.problems.traces import TokenTraces
-from moeless_opt.runtime.dispatch import SlotDispatcher
-from moeless_opt.runtime.live import LiveModel
-from moeless_opt.runtime.megatron import unwrap
+from moeless_opt.problems.io.traces import TokenTraces
+from moeless_opt.runtime.engines.megatron import unwrap
+from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
+from moeless_opt.runtime.live.model import LiveModel
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -195,7 +195,7 @@ def moe_blocks(model: Any) -> list[Any]:
 def _norms(model: Any) -> list[Any]:
     """The norm in front of every MoE layer of a model of any engine."""
     if hasattr(model, "set_experts_implementation"):
-        from moeless_opt.runtime.transformers_backend import moe_parts
+        from moeless_opt.runtime.engines.transformers import moe_parts
 
         return [norm for norm, _, _ in moe_parts(model)]
     norms = [block.pre_mlp_layernorm for block in moe_blocks(model)]
@@ -241,7 +241,7 @@ def replay_gate(model: Any, layer: int, hidden: Tensor) -> Tensor:
     counts are of this rank's tokens.
     """
     if hasattr(model, "set_experts_implementation"):
-        from moeless_opt.runtime.transformers_backend import moe_parts, route
+        from moeless_opt.runtime.engines.transformers import moe_parts, route
 
         norm, router, _ = moe_parts(model)[layer]
         return route(router, norm.forward(hidden))[1].sum(dim=0)

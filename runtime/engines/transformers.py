@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.problems.topology import Links
-from moeless_opt.runtime.dispatch import SharePolicy, default_row_block
-from moeless_opt.runtime.experts import MemoryMeter, SlotBank, Weights
-from moeless_opt.runtime.groups import ExpertGroup
-from moeless_opt.runtime.home import host_copy
-from moeless_opt.runtime.live import LiveModel
-from moeless_opt.runtime.placement import SlotTable, static_slots
+from moeless_opt.problems.spec.topology import Links
+from moeless_opt.runtime.live.dispatch.dispatcher import SharePolicy, default_row_block
+from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, Weights
+from moeless_opt.runtime.live.groups import ExpertGroup
+from moeless_opt.runtime.live.home import host_copy
+from moeless_opt.runtime.live.model import LiveModel
+from moeless_opt.runtime.live.schedule import SlotTable, static_slots
 
 __all__ = ["StackedHome", "attach", "moe_parts", "route"]
 

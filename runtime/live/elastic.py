@@ -24,12 +24,12 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime.cost import CostMeter
-from moeless_opt.runtime.warm_pool import KeepAlive, WarmPool
+from moeless_opt.runtime.pool.cost import CostMeter
+from moeless_opt.runtime.pool.table import KeepAlive, WarmPool
 
 if TYPE_CHECKING:
-    from moeless_opt.runtime.dispatch import SlotDispatcher
-    from moeless_opt.runtime.lanes import Ticket
+    from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
+    from moeless_opt.runtime.live.lanes import Ticket
 
 __all__ = ["CLOCKS", "Elastic", "ElasticReport"]
 

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import MoelessError
-from moeless_opt.runtime.groups import ExpertGroup, RankLostError
-from moeless_opt.runtime.live import LiveModel
-from moeless_opt.runtime.placement import Slots, repair_slots
+from moeless_opt.runtime.live.groups import ExpertGroup, RankLostError
+from moeless_opt.runtime.live.model import LiveModel
+from moeless_opt.runtime.live.schedule import Slots, repair_slots
 
 __all__ = ["EvictedError", "Guard", "Recovery"]
 

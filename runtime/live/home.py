@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.runtime.experts import SlotBank, Weights
-from moeless_opt.runtime.groups import ExpertGroup
+from moeless_opt.runtime.live.experts import SlotBank, Weights
+from moeless_opt.runtime.live.groups import ExpertGroup
 
 __all__ = ["HomeStore", "MappedHome", "PinnedHome", "save_experts"]
 

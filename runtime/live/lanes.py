@@ -33,13 +33,13 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
-from moeless_opt.problems.placement import held_LGE
-from moeless_opt.runtime.experts import Weights
-from moeless_opt.runtime.migrate import OK, REASON, Flight, Migrator
-from moeless_opt.runtime.placement import Router, Slots, SlotTable, Transfer
+from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.runtime.live.experts import Weights
+from moeless_opt.runtime.live.migrate import OK, REASON, Flight, Migrator
+from moeless_opt.runtime.live.schedule import Router, Slots, SlotTable, Transfer
 
 if TYPE_CHECKING:
-    from moeless_opt.runtime.elastic import Elastic
+    from moeless_opt.runtime.live.elastic import Elastic
 
 __all__ = ["LANE_HEADER", "Lanes", "Ticket"]
 

@@ -31,11 +31,11 @@ import torch
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
-from moeless_opt.problems.topology import Links
-from moeless_opt.runtime.experts import SlotBank, Weights, checksum
-from moeless_opt.runtime.groups import ExpertGroup, RankLostError
-from moeless_opt.runtime.home import HomeStore
-from moeless_opt.runtime.placement import (
+from moeless_opt.problems.spec.topology import Links
+from moeless_opt.runtime.live.experts import SlotBank, Weights, checksum
+from moeless_opt.runtime.live.groups import ExpertGroup, RankLostError
+from moeless_opt.runtime.live.home import HomeStore
+from moeless_opt.runtime.live.schedule import (
     Schedule,
     Slots,
     SlotTable,

@@ -16,25 +16,25 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.arrays import IntArray
 from moeless_opt.problems.errors import MoelessError, ProblemError, UnsupportedFeatureError
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import Links
-from moeless_opt.runtime.backend import MemoryReport, Observation
-from moeless_opt.runtime.dispatch import (
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import Links
+from moeless_opt.runtime.control.backend import MemoryReport, Observation
+from moeless_opt.runtime.live.dispatch.dispatcher import (
     BalancedShares,
     EqualShares,
     PlannedShares,
     SharePolicy,
     SlotDispatcher,
 )
-from moeless_opt.runtime.elastic import Elastic
-from moeless_opt.runtime.experts import MemoryMeter, SlotBank, checksum
-from moeless_opt.runtime.groups import ExpertGroup, SideGroup
-from moeless_opt.runtime.home import HomeStore, PinnedHome, save_experts
-from moeless_opt.runtime.lanes import Lanes, Ticket
-from moeless_opt.runtime.measure import measure_experts
-from moeless_opt.runtime.migrate import HEADER, Limits, MigrationReport, Migrator
-from moeless_opt.runtime.placement import Slots, SlotTable, one_each, slots_of, static_slots
-from moeless_opt.runtime.warm_pool import KeepAlive
+from moeless_opt.runtime.live.elastic import Elastic
+from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, checksum
+from moeless_opt.runtime.live.groups import ExpertGroup, SideGroup
+from moeless_opt.runtime.live.home import HomeStore, PinnedHome, save_experts
+from moeless_opt.runtime.live.lanes import Lanes, Ticket
+from moeless_opt.runtime.live.measure import measure_experts
+from moeless_opt.runtime.live.migrate import HEADER, Limits, MigrationReport, Migrator
+from moeless_opt.runtime.live.schedule import Slots, SlotTable, one_each, slots_of, static_slots
+from moeless_opt.runtime.pool.table import KeepAlive
 
 __all__ = ["LiveModel", "attach"]
 
@@ -63,10 +63,10 @@ def attach(model: Any, **options: Any) -> LiveModel:
         Naming what the model uses and this does not support.
     """
     if hasattr(model, "set_experts_implementation"):
-        from moeless_opt.runtime import transformers_backend
+        from moeless_opt.runtime.engines import transformers as transformers_backend
 
         return transformers_backend.attach(model, **options)
-    from moeless_opt.runtime import megatron
+    from moeless_opt.runtime.engines import megatron
 
     return megatron.attach(model, **options)
 
@@ -238,7 +238,7 @@ class LiveModel:
         max_extra_bytes : int, optional
             Bytes of experts that a rank may hold beyond the larger of before and after.
         steps : Migration or sequence of steps, optional
-            A schedule made elsewhere, e.g. by `moeless_opt.solvers.migration.schedule_migration`.
+            A schedule made elsewhere, e.g. by `moeless_opt.solvers.migration.schedule.schedule_migration`.
 
         Returns
         -------

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.topology import Links
+from moeless_opt.problems.spec.topology import Links
 
 __all__ = [
     "Router",
@@ -478,7 +478,7 @@ def follow_schedule(
     Parameters
     ----------
     steps : Migration or sequence
-        A `moeless_opt.problems.migration.Migration`, its steps, or plain sequences of transfers (anything
+        A `moeless_opt.problems.plan.Migration`, its steps, or plain sequences of transfers (anything
         with ``layer``, ``expert``, ``source`` and ``target`` or ``destination``). A source of -1 is the host.
         Without drops of their own, steps let go of a layer's old replicas after its last transfer.
     have_LG, target_LGC, bytes_L, max_extra_bytes, home

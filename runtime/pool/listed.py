@@ -3,7 +3,7 @@
 `WarmPool` marks replicas in a table of layers, GPUs and experts, which a live model with its few GPUs looks
 up at leisure. On 2,048 GPUs x 256 experts x 58 layers that table has 30 million entries, one in a hundred of
 them a replica. Here the replicas themselves are listed, in order, each with the time of its last use. A
-replica is one number, its *key* (`moeless_opt.problems.placement.replica_keys`).
+replica is one number, its *key* (`moeless_opt.problems.spec.placement.replica_keys`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.placement import replica_keys
-from moeless_opt.runtime.warm_pool import FixedKeepAlive, KeepAlive
+from moeless_opt.problems.spec.placement import replica_keys
+from moeless_opt.runtime.pool.table import FixedKeepAlive, KeepAlive
 
 __all__ = ["KeyUse", "ReplicaPool"]
 

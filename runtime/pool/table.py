@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.placement import held_LGE
+from moeless_opt.problems.spec.placement import held_LGE
 
 __all__ = ["AdaptiveKeepAlive", "FixedKeepAlive", "KeepAlive", "WarmPool"]
 

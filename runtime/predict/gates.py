@@ -40,9 +40,9 @@ from torch import Tensor, nn
 
 from moeless_opt.problems.arrays import FloatArray, whole
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.runtime.observe import HiddenTap, moe_blocks, tap_hidden
-from moeless_opt.runtime.predictors import Known
-from moeless_opt.runtime.transformers_backend import moe_parts, route
+from moeless_opt.runtime.engines.observe import HiddenTap, moe_blocks, tap_hidden
+from moeless_opt.runtime.engines.transformers import moe_parts, route
+from moeless_opt.runtime.predict.history import Known
 
 __all__ = [
     "LARGEST",

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime.controller import Controller, Counted
-from moeless_opt.runtime.dispatch import SlotDispatcher
-from moeless_opt.runtime.live import LiveModel
-from moeless_opt.runtime.predictor_gates import Foresight, GatePredictor, Pending
+from moeless_opt.runtime.control.controller import Controller, Counted
+from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
+from moeless_opt.runtime.live.model import LiveModel
+from moeless_opt.runtime.predict.gates import Foresight, GatePredictor, Pending
 
 __all__ = ["PerLayer"]
 

@@ -24,20 +24,20 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.placement import equal_shares
-from moeless_opt.runtime.backend import MemoryReport, Observation
-from moeless_opt.runtime.controller import Controller
-from moeless_opt.runtime.cost import CostMeter
-from moeless_opt.runtime.sim_pool import ReplicaPool
-from moeless_opt.runtime.sim_shares import MANY, WideShares
-from moeless_opt.runtime.sim_time import LayerTimes, Machine
-from moeless_opt.runtime.sim_traffic import Passes
-from moeless_opt.runtime.sim_waits import stretched, waits
-from moeless_opt.runtime.warm_pool import KeepAlive
-from moeless_opt.solvers.activation import shares_of_one
-from moeless_opt.solvers.migration import schedule_migration
-from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
-from moeless_opt.solvers.timed import TimeTable, timed_shares
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.runtime.control.backend import MemoryReport, Observation
+from moeless_opt.runtime.control.controller import Controller
+from moeless_opt.runtime.pool.cost import CostMeter
+from moeless_opt.runtime.pool.listed import ReplicaPool
+from moeless_opt.runtime.pool.table import KeepAlive
+from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
+from moeless_opt.runtime.simulate.shares import MANY, WideShares
+from moeless_opt.runtime.simulate.traffic import Passes
+from moeless_opt.runtime.simulate.waits import stretched, waits
+from moeless_opt.solvers.migration.schedule import schedule_migration
+from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares
+from moeless_opt.solvers.timed.activation import shares_of_one
+from moeless_opt.solvers.timed.search import TimeTable, timed_shares
 
 __all__ = ["SimReport", "SimulatedBackend", "predicted", "simulate"]
 

@@ -19,13 +19,13 @@ import numpy as np
 
 from moeless_opt.plots import need_matplotlib
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
-from moeless_opt.runtime.cost import RULES
-from moeless_opt.runtime.sim_figures import FIGURES, draw, draw_distributions
-from moeless_opt.runtime.sim_foresight import NAMES, Judged, foreseer
-from moeless_opt.runtime.sim_policies import POLICIES, Policy, Run, Settings, build
-from moeless_opt.runtime.sim_scene import Scene, scene
-from moeless_opt.runtime.simulator import SimReport, simulate
-from moeless_opt.solvers import fast
+from moeless_opt.runtime.pool.cost import RULES
+from moeless_opt.runtime.simulate.backend import SimReport, simulate
+from moeless_opt.runtime.simulate.figures import FIGURES, draw, draw_distributions
+from moeless_opt.runtime.simulate.foresight import NAMES, Judged, foreseer
+from moeless_opt.runtime.simulate.policies import POLICIES, Policy, Run, Settings, build
+from moeless_opt.runtime.simulate.scene import Scene, scene
+from moeless_opt.solvers.pack import fast
 
 __all__ = ["main"]
 

@@ -32,8 +32,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, whole
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.models import ModelSpec
-from moeless_opt.problems.traces import (
+from moeless_opt.problems.io.traces import (
     Arrivals,
     RoutedRequests,
     StepTokens,
@@ -44,9 +43,10 @@ from moeless_opt.problems.traces import (
     draw_requests,
     read_token_traces,
 )
-from moeless_opt.runtime.predictors import Affinity, AutoRegressive, Ewma, Known, LastWindow, Predictor
-from moeless_opt.runtime.sim_traffic import Passes
-from moeless_opt.runtime.simulator import predicted
+from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.runtime.predict.history import Affinity, AutoRegressive, Ewma, Known, LastWindow, Predictor
+from moeless_opt.runtime.simulate.backend import predicted
+from moeless_opt.runtime.simulate.traffic import Passes
 
 __all__ = [
     "NAMES",

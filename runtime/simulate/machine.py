@@ -25,10 +25,10 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, number
 from moeless_opt.problems.errors import FormatError
-from moeless_opt.problems.evaluate import activated, gpu_tokens
-from moeless_opt.problems.models import ModelSpec
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import Topology
+from moeless_opt.problems.plan.evaluate import activated, gpu_tokens
+from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import Topology
 
 __all__ = ["GPUS", "LayerTimes", "Machine", "expert_curve"]
 
@@ -250,7 +250,7 @@ class Machine(Record):
         ----------
         cold, warm : arrays of int
             Keys of the replicas that are wanted and of those that are there, ascending (see
-            `moeless_opt.problems.placement.replica_keys`).
+            `moeless_opt.problems.spec.placement.replica_keys`).
         bytes_L : array of int, shape [L]
             Bytes of a replica.
         """

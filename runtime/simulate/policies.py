@@ -9,15 +9,15 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.plan import Plan
-from moeless_opt.problems.spec import Objective, Sizing
-from moeless_opt.problems.topology import Topology
-from moeless_opt.runtime.controller import Controller, Planner
-from moeless_opt.runtime.layer_planner import LayerPlanner
-from moeless_opt.runtime.sim_time import Machine
-from moeless_opt.runtime.simulator import SimulatedBackend
-from moeless_opt.runtime.warm_pool import AdaptiveKeepAlive, KeepAlive
-from moeless_opt.solvers.static import contiguous
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.problems.spec.wishes import Objective, Sizing
+from moeless_opt.runtime.control.controller import Controller, Planner
+from moeless_opt.runtime.control.layer_planner import LayerPlanner
+from moeless_opt.runtime.pool.table import AdaptiveKeepAlive, KeepAlive
+from moeless_opt.runtime.simulate.backend import SimulatedBackend
+from moeless_opt.runtime.simulate.machine import Machine
+from moeless_opt.solvers.baselines.static import contiguous
 
 __all__ = ["POLICIES", "Policy", "Settings", "build"]
 

@@ -15,27 +15,27 @@ import numpy as np
 
 from moeless_opt.problems.arrays import IntArray, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.models import ModelSpec, model_preset
-from moeless_opt.problems.tiny_moe_traces import tiny_moe_traces
-from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Topology
-from moeless_opt.problems.traces import (
+from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces
+from moeless_opt.problems.io.traces import (
     Arrivals,
     poisson_arrivals,
     read_arrivals,
     read_lengths,
     read_token_traces,
 )
-from moeless_opt.runtime.sim_foresight import (
+from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
+from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
+from moeless_opt.runtime.simulate.backend import SimulatedBackend
+from moeless_opt.runtime.simulate.foresight import (
     TINY_MOE,
     Composition,
     Predictions,
     read_predictions,
     tiny_moe_predictions_file,
 )
-from moeless_opt.runtime.sim_serving import MEMORY, USABLE, ClosedLoop
-from moeless_opt.runtime.sim_time import EFFICIENCY, Machine
-from moeless_opt.runtime.sim_traffic import Passes, RoutingModel, continuous, one_second_batches
-from moeless_opt.runtime.simulator import SimulatedBackend
+from moeless_opt.runtime.simulate.machine import EFFICIENCY, Machine
+from moeless_opt.runtime.simulate.serving import MEMORY, USABLE, ClosedLoop
+from moeless_opt.runtime.simulate.traffic import Passes, RoutingModel, continuous, one_second_batches
 
 __all__ = ["Scene", "model_of", "scene"]
 

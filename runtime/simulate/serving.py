@@ -29,9 +29,9 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, number, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.traces import Arrivals
-from moeless_opt.runtime.sim_traffic import Passes, RoutingModel
-from moeless_opt.runtime.simulator import SimulatedBackend
+from moeless_opt.problems.io.traces import Arrivals
+from moeless_opt.runtime.simulate.backend import SimulatedBackend
+from moeless_opt.runtime.simulate.traffic import Passes, RoutingModel
 
 __all__ = ["MEMORY", "ClosedLoop", "Served"]
 

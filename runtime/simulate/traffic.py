@@ -28,9 +28,9 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, floats, number, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.models import ModelSpec
-from moeless_opt.problems.traces import Arrivals, RoutedRequests, TokenTraces, compose_steps, count_loads
-from moeless_opt.runtime.sim_affinity import Affinity, transitions
+from moeless_opt.problems.io.traces import Arrivals, RoutedRequests, TokenTraces, compose_steps, count_loads
+from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.runtime.simulate.affinity import Affinity, transitions
 
 __all__ = ["Passes", "RoutingModel", "continuous", "from_traces", "one_second_batches"]
 
@@ -453,7 +453,7 @@ def from_traces(
     requests: ArrayLike | None = None,
     seed: int = 0,
 ) -> Iterator[Passes]:
-    """Passes of recorded routing, composed by `moeless_opt.problems.traces.compose_steps`; answers only."""
+    """Passes of recorded routing, composed by `problems.io.traces.compose_steps`; answers only."""
     top_k = traces.experts_TLK.shape[2]
     for item in compose_steps(
         traces, arrivals, step_seconds=period, window=window, requests=requests, seed=seed

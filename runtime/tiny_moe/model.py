@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.runtime.building_blocks import (
+from moeless_opt.runtime.checkpoint.files import SafetensorsFolder
+from moeless_opt.runtime.checkpoint.parts import (
     GPTModel,
     TransformerConfig,
     build_gpt,
@@ -36,7 +37,6 @@ from moeless_opt.runtime.building_blocks import (
     parallel_state,
     quiet_config,
 )
-from moeless_opt.runtime.loader_files import SafetensorsFolder
 
 __all__ = [
     "EXPERTS",

@@ -1,6 +1,6 @@
 """Record what gates say ahead: the tiny MoE's predictions on held-out text, beside what its tokens chose.
 
-``python -m moeless_opt.runtime.record_foresight --cache FOLDER`` cuts the tiny MoE's held-out text into
+``python -m moeless_opt.runtime.tiny_moe.record --cache FOLDER`` cuts the tiny MoE's held-out text into
 requests that do not overlap, records hidden states and routes, trains gates for every layer and distance on
 some of the requests, and writes what plain and trained gates say of others:
 ``runtime/data/tiny_moe_foresight.npz``, which the simulator plays (`sim_foresight`). FOLDER keeps the
@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeless_opt.runtime import tiny_moe
-from moeless_opt.runtime.predictor_gates import GatePredictor, fine_tune, plain_gates
-from moeless_opt.runtime.predictor_scores import Recording, record_requests
-from moeless_opt.runtime.predictors import Affinity
-from moeless_opt.runtime.sim_foresight import tiny_moe_predictions_file
-from moeless_opt.runtime.tiny_moe_corpus import DOMAINS, build_corpora
+from moeless_opt.runtime.predict.gates import GatePredictor, fine_tune, plain_gates
+from moeless_opt.runtime.predict.history import Affinity
+from moeless_opt.runtime.simulate.foresight import tiny_moe_predictions_file
+from moeless_opt.runtime.tiny_moe import model as tiny_moe
+from moeless_opt.runtime.tiny_moe.corpus import DOMAINS, build_corpora
+from moeless_opt.runtime.tiny_moe.scores import Recording, record_requests
 
 __all__ = ["DISTANCES", "foretell", "held_out_requests", "main", "parts", "write_npz"]
 

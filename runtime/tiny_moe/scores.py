@@ -18,10 +18,9 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime import tiny_moe
-from moeless_opt.runtime.building_blocks import causal_positions, moe_layers
-from moeless_opt.runtime.observe import tap_hidden
-from moeless_opt.runtime.predictors import (
+from moeless_opt.runtime.checkpoint.parts import causal_positions, moe_layers
+from moeless_opt.runtime.engines.observe import tap_hidden
+from moeless_opt.runtime.predict.history import (
     Known,
     Predictor,
     TokenPredictor,
@@ -30,6 +29,7 @@ from moeless_opt.runtime.predictors import (
     token_hits,
     top_load_hits,
 )
+from moeless_opt.runtime.tiny_moe import model as tiny_moe
 
 __all__ = ["Recording", "Scores", "decode_batches", "evaluate", "prefill_batches", "record_requests"]
 

@@ -1,4 +1,4 @@
-"""Train the tiny MoE: ``python -m moeless_opt.runtime.train_tiny_moe --cache FOLDER``.
+"""Train the tiny MoE: ``python -m moeless_opt.runtime.tiny_moe.train --cache FOLDER``.
 
 One core, about an hour. Fetches the text (`tiny_moe_corpus`), trains with AdamW on mixed batches (every
 window comes from a random domain), evaluates on held-out text, and writes the weights, the record of the
@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from moeless_opt.problems.tiny_moe_traces import tiny_moe_traces, tiny_moe_traces_file
-from moeless_opt.runtime import tiny_moe
-from moeless_opt.runtime.building_blocks import causal_positions
-from moeless_opt.runtime.tiny_moe_corpus import DOMAINS, Corpus, build_corpora
+from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces, tiny_moe_traces_file
+from moeless_opt.runtime.checkpoint.parts import causal_positions
+from moeless_opt.runtime.tiny_moe import model as tiny_moe
+from moeless_opt.runtime.tiny_moe.corpus import DOMAINS, Corpus, build_corpora
 
 SEED, STEPS = 20_240_607, 5000
 WINDOW, BATCH = 256, 8

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.problems.plan import Plan, ProgressCallback, Result, Status
-from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers import eplb, moeless, static
-from moeless_opt.solvers.base import Clock, Feature, Stop, finish
+from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result, Status
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.baselines import eplb, moeless, static
+from moeless_opt.solvers.core.finish import Clock, Feature, Stop, finish
 
 __all__ = ["Eplb", "EplbHierarchical", "MoEless", "Oracle", "Static"]
 

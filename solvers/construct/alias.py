@@ -8,7 +8,7 @@ needs E <= G (c - 1) experts for c slots per GPU, and a donor with an expert lar
 for each layer whether it got there, and leaves the others to other methods.
 
 The plan is exact and brittle: it has few, long chains of shares, so it suffers most when the loads
-turn out different. `moeless_opt.solvers.fractional` uses it as the last resort.
+turn out different. `moeless_opt.solvers.construct.fractional` uses it as the last resort.
 
 References
 ----------

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers import fast
-from moeless_opt.solvers.exact_patterns import solve_patterns
-from moeless_opt.solvers.packing import gpu_time, pack
-from moeless_opt.solvers.resizing import resize
-from moeless_opt.solvers.search import improve
-from moeless_opt.solvers.sizing import apportion, largest_piece, trim
-from moeless_opt.solvers.two_slots import best_counts, fold, quick_fold
+from moeless_opt.solvers.pack import fast
+from moeless_opt.solvers.pack.counts import apportion, largest_piece, trim
+from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.pack.patterns import solve_patterns
+from moeless_opt.solvers.pack.recount import resize
+from moeless_opt.solvers.pack.swaps import improve
+from moeless_opt.solvers.pack.two_slots import best_counts, fold, quick_fold
 
 __all__ = ["EFFORTS", "Effort", "construct_equal"]
 

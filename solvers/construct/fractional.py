@@ -34,14 +34,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.solvers import fast
-from moeless_opt.solvers.alias import alias_pack
-from moeless_opt.solvers.grouping import group_pack
-from moeless_opt.solvers.packing import pack
-from moeless_opt.solvers.search import improve
-from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
-from moeless_opt.solvers.single import join_layer
-from moeless_opt.solvers.sizing import apportion, trim
+from moeless_opt.solvers.construct.alias import alias_pack
+from moeless_opt.solvers.construct.pools import group_pack
+from moeless_opt.solvers.construct.small import join_layer
+from moeless_opt.solvers.pack import fast
+from moeless_opt.solvers.pack.counts import apportion, trim
+from moeless_opt.solvers.pack.packing import pack
+from moeless_opt.solvers.pack.swaps import improve
+from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares
 
 __all__ = ["connect", "construct_fractional", "level"]
 
@@ -187,7 +187,7 @@ def connect(
         Relative speeds.
     backend : {"auto", "numpy", "numba"}
         Which of the two twins does the work; the result is the same. "auto" is Numba once
-        `moeless_opt.solvers.share_fast` is imported.
+        `moeless_opt.solvers.pack._link_kernels` is imported.
 
     Returns
     -------
@@ -211,7 +211,7 @@ def connect(
     head = int(min(G, linked_L.min())) if uniform else 0
     wave = max(1, 3 * G // 4)  # a whole wave at once is nearly LPT, for a fraction of the steps
     if _choose(backend) == "numba":
-        from moeless_opt.solvers.share_fast import connect_layers
+        from moeless_opt.solvers.pack._link_kernels import connect_layers
 
         slots = np.full((L, G, int(capacity_LG.max(initial=1))), -1, dtype=np.int32)
         ok_L = np.ones(L, dtype=bool)
@@ -228,7 +228,7 @@ def connect(
 def _choose(backend: str) -> str:
     """Numba where it is asked for, or loaded already ("auto"); the placements are the same."""
     if backend == "auto":
-        return "numba" if "moeless_opt.solvers.share_fast" in sys.modules else "numpy"
+        return "numba" if "moeless_opt.solvers.pack._link_kernels" in sys.modules else "numpy"
     return fast.choose(backend)
 
 

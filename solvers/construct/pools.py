@@ -19,7 +19,7 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.solvers.alias import alias_pack
+from moeless_opt.solvers.construct.alias import alias_pack
 
 __all__ = ["group_pack"]
 

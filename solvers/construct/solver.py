@@ -8,15 +8,15 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.evaluate import gpu_times, risk
-from moeless_opt.problems.placement import equal_shares
-from moeless_opt.problems.plan import Plan, ProgressCallback, Result
-from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.base import Clock, Feature, Stop, finish
-from moeless_opt.solvers.construct import construct_equal
-from moeless_opt.solvers.fractional import construct_fractional
-from moeless_opt.solvers.shares import solve_shares
-from moeless_opt.solvers.splitting import best_shares
+from moeless_opt.problems.plan.evaluate import gpu_times, risk
+from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.construct.fractional import construct_fractional
+from moeless_opt.solvers.core.finish import Clock, Feature, Stop, finish
+from moeless_opt.solvers.shares.best import best_shares
+from moeless_opt.solvers.shares.flow import solve_shares
 
 __all__ = ["Construct", "Stay"]
 

@@ -11,11 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.bounds import LinearTime, best_bound
-from moeless_opt.problems.evaluate import count_moves, gpu_times, imbalance
-from moeless_opt.problems.placement import equal_shares
-from moeless_opt.problems.plan import Certificate, Plan, ProgressCallback, Result
-from moeless_opt.problems.problem import Problem
+from moeless_opt.problems.plan.bounds import LinearTime, best_bound
+from moeless_opt.problems.plan.evaluate import count_moves, gpu_times, imbalance
+from moeless_opt.problems.plan.plan import Certificate, Plan, ProgressCallback, Result
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.problems.spec.problem import Problem
 
 __all__ = [
     "Clock",
@@ -206,7 +206,7 @@ def lower_bound(problem: Problem, split: str | None = None) -> tuple[FloatArray,
     """The best cheap lower bound on each layer's largest GPU time, and its name."""
     time, limits = problem.time, problem.limits
     if time.has_curve:
-        from moeless_opt.solvers.timed import TimeTable, timed_bound
+        from moeless_opt.solvers.timed.search import TimeTable, timed_bound
 
         most = min(int(problem.capacity_LG.max()), problem.experts)
         bound_L = timed_bound(

@@ -7,8 +7,8 @@ import importlib
 from importlib.metadata import entry_points
 
 from moeless_opt.problems.errors import SolverUnavailableError, UnsupportedFeatureError
-from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.base import Solver, required_features
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.core.finish import Solver, required_features
 
 __all__ = ["BUILT_IN", "get_solver", "list_solvers", "require", "solver_names"]
 
@@ -16,22 +16,22 @@ ENTRY_POINTS = "moeless_opt.solvers"
 
 BUILT_IN: dict[str, str] = {
     "auto": "moeless_opt.solvers.auto:Auto",
-    "construct": "moeless_opt.solvers.planners:Construct",
-    "replan": "moeless_opt.solvers.replanner:Replan",
-    "min-moves": "moeless_opt.solvers.replanner:MinMoves",
-    "constrained": "moeless_opt.solvers.constrained:Constrained",
-    "sized": "moeless_opt.solvers.sized:Sized",
-    "activation": "moeless_opt.solvers.sized:ActivationAware",
-    "stay": "moeless_opt.solvers.planners:Stay",
-    "static": "moeless_opt.solvers.baselines:Static",
-    "eplb": "moeless_opt.solvers.baselines:Eplb",
-    "eplb-hierarchical": "moeless_opt.solvers.baselines:EplbHierarchical",
-    "moeless": "moeless_opt.solvers.baselines:MoEless",
-    "oracle": "moeless_opt.solvers.baselines:Oracle",
-    "portfolio": "moeless_opt.solvers.portfolio:Portfolio",
-    "patterns": "moeless_opt.solvers.portfolio:Patterns",
-    "cpsat": "moeless_opt.solvers.portfolio:CpSat",
-    "milp": "moeless_opt.solvers.portfolio:Milp",
+    "construct": "moeless_opt.solvers.construct.solver:Construct",
+    "replan": "moeless_opt.solvers.replan.solver:Replan",
+    "min-moves": "moeless_opt.solvers.replan.solver:MinMoves",
+    "constrained": "moeless_opt.solvers.sizing.limits:Constrained",
+    "sized": "moeless_opt.solvers.sizing.solver:Sized",
+    "activation": "moeless_opt.solvers.sizing.solver:ActivationAware",
+    "stay": "moeless_opt.solvers.construct.solver:Stay",
+    "static": "moeless_opt.solvers.baselines.solver:Static",
+    "eplb": "moeless_opt.solvers.baselines.solver:Eplb",
+    "eplb-hierarchical": "moeless_opt.solvers.baselines.solver:EplbHierarchical",
+    "moeless": "moeless_opt.solvers.baselines.solver:MoEless",
+    "oracle": "moeless_opt.solvers.baselines.solver:Oracle",
+    "portfolio": "moeless_opt.solvers.exact.solver:Portfolio",
+    "patterns": "moeless_opt.solvers.exact.solver:Patterns",
+    "cpsat": "moeless_opt.solvers.exact.solver:CpSat",
+    "milp": "moeless_opt.solvers.exact.solver:Milp",
 }
 """Name -> ``module:class`` of the solvers that ship with the package."""
 

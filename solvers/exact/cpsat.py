@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.solvers.exact_model import ExactLayer, ExactResult, LinearModel, build, read_back, result_of
+from moeless_opt.solvers.exact.layer import ExactLayer, ExactResult, LinearModel, build, read_back, result_of
 
 __all__ = ["solve_cpsat"]
 

@@ -29,9 +29,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeless_opt.problems.bounds import best_bound, replicas_needed
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan import Status
+from moeless_opt.problems.plan.bounds import best_bound, replicas_needed
+from moeless_opt.problems.plan.plan import Status
 
 __all__ = ["ExactLayer", "ExactResult", "LinearModel", "build", "layer_of", "read_back", "result_of"]
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
-from moeless_opt.solvers.exact_model import ExactLayer, ExactResult, LinearModel, build, read_back, result_of
+from moeless_opt.solvers.exact.layer import ExactLayer, ExactResult, LinearModel, build, read_back, result_of
 
 __all__ = ["solve_mathopt", "solve_pulp", "write_model"]
 

@@ -17,13 +17,13 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.plan import Plan, Progress, ProgressCallback, Result
-from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.base import Clock, Feature, Stop, finish, lower_bound
-from moeless_opt.solvers.exact_components import MOST_EXPERTS, component_bound
-from moeless_opt.solvers.exact_model import PROVEN, ExactLayer, layer_of, result_of
-from moeless_opt.solvers.exact_patterns import solve_patterns
-from moeless_opt.solvers.planners import Construct
+from moeless_opt.problems.plan.plan import Plan, Progress, ProgressCallback, Result
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.construct.solver import Construct
+from moeless_opt.solvers.core.finish import Clock, Feature, Stop, finish, lower_bound
+from moeless_opt.solvers.exact.components import MOST_EXPERTS, component_bound
+from moeless_opt.solvers.exact.layer import PROVEN, ExactLayer, layer_of, result_of
+from moeless_opt.solvers.pack.patterns import solve_patterns
 
 __all__ = ["CpSat", "Milp", "Patterns", "Portfolio"]
 
@@ -297,7 +297,7 @@ def _cpsat(
     index: int,
     threads: int = 1,
 ) -> tuple[str, float]:
-    from moeless_opt.solvers.exact_cpsat import solve_cpsat
+    from moeless_opt.solvers.exact.cpsat import solve_cpsat
 
     result = solve_cpsat(layer, seconds=seconds, threads=threads, seed=seed)
     if result.improved and result.slots_GC is not None and result.share_GC is not None:
@@ -314,7 +314,7 @@ def _milp(
     backend: str,
     options: dict[str, Any],
 ) -> tuple[str, float]:
-    from moeless_opt.solvers.exact_milp import solve_mathopt, solve_pulp
+    from moeless_opt.solvers.exact.milp import solve_mathopt, solve_pulp
 
     if backend == "mathopt":
         result = solve_mathopt(layer, solver or "highs", seconds=seconds, **options)
@@ -362,6 +362,6 @@ def _replaced(
 
 
 def _never() -> Stop:
-    from moeless_opt.solvers.base import NeverStop
+    from moeless_opt.solvers.core.finish import NeverStop
 
     return NeverStop()

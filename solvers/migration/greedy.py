@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, IntArray, SlotArray
-from moeless_opt.problems.migration import HOST, Drop, Migration, Step, Transfer
-from moeless_opt.problems.placement import replica_keys
-from moeless_opt.problems.topology import Topology
+from moeless_opt.problems.plan.migration import HOST, Drop, Migration, Step, Transfer
+from moeless_opt.problems.spec.placement import replica_keys
+from moeless_opt.problems.spec.topology import Topology
 
 __all__ = ["schedule_greedily"]
 

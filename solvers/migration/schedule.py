@@ -22,8 +22,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.evaluate import new_replicas
-from moeless_opt.problems.migration import (
+from moeless_opt.problems.plan.evaluate import new_replicas
+from moeless_opt.problems.plan.migration import (
     HOST,
     Drop,
     Migration,
@@ -32,9 +32,9 @@ from moeless_opt.problems.migration import (
     port_kind,
     transfer_seconds,
 )
-from moeless_opt.problems.placement import held_LGE
-from moeless_opt.problems.topology import Topology
-from moeless_opt.solvers.migration_greedy import schedule_greedily
+from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.solvers.migration.greedy import schedule_greedily
 
 __all__ = ["migration_bound", "migration_graph", "schedule_migration", "staging_limit"]
 

@@ -54,7 +54,7 @@ def warm() -> bool:
     hand_out(weight, ones.copy(), ones, np.zeros(1, dtype=np.int64), 0.0)
     usable, one, goal = ones, np.ones(2), np.zeros(1)
     swap_rounds(slots, np.ones(shape), np.ones((1, 2)), usable, one, goal, 2, 1, 1)
-    importlib.import_module("moeless_opt.solvers.share_fast")  # the fractional construction looks for it
+    importlib.import_module("moeless_opt.solvers.pack._link_kernels")
     return True
 
 
@@ -117,6 +117,6 @@ def swap_rounds(
 @functools.cache
 def _kernels() -> Any:
     """Declare the kernels (Numba compiles each at its first call, or loads it from its cache)."""
-    import moeless_opt.solvers._fast_kernels as kernels
+    import moeless_opt.solvers.pack._kernels as kernels
 
     return kernels

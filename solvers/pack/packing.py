@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.solvers import fast
+from moeless_opt.solvers.pack import fast
 
 __all__ = ["gpu_time", "pack"]
 

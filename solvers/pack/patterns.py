@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.problems.bounds import TOKENS, LinearTime, best_bound
+from moeless_opt.problems.plan.bounds import TOKENS, LinearTime, best_bound
 
 __all__ = ["PatternResult", "fewest_replicas", "solve_patterns"]
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.solvers.packing import gpu_time, pack
-from moeless_opt.solvers.search import improve
-from moeless_opt.solvers.sizing import apportion, hostable
+from moeless_opt.solvers.pack.counts import apportion, hostable
+from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.pack.swaps import improve
 
 __all__ = ["resize"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.solvers import fast
-from moeless_opt.solvers.packing import _empties_last, _sum_slots, _weights
+from moeless_opt.solvers.pack import fast
+from moeless_opt.solvers.pack.packing import _empties_last, _sum_slots, _weights
 
 __all__ = ["improve"]
 

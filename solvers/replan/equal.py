@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.problems.bounds import best_bound
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.placement import equal_shares
-from moeless_opt.solvers.relabel import seat_all
-from moeless_opt.solvers.replan import Replan, checked, mend_content
-from moeless_opt.solvers.replan_budget import choose_points
-from moeless_opt.solvers.replan_lns import count_moves, put_back
+from moeless_opt.problems.plan.bounds import best_bound
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.solvers.core.knapsack import choose_points
+from moeless_opt.solvers.replan.fractional import Replan, checked, mend_content
+from moeless_opt.solvers.replan.relabel import seat_all
+from moeless_opt.solvers.replan.shake import count_moves, put_back
 
 __all__ = ["EqualState", "fill_equal", "replan_equal"]
 

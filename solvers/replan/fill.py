@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless_opt.solvers.replan_flow import Cut, LayerFlow, Pair
+from moeless_opt.solvers.replan.flow import Cut, LayerFlow, Pair
 
 __all__ = ["QUICK", "WIDE", "Change", "Search", "fill_overflow"]
 

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.problems.bounds import best_bound
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers.min_moves import flow_moves_bound
-from moeless_opt.solvers.relabel import seat_all
-from moeless_opt.solvers.replan_budget import choose_points
-from moeless_opt.solvers.replan_fill import QUICK, Search, fill_overflow
-from moeless_opt.solvers.replan_flow import UNIT, LayerFlow, least_time
-from moeless_opt.solvers.replan_lns import Shaker, count_moves
-from moeless_opt.solvers.replan_wide import MANY, fill_wide
-from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.problems.plan.bounds import best_bound
+from moeless_opt.solvers.core.knapsack import choose_points
+from moeless_opt.solvers.replan.fill import QUICK, Search, fill_overflow
+from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
+from moeless_opt.solvers.replan.min_moves import flow_moves_bound
+from moeless_opt.solvers.replan.relabel import seat_all
+from moeless_opt.solvers.replan.shake import Shaker, count_moves
+from moeless_opt.solvers.replan.wide import MANY, fill_wide
+from moeless_opt.solvers.shares.flow import solve_shares
 
 __all__ = ["Replan", "checked", "mend_content", "replan_fractional"]
 

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
-from moeless_opt.solvers.replan_flow import UNIT, Cut, LayerFlow, Pair
+from moeless_opt.solvers.replan.flow import UNIT, Cut, LayerFlow, Pair
 
 __all__ = ["MinMoves", "flow_moves_bound", "min_moves", "min_moves_bound"]
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moeless_opt.solvers.replan_fill import QUICK, fill_overflow
-from moeless_opt.solvers.replan_flow import LayerFlow
+from moeless_opt.solvers.replan.fill import QUICK, fill_overflow
+from moeless_opt.solvers.replan.flow import LayerFlow
 
 __all__ = ["Shaker", "count_moves", "put_back"]
 

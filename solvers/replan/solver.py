@@ -16,20 +16,20 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.evaluate import gpu_times, move_seconds, new_replicas
-from moeless_opt.problems.placement import equal_shares
-from moeless_opt.problems.plan import Payback, Plan, Progress, ProgressCallback, Result
-from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.base import Clock, Feature, NeverStop, Stop, finish, lower_bound
-from moeless_opt.solvers.migration import schedule_migration
-from moeless_opt.solvers.min_moves import min_moves, min_moves_bound
-from moeless_opt.solvers.planners import Construct
-from moeless_opt.solvers.relabel import relabel, seat
-from moeless_opt.solvers.replan import Replan as Replanned
-from moeless_opt.solvers.replan import replan_fractional
-from moeless_opt.solvers.replan_wide import MANY
-from moeless_opt.solvers.shares import solve_shares
-from moeless_opt.solvers.splitting import best_shares
+from moeless_opt.problems.plan.evaluate import gpu_times, move_seconds, new_replicas
+from moeless_opt.problems.plan.plan import Payback, Plan, Progress, ProgressCallback, Result
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.construct.solver import Construct
+from moeless_opt.solvers.core.finish import Clock, Feature, NeverStop, Stop, finish, lower_bound
+from moeless_opt.solvers.migration.schedule import schedule_migration
+from moeless_opt.solvers.replan.fractional import Replan as Replanned
+from moeless_opt.solvers.replan.fractional import replan_fractional
+from moeless_opt.solvers.replan.min_moves import min_moves, min_moves_bound
+from moeless_opt.solvers.replan.relabel import relabel, seat
+from moeless_opt.solvers.replan.wide import MANY
+from moeless_opt.solvers.shares.best import best_shares
+from moeless_opt.solvers.shares.flow import solve_shares
 
 __all__ = ["Frontier", "MinMoves", "Replan", "frontier"]
 
@@ -128,7 +128,7 @@ def _replan(
     }
     speed_G, capacity_LG = problem.topology.speed_G, problem.capacity_LG
     if problem.split == "equal":
-        from moeless_opt.solvers.replan_equal import replan_equal
+        from moeless_opt.solvers.replan.equal import replan_equal
 
         return replan_equal(
             problem.load_LE,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.placement import equal_shares
-from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.shares.flow import solve_shares
 
 __all__ = ["best_shares"]
 
@@ -25,7 +25,7 @@ def best_shares(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
     by_node = problem.loads.load_LNE
     if by_node is None or "traffic" not in problem.objective.priorities or problem.topology.nodes == 1:
         return solve_shares(load_LE, slots_LGC, speed_G).share_LGC
-    from moeless_opt.solvers.share_source import solve_source_shares
+    from moeless_opt.solvers.shares.source import solve_source_shares
 
     # A re-plan has spent its tolerance on moves already.
     slack = problem.objective.balance_tolerance if problem.current is None else 0.0

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
+from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares
 
 __all__ = ["SourceShares", "solve_source_shares"]
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeless_opt.problems.bounds import tau_curve
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers.packing import gpu_time, pack
-from moeless_opt.solvers.search import improve
-from moeless_opt.solvers.sizing import apportion, trim
+from moeless_opt.problems.plan.bounds import tau_curve
+from moeless_opt.solvers.pack.counts import apportion, trim
+from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.pack.swaps import improve
 
 __all__ = [
     "BudgetPlan",

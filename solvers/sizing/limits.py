@@ -22,13 +22,13 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.placement import held_LGE
-from moeless_opt.problems.plan import Plan, ProgressCallback, Result
-from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.base import Clock, Feature, Stop, finish
-from moeless_opt.solvers.minimal_sizing import fewest_for_cv
-from moeless_opt.solvers.sizing import apportion
-from moeless_opt.solvers.splitting import best_shares
+from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
+from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.core.finish import Clock, Feature, Stop, finish
+from moeless_opt.solvers.pack.counts import apportion
+from moeless_opt.solvers.shares.best import best_shares
+from moeless_opt.solvers.sizing.minimal import fewest_for_cv
 
 __all__ = ["Constrained", "place_within"]
 

@@ -27,13 +27,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeless_opt.problems.bounds import apportionment_pairs, replicas_needed
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers.exact_patterns import fewest_replicas
-from moeless_opt.solvers.fractional import construct_fractional
-from moeless_opt.solvers.packing import pack
-from moeless_opt.solvers.search import improve
-from moeless_opt.solvers.sizing import apportion, trim
+from moeless_opt.problems.plan.bounds import apportionment_pairs, replicas_needed
+from moeless_opt.solvers.construct.fractional import construct_fractional
+from moeless_opt.solvers.pack.counts import apportion, trim
+from moeless_opt.solvers.pack.packing import pack
+from moeless_opt.solvers.pack.patterns import fewest_replicas
+from moeless_opt.solvers.pack.swaps import improve
 
 __all__ = ["CvSizing", "TimeSizing", "fewest_for_cv", "fewest_for_time"]
 

@@ -12,20 +12,20 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.bounds import LinearTime
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.evaluate import gpu_times, new_replicas
-from moeless_opt.problems.placement import equal_shares
-from moeless_opt.problems.plan import Plan, ProgressCallback, Result
-from moeless_opt.problems.problem import Problem
-from moeless_opt.solvers.activation import shares_of_one, worthwhile_replicas
-from moeless_opt.solvers.base import Clock, Feature, NeverStop, Stop, finish
-from moeless_opt.solvers.knapsack import plan_budget
-from moeless_opt.solvers.minimal_sizing import fewest_for_time
-from moeless_opt.solvers.planners import Construct
-from moeless_opt.solvers.replanner import Replan, live_slots
-from moeless_opt.solvers.splitting import best_shares
-from moeless_opt.solvers.timed import TimeTable, kicks_for, timed_plan
+from moeless_opt.problems.plan.bounds import LinearTime
+from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
+from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.construct.solver import Construct
+from moeless_opt.solvers.core.finish import Clock, Feature, NeverStop, Stop, finish
+from moeless_opt.solvers.replan.solver import Replan, live_slots
+from moeless_opt.solvers.shares.best import best_shares
+from moeless_opt.solvers.sizing.budget import plan_budget
+from moeless_opt.solvers.sizing.minimal import fewest_for_time
+from moeless_opt.solvers.timed.activation import shares_of_one, worthwhile_replicas
+from moeless_opt.solvers.timed.search import TimeTable, kicks_for, timed_plan
 
 __all__ = ["ActivationAware", "Sized"]
 

@@ -32,8 +32,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeless_opt.problems.bounds import LinearTime
 from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.problems.plan.bounds import LinearTime
 
 __all__ = ["Activation", "fewest_activated", "shares_of_one", "worthwhile_replicas"]
 
@@ -289,8 +289,8 @@ def worthwhile_replicas(
     A replica of expert e with r of them weighs ``activation + token * w_e / r``, which is the token cost
     of an expert with ``w_e + r * activation / token`` tokens: the packing for tokens packs this too.
     """
-    from moeless_opt.solvers.packing import pack
-    from moeless_opt.solvers.sizing import apportion, trim
+    from moeless_opt.solvers.pack.counts import apportion, trim
+    from moeless_opt.solvers.pack.packing import pack
 
     load = np.atleast_2d(np.asarray(load_LE, dtype=np.float64))
     capacity = np.asarray(capacity_LG, dtype=np.int64)

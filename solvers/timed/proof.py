@@ -17,7 +17,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers.timed import TimeTable, timed_bound, timed_plan
+from moeless_opt.solvers.timed.search import TimeTable, timed_bound, timed_plan
 
 __all__ = ["LeastTime", "least_time"]
 

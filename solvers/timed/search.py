@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
-from moeless_opt.problems.placement import held_LGE
-from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.problems.spec.time_model import TimeModel
 
 __all__ = ["TimeTable", "Timed", "kicks_for", "timed_bound", "timed_plan", "timed_shares"]
 
@@ -129,7 +129,7 @@ def _search(
     start_LEG: FloatArray | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """Tokens of every expert on every GPU, shape [R, E, G], and the value of each row."""
-    from moeless_opt.solvers import _timed_kernels as kernels  # imports Numba: only when it is needed
+    from moeless_opt.solvers.timed import _kernels as kernels  # imports Numba: only when it is needed
 
     rows, experts = load_RE.shape
     y_REG = np.zeros((rows, experts, len(speed_G)))
@@ -258,7 +258,7 @@ def timed_plan(
     kicks : int, optional
         Shakes of each layer (`kicks_for` by default).
     """
-    from moeless_opt.solvers import _timed_kernels as kernels
+    from moeless_opt.solvers.timed import _kernels as kernels
 
     layers, experts = load_LE.shape
     held_LEG = np.ascontiguousarray(held_LGE(live_LGC, experts).transpose(0, 2, 1))

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.solvers import fast
-from moeless_opt.solvers.construct import construct_equal
-from moeless_opt.solvers.packing import gpu_time, pack
-from moeless_opt.solvers.sizing import apportion
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.pack import fast
+from moeless_opt.solvers.pack.counts import apportion
+from moeless_opt.solvers.pack.packing import gpu_time, pack
 
 
 def milliseconds(call: Callable[..., Any], *args: Any, repeats: int = 5, **options: Any) -> float:

@@ -12,7 +12,7 @@ import json
 import numpy as np
 
 import moeless_opt as mo
-from moeless_opt.problems.library import instance_path
+from moeless_opt.problems.instances.library import instance_path
 from moeless_opt.report import table
 
 

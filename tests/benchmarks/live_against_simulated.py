@@ -30,7 +30,7 @@ sys.path.insert(0, str(HERE.parent / "runtime"))
 import simulated_twin  # noqa: E402
 import worlds  # noqa: E402
 
-from moeless_opt.problems.time_model import TimeModel  # noqa: E402
+from moeless_opt.problems.spec.time_model import TimeModel  # noqa: E402
 
 RANKS = 2
 

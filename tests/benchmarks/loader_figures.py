@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 STREAMED = """
-from moeless_opt.runtime.loader import load_checkpoint
+from moeless_opt.runtime.checkpoint.load import load_checkpoint
 model = load_checkpoint(sys.argv[1], device="cpu")
 """
 WHOLE = """
 from pathlib import Path
 from safetensors.torch import load_file
-from moeless_opt.runtime.loader import build_model, recipe_of
+from moeless_opt.runtime.checkpoint.load import build_model, recipe_of
 files = sorted(Path(sys.argv[1]).glob("*.safetensors"))
 tensors = {k: v.clone() for f in files for k, v in load_file(f).items()}
 model = build_model(recipe_of(sys.argv[1]), torch.bfloat16)
@@ -36,7 +36,7 @@ for p in model.parameters():
 MEASURE = """
 import sys, threading, time, warnings
 warnings.simplefilter("ignore")
-import torch, megatron.core, moeless_opt.runtime.loader
+import torch, megatron.core, moeless_opt.runtime.checkpoint.load
 def anonymous():
     return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith("RssAnon"))
 peak, stop, start, began = 0, False, anonymous(), time.perf_counter()

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.runtime.layer_planner import LayerPlanner
-from moeless_opt.runtime.sim_scene import scene
-from moeless_opt.runtime.sim_time import Machine
-from moeless_opt.runtime.simulate_cli import PAPER_MODELS, _options
-from moeless_opt.solvers.exact_timed import least_time
-from moeless_opt.solvers.static import contiguous
-from moeless_opt.solvers.timed import timed_plan
+from moeless_opt.runtime.control.layer_planner import LayerPlanner
+from moeless_opt.runtime.simulate.cli import PAPER_MODELS, _options
+from moeless_opt.runtime.simulate.machine import Machine
+from moeless_opt.runtime.simulate.scene import scene
+from moeless_opt.solvers.baselines.static import contiguous
+from moeless_opt.solvers.timed.proof import least_time
+from moeless_opt.solvers.timed.search import timed_plan
 
 
 def layer_seconds(machine: Machine, load_E: FloatArray, slots_GC: SlotArray, share_GC: FloatArray) -> float:

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 import moeless_opt as mo
-from moeless_opt.problems.evaluate import gpu_times, imbalance
-from moeless_opt.problems.placement import equal_shares
+from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
+from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.report import table
-from moeless_opt.solvers import eplb, fast
-from moeless_opt.solvers.construct import construct_equal
-from moeless_opt.solvers.fractional import construct_fractional
+from moeless_opt.solvers.baselines import eplb
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.construct.fractional import construct_fractional
+from moeless_opt.solvers.pack import fast
 
 
 def median_ms(call: Callable[[], Any], repeats: int) -> float:

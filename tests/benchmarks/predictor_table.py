@@ -22,9 +22,8 @@ import numpy as np
 import torch
 
 import moeless_opt as mo
-from moeless_opt.problems.evaluate import gpu_times, imbalance
-from moeless_opt.runtime import tiny_moe
-from moeless_opt.runtime.predictor_gates import (
+from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
+from moeless_opt.runtime.predict.gates import (
     GatePredictor,
     PlainGate,
     TunedGate,
@@ -33,15 +32,7 @@ from moeless_opt.runtime.predictor_gates import (
     plain_gates,
     train_gate,
 )
-from moeless_opt.runtime.predictor_scores import (
-    Recording,
-    Scores,
-    actual_loads,
-    decode_batches,
-    evaluate,
-    prefill_batches,
-)
-from moeless_opt.runtime.predictors import (
+from moeless_opt.runtime.predict.history import (
     Affinity,
     AutoRegressive,
     Calibrated,
@@ -49,9 +40,18 @@ from moeless_opt.runtime.predictors import (
     LastWindow,
     LinearTrend,
 )
-from moeless_opt.runtime.record_foresight import DISTANCES, held_out_requests, parts
-from moeless_opt.runtime.tiny_moe_corpus import DOMAINS
-from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.runtime.tiny_moe import model as tiny_moe
+from moeless_opt.runtime.tiny_moe.corpus import DOMAINS
+from moeless_opt.runtime.tiny_moe.record import DISTANCES, held_out_requests, parts
+from moeless_opt.runtime.tiny_moe.scores import (
+    Recording,
+    Scores,
+    actual_loads,
+    decode_batches,
+    evaluate,
+    prefill_batches,
+)
+from moeless_opt.solvers.shares.flow import solve_shares
 
 THRESHOLD = 0.7
 UNSEEN = ("russian", "chinese", "arithmetic")

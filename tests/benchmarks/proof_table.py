@@ -19,20 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.bounds import best_bound
-from moeless_opt.problems.library import instance_names, load_instance
-from moeless_opt.solvers.activation import fewest_activated
-from moeless_opt.solvers.base import MaxTime
-from moeless_opt.solvers.construct import construct_equal
-from moeless_opt.solvers.fractional import construct_fractional
-from moeless_opt.solvers.knapsack import plan_budget, recommend_redundancy
-from moeless_opt.solvers.minimal_sizing import fewest_for_cv
-from moeless_opt.solvers.moeless import replica_cv, scale
-from moeless_opt.solvers.packing import gpu_time, pack
-from moeless_opt.solvers.planners import Construct
-from moeless_opt.solvers.portfolio import Portfolio
-from moeless_opt.solvers.sizing import apportion
-from moeless_opt.solvers.spare_replicas import fewest_spares
+from moeless_opt.problems.instances.library import instance_names, load_instance
+from moeless_opt.problems.plan.bounds import best_bound
+from moeless_opt.solvers.baselines.moeless import replica_cv, scale
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.construct.fractional import construct_fractional
+from moeless_opt.solvers.construct.solver import Construct
+from moeless_opt.solvers.core.finish import MaxTime
+from moeless_opt.solvers.exact.solver import Portfolio
+from moeless_opt.solvers.pack.counts import apportion
+from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.sizing.budget import plan_budget, recommend_redundancy
+from moeless_opt.solvers.sizing.minimal import fewest_for_cv
+from moeless_opt.solvers.sizing.spares import fewest_spares
+from moeless_opt.solvers.timed.activation import fewest_activated
 
 ROOT = Path(os.environ.get("MOELESS_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
@@ -88,7 +88,7 @@ def shipped() -> None:
 
 
 def _prove(problem: Any, first: Any, layer: int) -> tuple[float, bool]:
-    from moeless_opt.solvers.exact_patterns import solve_patterns
+    from moeless_opt.solvers.pack.patterns import solve_patterns
 
     value = float(first.certificate.value_L[layer])
     result = solve_patterns(

@@ -21,10 +21,10 @@ import numpy as np
 
 import moeless_opt as mo
 from moeless_opt.report import table
-from moeless_opt.solvers.construct import construct_equal
-from moeless_opt.solvers.min_moves import min_moves
-from moeless_opt.solvers.replan import Replan, replan_fractional
-from moeless_opt.solvers.replan_equal import replan_equal
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.replan.equal import replan_equal
+from moeless_opt.solvers.replan.fractional import Replan, replan_fractional
+from moeless_opt.solvers.replan.min_moves import min_moves
 
 ROWS = (
     (32, 9, "prefill_in1024", "prefill_in4096", (2.1, 1.8, 1.1, 0.5, 8)),

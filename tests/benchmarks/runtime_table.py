@@ -129,8 +129,8 @@ def split() -> None:
     """What computing the token split costs on the host."""
     import numpy as np
 
-    from moeless_opt.runtime.dispatch import BalancedShares, EqualShares, source_aware
-    from moeless_opt.runtime.placement import SlotTable, rows_to_slots
+    from moeless_opt.runtime.live.dispatch.dispatcher import BalancedShares, EqualShares, source_aware
+    from moeless_opt.runtime.live.schedule import SlotTable, rows_to_slots
 
     print("Token split of one layer on the host, microseconds (median of 100; nodes of 8 ranks):")
     print("  experts  ranks  replicas more    equal   water-filling   routes")
@@ -160,8 +160,8 @@ def lanes() -> None:
     import numpy as np
     import test_lanes
 
-    from moeless_opt.runtime.elastic import Elastic
-    from moeless_opt.runtime.placement import rows_to_slots, static_slots
+    from moeless_opt.runtime.live.elastic import Elastic
+    from moeless_opt.runtime.live.schedule import rows_to_slots, static_slots
 
     print(
         "Agreement in the per-layer mode, every layer planned in every pass, microseconds per layer (median):"

@@ -17,9 +17,9 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtime"))
 import worlds
 
-from moeless_opt.runtime.faults import Guard
-from moeless_opt.runtime.home import MappedHome
-from moeless_opt.runtime.live import attach
+from moeless_opt.runtime.live.faults import Guard
+from moeless_opt.runtime.live.home import MappedHome
+from moeless_opt.runtime.live.model import attach
 
 
 def placements(plans: int) -> dict[str, Any]:
@@ -164,12 +164,12 @@ def kills(seed: int) -> dict[str, Any]:
 def traffic(steps_per_domain: int, slots: int) -> dict[str, Any]:
     """Tokens per rank on the project's own model, replaying its recorded traffic domain after domain."""
     from moeless_opt import plan
-    from moeless_opt.problems.tiny_moe_traces import tiny_moe_traces
-    from moeless_opt.problems.topology import Topology
-    from moeless_opt.runtime import tiny_moe
-    from moeless_opt.runtime.backend import LoadWindow
-    from moeless_opt.runtime.observe import replay_routes
-    from moeless_opt.runtime.placement import static_slots
+    from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces
+    from moeless_opt.problems.spec.topology import Topology
+    from moeless_opt.runtime.control.backend import LoadWindow
+    from moeless_opt.runtime.engines.observe import replay_routes
+    from moeless_opt.runtime.live.schedule import static_slots
+    from moeless_opt.runtime.tiny_moe import model as tiny_moe
 
     rank, size = worlds.join()
     model = tiny_moe.load()
@@ -225,7 +225,7 @@ def traffic(steps_per_domain: int, slots: int) -> dict[str, Any]:
 
 def texts(model: Any, each: int, length: int) -> list[torch.Tensor]:
     """What the model writes itself: tokens [each, length] for every domain."""
-    from moeless_opt.runtime import tiny_moe
+    from moeless_opt.runtime.tiny_moe import model as tiny_moe
 
     start = 12
     prompts = [tiny_moe.encode(lines[0])[:start] for lines in tiny_moe.PROMPTS.values()]
@@ -240,14 +240,14 @@ def texts(model: Any, each: int, length: int) -> list[torch.Tensor]:
 
 def modes(steps_per_domain: int, slots: int) -> dict[str, Any]:
     """The controller's modes on the project's own model, on text that it writes, domain after domain."""
-    from moeless_opt.problems.models import ModelSpec
-    from moeless_opt.problems.topology import Topology
-    from moeless_opt.runtime import tiny_moe
-    from moeless_opt.runtime.controller import Controller, Planner
-    from moeless_opt.runtime.layer_planner import LayerPlanner
-    from moeless_opt.runtime.per_layer import PerLayer
-    from moeless_opt.runtime.placement import static_slots
-    from moeless_opt.runtime.predictor_gates import GatePredictor, plain_gates
+    from moeless_opt.problems.spec.architecture import ModelSpec
+    from moeless_opt.problems.spec.topology import Topology
+    from moeless_opt.runtime.control.controller import Controller, Planner
+    from moeless_opt.runtime.control.layer_planner import LayerPlanner
+    from moeless_opt.runtime.live.schedule import static_slots
+    from moeless_opt.runtime.predict.gates import GatePredictor, plain_gates
+    from moeless_opt.runtime.predict.per_layer import PerLayer
+    from moeless_opt.runtime.tiny_moe import model as tiny_moe
 
     _, size = worlds.join()
     model = tiny_moe.load()

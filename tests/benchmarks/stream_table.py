@@ -1,7 +1,7 @@
 """What placements and token shares are worth on a stream of real traffic, batch by batch.
 
 A stream of decode steps is composed from recorded routing and recorded arrivals (see
-`moeless_opt.problems.traces.compose_steps`). Every 64 steps each policy re-plans with the loads of the window
+`problems.io.traces.compose_steps`). Every 64 steps each policy re-plans with the loads of the window
 that has just ended, and serves the next window with it; window 0 is the first plan's and is not served.
 Shares are either fixed until the next re-plan or re-solved for every batch and layer on its actual loads
 (`solve_shares`, exact). Migration itself takes no time here: the table counts what moves.
@@ -26,10 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import moeless_opt as mo
-from moeless_opt.problems.evaluate import activated, gpu_tokens, new_replicas
-from moeless_opt.problems.models import ModelSpec, model_preset
-from moeless_opt.problems.tiny_moe_traces import tiny_moe_traces
-from moeless_opt.problems.traces import (
+from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces
+from moeless_opt.problems.io.traces import (
     COMPOSITION,
     RoutedRequests,
     StepLoads,
@@ -38,7 +36,9 @@ from moeless_opt.problems.traces import (
     read_arrivals,
     read_token_traces,
 )
-from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
+from moeless_opt.problems.plan.evaluate import activated, gpu_tokens, new_replicas
+from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
+from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares
 
 Floats = NDArray[np.float64]
 Planner = Callable[[Floats, mo.Topology, mo.Plan | None], mo.Plan]

@@ -21,13 +21,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.solvers.alias import alias_pack
-from moeless_opt.solvers.fractional import construct_fractional
-from moeless_opt.solvers.packing import pack
-from moeless_opt.solvers.search import improve
-from moeless_opt.solvers.share_lp import ShareLP
-from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
-from moeless_opt.solvers.sizing import apportion, trim
+from moeless_opt.solvers.construct.alias import alias_pack
+from moeless_opt.solvers.construct.fractional import construct_fractional
+from moeless_opt.solvers.pack.counts import apportion, trim
+from moeless_opt.solvers.pack.packing import pack
+from moeless_opt.solvers.pack.swaps import improve
+from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares
+from moeless_opt.solvers.shares.lp import ShareLP
 
 Floats = NDArray[np.float64]
 SIGMAS = (0.0, 0.1, 0.3)
@@ -236,7 +236,7 @@ def speed_table(instances: list[Instance], planned: Instance) -> list[tuple[str,
         rows.append((f"{name}: shares, persistent GLOP", *milliseconds(by_lp, 5)))
         rows.append((f"{name}: construct_fractional, NumPy", *milliseconds(construct)))
     if importlib.util.find_spec("numba") is not None:
-        importlib.import_module("moeless_opt.solvers.share_fast")  # from here on the compiled twin works
+        importlib.import_module("moeless_opt.solvers.pack._link_kernels")
 
         def compiled(load_LE: Floats = planned.load_LE) -> object:
             return construct_fractional(load_LE, capacity_LG, speed_G)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moeless_opt.solvers import fast
-from moeless_opt.solvers.construct import construct_equal
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.pack import fast
 
 BACKENDS = [
     "numpy",

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeless_opt.solvers.fractional import construct_fractional
-from moeless_opt.solvers.packing import pack
-from moeless_opt.solvers.share_lp import ShareLP
-from moeless_opt.solvers.shares import ReplicaGraph, round_shares, solve_shares
-from moeless_opt.solvers.sizing import apportion, trim
+from moeless_opt.solvers.construct.fractional import construct_fractional
+from moeless_opt.solvers.pack.counts import apportion, trim
+from moeless_opt.solvers.pack.packing import pack
+from moeless_opt.solvers.shares.flow import ReplicaGraph, round_shares, solve_shares
+from moeless_opt.solvers.shares.lp import ShareLP
 
 LAYERS, EXPERTS = 58, 256
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import moeless_opt as mo
 from moeless_opt.api import make_problem
-from moeless_opt.solvers import registry
-from moeless_opt.solvers.base import Clock, Feature, finish
-from moeless_opt.solvers.static import contiguous
+from moeless_opt.solvers.baselines.static import contiguous
+from moeless_opt.solvers.core import registry
+from moeless_opt.solvers.core.finish import Clock, Feature, finish
 from tests.strategies import few, load_arrays, problems
 
 LOAD = [[60.0, 56.0, 12.0, 12.0, 2.0, 1.0, 1.0, 1.0], [5.0, 1.0, 9.0, 4.0, 3.0, 3.0, 8.0, 7.0]]

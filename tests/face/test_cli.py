@@ -18,9 +18,9 @@ import pytest
 import moeless_opt as mo
 from moeless_opt.cli import main
 from moeless_opt.problems.errors import SolverUnavailableError
-from moeless_opt.problems.format import load_problem, save_problem
-from moeless_opt.solvers import registry
-from moeless_opt.solvers.static import contiguous
+from moeless_opt.problems.io.documents import load_problem, save_problem
+from moeless_opt.solvers.baselines.static import contiguous
+from moeless_opt.solvers.core import registry
 from tests.strategies import plan_of
 
 LOAD = [[60.0, 56.0, 12.0, 12.0, 2.0, 1.0, 1.0, 1.0], [5.0, 1.0, 9.0, 4.0, 3.0, 3.0, 8.0, 7.0]]
@@ -131,7 +131,7 @@ def test_json_output(saved: mo.Problem, capsys: Any) -> None:
     assert answer["problem"]["digest"] == saved.digest()
     assert [row["solver"] for row in answer["solvers"]] == ["static", "eplb", "auto", "oracle"]
     best = min(row["objective"]["balance"] for row in answer["solvers"] if row["objective"])
-    from moeless_opt.problems.format import plan_from_json
+    from moeless_opt.problems.io.documents import plan_from_json
 
     plan = plan_from_json(answer["plan"])
     mo.verify(saved, plan)
@@ -484,10 +484,10 @@ def test_processes_exit_as_told(saved: mo.Problem) -> None:
 
 SLOW = """
 import sys, time
-import moeless_opt.solvers.registry as registry
+import moeless_opt.solvers.core.registry as registry
 from moeless_opt.cli import main
-from moeless_opt.solvers.base import Clock, Feature, finish
-from moeless_opt.solvers.static import contiguous
+from moeless_opt.solvers.core.finish import Clock, Feature, finish
+from moeless_opt.solvers.baselines.static import contiguous
 
 class Slow:
     name, summary, features = "slow", "waits to be stopped", frozenset(Feature)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moeless_opt.cli import _parser
-from moeless_opt.problems.format import problem_from_json
+from moeless_opt.problems.io.documents import problem_from_json
 
 TREE = Path(__file__).resolve().parents[2]
 PAGES = [page for page in (TREE / "README.md", *sorted((TREE / "docs").glob("*.md"))) if page.is_file()]

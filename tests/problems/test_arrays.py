@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.arrays import floats, frozen, integers, number, whole
 from moeless_opt.problems.errors import FormatError, InvalidPlanError, MoelessError, ProblemError
-from moeless_opt.problems.loads import Loads
-from moeless_opt.problems.spec import Objective
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.wishes import Objective
 from tests.strategies import few, planned, problems
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 import moeless_opt as mo
-from moeless_opt.problems.models import ModelSpec
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.runtime.controller import Controller, Planner
-from moeless_opt.runtime.sim_time import Machine
-from moeless_opt.runtime.sim_traffic import Passes
-from moeless_opt.runtime.simulator import SimulatedBackend
+from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.runtime.control.controller import Controller, Planner
+from moeless_opt.runtime.simulate.backend import SimulatedBackend
+from moeless_opt.runtime.simulate.machine import Machine
+from moeless_opt.runtime.simulate.traffic import Passes
 
 
 def planner(name: str, ranks: int, slots: int) -> Planner:

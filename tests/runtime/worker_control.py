@@ -12,20 +12,20 @@ import torch.distributed as dist
 import worlds
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError, UnsupportedFeatureError
-from moeless_opt.problems.migration import Migration
-from moeless_opt.problems.topology import Topology
-from moeless_opt.problems.traces import read_token_traces
-from moeless_opt.runtime.backend import Backend, LoadWindow
-from moeless_opt.runtime.live import LiveModel, attach
-from moeless_opt.runtime.observe import (
+from moeless_opt.problems.io.traces import read_token_traces
+from moeless_opt.problems.plan.migration import Migration
+from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.runtime.control.backend import Backend, LoadWindow
+from moeless_opt.runtime.engines.observe import (
     record_routes,
     replay_gate,
     replay_routes,
     save_token_traces,
     tap_hidden,
 )
-from moeless_opt.runtime.placement import Transfer, rows_to_slots, static_slots
-from moeless_opt.solvers.migration import schedule_migration
+from moeless_opt.runtime.live.model import LiveModel, attach
+from moeless_opt.runtime.live.schedule import Transfer, rows_to_slots, static_slots
+from moeless_opt.solvers.migration.schedule import schedule_migration
 
 LAYERS = 3
 

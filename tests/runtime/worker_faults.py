@@ -12,13 +12,13 @@ import torch
 import worlds
 
 import moeless_opt as mo
-from moeless_opt.runtime.controller import Controller, Planner
-from moeless_opt.runtime.faults import EvictedError, Guard
-from moeless_opt.runtime.groups import ExpertGroup
-from moeless_opt.runtime.home import MappedHome, PinnedHome
-from moeless_opt.runtime.live import attach
-from moeless_opt.runtime.per_layer import PerLayer
-from moeless_opt.runtime.predictor_gates import GatePredictor, plain_gates
+from moeless_opt.runtime.control.controller import Controller, Planner
+from moeless_opt.runtime.live.faults import EvictedError, Guard
+from moeless_opt.runtime.live.groups import ExpertGroup
+from moeless_opt.runtime.live.home import MappedHome, PinnedHome
+from moeless_opt.runtime.live.model import attach
+from moeless_opt.runtime.predict.gates import GatePredictor, plain_gates
+from moeless_opt.runtime.predict.per_layer import PerLayer
 
 LAYERS = 3
 

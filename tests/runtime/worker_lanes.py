@@ -12,18 +12,18 @@ import worlds
 
 import moeless_opt as mo
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.models import ModelSpec
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import Links
-from moeless_opt.runtime.backend import LayerBackend
-from moeless_opt.runtime.controller import Controller, Planner
-from moeless_opt.runtime.home import PinnedHome
-from moeless_opt.runtime.layer_planner import LayerPlanner
-from moeless_opt.runtime.live import LiveModel, attach
-from moeless_opt.runtime.per_layer import PerLayer
-from moeless_opt.runtime.placement import rows_to_slots, static_slots
-from moeless_opt.runtime.predictor_gates import GatePredictor, plain_gates
-from moeless_opt.runtime.warm_pool import AdaptiveKeepAlive
+from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import Links
+from moeless_opt.runtime.control.backend import LayerBackend
+from moeless_opt.runtime.control.controller import Controller, Planner
+from moeless_opt.runtime.control.layer_planner import LayerPlanner
+from moeless_opt.runtime.live.home import PinnedHome
+from moeless_opt.runtime.live.model import LiveModel, attach
+from moeless_opt.runtime.live.schedule import rows_to_slots, static_slots
+from moeless_opt.runtime.pool.table import AdaptiveKeepAlive
+from moeless_opt.runtime.predict.gates import GatePredictor, plain_gates
+from moeless_opt.runtime.predict.per_layer import PerLayer
 
 LAYERS, BATCHES = 4, 3
 
@@ -211,7 +211,7 @@ def elastic(w: World, live: LiveModel) -> dict[str, Any]:
 
 
 def held(live: LiveModel, e: Any) -> np.ndarray:
-    from moeless_opt.problems.placement import held_LGE
+    from moeless_opt.problems.spec.placement import held_LGE
 
     return held_LGE(live.slots_LGC, live.n_experts)
 

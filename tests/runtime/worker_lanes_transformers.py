@@ -14,11 +14,11 @@ import worlds
 from worker_transformers import MODELS
 
 import moeless_opt as mo
-from moeless_opt.runtime.controller import Controller, Planner
-from moeless_opt.runtime.live import attach
-from moeless_opt.runtime.observe import replay_gate, tap_hidden
-from moeless_opt.runtime.per_layer import PerLayer
-from moeless_opt.runtime.predictor_gates import GatePredictor, TunedGate, plain_gates
+from moeless_opt.runtime.control.controller import Controller, Planner
+from moeless_opt.runtime.engines.observe import replay_gate, tap_hidden
+from moeless_opt.runtime.live.model import attach
+from moeless_opt.runtime.predict.gates import GatePredictor, TunedGate, plain_gates
+from moeless_opt.runtime.predict.per_layer import PerLayer
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ import numpy as np
 import worlds
 from simulated_twin import planner
 
-from moeless_opt.runtime.backend import Observation
-from moeless_opt.runtime.controller import Controller
-from moeless_opt.runtime.live import LiveModel, attach
-from moeless_opt.runtime.per_layer import PerLayer
-from moeless_opt.runtime.predictor_gates import GatePredictor, plain_gates
+from moeless_opt.runtime.control.backend import Observation
+from moeless_opt.runtime.control.controller import Controller
+from moeless_opt.runtime.live.model import LiveModel, attach
+from moeless_opt.runtime.predict.gates import GatePredictor, plain_gates
+from moeless_opt.runtime.predict.per_layer import PerLayer
 
 DEFAULTS: dict[str, Any] = {
     "layers": 3,

@@ -63,7 +63,7 @@ def run_world(
 
 def lead(timeout: float, script: str, *arguments: str) -> list[int]:
     """Import what is heavy, fork the ranks, and wait for them; returns their exit codes."""
-    for heavy in ("live", "observe"):
+    for heavy in ("live.model", "engines.observe"):
         importlib.import_module(f"moeless_opt.runtime.{heavy}")
     size = int(os.environ["WORLD_SIZE"])
     running: dict[int, int] = {}
@@ -118,7 +118,7 @@ def join(expert_parallel: int | None = None, timeout: float = 120.0) -> tuple[in
     import torch
     import torch.distributed as dist
 
-    from moeless_opt.runtime.building_blocks import ensure_model_parallel
+    from moeless_opt.runtime.checkpoint.parts import ensure_model_parallel
 
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -142,7 +142,7 @@ def tiny_config(layers: int = 3, topk: int = 2, dtype: Any = None, **more: Any) 
     """A small model's configuration."""
     import torch
 
-    from moeless_opt.runtime.building_blocks import (
+    from moeless_opt.runtime.checkpoint.parts import (
         TransformerConfig,
         neutral_config_fields,
         parallel_state,
@@ -179,7 +179,7 @@ def row_exact(kind: type[Any], dtype: Any) -> type[Any]:
     """A linear layer that pads its rows: what a row gives does not depend on how many rows there are."""
     import torch
 
-    from moeless_opt.runtime.dispatch import default_row_block
+    from moeless_opt.runtime.live.dispatch.dispatcher import default_row_block
 
     block = default_row_block(torch.device("cpu"), dtype)
 
@@ -202,7 +202,7 @@ def tiny_model(
     """
     import torch
 
-    from moeless_opt.runtime.building_blocks import build_gpt, cpu_capable_layer_spec
+    from moeless_opt.runtime.checkpoint.parts import build_gpt, cpu_capable_layer_spec
 
     config = tiny_config(layers, topk, dtype, **more)
     spec = (spec_of or cpu_capable_layer_spec)(config)
@@ -222,7 +222,7 @@ def seed_weights(model: Any) -> None:
 
     import torch
 
-    from moeless_opt.runtime.building_blocks import parallel_state
+    from moeless_opt.runtime.checkpoint.parts import parallel_state
 
     local = EXPERTS // parallel_state.get_expert_model_parallel_world_size()
     first = parallel_state.get_expert_model_parallel_rank() * local
@@ -251,7 +251,7 @@ def forward(model: Any, tokens: Any) -> Any:
     """Logits."""
     import torch
 
-    from moeless_opt.runtime.building_blocks import causal_positions
+    from moeless_opt.runtime.checkpoint.parts import causal_positions
 
     with torch.no_grad():
         return model(tokens, causal_positions(tokens), None)
@@ -263,7 +263,7 @@ def random_slots(
     """A random valid placement: uneven, some experts several times, perhaps a rank without any."""
     import numpy as np
 
-    from moeless_opt.runtime.placement import rows_to_slots
+    from moeless_opt.runtime.live.schedule import rows_to_slots
 
     width = experts
     out = []

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import FormatError
-from moeless_opt.problems.recording_source import LARGEST, Source, cut, kind_text, mib, shape_text
+from moeless_opt.problems.io.recordings.source import LARGEST, Source, cut, kind_text, mib, shape_text
 
 __all__ = ["Array", "NpzArray", "Value", "npy_array", "plain_numbers"]
 

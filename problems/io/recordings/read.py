@@ -46,9 +46,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import FormatError, SolverUnavailableError
-from moeless_opt.problems.recording_arrays import Array, NpzArray, Value, npy_array, plain_numbers
-from moeless_opt.problems.recording_source import LARGEST, Found, Source, cut, mib, shape_text
-from moeless_opt.problems.recording_tables import TableReader
+from moeless_opt.problems.io.recordings.arrays import Array, NpzArray, Value, npy_array, plain_numbers
+from moeless_opt.problems.io.recordings.source import LARGEST, Found, Source, cut, mib, shape_text
+from moeless_opt.problems.io.recordings.tables import TableReader
 
 __all__ = ["DEFAULT_MAX_BYTES", "Recording", "read_recording"]
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from moeless_opt.problems.recording_source import Found, Source, cut, mib
+from moeless_opt.problems.io.recordings.source import Found, Source, cut, mib
 
 __all__ = ["TableReader"]
 

@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
-from moeless_opt.runtime.groups import ExpertGroup
-from moeless_opt.runtime.placement import Ints, SlotTable
+from moeless_opt.runtime.live.groups import ExpertGroup
+from moeless_opt.runtime.live.schedule import Ints, SlotTable
 
 __all__ = [
     "BalancedShares",

@@ -7,11 +7,16 @@ import json
 import numpy as np
 import pytest
 
-from moeless_opt.problems.bounds import best_bound
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.format import load_problem
-from moeless_opt.problems.library import instance_names, instance_path, instance_summary, load_instance
-from moeless_opt.problems.models import MODEL_PRESETS
+from moeless_opt.problems.instances.library import (
+    instance_names,
+    instance_path,
+    instance_summary,
+    load_instance,
+)
+from moeless_opt.problems.io.documents import load_problem
+from moeless_opt.problems.plan.bounds import best_bound
+from moeless_opt.problems.spec.architecture import MODEL_PRESETS
 
 NAMES = instance_names()
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems import format as module
 from moeless_opt.problems.errors import FormatError, MoelessError, ProblemError
-from moeless_opt.problems.format import (
+from moeless_opt.problems.io import documents as module
+from moeless_opt.problems.io.documents import (
     atomic_write,
     load_plan,
     load_problem,
@@ -29,13 +29,13 @@ from moeless_opt.problems.format import (
     save_plan,
     save_problem,
 )
-from moeless_opt.problems.loads import Loads
-from moeless_opt.problems.models import MODEL_PRESETS
-from moeless_opt.problems.plan import Plan
-from moeless_opt.problems.problem import Known, Problem
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import uniform
-from moeless_opt.problems.verify import violations
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.verify import violations
+from moeless_opt.problems.spec.architecture import MODEL_PRESETS
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.problem import Known, Problem
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import uniform
 from tests.strategies import few, plan_of, planned, problems
 
 

@@ -13,15 +13,15 @@ from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.format import (
+from moeless_opt.problems.instances.library import instance_names, instance_path
+from moeless_opt.problems.io.documents import (
     plan_from_json,
     plan_to_json,
     problem_from_json,
     problem_to_json,
     schema,
 )
-from moeless_opt.problems.library import instance_names, instance_path
-from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Topology
+from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
 from tests.strategies import few, planned, topologies
 
 SCHEMAS = {name: schema(name) for name in ("problem", "plan", "topology")}
@@ -33,7 +33,7 @@ VALIDATORS = {name: Draft202012Validator(doc, registry=REGISTRY) for name, doc i
 
 def _cases() -> Any:
     """The malformed documents of the reader's own tests."""
-    path = Path(__file__).with_name("test_format.py")
+    path = Path(__file__).with_name("test_documents.py")
     spec = importlib.util.spec_from_file_location("format_cases", path)
     assert spec is not None
     assert spec.loader is not None

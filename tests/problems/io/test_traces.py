@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.tiny_moe_traces import tiny_moe_traces, tiny_moe_traces_file
-from moeless_opt.problems.traces import (
+from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces, tiny_moe_traces_file
+from moeless_opt.problems.io.traces import (
     Arrivals,
     Lengths,
     TokenTraces,

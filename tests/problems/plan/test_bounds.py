@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.bounds import (
+from moeless_opt.problems.plan.bounds import (
     LinearTime,
     best_bound,
     density_bound,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeless_opt.problems.evaluate import (
+from moeless_opt.problems.plan.evaluate import (
     activated,
     count_moves,
     gpu_times,
@@ -23,10 +23,10 @@ from moeless_opt.problems.evaluate import (
     risk,
     scenario_value,
 )
-from moeless_opt.problems.loads import Loads
-from moeless_opt.problems.problem import Problem
-from moeless_opt.problems.spec import Objective
-from moeless_opt.problems.topology import uniform
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.topology import uniform
+from moeless_opt.problems.spec.wishes import Objective
 from tests.strategies import few, plan_of, planned, random_shares, random_slots, slow_time
 
 

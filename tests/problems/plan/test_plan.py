@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from moeless_opt.problems.loads import Loads
-from moeless_opt.problems.plan import Certificate, Plan, Result, Status
-from moeless_opt.problems.problem import Problem
-from moeless_opt.problems.topology import uniform
+from moeless_opt.problems.plan.plan import Certificate, Plan, Result, Status
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.topology import uniform
 from tests.strategies import few, plan_of, planned
 
 

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-import moeless_opt.problems.verify as module
+import moeless_opt.problems.plan.verify as module
 from moeless_opt.problems.errors import InvalidPlanError
-from moeless_opt.problems.loads import Loads
-from moeless_opt.problems.placement import Placement
-from moeless_opt.problems.plan import Plan
-from moeless_opt.problems.problem import Problem
-from moeless_opt.problems.spec import Limits
-from moeless_opt.problems.topology import Links, Topology, uniform
-from moeless_opt.problems.verify import verify, violations
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.verify import verify, violations
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.topology import Links, Topology, uniform
+from moeless_opt.problems.spec.wishes import Limits
 from tests.strategies import few, plan_of, planned
 
 
@@ -305,7 +305,7 @@ def test_the_verifier_shares_no_code_with_solvers_or_evaluation() -> None:
     assert names
     for name in names:
         assert "solvers" not in name
-        assert name not in ("moeless_opt.problems.evaluate", "moeless_opt.problems.placement")
+        assert name not in ("moeless_opt.problems.plan.evaluate", "moeless_opt.problems.spec.placement")
 
 
 def test_one_gpu_and_one_expert() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.models import MODEL_PRESETS, ModelSpec, model_preset
+from moeless_opt.problems.spec.architecture import MODEL_PRESETS, ModelSpec, model_preset
 
 # Parameters of all routed experts, in billions: the totals of the models' cards less the dense parts.
 ROUTED_BILLIONS = {

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeless_opt.problems import generators
 from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.problems.spec import generators
 
 ZIPF = [[49.0, 115.0, 58.0, 75.0, 430.0, 38.0, 201.0, 34.0]]
 LOGNORMAL = [[59.0, 118.0, 226.0, 124.0, 27.0, 319.0, 56.0, 71.0]]

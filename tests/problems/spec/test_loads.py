@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.loads import Loads, as_loads
+from moeless_opt.problems.spec.loads import Loads, as_loads
 from tests.strategies import few, loads
 
 

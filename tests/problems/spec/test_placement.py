@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.placement import Placement, equal_shares, held_LGE, replica_counts
+from moeless_opt.problems.spec.placement import Placement, equal_shares, held_LGE, replica_counts
 from tests.strategies import few, planned
 
 

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.loads import Loads
-from moeless_opt.problems.models import MODEL_PRESETS
-from moeless_opt.problems.placement import Placement
-from moeless_opt.problems.problem import Known, Problem
-from moeless_opt.problems.spec import Limits, Objective, Sizing
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import Topology, uniform
+from moeless_opt.problems.spec.architecture import MODEL_PRESETS
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.problem import Known, Problem
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import Topology, uniform
+from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
 from tests.strategies import few, problems
 
 LOADS = Loads(load_TLE=[[4.0, 3.0, 2.0, 1.0]])

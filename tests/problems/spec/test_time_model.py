@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.spec.time_model import TimeModel
 from tests.strategies import few, slow_time, time_models
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Links, Topology, uniform
+from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Links, Topology, uniform
 from tests.strategies import few, topologies
 
 

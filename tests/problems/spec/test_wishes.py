@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.spec import Limits, Objective, Sizing
+from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
 
 
 @pytest.mark.parametrize(

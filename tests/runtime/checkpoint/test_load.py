@@ -20,10 +20,10 @@ pytest.importorskip("transformers")
 import torch
 
 from moeless_opt.problems.errors import FormatError, UnsupportedFeatureError
-from moeless_opt.runtime.building_blocks import causal_positions, moe_layers
-from moeless_opt.runtime.loader import CheckpointHome, ExpertSource, load_checkpoint, recipe_of
-from moeless_opt.runtime.loader_files import SafetensorsFolder
-from moeless_opt.runtime.loader_models import recipe
+from moeless_opt.runtime.checkpoint.architectures import recipe
+from moeless_opt.runtime.checkpoint.files import SafetensorsFolder
+from moeless_opt.runtime.checkpoint.load import CheckpointHome, ExpertSource, load_checkpoint, recipe_of
+from moeless_opt.runtime.checkpoint.parts import causal_positions, moe_layers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -378,7 +378,7 @@ def test_expert_source_refuses_what_is_not_there(folders: dict[str, tuple[Path, 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_loaded_model_can_be_taken_over(name: str, folders: dict[str, tuple[Path, Any]]) -> None:
     """Attached, it computes the same; and the folder is a home for all of its experts."""
-    from moeless_opt.runtime.live import attach
+    from moeless_opt.runtime.live.model import attach
 
     folder, reference = folders[name]
     model = load_checkpoint(folder)
@@ -401,8 +401,8 @@ warnings.simplefilter("ignore")
 root, rank, size, names = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", store=dist.FileStore("store", size), rank=rank, world_size=size)
-from moeless_opt.runtime.building_blocks import causal_positions, ensure_model_parallel
-from moeless_opt.runtime.loader import load_checkpoint
+from moeless_opt.runtime.checkpoint.parts import causal_positions, ensure_model_parallel
+from moeless_opt.runtime.checkpoint.load import load_checkpoint
 ensure_model_parallel()
 mine, results = torch.load("tokens")[rank : rank + 1], {}
 for name in names:
@@ -419,7 +419,7 @@ dist.destroy_process_group()
 
 def child(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     """Start a Python process that finds the package."""
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, *arguments], env=env, text=True, **options)
 
@@ -458,7 +458,7 @@ MEMORY_SCRIPT = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import torch
-from moeless_opt.runtime.loader import load_checkpoint
+from moeless_opt.runtime.checkpoint.load import load_checkpoint
 def anonymous():  # memory of the process that no file backs
     for line in open("/proc/self/status"):
         if line.startswith("RssAnon"):
@@ -603,7 +603,7 @@ def test_longer_inputs_than_the_attention_allows(folders: dict[str, tuple[Path, 
 
 @pytest.mark.parametrize("kind", ["tensor_model", "pipeline_model", "expert_tensor"])
 def test_other_parallelism_is_refused(kind: str, broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moeless_opt.runtime import loader_models
+    from moeless_opt.runtime.checkpoint import architectures as loader_models
 
     monkeypatch.setattr(loader_models.parallel_state, f"get_{kind}_parallel_world_size", lambda: 2)
     with pytest.raises(UnsupportedFeatureError, match=kind.removesuffix("_model").replace("_", " ")):

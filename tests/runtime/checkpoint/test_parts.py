@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.runtime.building_blocks import (
+from moeless_opt.runtime.checkpoint.parts import (
     MLATransformerConfig,
     NeutralRotary,
     NeutralRouter,

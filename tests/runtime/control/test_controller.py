@@ -11,10 +11,10 @@ import pytest
 
 import moeless_opt as mo
 from moeless_opt.problems.errors import InvalidPlanError, ProblemError
-from moeless_opt.problems.placement import held_LGE
-from moeless_opt.runtime.backend import MemoryReport, Observation
-from moeless_opt.runtime.controller import Controller, Planner
-from moeless_opt.solvers.static import contiguous
+from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.runtime.control.backend import MemoryReport, Observation
+from moeless_opt.runtime.control.controller import Controller, Planner
+from moeless_opt.solvers.baselines.static import contiguous
 
 L, G, E = 2, 4, 8
 TOPOLOGY = mo.uniform(1, G, slots=3)
@@ -291,11 +291,11 @@ def test_no_layer_is_applied_that_does_not_pass_the_verifier(rows: list[list[int
 
 
 def test_a_simulation_is_planned_layer_by_layer_as_all_at_once() -> None:
-    from moeless_opt.problems.models import ModelSpec
-    from moeless_opt.problems.time_model import TimeModel
-    from moeless_opt.runtime.sim_time import Machine
-    from moeless_opt.runtime.sim_traffic import Passes
-    from moeless_opt.runtime.simulator import SimulatedBackend
+    from moeless_opt.problems.spec.architecture import ModelSpec
+    from moeless_opt.problems.spec.time_model import TimeModel
+    from moeless_opt.runtime.simulate.backend import SimulatedBackend
+    from moeless_opt.runtime.simulate.machine import Machine
+    from moeless_opt.runtime.simulate.traffic import Passes
 
     capacity_LG = np.full((L, G), 3)
     machine = Machine(

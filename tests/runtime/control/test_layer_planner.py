@@ -7,11 +7,11 @@ import pytest
 
 import moeless_opt as mo
 from moeless_opt.problems.errors import InvalidPlanError, ProblemError
-from moeless_opt.problems.models import ModelSpec
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.verify import check_slots
-from moeless_opt.runtime.layer_planner import LayerPlanner
-from moeless_opt.solvers.static import contiguous
+from moeless_opt.problems.plan.verify import check_slots
+from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.runtime.control.layer_planner import LayerPlanner
+from moeless_opt.solvers.baselines.static import contiguous
 
 MODEL = ModelSpec(name="small", layers=4, experts=8, top_k=2, hidden=512, ffn=1024)
 TIME = TimeModel(token_cost=2e-6, activation_cost=1e-4, unit="s")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError  # noqa: E402
-from moeless_opt.runtime.dispatch import (  # noqa: E402
+from moeless_opt.runtime.live.dispatch.dispatcher import (  # noqa: E402
     BalancedShares,
     EqualShares,
     PlannedShares,
@@ -24,9 +24,9 @@ from moeless_opt.runtime.dispatch import (  # noqa: E402
     pour,
     source_aware,
 )
-from moeless_opt.runtime.experts import checksum  # noqa: E402
-from moeless_opt.runtime.groups import ExpertGroup  # noqa: E402
-from moeless_opt.runtime.placement import SlotTable, rows_to_slots, static_slots  # noqa: E402
+from moeless_opt.runtime.live.experts import checksum  # noqa: E402
+from moeless_opt.runtime.live.groups import ExpertGroup  # noqa: E402
+from moeless_opt.runtime.live.schedule import SlotTable, rows_to_slots, static_slots  # noqa: E402
 
 
 @st.composite

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
-from moeless_opt.runtime.elastic import Elastic  # noqa: E402
-from moeless_opt.runtime.experts import MemoryMeter, SlotBank  # noqa: E402
-from moeless_opt.runtime.lanes import LANE_HEADER, Lanes, Ticket  # noqa: E402
-from moeless_opt.runtime.migrate import DAMAGED, HEADER, Flight, Migrator  # noqa: E402
-from moeless_opt.runtime.placement import SlotTable, rows_to_slots, static_slots  # noqa: E402
+from moeless_opt.runtime.live.elastic import Elastic  # noqa: E402
+from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank  # noqa: E402
+from moeless_opt.runtime.live.lanes import LANE_HEADER, Lanes, Ticket  # noqa: E402
+from moeless_opt.runtime.live.migrate import DAMAGED, HEADER, Flight, Migrator  # noqa: E402
+from moeless_opt.runtime.live.schedule import SlotTable, rows_to_slots, static_slots  # noqa: E402
 
 L, R, E = 3, 3, 6
 

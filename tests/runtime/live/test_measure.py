@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moeless_opt.problems.errors import ProblemError  # noqa: E402
-from moeless_opt.runtime.measure import in_turn, measure_experts  # noqa: E402
+from moeless_opt.runtime.live.measure import in_turn, measure_experts  # noqa: E402
 
 
 class Clockwork:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.topology import Links, Topology
-from moeless_opt.runtime.backend import LoadWindow, Observation
-from moeless_opt.runtime.placement import (
+from moeless_opt.problems.spec.topology import Links, Topology
+from moeless_opt.runtime.control.backend import LoadWindow, Observation
+from moeless_opt.runtime.live.schedule import (
     Router,
     Schedule,
     SlotTable,
@@ -27,7 +27,7 @@ from moeless_opt.runtime.placement import (
     slots_of,
     static_slots,
 )
-from moeless_opt.solvers.migration import schedule_migration
+from moeless_opt.solvers.migration.schedule import schedule_migration
 
 Rows = list[list[int]]
 
@@ -261,7 +261,7 @@ def test_a_repair_keeps_what_is_there_and_places_what_is_lost(
 
 
 def test_planning_parts_do_not_import_torch() -> None:
-    modules = "moeless_opt.runtime.placement, moeless_opt.runtime.backend"
+    modules = "moeless_opt.runtime.live.schedule, moeless_opt.runtime.control.backend"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.spec.time_model import TimeModel
 
 pytest.importorskip("torch")
-from moeless_opt.runtime.dispatch import BalancedShares, SharePolicy
-from moeless_opt.runtime.placement import SlotTable
-from moeless_opt.runtime.timed_shares import TimedShares
+from moeless_opt.runtime.live.dispatch.dispatcher import BalancedShares, SharePolicy
+from moeless_opt.runtime.live.dispatch.timed import TimedShares
+from moeless_opt.runtime.live.schedule import SlotTable
 
 
 def table_of(seed: int, ranks: int, slots: int, experts: int) -> SlotTable:

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.placement import replica_keys
-from moeless_opt.runtime.sim_pool import ReplicaPool
-from moeless_opt.runtime.warm_pool import AdaptiveKeepAlive, WarmPool
+from moeless_opt.problems.spec.placement import replica_keys
+from moeless_opt.runtime.pool.listed import ReplicaPool
+from moeless_opt.runtime.pool.table import AdaptiveKeepAlive, WarmPool
 
 LAYERS, GPUS, SLOTS, EXPERTS = 2, 3, 3, 5
 

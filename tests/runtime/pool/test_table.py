@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.placement import held_LGE
-from moeless_opt.runtime.warm_pool import AdaptiveKeepAlive, FixedKeepAlive, WarmPool
+from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.runtime.pool.table import AdaptiveKeepAlive, FixedKeepAlive, WarmPool
 
 L, G, E, C = 2, 3, 4, 3
 

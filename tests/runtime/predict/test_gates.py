@@ -16,9 +16,8 @@ pytest.importorskip("megatron.core")
 import torch
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.runtime import tiny_moe
-from moeless_opt.runtime.observe import replay_gate, tap_hidden
-from moeless_opt.runtime.predictor_gates import (
+from moeless_opt.runtime.engines.observe import replay_gate, tap_hidden
+from moeless_opt.runtime.predict.gates import (
     LARGEST,
     Foresight,
     GatePredictor,
@@ -30,15 +29,16 @@ from moeless_opt.runtime.predictor_gates import (
     save_tuned,
     train_gate,
 )
-from moeless_opt.runtime.predictor_scores import (
+from moeless_opt.runtime.predict.history import Calibrated, Known, LastWindow, TokenPredictor, count_loads
+from moeless_opt.runtime.tiny_moe import model as tiny_moe
+from moeless_opt.runtime.tiny_moe.corpus import arithmetic_text
+from moeless_opt.runtime.tiny_moe.scores import (
     Recording,
     decode_batches,
     evaluate,
     prefill_batches,
     record_requests,
 )
-from moeless_opt.runtime.predictors import Calibrated, Known, LastWindow, TokenPredictor, count_loads
-from moeless_opt.runtime.tiny_moe_corpus import arithmetic_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron")
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.tiny_moe_traces import tiny_moe_traces
-from moeless_opt.runtime.predictors import (
+from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces
+from moeless_opt.runtime.predict.history import (
     Affinity,
     AutoRegressive,
     Calibrated,
@@ -281,5 +281,5 @@ def test_a_layer_beyond_the_last_is_refused() -> None:
 
 
 def test_baselines_need_no_torch() -> None:
-    code = "import sys, moeless_opt.runtime.predictors; sys.exit('torch' in sys.modules)"
+    code = "import sys, moeless_opt.runtime.predict.history; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

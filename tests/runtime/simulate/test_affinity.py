@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.tiny_moe_traces import tiny_moe_traces
-from moeless_opt.problems.traces import count_loads
-from moeless_opt.runtime.sim_affinity import Affinity, explained, transitions
-from moeless_opt.runtime.sim_traffic import RoutingModel
+from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces
+from moeless_opt.problems.io.traces import count_loads
+from moeless_opt.runtime.simulate.affinity import Affinity, explained, transitions
+from moeless_opt.runtime.simulate.traffic import RoutingModel
 
 
 def test_transitions_are_counted_over_tokens() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.time_model import TimeModel
+from moeless_opt.problems.spec.time_model import TimeModel
 
 RANKS = 4
 

@@ -11,27 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.models import ModelSpec, model_preset
-from moeless_opt.problems.placement import equal_shares, replica_keys
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import Links, Topology
-from moeless_opt.problems.traces import TokenTraces, poisson_arrivals
-from moeless_opt.runtime.backend import Backend
-from moeless_opt.runtime.cost import CostMeter
-from moeless_opt.runtime.predictors import LastWindow
-from moeless_opt.runtime.sim_foresight import Online
-from moeless_opt.runtime.sim_policies import POLICIES, Settings, build
-from moeless_opt.runtime.sim_time import Machine, expert_curve
-from moeless_opt.runtime.sim_traffic import (
+from moeless_opt.problems.io.traces import TokenTraces, poisson_arrivals
+from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
+from moeless_opt.problems.spec.placement import equal_shares, replica_keys
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import Links, Topology
+from moeless_opt.runtime.control.backend import Backend
+from moeless_opt.runtime.pool.cost import CostMeter
+from moeless_opt.runtime.predict.history import LastWindow
+from moeless_opt.runtime.simulate.backend import SimReport, SimulatedBackend, predicted, simulate
+from moeless_opt.runtime.simulate.cli import main
+from moeless_opt.runtime.simulate.foresight import Online
+from moeless_opt.runtime.simulate.machine import Machine, expert_curve
+from moeless_opt.runtime.simulate.policies import POLICIES, Settings, build
+from moeless_opt.runtime.simulate.traffic import (
     Passes,
     RoutingModel,
     continuous,
     from_traces,
     one_second_batches,
 )
-from moeless_opt.runtime.simulate_cli import main
-from moeless_opt.runtime.simulator import SimReport, SimulatedBackend, predicted, simulate
-from moeless_opt.solvers.static import contiguous
+from moeless_opt.solvers.baselines.static import contiguous
 
 MODEL = ModelSpec(name="small", layers=3, experts=4, top_k=2, hidden=64, ffn=128)
 TOPOLOGY = Topology.uniform(2, 2, slots=2, links=Links(intra_node=1e9, inter_node=1e8, host=5e7))

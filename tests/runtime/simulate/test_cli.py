@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeless_opt.runtime.sim_figures import COLOURS, FIGURES
-from moeless_opt.runtime.sim_foresight import NAMES
-from moeless_opt.runtime.sim_policies import POLICIES, Settings
-from moeless_opt.runtime.simulate_cli import SWEEPS, _options, _parser, _policies, main
+from moeless_opt.runtime.simulate.cli import SWEEPS, _options, _parser, _policies, main
+from moeless_opt.runtime.simulate.figures import COLOURS, FIGURES
+from moeless_opt.runtime.simulate.foresight import NAMES
+from moeless_opt.runtime.simulate.policies import POLICIES, Settings
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 QUICK = ["--model", "tiny-moe", "--seconds", "3", "--quiet"]
 
 
@@ -161,7 +161,7 @@ def test_defaults_are_those_of_the_settings() -> None:
 def test_missing_extras_are_told_before_the_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("moeless_opt.solvers.fast.available", lambda: False)
+    monkeypatch.setattr("moeless_opt.solvers.pack.fast.available", lambda: False)
     assert main([*QUICK, "--policies", "static,stay"]) == 0
     assert "moeless-opt[fast]" in capsys.readouterr().err
     assert main([*QUICK, "--policies", "static"]) == 0

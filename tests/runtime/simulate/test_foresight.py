@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.traces import TokenTraces, compose_steps, draw_requests, poisson_arrivals
-from moeless_opt.runtime.predictors import Affinity, AutoRegressive, Known, LastWindow, load_distance
-from moeless_opt.runtime.sim_foresight import (
+from moeless_opt.problems.io.traces import TokenTraces, compose_steps, draw_requests, poisson_arrivals
+from moeless_opt.runtime.predict.history import Affinity, AutoRegressive, Known, LastWindow, load_distance
+from moeless_opt.runtime.simulate.foresight import (
     NAMES,
     TINY_MOE,
     Assumed,
@@ -23,7 +23,7 @@ from moeless_opt.runtime.sim_foresight import (
     read_predictions,
     tiny_moe_predictions_file,
 )
-from moeless_opt.runtime.sim_traffic import Passes, from_traces
+from moeless_opt.runtime.simulate.traffic import Passes, from_traces
 
 LAYERS, EXPERTS, TOP_K, FURTHEST = 4, 6, 2, 3
 ARRIVALS = poisson_arrivals(3, 20, prompt=5, output=5, seed=1)

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.models import ModelSpec
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.problems.topology import Links, Topology
-from moeless_opt.problems.traces import Arrivals
-from moeless_opt.runtime.sim_policies import Settings, build
-from moeless_opt.runtime.sim_serving import ClosedLoop
-from moeless_opt.runtime.sim_time import Machine
-from moeless_opt.runtime.sim_traffic import RoutingModel
-from moeless_opt.runtime.simulate_cli import main
-from moeless_opt.runtime.simulator import SimulatedBackend, simulate
-from moeless_opt.solvers.static import contiguous
+from moeless_opt.problems.io.traces import Arrivals
+from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import Links, Topology
+from moeless_opt.runtime.simulate.backend import SimulatedBackend, simulate
+from moeless_opt.runtime.simulate.cli import main
+from moeless_opt.runtime.simulate.machine import Machine
+from moeless_opt.runtime.simulate.policies import Settings, build
+from moeless_opt.runtime.simulate.serving import ClosedLoop
+from moeless_opt.runtime.simulate.traffic import RoutingModel
+from moeless_opt.solvers.baselines.static import contiguous
 
 MODEL = ModelSpec(name="small", layers=3, experts=4, top_k=2, hidden=64, ffn=128)
 TOPOLOGY = Topology.uniform(1, 4, slots=2, links=Links(intra_node=1e9, inter_node=1e8, host=5e7))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.runtime.sim_waits import slowed, stretched, waits
+from moeless_opt.runtime.simulate.waits import slowed, stretched, waits
 
 SECONDS = st.floats(0.0, 5.0)
 

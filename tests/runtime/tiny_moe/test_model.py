@@ -21,10 +21,11 @@ pytest.importorskip("megatron.core")
 import torch
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.tiny_moe_traces import tiny_moe_traces, tiny_moe_traces_file
-from moeless_opt.runtime import tiny_moe, train_tiny_moe
-from moeless_opt.runtime.building_blocks import causal_positions, moe_layers
-from moeless_opt.runtime.tiny_moe_corpus import DOMAINS, Corpus, arithmetic_text
+from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces, tiny_moe_traces_file
+from moeless_opt.runtime.checkpoint.parts import causal_positions, moe_layers
+from moeless_opt.runtime.tiny_moe import model as tiny_moe
+from moeless_opt.runtime.tiny_moe import train as train_tiny_moe
+from moeless_opt.runtime.tiny_moe.corpus import DOMAINS, Corpus, arithmetic_text
 
 # Stock megatron-core modules call each other in ways that they deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron")
@@ -133,7 +134,7 @@ def test_an_unknown_domain_is_named() -> None:
 
 
 def test_traces_can_be_read_as_loads() -> None:
-    from moeless_opt.problems.loads import Loads
+    from moeless_opt.problems.spec.loads import Loads
 
     loads = Loads.read(tiny_moe_traces_file())
     np.testing.assert_array_equal(loads.load_LE, tiny_moe_traces().load_LE())
@@ -249,7 +250,7 @@ warnings.simplefilter("ignore")
 rank, size = int(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", store=dist.FileStore("store", size), rank=rank, world_size=size)
-from moeless_opt.runtime import tiny_moe
+from moeless_opt.runtime.tiny_moe import model as tiny_moe
 model = tiny_moe.load(dtype=torch.float64)
 assert sum("local_experts" in n for n, _ in model.named_parameters()) == 2 * 6 * 16 // size
 torch.save(tiny_moe.score(model, f"{rank} + {rank} = "), f"score.{rank}")
@@ -259,7 +260,7 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_compute_the_same(tmp_path: Path) -> None:
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(r), "2"], cwd=tmp_path, env=env)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers import eplb
+from moeless_opt.solvers.baselines import eplb
 
 README_LOADS = np.array(
     [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers import moeless
+from moeless_opt.solvers.baselines import moeless
 
 
 def plain_scale(load: list[float], cv: float, cap: int, limit: int) -> list[int]:

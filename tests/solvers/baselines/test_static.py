@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers import static
+from moeless_opt.solvers.baselines import static
 
 
 def test_divisible_case_is_megatrons_mapping() -> None:

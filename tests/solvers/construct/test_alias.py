@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.solvers.alias import alias_applies, alias_pack
+from moeless_opt.solvers.construct.alias import alias_applies, alias_pack
 
 
 def largest(load_E: np.ndarray, packed: tuple[np.ndarray, np.ndarray], speed_G: np.ndarray) -> float:

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.solvers.fractional import connect, construct_fractional, level
-from moeless_opt.solvers.grouping import group_pack
-from moeless_opt.solvers.packing import pack
-from moeless_opt.solvers.search import improve
-from moeless_opt.solvers.shares import solve_shares
-from moeless_opt.solvers.single import join_layer
-from moeless_opt.solvers.sizing import apportion, trim
+from moeless_opt.solvers.construct.fractional import connect, construct_fractional, level
+from moeless_opt.solvers.construct.pools import group_pack
+from moeless_opt.solvers.construct.small import join_layer
+from moeless_opt.solvers.pack.counts import apportion, trim
+from moeless_opt.solvers.pack.packing import pack
+from moeless_opt.solvers.pack.swaps import improve
+from moeless_opt.solvers.shares.flow import solve_shares
 
 
 def largest(

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeless_opt.problems.plan import Status
-from moeless_opt.solvers.exact_cpsat import solve_cpsat
-from moeless_opt.solvers.exact_milp import solve_mathopt
-from moeless_opt.solvers.exact_model import layer_of, time_of
-from moeless_opt.solvers.exact_patterns import solve_patterns
+from moeless_opt.problems.plan.plan import Status
+from moeless_opt.solvers.exact.cpsat import solve_cpsat
+from moeless_opt.solvers.exact.layer import layer_of, time_of
+from moeless_opt.solvers.exact.milp import solve_mathopt
+from moeless_opt.solvers.pack.patterns import solve_patterns
 
 
 @pytest.mark.parametrize("seed", range(12))

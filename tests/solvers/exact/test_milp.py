@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.bounds import density_bound
 from moeless_opt.problems.errors import InfeasibleError, ProblemError, SolverUnavailableError
-from moeless_opt.problems.plan import Status
-from moeless_opt.solvers.exact_components import component_bound
-from moeless_opt.solvers.exact_milp import solve_mathopt, solve_pulp, write_model
-from moeless_opt.solvers.exact_model import layer_of, time_of
+from moeless_opt.problems.plan.bounds import density_bound
+from moeless_opt.problems.plan.plan import Status
+from moeless_opt.solvers.exact.components import component_bound
+from moeless_opt.solvers.exact.layer import layer_of, time_of
+from moeless_opt.solvers.exact.milp import solve_mathopt, solve_pulp, write_model
 
 
 def densest(hosts: Any, load: Any, speed: Any) -> float:

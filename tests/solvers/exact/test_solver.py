@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.library import load_instance
-from moeless_opt.problems.plan import Progress, Status
-from moeless_opt.problems.verify import verify
-from moeless_opt.solvers.base import MaxTime
-from moeless_opt.solvers.planners import Construct
-from moeless_opt.solvers.portfolio import CpSat, Milp, Patterns, Portfolio
+from moeless_opt.problems.instances.library import load_instance
+from moeless_opt.problems.plan.plan import Progress, Status
+from moeless_opt.problems.plan.verify import verify
+from moeless_opt.solvers.construct.solver import Construct
+from moeless_opt.solvers.core.finish import MaxTime
+from moeless_opt.solvers.exact.solver import CpSat, Milp, Patterns, Portfolio
 
 
 @pytest.mark.parametrize(

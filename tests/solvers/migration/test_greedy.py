@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.migration import migration_violations
-from moeless_opt.problems.topology import TOPOLOGY_PRESETS, Topology
-from moeless_opt.solvers import migration
-from moeless_opt.solvers.migration_greedy import schedule_greedily
-from moeless_opt.solvers.static import contiguous
+from moeless_opt.problems.plan.migration import migration_violations
+from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
+from moeless_opt.solvers.baselines.static import contiguous
+from moeless_opt.solvers.migration import schedule as migration
+from moeless_opt.solvers.migration.greedy import schedule_greedily
 
 LINKS = TOPOLOGY_PRESETS["4x8xH100"][3]
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.migration import HOST, Migration, migration_violations
-from moeless_opt.problems.placement import held_LGE
-from moeless_opt.problems.topology import Links, Topology
-from moeless_opt.solvers.migration import migration_graph, schedule_migration, staging_limit
+from moeless_opt.problems.plan.migration import HOST, Migration, migration_violations
+from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.problems.spec.topology import Links, Topology
+from moeless_opt.solvers.migration.schedule import migration_graph, schedule_migration, staging_limit
 
 LINKS = Links(intra_node=100.0, inter_node=10.0, host=5.0, latency=0.0)
 

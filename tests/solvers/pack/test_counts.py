@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.solvers.sizing import apportion, hostable, largest_piece, trim
+from moeless_opt.solvers.pack.counts import apportion, hostable, largest_piece, trim
 
 LOADS = st.lists(st.one_of(st.just(0.0), st.floats(0.01, 1e6)), min_size=1, max_size=5)
 

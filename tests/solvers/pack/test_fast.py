@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
-from moeless_opt.solvers import fast
-from moeless_opt.solvers.construct import construct_equal
-from moeless_opt.solvers.packing import pack
-from moeless_opt.solvers.search import improve
-from moeless_opt.solvers.sizing import apportion
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.pack import fast
+from moeless_opt.solvers.pack.counts import apportion
+from moeless_opt.solvers.pack.packing import pack
+from moeless_opt.solvers.pack.swaps import improve
 
 needs_numba = pytest.mark.skipif(not fast.available(), reason="Numba is not installed")
 
@@ -95,7 +95,7 @@ def run(code):
 def test_auto_does_not_import_numba():
     run(
         "import sys, numpy as np\n"
-        "from moeless_opt.solvers.construct import construct_equal\n"
+        "from moeless_opt.solvers.construct.equal import construct_equal\n"
         "construct_equal(np.arange(64.).reshape(1, 64), np.full((1, 8), 10), np.ones(8))\n"
         "assert 'numba' not in sys.modules"
     )
@@ -104,7 +104,7 @@ def test_auto_does_not_import_numba():
 @needs_numba
 def test_auto_uses_kernels_that_are_loaded():
     run(
-        "from moeless_opt.solvers import fast\n"
+        "from moeless_opt.solvers.pack import fast\n"
         "assert fast.choose('auto') == 'numpy'\n"
         "assert fast.warm() and fast.loaded()\n"
         "assert fast.choose('auto') == 'numba'"

@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.solvers.packing import gpu_time, pack
-from moeless_opt.solvers.sizing import apportion, hostable
+from moeless_opt.solvers.pack.counts import apportion, hostable
+from moeless_opt.solvers.pack.packing import gpu_time, pack
 
 
 def check(slots, counts, capacity):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.bounds import LinearTime
-from moeless_opt.solvers.exact_patterns import solve_patterns
+from moeless_opt.problems.plan.bounds import LinearTime
+from moeless_opt.solvers.pack.patterns import solve_patterns
 
 
 def gpu_times(slots_GC: Any, load: Any, speed: Any, time: LinearTime) -> Any:

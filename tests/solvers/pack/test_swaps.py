@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers.construct import EFFORTS, construct_equal
-from moeless_opt.solvers.packing import gpu_time, pack
-from moeless_opt.solvers.resizing import resize
-from moeless_opt.solvers.search import improve
-from moeless_opt.solvers.sizing import apportion
-from moeless_opt.solvers.two_slots import best_counts, fold, fold_value, quick_fold
+from moeless_opt.solvers.construct.equal import EFFORTS, construct_equal
+from moeless_opt.solvers.pack.counts import apportion
+from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.pack.recount import resize
+from moeless_opt.solvers.pack.swaps import improve
+from moeless_opt.solvers.pack.two_slots import best_counts, fold, fold_value, quick_fold
 
 FLASHLB = np.array([[600, 560, 120, 120, 20, 10, 10, 10.0]])
 

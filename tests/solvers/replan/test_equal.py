@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers.construct import construct_equal
-from moeless_opt.solvers.replan_equal import EqualState, fill_equal, replan_equal
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.replan.equal import EqualState, fill_equal, replan_equal
 
 
 def times(load_E: np.ndarray, slots_GC: np.ndarray, speed_G: np.ndarray) -> np.ndarray:

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers.construct import construct_equal
-from moeless_opt.solvers.replan import mend_content, replan_fractional
-from moeless_opt.solvers.replan_budget import _exact, _greedy, choose_points
-from moeless_opt.solvers.replan_fill import fill_overflow
-from moeless_opt.solvers.replan_flow import UNIT, LayerFlow, least_time
-from moeless_opt.solvers.replan_lns import Shaker, count_moves
-from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.core.knapsack import _exact, _greedy, choose_points
+from moeless_opt.solvers.replan.fill import fill_overflow
+from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
+from moeless_opt.solvers.replan.fractional import mend_content, replan_fractional
+from moeless_opt.solvers.replan.shake import Shaker, count_moves
+from moeless_opt.solvers.shares.flow import solve_shares
 
 
 def random_live(seed: int, experts: int, gpus: int, width: int) -> np.ndarray:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers.construct import construct_equal
-from moeless_opt.solvers.min_moves import min_moves, min_moves_bound
-from moeless_opt.solvers.replan import replan_fractional
-from moeless_opt.solvers.shares import solve_shares
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.replan.fractional import replan_fractional
+from moeless_opt.solvers.replan.min_moves import min_moves, min_moves_bound
+from moeless_opt.solvers.shares.flow import solve_shares
 
 
 def by_enumeration(load_E: np.ndarray, live_GC: np.ndarray, width: int, time: float) -> int | None:

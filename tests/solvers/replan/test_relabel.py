@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers.relabel import relabel, seat, seat_all
+from moeless_opt.solvers.replan.relabel import relabel, seat, seat_all
 
 
 def kept(live_GC: np.ndarray, new_GC: np.ndarray) -> int:

@@ -7,9 +7,9 @@ import pytest
 
 import moeless_opt as mo
 from moeless_opt.api import make_problem
-from moeless_opt.problems.generators import lognormal, surprise
-from moeless_opt.problems.placement import replica_counts
-from moeless_opt.problems.problem import Problem
+from moeless_opt.problems.spec.generators import lognormal, surprise
+from moeless_opt.problems.spec.placement import replica_counts
+from moeless_opt.problems.spec.problem import Problem
 
 TOPOLOGY = mo.uniform(2, 4, slots=5, links=mo.Links(intra_node=1e9, inter_node=1e8, host=1e8, latency=0.0))
 

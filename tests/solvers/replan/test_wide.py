@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeless_opt as mo
-from moeless_opt.problems.placement import Placement
-from moeless_opt.problems.topology import Topology
-from moeless_opt.solvers import relabel, replan
-from moeless_opt.solvers.replan_flow import UNIT, LayerFlow
-from moeless_opt.solvers.replan_wide import fill_wide
-from moeless_opt.solvers.static import contiguous
+from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.solvers.baselines.static import contiguous
+from moeless_opt.solvers.replan import fractional as replan
+from moeless_opt.solvers.replan import relabel
+from moeless_opt.solvers.replan.flow import UNIT, LayerFlow
+from moeless_opt.solvers.replan.wide import fill_wide
 
 
 def layer(seed: int, experts: int, gpus: int, width: int, spare: int) -> tuple[list[int], list[list[int]]]:

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers.packing import pack
-from moeless_opt.solvers.share_lp import ShareLP, density
-from moeless_opt.solvers.share_source import solve_source_shares
-from moeless_opt.solvers.shares import ReplicaGraph, round_shares, solve_shares
-from moeless_opt.solvers.sizing import apportion, trim
+from moeless_opt.solvers.pack.counts import apportion, trim
+from moeless_opt.solvers.pack.packing import pack
+from moeless_opt.solvers.shares.flow import ReplicaGraph, round_shares, solve_shares
+from moeless_opt.solvers.shares.lp import ShareLP, density
+from moeless_opt.solvers.shares.source import solve_source_shares
 
 
 def random_problem(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from moeless_opt.solvers import share_torch  # noqa: E402
-from moeless_opt.solvers.packing import pack  # noqa: E402
-from moeless_opt.solvers.share_torch import TorchShares  # noqa: E402
-from moeless_opt.solvers.shares import ReplicaGraph, solve_shares  # noqa: E402
-from moeless_opt.solvers.sizing import apportion, trim  # noqa: E402
+from moeless_opt.solvers.pack.counts import apportion, trim  # noqa: E402
+from moeless_opt.solvers.pack.packing import pack  # noqa: E402
+from moeless_opt.solvers.shares import torch as share_torch  # noqa: E402
+from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares  # noqa: E402
+from moeless_opt.solvers.shares.torch import TorchShares  # noqa: E402
 
 
 def problem(seed: int) -> tuple[np.ndarray, ReplicaGraph]:

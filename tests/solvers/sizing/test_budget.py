@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.bounds import best_bound
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers.knapsack import (
+from moeless_opt.problems.plan.bounds import best_bound
+from moeless_opt.solvers.sizing.budget import (
     bound_curves,
     fewest_bytes,
     plan_budget,

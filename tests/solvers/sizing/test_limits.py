@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import moeless_opt as mo
 from moeless_opt.api import make_problem
-from moeless_opt.problems.generators import lognormal
+from moeless_opt.problems.spec.generators import lognormal
 
 LOAD = lognormal(2, 12, tokens=10**5, sigma=1.0, seed=1)
 TOPOLOGY = mo.uniform(3, 2, slots=4)

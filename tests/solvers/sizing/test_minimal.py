@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers.minimal_sizing import fewest_for_cv, fewest_for_time
-from moeless_opt.solvers.moeless import replica_cv, scale
+from moeless_opt.solvers.baselines.moeless import replica_cv, scale
+from moeless_opt.solvers.sizing.minimal import fewest_for_cv, fewest_for_time
 
 
 def variation(load: Any, counts: Any, ddof: int, idle: str) -> float:

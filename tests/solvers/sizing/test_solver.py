@@ -7,8 +7,8 @@ import pytest
 
 import moeless_opt as mo
 from moeless_opt.api import make_problem
-from moeless_opt.problems.evaluate import gpu_times
-from moeless_opt.problems.generators import lognormal
+from moeless_opt.problems.plan.evaluate import gpu_times
+from moeless_opt.problems.spec.generators import lognormal
 
 LOAD = lognormal(4, 16, tokens=10**5, sigma=1.0, seed=1)
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.bounds import LinearTime
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.solvers.activation import fewest_activated, worthwhile_replicas
+from moeless_opt.problems.plan.bounds import LinearTime
+from moeless_opt.solvers.timed.activation import fewest_activated, worthwhile_replicas
 
 
 def random_layer(seed: int, experts: int, gpus: int, density: float) -> Any:

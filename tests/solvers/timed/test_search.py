@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeless_opt as mo
-from moeless_opt.problems.evaluate import gpu_times
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.solvers.exact_timed import least_time
-from moeless_opt.solvers.static import contiguous
-from moeless_opt.solvers.timed import TimeTable, timed_bound, timed_plan, timed_shares
+from moeless_opt.problems.plan.evaluate import gpu_times
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.solvers.baselines.static import contiguous
+from moeless_opt.solvers.timed.proof import least_time
+from moeless_opt.solvers.timed.search import TimeTable, timed_bound, timed_plan, timed_shares
 
 CURVE = TimeModel(
     curve_tokens=np.array([1.0, 64, 256, 1024, 4096]),
@@ -195,9 +195,9 @@ SCRIPT = """
 import json, sys
 import numpy as np
 sys.path.insert(0, {root!r})
-from moeless_opt.problems.time_model import TimeModel
-from moeless_opt.solvers.static import contiguous
-from moeless_opt.solvers.timed import TimeTable, timed_plan, timed_shares
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.solvers.baselines.static import contiguous
+from moeless_opt.solvers.timed.search import TimeTable, timed_plan, timed_shares
 rng = np.random.default_rng(3)
 load = np.floor(rng.lognormal(4, 1.2, (3, 10)))
 capacity, speed = np.full((3, 4), 4), np.array([1.0, 1, 2, 0.5])

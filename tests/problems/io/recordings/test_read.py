@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import FormatError, SolverUnavailableError
-from moeless_opt.problems.readers import Recording, read_recording
+from moeless_opt.problems.io.recordings.read import Recording, read_recording
 
 LOADS = np.random.default_rng(1).integers(1, 1000, (6, 8)).astype(np.float64)
 LOADS[:2] = 0  # two dense layers

@@ -1,0 +1,4 @@
+"""Taking over the experts of a model: megatron-core, transformers.
+
+May import `live` and what it may import.
+"""

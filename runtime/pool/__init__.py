@@ -1,0 +1,4 @@
+"""Which replicas stay warm, and what holding them costs.
+
+May import `problems`.
+"""

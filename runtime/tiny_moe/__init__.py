@@ -1,0 +1,4 @@
+"""A small mixture of experts of our own: model, corpus, training, recordings, scores.
+
+May import anything in `runtime`.
+"""

@@ -1,0 +1,4 @@
+"""Proven optima of single layers: patterns, CP-SAT, mixed-integer programmes.
+
+May import `construct`, `pack`, `shares`, `core`, `problems`.
+"""
