@@ -25,8 +25,8 @@ from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
 from moeless_opt.report import Comparison, row_of
-from moeless_opt.solvers.core.finish import FirstOf, MaxTime, NeverStop, Stop
 from moeless_opt.solvers.core.registry import get_solver, require
+from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, NeverStop, Stop
 
 if TYPE_CHECKING:
     from moeless_opt.solvers.sizing.budget import Redundancy

@@ -38,10 +38,11 @@ from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
 from moeless_opt.problems.spec.wishes import SPLITS, Limits, Sizing
-from moeless_opt.progress import Display, InterruptStop
+from moeless_opt.progress import Display
 from moeless_opt.report import Comparison, row_of, table, worst_layers
 from moeless_opt.solvers.core.finish import lower_bound, required_features
 from moeless_opt.solvers.core.registry import get_solver, list_solvers, require, solver_names
+from moeless_opt.solvers.core.stopping import Interrupt
 
 __all__ = ["main"]
 
@@ -233,7 +234,7 @@ def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
         print(outcome)
         if best is not None and args.worst > 0:
             print(f"\nworst layers of {best.certificate.solver}:\n{worst_layers(best, args.worst)}")
-    if stop.pressed:
+    if stop():
         _say("interrupted: the best found so far is shown")
     for path in (args.output, args.plot, args.schedule):
         if path and best is not None and not args.quiet:
@@ -555,14 +556,14 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[InterruptStop]:
+def _interruptible() -> Iterator[Interrupt]:
     """Make the first Ctrl-C a request to stop, and the second one final."""
-    stop = InterruptStop()
+    stop = Interrupt()
 
     def press(*_: object) -> None:
-        if stop.pressed:
+        if stop():
             raise KeyboardInterrupt
-        stop.pressed = True
+        stop.set()
         _say("\nstopping with the best found so far (Ctrl-C again to give up)")
 
     try:

@@ -9,20 +9,7 @@ from typing import Any
 
 from moeless_opt.problems.plan.plan import Progress
 
-__all__ = ["Display", "InterruptStop"]
-
-
-class InterruptStop:
-    """A stopping criterion that a signal handler sets."""
-
-    remaining = float("inf")
-
-    def __init__(self) -> None:
-        self.pressed = False
-
-    def __call__(self, best: float, bound: float) -> str:
-        """Stop once pressed."""
-        return "interrupt" if self.pressed else ""
+__all__ = ["Display"]
 
 
 class Display:

@@ -8,7 +8,8 @@ from moeless_opt.problems.errors import UnsupportedFeatureError
 from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct
-from moeless_opt.solvers.core.finish import Feature, Stop, required_features
+from moeless_opt.solvers.core.finish import Feature, required_features
+from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.exact.solver import Portfolio
 from moeless_opt.solvers.replan.solver import Replan
 from moeless_opt.solvers.sizing.limits import Constrained

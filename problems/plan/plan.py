@@ -12,6 +12,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, Record, SlotArray, frozen, number
 from moeless_opt.problems.plan.evaluate import Moves
+from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.problems.spec.placement import Placement, held_LGE, replica_counts
 from moeless_opt.problems.spec.problem import Problem
 
@@ -302,7 +303,7 @@ class Result(Record):
         The best plan found; None if there is none.
     status : Status
         How it ended.
-    stopped_by : str
+    stopped_by : StoppedBy
         The limit that ended it: ``""`` (it finished), ``"time"``, ``"interrupt"``, ``"gap"``, ...
     seconds : float
         Wall time.
@@ -319,7 +320,7 @@ class Result(Record):
     problem: Problem
     plan: Plan | None
     status: Status
-    stopped_by: str = ""
+    stopped_by: StoppedBy = StoppedBy.NOTHING
     seconds: float = 0.0
     solver: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -10,7 +10,8 @@ from moeless_opt.problems.errors import UnsupportedFeatureError
 from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result, Status
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.baselines import eplb, moeless, static
-from moeless_opt.solvers.core.finish import Clock, Feature, Stop, finish
+from moeless_opt.solvers.core.finish import Clock, Feature, finish
+from moeless_opt.solvers.core.stopping import Stop
 
 __all__ = ["Eplb", "EplbHierarchical", "MoEless", "Oracle", "Static"]
 

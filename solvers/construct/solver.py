@@ -14,7 +14,8 @@ from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
-from moeless_opt.solvers.core.finish import Clock, Feature, Stop, finish
+from moeless_opt.solvers.core.finish import Clock, Feature, finish
+from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.shares.best import best_shares
 from moeless_opt.solvers.shares.flow import solve_shares
 

@@ -14,18 +14,15 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.plan.bounds import LinearTime, best_bound
 from moeless_opt.problems.plan.evaluate import count_moves, gpu_times, imbalance
 from moeless_opt.problems.plan.plan import Certificate, Plan, ProgressCallback, Result
+from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.core.stopping import Stop
 
 __all__ = [
     "Clock",
     "Feature",
-    "FirstOf",
-    "MaxGap",
-    "MaxTime",
-    "NeverStop",
     "Solver",
-    "Stop",
     "finish",
     "lower_bound",
     "required_features",
@@ -95,72 +92,6 @@ def _more_than_tokens(problem: Problem) -> bool:
     if time.has_curve or time.activation_cost > 0:
         return True
     return time.launch > 0 and not problem.topology.is_uniform
-
-
-class Stop(Protocol):
-    """A stopping criterion: asked again and again, it answers why to stop, or ``""`` to go on."""
-
-    def __call__(self, best: float, bound: float) -> str:
-        """Answer for the best value so far and its lower bound (either may be infinite)."""
-
-    @property
-    def remaining(self) -> float:
-        """Seconds that are left; infinite without a time limit."""
-
-
-class NeverStop:
-    """Run until the method ends by itself."""
-
-    remaining = float("inf")
-
-    def __call__(self, best: float, bound: float) -> str:
-        """Go on."""
-        return ""
-
-
-class MaxTime:
-    """Stop after some seconds, counted from the making of the object."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end = clock.monotonic() + seconds
-
-    @property
-    def remaining(self) -> float:
-        """Seconds that are left."""
-        return max(self.end - clock.monotonic(), 0.0)
-
-    def __call__(self, best: float, bound: float) -> str:
-        """Stop once the time is up."""
-        return "" if self.remaining > 0 else "time"
-
-
-class MaxGap:
-    """Stop when the best value is proven to be within a relative gap of the optimum."""
-
-    remaining = float("inf")
-
-    def __init__(self, gap: float) -> None:
-        self.gap = gap
-
-    def __call__(self, best: float, bound: float) -> str:
-        """Stop once ``best <= bound * (1 + gap)``."""
-        return "gap" if best <= bound * (1 + self.gap) else ""
-
-
-class FirstOf:
-    """Stop with the first of several criteria."""
-
-    def __init__(self, *stops: Stop) -> None:
-        self.stops = stops
-
-    @property
-    def remaining(self) -> float:
-        """Seconds that are left by the shortest limit."""
-        return min((stop.remaining for stop in self.stops), default=float("inf"))
-
-    def __call__(self, best: float, bound: float) -> str:
-        """Ask each in turn."""
-        return next((reason for stop in self.stops if (reason := stop(best, bound))), "")
 
 
 @runtime_checkable
@@ -246,7 +177,7 @@ def finish(
     solver: str,
     began: Clock,
     bound: tuple[FloatArray, tuple[str, ...]] | None = None,
-    stopped_by: str = "",
+    stopped_by: StoppedBy = StoppedBy.NOTHING,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     message: str = "",

@@ -18,9 +18,11 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.plan import Plan, Progress, ProgressCallback, Result
+from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct
-from moeless_opt.solvers.core.finish import Clock, Feature, Stop, finish, lower_bound
+from moeless_opt.solvers.core.finish import Clock, Feature, finish, lower_bound
+from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.exact.components import MOST_EXPERTS, component_bound
 from moeless_opt.solvers.exact.layer import PROVEN, ExactLayer, layer_of, result_of
 from moeless_opt.solvers.pack.patterns import solve_patterns
@@ -82,7 +84,7 @@ class _Exact:
         unlimited = not np.isfinite(stop.remaining)
         order = [int(i) for i in np.argsort(-value_L / np.maximum(bound_L, 1e-300), kind="stable")]
         open_layers = [i for i in order if value_L[i] > bound_L[i] * (1 + PROVEN)]
-        stopped_by = ""
+        stopped_by = StoppedBy.NOTHING
         found: dict[int, tuple[SlotArray, FloatArray]] = {}
         for done, i in enumerate(open_layers):
             if progress is not None:
@@ -99,7 +101,7 @@ class _Exact:
             stopped_by = stop(float(value_L.sum()), float(bound_L.sum()))
             remaining = _DEFAULT_SECONDS - began.seconds if unlimited else stop.remaining
             if not stopped_by and remaining <= 0:
-                stopped_by = "time"
+                stopped_by = StoppedBy.TIME
             if stopped_by:
                 break
             layer = layer_of(
@@ -122,7 +124,7 @@ class _Exact:
         left = int((value_L > bound_L * (1 + PROVEN)).sum())
         spent = began.seconds >= _DEFAULT_SECONDS if unlimited else stop.remaining <= 0.01
         if left and not stopped_by and spent:
-            stopped_by = "time"
+            stopped_by = StoppedBy.TIME
         message = f"{len(open_layers)} of {problem.layers} layers needed more than the cheap bounds"
         if left:
             message += f"; {left} are not proven"
@@ -362,6 +364,6 @@ def _replaced(
 
 
 def _never() -> Stop:
-    from moeless_opt.solvers.core.finish import NeverStop
+    from moeless_opt.solvers.core.stopping import NeverStop
 
     return NeverStop()

@@ -21,7 +21,8 @@ from moeless_opt.problems.plan.plan import Payback, Plan, Progress, ProgressCall
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct
-from moeless_opt.solvers.core.finish import Clock, Feature, NeverStop, Stop, finish, lower_bound
+from moeless_opt.solvers.core.finish import Clock, Feature, finish, lower_bound
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
 from moeless_opt.solvers.migration.schedule import schedule_migration
 from moeless_opt.solvers.replan.fractional import Replan as Replanned
 from moeless_opt.solvers.replan.fractional import replan_fractional

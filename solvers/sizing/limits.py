@@ -25,7 +25,8 @@ from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
 from moeless_opt.problems.spec.placement import held_LGE
 from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.core.finish import Clock, Feature, Stop, finish
+from moeless_opt.solvers.core.finish import Clock, Feature, finish
+from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.pack.counts import apportion
 from moeless_opt.solvers.shares.best import best_shares
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv

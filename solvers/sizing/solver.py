@@ -19,7 +19,8 @@ from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct
-from moeless_opt.solvers.core.finish import Clock, Feature, NeverStop, Stop, finish
+from moeless_opt.solvers.core.finish import Clock, Feature, finish
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
 from moeless_opt.solvers.replan.solver import Replan, live_slots
 from moeless_opt.solvers.shares.best import best_shares
 from moeless_opt.solvers.sizing.budget import plan_budget

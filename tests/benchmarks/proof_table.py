@@ -25,7 +25,7 @@ from moeless_opt.solvers.baselines.moeless import replica_cv, scale
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
 from moeless_opt.solvers.construct.solver import Construct
-from moeless_opt.solvers.core.finish import MaxTime
+from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.exact.solver import Portfolio
 from moeless_opt.solvers.pack.counts import apportion
 from moeless_opt.solvers.pack.packing import gpu_time, pack

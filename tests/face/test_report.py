@@ -11,8 +11,9 @@ import pytest
 
 import moeless_opt as mo
 from moeless_opt.problems.plan.plan import Progress
-from moeless_opt.progress import Display, InterruptStop
+from moeless_opt.progress import Display
 from moeless_opt.report import bytes_text, row_of, seconds_text, table, worst_layers
+from moeless_opt.solvers.core.stopping import Interrupt
 from tests.strategies import plan_of
 
 
@@ -121,7 +122,7 @@ def test_progress_may_stay_silent(monkeypatch: Any, kwargs: dict[str, Any]) -> N
 
 
 def test_an_interrupt_is_a_stopping_criterion() -> None:
-    stop = InterruptStop()
+    stop = Interrupt()
     assert stop(1.0, 0.0) == ""
-    stop.pressed = True
+    stop.set()
     assert stop(1.0, 0.0) == "interrupt"

@@ -12,7 +12,7 @@ from moeless_opt.problems.instances.library import load_instance
 from moeless_opt.problems.plan.plan import Progress, Status
 from moeless_opt.problems.plan.verify import verify
 from moeless_opt.solvers.construct.solver import Construct
-from moeless_opt.solvers.core.finish import MaxTime
+from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.exact.solver import CpSat, Milp, Patterns, Portfolio
 
 
