@@ -119,11 +119,11 @@ def show_shape(tree: Path) -> None:
 
 
 class Walk:
-    """Files whose functions are handed an object of some types, in the order in which it gets there."""
+    """Files whose functions are handed the loads (any array of them) or the problem, in order."""
 
-    def __init__(self, tree: Path, kinds: tuple[str, ...]) -> None:
-        self.tree, self.kinds = str(tree) + os.sep, kinds
-        self.way: dict[str, list[str]] = {kind: [] for kind in kinds}
+    def __init__(self, tree: Path) -> None:
+        self.tree = str(tree) + os.sep
+        self.way: dict[str, list[str]] = {"loads": [], "problem": []}
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
         """Note a call."""
@@ -134,13 +134,10 @@ class Walk:
             return
         code = frame.f_code
         for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
-            if name == "self":
-                continue
-            kind = type(frame.f_locals.get(name)).__name__
-            if kind in self.way:
-                here = file.removeprefix(self.tree)
-                if not self.way[kind] or self.way[kind][-1] != here:
-                    self.way[kind].append(here)
+            way = self.way.get("loads" if name.startswith("load") else name)
+            here = file.removeprefix(self.tree)
+            if way is not None and (not way or way[-1] != here):
+                way.append(here)
 
     def tell(self, title: str) -> None:
         """Print the ways: first visits in order, and how often the object changed files."""
@@ -173,7 +170,7 @@ def walk(tree: Path) -> None:
         "planner of the controller": lambda: planned(topology, load_LE, live),
     }
     for title, go in ways.items():
-        watch = Walk(tree, ("Loads", "Problem"))
+        watch = Walk(tree)
         sys.setprofile(watch)
         try:
             go()
