@@ -16,6 +16,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.plan.verify import check_slots, verify
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.loads import as_loads
@@ -24,7 +25,7 @@ from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.solvers.core.finish import Clock, finish
-from moeless_opt.solvers.timed.search import TimeTable, timed_plan
+from moeless_opt.solvers.timed.search import timed_plan
 
 __all__ = ["LayerPlanner"]
 

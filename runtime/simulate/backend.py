@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.runtime.control.backend import MemoryReport, Observation
 from moeless_opt.runtime.control.controller import Controller
@@ -37,7 +38,7 @@ from moeless_opt.runtime.simulate.waits import stretched, waits
 from moeless_opt.solvers.migration.schedule import schedule_migration
 from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares
 from moeless_opt.solvers.timed.activation import shares_of_one
-from moeless_opt.solvers.timed.search import TimeTable, timed_shares
+from moeless_opt.solvers.timed.search import timed_shares
 
 __all__ = ["SimReport", "SimulatedBackend", "predicted", "simulate"]
 

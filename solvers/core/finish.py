@@ -15,6 +15,7 @@ from moeless_opt.problems.plan.bounds import LinearTime, best_bound
 from moeless_opt.problems.plan.evaluate import count_moves, gpu_times, imbalance
 from moeless_opt.problems.plan.plan import Certificate, Plan, ProgressCallback, Result
 from moeless_opt.problems.plan.result import StoppedBy
+from moeless_opt.problems.plan.time_bounds import TimeTable, timed_bound
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.core.stopping import Stop
@@ -137,8 +138,6 @@ def lower_bound(problem: Problem, split: str | None = None) -> tuple[FloatArray,
     """The best cheap lower bound on each layer's largest GPU time, and its name."""
     time, limits = problem.time, problem.limits
     if time.has_curve:
-        from moeless_opt.solvers.timed.search import TimeTable, timed_bound
-
         most = min(int(problem.capacity_LG.max()), problem.experts)
         bound_L = timed_bound(
             problem.load_LE, problem.capacity_LG, problem.topology.speed_G, TimeTable.of(time, most)

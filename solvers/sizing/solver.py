@@ -16,6 +16,7 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import LinearTime
 from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
 from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
+from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct
@@ -26,7 +27,7 @@ from moeless_opt.solvers.shares.best import best_shares
 from moeless_opt.solvers.sizing.budget import plan_budget
 from moeless_opt.solvers.sizing.minimal import fewest_for_time
 from moeless_opt.solvers.timed.activation import shares_of_one, worthwhile_replicas
-from moeless_opt.solvers.timed.search import TimeTable, kicks_for, timed_plan
+from moeless_opt.solvers.timed.search import kicks_for, timed_plan
 
 __all__ = ["ActivationAware", "Sized"]
 

@@ -1,7 +1,7 @@
 """The least time of a layer for any time model, proven by CP-SAT: what no placement and no shares can beat.
 
 Halves the time. Whether a time suffices is a model of its own: which GPU serves how many tokens of which
-expert, where a GPU that serves a of them has room for ``cap(a, T)`` tokens (`timed.TimeTable.largest`).
+expert, where a GPU that serves a of them has room for ``cap(a, T)`` tokens (`TimeTable.largest`).
 Tokens are whole: with capacities rounded down what is found can be done, with capacities rounded up what is
 called infeasible is.
 
@@ -17,7 +17,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers.timed.search import TimeTable, timed_bound, timed_plan
+from moeless_opt.problems.plan.time_bounds import TimeTable, timed_bound
+from moeless_opt.solvers.timed.search import timed_plan
 
 __all__ = ["LeastTime", "least_time"]
 

@@ -12,10 +12,6 @@ places. When no step helps, the best so far is shaken and the search goes on (it
 search gives the shares on a fixed placement (nothing may be loaded) and the plan for the next pass, where
 loading a replica costs its transfer beyond the time that hides it (`lead`), plus a price.
 
-*Bound.* In time T, a GPU that activates a experts serves at most ``cap(a, T)`` tokens. If no choice of a for
-every GPU reaches both all tokens and all experts that have some, T is too little. The choice is relaxed by a
-multiplier on the number of experts, and T is found by halving.
-
 References
 ----------
 .. [1] B. Chen, Y. Ye, J. Zhang, "Lot-sizing scheduling with batch setup times", J. Scheduling 9 (2006).
@@ -29,66 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.placement import held_LGE
-from moeless_opt.problems.spec.time_model import TimeModel
 
-__all__ = ["TimeTable", "Timed", "kicks_for", "timed_bound", "timed_plan", "timed_shares"]
+__all__ = ["Timed", "kicks_for", "timed_plan", "timed_shares"]
 
 KICKS = 16
 """Most shakes of a layer: enough for 8 to 16 experts to come within a percent of the optimum on average."""
-HALVINGS = 34
-"""Of the bound's interval: it ends far below any kernel's noise."""
-
-
-@dataclass(frozen=True, slots=True)
-class TimeTable:
-    """A time model as rows over tokens, one for each number of activated experts.
-
-    Parameters
-    ----------
-    knot_K : array, shape [K]
-        Tokens.
-    table_AK : array, shape [A + 1, K]
-        Times of 0 to A activated experts; between the knots linear, beyond them the last slope.
-    """
-
-    knot_K: FloatArray
-    table_AK: FloatArray
-
-    @classmethod
-    def of(cls, time: TimeModel, most: int, *, per_token: float = 0.0) -> TimeTable:
-        """The same times as the model's, up to `most` activated experts.
-
-        `per_token` is added for every token: the link, where the GPU with most tokens also ends last there.
-        """
-        knot_K = np.array([0.0, 1.0]) if time.curve_tokens is None else np.asarray(time.curve_tokens)
-        used_A1 = np.arange(most + 1)[:, None]
-        table_AK = time.time(np.broadcast_to(knot_K, (most + 1, knot_K.size)), used_A1, 1.0)
-        # An idle GPU serves no tokens: no slope.
-        table_AK[0] = table_AK[0, 0]
-        table_AK[1:] += per_token * knot_K
-        return cls(np.ascontiguousarray(knot_K), np.ascontiguousarray(table_AK))
-
-    def largest(self, time_X: FloatArray) -> FloatArray:
-        """Most tokens that a GPU of speed 1 serves in a time, by activated experts; -inf if none is in time.
-
-        Shape [X, A + 1].
-        """
-        knot_K, table_AK = self.knot_K, self.table_AK
-        result = np.full((time_X.size, len(table_AK)), -np.inf)
-        result[:, 0] = np.where(table_AK[0, 0] <= time_X, 0.0, -np.inf)
-        for a in range(1, len(table_AK)):
-            slope = (table_AK[a, -1] - table_AK[a, -2]) / (knot_K[-1] - knot_K[-2])
-            # A curve may fall: what counts is the last point in time.
-            ahead_K = np.minimum.accumulate(table_AK[a, ::-1])[::-1]
-            k = np.searchsorted(ahead_K, time_X, side="right") - 1  # last knot in time
-            inside = np.clip(k, 0, knot_K.size - 2)
-            low, high = table_AK[a, inside], table_AK[a, inside + 1]
-            along = np.divide(time_X - low, high - low, out=np.zeros(time_X.size), where=high > low)
-            tokens = knot_K[inside] + np.clip(along, 0.0, 1.0) * (knot_K[inside + 1] - knot_K[inside])
-            past = np.where(slope > 0, knot_K[-1] + (time_X - table_AK[a, -1]) / max(slope, 1e-300), np.inf)
-            result[:, a] = np.where(k < 0, -np.inf, np.where(k == knot_K.size - 1, past, tokens))
-        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,55 +246,3 @@ def _slots(
     slots_LGC = np.full((layers, gpus, width), -1, dtype=np.int32)
     slots_LGC[:, :, : top_LGC.shape[2]] = np.where(kept, top_LGC, -1)
     return slots_LGC
-
-
-def timed_bound(
-    load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, table: TimeTable
-) -> FloatArray:
-    """Lower bound on the largest GPU time of any placement and any shares, shape [L].
-
-    Notes
-    -----
-    For a multiplier m >= 0, no choice of activated experts a_g on the GPUs serves more than
-    ``sum_g max_a (cap(a, T) + m a) - m E`` tokens if it has to activate E. The bound is the largest T (found
-    by halving) at which some m proves that the tokens do not fit.
-    """
-    total_L, active_L = load_LE.sum(1), (load_LE > 0).sum(1)
-    # GPUs alike in speed and slots are counted, not listed.
-    kinds, count_X = np.unique(np.vstack([speed_G, capacity_LG]), axis=1, return_counts=True)
-    speed_X, slots_LX = kinds[0], kinds[1:].astype(np.int64)
-    slope = float((np.diff(table.table_AK[1:], axis=1) / np.diff(table.knot_K)).max(initial=0.0))
-    high_L = (table.table_AK.max() + total_L * slope) / float(speed_G.min())
-    low_L = np.zeros(len(load_LE))
-    for _ in range(HALVINGS):
-        middle_L = 0.5 * (low_L + high_L)
-        short_L = _too_short(middle_L, speed_X, slots_LX, count_X, total_L, active_L, table)
-        low_L = np.where(short_L, middle_L, low_L)
-        high_L = np.where(short_L, high_L, middle_L)
-    return np.asarray(np.where(total_L > 0, low_L, 0.0))
-
-
-def _too_short(
-    time_L: FloatArray,
-    speed_X: FloatArray,
-    slots_LX: IntArray,
-    count_X: IntArray,
-    total_L: FloatArray,
-    active_L: IntArray,
-    table: TimeTable,
-) -> NDArray[np.bool_]:
-    """Whether no choice of activated experts serves all tokens in this time, by layer."""
-    used_A = np.arange(len(table.table_AK))
-    cap_LXA = table.largest((time_L[:, None] * speed_X).ravel()).reshape(*slots_LX.shape, used_A.size)
-    cap_LXA[used_A > slots_LX[:, :, None]] = -np.inf
-    never_L = np.any(np.isneginf(cap_LXA.max(2)), axis=1)
-    # Where nothing is in time, or everything, any number will do.
-    cap_LXA = np.where(np.isneginf(cap_LXA), -1e300, np.minimum(cap_LXA, 1e300))
-    few, many = np.triu_indices(used_A.size, 1)
-    price_LP = ((cap_LXA[:, :, few] - cap_LXA[:, :, many]) / (many - few)).reshape(len(time_L), -1)
-    price_LP = np.where((price_LP > 0) & (price_LP < 1e200), price_LP, 0.0)
-    best_L = (cap_LXA.max(2) * count_X).sum(1)
-    for price_L in price_LP.T:
-        reach_LX = (cap_LXA + price_L[:, None, None] * used_A).max(2)
-        best_L = np.minimum(best_L, (reach_LX * count_X).sum(1) - price_L * active_L)
-    return np.asarray(never_L | (best_L < total_L * (1 - 1e-12)))

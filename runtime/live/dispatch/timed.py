@@ -6,10 +6,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.arrays import FloatArray
+from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.runtime.live.dispatch.dispatcher import BalancedShares, whole_quotas
 from moeless_opt.runtime.live.schedule import SlotTable
-from moeless_opt.solvers.timed.search import TimeTable, timed_shares
+from moeless_opt.solvers.timed.search import timed_shares
 
 __all__ = ["TimedShares"]
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 import moeless_opt as mo
 from moeless_opt.problems.plan.evaluate import gpu_times
+from moeless_opt.problems.plan.time_bounds import TimeTable, timed_bound
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.solvers.baselines.static import contiguous
 from moeless_opt.solvers.timed.proof import least_time
-from moeless_opt.solvers.timed.search import TimeTable, timed_bound, timed_plan, timed_shares
+from moeless_opt.solvers.timed.search import timed_plan, timed_shares
 
 CURVE = TimeModel(
     curve_tokens=np.array([1.0, 64, 256, 1024, 4096]),
@@ -39,30 +40,6 @@ def random_layers(seed: int, layers: int, experts: int, gpus: int, slots: int) -
     load_LE = np.floor(rng.lognormal(4, 1.2, (layers, experts)) * (rng.uniform(size=(layers, experts)) < 0.9))
     capacity_LG = np.full((layers, gpus), slots)
     return load_LE, capacity_LG, rng.choice([0.5, 1.0, 1.0, 2.0], gpus)
-
-
-def test_the_table_is_the_model() -> None:
-    rng = np.random.default_rng(0)
-    for time in TIMES:
-        table = TimeTable.of(time, 6)
-        used, tokens = rng.integers(1, 7, 200), rng.uniform(0, 9000, 200)
-        k = np.clip(np.searchsorted(table.knot_K, tokens, side="right") - 1, 0, table.knot_K.size - 2)
-        along = np.maximum((tokens - table.knot_K[k]) / np.diff(table.knot_K)[k], 0.0)
-        low, high = table.table_AK[used, k], table.table_AK[used, k + 1]
-        np.testing.assert_allclose(low + along * (high - low), time.time(tokens, used, 1.0))
-
-
-@pytest.mark.parametrize("time", TIMES)
-def test_most_tokens_in_a_time(time: TimeModel) -> None:
-    table = TimeTable.of(time, 3)
-    for seconds in (0.5, 1.15, 3.0, 5.0, 30.0, 4000.0):
-        most_A = table.largest(np.array([seconds]))[0]
-        for used in (1, 2, 3):
-            if np.isneginf(most_A[used]):
-                assert float(time.time(0.0, used, 1.0)) > seconds
-            elif np.isfinite(most_A[used]):
-                assert float(time.time(most_A[used], used, 1.0)) <= seconds * (1 + 1e-9)
-                assert float(time.time(most_A[used] * (1 + 1e-6) + 1e-6, used, 1.0)) > seconds * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("time", TIMES)
@@ -197,7 +174,8 @@ import numpy as np
 sys.path.insert(0, {root!r})
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.solvers.baselines.static import contiguous
-from moeless_opt.solvers.timed.search import TimeTable, timed_plan, timed_shares
+from moeless_opt.problems.plan.time_bounds import TimeTable
+from moeless_opt.solvers.timed.search import timed_plan, timed_shares
 rng = np.random.default_rng(3)
 load = np.floor(rng.lognormal(4, 1.2, (3, 10)))
 capacity, speed = np.full((3, 4), 4), np.array([1.0, 1, 2, 0.5])
