@@ -19,7 +19,8 @@ from moeless_opt.problems.errors import (
 )
 from moeless_opt.problems.instances.library import instance_names, load_instance
 from moeless_opt.problems.io.documents import load_plan, load_problem, save_problem
-from moeless_opt.problems.plan.plan import Certificate, Payback, Plan, Progress, Result, Status
+from moeless_opt.problems.plan.plan import Certificate, Payback, Plan, Status
+from moeless_opt.problems.plan.result import Progress, Result
 from moeless_opt.problems.plan.verify import verify, violations
 from moeless_opt.problems.spec.architecture import MODEL_PRESETS, ModelSpec, model_preset
 from moeless_opt.problems.spec.loads import Loads

@@ -15,7 +15,8 @@ from moeless_opt.problems.errors import (
     SolverUnavailableError,
     UnsupportedFeatureError,
 )
-from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result, Status
+from moeless_opt.problems.plan.plan import Plan, Status
+from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.plan.verify import verify
 from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
 from moeless_opt.problems.spec.loads import Loads, as_loads

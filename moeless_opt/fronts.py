@@ -10,8 +10,9 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InvalidPlanError, ProblemError, UnsupportedFeatureError
-from moeless_opt.problems.plan.evaluate import gpu_times, objective_vector
+from moeless_opt.problems.plan.evaluate import gpu_times
 from moeless_opt.problems.plan.migration import Migration, migration_violations
+from moeless_opt.problems.plan.objective import objective_vector
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.plan.verify import verify
 from moeless_opt.problems.spec.placement import equal_shares

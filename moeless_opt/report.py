@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.plan.plan import Plan, Result
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.result import Result
 from moeless_opt.problems.spec.problem import Problem
 
 __all__ = ["Comparison", "Row", "bytes_text", "row_of", "seconds_text", "table", "worst_layers"]

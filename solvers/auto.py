@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct
 from moeless_opt.solvers.core.finish import Feature, required_features

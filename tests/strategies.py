@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.plan.evaluate import count_moves, gpu_times, imbalance
-from moeless_opt.problems.plan.plan import Certificate, Payback, Plan
+from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
+from moeless_opt.problems.plan.plan import Certificate, Payback, Plan, count_moves
 from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.placement import Placement, equal_shares
 from moeless_opt.problems.spec.problem import Problem

@@ -26,8 +26,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import floats, integers, number
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.plan.evaluate import Moves
-from moeless_opt.problems.plan.plan import Certificate, Payback, Plan
+from moeless_opt.problems.plan.plan import Certificate, Moves, Payback, Plan
 from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
 from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.placement import Placement

@@ -1,22 +1,20 @@
-"""What comes out: a Plan to be carried out, and the Result that says how it was found and how good it is."""
+"""What comes out: a Plan to be carried out, what it moves, and how far it can be from the best."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+import html
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, Record, SlotArray, frozen, number
-from moeless_opt.problems.plan.evaluate import Moves
-from moeless_opt.problems.plan.result import StoppedBy
+from moeless_opt.problems.arrays import FloatArray, IntArray, Record, SlotArray, frozen, number
+from moeless_opt.problems.plan.evaluate import new_replicas
 from moeless_opt.problems.spec.placement import Placement, held_LGE, replica_counts
 from moeless_opt.problems.spec.problem import Problem
 
-__all__ = ["Certificate", "Payback", "Plan", "Progress", "Result", "Status"]
+__all__ = ["Certificate", "Moves", "Payback", "Plan", "Status", "count_moves"]
 
 
 class Status(enum.StrEnum):
@@ -96,6 +94,67 @@ class Certificate(Record):
             f"Certificate({self.status.value}, gap {self.gap:.3%} (worst layer {self.gap_L.max():.3%}), "
             f"bound by {', '.join(names)}, {self.solver} in {self.seconds * 1e3:.1f} ms)"
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Moves(Record):
+    """What a plan has to ship.
+
+    Parameters
+    ----------
+    count : int
+        Replicas on a GPU that did not hold the expert before.
+    bytes : int
+        Their weights (0 where the size of an expert is unknown).
+    fraction : float
+        `count` as a share of all replicas of the plan.
+    count_L : array of int, shape [L]
+        By layer.
+    cold : bool
+        Whether nothing was live before, so that every replica is loaded.
+    """
+
+    count: int
+    bytes: int
+    fraction: float
+    count_L: IntArray
+    cold: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count_L", frozen(self.count_L))
+
+    def __repr__(self) -> str:
+        size = f", {self.bytes / 1e9:.3g} GB" if self.bytes else ""
+        if self.cold:
+            return f"Moves(cold start: {self.count} replicas to load{size})"
+        return f"Moves({self.count} replicas{size}, {self.fraction:.2%} of the plan)"
+
+
+def count_moves(slots_LGC: SlotArray, before_LGC: SlotArray | None, experts: int, bytes_L: IntArray) -> Moves:
+    """Count the replicas that no warm GPU has.
+
+    Parameters
+    ----------
+    slots_LGC, before_LGC : arrays of int32, shape [L, G, C]
+        New placement, and the live one (None: nothing is live).
+    experts : int
+        Experts per layer.
+    bytes_L : array of int, shape [L]
+        Bytes of one replica in each layer.
+    """
+    filled_L = np.count_nonzero(slots_LGC >= 0, axis=(1, 2))
+    if before_LGC is None:
+        count_L = filled_L
+    else:
+        count_L = np.count_nonzero(new_replicas(slots_LGC, before_LGC, experts), axis=(1, 2))
+    count = int(count_L.sum())
+    return Moves(
+        count=count,
+        bytes=int(count_L @ bytes_L),
+        fraction=count / max(int(filled_L.sum()), 1),
+        count_L=count_L,
+        cold=before_LGC is None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -269,79 +328,4 @@ class Plan(Record):
             ("solver", f"{self.certificate.solver}, {self.certificate.seconds * 1e3:.1f} ms"),
         )
         body = "".join(f"<tr><th style='text-align:left'>{k}</th><td>{v}</td></tr>" for k, v in rows)
-        return f"<table><caption>Plan {_escape(self.name)} ({self.split} split)</caption>{body}</table>"
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Progress(Record):
-    """One line of a solver's report: time so far, best value, bound."""
-
-    seconds: float
-    best: float
-    bound: float
-    done: float = 0.0
-    """Share of the work that is done, 0 to 1, or 0 where nobody can tell."""
-    note: str = ""
-
-
-ProgressCallback = Callable[[Progress], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Result(Record):
-    """How a solve went.
-
-    Parameters
-    ----------
-    problem : Problem
-        What was solved.
-    plan : Plan or None
-        The best plan found; None if there is none.
-    status : Status
-        How it ended.
-    stopped_by : StoppedBy
-        The limit that ended it: ``""`` (it finished), ``"time"``, ``"interrupt"``, ``"gap"``, ...
-    seconds : float
-        Wall time.
-    solver : str
-        Name in the registry.
-    options : mapping
-        Options that the solver was called with.
-    seed : int
-        Random seed.
-    message : str
-        For people, such as which cap binds.
-    """
-
-    problem: Problem
-    plan: Plan | None
-    status: Status
-    stopped_by: StoppedBy = StoppedBy.NOTHING
-    seconds: float = 0.0
-    solver: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    message: str = ""
-
-    @property
-    def objective(self) -> dict[str, float]:
-        """The whole vector: balance, moves, traffic, memory (see ``evaluate.objective_vector``)."""
-        if self.plan is None:
-            return {}
-        from moeless_opt.problems.plan.evaluate import objective_vector
-
-        return objective_vector(self.problem, self.plan)
-
-    @property
-    def lower_bound(self) -> float:
-        """Bound on the sum over the layers of the largest GPU time."""
-        return float("nan") if self.plan is None else float(self.plan.certificate.lower_bound_L.sum())
-
-    @property
-    def gap(self) -> float:
-        """Relative distance of the plan from the bound, at most."""
-        return float("nan") if self.plan is None else self.plan.certificate.gap
+        return f"<table><caption>Plan {html.escape(self.name)} ({self.split} split)</caption>{body}</table>"

@@ -1,10 +1,18 @@
-"""What came of a solve: the plan, its status, and why the search ended."""
+"""What came of a solve: the plan, its status, and why the search ended; and the lines told meanwhile."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["StoppedBy"]
+from moeless_opt.problems.arrays import Record
+from moeless_opt.problems.plan.objective import objective_vector
+from moeless_opt.problems.plan.plan import Plan, Status
+from moeless_opt.problems.spec.problem import Problem
+
+__all__ = ["Progress", "ProgressCallback", "Result", "StoppedBy"]
 
 
 class StoppedBy(enum.StrEnum):
@@ -15,3 +23,72 @@ class StoppedBy(enum.StrEnum):
     GAP = "gap"
     INTERRUPT = "interrupt"
     CALLER = "caller"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Progress(Record):
+    """One line of a solver's report: time so far, best value, bound."""
+
+    seconds: float
+    best: float
+    bound: float
+    done: float = 0.0
+    """Share of the work that is done, 0 to 1, or 0 where nobody can tell."""
+    note: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Result(Record):
+    """How a solve went.
+
+    Parameters
+    ----------
+    problem : Problem
+        What was solved.
+    plan : Plan or None
+        The best plan found; None if there is none.
+    status : Status
+        How it ended.
+    stopped_by : StoppedBy
+        The limit that ended it: ``""`` (it finished), ``"time"``, ``"interrupt"``, ``"gap"``, ...
+    seconds : float
+        Wall time.
+    solver : str
+        Name in the registry.
+    options : mapping
+        Options that the solver was called with.
+    seed : int
+        Random seed.
+    message : str
+        For people, such as which cap binds.
+    """
+
+    problem: Problem
+    plan: Plan | None
+    status: Status
+    stopped_by: StoppedBy = StoppedBy.NOTHING
+    seconds: float = 0.0
+    solver: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    message: str = ""
+
+    @property
+    def objective(self) -> dict[str, float]:
+        """The whole vector: balance, moves, traffic, memory (see `objective_vector`)."""
+        if self.plan is None:
+            return {}
+        return objective_vector(self.problem, self.plan)
+
+    @property
+    def lower_bound(self) -> float:
+        """Bound on the sum over the layers of the largest GPU time."""
+        return float("nan") if self.plan is None else float(self.plan.certificate.lower_bound_L.sum())
+
+    @property
+    def gap(self) -> float:
+        """Relative distance of the plan from the bound, at most."""
+        return float("nan") if self.plan is None else self.plan.certificate.gap

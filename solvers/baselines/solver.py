@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result, Status
+from moeless_opt.problems.plan.plan import Plan, Status
+from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.baselines import eplb, moeless, static
 from moeless_opt.solvers.core.finish import Clock, Feature, finish

@@ -8,8 +8,10 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan.evaluate import gpu_times, risk
-from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
+from moeless_opt.problems.plan.evaluate import gpu_times
+from moeless_opt.problems.plan.objective import risk
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.equal import construct_equal

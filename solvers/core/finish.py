@@ -12,9 +12,9 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.plan.bounds import LinearTime, best_bound
-from moeless_opt.problems.plan.evaluate import count_moves, gpu_times, imbalance
-from moeless_opt.problems.plan.plan import Certificate, Plan, ProgressCallback, Result
-from moeless_opt.problems.plan.result import StoppedBy
+from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
+from moeless_opt.problems.plan.plan import Certificate, Plan, count_moves
+from moeless_opt.problems.plan.result import ProgressCallback, Result, StoppedBy
 from moeless_opt.problems.plan.time_bounds import TimeTable, timed_bound
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem

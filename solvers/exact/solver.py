@@ -17,8 +17,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.plan.plan import Plan, Progress, ProgressCallback, Result
-from moeless_opt.problems.plan.result import StoppedBy
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.result import Progress, ProgressCallback, Result, StoppedBy
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct
 from moeless_opt.solvers.core.finish import Clock, Feature, finish, lower_bound

@@ -17,7 +17,8 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.evaluate import gpu_times, move_seconds, new_replicas
-from moeless_opt.problems.plan.plan import Payback, Plan, Progress, ProgressCallback, Result
+from moeless_opt.problems.plan.plan import Payback, Plan
+from moeless_opt.problems.plan.result import Progress, ProgressCallback, Result
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct

@@ -22,7 +22,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.spec.placement import held_LGE
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.core.finish import Clock, Feature, finish

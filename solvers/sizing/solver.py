@@ -15,7 +15,8 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import LinearTime
 from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
-from moeless_opt.problems.plan.plan import Plan, ProgressCallback, Result
+from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem

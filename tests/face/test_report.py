@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import moeless_opt as mo
-from moeless_opt.problems.plan.plan import Progress
+from moeless_opt.problems.plan.result import Progress
 from moeless_opt.progress import Display
 from moeless_opt.report import bytes_text, row_of, seconds_text, table, worst_layers
 from moeless_opt.solvers.core.stopping import Interrupt

@@ -12,17 +12,15 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.plan.evaluate import (
     activated,
-    count_moves,
     gpu_times,
     gpu_tokens,
     imbalance,
     move_seconds,
     new_replicas,
     node_traffic,
-    objective_vector,
-    risk,
-    scenario_value,
 )
+from moeless_opt.problems.plan.objective import objective_vector, risk, scenario_value
+from moeless_opt.problems.plan.plan import count_moves
 from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.topology import uniform

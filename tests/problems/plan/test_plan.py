@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from moeless_opt.problems.plan.plan import Certificate, Plan, Result, Status
+from moeless_opt.problems.plan.plan import Certificate, Plan, Status
+from moeless_opt.problems.plan.result import Result
 from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.topology import uniform

@@ -9,7 +9,8 @@ import pytest
 
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.instances.library import load_instance
-from moeless_opt.problems.plan.plan import Progress, Status
+from moeless_opt.problems.plan.plan import Status
+from moeless_opt.problems.plan.result import Progress
 from moeless_opt.problems.plan.verify import verify
 from moeless_opt.solvers.construct.solver import Construct
 from moeless_opt.solvers.core.stopping import MaxTime
