@@ -36,7 +36,8 @@ from moeless_opt.runtime.simulate.shares import MANY, WideShares
 from moeless_opt.runtime.simulate.traffic import Passes
 from moeless_opt.runtime.simulate.waits import stretched, waits
 from moeless_opt.solvers.migration.schedule import schedule_migration
-from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares
+from moeless_opt.solvers.shares.flow import solve_shares
+from moeless_opt.solvers.shares.graph import ReplicaGraph
 from moeless_opt.solvers.timed.activation import shares_of_one
 from moeless_opt.solvers.timed.search import timed_shares
 

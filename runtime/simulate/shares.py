@@ -12,7 +12,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.solvers.shares.flow import ReplicaGraph, descend
+from moeless_opt.solvers.shares.flow import descend
+from moeless_opt.solvers.shares.graph import ReplicaGraph
 
 __all__ = ["MANY", "WideShares"]
 

@@ -31,14 +31,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 
 __all__ = ["Policy", "Rebalanced", "balanced_packing", "merge_duplicates", "rebalance", "replicate"]
 
 Policy = Literal["auto", "global", "hierarchical"]
-Ints = NDArray[np.int64]
-Int32s = NDArray[np.int32]
-Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
 
 _LARGEST = 1e38  # the arithmetic is float32
@@ -61,20 +59,20 @@ class Rebalanced:
         The policy that was run.
     """
 
-    slots_LGC: Int32s
-    rank_LGC: Int32s
-    replicas_LE: Int32s
+    slots_LGC: SlotArray
+    rank_LGC: SlotArray
+    replicas_LE: SlotArray
     policy: Literal["global", "hierarchical"]
 
     @property
-    def duplicates_L(self) -> Ints:
+    def duplicates_L(self) -> IntArray:
         """Slots of each layer wasted on an expert that the GPU already holds."""
         by_id_LGC = np.sort(self.slots_LGC, axis=2)
-        same_LGC: NDArray[np.bool_] = by_id_LGC[:, :, 1:] == by_id_LGC[:, :, :-1]
-        count_L: Ints = same_LGC.sum(axis=(1, 2), dtype=np.int64)
+        same_LGC: BoolArray = by_id_LGC[:, :, 1:] == by_id_LGC[:, :, :-1]
+        count_L: IntArray = same_LGC.sum(axis=(1, 2), dtype=np.int64)
         return count_L
 
-    def merged(self) -> tuple[Int32s, Floats, Ints]:
+    def merged(self) -> tuple[SlotArray, FloatArray, IntArray]:
         """Return the same plan without duplicates: see `merge_duplicates`."""
         return merge_duplicates(self.slots_LGC, self.replicas_LE)
 
@@ -170,7 +168,7 @@ def rebalance(
     )
 
 
-def replicate(load_XE: ArrayLike, slots: int) -> tuple[Ints, Ints, Ints]:
+def replicate(load_XE: ArrayLike, slots: int) -> tuple[IntArray, IntArray, IntArray]:
     """Give every expert one slot and each further slot to the expert with the most load per replica.
 
     For a fixed number of slots this minimises the largest load per replica. Ties go to the lowest expert.
@@ -209,7 +207,7 @@ def replicate(load_XE: ArrayLike, slots: int) -> tuple[Ints, Ints, Ints]:
     return expert_XS, rank_XS, count_XE
 
 
-def balanced_packing(weight_XN: ArrayLike, packs: int) -> tuple[Ints, Ints]:
+def balanced_packing(weight_XN: ArrayLike, packs: int) -> tuple[IntArray, IntArray]:
     """Pack items, heaviest first, each to the lightest pack that has room; all packs end equally full.
 
     Parameters
@@ -258,7 +256,7 @@ def balanced_packing(weight_XN: ArrayLike, packs: int) -> tuple[Ints, Ints]:
     return _scatter(pack_NX.T, order_NX.T), _scatter(place_NX.T, order_NX.T)
 
 
-def merge_duplicates(slots_LGC: ArrayLike, replicas_LE: ArrayLike) -> tuple[Int32s, Floats, Ints]:
+def merge_duplicates(slots_LGC: ArrayLike, replicas_LE: ArrayLike) -> tuple[SlotArray, FloatArray, IntArray]:
     """Turn slots with duplicates into a placement that holds each expert at most once per GPU.
 
     The source routes an expert's tokens evenly over its *slots*. A GPU with k slots of an expert that has r
@@ -302,7 +300,7 @@ def merge_duplicates(slots_LGC: ArrayLike, replicas_LE: ArrayLike) -> tuple[Int3
     )
 
 
-def _experts_by_node(weight_LE: Singles, groups: int, nodes: int) -> Ints:
+def _experts_by_node(weight_LE: Singles, groups: int, nodes: int) -> IntArray:
     """List the experts node by node, whole groups at a time, groups balanced over the nodes."""
     layers, experts = weight_LE.shape
     size, per_node = experts // groups, groups // nodes
@@ -311,11 +309,11 @@ def _experts_by_node(weight_LE: Singles, groups: int, nodes: int) -> Ints:
     group_at_LK = _scatter(
         np.broadcast_to(np.arange(groups), (layers, groups)), node_LK * per_node + place_LK
     )
-    order_LKS: Ints = group_at_LK[:, :, None] * size + np.arange(size)
+    order_LKS: IntArray = group_at_LK[:, :, None] * size + np.arange(size)
     return order_LKS.reshape(layers, experts)
 
 
-def _scatter(value_XN: NDArray[np.int64], to_XN: Ints) -> Ints:
+def _scatter(value_XN: IntArray, to_XN: IntArray) -> IntArray:
     """Return the array whose entry ``to_XN[x, n]`` of row x is ``value_XN[x, n]`` (`to` a permutation)."""
     out_XN = np.empty_like(to_XN)
     np.put_along_axis(out_XN, to_XN, value_XN, axis=1)

@@ -27,16 +27,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 
 __all__ = ["Placed", "place", "replica_cv", "scale", "slots_for_bytes"]
 
-Ints = NDArray[np.int64]
-Int32s = NDArray[np.int32]
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 _ROUNDING = 1e-12  # a CV this close above the threshold (relative to the mean) has met it
 
@@ -60,11 +57,11 @@ class Placed:
         one.
     """
 
-    slots_LGC: Int32s
-    share_LGC: Floats
-    replicas_LE: Int32s
-    reused_L: Ints
-    dropped_L: Ints
+    slots_LGC: SlotArray
+    share_LGC: FloatArray
+    replicas_LE: SlotArray
+    reused_L: IntArray
+    dropped_L: IntArray
 
 
 def scale(
@@ -76,7 +73,7 @@ def scale(
     max_replicas: ArrayLike | None = None,
     idle: Literal["count", "ignore"] = "count",
     ties: Literal["first", "fewest"] = "first",
-) -> Int32s:
+) -> SlotArray:
     """Choose the number of replicas of every expert by MoEless's greedy rule.
 
     Parameters
@@ -154,7 +151,7 @@ def scale(
 
 def replica_cv(
     load_LE: ArrayLike, replicas_LE: ArrayLike, ddof: int = 0, *, idle: Literal["count", "ignore"] = "count"
-) -> Floats:
+) -> FloatArray:
     """Return the coefficient of variation of the replicas' loads, per layer.
 
     Parameters
@@ -182,7 +179,7 @@ def replica_cv(
     mean_L = load_LE.sum(axis=1) / np.maximum(count_L, 1)
     square_L = (count_LE * (piece_LE - mean_L[:, None]) ** 2).sum(axis=1)
     deviation_L = np.sqrt(square_L / np.maximum(count_L - ddof, 1))
-    cv_L: Floats = np.divide(deviation_L, mean_L, out=np.zeros_like(mean_L), where=mean_L > 0)
+    cv_L: FloatArray = np.divide(deviation_L, mean_L, out=np.zeros_like(mean_L), where=mean_L > 0)
     return cv_L
 
 
@@ -301,7 +298,9 @@ class _Board:
     K runs over a layer's replicas, heaviest first; layers with fewer replicas are padded at the end.
     """
 
-    def __init__(self, load_LE: Floats, wanted_LE: Ints, room_LG: Ints, speed_G: Floats) -> None:
+    def __init__(
+        self, load_LE: FloatArray, wanted_LE: IntArray, room_LG: IntArray, speed_G: FloatArray
+    ) -> None:
         layers, experts = load_LE.shape
         self.layers, self.gpus = room_LG.shape
         self.piece_LE = load_LE / wanted_LE
@@ -321,7 +320,7 @@ class _Board:
             self.expert_LK[layer, : count_L[layer]] = np.repeat(order_E, wanted_LE[layer, order_E])
         self.pending_LK = np.arange(self.steps) < count_L[:, None]
 
-    def put_where_warm(self, warm_LEG: Bools) -> None:
+    def put_where_warm(self, warm_LEG: BoolArray) -> None:
         """Put every layer's replicas, in order, each on its best warm GPU, if there is one."""
         layer, expert, gpu = np.nonzero(warm_LEG)
         kind = layer * warm_LEG.shape[1] + expert
@@ -343,7 +342,7 @@ class _Board:
         best_R = np.where(allowed_RG, finish_RG, np.inf).argmin(axis=1)
         self._take(k, rows, best_R, allowed_RG[np.arange(rows.size), best_R])
 
-    def _put(self, k: int, rows: Ints, gpu_RW: Ints) -> None:
+    def _put(self, k: int, rows: IntArray, gpu_RW: IntArray) -> None:
         """Put these layers' k-th replica on the best of the GPUs that each row names."""
         expert_R = self.expert_LK[rows, k]
         at_RW = np.minimum(gpu_RW, self.gpus - 1)
@@ -357,7 +356,7 @@ class _Board:
         here = np.arange(rows.size)
         self._take(k, rows, at_RW[here, best_R], allowed_RW[here, best_R])
 
-    def _take(self, k: int, rows: Ints, gpu_R: Ints, allowed_R: Bools) -> None:
+    def _take(self, k: int, rows: IntArray, gpu_R: IntArray, allowed_R: BoolArray) -> None:
         done = np.flatnonzero(self.pending_LK[rows, k] & allowed_R)
         layer, gpu = rows[done], gpu_R[done]
         expert = self.expert_LK[layer, k]
@@ -405,7 +404,7 @@ class _Board:
         self.piece_LE[layer, expert] = after
         self.dropped_L[layer] += 1
 
-    def result(self, warm_LEG: Bools) -> Placed:
+    def result(self, warm_LEG: BoolArray) -> Placed:
         """Read the slots off the board: on each GPU the experts in ascending order."""
         replicas_LE = self.holds_LEG.sum(axis=2)
         width = int(self.capacity_LG.max())
@@ -429,20 +428,20 @@ class _Board:
 
 
 def _unmet(
-    load_LE: Floats, replicas_LE: Ints, cv: float, ddof: int, idle: Literal["count", "ignore"]
-) -> Bools:
-    unmet: Bools = replica_cv(load_LE, replicas_LE, ddof, idle=idle) > cv + _ROUNDING
+    load_LE: FloatArray, replicas_LE: IntArray, cv: float, ddof: int, idle: Literal["count", "ignore"]
+) -> BoolArray:
+    unmet: BoolArray = replica_cv(load_LE, replicas_LE, ddof, idle=idle) > cv + _ROUNDING
     return unmet
 
 
-def _fewest(piece_LE: Floats, replicas_LE: Ints) -> Ints:
+def _fewest(piece_LE: FloatArray, replicas_LE: IntArray) -> IntArray:
     """Return, per row, the expert with the fewest replicas among those with the highest load per replica."""
     highest = piece_LE == piece_LE.max(axis=1, keepdims=True)
-    fewest: Ints = np.where(highest, replicas_LE, np.iinfo(np.int64).max).argmin(axis=1)
+    fewest: IntArray = np.where(highest, replicas_LE, np.iinfo(np.int64).max).argmin(axis=1)
     return fewest
 
 
-def _membership(slots_LGC: ArrayLike, layers: int, experts: int, gpus: int) -> Bools:
+def _membership(slots_LGC: ArrayLike, layers: int, experts: int, gpus: int) -> BoolArray:
     """Tell, for each layer, expert and GPU, whether the expert is in one of the GPU's slots."""
     slots = np.asarray(slots_LGC)
     if slots.ndim != 3 or slots.shape[:2] != (layers, gpus) or slots.dtype.kind not in "iu":
@@ -457,7 +456,7 @@ def _membership(slots_LGC: ArrayLike, layers: int, experts: int, gpus: int) -> B
     return member_LEG
 
 
-def _broadcast(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Ints:
+def _broadcast(name: str, value: ArrayLike, shape: tuple[int, ...]) -> IntArray:
     given = np.asarray(value)
     if given.dtype.kind not in "iu":
         raise ProblemError(name, f"must be whole numbers, got {given.dtype}")
@@ -467,7 +466,7 @@ def _broadcast(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Ints:
         raise ProblemError(name, f"must fit the shape {shape}, got {given.shape}") from None
 
 
-def _checked_loads(load_LE: ArrayLike) -> Floats:
+def _checked_loads(load_LE: ArrayLike) -> FloatArray:
     given = np.asarray(load_LE, dtype=np.float64)
     if given.ndim != 2 or given.size == 0:
         raise ProblemError("loads", f"must be a non-empty [layers, experts] array, got shape {given.shape}")

@@ -23,12 +23,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from moeless_opt.problems.arrays import FloatArray, SlotArray
 
 __all__ = ["alias_applies", "alias_pack"]
 
-Floats = NDArray[np.float64]
-Int32s = NDArray[np.int32]
 
 _TINY = 1e-12  # of the mean load: a GPU this close to its target is done
 
@@ -39,7 +38,7 @@ def alias_applies(experts: int, capacity_G: Any) -> bool:
     return bool(experts <= int(np.maximum(capacity_G - 1, 0).sum()))
 
 
-def alias_pack(load_E: Floats, capacity_G: Any, speed_G: Any) -> tuple[Int32s, Floats] | None:
+def alias_pack(load_E: FloatArray, capacity_G: Any, speed_G: Any) -> tuple[SlotArray, FloatArray] | None:
     """One layer's placement and shares with every GPU at the mean time.
 
     Parameters
@@ -81,7 +80,7 @@ def alias_pack(load_E: Floats, capacity_G: Any, speed_G: Any) -> tuple[Int32s, F
 
 
 def _whole_experts(
-    load_E: Floats, capacity: list[int], speed: list[float]
+    load_E: FloatArray, capacity: list[int], speed: list[float]
 ) -> Iterator[list[dict[int, float]]]:
     """Largest expert first to the GPU that would finish first, each GPU kept one slot short of full.
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.counts import apportion, largest_piece, trim
@@ -24,10 +24,6 @@ from moeless_opt.solvers.pack.swaps import improve
 from moeless_opt.solvers.pack.two_slots import best_counts, fold, quick_fold
 
 __all__ = ["EFFORTS", "Effort", "construct_equal"]
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Int32s = NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,14 +97,14 @@ EFFORTS = {
 
 
 def construct_equal(
-    load_LE: Floats,
+    load_LE: FloatArray,
     capacity_LG: Any,
     speed_G: Any,
     *,
     seed: int = 0,
     effort: str = "normal",
     backend: str = "auto",
-) -> Int32s:
+) -> SlotArray:
     """Place replicas for an equal split of each expert's tokens over its replicas.
 
     Parameters
@@ -161,7 +157,7 @@ def construct_equal(
     return slots
 
 
-def _two_slots(load_LE: Floats, G: int, effort: Effort) -> Int32s:
+def _two_slots(load_LE: FloatArray, G: int, effort: Effort) -> SlotArray:
     """Layers of two slots on equal GPUs, by folding."""
     if effort.ways == 0:
         pairs = [quick_fold(load_E, G, target=effort.target) for load_E in load_LE.tolist()]
@@ -171,7 +167,7 @@ def _two_slots(load_LE: Floats, G: int, effort: Effort) -> Int32s:
     return fold(load_LE, counts, G)
 
 
-def _proven(load_LE: Floats, capacity: Ints, speed: Floats, slots: Int32s) -> Int32s:
+def _proven(load_LE: FloatArray, capacity: IntArray, speed: FloatArray, slots: SlotArray) -> SlotArray:
     """Tiny layers to optimality by dynamic programming, where the search left a gap."""
     value_L = gpu_time(load_LE, slots, speed).max(axis=1)
     for layer in np.flatnonzero(value_L > load_LE.sum(axis=1) / speed.sum() * (1.0 + 1e-9)):
@@ -189,7 +185,9 @@ def _proven(load_LE: Floats, capacity: Ints, speed: Floats, slots: Int32s) -> In
     return slots
 
 
-def _general(load_LE: Floats, capacity: Ints, speed: Floats, effort: Effort, backend: str) -> Int32s:
+def _general(
+    load_LE: FloatArray, capacity: IntArray, speed: FloatArray, effort: Effort, backend: str
+) -> SlotArray:
     """Any layer: counts, packing, swaps, and other counts where these end far above the bound."""
     E = load_LE.shape[1]
     total = np.minimum(capacity, E).sum(axis=1)

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.solvers.construct.alias import alias_pack
 from moeless_opt.solvers.construct.pools import group_pack
 from moeless_opt.solvers.construct.small import join_layer
@@ -41,14 +42,11 @@ from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.swaps import improve
-from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares
+from moeless_opt.solvers.shares.flow import solve_shares
+from moeless_opt.solvers.shares.graph import ReplicaGraph
 
 __all__ = ["connect", "construct_fractional", "level"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Int32s = NDArray[np.int32]
-Bools = NDArray[np.bool_]
 
 LEAN = 0.5  # of the first try; see `sizing.apportion`
 OTHER_LEANS = (0.25, 0.0, -0.25, -0.5, -0.75)  # ever fewer replicas for the heaviest, more links elsewhere
@@ -65,13 +63,13 @@ _NEVER = 1e280  # a full GPU, or one that holds the expert
 
 
 def construct_fractional(
-    load_LE: Floats,
+    load_LE: FloatArray,
     capacity_LG: Any,
     speed_G: Any,
     *,
     seed: int = 0,
     effort: str = "normal",
-) -> tuple[Int32s, Floats]:
+) -> tuple[SlotArray, FloatArray]:
     """Place the replicas of every layer, and split the tokens, for the least largest GPU time.
 
     Parameters
@@ -124,10 +122,12 @@ def construct_fractional(
     return slots, share
 
 
-Built = tuple[Int32s, Floats, Floats]
+Built = tuple[SlotArray, FloatArray, FloatArray]
 
 
-def _small(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> tuple[Int32s, Floats] | None:
+def _small(
+    load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray
+) -> tuple[SlotArray, FloatArray] | None:
     """Small problems in plain Python; None where a layer needs more than the first construction."""
     speed = speed_G.tolist()
     all_slots, all_share = [], []
@@ -141,7 +141,7 @@ def _small(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> tuple[Int32s,
     return np.array(all_slots, dtype=np.int32), np.array(all_share)
 
 
-def _joined(load_LE: Floats, capacity_LG: Ints, speed_G: Floats, lean: float) -> Built:
+def _joined(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, lean: float) -> Built:
     """Steps 1 to 4: placement, shares, largest times; infinite time where a layer can't be packed so."""
     total = np.minimum(capacity_LG, load_LE.shape[1]).sum(axis=1)
     cap = (capacity_LG > 0).sum(axis=1)[:, None]
@@ -152,8 +152,8 @@ def _joined(load_LE: Floats, capacity_LG: Ints, speed_G: Floats, lean: float) ->
 
 
 def _share(
-    load_LE: Floats, slots_LGC: Int32s, speed_G: Floats, ok_L: Bools, replicas_LE: NDArray[Any]
-) -> tuple[Floats, Floats]:
+    load_LE: FloatArray, slots_LGC: SlotArray, speed_G: FloatArray, ok_L: BoolArray, replicas_LE: NDArray[Any]
+) -> tuple[FloatArray, FloatArray]:
     """Level the layers in `ok_L`, exactly where levelling would need negative shares."""
     mean_L = load_LE.sum(axis=1) / speed_G.sum()
     share, time_L = level(load_LE, slots_LGC, speed_G, replicas_LE)
@@ -166,13 +166,13 @@ def _share(
 
 
 def connect(
-    load_LE: Floats,
+    load_LE: FloatArray,
     replicas_LE: NDArray[Any],
-    capacity_LG: Ints,
-    speed_G: Floats,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
     *,
     backend: str = "auto",
-) -> tuple[Int32s, Bools]:
+) -> tuple[SlotArray, BoolArray]:
     """Steps 2 and 3: place replicas so that replicated experts join the GPUs into one component.
 
     Parameters
@@ -235,7 +235,7 @@ def _choose(backend: str) -> str:
 class _Packing:
     """What is where, in all layers at once."""
 
-    def __init__(self, L: int, G: int, capacity_LG: Ints, speed_G: Floats) -> None:
+    def __init__(self, L: int, G: int, capacity_LG: IntArray, speed_G: FloatArray) -> None:
         self._width = int(capacity_LG.max(initial=1))
         self.slots = np.full((L, G, self._width), -1, dtype=np.int32)
         # Time so far; full GPUs are never chosen.
@@ -247,7 +247,7 @@ class _Packing:
         self._capacity = capacity_LG.reshape(-1)
         self._pace = np.tile(1.0 / speed_G, L)
 
-    def put(self, cell: Ints, experts: Ints, pieces: Floats) -> None:
+    def put(self, cell: IntArray, experts: IntArray, pieces: FloatArray) -> None:
         """Place one replica per cell (layer * GPUs + GPU), all cells distinct."""
         used = self._used[cell]
         self._slots[cell * self._width + used] = experts
@@ -259,11 +259,11 @@ class _Packing:
 
 def _place_links(
     state: _Packing,
-    order: Ints,
-    pieces: Floats,
+    order: IntArray,
+    pieces: FloatArray,
     replicas: NDArray[Any],
-    linked_L: Ints,
-    same_L: Floats,
+    linked_L: IntArray,
+    same_L: FloatArray,
     done: int,
 ) -> None:
     """Replicas of replicated experts, in order, each joining another component to its expert's."""
@@ -319,7 +319,7 @@ def _place_links(
         flat_barred[cell_L] = _NEVER
 
 
-def _ranks(end_LE: NDArray[Any], length: int) -> Ints:
+def _ranks(end_LE: NDArray[Any], length: int) -> IntArray:
     """For each position of a layer's sequence, the expert whose run covers it."""
     L, E = end_LE.shape
     mark = np.zeros((L, length + 1), dtype=np.int64)
@@ -328,7 +328,7 @@ def _ranks(end_LE: NDArray[Any], length: int) -> Ints:
     return np.cumsum(mark[:, :length], axis=1)
 
 
-def _place_rest(state: _Packing, order: Ints, pieces: Floats, linked_L: Ints, wave: int) -> None:
+def _place_rest(state: _Packing, order: IntArray, pieces: FloatArray, linked_L: IntArray, wave: int) -> None:
     """The experts with one replica: rounds of the heaviest ones left onto the emptiest GPUs."""
     L, E = order.shape
     G = state.time.shape[1]
@@ -351,8 +351,8 @@ def _place_rest(state: _Packing, order: Ints, pieces: Floats, linked_L: Ints, wa
 
 
 def level(
-    load_LE: Floats, slots_LGC: Int32s, speed_G: Floats, replicas_LE: NDArray[Any]
-) -> tuple[Floats, Floats]:
+    load_LE: FloatArray, slots_LGC: SlotArray, speed_G: FloatArray, replicas_LE: NDArray[Any]
+) -> tuple[FloatArray, FloatArray]:
     """Step 4: the shares nearest to the equal split that put every GPU at the mean, where they exist.
 
     Each replica of an expert moves ``piece * (average potential of its GPUs - potential of this GPU)`` tokens
@@ -427,15 +427,15 @@ def level(
 class _Links:
     """Replicas of replicated experts, one entry each: layer, GPU, column of the expert, piece, replicas."""
 
-    layer: Ints
-    gpu: Ints
-    column: Ints
-    weight: Floats
+    layer: IntArray
+    gpu: IntArray
+    column: IntArray
+    weight: FloatArray
     count: NDArray[Any]
     shape: tuple[int, int, int]  # layers, experts with replicas, GPUs
 
 
-def _by_gpus(links: _Links, excess_LG: Floats, unit_L: Floats) -> tuple[Floats, Floats]:
+def _by_gpus(links: _Links, excess_LG: FloatArray, unit_L: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Potentials of the GPUs, and their sums over each expert's GPUs, from a system over the GPUs."""
     L, X, G = links.shape
     layer, gpu, column = links.layer, links.gpu, links.column
@@ -452,7 +452,7 @@ def _by_gpus(links: _Links, excess_LG: Floats, unit_L: Floats) -> tuple[Floats, 
     return potential, np.matmul(incidence, potential[..., None])[..., 0]
 
 
-def _by_experts(links: _Links, excess_LG: Floats, unit_L: Floats) -> tuple[Floats, Floats]:
+def _by_experts(links: _Links, excess_LG: FloatArray, unit_L: FloatArray) -> tuple[FloatArray, FloatArray]:
     """The same from a system over the experts, of which there are fewer (Woodbury's identity).
 
     With D the GPUs' linked tokens, B who is where, S the pieces over the replicas and u = 1 / sqrt(GPUs), the
@@ -465,9 +465,9 @@ def _by_experts(links: _Links, excess_LG: Floats, unit_L: Floats) -> tuple[Float
     scale_LX = np.zeros((L, X))
     scale_LX[layer, column] = links.weight / links.count / unit[layer]
 
-    def over_experts(value_LG: Floats) -> Floats:
+    def over_experts(value_LG: FloatArray) -> FloatArray:
         values = value_LG[layer, gpu]
-        sums: Floats = np.bincount(layer * X + column, weights=values, minlength=L * X).astype(np.float64)
+        sums: FloatArray = np.bincount(layer * X + column, weights=values, minlength=L * X).astype(np.float64)
         return sums.reshape(L, X)
 
     # Entries of every pair of replicas on one GPU: B D^-1 B'.
@@ -499,7 +499,7 @@ def _by_experts(links: _Links, excess_LG: Floats, unit_L: Floats) -> tuple[Float
     return potential, over_experts(potential)
 
 
-def _solved(system_LNN: Floats, right_LN: Floats) -> Floats:
+def _solved(system_LNN: FloatArray, right_LN: FloatArray) -> FloatArray:
     """Solutions, shape [L, N]; not a number in layers whose system is singular (GPUs that nothing joins)."""
     try:
         return np.asarray(np.linalg.solve(system_LNN, right_LN[..., None])[..., 0], dtype=np.float64)
@@ -510,43 +510,47 @@ def _solved(system_LNN: Floats, right_LN: Floats) -> Floats:
         return np.concatenate([_solved(system[None], right[None]) for system, right in parts])
 
 
-def _total(links: _Links) -> Floats:
+def _total(links: _Links) -> FloatArray:
     """Tokens of the replicated experts on each GPU, shape [L, G]."""
     L, _, G = links.shape
-    total: Floats = np.bincount(links.layer * G + links.gpu, weights=links.weight, minlength=L * G).astype(
-        float
-    )
+    total: FloatArray = np.bincount(
+        links.layer * G + links.gpu, weights=links.weight, minlength=L * G
+    ).astype(float)
     return total.reshape(L, G)
 
 
 def _retry(
-    load_LE: Floats,
-    capacity_LG: Ints,
-    speed_G: Floats,
-    mean_L: Floats,
-    slots: Int32s,
-    share: Floats,
-    time_L: Floats,
+    load_LE: FloatArray,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
+    mean_L: FloatArray,
+    slots: SlotArray,
+    share: FloatArray,
+    time_L: FloatArray,
     seed: int,
 ) -> None:
     """Other constructions for the layers that miss the mean, in place, until one is at the mean."""
 
-    def again(lean: float) -> Callable[[Floats, Ints], Built]:
+    def again(lean: float) -> Callable[[FloatArray, IntArray], Built]:
         return lambda load, capacity: _joined(load, capacity, speed_G, lean)
 
-    def grouped(load: Floats, capacity: Ints) -> Built:
+    def grouped(load: FloatArray, capacity: IntArray) -> Built:
         return _grouped(load, capacity, speed_G, seed)
 
-    def aliased(load: Floats, capacity: Ints) -> Built:
+    def aliased(load: FloatArray, capacity: IntArray) -> Built:
         return _aliased(load, capacity, speed_G)
 
-    def balanced(load: Floats, capacity: Ints) -> Built:
+    def balanced(load: FloatArray, capacity: IntArray) -> Built:
         return _balanced(load, capacity, speed_G)
 
-    def steadied(load: Floats, capacity: Ints) -> Built:
+    def steadied(load: FloatArray, capacity: IntArray) -> Built:
         return _steadied(load, capacity, speed_G)
 
-    tries: list[Callable[[Floats, Ints], Built]] = [*(again(lean) for lean in OTHER_LEANS), aliased, balanced]
+    tries: list[Callable[[FloatArray, IntArray], Built]] = [
+        *(again(lean) for lean in OTHER_LEANS),
+        aliased,
+        balanced,
+    ]
     if load_LE.shape[1] > int(np.maximum(capacity_LG - 1, 0).sum(axis=1).min()):
         # Too few slots to join all GPUs in some layer: no tree will do.
         small = load_LE.shape[1] * len(speed_G) <= _SEARCH_PAIRS
@@ -563,15 +567,15 @@ def _retry(
         slots[layers], share[layers], time_L[layers] = slots_O[better], share_O[better], time_O[better]
 
 
-def _aliased(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Built:
+def _aliased(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray) -> Built:
     """Alias packing of every layer that it can do."""
     return _each(load_LE, capacity_LG, speed_G, lambda load, capacity: alias_pack(load, capacity, speed_G))
 
 
-def _grouped(load_LE: Floats, capacity_LG: Ints, speed_G: Floats, seed: int) -> Built:
+def _grouped(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, seed: int) -> Built:
     """The best pools of every layer with equal GPUs; see `grouping`."""
 
-    def one(load_E: Floats, capacity_G: Ints) -> tuple[Int32s, Floats] | None:
+    def one(load_E: FloatArray, capacity_G: IntArray) -> tuple[SlotArray, FloatArray] | None:
         if (capacity_G != capacity_G[0]).any() or (speed_G != speed_G[0]).any():
             return None
         return group_pack(load_E, len(capacity_G), int(capacity_G[0]), seed=seed)
@@ -580,10 +584,10 @@ def _grouped(load_LE: Floats, capacity_LG: Ints, speed_G: Floats, seed: int) -> 
 
 
 def _each(
-    load_LE: Floats,
-    capacity_LG: Ints,
-    speed_G: Floats,
-    build: Callable[[Floats, Ints], tuple[Int32s, Floats] | None],
+    load_LE: FloatArray,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
+    build: Callable[[FloatArray, IntArray], tuple[SlotArray, FloatArray] | None],
 ) -> Built:
     """A construction of single layers over all of them; infinite time where it found nothing."""
     L, G = capacity_LG.shape
@@ -600,7 +604,7 @@ def _each(
     return slots, share, time_L
 
 
-def _steadied(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Built:
+def _steadied(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray) -> Built:
     """Joined as far as the slots go, then swapped towards balance, with exact shares."""
     slots, _, time_L = _joined(load_LE, capacity_LG, speed_G, 0.0)
     share = np.zeros(slots.shape)
@@ -613,7 +617,7 @@ def _steadied(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Built:
     return slots, share, time_L
 
 
-def _balanced(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Built:
+def _balanced(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray) -> Built:
     """The equal-split construction with its shares re-solved: for slots too few to join all GPUs."""
     total = np.minimum(capacity_LG, load_LE.shape[1]).sum(axis=1)
     cap = (capacity_LG > 0).sum(axis=1)[:, None]
@@ -624,23 +628,23 @@ def _balanced(load_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Built:
 
 
 def _sturdiest(
-    load_LE: Floats,
-    capacity_LG: Ints,
-    speed_G: Floats,
-    slots: Int32s,
-    share: Floats,
-    time_L: Floats,
+    load_LE: FloatArray,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
+    slots: SlotArray,
+    share: FloatArray,
+    time_L: FloatArray,
     seed: int,
 ) -> None:
     """Among placements of equal time, the one that fares best when the loads turn out different; in place."""
     rng = np.random.default_rng(seed)
     noise = [np.exp(rng.normal(0.0, NOISE, load_LE.shape)) for _ in range(SCENARIOS)]
 
-    def fares(slots_LGC: Int32s) -> Floats:
+    def fares(slots_LGC: SlotArray) -> FloatArray:
         graph = ReplicaGraph(slots_LGC, speed_G, load_LE.shape[1])
         mean = [np.maximum((load_LE * factor).sum(axis=1), 1e-300) / speed_G.sum() for factor in noise]
         times = [solve_shares(load_LE * factor, graph).time_L for factor in noise]
-        total: Floats = sum(time / m for time, m in zip(times, mean, strict=True)) / len(noise)
+        total: FloatArray = sum(time / m for time, m in zip(times, mean, strict=True)) / len(noise)
         return total
 
     score_L = fares(slots)

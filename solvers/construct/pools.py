@@ -17,22 +17,20 @@ from itertools import combinations
 from math import comb
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.solvers.construct.alias import alias_pack
 
 __all__ = ["group_pack"]
 
-Floats = NDArray[np.float64]
-Int32s = NDArray[np.int32]
 Pool = tuple[int, tuple[int, ...]]  # GPUs, experts
 
 _SUBSETS = 5000  # a pair of pools with more splits than this is left as it is
 
 
 def group_pack(
-    load_E: Floats, gpus: int, slots: int, *, seed: int = 0, starts: int = 4
-) -> tuple[Int32s, Floats] | None:
+    load_E: FloatArray, gpus: int, slots: int, *, seed: int = 0, starts: int = 4
+) -> tuple[SlotArray, FloatArray] | None:
     """One layer's placement and shares on equal GPUs, where E > G (c - 1).
 
     Parameters
@@ -69,7 +67,7 @@ def group_pack(
     return None
 
 
-def _start(load_E: Floats, weight_E: Floats, gpus: int, slots: int, pools: int) -> list[Pool]:
+def _start(load_E: FloatArray, weight_E: FloatArray, gpus: int, slots: int, pools: int) -> list[Pool]:
     """Pools of even size; heaviest expert first into the pool that is fastest so far."""
     size = [gpus // pools + (p < gpus % pools) for p in range(pools)]
     held: list[list[int]] = [[] for _ in size]
@@ -82,11 +80,11 @@ def _start(load_E: Floats, weight_E: Floats, gpus: int, slots: int, pools: int) 
     return [(k, tuple(experts)) for k, experts in zip(size, held, strict=True)]
 
 
-def _slowest(load_E: Floats, partition: list[Pool]) -> float:
+def _slowest(load_E: FloatArray, partition: list[Pool]) -> float:
     return max(float(load_E[list(experts)].sum()) / k for k, experts in partition)
 
 
-def _descend(load_E: Floats, partition: list[Pool], slots: int) -> list[Pool]:
+def _descend(load_E: FloatArray, partition: list[Pool], slots: int) -> list[Pool]:
     """Re-split the slowest pool with the others, fastest partner first, while that helps."""
     partition = list(partition)
     while True:
@@ -104,16 +102,16 @@ def _descend(load_E: Floats, partition: list[Pool], slots: int) -> list[Pool]:
 
 
 @lru_cache(maxsize=64)
-def _subsets(n: int, k: int) -> NDArray[np.int64]:
+def _subsets(n: int, k: int) -> IntArray:
     return np.array(list(combinations(range(n), k)), dtype=np.int64).reshape(-1, k)
 
 
-def _best_split(load_E: Floats, one: Pool, two: Pool, slots: int) -> tuple[float, Pool, Pool] | None:
+def _best_split(load_E: FloatArray, one: Pool, two: Pool, slots: int) -> tuple[float, Pool, Pool] | None:
     """The best of all ways to divide two pools' GPUs and experts between them."""
     experts = sorted(one[1] + two[1])
     load_U = load_E[experts]
     total, gpus = float(load_U.sum()), one[0] + two[0]
-    best: tuple[float, int, NDArray[np.int64]] | None = None
+    best: tuple[float, int, IntArray] | None = None
     for k in range(1, gpus // 2 + 1):
         count = (slots - 1) * k + 1
         if count >= len(experts) or comb(len(experts), count) > _SUBSETS:
@@ -132,7 +130,9 @@ def _best_split(load_E: Floats, one: Pool, two: Pool, slots: int) -> tuple[float
     return best[0], (best[1], inside), (gpus - best[1], outside)
 
 
-def _pack(load_E: Floats, partition: list[Pool], gpus: int, slots: int) -> tuple[Int32s, Floats] | None:
+def _pack(
+    load_E: FloatArray, partition: list[Pool], gpus: int, slots: int
+) -> tuple[SlotArray, FloatArray] | None:
     """Alias packing of each pool on its own GPUs; None if one pool defies it."""
     slots_GC = np.full((gpus, slots), -1, dtype=np.int32)
     share_GC = np.zeros((gpus, slots))

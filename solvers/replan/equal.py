@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import best_bound
 from moeless_opt.problems.spec.placement import equal_shares
@@ -36,8 +37,6 @@ from moeless_opt.solvers.replan.shake import count_moves, put_back
 
 __all__ = ["EqualState", "fill_equal", "replan_equal"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Content = list[list[int]]
 
 _HOT = 8  # hottest GPUs that a step looks at
@@ -65,11 +64,11 @@ class EqualState:
 
     def __init__(
         self,
-        load_E: Floats,
+        load_E: FloatArray,
         content: Sequence[Sequence[int]],
-        capacity_G: Ints,
-        room_G: Floats,
-        live_EG: NDArray[np.bool_],
+        capacity_G: IntArray,
+        room_G: FloatArray,
+        live_EG: BoolArray,
     ) -> None:
         self.load_E, self.capacity_G, self.room_G, self.live_EG = load_E, capacity_G, room_G, live_EG
         self.on_EG = np.zeros((len(load_E), len(content)), dtype=bool)
@@ -159,18 +158,22 @@ def _best_change(state: EqualState, rng: np.random.Generator | None) -> _Change 
     return best if best is not None and best.rate > 1e-12 else None
 
 
-def _noise(rng: np.random.Generator | None, shape: tuple[int, ...]) -> Floats | float:
+def _noise(rng: np.random.Generator | None, shape: tuple[int, ...]) -> FloatArray | float:
     return 1.0 if rng is None else rng.uniform(0.6, 1.0, size=shape)
 
 
-def _rate(gain: Floats, cost: NDArray[Any]) -> Floats:
+def _rate(gain: FloatArray, cost: NDArray[Any]) -> FloatArray:
     """Gain per move; what costs nothing counts as a tenth of a move."""
-    rate: Floats = gain / np.where(cost > 0, cost, 0.1)
+    rate: FloatArray = gain / np.where(cost > 0, cost, 0.1)
     return rate
 
 
 def _best_swap(
-    state: EqualState, over_G: Floats, gpu_P: Ints, expert_P: Ints, rng: np.random.Generator | None
+    state: EqualState,
+    over_G: FloatArray,
+    gpu_P: IntArray,
+    expert_P: IntArray,
+    rng: np.random.Generator | None,
 ) -> _Change | None:
     """Exchange a replica of a hot GPU with a lighter one of another."""
     on, live, piece_E = state.on_EG, state.live_EG, state.piece_E
@@ -189,7 +192,7 @@ def _best_swap(
     return _Change(float(rate[p, q]), ((here[0], there[1]), (there[0], here[1])), (here, there))
 
 
-def _yields(state: EqualState) -> tuple[Ints, Ints, Floats]:
+def _yields(state: EqualState) -> tuple[IntArray, IntArray, FloatArray]:
     """Places for a replica: GPU, the expert that yields (-1: free slot), and how the loads change then."""
     G = state.on_EG.shape[1]
     free = np.flatnonzero(state.on_EG.sum(axis=0) < state.capacity_G)
@@ -207,7 +210,11 @@ def _yields(state: EqualState) -> tuple[Ints, Ints, Floats]:
 
 
 def _best_placing(
-    state: EqualState, over_G: Floats, gpu_P: Ints, expert_P: Ints, rng: np.random.Generator | None
+    state: EqualState,
+    over_G: FloatArray,
+    gpu_P: IntArray,
+    expert_P: IntArray,
+    rng: np.random.Generator | None,
 ) -> list[_Change | None]:
     """Add a replica of a hot GPU's expert elsewhere, move the hot replica itself, or drop it."""
     gpu_Y, yields_Y, shift_YG = _yields(state)
@@ -242,11 +249,11 @@ def _best_placing(
 def _pick(
     state: EqualState,
     total: float,
-    over_XYG: Floats,
-    expert_X: Ints,
-    leaves_X: Ints | None,
-    gpu_Y: Ints,
-    yields_Y: Ints,
+    over_XYG: FloatArray,
+    expert_X: IntArray,
+    leaves_X: IntArray | None,
+    gpu_Y: IntArray,
+    yields_Y: IntArray,
     rng: np.random.Generator | None,
 ) -> _Change | None:
     gain_XY = total - np.maximum(over_XYG, 0.0).sum(axis=2)
@@ -266,11 +273,11 @@ def _pick(
 
 @dataclass(slots=True)
 class _Layer:
-    load_E: Floats
-    capacity_G: Ints
-    speed_G: Floats
+    load_E: FloatArray
+    capacity_G: IntArray
+    speed_G: FloatArray
     live: list[frozenset[int]]
-    live_EG: NDArray[np.bool_]
+    live_EG: BoolArray
     start: Content
     content: Content
     target: float

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import best_bound
 from moeless_opt.solvers.core.knapsack import choose_points
@@ -32,9 +33,6 @@ from moeless_opt.solvers.shares.flow import solve_shares
 
 __all__ = ["Replan", "checked", "mend_content", "replan_fractional"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Slots = NDArray[np.int32]
 Content = list[list[int]]
 
 _BISECTIONS = 5  # wanted times tried for a layer that cannot reach the tolerance
@@ -65,14 +63,14 @@ class Replan:
         Proven least number of moves that any plan within the wanted time needs.
     """
 
-    slots_LGC: Slots
-    share_LGC: Floats
-    time_L: Floats
-    moves_L: Ints
-    forced_L: Ints
-    bound_L: Floats
-    target_L: Floats
-    least_moves_L: Ints
+    slots_LGC: SlotArray
+    share_LGC: FloatArray
+    time_L: FloatArray
+    moves_L: IntArray
+    forced_L: IntArray
+    bound_L: FloatArray
+    target_L: FloatArray
+    least_moves_L: IntArray
 
 
 @dataclass(slots=True)
@@ -123,7 +121,7 @@ def replan_fractional(
     slots_LGC : int array [layers, GPUs, slots]
         Live placement, -1 where empty.
     capacity_LG : int array [layers, GPUs]
-        Slots of each GPU (0 for a GPU that is lost).
+        SlotArray of each GPU (0 for a GPU that is lost).
     speed_G : float array [GPUs], optional
         Relative speeds, ones by default.
     tolerance : float
@@ -208,10 +206,10 @@ def replan_fractional(
 
 
 def _begin(
-    load_E: Floats,
+    load_E: FloatArray,
     slots_GC: NDArray[Any],
-    capacity_G: Ints,
-    speed_G: Floats,
+    capacity_G: IntArray,
+    speed_G: FloatArray,
     mean: float,
     layer: int,
     repair: bool,
@@ -350,7 +348,7 @@ def _frontier(one: _Layer, search: Search) -> list[tuple[int, float, Content]]:
 
 def checked(
     load_LE: Any, slots_LGC: Any, capacity_LG: Any, speed_G: Any
-) -> tuple[Floats, Slots, Ints, Floats]:
+) -> tuple[FloatArray, SlotArray, IntArray, FloatArray]:
     """Loads, live slots, capacities and speeds as arrays, or the error that names what is wrong."""
     load = np.asarray(load_LE, dtype=np.float64)
     slots = np.asarray(slots_LGC, dtype=np.int32)
@@ -391,7 +389,7 @@ def mend_content(
     slots : list of list of int
         Experts on each GPU; entries below 0 are empty.
     capacity : list of int
-        Slots of each GPU.
+        SlotArray of each GPU.
     speed : list of float
         Speeds, to place what is missing on the GPU that is least busy for its speed.
     layer : int

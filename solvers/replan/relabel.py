@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import BoolArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 
 __all__ = ["relabel", "seat", "seat_all"]
 
-Slots = NDArray[np.int32]
 
 MANY = 256
 """More GPUs than this are matched over those pairs alone that have an expert in common."""
@@ -37,7 +37,7 @@ def relabel(
     speed_G: Any = None,
     capacity_LG: Any = None,
     node_G: Any = None,
-) -> Slots:
+) -> SlotArray:
     """Permute the GPUs of a new plan so that as few replicas as possible move.
 
     Parameters
@@ -49,7 +49,7 @@ def relabel(
     speed_G : float array [GPUs], optional
         Relative speeds; only GPUs of equal speed trade contents.
     capacity_LG : int array [layers, GPUs], optional
-        Slots; only GPUs of equal slots trade contents.
+        SlotArray; only GPUs of equal slots trade contents.
     node_G : int array [GPUs], optional
         Node of each GPU: the second criterion.
 
@@ -94,7 +94,7 @@ def relabel(
     return _seated(live, new, takes_LG)
 
 
-def _seated(live_LGC: NDArray[Any], new_LGC: NDArray[Any], takes_LG: list[list[int]]) -> Slots:
+def _seated(live_LGC: NDArray[Any], new_LGC: NDArray[Any], takes_LG: list[list[int]]) -> SlotArray:
     """The new placement with its GPUs permuted, what is kept in its slot."""
     out = np.empty(live_LGC.shape, dtype=np.int32)
     for layer, (live, new, takes) in enumerate(zip(live_LGC, new_LGC, takes_LG, strict=True)):
@@ -107,7 +107,7 @@ def _seated(live_LGC: NDArray[Any], new_LGC: NDArray[Any], takes_LG: list[list[i
 
 
 def seat(live_C: Sequence[int], content: Sequence[int]) -> list[int]:
-    """Slots of one GPU: kept experts where they were, new ones in the freed slots, empties last."""
+    """SlotArray of one GPU: kept experts where they were, new ones in the freed slots, empties last."""
     stays, wanted = set(content), set(live_C)
     arrivals = [expert for expert in content if expert not in wanted]
     slots: list[int] = []
@@ -126,7 +126,7 @@ def seat(live_C: Sequence[int], content: Sequence[int]) -> list[int]:
 
 
 def seat_all(live_GC: Sequence[list[int]], content: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Slots of every GPU of a layer; those whose experts stay the same stay as they are."""
+    """SlotArray of every GPU of a layer; those whose experts stay the same stay as they are."""
     return [
         row if _stays(row, experts) else seat(row, experts)
         for row, experts in zip(live_GC, content, strict=True)
@@ -149,7 +149,7 @@ def _holds(slots_LGC: NDArray[Any], experts: int) -> NDArray[np.float32]:
     return holds_LGE
 
 
-def _assign(value_GG: NDArray[np.int64], allowed_GG: NDArray[np.bool_]) -> list[int]:
+def _assign(value_GG: IntArray, allowed_GG: BoolArray) -> list[int]:
     """For each GPU, the content it takes: the most valuable perfect matching over allowed pairs."""
     from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
 
@@ -221,7 +221,7 @@ def _assign_sparse(
 
 def _overlaps(
     live_GC: NDArray[Any], new_GC: NDArray[Any], experts: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[IntArray, IntArray, IntArray]:
     """Pairs of a GPU and a content with experts in common, and how many."""
     gpus = len(live_GC)
     gpu, slot = np.nonzero(live_GC >= 0)
@@ -241,7 +241,7 @@ def _overlaps(
 
 def _node_overlap(
     live_GC: NDArray[Any], new_GC: NDArray[Any], node_G: NDArray[Any], experts: int
-) -> NDArray[np.int64]:
+) -> IntArray:
     """How many experts of each content a node holds, shape [contents, nodes]."""
     on_NE = np.zeros((int(node_G.max()) + 1, experts + 1), dtype=np.int64)
     on_NE[node_G[:, None], live_GC] = 1

@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from ortools.graph.python.max_flow import SimpleMaxFlow
+
+from moeless_opt.problems.arrays import BoolArray, IntArray
 
 __all__ = ["MANY", "fill_wide"]
 
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 MANY = 256
 """More GPUs than this are re-planned so."""
@@ -45,16 +44,16 @@ class _Flow:
     """
 
     overflow: int
-    expert_P: Ints
-    gpu_P: Ints
-    slot_P: Ints
-    linked_P: Bools
-    flow_P: Ints
-    count_E: Ints
-    fixed_G: Ints
-    free_G: Ints
-    hot_G: Bools
-    cool_G: Bools
+    expert_P: IntArray
+    gpu_P: IntArray
+    slot_P: IntArray
+    linked_P: BoolArray
+    flow_P: IntArray
+    count_E: IntArray
+    fixed_G: IntArray
+    free_G: IntArray
+    hot_G: BoolArray
+    cool_G: BoolArray
 
 
 def fill_wide(
@@ -81,7 +80,7 @@ def fill_wide(
     """
     load, room = np.asarray(load_E, dtype=np.int64), np.asarray(room_G, dtype=np.int64)
     capacity = np.asarray(capacity_G, dtype=np.int64)
-    slots_GC: Ints = np.full((len(content), int(capacity.max(initial=1))), -1, dtype=np.int64)
+    slots_GC: IntArray = np.full((len(content), int(capacity.max(initial=1))), -1, dtype=np.int64)
     for gpu, row in enumerate(content):
         slots_GC[gpu, : len(row)] = row
     flow = _solve(load, slots_GC, room)
@@ -109,7 +108,7 @@ def fill_wide(
     return [[int(expert) for expert in row if expert >= 0] for row in slots_GC], flow.overflow
 
 
-def _solve(load_E: Ints, slots_GC: Ints, room_G: Ints) -> _Flow:
+def _solve(load_E: IntArray, slots_GC: IntArray, room_G: IntArray) -> _Flow:
     """Send every token to a GPU that holds its expert, as far as the rooms go."""
     gpus, experts = len(room_G), len(load_E)
     gpu_P, slot_P = np.nonzero(slots_GC >= 0)
@@ -117,7 +116,7 @@ def _solve(load_E: Ints, slots_GC: Ints, room_G: Ints) -> _Flow:
     count_E = np.bincount(expert_P, minlength=experts)
     linked_P = count_E[expert_P] > 1
     alone = ~linked_P
-    fixed_G: Ints = np.zeros(gpus, dtype=np.int64)
+    fixed_G: IntArray = np.zeros(gpus, dtype=np.int64)
     np.add.at(fixed_G, gpu_P[alone], load_E[expert_P[alone]])
     expert_X = np.flatnonzero(count_E > 1)
     first_gpu, first_expert = 2, 2 + gpus
@@ -129,10 +128,10 @@ def _solve(load_E: Ints, slots_GC: Ints, room_G: Ints) -> _Flow:
     tail, head = first_expert + expert_P[linked_P], first_gpu + gpu_P[linked_P]
     arcs = net.add_arcs_with_capacity(tail, head, load_E[expert_P[linked_P]])
     net.solve(0, 1)
-    flow_P: Ints = np.zeros(len(gpu_P), dtype=np.int64)
+    flow_P: IntArray = np.zeros(len(gpu_P), dtype=np.int64)
     flow_P[linked_P] = net.flows(arcs) if len(arcs) else 0
 
-    def side(nodes: Any) -> Bools:
+    def side(nodes: Any) -> BoolArray:
         marked = np.zeros(first_expert + experts, dtype=np.bool_)
         marked[np.asarray(nodes, dtype=np.int64)] = True
         return marked[first_gpu:first_expert]
@@ -152,7 +151,7 @@ def _solve(load_E: Ints, slots_GC: Ints, room_G: Ints) -> _Flow:
     )
 
 
-def _joined(expert_P: Ints, gpu_P: Ints, experts: int, gpus: int) -> Ints:
+def _joined(expert_P: IntArray, gpu_P: IntArray, experts: int, gpus: int) -> IntArray:
     """Name of each GPU's group, its lowest GPU, where pairs join a GPU to an expert."""
     name_G = np.arange(gpus)
     while True:
@@ -167,7 +166,7 @@ def _joined(expert_P: Ints, gpu_P: Ints, experts: int, gpus: int) -> Ints:
 
 
 def _choose(
-    load_E: Ints, slots_GC: Ints, capacity_G: Ints, room_G: Ints, flow: _Flow, most: int
+    load_E: IntArray, slots_GC: IntArray, capacity_G: IntArray, room_G: IntArray, flow: _Flow, most: int
 ) -> tuple[list[tuple[int, int, int]], int]:
     """Changes (expert, GPU, slot), at most so many with a yielding expert, and what they should gain."""
     gpus, experts = len(room_G), len(load_E)
@@ -176,7 +175,7 @@ def _choose(
     captive_P = hot_P & (outside_E[flow.expert_P] == 0)
     tied_P = linked & captive_P
     group_G = _joined(flow.expert_P[tied_P], flow.gpu_P[tied_P], experts, gpus)
-    excess_G: Ints = np.zeros(gpus, dtype=np.int64)
+    excess_G: IntArray = np.zeros(gpus, dtype=np.int64)
     np.add.at(excess_G, group_G[flow.hot_G], (flow.fixed_G - room_G)[flow.hot_G])
     captive_E = np.unique(flow.expert_P[captive_P])
     home_E = np.zeros(experts, dtype=np.int64)
@@ -186,7 +185,7 @@ def _choose(
     # Room that each cool group has left.
     cool_linked = linked & cool_P
     pool_G = _joined(flow.expert_P[cool_linked], flow.gpu_P[cool_linked], experts, gpus)
-    slack_G: Ints = np.zeros(gpus, dtype=np.int64)
+    slack_G: IntArray = np.zeros(gpus, dtype=np.int64)
     np.add.at(slack_G, pool_G[flow.cool_G], flow.free_G[flow.cool_G])
     places = _places(slots_GC, capacity_G, flow, int(excess_G.max()))
     taken_G = [False] * gpus
@@ -237,14 +236,14 @@ _Place = tuple[int, int, int, int, int]
 """Harm, room then, GPU, slot, yielding expert (or -1)."""
 
 
-def _places(slots_GC: Ints, capacity_G: Ints, flow: _Flow, most: int) -> list[_Place]:
+def _places(slots_GC: IntArray, capacity_G: IntArray, flow: _Flow, most: int) -> list[_Place]:
     """Cool GPUs that can take a replica, best last."""
     used_G = (slots_GC >= 0).sum(1)
     open_G = np.flatnonzero(flow.cool_G & (used_G < capacity_G))
     first_open = (slots_GC[open_G] < 0).argmax(1)
     # What a yielding replica serves must fit on its expert's other GPUs.
     give = np.flatnonzero(flow.linked_P & flow.cool_G[flow.gpu_P] & (used_G >= capacity_G)[flow.gpu_P])
-    spare_E: Ints = np.zeros(len(flow.count_E), dtype=np.int64)
+    spare_E: IntArray = np.zeros(len(flow.count_E), dtype=np.int64)
     np.add.at(spare_E, flow.expert_P, flow.free_G[flow.gpu_P])
     expert, gpu, tokens = flow.expert_P[give], flow.gpu_P[give], flow.flow_P[give]
     own = flow.free_G[gpu]

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares
+from moeless_opt.solvers.shares.flow import solve_shares
+from moeless_opt.solvers.shares.graph import ReplicaGraph
 
 __all__ = ["SourceShares", "solve_source_shares"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _UNITS = float(1 << 38)  # integer units per largest GPU load
 
@@ -42,17 +42,17 @@ class SourceShares:
         Tokens that leave their node: the fewest possible within the time.
     """
 
-    share_LNGC: Floats
-    time_LG: Floats
-    bound_L: Floats
-    crossing_L: Floats
+    share_LNGC: FloatArray
+    time_LG: FloatArray
+    bound_L: FloatArray
+    crossing_L: FloatArray
 
 
 def solve_source_shares(
-    load_LSE: Floats,
+    load_LSE: FloatArray,
     slots_LGC: NDArray[Any],
     node_G: NDArray[Any],
-    speed_G: Floats | None = None,
+    speed_G: FloatArray | None = None,
     *,
     node_S: NDArray[Any] | None = None,
     slack: float = 1e-9,
@@ -121,8 +121,8 @@ def solve_source_shares(
 
 
 def _flow(
-    graph: ReplicaGraph, load_LNE: Floats, time_L: Floats, node_G: NDArray[Any]
-) -> tuple[Floats, Floats]:
+    graph: ReplicaGraph, load_LNE: FloatArray, time_L: FloatArray, node_G: NDArray[Any]
+) -> tuple[FloatArray, FloatArray]:
     """Tokens of each replica that come from its own node, and from the others."""
     from ortools.graph.python import min_cost_flow
 
@@ -180,8 +180,12 @@ def _flow(
 
 
 def _spread(
-    graph: ReplicaGraph, load_LNE: Floats, local_LXR: Floats, remote_LXR: Floats, node_G: NDArray[Any]
-) -> Floats:
+    graph: ReplicaGraph,
+    load_LNE: FloatArray,
+    local_LXR: FloatArray,
+    remote_LXR: FloatArray,
+    node_G: NDArray[Any],
+) -> FloatArray:
     """Shares per source node: own replicas as the flow says, the rest in proportion to the pooled tokens."""
     L, G, C = graph.shape
     N = load_LNE.shape[1]

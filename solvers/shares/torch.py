@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeless_opt.solvers.shares.flow import ReplicaGraph
+from moeless_opt.solvers.shares.graph import ReplicaGraph
 
 __all__ = ["TorchShares"]
 

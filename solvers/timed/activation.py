@@ -32,13 +32,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.plan.bounds import LinearTime
 
 __all__ = ["Activation", "fewest_activated", "shares_of_one", "worthwhile_replicas"]
-
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +54,9 @@ class Activation:
         ``max(activated / speed)``: the proof that no choice of replicas does better.
     """
 
-    gpu_E: Int
-    activated_G: Int
-    proof_G: NDArray[np.bool_]
+    gpu_E: IntArray
+    activated_G: IntArray
+    proof_G: BoolArray
 
 
 def fewest_activated(
@@ -108,7 +106,7 @@ class _Board:
     """Where experts are served. Only those with tokens and a choice are handled one by one."""
 
     speed: list[float]
-    alone_E: Int  # a GPU that holds each expert
+    alone_E: IntArray  # a GPU that holds each expert
     hosts: dict[int, list[int]]  # of each expert with a choice
     load: dict[int, float]
     at: dict[int, int]
@@ -117,7 +115,7 @@ class _Board:
     token: list[float]
 
     @classmethod
-    def open(cls, load: Float, slots: NDArray[np.integer], speed: list[float] | None) -> _Board:
+    def open(cls, load: FloatArray, slots: NDArray[np.integer], speed: list[float] | None) -> _Board:
         """Serve experts where they must be, then the others, heaviest first, where least is active."""
         E, (G, C) = len(load), slots.shape
         flat = slots.ravel()
@@ -235,7 +233,7 @@ class _Board:
                 self.move(step[2], g)
 
 
-def shares_of_one(load_LE: ArrayLike, slots_LGC: ArrayLike, speed_G: ArrayLike | None = None) -> Float:
+def shares_of_one(load_LE: ArrayLike, slots_LGC: ArrayLike, speed_G: ArrayLike | None = None) -> FloatArray:
     """Shares that use one replica of each expert, as `fewest_activated` chooses it, in every layer.
 
     Parameters
@@ -263,7 +261,7 @@ def shares_of_one(load_LE: ArrayLike, slots_LGC: ArrayLike, speed_G: ArrayLike |
 
 def worthwhile_replicas(
     load_LE: ArrayLike, capacity_LG: ArrayLike, speed_G: ArrayLike, time: LinearTime
-) -> tuple[NDArray[np.int32], Float]:
+) -> tuple[SlotArray, FloatArray]:
     """Choose how many replicas an equal split should have when each costs its activation.
 
     Parameters

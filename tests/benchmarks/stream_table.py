@@ -38,7 +38,8 @@ from moeless_opt.problems.io.traces import (
 )
 from moeless_opt.problems.plan.evaluate import activated, gpu_tokens, new_replicas
 from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
-from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares
+from moeless_opt.solvers.shares.flow import solve_shares
+from moeless_opt.solvers.shares.graph import ReplicaGraph
 
 Floats = NDArray[np.float64]
 Planner = Callable[[Floats, mo.Topology, mo.Plan | None], mo.Plan]

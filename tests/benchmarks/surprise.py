@@ -26,7 +26,8 @@ from moeless_opt.solvers.construct.fractional import construct_fractional
 from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.swaps import improve
-from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares
+from moeless_opt.solvers.shares.flow import solve_shares
+from moeless_opt.solvers.shares.graph import ReplicaGraph
 from moeless_opt.solvers.shares.lp import ShareLP
 
 Floats = NDArray[np.float64]

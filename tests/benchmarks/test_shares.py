@@ -10,8 +10,10 @@ import pytest
 from moeless_opt.solvers.construct.fractional import construct_fractional
 from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.pack.packing import pack
-from moeless_opt.solvers.shares.flow import ReplicaGraph, round_shares, solve_shares
+from moeless_opt.solvers.shares.flow import solve_shares
+from moeless_opt.solvers.shares.graph import ReplicaGraph
 from moeless_opt.solvers.shares.lp import ShareLP
+from moeless_opt.solvers.shares.rounding import round_shares
 
 LAYERS, EXPERTS = 58, 256
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.schedule import Ints, SlotTable
+from moeless_opt.solvers.shares.rounding import round_tokens
 
 __all__ = [
     "BalancedShares",
@@ -44,7 +45,6 @@ __all__ = [
     "chosen_experts",
     "default_row_block",
     "source_aware",
-    "whole_quotas",
 ]
 
 # ---------------------------------------------------------------------------------------------- shares
@@ -123,19 +123,7 @@ class PlannedShares:
         weight_P = np.where(total_E[table.expert_P] > 0, weight_P, 1.0)
         total_E = np.bincount(table.expert_P, weights=weight_P, minlength=table.n_experts)
         exact_P = load_E[table.expert_P] * weight_P / total_E[table.expert_P]
-        return whole_quotas(exact_P, load_E, table)
-
-
-def whole_quotas(exact_P: NDArray[np.float64], load_E: Ints, table: SlotTable) -> Ints:
-    """Whole tokens for each slot that add up to the loads, largest remainders first."""
-    quota_P: Ints = np.floor(exact_P).astype(np.int64)
-    given_E = np.bincount(table.expert_P, weights=quota_P, minlength=table.n_experts)
-    short_E = load_E - given_E.astype(np.int64)
-    order = np.lexsort((np.arange(exact_P.size), quota_P - exact_P, table.expert_P))
-    starts_E = np.cumsum(table.replicas_E) - table.replicas_E
-    rank_in_expert = np.arange(order.size) - starts_E[table.expert_P[order]]
-    quota_P[order] += rank_in_expert < short_E[table.expert_P[order]]
-    return quota_P
+        return round_tokens(exact_P, table.expert_P, load_E)
 
 
 class BalancedShares:

@@ -8,8 +8,9 @@ from numpy.typing import ArrayLike, NDArray
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.runtime.live.dispatch.dispatcher import BalancedShares, whole_quotas
+from moeless_opt.runtime.live.dispatch.dispatcher import BalancedShares
 from moeless_opt.runtime.live.schedule import SlotTable
+from moeless_opt.solvers.shares.rounding import round_tokens
 from moeless_opt.solvers.timed.search import timed_shares
 
 __all__ = ["TimedShares"]
@@ -69,7 +70,7 @@ class TimedShares:
         )
         # Filled slots stand first in a row: the flat slots are the rows one after the other.
         share_P = np.concatenate([share_1GC[0, g, : len(row)] for g, row in enumerate(table.rows)])
-        searched_P = whole_quotas(load_E[table.expert_P] * share_P, load_E, table)
+        searched_P = round_tokens(load_E[table.expert_P] * share_P, table.expert_P, load_E)
         balanced_P = self._balanced.quotas(layer, load_E, table)
         quicker = self._took(searched_P, table, speed_G) <= self._took(balanced_P, table, speed_G)
         return searched_P if quicker else balanced_P

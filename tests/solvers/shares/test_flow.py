@@ -1,4 +1,4 @@
-"""Batched shares against the exact programme; source-aware shares; integer rounding."""
+"""Batched shares against the exact programme; source-aware shares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.pack.packing import pack
-from moeless_opt.solvers.shares.flow import ReplicaGraph, round_shares, solve_shares
+from moeless_opt.solvers.shares.flow import solve_shares
+from moeless_opt.solvers.shares.graph import ReplicaGraph
 from moeless_opt.solvers.shares.lp import ShareLP, density
 from moeless_opt.solvers.shares.source import solve_source_shares
 
@@ -118,34 +119,6 @@ def test_many_colours() -> None:
 def test_missing_expert_is_named() -> None:
     with pytest.raises(ProblemError, match="layer 0: expert 1 has no replica"):
         solve_shares(np.ones((1, 2)), np.array([[[0]]]))
-
-
-@given(st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
-def test_rounding_keeps_every_token(seed: int) -> None:
-    load_LE, slots_LGC, speed_G = random_problem(seed)
-    count_LE = load_LE.astype(np.int64)
-    share_LGC = solve_shares(count_LE.astype(float), slots_LGC, speed_G).share_LGC
-    token_LGC = round_shares(count_LE, slots_LGC, share_LGC, speed_G)
-    assert (token_LGC >= 0).all()
-    for layer, slots_GC in enumerate(slots_LGC):
-        filled = slots_GC >= 0
-        kept_E = np.zeros(count_LE.shape[1], dtype=np.int64)
-        np.add.at(kept_E, slots_GC[filled], token_LGC[layer][filled])
-        np.testing.assert_array_equal(kept_E, count_LE[layer])
-    # No GPU holds more than the largest time's worth, rounded up.
-    top_L = times(count_LE.astype(float), slots_LGC, share_LGC, speed_G).max(axis=1)
-    assert (token_LGC.sum(axis=2) <= np.ceil(top_L[:, None] * speed_G * (1.0 + 1e-9) + 1e-9)).all()
-    np.testing.assert_array_equal(token_LGC, round_shares(count_LE, slots_LGC, share_LGC, speed_G))
-
-
-def test_rounding_looks_ahead() -> None:
-    """Three tokens of each of two experts over shared GPUs: a greedy rounding can end at 3, the flow at 2."""
-    slots_LGC = np.array([[[0, -1], [0, 1], [1, -1]]])
-    token_LGC = round_shares(
-        np.array([[3, 3]]), slots_LGC, np.array([[[2 / 3, 0], [1 / 3, 1 / 3], [2 / 3, 0]]])
-    )
-    assert token_LGC.sum(axis=2).tolist() == [[2, 2, 2]]
 
 
 def crossing_by_lp(load_NE: np.ndarray, slots_GC: np.ndarray, node_G: np.ndarray, cap_G: np.ndarray) -> float:

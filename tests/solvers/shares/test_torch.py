@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch")
 from moeless_opt.solvers.pack.counts import apportion, trim  # noqa: E402
 from moeless_opt.solvers.pack.packing import pack  # noqa: E402
 from moeless_opt.solvers.shares import torch as share_torch  # noqa: E402
-from moeless_opt.solvers.shares.flow import ReplicaGraph, solve_shares  # noqa: E402
+from moeless_opt.solvers.shares.flow import solve_shares  # noqa: E402
+from moeless_opt.solvers.shares.graph import ReplicaGraph  # noqa: E402
 from moeless_opt.solvers.shares.torch import TorchShares  # noqa: E402
 
 
