@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moeless_opt import _deprecated
 from moeless_opt.api import compare, export_model, plan, recommend_redundancy, solve
 from moeless_opt.problems.errors import (
     FormatError,
@@ -18,7 +19,9 @@ from moeless_opt.problems.errors import (
     UnsupportedFeatureError,
 )
 from moeless_opt.problems.instances.library import instance_names, load_instance
-from moeless_opt.problems.io.documents import load_plan, load_problem, save_problem
+from moeless_opt.problems.io.documents import load_problem, save_problem
+from moeless_opt.problems.io.plans import load_plan, save_plan
+from moeless_opt.problems.io.recordings.read import read_loads
 from moeless_opt.problems.plan.plan import Certificate, Payback, Plan, Status
 from moeless_opt.problems.plan.result import Progress, Result
 from moeless_opt.problems.plan.verify import verify, violations
@@ -77,7 +80,9 @@ __all__ = [
     "model_preset",
     "pareto",
     "plan",
+    "read_loads",
     "recommend_redundancy",
+    "save_plan",
     "save_problem",
     "solve",
     "solver_names",
@@ -85,6 +90,8 @@ __all__ = [
     "verify",
     "violations",
 ]
+
+_deprecated.attach()
 
 
 def __getattr__(name: str) -> Any:

@@ -15,11 +15,12 @@ from moeless_opt.problems.errors import (
     SolverUnavailableError,
     UnsupportedFeatureError,
 )
+from moeless_opt.problems.io.recordings.read import read_loads
 from moeless_opt.problems.plan.plan import Plan, Status
 from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.plan.verify import verify
 from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
-from moeless_opt.problems.spec.loads import Loads, as_loads
+from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.time_model import TimeModel
@@ -32,7 +33,18 @@ from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, NeverStop, Stop
 if TYPE_CHECKING:
     from moeless_opt.solvers.sizing.budget import Redundancy
 
-__all__ = ["compare", "export_model", "make_problem", "plan", "recommend_redundancy", "solve"]
+__all__ = ["as_loads", "compare", "export_model", "make_problem", "plan", "recommend_redundancy", "solve"]
+
+
+def as_loads(loads: ArrayLike | Loads | str | PathLike[str]) -> Loads:
+    """Whatever `plan` accepts as loads: an array, a `Loads`, or the path of a recording."""
+    if isinstance(loads, Loads):
+        return loads
+    if isinstance(loads, str | PathLike):
+        return read_loads(loads)
+    if hasattr(loads, "detach"):  # a torch tensor, possibly on a GPU
+        loads = loads.detach().cpu().numpy()
+    return Loads(load_TLE=np.asarray(loads))
 
 
 def make_problem(
@@ -118,7 +130,7 @@ def plan(
     ----------
     loads : array [L, E] or [T, L, E], Loads, or path
         Token-expert pairs per layer and expert, of one forward pass or window; with a leading axis,
-        several scenarios. A path is read as a recording (see ``Loads.read``).
+        several scenarios. A path is read as a recording (see `read_loads`).
     topology : Topology, str or mapping
         The GPUs; a preset's name; or the JSON form.
     current : Plan, Placement or array [L, G, C], optional

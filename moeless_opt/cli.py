@@ -30,10 +30,12 @@ from moeless_opt.problems.errors import (
     UnsupportedFeatureError,
 )
 from moeless_opt.problems.instances.library import instance_names, instance_summary, load_instance
-from moeless_opt.problems.io.documents import atomic_write, load_plan, load_problem, plan_to_json, read_json
+from moeless_opt.problems.io.documents import load_problem
+from moeless_opt.problems.io.files import atomic_write, read_json
+from moeless_opt.problems.io.plans import load_plan, plan_to_json, save_plan
+from moeless_opt.problems.io.recordings.read import read_loads
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.plan.verify import violations
-from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
@@ -223,7 +225,7 @@ def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
             outcome = Comparison(problem=problem, rows=(row_of(result),), results={names[0]: result})
     best = _best(outcome, names)
     if best is not None and args.output:
-        best.save(args.output)
+        save_plan(best, args.output)
     if best is not None and args.plot:
         atomic_write(args.plot, plot_loads(problem, best))
     if best is not None and args.schedule:
@@ -301,7 +303,7 @@ def _problem(args: argparse.Namespace) -> Problem:
         return _override(load_problem(name), args)
     asked = {key: getattr(args, key) for key in ("key", "scenario", "steps", "experts")}
     options = {key: value for key, value in asked.items() if value is not None}
-    loads = Loads.read(name, **options)
+    loads = read_loads(name, **options)
     topology = _topology(args)
     if topology is None:
         raise ProblemError(
@@ -450,7 +452,7 @@ def _pareto(problem: Problem, args: argparse.Namespace) -> int:
 
     front = pareto(problem, ("balance", args.pareto), seed=args.seed)
     if args.output:
-        front.plans[-1].save(args.output)
+        save_plan(front.plans[-1], args.output)
     if args.plot:
         atomic_write(args.plot, front.plot())
     if args.json:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import html
 from dataclasses import dataclass, field
-from os import PathLike
 
 import numpy as np
 
@@ -276,28 +275,6 @@ class Plan(Record):
             int(g)
             for g in np.flatnonzero(held_LGE(self.slots_LGC[layer : layer + 1], self.experts)[0, :, expert])
         ]
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan as JSON, or as .npz if the path ends so.
-
-        The file appears whole or not at all: it is written aside and renamed.
-        """
-        from moeless_opt.problems.io.documents import save_plan
-
-        save_plan(self, path)
-
-    @staticmethod
-    def load(path: str | PathLike[str]) -> Plan:
-        """Read a plan that `save` wrote.
-
-        Raises
-        ------
-        FormatError
-            If the file is no plan.
-        """
-        from moeless_opt.problems.io.documents import load_plan
-
-        return load_plan(path)
 
     def __repr__(self) -> str:
         layers, gpus, slots = self.slots_LGC.shape

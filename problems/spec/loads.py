@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import FloatArray, Record, floats, whole
 from moeless_opt.problems.errors import ProblemError
 
-__all__ = ["Loads", "as_loads"]
+__all__ = ["Loads"]
 
 _MOST = 1e30  # sums and products of such loads still are finite
 
@@ -154,21 +151,6 @@ class Loads(Record):
         t, layers, experts = self.load_TLE.shape
         return t, layers, experts
 
-    @classmethod
-    def read(cls, path: str | PathLike[str], **options: Any) -> Loads:
-        """Read a recording of any supported format; see ``readers.read_recording`` for the options."""
-        from moeless_opt.problems.io.recordings.read import read_recording
-
-        recording = read_recording(path, **options)
-        return cls(
-            load_TLE=recording.load_TLE,
-            layers=recording.layers,
-            scenarios=recording.scenarios,
-            skipped=recording.skipped,
-            source=f"{recording.path} ({recording.format})",
-            notes=recording.notes,
-        )
-
     def select(self, layers: Sequence[int]) -> Loads:
         """The loads of some layers, given by the model's own index."""
         place = {layer: i for i, layer in enumerate(self.layers)}
@@ -210,14 +192,3 @@ def _span(layers: Sequence[int]) -> str:
         else:
             runs.append([layer])
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
-def as_loads(loads: ArrayLike | Loads | str | PathLike[str]) -> Loads:
-    """Whatever `plan` accepts as loads: an array, a `Loads`, or the path of a recording."""
-    if isinstance(loads, Loads):
-        return loads
-    if isinstance(loads, str | PathLike):
-        return Loads.read(loads)
-    if hasattr(loads, "detach"):  # a torch tensor, possibly on a GPU
-        loads = loads.detach().cpu().numpy()
-    return Loads(load_TLE=np.asarray(loads) if not isinstance(loads, np.ndarray) else loads)

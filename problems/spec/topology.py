@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, floats, integers, number, whole
-from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.codec import NUMBER, Fields, moved, read_record
+from moeless_opt.problems.errors import FormatError, ProblemError
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -288,11 +289,47 @@ class Topology(Record):
         return {"kind": "explicit", "name": self.name, "gpus": gpus, "links": links}
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any], where: str = "topology") -> Topology:
-        """Read the JSON form (kinds ``uniform``, ``preset``, ``explicit``)."""
-        from moeless_opt.problems.io.documents import topology_from_json
+    def from_dict(data: object, where: str = "topology") -> Topology:
+        """Read the JSON form (kinds ``uniform``, ``preset``, ``explicit``).
 
-        return topology_from_json(data, where)
+        Raises
+        ------
+        FormatError, ProblemError
+            Naming the JSON path.
+        """
+        entry = Fields(data, where)
+        kind = entry.take("kind", str, "explicit" if "gpus" in entry.data else "uniform")
+        links_data = entry.take("links", dict, None)
+        links = None if links_data is None else read_record(Links, links_data, f"{where}.links")
+        try:
+            if kind == "uniform":
+                topology = Topology.uniform(
+                    entry.take("nodes", int, 1),
+                    entry.take("gpus_per_node", int),
+                    slots=entry.take("slots", (int, list), None),
+                    memory=entry.take("memory", (int, list), None),
+                    speed=entry.take("speed", (int, float, list), 1.0),
+                    links=links,
+                    name=entry.take("name", str, ""),
+                )
+            elif kind == "preset":
+                topology = Topology.preset(
+                    entry.take("name", str),
+                    slots=entry.take("slots", int, None),
+                    memory=entry.take("memory", int, None),
+                    expert_memory=entry.take("expert_memory", NUMBER, 0.6),
+                )
+                topology = topology if links is None else topology.replace(links=links)
+            elif kind == "explicit":
+                topology = _explicit(entry, links or Links())
+            else:
+                raise FormatError(
+                    entry.path("kind"), f"is {kind!r}, must be 'uniform', 'preset' or 'explicit'"
+                )
+        except ProblemError as error:
+            raise moved(error, "topology", where) from None
+        entry.done()
+        return topology
 
     def __repr__(self) -> str:
         room = "" if self.slots_G is None else f", {_range(self.slots_G)} slots per GPU and layer"
@@ -300,6 +337,34 @@ class Topology(Record):
             room += f", {_range(self.memory_G / GB)} GB per GPU for experts"
         speed = "" if self.is_uniform else f", speeds {_range(self.speed_G)}"
         return f"Topology({self.name}: {self.gpus} GPUs in {self.nodes} node(s){room}{speed})"
+
+
+def _explicit(entry: Fields, links: Links) -> Topology:
+    gpus = entry.take("gpus", list)
+    columns: dict[str, list[Any]] = {"node": [], "speed": [], "slots": [], "memory": [], "domain": []}
+    for i, gpu in enumerate(gpus):
+        part = Fields(gpu, f"{entry.where}.gpus[{i}]")
+        columns["node"].append(part.take("node", int, 0))
+        columns["speed"].append(part.take("speed", NUMBER, 1.0))
+        for key in ("slots", "memory", "domain"):
+            columns[key].append(part.take(key, int, None))
+        part.done()
+    for key in ("slots", "memory", "domain"):
+        missing = [i for i, value in enumerate(columns[key]) if value is None]
+        if missing and len(missing) < len(gpus):
+            raise FormatError(f"{entry.where}.gpus[{missing[0]}]", f"{key!r} is missing; other GPUs have it")
+    return Topology(
+        node_G=integers(f"{entry.where}.node", columns["node"]),
+        speed_G=floats(f"{entry.where}.speed", columns["speed"]),
+        **{
+            f"{key}_G": None
+            if not gpus or columns[key][0] is None
+            else integers(f"{entry.where}.{key}", columns[key])
+            for key in ("slots", "memory", "domain")
+        },
+        links=links,
+        name=entry.take("name", str, ""),
+    )
 
 
 def _range(values: IntArray | FloatArray) -> str:

@@ -19,7 +19,7 @@ from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.plan.verify import check_slots, verify
 from moeless_opt.problems.spec.architecture import ModelSpec
-from moeless_opt.problems.spec.loads import as_loads
+from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.time_model import TimeModel
@@ -116,7 +116,7 @@ class LayerPlanner:
             kicks=self.kicks,
         )
         problem = Problem(
-            loads=as_loads(load_LE),
+            loads=Loads(load_TLE=load_LE),
             topology=self.topology,
             model=self.model,
             time=self.time,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moeless_opt as mo
-from moeless_opt.api import make_problem
+from moeless_opt.api import as_loads, make_problem
 from moeless_opt.solvers.baselines.static import contiguous
 from moeless_opt.solvers.core import registry
 from moeless_opt.solvers.core.finish import Clock, Feature, finish
@@ -25,6 +25,17 @@ GPUS = mo.uniform(1, 4, slots=3)
 
 
 # --- what is given in which form ---------------------------------------------------------------------------
+
+
+def test_whatever_can_be_loads() -> None:
+    torch_like = type("Tensor", (), {"detach": lambda self: self, "cpu": lambda self: self})()
+    torch_like.numpy = lambda: np.array([[1, 2]])
+    want = mo.Loads(load_TLE=[[1.0, 2.0]])
+    for form in ([[1, 2]], ((1, 2),), np.array([[1, 2]], dtype=np.uint8), np.array([[[1, 2]]]), torch_like):
+        assert as_loads(form) == want
+    assert as_loads(want) is want
+    with pytest.raises(mo.FormatError, match=r"nothing-here\.npy"):
+        as_loads("nothing-here.npy")
 
 
 def test_loads_in_any_form_give_the_same_plan(tmp_path: Path) -> None:
@@ -108,8 +119,8 @@ def test_a_plan_has_what_is_promised(split: str, tmp_path: Path) -> None:
     assert certificate.seconds > 0
     assert "imbalance (max/mean)" in repr(plan)
     assert "<table>" in plan._repr_html_()
-    plan.save(tmp_path / "plan.npz")
-    assert mo.Plan.load(tmp_path / "plan.npz") == plan
+    mo.save_plan(plan, tmp_path / "plan.npz")
+    assert mo.load_plan(tmp_path / "plan.npz") == plan
 
 
 def test_the_published_example() -> None:

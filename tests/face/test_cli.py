@@ -19,6 +19,7 @@ import moeless_opt as mo
 from moeless_opt.cli import main
 from moeless_opt.problems.errors import SolverUnavailableError
 from moeless_opt.problems.io.documents import load_problem, save_problem
+from moeless_opt.problems.io.plans import save_plan
 from moeless_opt.solvers.baselines.static import contiguous
 from moeless_opt.solvers.core import registry
 from tests.strategies import plan_of
@@ -131,7 +132,7 @@ def test_json_output(saved: mo.Problem, capsys: Any) -> None:
     assert answer["problem"]["digest"] == saved.digest()
     assert [row["solver"] for row in answer["solvers"]] == ["static", "eplb", "auto", "oracle"]
     best = min(row["objective"]["balance"] for row in answer["solvers"] if row["objective"])
-    from moeless_opt.problems.io.documents import plan_from_json
+    from moeless_opt.problems.io.plans import plan_from_json
 
     plan = plan_from_json(answer["plan"])
     mo.verify(saved, plan)
@@ -180,7 +181,7 @@ def test_shipped_instances(folder: Path, capsys: Any) -> None:
 
 def test_a_live_plan(saved: mo.Problem, capsys: Any) -> None:
     slots = contiguous(8, saved.capacity_LG)
-    plan_of(saved, slots).save("live.json")
+    save_plan(plan_of(saved, slots), "live.json")
     assert main(["problem.json", "--current", "live.json", "-o", "plan.json", "--quiet"]) == 0
     plan = mo.load_plan("plan.json")
     assert not plan.moves.cold
@@ -212,7 +213,7 @@ def test_a_picture(saved: mo.Problem, capsys: Any) -> None:
     assert "wrote plan.png" in capsys.readouterr().err
     assert Path("plan.png").read_bytes().startswith(b"\x89PNG\r\n")
     live = plan_of(saved, contiguous(8, saved.capacity_LG))
-    live.save("live.json")
+    save_plan(live, "live.json")
     assert main(["problem.json", "--plot", "live.png", "--current", "live.json", "--quiet"]) == 0
     assert Path("live.png").read_bytes().startswith(b"\x89PNG\r\n")
 
@@ -425,11 +426,11 @@ def test_too_few_slots_are_infeasible(saved: mo.Problem, capsys: Any) -> None:
 
 def test_plans_of_another_problem(saved: mo.Problem, capsys: Any) -> None:
     other = problem(loads=mo.Loads(load_TLE=np.array(LOAD) + 1))
-    plan_of(other, contiguous(8, other.capacity_LG)).save("other.json")
+    save_plan(plan_of(other, contiguous(8, other.capacity_LG)), "other.json")
     line = refused(capsys, "problem.json", "--check", "other.json")
     assert line.startswith(f"other.json: is a plan of another problem ({other.digest()})")
     few = problem(topology=mo.uniform(1, 3, slots=3))
-    plan_of(few, contiguous(8, few.capacity_LG)).save("few.json")
+    save_plan(plan_of(few, contiguous(8, few.capacity_LG)), "few.json")
     line = refused(capsys, "problem.json", "--current", "few.json", "--quiet")
     assert line == "current: is for 2 layers, 3 GPUs and 8 experts; the problem has 2, 4 and 8"
 

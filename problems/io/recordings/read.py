@@ -49,8 +49,9 @@ from moeless_opt.problems.errors import FormatError, SolverUnavailableError
 from moeless_opt.problems.io.recordings.arrays import Array, NpzArray, Value, npy_array, plain_numbers
 from moeless_opt.problems.io.recordings.source import LARGEST, Found, Source, cut, mib, shape_text
 from moeless_opt.problems.io.recordings.tables import TableReader
+from moeless_opt.problems.spec.loads import Loads
 
-__all__ = ["DEFAULT_MAX_BYTES", "Recording", "read_recording"]
+__all__ = ["DEFAULT_MAX_BYTES", "Recording", "read_loads", "read_recording"]
 
 Floats = NDArray[np.float64]
 
@@ -165,6 +166,19 @@ def read_recording(
     reader = _Reader(Source(name, key, experts, max_bytes))
     found = reader.dispatch(_read_bytes(name, max_bytes))
     return reader.finish(found, scenario, steps)
+
+
+def read_loads(path: str | PathLike[str], **options: Any) -> Loads:
+    """Read a recording of any supported format as loads; see `read_recording` for the options."""
+    recording = read_recording(path, **options)
+    return Loads(
+        load_TLE=recording.load_TLE,
+        layers=recording.layers,
+        scenarios=recording.scenarios,
+        skipped=recording.skipped,
+        source=f"{recording.path} ({recording.format})",
+        notes=recording.notes,
+    )
 
 
 class _Reader:

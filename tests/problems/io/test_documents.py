@@ -16,19 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import FormatError, MoelessError, ProblemError
-from moeless_opt.problems.io import documents as module
-from moeless_opt.problems.io.documents import (
-    atomic_write,
-    load_plan,
-    load_problem,
-    plan_from_json,
-    plan_to_json,
-    problem_from_json,
-    problem_to_json,
-    read_json,
-    save_plan,
-    save_problem,
-)
+from moeless_opt.problems.io import files as module
+from moeless_opt.problems.io.documents import load_problem, problem_from_json, problem_to_json, save_problem
+from moeless_opt.problems.io.files import atomic_write, read_json
+from moeless_opt.problems.io.plans import load_plan, plan_from_json, plan_to_json, save_plan
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.plan.verify import violations
 from moeless_opt.problems.spec.architecture import MODEL_PRESETS
@@ -60,11 +51,11 @@ def test_plans_round_trip(drawn: Any) -> None:
 def test_plans_round_trip_through_files(tmp_path: Path, suffix: str) -> None:
     problem, plan = small()
     path = tmp_path / f"plan{suffix}"
-    plan.save(path)
-    assert Plan.load(path) == plan
-    assert Plan.load(os.fspath(path)) == load_plan(path)
-    assert not Plan.load(path).slots_LGC.flags.writeable
-    assert violations(problem, Plan.load(path)) == []
+    save_plan(plan, path)
+    assert load_plan(path) == plan
+    assert load_plan(os.fspath(path)) == plan
+    assert not load_plan(path).slots_LGC.flags.writeable
+    assert violations(problem, load_plan(path)) == []
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -286,7 +277,7 @@ def test_too_large_a_document_is_refused_unread(tmp_path: Path) -> None:
 def test_every_truncation_of_a_plan_is_refused(tmp_path: Path) -> None:
     _, plan = small()
     for name in ("plan.json", "plan.npz"):
-        plan.save(tmp_path / name)
+        save_plan(plan, tmp_path / name)
         whole = (tmp_path / name).read_bytes()
         for size in range(0, len(whole) - 1, max(1, len(whole) // 40)):
             (tmp_path / name).write_bytes(whole[:size])
@@ -296,7 +287,7 @@ def test_every_truncation_of_a_plan_is_refused(tmp_path: Path) -> None:
 
 def test_damaged_archives(tmp_path: Path) -> None:
     path = tmp_path / "plan.npz"
-    small()[1].save(path)
+    save_plan(small()[1], path)
     arrays = dict(np.load(path))
 
     def damaged(**changes: Any) -> None:
@@ -380,7 +371,7 @@ def test_loads_from_a_recording(tmp_path: Path) -> None:
 
 def test_a_live_plan_from_a_file(tmp_path: Path) -> None:
     problem, plan = small()
-    plan.save(tmp_path / "plan.npz")
+    save_plan(plan, tmp_path / "plan.npz")
     live = {"kind": "plan", "path": "plan.npz"}
     loaded = problem_from_json(edited(document(), "current", live), folder=tmp_path)
     assert loaded.current == plan.placement
@@ -424,7 +415,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     _, plan = small()
     with pytest.raises(FormatError, match=r"absent/plan\.json: cannot be written: No such file"):
-        plan.save(tmp_path / "absent" / "plan.json")
+        save_plan(plan, tmp_path / "absent" / "plan.json")
     (tmp_path / "folder").mkdir()
     with pytest.raises(FormatError, match="folder: cannot be written"):
         save_plan(plan, tmp_path / "folder")

@@ -14,13 +14,9 @@ from referencing import Registry, Resource
 
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.instances.library import instance_names, instance_path
-from moeless_opt.problems.io.documents import (
-    plan_from_json,
-    plan_to_json,
-    problem_from_json,
-    problem_to_json,
-    schema,
-)
+from moeless_opt.problems.io.documents import problem_from_json, problem_to_json
+from moeless_opt.problems.io.files import schema
+from moeless_opt.problems.io.plans import plan_from_json, plan_to_json
 from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
 from tests.strategies import few, planned, topologies
 

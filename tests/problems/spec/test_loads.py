@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.spec.loads import Loads, as_loads
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.spec.loads import Loads
 from tests.strategies import few, loads
 
 
@@ -77,28 +77,6 @@ def test_layers_can_be_selected_by_the_models_own_index() -> None:
     assert part.load_TLNE.tolist() == node[:, [0, 2]].tolist()
     with pytest.raises(ProblemError, match="layers: 5 is not among the layers 3-4, 7"):
         load.select([5])
-
-
-def test_whatever_can_be_loads() -> None:
-    torch_like = type("Tensor", (), {"detach": lambda self: self, "cpu": lambda self: self})()
-    torch_like.numpy = lambda: np.array([[1, 2]])
-    want = Loads(load_TLE=[[1.0, 2.0]])
-    for form in ([[1, 2]], ((1, 2),), np.array([[1, 2]], dtype=np.uint8), np.array([[[1, 2]]]), torch_like):
-        assert as_loads(form) == want
-    assert as_loads(want) is want
-    with pytest.raises(FormatError, match=r"nothing-here\.npy"):
-        as_loads("nothing-here.npy")
-
-
-def test_reading_a_recording(tmp_path: Any) -> None:
-    path = tmp_path / "counts.npz"
-    np.savez(path, chat=[[0, 0], [1, 2]], code=[[0, 0], [5, 1]])
-    load = Loads.read(path, key="c*", scenario="code")
-    assert load.load_TLE.tolist() == [[[5, 1]]]
-    assert load.layers == (1,)
-    assert load.skipped == (0,)
-    assert "dense layers 0 skipped" in repr(load)
-    assert str(path) in load.source
 
 
 def test_the_callers_array_is_neither_kept_nor_frozen() -> None:

@@ -134,9 +134,9 @@ def test_an_unknown_domain_is_named() -> None:
 
 
 def test_traces_can_be_read_as_loads() -> None:
-    from moeless_opt.problems.spec.loads import Loads
+    from moeless_opt.problems.io.recordings.read import read_loads
 
-    loads = Loads.read(tiny_moe_traces_file())
+    loads = read_loads(tiny_moe_traces_file())
     np.testing.assert_array_equal(loads.load_LE, tiny_moe_traces().load_LE())
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import FormatError, SolverUnavailableError
-from moeless_opt.problems.io.recordings.read import Recording, read_recording
+from moeless_opt.problems.io.recordings.read import Recording, read_loads, read_recording
 
 LOADS = np.random.default_rng(1).integers(1, 1000, (6, 8)).astype(np.float64)
 LOADS[:2] = 0  # two dense layers
@@ -684,3 +684,14 @@ def test_measured_recordings(shared_data: Path) -> None:
     trace = read_recording(shared_data / "gptoss20b_topk.npz")
     assert trace.load_TLE.shape == (1, 24, 32)
     assert (trace.load_TLE.sum(axis=2) == 215438 * 4).all()
+
+
+def test_a_recording_as_loads(tmp_path: Path) -> None:
+    path = tmp_path / "counts.npz"
+    np.savez(path, chat=[[0, 0], [1, 2]], code=[[0, 0], [5, 1]])
+    load = read_loads(path, key="c*", scenario="code")
+    assert load.load_TLE.tolist() == [[[5, 1]]]
+    assert load.layers == (1,)
+    assert load.skipped == (0,)
+    assert "dense layers 0 skipped" in repr(load)
+    assert str(path) in load.source

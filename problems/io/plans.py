@@ -1,0 +1,183 @@
+"""The JSON (and .npz) form of plans."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeless_opt.problems.arrays import floats, integers, number
+from moeless_opt.problems.codec import NUMBER, Fields, read_record
+from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.problems.io.files import (
+    VERSION,
+    atomic_write,
+    check_header,
+    check_unpacked,
+    json_bytes,
+    read_json,
+)
+from moeless_opt.problems.plan.plan import Certificate, Moves, Payback, Plan
+from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.wishes import SPLITS
+
+__all__ = ["load_plan", "plan_from_json", "plan_to_json", "save_plan"]
+
+_ARRAYS = ("slots", "shares", "times", "imbalance")
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The JSON form of a plan."""
+    certificate = plan.certificate
+    return {
+        "format": "moeless-plan",
+        "version": VERSION,
+        "name": plan.name,
+        "problem_digest": plan.problem_digest,
+        "split": plan.split,
+        "unit": plan.unit,
+        "experts": plan.experts,
+        "layers": list(plan.layers),
+        "slots": plan.slots_LGC.tolist(),
+        "shares": plan.share_LGC.tolist(),
+        "times": plan.time_LG.tolist(),
+        "imbalance": plan.imbalance_L.tolist(),
+        "moves": {
+            "count": plan.moves.count,
+            "bytes": plan.moves.bytes,
+            "fraction": plan.moves.fraction,
+            "by_layer": plan.moves.count_L.tolist(),
+            "cold": plan.moves.cold,
+        },
+        "payback": None
+        if plan.payback is None
+        else {"saved_per_pass": plan.payback.saved_per_pass, "cost": plan.payback.cost},
+        "certificate": {
+            "status": certificate.status.value,
+            "value": certificate.value_L.tolist(),
+            "lower_bound": certificate.lower_bound_L.tolist(),
+            "gap": certificate.gap_L.tolist(),
+            "bound": list(certificate.bound_L),
+            "solver": certificate.solver,
+            "seconds": certificate.seconds,
+            "proof": certificate.proof,
+        },
+    }
+
+
+def plan_from_json(data: object, where: str = "") -> Plan:
+    """Build a plan from its parsed JSON form (its derived figures are the verifier's to judge).
+
+    Raises
+    ------
+    FormatError, ProblemError
+        Naming the JSON path.
+    """
+    entry = Fields(data, where)
+    check_header(entry, "moeless-plan")
+    experts = entry.take("experts", int)
+    slots = Placement.of(entry.take("slots"), experts, where).slots_LGC
+    arrays = {key: floats(entry.path(key), entry.take(key)) for key in _ARRAYS[1:]}
+    moves = Fields(entry.take("moves", dict), entry.path("moves"))
+    proof = Fields(entry.take("certificate", dict), entry.path("certificate"))
+    proof.take("status", str, "")  # derived from the values
+    proof.take("gap", None, [])
+    split = entry.take("split", str)
+    if split not in SPLITS:
+        raise FormatError(entry.path("split"), f"is {split!r}, must be 'fractional' or 'equal'")
+    plan = Plan(
+        slots_LGC=slots,
+        share_LGC=arrays["shares"],
+        experts=experts,
+        layers=tuple(integers(entry.path("layers"), entry.take("layers", list)).tolist()),
+        split=split,
+        time_LG=arrays["times"],
+        imbalance_L=arrays["imbalance"],
+        moves=Moves(
+            count=moves.take("count", int),
+            bytes=moves.take("bytes", int),
+            fraction=number(moves.path("fraction"), moves.take("fraction", NUMBER)),
+            count_L=integers(moves.path("by_layer"), moves.take("by_layer")),
+            cold=moves.take("cold", bool),
+        ),
+        certificate=Certificate(
+            value_L=floats(proof.path("value"), proof.take("value")),
+            lower_bound_L=floats(proof.path("lower_bound"), proof.take("lower_bound")),
+            bound_L=tuple(str(name) for name in proof.take("bound", list)),
+            solver=proof.take("solver", str, ""),
+            seconds=number(proof.path("seconds"), proof.take("seconds", NUMBER, 0.0)),
+            proof=proof.take("proof", str, ""),
+        ),
+        made_for=entry.take("problem_digest", str, ""),
+        unit=entry.take("unit", str, "tokens"),
+        name=entry.take("name", str, ""),
+        payback=_payback(entry),
+    )
+    for part in (moves, proof, entry):
+        part.done()
+    shape = slots.shape
+    for key, array, want in (
+        ("shares", plan.share_LGC, shape),
+        ("times", plan.time_LG, shape[:2]),
+        ("imbalance", plan.imbalance_L, shape[:1]),
+        ("moves.by_layer", plan.moves.count_L, shape[:1]),
+        ("certificate.value", plan.certificate.value_L, shape[:1]),
+        ("certificate.lower_bound", plan.certificate.lower_bound_L, shape[:1]),
+        ("certificate.bound", np.empty(len(plan.certificate.bound_L)), shape[:1]),
+        ("layers", np.empty(len(plan.layers)), shape[:1]),
+    ):
+        if array.shape != want:
+            raise FormatError(entry.path(key), f"has shape {array.shape}, must be {want}")
+    return plan
+
+
+def _payback(entry: Fields) -> Payback | None:
+    data = entry.take("payback", (dict, type(None)), None)
+    if data is None:
+        return None
+    payback: Payback = read_record(Payback, data, entry.path("payback"))
+    return payback
+
+
+def save_plan(plan: Plan, path: str | PathLike[str]) -> None:
+    """Write a plan: .npz if the path ends so, JSON otherwise."""
+    document = plan_to_json(plan)
+    if Path(path).suffix != ".npz":
+        atomic_write(path, json_bytes(document))
+        return
+    for key in _ARRAYS:
+        document.pop(key)
+    arrays = dict(zip(_ARRAYS, (plan.slots_LGC, plan.share_LGC, plan.time_LG, plan.imbalance_L), strict=True))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, document=np.frombuffer(json_bytes(document), np.uint8), **arrays)  # type: ignore[arg-type]
+    atomic_write(path, buffer.getvalue())
+
+
+def load_plan(path: str | PathLike[str]) -> Plan:
+    """Read a plan that `save_plan` wrote.
+
+    Raises
+    ------
+    FormatError, ProblemError
+        If the file is no plan.
+    """
+    if Path(path).suffix != ".npz":
+        return plan_from_json(read_json(path))
+    try:
+        check_unpacked(path, os.fspath(path))
+        with np.load(path, allow_pickle=False) as archive:
+            if "document" not in archive:
+                raise FormatError(os.fspath(path), f"is no plan: it holds {sorted(archive)}")
+            document = json.loads(archive["document"].tobytes())
+            return plan_from_json(document | {key: archive[key] for key in _ARRAYS})
+    except ProblemError:
+        raise
+    except OSError as error:
+        raise FormatError(os.fspath(path), f"cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged archives
+        raise FormatError(os.fspath(path), f"is no plan archive: {error}") from None
