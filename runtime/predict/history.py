@@ -1,135 +1,21 @@
-"""Predictors of expert loads: one interface, and those that need no model: history and affinity.
+"""Predictors that need no model: forecasts from the passes before, and corrections by past errors.
 
-A predictor says, when the tokens of a forward pass stand before the MoE layer l, how many of them every
-expert of layer l + d will get. It may look at three things, all in `Known`: the tokens' hidden states, the
-experts that they chose in layer l, and (by `Predictor.observe`) the loads of the passes before. The gates
-that look at hidden states are in `predictor_gates`; here are the baselines that they have to beat:
-
-*history*: `LastWindow`, `Ewma`, `LinearTrend` and `AutoRegressive` forecast each layer's distribution from
-the passes before. They know nothing of the pass at hand but its size.
-
-*affinity*: `Affinity` counts, on recorded routes, how often a token that chose expert e in layer l chose e'
-in layer l + d [1]_.
-
+`LastWindow`, `Ewma`, `LinearTrend` and `AutoRegressive` forecast each layer's distribution from the passes
+before. They know nothing of the pass at hand but its size: the baselines that gates have to beat.
 `Calibrated` corrects any predictor by its own past errors.
-
-References
-----------
-.. [1] Yao et al.: Exploiting Inter-Layer Expert Affinity for Accelerating Mixture-of-Experts Model Inference
-   (ExFlow), 2024, arXiv 2401.08383.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, floats, number, whole
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.runtime.predict.predictor import Context, Predictor
 
-__all__ = [
-    "Affinity",
-    "AutoRegressive",
-    "Calibrated",
-    "Ewma",
-    "Known",
-    "LastWindow",
-    "LinearTrend",
-    "Predictor",
-    "TokenPredictor",
-    "count_loads",
-    "load_distance",
-    "token_hits",
-    "top_load_hits",
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """What a predictor may look at: the pass at hand, at one layer.
-
-    Parameters
-    ----------
-    layer : int
-        Index l among the MoE layers.
-    load_E : array [E]
-        Token-expert pairs of layer l; of all ranks.
-    experts_TK : array of int [T, K], optional
-        Experts of each token in layer l.
-    hidden : Tensor [..., H], optional
-        Residual stream in front of the norm of MoE layer l, tokens in the same order.
-    """
-
-    layer: int
-    load_E: FloatArray
-    experts_TK: NDArray[Any] | None = None
-    hidden: Any = None
-
-
-@runtime_checkable
-class Predictor(Protocol):
-    """Predicts loads."""
-
-    @property
-    def name(self) -> str:
-        """For tables."""
-
-    def predict(self, known: Known, distance: int) -> FloatArray:
-        """Token-expert pairs of the experts of layer ``known.layer + distance`` in this pass, [E]."""
-
-    def observe(self, load_LE: FloatArray) -> None:
-        """Take note of the loads of a pass that has ended, [L, E]."""
-
-
-@runtime_checkable
-class TokenPredictor(Predictor, Protocol):
-    """Predicts tokens one by one, and loads as their sum."""
-
-    def scores(self, known: Known, distance: int) -> FloatArray:
-        """How likely each token is to choose each expert, [T, E]; only the order within a row counts."""
-
-
-# ------------------------------------------------------------------------------------------- scores
-
-
-def count_loads(experts_TLK: NDArray[Any], experts: int) -> FloatArray:
-    """Token-expert pairs of each layer and expert, [L, E]."""
-    layers = experts_TLK.shape[1]
-    cell = experts_TLK.astype(np.int64) + (np.arange(layers) * experts)[:, None]
-    return np.bincount(cell.ravel(), minlength=layers * experts).reshape(layers, experts).astype(np.float64)
-
-
-def load_distance(predicted_E: FloatArray, actual_E: FloatArray) -> float:
-    """Total-variation distance of two loads, each as a distribution over the experts.
-
-    0: the same; 1: no expert in common. It is the share of the pairs that would have to be sent elsewhere.
-    """
-    if not predicted_E.sum() > 0 or not actual_E.sum() > 0:
-        return 0.0 if predicted_E.sum() == actual_E.sum() else 1.0
-    return float(0.5 * np.abs(predicted_E / predicted_E.sum() - actual_E / actual_E.sum()).sum())
-
-
-def _top(score_E: FloatArray, k: int) -> NDArray[np.int64]:
-    """Indices of the k largest, the smaller index first among equals."""
-    return np.argsort(-score_E, axis=-1, kind="stable")[..., :k]
-
-
-def top_load_hits(predicted_E: FloatArray, actual_E: FloatArray, k: int) -> float:
-    """Share of the k most loaded experts that are among the k predicted to be (ties: the smaller index)."""
-    return len(set(_top(predicted_E, k).tolist()) & set(_top(actual_E, k).tolist())) / k
-
-
-def token_hits(score_TE: FloatArray, experts_TK: NDArray[Any]) -> float:
-    """Share of the tokens' choices that are among each token's K highest scores."""
-    guess_TK = _top(score_TE, experts_TK.shape[1])
-    return float((experts_TK[:, :, None] == guess_TK[:, None, :]).any(2).mean())
-
-
-# ------------------------------------------------------------------------------------------ history
+__all__ = ["AutoRegressive", "Calibrated", "Ewma", "LastWindow", "LinearTrend"]
 
 
 class _History:
@@ -140,18 +26,18 @@ class _History:
     def __init__(self) -> None:
         self._share_LE: FloatArray | None = None
 
-    def predict(self, known: Known, distance: int) -> FloatArray:
+    def predict(self, context: Context, distance: int) -> FloatArray:
         """Forecast of the layer; before the first pass, an even load."""
-        layer = known.layer + whole("distance", distance)
+        layer = context.layer + whole("distance", distance)
         if self._share_LE is None:
-            share_E = np.full(len(known.load_E), 1 / len(known.load_E))
+            share_E = np.full(len(context.load_E), 1 / len(context.load_E))
         elif layer >= len(self._share_LE):
             raise ProblemError(
-                "distance", f"is {distance}, but layer {known.layer} is of {len(self._share_LE)}"
+                "distance", f"is {distance}, but layer {context.layer} is of {len(self._share_LE)}"
             )
         else:
             share_E = self._share_LE[layer]
-        return np.asarray(share_E * known.load_E.sum())
+        return np.asarray(share_E * context.load_E.sum())
 
     def observe(self, load_LE: FloatArray) -> None:
         """Learn from a pass that has ended; a layer without load leaves its forecast as it was."""
@@ -253,96 +139,6 @@ class AutoRegressive(_History):
         return np.asarray(mean_LE + phi_L[:, None] * (now_LE - mean_LE))
 
 
-# ----------------------------------------------------------------------------------------- affinity
-
-
-class Affinity:
-    """Transition counts between layers: P(expert e' in layer l + d | expert e in layer l).
-
-    Parameters
-    ----------
-    layers, experts : int
-        Of the model.
-    furthest : int
-        Largest distance.
-    smoothing : float
-        Pairs added to every row, spread as layer l + d's experts are used in all: a rare expert falls back on
-        the average.
-    """
-
-    name = "affinity"
-
-    def __init__(self, layers: int, experts: int, *, furthest: int = 5, smoothing: float = 16.0) -> None:
-        self.layers = whole("layers", layers, low=1)
-        self.experts = whole("experts", experts, low=1)
-        self.furthest = whole("furthest", furthest, low=1)
-        self.smoothing = number("smoothing", smoothing)
-        self._count_DLEE = np.zeros((self.furthest, self.layers, self.experts, self.experts))
-        self._chance: dict[tuple[int, int], FloatArray] = {}
-
-    @classmethod
-    def counted(cls, count_DLEE: NDArray[Any], *, smoothing: float = 16.0) -> Affinity:
-        """From transitions that were counted before: `transitions_DLEE` of another."""
-        furthest, layers, experts, _ = count_DLEE.shape
-        affinity = cls(layers, experts, furthest=furthest, smoothing=smoothing)
-        affinity._count_DLEE = floats("transitions", count_DLEE).copy()
-        return affinity
-
-    @property
-    def transitions_DLEE(self) -> FloatArray:
-        """Counts from expert to expert, at distance D + 1 from layer L."""
-        return self._count_DLEE
-
-    def learn(self, experts_TLK: NDArray[Any], *, decay: float = 1.0) -> Affinity:
-        """Count the transitions of recorded tokens; older counts first shrink by `decay`.
-
-        Raises
-        ------
-        ProblemError
-            If the routes are of another model.
-        """
-        if experts_TLK.ndim != 3 or experts_TLK.shape[1] != self.layers:
-            raise ProblemError("experts", f"must be [tokens, {self.layers}, K], got {experts_TLK.shape}")
-        if experts_TLK.size and not 0 <= int(experts_TLK.min()) <= int(experts_TLK.max()) < self.experts:
-            raise ProblemError("experts", f"must lie in 0..{self.experts - 1}")
-        self._count_DLEE *= number("decay", decay)
-        self._chance = {}
-        routes = experts_TLK.astype(np.int64)
-        for d in range(1, min(self.furthest, self.layers - 1) + 1):
-            for layer in range(self.layers - d):
-                cell = routes[:, layer, :, None] * self.experts + routes[:, layer + d, None, :]
-                count = np.bincount(cell.ravel(), minlength=self.experts**2)
-                self._count_DLEE[d - 1, layer] += count.reshape(self.experts, self.experts)
-        return self
-
-    def chance_EE(self, layer: int, distance: int) -> FloatArray:
-        """P(next | now), rows sum to 1; even where nothing was learned."""
-        if not 1 <= distance <= self.furthest or not 0 <= layer < self.layers - distance:
-            raise ProblemError("distance", f"{distance} from layer {layer} of {self.layers} was not learned")
-        if (layer, distance) not in self._chance:
-            count_EE = self._count_DLEE[distance - 1, layer]
-            use_E = count_EE.sum(0) + 1e-9
-            smooth_EE = count_EE + max(self.smoothing, 1e-9) * use_E / use_E.sum()
-            self._chance[layer, distance] = smooth_EE / smooth_EE.sum(1, keepdims=True)
-        return self._chance[layer, distance]
-
-    def predict(self, known: Known, distance: int) -> FloatArray:
-        """Loads of layer l, each expert's handed on by its row."""
-        return np.asarray(known.load_E @ self.chance_EE(known.layer, distance))
-
-    def scores(self, known: Known, distance: int) -> FloatArray:
-        """Sum of the rows of a token's experts."""
-        if known.experts_TK is None:
-            raise ProblemError("known.experts_TK", "is needed for scores of single tokens")
-        return np.asarray(self.chance_EE(known.layer, distance)[known.experts_TK].sum(1))
-
-    def observe(self, load_LE: FloatArray) -> None:
-        """Nothing: transitions come from tokens, see `learn`."""
-
-
-# -------------------------------------------------------------------------------------- calibration
-
-
 class Calibrated:
     """Another predictor, each expert scaled by what it was mispredicted by in the passes before.
 
@@ -368,13 +164,13 @@ class Calibrated:
         self._said: dict[tuple[int, int], FloatArray] = {}
         self._sums: dict[tuple[int, int], tuple[FloatArray, FloatArray]] = {}
 
-    def predict(self, known: Known, distance: int) -> FloatArray:
+    def predict(self, context: Context, distance: int) -> FloatArray:
         """Predict, corrected and with the same total."""
-        raw_E = self.inner.predict(known, distance)
-        self._said[known.layer, distance] = raw_E
-        if (known.layer, distance) not in self._sums:
+        raw_E = self.inner.predict(context, distance)
+        self._said[context.layer, distance] = raw_E
+        if (context.layer, distance) not in self._sums:
             return raw_E
-        came_E, said_E = self._sums[known.layer, distance]
+        came_E, said_E = self._sums[context.layer, distance]
         some = self.caution * said_E.mean() + 1e-12
         corrected_E = raw_E * (came_E + some) / (said_E + some)
         return np.asarray(corrected_E * (raw_E.sum() / max(float(corrected_E.sum()), 1e-12)))

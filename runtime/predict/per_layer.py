@@ -11,7 +11,7 @@ from moeless_opt.problems.errors import ProblemError
 from moeless_opt.runtime.control.controller import Controller, Counted
 from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
 from moeless_opt.runtime.live.model import LiveModel
-from moeless_opt.runtime.predict.gates import Foresight, GatePredictor, Pending
+from moeless_opt.runtime.predict.foresight import Foresight, GatePredictor, Pending
 
 __all__ = ["PerLayer"]
 

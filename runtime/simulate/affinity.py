@@ -7,7 +7,7 @@ request whose tokens lean towards e, more than its domain's do, then leans towar
     share (l + 1) = popularity of the domain + weight * (share - popularity) (l) @ transition + rest
 
 The weight makes the covariance of measured deviations with those that the transitions foretell; the rest is
-drawn (`sim_traffic.RoutingModel`) with the spread that is left over. Both are fitted to requests of enough
+drawn (`traffic.RoutingModel`) with the spread that is left over. Both are fitted to requests of enough
 tokens, less what counting so many tokens makes. `explained` says how much of the spread between requests the
 transitions foretell, measured in recorded and in generated traffic alike. What the affinity of single tokens
 does within a pass, beyond the loads of the layers, is not generated: the simulator knows loads, not tokens.

@@ -1,12 +1,12 @@
 """A serving system in simulated time: the third backend, and the loop that drives it with traffic.
 
 `SimulatedBackend` answers the same calls as a live model, so the same `Controller` runs over it. It is given
-forward passes (`sim_traffic.Passes`: loads and earliest starts) and computes how long they take on a
-`Machine` (`sim_time`) under the placement in force; passes run one after the other. What a new placement
+forward passes (`traffic.Passes`: loads and earliest starts) and computes how long they take on a
+`Machine` (`machine`) under the placement in force; passes run one after the other. What a new placement
 costs depends on `transfers`:
 
 *overlapped*: the schedule of `schedule_migration` runs beside the passes, which go on with the old placement,
-undisturbed (assumed; but see `sim_waits`), and switch when it is done. *exposed*: the passes wait for it.
+undisturbed (assumed; but see `waits`), and switch when it is done. *exposed*: the passes wait for it.
 *per-pass* (the paper's mode): the placement holds from the next pass on; a layer's missing replicas load
 while the `distance` layers before it run, and what is left of their loading is waited for.
 
@@ -20,9 +20,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.placement import equal_shares
@@ -75,7 +74,7 @@ class SimReport:
     network_BL: list[FloatArray] = field(default_factory=list)
     exposed_BL: list[FloatArray] = field(default_factory=list)
     weight_B: list[FloatArray] = field(default_factory=list)
-    prefill_B: list[NDArray[np.bool_]] = field(default_factory=list)
+    prefill_B: list[BoolArray] = field(default_factory=list)
     largest: float = 0.0
     mean: float = 0.0
     moved: int = 0
@@ -145,7 +144,7 @@ class SimulatedBackend:
     elastic : bool
         Whether the charging rule ``functions`` charges by use.
     contention : bool
-        Whether transfers and the all-to-all share ports (see `sim_waits`).
+        Whether transfers and the all-to-all share ports (see `waits`).
     decide_seconds : float
         Seconds that a predictor and a planner take for a layer, `distance` layers before it (``per-pass``).
     """
@@ -188,7 +187,7 @@ class SimulatedBackend:
         self._graph: tuple[int, ReplicaGraph] | None = None
         self._wide: WideShares | None = None
         self._alone_LGC: FloatArray | None = None
-        self._served_LGC: NDArray[np.bool_] | None = None
+        self._served_LGC: BoolArray | None = None
         self._table = TimeTable.of(
             machine.time, min(int(np.max(capacity_LG)), self.experts), per_token=machine.link_per_token
         )
@@ -551,7 +550,7 @@ def simulate(
         Share of the pairs that the assumed prediction gets wrong (see `predicted`).
     foresight : callable, optional
         Predicts instead: given the next passes, in order, what was foreseen of each, [B, L, E] (see
-        `sim_foresight`).
+        `foresight`).
     seed : int
         For the prediction's errors.
     progress : callable, optional

@@ -4,14 +4,14 @@ By name (`NAMES`), each a `Foreseer`: given the next passes, in order, it says w
 
 *assumed*: the actual loads, a stated share of which is put where pairs went on average (`predicted`).
 
-*last*, *ewma*, *ar*, *affinity*: the package's own predictors (`predictors`), run over the simulated traffic:
-in every pass, at layer l, they see the loads of layer l and predict those of layer l + d; then they are told
-the pass. Nothing is assumed of their errors.
+*last*, *ewma*, *ar*, *affinity*: the package's own predictors (`runtime.predict`), run over the simulated
+traffic: in every pass, at layer l, they see the loads of layer l and predict those of layer l + d; then they
+are told the pass. Nothing is assumed of their errors.
 
 *gate*, *recorded*: what the gates of a model said while it routed the very tokens that the traffic is
-composed of: plain gates fed early, and trained ones (`predictor_gates`). `Predictions` hold both sides, token
+composed of: plain gates fed early, and trained ones (`predict.gates`). `Predictions` hold both sides, token
 by token; passes composed of the one and of the other with the same seed are actual and predicted loads. Those
-of the project's tiny MoE ship with the package (`record_foresight` makes them).
+of the project's tiny MoE ship with the package (`tiny_moe.record` makes them).
 
 The first d layers have no layer of the pass before them to predict at; all but *assumed* take the
 autoregressive forecast from the passes before for those. None of these predictors is charged for its own
@@ -44,7 +44,9 @@ from moeless_opt.problems.io.traces import (
     read_token_traces,
 )
 from moeless_opt.problems.spec.architecture import ModelSpec
-from moeless_opt.runtime.predict.history import Affinity, AutoRegressive, Ewma, Known, LastWindow, Predictor
+from moeless_opt.runtime.predict.affinity import Affinity
+from moeless_opt.runtime.predict.history import AutoRegressive, Ewma, LastWindow
+from moeless_opt.runtime.predict.predictor import Context, Predictor
 from moeless_opt.runtime.simulate.backend import predicted
 from moeless_opt.runtime.simulate.traffic import Passes
 
@@ -159,8 +161,8 @@ class Online:
         foreseen_LE = np.empty_like(load_LE)
         foreseen_LE[:ahead] = _early(self._first, load_LE, ahead)
         for layer in range(len(load_LE) - ahead):
-            known = Known(layer=layer, load_E=load_LE[layer])
-            foreseen_LE[layer + ahead] = self.predictor.predict(known, ahead)
+            context = Context(layer=layer, load_E=load_LE[layer])
+            foreseen_LE[layer + ahead] = self.predictor.predict(context, ahead)
         self.predictor.observe(load_LE)
         self._first.observe(load_LE)
         return foreseen_LE
@@ -170,7 +172,7 @@ def _early(first: AutoRegressive, load_LE: FloatArray, count: int) -> FloatArray
     """Forecast of the first layers from the passes before; of this pass, only its size is used."""
     return np.stack(
         [
-            first.predict(Known(layer=layer, load_E=load_LE[layer]), 0)
+            first.predict(Context(layer=layer, load_E=load_LE[layer]), 0)
             for layer in range(min(count, len(load_LE)))
         ]
     )

@@ -61,7 +61,7 @@ class Scene:
     until : float
         Time of the last arrival.
     composition, predictions, learnt
-        Where token traces are played, see `sim_foresight.foreseer`.
+        Where token traces are played, see `foresight.foreseer`.
     closed : callable, optional
         Makes the closed loop over a backend, in place of `traffic`.
     """

@@ -1,6 +1,6 @@
 """Continuous batching in a closed loop: the next pass starts when the last one ends.
 
-The traffic of `sim_traffic` is composed once, for all policies alike, and says nothing of requests: a policy
+The traffic of `traffic` is composed once, for all policies alike, and says nothing of requests: a policy
 that is too slow falls behind, no more. Here requests queue. Before every pass those that have arrived are
 admitted, in their order, as far as three limits go:
 

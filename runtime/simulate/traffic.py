@@ -85,7 +85,7 @@ class RoutingModel(Record):
     ``Dirichlet(concentration * popularity_DLE[d, l])``; a pass's loads are multinomial over the mix of its
     requests, weighted by their tokens. The domain of a request changes with time as a Markov chain over the
     arrivals: traffic drifts from domain to domain. Layers are independent, unless there is an `Affinity`:
-    then what a request does in a layer depends on what it does in the one before (`sim_affinity`).
+    then what a request does in a layer depends on what it does in the one before (`affinity`).
 
     Parameters
     ----------

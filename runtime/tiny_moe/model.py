@@ -1,8 +1,8 @@
 """A small trained mixture of experts that ships with the package: 6 layers x 16 experts, top-2, on bytes.
 
-It is a real megatron-core `GPTModel`, trained on eight domains of text (`tiny_moe_corpus`) by
-`train_tiny_moe`, so that tests, examples and predictors have real routing, with real skew and real drift
-between domains, on any machine. ``data/tiny_moe.json`` records how it was trained and what it reached;
+It is a real megatron-core `GPTModel`, trained on eight domains of text (`corpus`) by `train`, so that
+tests, examples and predictors have real routing, with real skew and real drift between domains, on any
+machine. ``data/tiny_moe.json`` records how it was trained and what it reached;
 ``docs/tiny-moe.md`` explains it.
 
 A token is a byte; token 256 starts a document. The weights are stored in bfloat16, so loading them in any
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.runtime.checkpoint.files import SafetensorsFolder
 from moeless_opt.runtime.checkpoint.parts import (
@@ -288,7 +289,7 @@ def _device(model: GPTModel) -> torch.device:
 
 
 @torch.no_grad()
-def score(model: GPTModel, text: str | bytes) -> NDArray[np.float64]:
+def score(model: GPTModel, text: str | bytes) -> FloatArray:
     """Return how surprised the model is by every byte of `text`.
 
     Parameters
@@ -304,7 +305,7 @@ def score(model: GPTModel, text: str | bytes) -> NDArray[np.float64]:
         Minus the logarithm of each byte's probability, in nats; divide by ``log(2)`` for bits.
     """
     tokens = encode(text)[1:]
-    losses: list[NDArray[np.float64]] = []
+    losses: list[FloatArray] = []
     for first in range(0, len(tokens), 256):
         window = torch.tensor([[START, *tokens[first : first + 256]]], device=_device(model))
         inputs = window[:, :-1]

@@ -3,7 +3,7 @@
 ``python -m moeless_opt.runtime.tiny_moe.record --cache FOLDER`` cuts the tiny MoE's held-out text into
 requests that do not overlap, records hidden states and routes, trains gates for every layer and distance on
 some of the requests, and writes what plain and trained gates say of others:
-``runtime/data/tiny_moe_foresight.npz``, which the simulator plays (`sim_foresight`). FOLDER keeps the
+``runtime/data/tiny_moe_foresight.npz``, which the simulator plays (`simulate.foresight`). FOLDER keeps the
 packages (a Debian machine: they come by ``apt-get download``, as for the training) and the recording. About
 two minutes, one of them the first time only.
 """
@@ -22,12 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeless_opt.runtime.predict.gates import GatePredictor, fine_tune, plain_gates
-from moeless_opt.runtime.predict.history import Affinity
+from moeless_opt.problems.arrays import IntArray
+from moeless_opt.runtime.predict.affinity import Affinity
+from moeless_opt.runtime.predict.foresight import GatePredictor
+from moeless_opt.runtime.predict.gates import plain_gates
+from moeless_opt.runtime.predict.tuning import fine_tune
 from moeless_opt.runtime.simulate.foresight import tiny_moe_predictions_file
 from moeless_opt.runtime.tiny_moe import model as tiny_moe
 from moeless_opt.runtime.tiny_moe.corpus import DOMAINS, build_corpora
-from moeless_opt.runtime.tiny_moe.scores import Recording, record_requests
+from moeless_opt.runtime.tiny_moe.scores import TokenRecord, record_requests
 
 __all__ = ["DISTANCES", "foretell", "held_out_requests", "main", "parts", "write_npz"]
 
@@ -36,19 +39,19 @@ DISTANCES = (1, 2, 3, 4, 5)
 UNIT = 1 / 4  # of the stored chances: in decode (64 tokens) it adds 0.003 to a distance of 0.071
 
 
-def parts() -> NDArray[np.int64]:
+def parts() -> IntArray:
     """Which requests train (0), profile (1) and test (2), [requests]."""
     kinds = np.repeat([0, 1, 2], [TRAIN, PROFILE, PER_DOMAIN - TRAIN - PROFILE])
     return np.asarray(np.tile(kinds, len(DOMAINS)))
 
 
-def held_out_requests(cache: Path) -> Recording:
+def held_out_requests(cache: Path) -> TokenRecord:
     """Requests of held-out text, `PER_DOMAIN` of each domain, none overlapping; kept in `cache`."""
     file = cache / "predictor_recording.npz"
     if file.exists():
         with np.load(file) as kept:
             arrays = {name: kept[name] for name in kept.files}
-        return Recording(
+        return TokenRecord(
             hidden_TLH=torch.from_numpy(arrays["hidden"]),
             experts_TLK=arrays["experts"],
             offsets=arrays["offsets"],
@@ -78,9 +81,9 @@ def held_out_requests(cache: Path) -> Recording:
 
 @torch.no_grad()
 def foretell(
-    made: Recording, requests: NDArray[np.int64], plain: GatePredictor, tuned: GatePredictor
+    made: TokenRecord, requests: IntArray, plain: GatePredictor, tuned: GatePredictor
 ) -> dict[str, NDArray[Any]]:
-    """What gates say of some requests: ``chosen_gate`` and ``chance_tuned`` of `sim_foresight.Predictions`.
+    """What gates say of some requests: ``chosen_gate`` and ``chance_tuned`` of `Predictions`.
 
     Chances are rounded to whole units such that their running sums over the tokens are right to half a unit.
     """

@@ -1,7 +1,7 @@
 """How good predictors of expert loads are: recordings with hidden states, batches, scores.
 
-A `Recording` holds what a predictor sees and what came of it, token by token; batches are rows of it, so the
-same recording serves prefill, decode and any mixture of traffic. Split recordings by request, never by token:
+A `TokenRecord` holds what a predictor sees and what came of it, token by token; batches are rows of it, so
+the same one serves prefill, decode and any mixture of traffic. Split it by request, never by token:
 neighbouring tokens tell on each other.
 """
 
@@ -16,28 +16,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeless_opt.problems.arrays import FloatArray
+from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.runtime.checkpoint.parts import causal_positions, moe_layers
 from moeless_opt.runtime.engines.observe import tap_hidden
-from moeless_opt.runtime.predict.history import (
-    Known,
-    Predictor,
-    TokenPredictor,
-    count_loads,
-    load_distance,
-    token_hits,
-    top_load_hits,
-)
+from moeless_opt.runtime.predict.measures import count_loads, load_distance, token_hits, top_load_hits
+from moeless_opt.runtime.predict.predictor import Context, Predictor, TokenPredictor
 from moeless_opt.runtime.tiny_moe import model as tiny_moe
 
-__all__ = ["Recording", "Scores", "decode_batches", "evaluate", "prefill_batches", "record_requests"]
+__all__ = ["Scores", "TokenRecord", "decode_batches", "evaluate", "prefill_batches", "record_requests"]
 
-Rows = NDArray[np.int64]
+Rows = IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recording:
+class TokenRecord:
     """Tokens of many requests: hidden states and experts.
 
     Parameters
@@ -56,8 +49,8 @@ class Recording:
 
     hidden_TLH: Tensor
     experts_TLK: NDArray[Any]
-    offsets: NDArray[np.int64]
-    domain: NDArray[np.int64]
+    offsets: IntArray
+    domain: IntArray
     experts: int
 
     @property
@@ -79,7 +72,7 @@ class Recording:
 
 
 @torch.no_grad()
-def record_requests(model: Any, texts: Sequence[bytes], domain: Sequence[int]) -> Recording:
+def record_requests(model: Any, texts: Sequence[bytes], domain: Sequence[int]) -> TokenRecord:
     """Run texts through the tiny MoE, one forward pass each, and keep hidden states and routes.
 
     Parameters
@@ -112,7 +105,7 @@ def record_requests(model: Any, texts: Sequence[bytes], domain: Sequence[int]) -
                 seen.clear()
     finally:
         tap.close()
-    return Recording(
+    return TokenRecord(
         hidden_TLH=torch.cat(hidden),
         experts_TLK=routes.concatenate(),
         offsets=np.array(ends, dtype=np.int64),
@@ -125,8 +118,8 @@ def record_requests(model: Any, texts: Sequence[bytes], domain: Sequence[int]) -
 
 
 def _drawn(
-    recording: Recording, requests: NDArray[np.int64], count: int, rng: np.random.Generator, dwell: int
-) -> Iterable[tuple[int, NDArray[np.int64]]]:
+    recording: TokenRecord, requests: IntArray, count: int, rng: np.random.Generator, dwell: int
+) -> Iterable[tuple[int, IntArray]]:
     """For each of `count` batches, the chance of each request: one domain is three quarters of the traffic.
 
     Which one, changes every `dwell` batches; `dwell` 0: all domains alike throughout.
@@ -142,8 +135,8 @@ def _drawn(
 
 
 def prefill_batches(
-    recording: Recording,
-    requests: NDArray[np.int64],
+    recording: TokenRecord,
+    requests: IntArray,
     count: int,
     *,
     size: int = 8,
@@ -154,7 +147,7 @@ def prefill_batches(
 
     Parameters
     ----------
-    recording : Recording
+    recording : TokenRecord
         The tokens.
     requests : array of int
         Those to draw from (with replacement).
@@ -174,8 +167,8 @@ def prefill_batches(
 
 
 def decode_batches(
-    recording: Recording,
-    requests: NDArray[np.int64],
+    recording: TokenRecord,
+    requests: IntArray,
     count: int,
     *,
     size: int = 64,
@@ -230,14 +223,14 @@ class Scores:
     load_DBLE: FloatArray
 
 
-def actual_loads(recording: Recording, batches: Sequence[Rows]) -> FloatArray:
+def actual_loads(recording: TokenRecord, batches: Sequence[Rows]) -> FloatArray:
     """Loads of the batches, [B, L, E]."""
     return np.stack([count_loads(recording.experts_TLK[rows], recording.experts) for rows in batches])
 
 
 def evaluate(
     predictor: Predictor,
-    recording: Recording,
+    recording: TokenRecord,
     batches: Sequence[Rows],
     *,
     distances: Sequence[int] = (1, 2, 3, 4, 5),
@@ -249,7 +242,7 @@ def evaluate(
     ----------
     predictor : Predictor
         Asked at every layer, then told the loads.
-    recording : Recording
+    recording : TokenRecord
         The tokens.
     batches : sequence of int arrays
         Rows of each.
@@ -269,7 +262,7 @@ def evaluate(
         hidden_TLH = recording.hidden_TLH[torch.from_numpy(rows)].float()
         actual_LE = count_loads(experts_TLK, recording.experts)
         for layer in range(L - 1):
-            known = Known(
+            context = Context(
                 layer=layer,
                 load_E=actual_LE[layer],
                 experts_TK=experts_TLK[:, layer],
@@ -279,14 +272,14 @@ def evaluate(
                 ahead = layer + d
                 if ahead >= L:
                     continue
-                predicted_E = predictor.predict(known, d)
+                predicted_E = predictor.predict(context, d)
                 load_DBLE[d - 1, b, ahead] = predicted_E
                 if b < warm_up:
                     continue
                 wrong[d - 1, b, ahead] = load_distance(predicted_E, actual_LE[ahead])
                 top[d - 1, b, ahead] = top_load_hits(predicted_E, actual_LE[ahead], busiest)
                 if by_token:
-                    score_TE = predictor.scores(known, d)  # type: ignore[attr-defined]
+                    score_TE = predictor.scores(context, d)  # type: ignore[attr-defined]
                     token[d - 1, b, ahead] = token_hits(score_TE, experts_TLK[:, ahead])
         predictor.observe(actual_LE)
     return Scores(name=predictor.name, distance_DBL=wrong, top_DBL=top, token_DBL=token, load_DBLE=load_DBLE)

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces, tiny_moe_traces_file
 from moeless_opt.runtime.checkpoint.parts import causal_positions
 from moeless_opt.runtime.tiny_moe import model as tiny_moe
@@ -87,7 +88,7 @@ def evaluate(model: Any, corpora: dict[str, Corpus], windows: int = 64) -> dict[
 
 
 @torch.no_grad()
-def expert_skew(model: Any, corpora: dict[str, Corpus]) -> NDArray[np.float64]:
+def expert_skew(model: Any, corpora: dict[str, Corpus]) -> FloatArray:
     """Return max / mean of the expert loads of every layer, on held-out text of all domains."""
     with tiny_moe.record_routes(model) as routes:
         evaluate(model, corpora, windows=16)
@@ -180,7 +181,7 @@ def train(corpora: dict[str, Corpus], steps: int, folder: Path, every: int = 250
 REQUESTS_PER_DOMAIN, SHORTEST, LONGEST = 160, 32, 511
 
 
-def request_lengths(rng: np.random.Generator, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def request_lengths(rng: np.random.Generator, count: int) -> tuple[IntArray, IntArray]:
     """Draw lengths (log-normal around 256 bytes), and how much of each is prompt (20 to 80 %)."""
     total = np.exp(rng.normal(np.log(256), 0.6, size=count)).clip(SHORTEST, LONGEST).astype(np.int64)
     prompt = (total * rng.uniform(0.2, 0.8, size=count)).astype(np.int64) + 1

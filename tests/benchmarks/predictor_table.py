@@ -23,29 +23,17 @@ import torch
 
 import moeless_opt as mo
 from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
-from moeless_opt.runtime.predict.gates import (
-    GatePredictor,
-    PlainGate,
-    TunedGate,
-    accuracy,
-    fine_tune,
-    plain_gates,
-    train_gate,
-)
-from moeless_opt.runtime.predict.history import (
-    Affinity,
-    AutoRegressive,
-    Calibrated,
-    Ewma,
-    LastWindow,
-    LinearTrend,
-)
+from moeless_opt.runtime.predict.affinity import Affinity
+from moeless_opt.runtime.predict.foresight import GatePredictor
+from moeless_opt.runtime.predict.gates import PlainGate, TunedGate, plain_gates
+from moeless_opt.runtime.predict.history import AutoRegressive, Calibrated, Ewma, LastWindow, LinearTrend
+from moeless_opt.runtime.predict.tuning import accuracy, fine_tune, train_gate
 from moeless_opt.runtime.tiny_moe import model as tiny_moe
 from moeless_opt.runtime.tiny_moe.corpus import DOMAINS
 from moeless_opt.runtime.tiny_moe.record import DISTANCES, held_out_requests, parts
 from moeless_opt.runtime.tiny_moe.scores import (
-    Recording,
     Scores,
+    TokenRecord,
     actual_loads,
     decode_batches,
     evaluate,
@@ -107,7 +95,9 @@ def print_by_layer(scores: list[Scores]) -> None:
         print(f"| {d} | " + " | ".join(cells) + " |")
 
 
-def print_imbalance(made: Recording, batches: list[Any], static_LE: np.ndarray, scores: list[Scores]) -> None:
+def print_imbalance(
+    made: TokenRecord, batches: list[Any], static_LE: np.ndarray, scores: list[Scores]
+) -> None:
     """Plan for what is predicted one layer ahead; let what comes run on it."""
     gpus, slots = 8, 3
     topology = mo.uniform(1, gpus, slots=slots)
@@ -191,7 +181,7 @@ def print_times(gates: list[PlainGate]) -> None:
 
 
 def print_tuning(
-    made: Recording, gates: list[PlainGate], parts: tuple[np.ndarray, np.ndarray, np.ndarray]
+    made: TokenRecord, gates: list[PlainGate], parts: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> None:
     """Size and epochs of the trained gates, and what the threshold leaves alone, at distance 1."""
     train, held_out, test = (made.pairs(p) for p in parts)
@@ -222,7 +212,7 @@ def print_tuning(
         )
 
 
-def go_on(made: Recording, tuned: Any, part: np.ndarray, few: int) -> dict[tuple[int, int], TunedGate]:
+def go_on(made: TokenRecord, tuned: Any, part: np.ndarray, few: int) -> dict[tuple[int, int], TunedGate]:
     """Train on with `few` requests of each unseen domain, and of the others, lest they be forgotten."""
     chosen = [np.flatnonzero((part == 0) & (made.domain == d))[:few] for d in range(len(DOMAINS))]
     hidden, experts = made.pairs(np.concatenate(chosen))
@@ -234,7 +224,7 @@ def go_on(made: Recording, tuned: Any, part: np.ndarray, few: int) -> dict[tuple
     }
 
 
-def print_domains(made: Recording, gates: list[PlainGate], part: np.ndarray, all_tuned: Any) -> None:
+def print_domains(made: TokenRecord, gates: list[PlainGate], part: np.ndarray, all_tuned: Any) -> None:
     """Train without some domains, test on them; then let the gates go on learning from a few requests."""
     unseen = np.isin(made.domain, [DOMAINS.index(d) for d in UNSEEN])
     train, held_out = (np.flatnonzero((part == i) & ~unseen) for i in (0, 1))

@@ -245,7 +245,8 @@ def modes(steps_per_domain: int, slots: int) -> dict[str, Any]:
     from moeless_opt.runtime.control.controller import Controller, Planner
     from moeless_opt.runtime.control.layer_planner import LayerPlanner
     from moeless_opt.runtime.live.schedule import static_slots
-    from moeless_opt.runtime.predict.gates import GatePredictor, plain_gates
+    from moeless_opt.runtime.predict.foresight import GatePredictor
+    from moeless_opt.runtime.predict.gates import plain_gates
     from moeless_opt.runtime.predict.per_layer import PerLayer
     from moeless_opt.runtime.tiny_moe import model as tiny_moe
 

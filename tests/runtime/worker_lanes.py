@@ -22,7 +22,8 @@ from moeless_opt.runtime.live.home import PinnedHome
 from moeless_opt.runtime.live.model import LiveModel, attach
 from moeless_opt.runtime.live.schedule import rows_to_slots, static_slots
 from moeless_opt.runtime.pool.table import AdaptiveKeepAlive
-from moeless_opt.runtime.predict.gates import GatePredictor, plain_gates
+from moeless_opt.runtime.predict.foresight import GatePredictor
+from moeless_opt.runtime.predict.gates import plain_gates
 from moeless_opt.runtime.predict.per_layer import PerLayer
 
 LAYERS, BATCHES = 4, 3

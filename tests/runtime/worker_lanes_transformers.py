@@ -17,7 +17,8 @@ import moeless_opt as mo
 from moeless_opt.runtime.control.controller import Controller, Planner
 from moeless_opt.runtime.engines.observe import replay_gate, tap_hidden
 from moeless_opt.runtime.live.model import attach
-from moeless_opt.runtime.predict.gates import GatePredictor, TunedGate, plain_gates
+from moeless_opt.runtime.predict.foresight import GatePredictor
+from moeless_opt.runtime.predict.gates import TunedGate, plain_gates
 from moeless_opt.runtime.predict.per_layer import PerLayer
 
 

@@ -17,23 +17,16 @@ import torch
 
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.runtime.engines.observe import replay_gate, tap_hidden
-from moeless_opt.runtime.predict.gates import (
-    LARGEST,
-    Foresight,
-    GatePredictor,
-    Pending,
-    TunedGate,
-    fine_tune,
-    load_tuned,
-    plain_gates,
-    save_tuned,
-    train_gate,
-)
-from moeless_opt.runtime.predict.history import Calibrated, Known, LastWindow, TokenPredictor, count_loads
+from moeless_opt.runtime.predict.foresight import Foresight, GatePredictor, Pending
+from moeless_opt.runtime.predict.gates import LARGEST, TunedGate, plain_gates
+from moeless_opt.runtime.predict.history import Calibrated, LastWindow
+from moeless_opt.runtime.predict.measures import count_loads
+from moeless_opt.runtime.predict.predictor import Context, TokenPredictor
+from moeless_opt.runtime.predict.tuning import fine_tune, load_tuned, save_tuned, train_gate
 from moeless_opt.runtime.tiny_moe import model as tiny_moe
 from moeless_opt.runtime.tiny_moe.corpus import arithmetic_text
 from moeless_opt.runtime.tiny_moe.scores import (
-    Recording,
+    TokenRecord,
     decode_batches,
     evaluate,
     prefill_batches,
@@ -49,7 +42,7 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def made(model: Any) -> Recording:
+def made(model: Any) -> TokenRecord:
     """Two domains that any machine has: 24 requests of 250 bytes each."""
     source = inspect.getsource(inspect).encode() + inspect.getsource(json).encode()
     texts = [arithmetic_text(6000, seed=9)[i * 250 : (i + 1) * 250] for i in range(24)]
@@ -58,13 +51,13 @@ def made(model: Any) -> Recording:
 
 
 @pytest.fixture(scope="module")
-def split(made: Recording) -> tuple[np.ndarray, np.ndarray]:
+def split(made: TokenRecord) -> tuple[np.ndarray, np.ndarray]:
     index = np.arange(48)
     return index[index % 3 > 0], index[index % 3 == 0]
 
 
 @pytest.fixture(scope="module")
-def tuned(model: Any, made: Recording, split: Any) -> dict[tuple[int, int], TunedGate]:
+def tuned(model: Any, made: TokenRecord, split: Any) -> dict[tuple[int, int], TunedGate]:
     train, test = (made.pairs(s) for s in split)
     return fine_tune(plain_gates(model), train, test, threshold=0.7, epochs=6, batch=512).tuned
 
@@ -72,7 +65,7 @@ def tuned(model: Any, made: Recording, split: Any) -> dict[tuple[int, int], Tune
 # ------------------------------------------------------------------------------------- plain replay
 
 
-def test_the_recording_is_what_the_model_did(model: Any, made: Recording) -> None:
+def test_the_recording_is_what_the_model_did(model: Any, made: TokenRecord) -> None:
     assert made.experts_TLK.shape == (48 * 251, 6, 2)
     assert made.hidden_TLH.shape == (48 * 251, 5, 128)
     with tiny_moe.record_routes(model) as routes:
@@ -95,7 +88,7 @@ def test_distance_zero_is_the_router_itself(model: Any) -> None:
         assert np.array_equal(predictor.start(states[layer], layer, d).load_E(), ahead)
 
 
-def test_padding_is_not_counted(model: Any, made: Recording) -> None:
+def test_padding_is_not_counted(model: Any, made: TokenRecord) -> None:
     hidden = made.hidden_TLH[:40, 1].float()
     predictor, real = GatePredictor(plain_gates(model)), torch.arange(40) < 25
     some, all_of_them = predictor.start(hidden, 1, 1, real), predictor.start(hidden[:25], 1, 1)
@@ -104,7 +97,7 @@ def test_padding_is_not_counted(model: Any, made: Recording) -> None:
     assert some.load_E().sum() == 50
 
 
-def test_foresight_sees_each_layer_coming(model: Any, made: Recording) -> None:
+def test_foresight_sees_each_layer_coming(model: Any, made: TokenRecord) -> None:
     """Predictions made inside the forward pass are those of the recorded states."""
     predictor, begun = GatePredictor(plain_gates(model)), []
     with Foresight(model, predictor, 2, begun=lambda layer, pending: begun.append((layer, pending))) as ahead:
@@ -124,7 +117,7 @@ def test_foresight_sees_each_layer_coming(model: Any, made: Recording) -> None:
 # ------------------------------------------------------------------------------------------- tuning
 
 
-def test_a_gate_starts_as_what_it_replaces(model: Any, made: Recording) -> None:
+def test_a_gate_starts_as_what_it_replaces(model: Any, made: TokenRecord) -> None:
     hidden = made.hidden_TLH[:99, 2].float()
     for options in ({}, {"width": 0}, {"copies": False, "width": 8}):
         gate = TunedGate.of(plain_gates(model)[3], **options)
@@ -160,7 +153,7 @@ def test_folded_gates_say_the_same(width: int, copies: bool) -> None:
         torch.testing.assert_close(folded, plain)
 
 
-def test_only_layers_under_the_threshold_are_trained(model: Any, made: Recording, split: Any) -> None:
+def test_only_layers_under_the_threshold_are_trained(model: Any, made: TokenRecord, split: Any) -> None:
     train, test = (made.pairs(s) for s in split)
     gates = plain_gates(model)
     none = fine_tune(gates, train, test, threshold=0.0)
@@ -172,7 +165,7 @@ def test_only_layers_under_the_threshold_are_trained(model: Any, made: Recording
     assert set(some.tuned) <= set(some.after)
 
 
-def test_fine_tuning_helps_on_other_requests(model: Any, made: Recording, split: Any, tuned: Any) -> None:
+def test_fine_tuning_helps_on_other_requests(model: Any, made: TokenRecord, split: Any, tuned: Any) -> None:
     """Scored on requests that it was not trained on: tokens, and loads."""
     batches = prefill_batches(made, split[1], 10, size=4)
     plain, better = (
@@ -187,7 +180,7 @@ def test_fine_tuning_helps_on_other_requests(model: Any, made: Recording, split:
     assert np.array_equal(better.load_DBLE[0][:, same], plain.load_DBLE[0][:, same])
 
 
-def test_counts_are_unbiased_on_what_was_learned(model: Any, made: Recording, split: Any) -> None:
+def test_counts_are_unbiased_on_what_was_learned(model: Any, made: TokenRecord, split: Any) -> None:
     """Trained to the end, the sum of the chances is the load (the bias' gradient is their difference)."""
     hidden, experts = made.pairs(split[0][:8])
     gate = TunedGate.of(plain_gates(model)[2], width=0)
@@ -197,7 +190,7 @@ def test_counts_are_unbiased_on_what_was_learned(model: Any, made: Recording, sp
     assert np.abs(load_E - actual_E).sum() < 0.02 * actual_E.sum()
 
 
-def test_training_is_repeatable(model: Any, made: Recording) -> None:
+def test_training_is_repeatable(model: Any, made: TokenRecord) -> None:
     hidden, experts = made.pairs(range(4))
     one, two = (
         train_gate(TunedGate.of(plain_gates(model)[1]), hidden[:, 0], experts[:, 1], epochs=1)
@@ -215,7 +208,7 @@ def test_the_model_is_left_alone(model: Any, tuned: Any) -> None:
 # --------------------------------------------------------------------------------------------- files
 
 
-def test_saved_gates_come_back(model: Any, made: Recording, tuned: Any, tmp_path: Path) -> None:
+def test_saved_gates_come_back(model: Any, made: TokenRecord, tuned: Any, tmp_path: Path) -> None:
     gates = plain_gates(model)
     kept = dict(tuned) | {(0, 4): TunedGate.of(gates[4], copies=False, width=3)}
     save_tuned(kept, tmp_path / "gates.safetensors")
@@ -248,21 +241,21 @@ class Oracle:
 
     name = "oracle"
 
-    def __init__(self, made: Recording) -> None:
+    def __init__(self, made: TokenRecord) -> None:
         self.made, self.asked = made, 0
 
-    def predict(self, known: Known, distance: int) -> Any:
+    def predict(self, context: Context, distance: int) -> Any:
         self.asked += 1
-        state = known.hidden[-1].half()  # the first token is the start of every text
-        last = int((self.made.hidden_TLH[:, known.layer] == state).all(1).nonzero()[0])
-        rows = slice(last + 1 - len(known.hidden), last + 1)
-        return count_loads(self.made.experts_TLK[rows], 16)[known.layer + distance]
+        state = context.hidden[-1].half()  # the first token is the start of every text
+        last = int((self.made.hidden_TLH[:, context.layer] == state).all(1).nonzero()[0])
+        rows = slice(last + 1 - len(context.hidden), last + 1)
+        return count_loads(self.made.experts_TLK[rows], 16)[context.layer + distance]
 
     def observe(self, load_LE: Any) -> None:
         self.seen = load_LE
 
 
-def test_an_oracle_scores_best(made: Recording) -> None:
+def test_an_oracle_scores_best(made: TokenRecord) -> None:
     oracle = Oracle(made)
     batches = [made.rows([i]) for i in (3, 30)]
     scores = evaluate(oracle, made, batches, distances=(1, 3))
@@ -275,7 +268,7 @@ def test_an_oracle_scores_best(made: Recording) -> None:
     assert np.array_equal(oracle.seen, count_loads(made.experts_TLK[batches[1]], 16))
 
 
-def test_batches_are_requests_and_tokens(made: Recording) -> None:
+def test_batches_are_requests_and_tokens(made: TokenRecord) -> None:
     requests = np.arange(0, 48, 3)
     for rows in prefill_batches(made, requests, 5, size=3):
         assert len(rows) == 3 * 251
@@ -290,13 +283,13 @@ def test_batches_are_requests_and_tokens(made: Recording) -> None:
         last = rows
 
 
-def test_traffic_dwells_on_one_domain_then_moves_on(made: Recording) -> None:
+def test_traffic_dwells_on_one_domain_then_moves_on(made: TokenRecord) -> None:
     batches = prefill_batches(made, np.arange(48), 40, size=8, dwell=20)
     share = np.array([np.mean(rows // 251 < 24) for rows in batches])
     assert abs(share[:20].mean() - share[20:].mean()) > 0.3
 
 
-def test_gates_are_predictors(model: Any, made: Recording) -> None:
+def test_gates_are_predictors(model: Any, made: TokenRecord) -> None:
     predictor = GatePredictor(plain_gates(model))
     assert isinstance(predictor, TokenPredictor)
     scores = evaluate(Calibrated(predictor), made, [made.rows([0])], distances=(1,))
@@ -314,7 +307,7 @@ def test_bad_distances_are_refused(model: Any, distance: int) -> None:
 def test_bad_input_is_named(model: Any) -> None:
     gates = plain_gates(model)
     with pytest.raises(ProblemError, match="hidden"):
-        GatePredictor(gates).predict(Known(layer=0, load_E=np.ones(16)), 1)
+        GatePredictor(gates).predict(Context(layer=0, load_E=np.ones(16)), 1)
     with pytest.raises(ProblemError, match="width"):
         TunedGate.of(gates[0], width=10_000)
     with pytest.raises(ProblemError, match="copies"):

@@ -13,21 +13,10 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces
-from moeless_opt.runtime.predict.history import (
-    Affinity,
-    AutoRegressive,
-    Calibrated,
-    Ewma,
-    Known,
-    LastWindow,
-    LinearTrend,
-    Predictor,
-    TokenPredictor,
-    count_loads,
-    load_distance,
-    token_hits,
-    top_load_hits,
-)
+from moeless_opt.runtime.predict.affinity import Affinity
+from moeless_opt.runtime.predict.history import AutoRegressive, Calibrated, Ewma, LastWindow, LinearTrend
+from moeless_opt.runtime.predict.measures import count_loads, load_distance, token_hits, top_load_hits
+from moeless_opt.runtime.predict.predictor import Context, Predictor, TokenPredictor
 
 HISTORY = [LastWindow, lambda: LastWindow(3), Ewma, LinearTrend, AutoRegressive]
 LOADS = st.integers(0, 2**31).map(
@@ -35,8 +24,8 @@ LOADS = st.integers(0, 2**31).map(
 )
 
 
-def known(load_E: Any, layer: int = 0, experts_TK: Any = None) -> Known:
-    return Known(layer=layer, load_E=np.asarray(load_E, float), experts_TK=experts_TK)
+def known(load_E: Any, layer: int = 0, experts_TK: Any = None) -> Context:
+    return Context(layer=layer, load_E=np.asarray(load_E, float), experts_TK=experts_TK)
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -217,8 +206,8 @@ class Biased:
     truth_LE = np.zeros((2, 4))
     factor_E = np.array([4.0, 1, 0.5, 1])
 
-    def predict(self, known: Known, distance: int) -> Any:
-        return self.truth_LE[known.layer + distance] * self.factor_E
+    def predict(self, context: Context, distance: int) -> Any:
+        return self.truth_LE[context.layer + distance] * self.factor_E
 
     def observe(self, load_LE: Any) -> None:
         pass

@@ -9,7 +9,10 @@ import pytest
 
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.io.traces import TokenTraces, compose_steps, draw_requests, poisson_arrivals
-from moeless_opt.runtime.predict.history import Affinity, AutoRegressive, Known, LastWindow, load_distance
+from moeless_opt.runtime.predict.affinity import Affinity
+from moeless_opt.runtime.predict.history import AutoRegressive, LastWindow
+from moeless_opt.runtime.predict.measures import load_distance
+from moeless_opt.runtime.predict.predictor import Context
 from moeless_opt.runtime.simulate.foresight import (
     NAMES,
     TINY_MOE,
@@ -134,9 +137,9 @@ def test_online_is_the_loop(distance: int) -> None:
         for load_LE, foreseen_LE in zip(passes.load_BLE, got, strict=True):
             for layer in range(LAYERS):
                 if layer < distance:
-                    want_E = first.predict(Known(layer=layer, load_E=load_LE[layer]), 0)
+                    want_E = first.predict(Context(layer=layer, load_E=load_LE[layer]), 0)
                 else:
-                    known = Known(layer=layer - distance, load_E=load_LE[layer - distance])
+                    known = Context(layer=layer - distance, load_E=load_LE[layer - distance])
                     want_E = affinity.predict(known, distance)
                 assert np.allclose(foreseen_LE[layer], want_E)
             assert np.allclose(foreseen_LE.sum(1), load_LE.sum(1))
