@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.io.documents import load_problem
+from moeless_opt.problems.plan.plan import PROVEN
 from moeless_opt.problems.spec.problem import Problem
 
 __all__ = ["INSTANCES", "instance_names", "instance_path", "instance_summary", "load_instance"]
@@ -62,5 +63,5 @@ def instance_summary(name: str) -> tuple[str, str, str]:
     known = problem.known
     if known is None or not known.best_L:
         return shape, "-", "" if known is None else known.source
-    proven = sum(b <= a * (1 + 1e-9) for a, b in zip(known.bound_L, known.best_L, strict=True))
+    proven = sum(b <= a * (1 + PROVEN) for a, b in zip(known.bound_L, known.best_L, strict=True))
     return shape, f"{sum(known.best_L):.6g} ({proven} of {problem.layers} proven)", known.source

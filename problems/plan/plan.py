@@ -13,14 +13,14 @@ from moeless_opt.problems.plan.evaluate import new_replicas
 from moeless_opt.problems.spec.placement import Placement, held_LGE, replica_counts
 from moeless_opt.problems.spec.problem import Problem
 
-__all__ = ["Certificate", "Moves", "Payback", "Plan", "Status", "count_moves"]
+__all__ = ["PROVEN", "Certificate", "Moves", "Payback", "Plan", "Status", "count_moves"]
 
 
 class Status(enum.StrEnum):
     """How a solve ended."""
 
     OPTIMAL = "optimal"
-    """The plan is proven best, within the tolerance that the gap states."""
+    """The plan is proven best (see `PROVEN`)."""
     FEASIBLE = "feasible"
     """A valid plan; the gap says how far from the best it can be at most."""
     INFEASIBLE = "infeasible"
@@ -29,8 +29,11 @@ class Status(enum.StrEnum):
     """Nothing found before a limit, and nothing proven."""
 
 
-# A gap below this is float rounding, not a difference between plans.
-GAP_TOLERANCE = 1e-9
+PROVEN = 1e-6
+"""Relative gap up to which a plan counts as proven best: what the tolerances of exact solvers allow to claim.
+
+Every claim of a proof uses it, and a bound may lie above the value that attains it by no more.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -66,7 +69,7 @@ class Certificate(Record):
 
     @property
     def gap_L(self) -> FloatArray:
-        """(value - bound) / bound of each layer, shape [L]; 0 is proven optimal."""
+        """(value - bound) / bound of each layer, shape [L]; up to `PROVEN` it is proven optimal."""
         gap = np.divide(
             self.value_L - self.lower_bound_L,
             self.lower_bound_L,
@@ -83,8 +86,8 @@ class Certificate(Record):
 
     @property
     def status(self) -> Status:
-        """OPTIMAL if every layer's gap is zero to rounding, else FEASIBLE."""
-        closed = self.value_L <= self.lower_bound_L * (1 + GAP_TOLERANCE)
+        """OPTIMAL if every layer's gap is at most `PROVEN`, else FEASIBLE."""
+        closed = self.value_L <= self.lower_bound_L * (1 + PROVEN)
         return Status.OPTIMAL if bool(closed.all()) else Status.FEASIBLE
 
     def __repr__(self) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InvalidPlanError
-from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.plan import PROVEN, Plan
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.time_model import TimeModel
 
@@ -301,10 +301,13 @@ def _claims(problem: Problem, plan: Plan, parts: list[_Tables]) -> list[str]:
         return [*found, "the certificate does not cover every layer"]
     if (np.abs(value - top) > TOLERANCE * top).any():
         found.append("the certificate's values are not the plan's largest GPU times")
-    over = bound > value * (1 + TOLERANCE)
+    over = bound > value * (1 + PROVEN)
     if over.any():
-        x = int(np.argmax(over))
-        found.append(f"layer {x}: lower bound {bound[x]:.9g} is above the plan's own {value[x]:.9g}")
+        x, names = int(np.argmax(over)), plan.certificate.bound_L
+        found.append(
+            f"layer {problem.loads.layers[x]}: lower bound {bound[x]:.9g} "
+            f"({names[x] if x < len(names) else 'unnamed'}) is above the plan's own {value[x]:.9g}"
+        )
     return found
 
 

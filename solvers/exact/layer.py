@@ -31,16 +31,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import best_bound, replicas_needed
-from moeless_opt.problems.plan.plan import Status
+from moeless_opt.problems.plan.plan import PROVEN, Status
 
 __all__ = ["ExactLayer", "ExactResult", "LinearModel", "build", "layer_of", "read_back", "result_of"]
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 Split = Literal["equal", "fractional"]
-
-PROVEN = 1e-6
-"""Relative gap at which a solver's optimum counts as proven: what its own tolerances allow to claim."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +47,7 @@ class ExactResult:
     Parameters
     ----------
     status : Status
-        OPTIMAL if ``value <= bound * (1 + 1e-6)``, else FEASIBLE; INFEASIBLE only if proven; NO_SOLUTION if
+        OPTIMAL if ``value <= bound * (1 + PROVEN)``, else FEASIBLE; INFEASIBLE only if proven; NO_SOLUTION if
         there was no plan to start from and none was found.
     slots_GC, share_GC : ndarray, shape (G, C), or None
         The plan.

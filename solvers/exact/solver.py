@@ -17,14 +17,14 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan.plan import PROVEN, Plan
 from moeless_opt.problems.plan.result import Progress, ProgressCallback, Result, StoppedBy
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct
 from moeless_opt.solvers.core.finish import Clock, Feature, finish, lower_bound
 from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.exact.components import MOST_EXPERTS, component_bound
-from moeless_opt.solvers.exact.layer import PROVEN, ExactLayer, layer_of, result_of
+from moeless_opt.solvers.exact.layer import ExactLayer, layer_of, result_of
 from moeless_opt.solvers.pack.patterns import solve_patterns
 
 __all__ = ["CpSat", "Milp", "Patterns", "Portfolio"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from moeless_opt.problems.plan.plan import Certificate, Plan, Status
+from moeless_opt.problems.plan.plan import PROVEN, Certificate, Plan, Status
 from moeless_opt.problems.plan.result import Result
 from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.problem import Problem
@@ -41,6 +41,8 @@ def test_gaps() -> None:
     [
         ([10.0, 5.0], [10.0, 5.0], Status.OPTIMAL),
         ([10.0, 5.0 * (1 + 1e-12)], [10.0, 5.0], Status.OPTIMAL),
+        ([10.0, 5.0 * (1 + 0.9 * PROVEN)], [10.0, 5.0], Status.OPTIMAL),
+        ([10.0, 5.0 * (1 + 1.1 * PROVEN)], [10.0, 5.0], Status.FEASIBLE),
         ([10.0, 5.0], [10.0, 4.999], Status.FEASIBLE),
         ([0.0, 5.0], [0.0, 5.0], Status.OPTIMAL),  # a layer without tokens
         ([5.0, 5.0], [0.0, 5.0], Status.FEASIBLE),  # nothing is known of the first layer

@@ -12,6 +12,9 @@ from moeless_opt.problems.instances.library import load_instance
 from moeless_opt.problems.plan.plan import Status
 from moeless_opt.problems.plan.result import Progress
 from moeless_opt.problems.plan.verify import verify
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.topology import uniform
 from moeless_opt.solvers.construct.solver import Construct
 from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.exact.solver import CpSat, Milp, Patterns, Portfolio
@@ -47,6 +50,18 @@ def test_small_layers_by_every_method(solver: Any) -> None:
     assert best is not None
     np.testing.assert_allclose(result.plan.certificate.value_L, best.certificate.value_L, rtol=2e-6)
     assert [p.done for p in seen] == sorted(p.done for p in seen)
+
+
+@pytest.mark.parametrize("solver", [CpSat(), Milp()])
+def test_a_layer_that_is_proven_counts_as_optimal(solver: Any) -> None:
+    load_LE = np.floor(np.random.default_rng(0).lognormal(3, 1, (2, 7))) + 1
+    problem = Problem(loads=Loads(load_TLE=load_LE), topology=uniform(1, 4, slots=2))
+    result = solver.solve(problem, stop=MaxTime(30))
+    assert result.plan is not None
+    assert set(result.plan.certificate.bound_L) == {solver.name}
+    assert "not proven" not in result.message
+    assert result.status is Status.OPTIMAL
+    verify(problem, result.plan)
 
 
 def test_milp_through_pulp() -> None:
