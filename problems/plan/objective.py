@@ -1,6 +1,13 @@
-"""The figures that a plan is judged by: time over the scenarios, moves, traffic, memory."""
+"""The figures that a plan is judged by: one term for each priority, and the order in which they count.
+
+A further priority is a further term here and a name in ``wishes.PRIORITIES``; solvers that minimise it say so
+in their features.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -8,9 +15,9 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.plan.evaluate import gpu_times, node_traffic
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.problems.spec.wishes import Objective
+from moeless_opt.problems.spec.wishes import PRIORITIES, Objective
 
-__all__ = ["objective_vector", "risk", "scenario_value"]
+__all__ = ["TERMS", "Term", "objective_vector", "order_of", "risk", "scenario_value", "usual_order"]
 
 
 def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) -> FloatArray:
@@ -47,6 +54,97 @@ def scenario_value(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray
     return float(risk(top_TL, problem.loads.weight_T, problem.objective).sum())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One thing to minimise.
+
+    Parameters
+    ----------
+    name : str
+        As in ``Objective.priorities``.
+    unit : callable
+        Problem -> unit of the value.
+    value : callable
+        (problem, plan) -> the value.
+    matters : callable
+        Problem -> whether plans can differ in it at all.
+    """
+
+    name: str
+    unit: Callable[[Problem], str]
+    value: Callable[[Problem, Plan], float]
+    matters: Callable[[Problem], bool]
+
+
+def _balance(problem: Problem, plan: Plan) -> float:
+    return scenario_value(problem, plan.slots_LGC, plan.share_LGC)
+
+
+def _moves(problem: Problem, plan: Plan) -> float:
+    return float(plan.moves.bytes if _sized(problem) else plan.moves.count)
+
+
+def _traffic(problem: Problem, plan: Plan) -> float:
+    loads, node_G = problem.loads, problem.topology.node_G
+    leaves_L = node_traffic(problem.load_LE, plan.slots_LGC, plan.share_LGC, node_G, loads.load_LNE)
+    return float(leaves_L.sum())
+
+
+def _memory(problem: Problem, plan: Plan) -> float:
+    held_L = np.count_nonzero(plan.slots_LGC >= 0, axis=(1, 2))
+    return float(held_L @ problem.bytes_L if _sized(problem) else held_L.sum())
+
+
+def _sized(problem: Problem) -> bool:
+    return bool(problem.bytes_L.any())
+
+
+def _weights(problem: Problem) -> str:
+    return "bytes" if _sized(problem) else "replicas"
+
+
+TERMS: dict[str, Term] = {
+    term.name: term
+    for term in (
+        Term(
+            name="balance",
+            unit=lambda problem: problem.time.unit,
+            value=_balance,
+            matters=lambda problem: True,
+        ),
+        Term(name="moves", unit=_weights, value=_moves, matters=lambda problem: problem.current is not None),
+        Term(
+            name="traffic",
+            unit=lambda problem: "tokens",
+            value=_traffic,
+            matters=lambda problem: problem.topology.nodes > 1,
+        ),
+        Term(name="memory", unit=_weights, value=_memory, matters=lambda problem: True),
+    )
+}
+"""The terms by name."""
+
+
+def order_of(problem: Problem) -> tuple[str, ...]:
+    """The problem's priorities without those in which no two of its plans differ.
+
+    Where nothing is live every replica is loaded, whatever the plan: moves say no more than memory. On one
+    node nothing leaves it.
+    """
+    return tuple(name for name in problem.objective.priorities if TERMS[name].matters(problem))
+
+
+def usual_order(problem: Problem) -> bool:
+    """Whether the priorities are the default ones, or balance, or balance and then moves.
+
+    Solvers at engine speed plan for these. In the default order they keep traffic low by token shares alone,
+    and leave memory to the sizing: every slot may be used.
+    """
+    if problem.objective.priorities == PRIORITIES:
+        return True
+    return order_of(problem) in (("balance",), ("balance", "moves"))
+
+
 def objective_vector(problem: Problem, plan: Plan) -> dict[str, float]:
     """All objectives of a plan, whatever the priorities.
 
@@ -54,20 +152,8 @@ def objective_vector(problem: Problem, plan: Plan) -> dict[str, float]:
     -------
     dict
         ``balance``: sum over the layers of the largest GPU time (over the scenarios by the
-        objective's risk), in the time model's unit. ``moves``: bytes to ship, or replicas where the
-        size of an expert is unknown. ``traffic``: tokens that leave their node. ``memory``: bytes
-        held, or replicas.
+        objective's risk, with the plan's own shares in each), in the time model's unit. ``moves``: bytes to
+        ship, or replicas where the size of an expert is unknown. ``traffic``: tokens that leave their node.
+        ``memory``: bytes held, or replicas.
     """
-    by_node = problem.loads.load_LNE
-    held_L = np.count_nonzero(plan.slots_LGC >= 0, axis=(1, 2))
-    sized = bool(problem.bytes_L.any())
-    return {
-        "balance": scenario_value(problem, plan.slots_LGC, plan.share_LGC),
-        "moves": float(plan.moves.bytes if sized else plan.moves.count),
-        "traffic": float(
-            node_traffic(
-                problem.load_LE, plan.slots_LGC, plan.share_LGC, problem.topology.node_G, by_node
-            ).sum()
-        ),
-        "memory": float(held_L @ problem.bytes_L if sized else held_L.sum()),
-    }
+    return {name: term.value(problem, plan) for name, term in TERMS.items()}

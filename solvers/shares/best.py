@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
@@ -25,16 +23,9 @@ def best_shares(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
     by_node = problem.loads.load_LNE
     if by_node is None or "traffic" not in problem.objective.priorities or problem.topology.nodes == 1:
         return solve_shares(load_LE, slots_LGC, speed_G).share_LGC
-    from moeless_opt.solvers.shares.source import solve_source_shares
+    from moeless_opt.solvers.shares.source import pooled_shares, solve_source_shares
 
     # A re-plan has spent its tolerance on moves already.
     slack = problem.objective.balance_tolerance if problem.current is None else 0.0
     found = solve_source_shares(by_node, slots_LGC, problem.topology.node_G, speed_G, slack=max(slack, 1e-9))
-    expert_LGC = np.maximum(slots_LGC, 0)
-    row_L = np.arange(len(slots_LGC))[:, None, None]
-    tokens_LGC = sum(
-        found.share_LNGC[:, node] * by_node[row_L, node, expert_LGC] for node in range(by_node.shape[1])
-    )
-    load_LGC = load_LE[row_L, expert_LGC]
-    even = equal_shares(slots_LGC, problem.experts)  # for experts without tokens
-    return np.asarray(np.where(load_LGC > 0, tokens_LGC / np.where(load_LGC > 0, load_LGC, 1.0), even))
+    return pooled_shares(found.share_LNGC, by_node, slots_LGC)

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.solvers.shares.flow import solve_shares
 from moeless_opt.solvers.shares.graph import ReplicaGraph
 
-__all__ = ["SourceShares", "solve_source_shares"]
+__all__ = ["SourceShares", "pooled_shares", "solve_source_shares"]
 
 
 _UNITS = float(1 << 38)  # integer units per largest GPU load
@@ -55,7 +56,7 @@ def solve_source_shares(
     speed_G: FloatArray | None = None,
     *,
     node_S: NDArray[Any] | None = None,
-    slack: float = 1e-9,
+    slack: float | FloatArray = 1e-9,
 ) -> SourceShares:
     """Least largest GPU time first, then fewest tokens that leave their node.
 
@@ -71,7 +72,7 @@ def solve_source_shares(
         Relative speeds; ones by default.
     node_S : int array [sources], optional
         Node of each source; by default source n is node n.
-    slack : float
+    slack : float or float array [layers]
         How far above the least time a GPU may go for the sake of locality, relative.
 
     Returns
@@ -118,6 +119,19 @@ def solve_source_shares(
         bound_L=best.bound_L,
         crossing_L=(token_LNGC.sum(axis=3) * leaves_NG).sum(axis=(1, 2)),
     )
+
+
+def pooled_shares(share_LNGC: FloatArray, load_LNE: FloatArray, slots_LGC: NDArray[Any]) -> FloatArray:
+    """Shares of all of an expert's tokens from those by source node, shape [layers, GPUs, slots]."""
+    load_LE = load_LNE.sum(axis=1)
+    expert_LGC = np.maximum(slots_LGC, 0)
+    row_L = np.arange(len(slots_LGC))[:, None, None]
+    tokens_LGC = np.zeros(slots_LGC.shape)
+    for node in range(load_LNE.shape[1]):
+        tokens_LGC += share_LNGC[:, node] * load_LNE[row_L, node, expert_LGC]
+    load_LGC = load_LE[row_L, expert_LGC]
+    even = equal_shares(slots_LGC, load_LE.shape[1])  # for experts without tokens
+    return np.asarray(np.where(load_LGC > 0, tokens_LGC / np.where(load_LGC > 0, load_LGC, 1.0), even))
 
 
 def _flow(
