@@ -22,7 +22,6 @@ from moeless_opt.runtime.live.dispatch.dispatcher import (
     SharePolicy,
     SlotDispatcher,
     chosen_experts,
-    default_row_block,
 )
 from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, SlotExperts, meta_shell
 from moeless_opt.runtime.live.groups import ExpertGroup
@@ -156,7 +155,7 @@ def attach(
         Check arrivals before they serve.
     row_block : int, optional
         Rows to which expert batches are padded; by default what makes results independent of the split
-        (tried out on a CPU, 1 on a GPU).
+        (tried out on a CPU, see `live.rows`; 1 on a GPU).
     timeout : float
         Seconds after which a collective of a batch fails; bounds how late a dead rank is noticed.
     node_G : sequence of int, optional
@@ -214,7 +213,7 @@ def attach(
         meter=meter,
         restore=restore,
         shares=shares,
-        row_block=default_row_block(device, example.dtype) if row_block is None else row_block,
+        row_block=row_block,
         home=home,
         checksums=checksums,
         model=model,
@@ -225,5 +224,6 @@ def attach(
     for (layer, stock, dispatcher), own, core in zip(parts, experts, live.dispatchers, strict=True):
         # The stock bank must not keep weights alive that have moved away.
         stock.local_experts = torch.nn.ModuleList()
+        own.most_rows = live.row_block.most
         layer.experts, layer.token_dispatcher = own, MegatronDispatcher(dispatcher, core)
     return live

@@ -20,11 +20,12 @@ from torch.nn import Module, Parameter
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
 from moeless_opt.problems.spec.topology import Links
-from moeless_opt.runtime.live.dispatch.dispatcher import SharePolicy, default_row_block
+from moeless_opt.runtime.live.dispatch.dispatcher import SharePolicy
 from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, Weights
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.home import host_copy
 from moeless_opt.runtime.live.model import LiveModel
+from moeless_opt.runtime.live.rows import pieces
 from moeless_opt.runtime.live.schedule import SlotTable, static_slots
 
 __all__ = ["StackedHome", "attach", "moe_parts", "route"]
@@ -159,17 +160,19 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     rows, probs = core.prepare(hidden_states, expert_Tk, top_k_weights.gather(1, by))
     rows, probs = core.send(rows, probs)
     rows, sizes, probs = core.sort_in(rows, probs)
-    out = _run(module, bank, rows, sizes.tolist(), probs).to(hidden_states.dtype)
+    out = _run(module, bank, rows, sizes.tolist(), probs, live.row_block.most).to(hidden_states.dtype)
     return core.combine(core.send_back(core.sort_out(out)))
 
 
-def _run(module: Any, bank: SlotBank, rows: Tensor, sizes: list[int], probs: Tensor) -> Tensor:
+def _run(
+    module: Any, bank: SlotBank, rows: Tensor, sizes: list[int], probs: Tensor, most: int | None = None
+) -> Tensor:
     """Each slot's rows through its expert; slots without tokens cost nothing."""
     names = _names(module)
+    experts, sizes = pieces(bank.order, sizes, most)
     parts = [
         _expert(module, names, bank.resident[e], x) * p[:, None]
-        for e, x, p in zip(bank.order, torch.split(rows, sizes), torch.split(probs, sizes), strict=True)
-        if x.size(0)
+        for e, x, p in zip(experts, torch.split(rows, sizes), torch.split(probs, sizes), strict=True)
     ]
     return torch.cat(parts) if parts else rows
 
@@ -208,7 +211,7 @@ def attach(
     _refuse(modules)
     stacks: list[list[Parameter]] = [[getattr(m, n) for n in _names(m)] for m in modules]
     n_experts = int(modules[0].num_experts)
-    device, dtype = stacks[0][0].device, stacks[0][0].dtype
+    device = stacks[0][0].device
     group = ExpertGroup.create(ranks, device=device, timeout=timeout, node_R=node_G, store=store)
     if n_experts % group.size:
         raise UnsupportedFeatureError(f"{n_experts} experts do not divide among {group.size} ranks")
@@ -242,7 +245,8 @@ def attach(
         meter=meter,
         restore=restore,
         shares=shares,
-        row_block=default_row_block(device, dtype) if row_block is None else row_block,
+        row_block=row_block,
+        transposed=bool(modules[0].is_transposed),
         home=StackedHome(hosts, group.size),
         checksums=checksums,
         model=model,

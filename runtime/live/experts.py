@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.runtime.live.rows import pieces
 
 __all__ = ["MemoryMeter", "SlotBank", "SlotExperts", "Weights", "bind_weights", "checksum", "weights_bytes"]
 
@@ -235,6 +236,8 @@ class SlotExperts(Module):
         # Kept out of the module tree: a shell has no weights to save or to move.
         self.__dict__["shell"] = shell
         self.probs_on_input = probs_on_input
+        #: Rows of one product; see `live.rows`.
+        self.most_rows: int | None = None
         self.local_experts = ModuleList()
         self._units: dict[int, Module] = {}
 
@@ -260,12 +263,10 @@ class SlotExperts(Module):
         if self.probs_on_input:
             tokens = (probs.unsqueeze(-1) * tokens).to(tokens.dtype)
             probs = torch.ones_like(probs)
+        units, sizes = pieces(self._units.values(), sizes, self.most_rows)
         parts = [
             unit(x, p)[0]
-            for unit, x, p in zip(
-                self._units.values(), torch.split(tokens, sizes), torch.split(probs, sizes), strict=True
-            )
-            if x.size(0)
+            for unit, x, p in zip(units, torch.split(tokens, sizes), torch.split(probs, sizes), strict=True)
         ]
         if len(parts) == 1:
             return parts[0], None

@@ -33,6 +33,7 @@ from moeless_opt.runtime.live.home import HomeStore, PinnedHome, save_experts
 from moeless_opt.runtime.live.lanes import Lanes, Ticket
 from moeless_opt.runtime.live.measure import measure_experts
 from moeless_opt.runtime.live.migrate import HEADER, Limits, MigrationReport, Migrator
+from moeless_opt.runtime.live.rows import RowBlock, default_row_block
 from moeless_opt.runtime.live.schedule import Slots, SlotTable, one_each, slots_of, static_slots
 from moeless_opt.runtime.pool.table import KeepAlive
 
@@ -101,8 +102,10 @@ class LiveModel:
         Gives the engine back its stock parts; called by `detach`.
     shares : str or SharePolicy
         How replicas share tokens.
-    row_block : int
-        See `dispatch`.
+    row_block : int, optional
+        Rows to which batches of experts are padded; by default what is tried out (`live.rows`).
+    transposed : bool
+        Whether the experts' matrices are stored [in, out].
     home : HomeStore, optional
         Second source of experts.
     checksums : bool
@@ -128,7 +131,8 @@ class LiveModel:
         meter: MemoryMeter,
         restore: Callable[[LiveModel], None],
         shares: str | SharePolicy = "balanced",
-        row_block: int = 1,
+        row_block: int | None = None,
+        transposed: bool = False,
         home: HomeStore | None = None,
         checksums: bool = False,
         model: Any = None,
@@ -150,6 +154,7 @@ class LiveModel:
         self._restore = restore
         # Policies as they were asked for; the ranks agree on how many of them all know.
         self._policies = [share_policy(shares)]
+        self.row_block = self._tried(transposed) if row_block is None else RowBlock(row_block)
         self._in_force = 0
         self._sized = group.size
         self.on_close: list[Callable[[], None]] = []
@@ -164,7 +169,7 @@ class LiveModel:
                 table,
                 group,
                 self._policies[0],
-                row_block=row_block,
+                row_block=self.row_block.rows,
                 header=self._header,
                 agree=self._agree,
             )
@@ -176,6 +181,12 @@ class LiveModel:
             home.fill(group, self.banks, self.migrator.rows_LG)
         if checksums:
             self.refresh_checksums()
+
+    def _tried(self, transposed: bool) -> RowBlock:
+        """Sizes of products in which this machine gives each row the same bits."""
+        kinds = {(*shape, dtype) for bank in self.banks for shape, dtype in bank.shapes if len(shape) == 2}
+        products = [(a, b, dtype) if transposed else (b, a, dtype) for a, b, dtype in kinds]
+        return default_row_block(self.group.device, products, transposed=transposed)
 
     # -- agreement ---------------------------------------------------------------------------------
 

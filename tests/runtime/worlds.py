@@ -135,7 +135,7 @@ def join(expert_parallel: int | None = None, timeout: float = 120.0) -> tuple[in
     return rank, size
 
 
-EXPERTS, HIDDEN, VOCAB = 8, 64, 256
+EXPERTS, HIDDEN, EXPERT_WIDTH, VOCAB = 8, 64, 96, 256
 
 
 def tiny_config(layers: int = 3, topk: int = 2, dtype: Any = None, **more: Any) -> Any:
@@ -159,7 +159,7 @@ def tiny_config(layers: int = 3, topk: int = 2, dtype: Any = None, **more: Any) 
                 "num_attention_heads": 4,
                 "num_moe_experts": EXPERTS,
                 "moe_router_topk": topk,
-                "moe_ffn_hidden_size": 96,
+                "moe_ffn_hidden_size": EXPERT_WIDTH,
                 "ffn_hidden_size": 96,
                 "add_bias_linear": False,
                 "gated_linear_unit": True,
@@ -175,20 +175,25 @@ def tiny_config(layers: int = 3, topk: int = 2, dtype: Any = None, **more: Any) 
     )
 
 
-def row_exact(kind: type[Any], dtype: Any) -> type[Any]:
-    """A linear layer that pads its rows: what a row gives does not depend on how many rows there are."""
+def row_exact(kind: type[Any]) -> type[Any]:
+    """A linear layer that pads and cuts its rows: what a row gives does not depend on how many there are."""
     import torch
 
-    from moeless_opt.runtime.live.dispatch.dispatcher import default_row_block
-
-    block = default_row_block(torch.device("cpu"), dtype)
+    from moeless_opt.runtime.live.rows import default_row_block
 
     class RowExact(kind):  # type: ignore[misc,valid-type]
         def forward(self, input_: Any, *rest: Any, **named: Any) -> Any:
-            missing = -input_.size(0) % block
+            outer, inner = self.weight.shape
+            # One block for both products of an expert, as `attach` finds it.
+            kinds = [(EXPERT_WIDTH, HIDDEN), (HIDDEN, 2 * EXPERT_WIDTH), (inner, outer)]
+            block = default_row_block(torch.device("cpu"), [(*k, input_.dtype) for k in kinds])
+            missing = -input_.size(0) % block.rows
             padded = torch.nn.functional.pad(input_, (0, 0, 0, missing)) if missing else input_
-            out, bias = super().forward(padded, *rest, **named)
-            return out[: input_.size(0)], bias
+            done = [
+                super(RowExact, self).forward(x, *rest, **named)
+                for x in torch.split(padded, block.most or len(padded))
+            ]
+            return torch.cat([out for out, _ in done])[: input_.size(0)], done[0][1]
 
     return RowExact
 
@@ -209,8 +214,8 @@ def tiny_model(
     if exact:
         for layer in spec.layer_specs:
             linears = layer.submodules.mlp.submodules.experts.submodules
-            linears.linear_fc1 = row_exact(linears.linear_fc1, config.params_dtype)
-            linears.linear_fc2 = row_exact(linears.linear_fc2, config.params_dtype)
+            linears.linear_fc1 = row_exact(linears.linear_fc1)
+            linears.linear_fc2 = row_exact(linears.linear_fc2)
     model = build_gpt(config, VOCAB, 128, layer_spec=spec)
     seed_weights(model)
     return model.to(dtype or torch.float32)

@@ -12,16 +12,14 @@ One batch of one layer goes like this on every rank of an expert-parallel group:
 
 Step 4 is what keeps the output the same, bit for bit, under any placement: the stock dispatchers add in that
 order too, so moving an expert does not change the order of any sum. The other half is the matrix product
-itself: a BLAS may compute the same row differently in batches of different sizes. On CPUs it does not in
-batches of a multiple of a few rows (mostly four in fp32 and fp64; bf16 needs nothing), so `row_block` pads
-with rows that are thrown away.
+itself: a BLAS may compute the same row differently in batches of different sizes. On CPUs there are sizes
+between which it does not (`live.rows`), so `row_block` pads with rows that are thrown away.
 
 The core knows torch and process groups but no engine; `megatron` and `transformers_backend` wrap it.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -43,7 +41,6 @@ __all__ = [
     "SharePolicy",
     "SlotDispatcher",
     "chosen_experts",
-    "default_row_block",
     "source_aware",
 ]
 
@@ -297,35 +294,6 @@ def _match(
 
 
 # ---------------------------------------------------------------------------------------------- tensors
-
-
-def default_row_block(device: torch.device, dtype: torch.dtype) -> int:
-    """Rows to which batches are padded so that a row's result does not depend on the batch's size.
-
-    On a CPU it is tried out, once per type: the least power of two up to 32 for whose multiples a matrix
-    product gives every row the same bits. 1 where none does, and on GPUs, whose kernels are chosen by the
-    batch.
-    """
-    return _least_exact_block(dtype) if device.type == "cpu" else 1
-
-
-@functools.cache
-def _least_exact_block(dtype: torch.dtype) -> int:
-    chance = torch.Generator().manual_seed(0)
-    trials = []
-    for inner, outer in ((64, 192), (256, 96)):
-        weight = torch.randn(outer, inner, generator=chance).to(dtype)
-        x = torch.randn(160, inner, generator=chance).to(dtype)
-        trials.append((weight, x, torch.nn.functional.linear(x, weight)))
-    for block in (1, 2, 4, 8, 16, 32):
-        sizes = sorted({*range(block, min(12 * block, 129), block), 64, 128})
-        if all(
-            torch.equal(torch.nn.functional.linear(x[4 : 4 + n], weight), full[4 : 4 + n])
-            for weight, x, full in trials
-            for n in sizes
-        ):
-            return block
-    return 1
 
 
 def chosen_experts(routing_map: Tensor, topk: int) -> Tensor:

@@ -20,12 +20,12 @@ from moeless_opt.runtime.live.dispatch.dispatcher import (  # noqa: E402
     SharePolicy,
     SlotDispatcher,
     chosen_experts,
-    default_row_block,
     pour,
     source_aware,
 )
 from moeless_opt.runtime.live.experts import checksum  # noqa: E402
 from moeless_opt.runtime.live.groups import ExpertGroup  # noqa: E402
+from moeless_opt.runtime.live.rows import default_row_block, pieces  # noqa: E402
 from moeless_opt.runtime.live.schedule import SlotTable, rows_to_slots, static_slots  # noqa: E402
 
 
@@ -190,16 +190,41 @@ def test_bad_use_is_refused() -> None:
         BalancedShares(speed_G=[0, 1])
 
 
-def test_rows_do_not_depend_on_the_batch_in_the_default_blocks() -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("inner", "outer"), [(64, 160), (80, 64), (512, 256)])
+def test_rows_do_not_depend_on_the_batch_in_the_default_blocks(
+    inner: int, outer: int, dtype: torch.dtype, transposed: bool
+) -> None:
     """What `row_block` rests on, for the BLAS of this machine."""
+    block = default_row_block(torch.device("cpu"), [(inner, outer, dtype)], transposed=transposed)
     torch.manual_seed(0)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        block = default_row_block(torch.device("cpu"), dtype)
-        for inner, outer in ((64, 160), (80, 64), (512, 256)):
-            weight, x = torch.randn(outer, inner, dtype=dtype), torch.randn(260, inner, dtype=dtype)
-            full = torch.nn.functional.linear(x, weight)
-            for rows in (*range(block, 80, block), 128, 252):
-                assert torch.equal(torch.nn.functional.linear(x[8 : 8 + rows], weight), full[8 : 8 + rows])
+    weight, x = torch.randn(outer, inner, dtype=dtype), torch.randn(544, inner, dtype=dtype)
+    # Every second row all but cancels: there the order of a sum shows in bf16, too.
+    half = inner // 2
+    weight[:, half:] = weight[:, :half]
+    x[::2, half:] = -x[::2, :half]
+    weight = weight.t().contiguous().t() if transposed else weight
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        _, sizes = pieces([0], [len(rows)], block.most)
+        return torch.cat([torch.nn.functional.linear(part, weight) for part in torch.split(rows, sizes)])
+
+    full = product(x)
+    step = block.rows
+    for rows in (*range(step, 80, step), 128, 160, 192, 224, 256, 288, 512):
+        for at in (0, 8, 544 - rows):
+            assert torch.equal(product(x[at : at + rows]), full[at : at + rows]), (rows, at)
+
+
+def test_pieces_are_batches_of_limited_rows() -> None:
+    assert pieces("abcd", [5, 0, 4, 9], 4) == (["a", "a", "c", "d", "d", "d"], [4, 1, 4, 4, 4, 1])
+    assert pieces("ab", [5, 0], None) == (["a"], [5])
+    # What holds for one product and a multiple holds for both products of an expert.
+    cpu, kinds = torch.device("cpu"), [(512, 256, torch.float64), (64, 160, torch.float64)]
+    both, each = default_row_block(cpu, kinds), [default_row_block(cpu, [kind]) for kind in kinds]
+    assert both.rows == max(b.rows for b in each)
+    assert both.most == min(b.most for b in each if b.most is not None)
 
 
 def test_a_checksum_sees_any_bit_and_knows_the_order() -> None:
