@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from moeless_opt.problems.io.traces import TokenTraces
 from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
 from moeless_opt.problems.plan.plan import Certificate, Payback, Plan, count_moves
 from moeless_opt.problems.spec.loads import Loads
@@ -230,3 +231,15 @@ def slow_time(model: TimeModel, tokens: float, activated: float, speed: float) -
     else:
         value = float(np.interp(tokens, grid_K, [column(k) for k in range(len(grid_K))]))
     return value / speed
+
+
+def traces_of(seed: int, requests: int = 5, layers: int = 2, top_k: int = 2, experts: int = 6) -> TokenTraces:
+    """Requests of random routing."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 9, requests)
+    return TokenTraces(
+        experts_TLK=rng.integers(0, experts, (int(tokens.sum()), layers, top_k)),
+        offsets=np.concatenate([[0], np.cumsum(tokens)]),
+        experts=experts,
+        prompt_tokens=np.array([rng.integers(0, n) for n in tokens]),
+    )

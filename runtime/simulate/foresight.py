@@ -32,22 +32,14 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, whole
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.io.traces import (
-    Arrivals,
-    RoutedRequests,
-    StepTokens,
-    TokenTraces,
-    compose_reads,
-    compose_tokens,
-    count_loads,
-    draw_requests,
-    read_token_traces,
-)
+from moeless_opt.problems.io.arrivals import Arrivals
+from moeless_opt.problems.io.traces import RoutedRequests, TokenTraces, loads_by_step, read_token_traces
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.runtime.predict.affinity import Affinity
 from moeless_opt.runtime.predict.history import AutoRegressive, Ewma, LastWindow
 from moeless_opt.runtime.predict.predictor import Context, Predictor
 from moeless_opt.runtime.simulate.backend import predicted
+from moeless_opt.runtime.simulate.compose import StepTokens, compose_reads, compose_tokens, draw_requests
 from moeless_opt.runtime.simulate.traffic import Passes
 
 __all__ = [
@@ -239,14 +231,14 @@ class Predictions(Record):
             rows = np.arange(item.token_P.size)
             traces = self.traces
             guess = _Rows(said_PLX, traces.experts, traces.offsets, traces.prompt_tokens)
-            load_SLE = count_loads(guess, rows, item.step_P, steps)
+            load_SLE = loads_by_step(guess, rows, item.step_P, steps)
         load_SLE[:, :distance] = 0
         return load_SLE
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Predicted experts in the form that `count_loads` takes."""
+    """Predicted experts in the form that `loads_by_step` takes."""
 
     experts_TLK: NDArray[Any]
     experts: int
@@ -333,7 +325,7 @@ class Composition:
         mean = float(np.diff(self.traces.offsets).mean())
         for item in self.tokens():
             steps = item.live_S.size
-            load_SLE = count_loads(self.traces, item.token_P, item.step_P, steps)
+            load_SLE = loads_by_step(self.traces, item.token_P, item.step_P, steps)
             token_S = np.bincount(item.step_P, minlength=steps).astype(np.float64)
             first = (item.start + 1.0) if prefill else item.start * self.period
             yield Passes(

@@ -28,9 +28,11 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, floats, number, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.io.traces import Arrivals, RoutedRequests, TokenTraces, compose_steps, count_loads
+from moeless_opt.problems.io.arrivals import Arrivals
+from moeless_opt.problems.io.traces import RoutedRequests, TokenTraces, loads_by_step
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.runtime.simulate.affinity import Affinity, transitions
+from moeless_opt.runtime.simulate.compose import compose_steps
 
 __all__ = ["Passes", "RoutingModel", "continuous", "from_traces", "one_second_batches"]
 
@@ -151,7 +153,7 @@ class RoutingModel(Record):
         layers, top_k = traces.experts_TLK.shape[1:]
         token_R = np.diff(traces.offsets)
         owner = np.repeat(np.arange(requests), token_R)
-        load_RLE = count_loads(traces, np.arange(len(owner)), owner, requests)
+        load_RLE = loads_by_step(traces, np.arange(len(owner)), owner, requests)
         domain_R = np.zeros(requests, dtype=np.int64) if domain_R is None else np.asarray(domain_R)
         popularity = np.stack([load_RLE[domain_R == d].sum(0) for d in np.unique(domain_R)]) + 0.5
         popularity /= popularity.sum(2, keepdims=True)
@@ -453,7 +455,7 @@ def from_traces(
     requests: ArrayLike | None = None,
     seed: int = 0,
 ) -> Iterator[Passes]:
-    """Passes of recorded routing, composed by `problems.io.traces.compose_steps`; answers only."""
+    """Passes of recorded routing, composed by `compose.compose_steps`; answers only."""
     top_k = traces.experts_TLK.shape[2]
     for item in compose_steps(
         traces, arrivals, step_seconds=period, window=window, requests=requests, seed=seed

@@ -1,7 +1,7 @@
 """What placements and token shares are worth on a stream of real traffic, batch by batch.
 
 A stream of decode steps is composed from recorded routing and recorded arrivals (see
-`problems.io.traces.compose_steps`). Every 64 steps each policy re-plans with the loads of the window
+`compose.compose_steps`). Every 64 steps each policy re-plans with the loads of the window
 that has just ended, and serves the next window with it; window 0 is the first plan's and is not served.
 Shares are either fixed until the next re-plan or re-solved for every batch and layer on its actual loads
 (`solve_shares`, exact). Migration itself takes no time here: the table counts what moves.
@@ -27,17 +27,11 @@ from numpy.typing import NDArray
 
 import moeless_opt as mo
 from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces
-from moeless_opt.problems.io.traces import (
-    COMPOSITION,
-    RoutedRequests,
-    StepLoads,
-    compose_steps,
-    poisson_arrivals,
-    read_arrivals,
-    read_token_traces,
-)
+from moeless_opt.problems.io.arrivals import poisson_arrivals, read_arrivals
+from moeless_opt.problems.io.traces import RoutedRequests, read_token_traces
 from moeless_opt.problems.plan.evaluate import activated, gpu_tokens, new_replicas
 from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
+from moeless_opt.runtime.simulate.compose import COMPOSITION, StepLoads, compose_steps
 from moeless_opt.solvers.shares.flow import solve_shares
 from moeless_opt.solvers.shares.graph import ReplicaGraph
 

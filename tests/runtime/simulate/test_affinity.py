@@ -7,7 +7,7 @@ import pytest
 
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces
-from moeless_opt.problems.io.traces import count_loads
+from moeless_opt.problems.io.traces import loads_by_step
 from moeless_opt.runtime.simulate.affinity import Affinity, explained, transitions
 from moeless_opt.runtime.simulate.traffic import RoutingModel
 
@@ -28,7 +28,7 @@ def test_generated_traffic_has_the_affinity_of_the_traces() -> None:
     traces = tiny_moe_traces()
     tokens_R = np.diff(traces.offsets)
     owner = np.repeat(np.arange(traces.requests), tokens_R)
-    load_RLE = count_loads(traces, np.arange(len(owner)), owner, traces.requests)
+    load_RLE = loads_by_step(traces, np.arange(len(owner)), owner, traces.requests)
     domain_R = np.unique(np.asarray(traces.domain), return_inverse=True)[1]
     pairs_R = 2 * tokens_R
     table = transitions(traces.experts_TLK, traces.experts)

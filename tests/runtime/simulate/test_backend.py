@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.io.traces import TokenTraces, poisson_arrivals
+from moeless_opt.problems.io.arrivals import poisson_arrivals
+from moeless_opt.problems.io.traces import TokenTraces
 from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
 from moeless_opt.problems.spec.placement import equal_shares, replica_keys
 from moeless_opt.problems.spec.time_model import TimeModel

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.io.traces import TokenTraces, compose_steps, draw_requests, poisson_arrivals
+from moeless_opt.problems.io.arrivals import poisson_arrivals
+from moeless_opt.problems.io.traces import TokenTraces
 from moeless_opt.runtime.predict.affinity import Affinity
 from moeless_opt.runtime.predict.history import AutoRegressive, LastWindow
 from moeless_opt.runtime.predict.measures import load_distance
 from moeless_opt.runtime.predict.predictor import Context
+from moeless_opt.runtime.simulate.compose import compose_steps, draw_requests
 from moeless_opt.runtime.simulate.foresight import (
     NAMES,
     TINY_MOE,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.io.traces import Arrivals
+from moeless_opt.problems.io.arrivals import Arrivals
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Links, Topology
