@@ -26,8 +26,9 @@ from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
-from moeless_opt.report import Comparison, row_of
+from moeless_opt.report import BOUND_ROW, Comparison, bound_row, row_of
 from moeless_opt.solvers.core.registry import get_solver, require
+from moeless_opt.solvers.core.solver import Solver
 from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, NeverStop, Stop
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def plan(
 
 def solve(
     problem: Problem,
-    solver: str = "auto",
+    solver: str | Solver = "auto",
     *,
     time_limit: float | None = None,
     stop: Stop | None = None,
@@ -219,8 +220,8 @@ def solve(
     ----------
     problem : Problem
         What to solve.
-    solver : str
-        Name in the registry (``solver_names()``).
+    solver : str or Solver
+        Name in the registry (``solver_names()``), or a solver itself.
     time_limit : float, optional
         Seconds.
     stop : Stop, optional
@@ -228,7 +229,8 @@ def solve(
     seed : int
         For the random parts.
     initial : Plan, optional
-        A plan to start from and to beat.
+        A plan to start from and to beat: what is returned is never worse by the problem's objective. One that
+        breaks a rule of the problem is left aside; the published baselines take none.
     progress : callable, optional
         Called with `Progress` objects.
     **options
@@ -242,6 +244,8 @@ def solve(
     ------
     InfeasibleError
         If the caps leave no room, before anything is solved.
+    ProblemError
+        If an argument is malformed or an option is none of the solver's.
     UnsupportedFeatureError
         If the solver lacks a feature that the problem needs.
     SolverUnavailableError
@@ -253,10 +257,7 @@ def solve(
         raise ProblemError("problem", f"is {type(problem).__name__}, must be a Problem")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ProblemError("seed", f"is {seed!r}, must be a whole number of at least 0")
-    chosen = get_solver(solver)
-    if unknown := set(options) - getattr(chosen, "options", set(options)):
-        has = ", ".join(sorted(chosen.options)) or "none"
-        raise ProblemError(min(unknown), f"is no option of solver {solver!r} (it has: {has})")
+    chosen = get_solver(solver) if isinstance(solver, str) else solver
     require(chosen, problem)
     problem.check_feasible()
     stops: list[Stop] = [] if stop is None else [stop]
@@ -273,7 +274,7 @@ def solve(
 
 def compare(
     problem: Problem,
-    solvers: Iterable[str] = ("static", "eplb", "moeless", "auto", "oracle"),
+    solvers: Iterable[str] = ("static", "eplb", "moeless", "auto", BOUND_ROW),
     *,
     time_limit: float | None = None,
     stop: Stop | None = None,
@@ -289,7 +290,7 @@ def compare(
     problem : Problem
         What to solve.
     solvers : iterable of str
-        Names in the registry.
+        Names in the registry; ``"oracle"`` for a row of perfect balance, which is a bound and no plan.
     time_limit : float, optional
         Seconds for each.
     stop, seed, progress
@@ -302,10 +303,14 @@ def compare(
     """
     names = list(solvers)
     for name in names:
-        get_solver(name)  # a wrong name is an error of the caller, not a row
+        if name != BOUND_ROW:
+            get_solver(name)  # a wrong name is an error of the caller, not a row
     results: dict[str, Result] = {}
     rows = []
     for name in names:
+        if name == BOUND_ROW:
+            rows.append(bound_row(problem))
+            continue
         try:
             result = solve(problem, name, time_limit=time_limit, stop=stop, seed=seed, progress=progress)
         except (UnsupportedFeatureError, SolverUnavailableError) as error:

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,14 +42,15 @@ from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
 from moeless_opt.problems.spec.wishes import SPLITS, Limits, Sizing
 from moeless_opt.progress import Display
-from moeless_opt.report import Comparison, row_of, table, worst_layers
-from moeless_opt.solvers.core.finish import lower_bound, required_features
+from moeless_opt.report import BOUND_ROW, Comparison, row_of, table, worst_layers
+from moeless_opt.solvers.core.features import required_features
+from moeless_opt.solvers.core.finish import lower_bound
 from moeless_opt.solvers.core.registry import get_solver, list_solvers, require, solver_names
 from moeless_opt.solvers.core.stopping import Interrupt
 
 __all__ = ["main"]
 
-DEFAULT_COMPARISON = ("static", "eplb", "moeless", "auto", "oracle")
+DEFAULT_COMPARISON = ("static", "eplb", "moeless", "auto", BOUND_ROW)
 _UNITS = {
     "": 1,
     "b": 1,
@@ -202,7 +204,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ProblemError("--schedule", "needs a live plan to start from: give --current PLAN")
     names = [name.strip() for name in args.compare.split(",")] if args.compare else [args.solver]
     for name in names:
-        get_solver(name)
+        if name != BOUND_ROW or not args.compare:
+            get_solver(name)
     return _solve(problem, names, args)
 
 
@@ -241,7 +244,7 @@ def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
     for path in (args.output, args.plot, args.schedule):
         if path and best is not None and not args.quiet:
             _say(f"wrote {path}")
-    if best is None and names != ["oracle"]:
+    if best is None and names != [BOUND_ROW]:
         reasons = "; ".join(
             f"{row.solver}: {row.note or row.status}" for row in outcome.rows if row.solver in names
         )
@@ -280,7 +283,9 @@ def _document(outcome: Comparison, best: Plan | None) -> dict[str, Any]:
             "split": problem.split,
         },
         "solvers": [
-            row.to_dict() | {"objective": outcome.results[row.solver].objective} for row in outcome.rows
+            row.to_dict()
+            | {"objective": outcome.results[row.solver].objective if row.solver in outcome.results else {}}
+            for row in outcome.rows
         ],
         "plan": None if best is None else plan_to_json(best),
     }
@@ -546,11 +551,19 @@ def _describe(problem: Problem) -> str:
 
 
 def _solvers_table() -> str:
-    rows = [
-        [solver.name, ", ".join(sorted(feature.value for feature in solver.features)), solver.summary]
-        for solver in list_solvers()
-    ]
-    return "\n".join(f"{name}: {summary}\n    can take: {features}" for name, features, summary in rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the row says it
+        rows = list_solvers()
+    lines = []
+    for row in rows:
+        if row.problem:
+            lines.append(f"{row.name}: cannot be used: {' '.join(row.problem.split())}")
+            continue
+        features = ", ".join(sorted(feature.value for feature in row.features))
+        lines += [f"{row.name}: {row.summary}", f"    can take: {features}"]
+        if row.options:
+            lines.append(f"    options: {', '.join(row.options)}")
+    return "\n".join(lines)
 
 
 def _say(text: str) -> None:

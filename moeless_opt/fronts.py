@@ -21,7 +21,8 @@ from moeless_opt.problems.spec.wishes import PRIORITIES
 from moeless_opt.report import bytes_text, table
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
-from moeless_opt.solvers.core.finish import Clock, finish
+from moeless_opt.solvers.core.finish import Built, finish
+from moeless_opt.solvers.core.stopping import Clock
 from moeless_opt.solvers.migration.schedule import schedule_migration, staging_limit
 from moeless_opt.solvers.replan.solver import frontier
 from moeless_opt.solvers.shares.best import best_shares
@@ -159,9 +160,8 @@ def pareto(
     plans = []
     for index_L in chosen:
         slots_LGC = slots_KLGC[index_L, np.arange(problem.layers)]
-        share_LGC = best_shares(problem, slots_LGC)
-        plan = finish(problem, slots_LGC, share_LGC, solver="pareto", began=began, seed=seed).plan
-        assert plan is not None
+        built = Built(slots_LGC=slots_LGC, share_LGC=best_shares(problem, slots_LGC))
+        plan = finish(problem, built, solver="pareto", began=began)
         verify(problem, plan)
         plans.append(plan)
     values = [(float(plan.imbalance_L.mean()), objective_vector(problem, plan)[names[1]]) for plan in plans]

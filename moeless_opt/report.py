@@ -9,10 +9,23 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.plan.result import Result
+from moeless_opt.problems.plan.result import Result, StoppedBy
 from moeless_opt.problems.spec.problem import Problem
 
-__all__ = ["Comparison", "Row", "bytes_text", "row_of", "seconds_text", "table", "worst_layers"]
+__all__ = [
+    "BOUND_ROW",
+    "Comparison",
+    "Row",
+    "bound_row",
+    "bytes_text",
+    "row_of",
+    "seconds_text",
+    "table",
+    "worst_layers",
+]
+
+BOUND_ROW = "oracle"
+"""What a comparison calls its row of perfect balance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,8 @@ class Row:
         Their bytes.
     seconds : float
         Time of the solve.
+    stopped_by : StoppedBy
+        The limit that ended it; empty if none did.
     note : str
         Why there is no plan, or what else to know.
     """
@@ -46,6 +61,7 @@ class Row:
     moves: int | None
     move_bytes: int | None
     seconds: float
+    stopped_by: StoppedBy = StoppedBy.NOTHING
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,17 +73,17 @@ def row_of(result: Result) -> Row:
     """The figures of one Result."""
     plan = result.plan
     if plan is None:
-        perfect = 1.0 if result.solver == "oracle" else None
         return Row(
             solver=result.solver,
-            status="bound" if perfect else result.status.value,
-            imbalance_mean=perfect,
-            imbalance_worst=perfect,
+            status=result.status.value,
+            imbalance_mean=None,
+            imbalance_worst=None,
             gap=None,
             replicas=None,
             moves=None,
             move_bytes=None,
             seconds=result.seconds,
+            stopped_by=result.stopped_by,
             note=result.message,
         )
     return Row(
@@ -80,7 +96,26 @@ def row_of(result: Result) -> Row:
         moves=plan.moves.count,
         move_bytes=plan.moves.bytes,
         seconds=result.seconds,
+        stopped_by=result.stopped_by,
         note=result.message,
+    )
+
+
+def bound_row(problem: Problem) -> Row:
+    """Perfect balance, whatever the slots: no plan, but the line that others are measured against."""
+    speed_G = problem.topology.speed_G
+    perfect = float(problem.load_LE.sum() * problem.time.token_cost / speed_G.sum())
+    return Row(
+        solver=BOUND_ROW,
+        status="bound",
+        imbalance_mean=1.0,
+        imbalance_worst=1.0,
+        gap=None,
+        replicas=None,
+        moves=None,
+        move_bytes=None,
+        seconds=0.0,
+        note=f"a bound, not a plan: {perfect:.6g} {problem.time.unit} over all layers",
     )
 
 

@@ -1,22 +1,69 @@
-"""The default solver: what fits the problem best."""
+"""The default solver: a chain of methods, the first that accepts the problem solves it."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import importlib
+from collections.abc import Callable
+from typing import Any
 
-from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.construct.solver import Construct
-from moeless_opt.solvers.core.finish import Feature, required_features
+from moeless_opt.solvers.core.features import FEATURES, required_features
+from moeless_opt.solvers.core.options import option_names
+from moeless_opt.solvers.core.registry import BUILT_IN
+from moeless_opt.solvers.core.solver import Heuristic
 from moeless_opt.solvers.core.stopping import Stop
-from moeless_opt.solvers.exact.solver import Portfolio
-from moeless_opt.solvers.replan.solver import Replan
-from moeless_opt.solvers.sizing.limits import Constrained
-from moeless_opt.solvers.sizing.solver import ActivationAware, Sized
 
-__all__ = ["Auto"]
+__all__ = ["CHAIN", "Auto", "choose"]
+
+
+def _is_live(problem: Problem, limited: bool) -> bool:
+    return problem.current is not None and "moves" in problem.objective.priorities
+
+
+def _has_time_to_prove(problem: Problem, limited: bool) -> bool:
+    return limited and not _is_live(problem, limited)
+
+
+def _always(problem: Problem, limited: bool) -> bool:
+    return True
+
+
+CHAIN: tuple[tuple[str, Callable[[Problem, bool], bool]], ...] = (
+    ("replan", _is_live),
+    ("portfolio", _has_time_to_prove),
+    ("construct", _always),
+    ("constrained", _always),
+    ("sized", _always),
+    ("activation", _always),
+)
+"""Solver, and what it is meant for, besides its features; from the fastest to the most particular."""
+
+
+def choose(problem: Problem, *, limited: bool) -> str:
+    """Name of the first of the chain that takes all of the problem.
+
+    Parameters
+    ----------
+    problem : Problem
+        What is to be solved.
+    limited : bool
+        Whether there is a time limit, which leaves time to prove.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If none does.
+    """
+    needs = required_features(problem)
+    for name, accepts in CHAIN:
+        if needs <= FEATURES[name] and accepts(problem, limited):
+            return name
+    base = FEATURES["replan" if _is_live(problem, limited) else "construct"]
+    lacking = ", ".join(sorted(feature.value for feature in needs - base))
+    raise UnsupportedFeatureError(f"solver 'auto': no one method takes all of: {lacking}")
 
 
 class Auto:
@@ -24,10 +71,7 @@ class Auto:
 
     name = "auto"
     summary = "the default: constructs, or re-plans what is live; with a time limit, proves small layers"
-    options: ClassVar[frozenset[str]] = frozenset({"backend", "effort", "rounds"})
-    features: ClassVar[frozenset[Feature]] = (
-        Replan.features | Constrained.features | Sized.features | ActivationAware.features
-    )
+    features = FEATURES["auto"]
 
     def solve(
         self,
@@ -39,25 +83,23 @@ class Auto:
         progress: ProgressCallback | None = None,
         **options: Any,
     ) -> Result:
-        """Choose and solve."""
-        fresh = problem.current is None or "moves" not in problem.objective.priorities
-        needs = required_features(problem)
-        base = Construct if fresh else Replan
-        # The first that has what the problem needs: they go from the fastest to the most particular.
-        for kind in (base, Construct, Constrained, Sized, ActivationAware):
-            if needs <= kind.features:
-                chosen: type[_Kind] = kind
-                break
-        else:
-            lacking = ", ".join(sorted(feature.value for feature in needs - base.features))
-            raise UnsupportedFeatureError(f"solver {self.name!r}: no one method takes all of: {lacking}")
-        if chosen is Construct and stop.remaining < float("inf") and needs <= Portfolio.features:
-            proven = Portfolio().solve(problem, stop=stop, seed=seed, initial=initial, progress=progress)
-            return proven.replace(solver=self.name)
-        own = {key: value for key, value in options.items() if key in chosen.options}
-        return chosen(self.name).solve(
-            problem, stop=stop, seed=seed, initial=initial, progress=progress, **own
-        )
+        """Choose and solve.
 
-
-_Kind = Construct | Replan | Constrained | Sized | ActivationAware
+        Raises
+        ------
+        ProblemError
+            If an option is none of the chosen solver's.
+        UnsupportedFeatureError
+            If no one method takes all of the problem.
+        """
+        chosen = choose(problem, limited=stop.remaining < float("inf"))
+        module, _, attribute = BUILT_IN[chosen].partition(":")
+        solver: Heuristic = getattr(importlib.import_module(module), attribute)(self.name)
+        names = option_names(solver.Options)
+        unknown = [name for name in options if name not in names]
+        if unknown:
+            has = ", ".join(names) or "none"
+            raise ProblemError(
+                min(unknown), f"is no option of {chosen!r}, which solver 'auto' takes here (it has: {has})"
+            )
+        return solver.solve(problem, stop=stop, seed=seed, initial=initial, progress=progress, **options)

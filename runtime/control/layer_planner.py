@@ -24,7 +24,8 @@ from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Topology
-from moeless_opt.solvers.core.finish import Clock, finish
+from moeless_opt.solvers.core.finish import Built, finish
+from moeless_opt.solvers.core.stopping import Clock
 from moeless_opt.solvers.timed.search import timed_plan
 
 __all__ = ["LayerPlanner"]
@@ -122,10 +123,8 @@ class LayerPlanner:
             time=self.time,
             current=Placement(slots_LGC=live_LGC, experts=load_LE.shape[1]),
         )
-        plan = finish(
-            problem, found.slots_LGC, found.share_LGC, solver=self.name, began=began, certify=False
-        ).plan
-        assert plan is not None
+        built = Built(slots_LGC=found.slots_LGC, share_LGC=found.share_LGC)
+        plan = finish(problem, built, solver=self.name, began=began, certify=False)
         verify(problem, plan)
         return plan
 

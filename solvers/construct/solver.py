@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,96 +11,97 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.evaluate import gpu_times
 from moeless_opt.problems.plan.objective import risk
-from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
-from moeless_opt.solvers.core.finish import Clock, Feature, finish
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.core.finish import Built
+from moeless_opt.solvers.core.options import NoOptions, one_of
+from moeless_opt.solvers.core.solver import Heuristic, Task
 from moeless_opt.solvers.shares.best import best_shares
 from moeless_opt.solvers.shares.flow import solve_shares
 
-__all__ = ["Construct", "Stay"]
+__all__ = ["Construct", "ConstructOptions", "Stay"]
 
 MOST_SCENARIOS = 8
 """Scenarios that a placement of their own is made for, the heaviest first."""
 
 
-class Construct:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConstructOptions:
+    """How a placement is constructed.
+
+    Parameters
+    ----------
+    effort : {"quick", "normal", "thorough"}
+        How long to search; with a fractional split "quick" is "normal".
+    backend : {"auto", "numpy", "numba"}
+        Whose kernels an equal split uses; the plans are the same (see `pack.fast.choose`).
+    """
+
+    effort: str = "normal"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("effort", self.effort, ("quick", "normal", "thorough"))
+        one_of("backend", self.backend, ("auto", "numpy", "numba"))
+
+
+class Construct(Heuristic):
     """Sizing, packing and local search (equal split) or exact token shares on them (fractional)."""
 
+    name = "construct"
     summary = "sizing + packing + local search; with a fractional split, exact token shares"
-    options: ClassVar[frozenset[str]] = frozenset({"backend", "effort"})
-    features: ClassVar[frozenset[Feature]] = frozenset(
-        {
-            Feature.EQUAL_SPLIT,
-            Feature.FRACTIONAL,
-            Feature.MIGRATION,
-            Feature.HETEROGENEOUS,
-            Feature.MEMORY,
-            Feature.SCENARIOS,
-            Feature.NODE_AWARE,
-        }
-    )
+    Options = ConstructOptions
 
-    def __init__(self, name: str = "construct") -> None:
-        self.name = name
+    def unused(self, problem: Problem) -> Mapping[str, str]:
+        """Only the equal split has two backends to choose from."""
+        return {} if problem.split == "equal" else {"backend": "with a fractional split"}
 
-    def solve(
-        self,
-        problem: Problem,
-        *,
-        stop: Stop,
-        seed: int = 0,
-        initial: Plan | None = None,
-        progress: ProgressCallback | None = None,
-        **options: Any,
-    ) -> Result:
+    def build(self, task: Task[ConstructOptions]) -> Built:
         """Construct a placement for the expected loads, or the best of several where there are scenarios."""
-        began = Clock.begin()
-        slots_LGC, share_LGC = self._construct(problem, problem.load_LE, seed, options)
+        problem = task.problem
+        slots_LGC, share_LGC = self._construct(task, problem.load_LE)
         if problem.loads.shape[0] > 1:
-            slots_LGC, share_LGC = self._over_scenarios(problem, slots_LGC, share_LGC, seed, options)
+            slots_LGC, share_LGC = self._over_scenarios(task, slots_LGC)
         elif problem.loads.load_TLNE is not None:
             share_LGC = best_shares(problem, slots_LGC)
-        return finish(
-            problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
-        )
+        return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
 
     @staticmethod
-    def _construct(
-        problem: Problem, load_LE: FloatArray, seed: int, options: dict[str, Any]
-    ) -> tuple[SlotArray, FloatArray]:
+    def _construct(task: Task[ConstructOptions], load_LE: FloatArray) -> tuple[SlotArray, FloatArray]:
+        problem, options = task.problem, task.options
         capacity_LG, speed_G = problem.capacity_LG, problem.topology.speed_G
         if problem.split == "equal":
-            slots_LGC = construct_equal(load_LE, capacity_LG, speed_G, seed=seed, **options)
+            slots_LGC = construct_equal(
+                load_LE,
+                capacity_LG,
+                speed_G,
+                seed=task.seed,
+                effort=options.effort,
+                backend=options.backend,
+            )
             return slots_LGC, equal_shares(slots_LGC, problem.experts)
-        effort = options.get("effort", "normal")
-        return construct_fractional(
-            load_LE, capacity_LG, speed_G, seed=seed, effort="normal" if effort == "quick" else effort
-        )
+        effort = "normal" if options.effort == "quick" else options.effort
+        return construct_fractional(load_LE, capacity_LG, speed_G, seed=task.seed, effort=effort)
 
     def _over_scenarios(
-        self,
-        problem: Problem,
-        slots_LGC: SlotArray,
-        share_LGC: FloatArray,
-        seed: int,
-        options: dict[str, Any],
+        self, task: Task[ConstructOptions], slots_LGC: SlotArray
     ) -> tuple[SlotArray, FloatArray]:
         """Per layer, the best placement among those made for the mean, the envelope, and each scenario.
 
         Shares follow the traffic, so a placement is judged by its best shares in every scenario.
         """
+        problem = task.problem
         loads = problem.loads
         weight_T = np.ones(loads.shape[0]) if loads.weight_T is None else loads.weight_T
         heaviest = np.argsort(-weight_T, kind="stable")[:MOST_SCENARIOS]
         best_L = self._risk_L(problem, slots_LGC)
         slots_LGC = slots_LGC.copy()
         for load_LE in (loads.load_TLE.max(0), *(loads.load_TLE[t] for t in heaviest)):
-            other_LGC, _ = self._construct(problem, np.asarray(load_LE), seed, options)
+            if task.stop():
+                break
+            other_LGC, _ = self._construct(task, np.asarray(load_LE))
             risk_L = self._risk_L(problem, other_LGC)
             better_L = risk_L < best_L * (1 - 1e-9)
             best_L = np.minimum(best_L, risk_L)
@@ -119,38 +121,26 @@ class Construct:
         return risk(np.array(top_TL), problem.loads.weight_T, problem.objective)
 
 
-class Stay:
+class Stay(Heuristic):
     """Keep the live placement; with a fractional split, re-solve the token shares, which moves nothing."""
 
     name = "stay"
     summary = "keep the live placement and re-solve the token shares: no move at all"
-    options: ClassVar[frozenset[str]] = frozenset()
-    features: ClassVar[frozenset[Feature]] = Construct.features | {Feature.MOVE_LIMITS}
+    refuses_initial = "it keeps the live placement"
 
-    def solve(
-        self,
-        problem: Problem,
-        *,
-        stop: Stop,
-        seed: int = 0,
-        initial: Plan | None = None,
-        progress: ProgressCallback | None = None,
-        **options: Any,
-    ) -> Result:
+    def build(self, task: Task[NoOptions]) -> Built:
         """Solve the shares on what is live."""
-        began = Clock.begin()
+        problem = task.problem
         if problem.current is None:
             raise ProblemError(
                 "current", "is missing: solver 'stay' keeps the live placement, so it needs one"
             )
-        slots_LGC = problem.current.slots_LGC
         missing = np.argwhere(problem.current.replicas_LE == 0)
         if missing.size:
-            layer, expert = missing[0]
+            row, expert = missing[0]
             raise InfeasibleError(
-                f"current: expert {expert} of layer {layer} has no live replica; staying cannot bring it back"
+                f"current: expert {expert} of layer {problem.loads.layers[row]} has no live replica; "
+                "staying cannot bring it back"
             )
-        share_LGC = best_shares(problem, slots_LGC)
-        return finish(
-            problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
-        )
+        slots_LGC = problem.current.slots_LGC
+        return Built(slots_LGC=slots_LGC, share_LGC=best_shares(problem, slots_LGC))

@@ -1,140 +1,64 @@
-"""What every solver is: features, stopping criteria, and the one way from a placement to a Result."""
+"""The one way from what was built to a plan: evaluated, bounded and certified."""
 
 from __future__ import annotations
 
-import enum
-import time as clock
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.errors import InvalidPlanError
 from moeless_opt.problems.plan.bounds import LinearTime, best_bound
 from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
-from moeless_opt.problems.plan.plan import Certificate, Plan, count_moves
-from moeless_opt.problems.plan.result import ProgressCallback, Result, StoppedBy
+from moeless_opt.problems.plan.plan import PROVEN, Certificate, Plan, count_moves
+from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.problems.plan.time_bounds import TimeTable, timed_bound
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.core.stopping import Clock
 
-__all__ = [
-    "Clock",
-    "Feature",
-    "Solver",
-    "finish",
-    "lower_bound",
-    "required_features",
-]
+__all__ = ["Bound", "Built", "finish", "in_time", "lower_bound", "token_bound"]
+
+Bound = tuple[FloatArray, tuple[str, ...]]
+"""A lower bound on each layer's largest GPU time, shape [L], and its name by layer."""
 
 
-class Feature(enum.StrEnum):
-    """What a problem may ask for and a solver may offer."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """What a solver has built: a placement, and what it knows of it.
 
-    EQUAL_SPLIT = "equal split"
-    FRACTIONAL = "fractional split"
-    MIGRATION = "starting from a live placement"
-    MOVE_LIMITS = "limits on moves"
-    HETEROGENEOUS = "GPUs of different speed or slots"
-    MEMORY = "memory in bytes"
-    SCENARIOS = "several load scenarios"
-    TIME_MODEL = "a time model with more than tokens"
-    NODE_AWARE = "loads by source node"
-    REPLICA_LIMITS = "limits on replicas"
-    PAIRS = "pinned or forbidden pairs"
-    SPREAD = "replicas spread over failure domains"
-    SIZING_CV = "cv sizing"
-    SIZING_MAKESPAN = "makespan sizing"
-    SIZING_MEMORY = "memory sizing"
-    CERTIFIES = "proofs of optimality"
+    Parameters
+    ----------
+    slots_LGC : array of int32, shape [L, G, C]
+        Expert in each slot, -1 for an empty one.
+    share_LGC : array, shape [L, G, C], optional
+        Token shares; even ones if not given.
+    bound : (array [L], names), optional
+        A lower bound that was proven on the way; combined with the cheap ones.
+    stopped_by : StoppedBy
+        What cut the search short, if anything did.
+    message : str
+        For people.
+    proof : str
+        What else was proven, for the certificate.
+    """
 
-
-def required_features(problem: Problem) -> frozenset[Feature]:
-    """The features without which a solver would have to ignore a part of the problem."""
-    topology, limits = problem.topology, problem.limits
-    needs = {Feature.EQUAL_SPLIT if problem.split == "equal" else Feature.FRACTIONAL}
-    capacity_LG = problem.capacity_LG
-    if not topology.is_uniform or (capacity_LG != capacity_LG[:, :1]).any():
-        needs.add(Feature.HETEROGENEOUS)
-    if topology.memory_G is not None:
-        needs.add(Feature.MEMORY)
-    if problem.current is not None:
-        needs.add(Feature.MIGRATION)
-    if problem.loads.load_TLE.shape[0] > 1:
-        needs.add(Feature.SCENARIOS)
-    if problem.loads.load_TLNE is not None:
-        needs.add(Feature.NODE_AWARE)
-    if _more_than_tokens(problem):
-        needs.add(Feature.TIME_MODEL)
-    if problem.sizing.policy != "slots":
-        needs.add(_SIZING[problem.sizing.policy])
-    if limits is _NO_LIMITS:
-        return frozenset(needs)
-    if limits.bounds_moves:
-        needs.add(Feature.MOVE_LIMITS)
-    if limits.min_replicas > 1 or limits.bounds_replicas:
-        needs.add(Feature.REPLICA_LIMITS)
-    if limits.pinned or limits.forbidden:
-        needs.add(Feature.PAIRS)
-    if limits.spread > 1:
-        needs.add(Feature.SPREAD)
-    return frozenset(needs)
-
-
-_NO_LIMITS = Problem.__dataclass_fields__["limits"].default
-_SIZING = {"cv": Feature.SIZING_CV, "makespan": Feature.SIZING_MAKESPAN, "memory": Feature.SIZING_MEMORY}
-
-
-def _more_than_tokens(problem: Problem) -> bool:
-    """Whether least tokens is not least time: a launch cost alone shifts all times alike on equal GPUs."""
-    time = problem.time
-    if time.has_curve or time.activation_cost > 0:
-        return True
-    return time.launch > 0 and not problem.topology.is_uniform
-
-
-@runtime_checkable
-class Solver(Protocol):
-    """What the registry holds, and what third parties register (entry points ``moeless_opt.solvers``)."""
-
-    name: str
-    summary: str
-    features: frozenset[Feature]
-    options: frozenset[str]
-
-    def solve(
-        self,
-        problem: Problem,
-        *,
-        stop: Stop,
-        seed: int = 0,
-        initial: Plan | None = None,
-        progress: ProgressCallback | None = None,
-        **options: Any,
-    ) -> Result:
-        """Solve, from `initial` where it is given, and return the best found."""
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """Seconds since a solve began."""
-
-    start: float
-
-    @classmethod
-    def begin(cls) -> Clock:
-        """Start now."""
-        return cls(clock.perf_counter())
+    slots_LGC: SlotArray
+    share_LGC: FloatArray | None = None
+    bound: Bound | None = None
+    stopped_by: StoppedBy = StoppedBy.NOTHING
+    message: str = ""
+    proof: str = ""
 
     @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return clock.perf_counter() - self.start
+    def shares_LGC(self) -> FloatArray:
+        """The token shares, even ones where none were given, shape [L, G, C]."""
+        if self.share_LGC is not None:
+            return self.share_LGC
+        return equal_shares(self.slots_LGC, int(self.slots_LGC.max()) + 1)
 
 
-def lower_bound(problem: Problem, split: str | None = None) -> tuple[FloatArray, tuple[str, ...]]:
+def lower_bound(problem: Problem, split: str | None = None) -> Bound:
     """The best cheap lower bound on each layer's largest GPU time, and its name."""
     time, limits = problem.time, problem.limits
     if time.has_curve:
@@ -159,7 +83,22 @@ def lower_bound(problem: Problem, split: str | None = None) -> tuple[FloatArray,
     return bound_L, tuple(name_L.tolist())
 
 
-def _bound_for(problem: Problem, value_L: FloatArray) -> tuple[FloatArray, tuple[str, ...]]:
+def token_bound(problem: Problem) -> FloatArray:
+    """The lower bound in tokens over speed, whatever a token costs, shape [L]."""
+    bound_L, _ = lower_bound(problem)
+    return np.asarray(np.maximum(bound_L - _launch(problem), 0.0) / problem.time.token_cost)
+
+
+def in_time(problem: Problem, token_L: FloatArray) -> FloatArray:
+    """Tokens over speed as time: the way back from `token_bound`, where time follows tokens alone."""
+    return np.asarray(token_L * problem.time.token_cost + _launch(problem))
+
+
+def _launch(problem: Problem) -> float:
+    return problem.time.launch / float(problem.topology.speed_G.max())
+
+
+def _bound_for(problem: Problem, value_L: FloatArray) -> Bound:
     """The best cheap bound; the mean alone where every layer attains it."""
     if problem.time.counts_tokens_only:
         mean_L = problem.load_LE.sum(1) * (problem.time.token_cost / problem.topology.speed_G.sum())
@@ -168,57 +107,34 @@ def _bound_for(problem: Problem, value_L: FloatArray) -> tuple[FloatArray, tuple
     return lower_bound(problem)
 
 
-def finish(
-    problem: Problem,
-    slots_LGC: SlotArray,
-    share_LGC: FloatArray | None = None,
-    *,
-    solver: str,
-    began: Clock,
-    bound: tuple[FloatArray, tuple[str, ...]] | None = None,
-    stopped_by: StoppedBy = StoppedBy.NOTHING,
-    options: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    message: str = "",
-    proof: str = "",
-    certify: bool = True,
-) -> Result:
-    """Evaluate a placement, certify it, and wrap it up.
+def finish(problem: Problem, built: Built, *, solver: str, began: Clock, certify: bool = True) -> Plan:
+    """Evaluate what was built, certify it, and wrap it up.
 
     Parameters
     ----------
     problem : Problem
         What was solved.
-    slots_LGC, share_LGC : arrays, shape [L, G, C]
-        The placement and its token shares (equal ones if not given).
+    built : Built
+        The placement.
     solver : str
         Who found it.
     began : Clock
         When the solve began.
-    bound : (array [L], names), optional
-        A lower bound that the solver proved; combined with the cheap ones.
-    stopped_by, options, seed, message, proof
-        Told on in the Result and its certificate.
     certify : bool
         Whether to compute a lower bound: for plans that are made in microseconds it takes longest.
+
+    Raises
+    ------
+    InvalidPlanError
+        If a bound is above the value of the plan by more than rounding: one of them is wrong.
     """
-    if share_LGC is None:
-        share_LGC = equal_shares(slots_LGC, problem.experts)
-    load_LE, speed_G = problem.load_LE, problem.topology.speed_G
-    time_LG = gpu_times(load_LE, slots_LGC, share_LGC, speed_G, problem.time)
+    slots_LGC, share_LGC = built.slots_LGC, built.shares_LGC
+    speed_G = problem.topology.speed_G
+    time_LG = gpu_times(problem.load_LE, slots_LGC, share_LGC, speed_G, problem.time)
     value_L = time_LG.max(1)
-    bound_L, names = np.zeros(problem.layers), ("none",) * problem.layers
-    if certify:
-        bound_L, names = _bound_for(problem, value_L)
-    if bound is not None:
-        names = tuple(
-            b if y > x else a for a, b, x, y in zip(names, bound[1], bound_L, bound[0], strict=True)
-        )
-        bound_L = np.maximum(bound_L, bound[0])
-    # Rounding may leave a perfect plan a hair below its bound; a bound above the value would be a lie.
-    bound_L = np.where(bound_L > value_L, np.minimum(bound_L, value_L * (1 + 1e-9)), bound_L)
-    seconds = began.seconds
-    plan = Plan(
+    bound_L, names = _certified(problem, value_L, built.bound, certify)
+    current = None if problem.current is None else problem.current.slots_LGC
+    return Plan(
         slots_LGC=slots_LGC,
         share_LGC=share_LGC,
         experts=problem.experts,
@@ -226,33 +142,38 @@ def finish(
         split=problem.split,
         time_LG=time_LG,
         imbalance_L=imbalance(time_LG, speed_G),
-        moves=count_moves(
-            slots_LGC,
-            None if problem.current is None else problem.current.slots_LGC,
-            problem.experts,
-            problem.bytes_L,
-        ),
+        moves=count_moves(slots_LGC, current, problem.experts, problem.bytes_L),
         certificate=Certificate(
             value_L=value_L,
             lower_bound_L=bound_L,
             bound_L=names,
             solver=solver,
-            seconds=seconds,
-            proof=proof,
+            seconds=began.seconds,
+            proof=built.proof,
         ),
         made_for=problem,
         unit=problem.time.unit,
         name=problem.name,
     )
-    status = plan.certificate.status
-    return Result(
-        problem=problem,
-        plan=plan,
-        status=status,
-        stopped_by=stopped_by,
-        seconds=seconds,
-        solver=solver,
-        options=dict(options or {}),
-        seed=seed,
-        message=message,
-    )
+
+
+def _certified(problem: Problem, value_L: FloatArray, proven: Bound | None, certify: bool) -> Bound:
+    """The best bound known of each layer."""
+    bound_L, names = np.zeros(problem.layers), ("none",) * problem.layers
+    if certify:
+        bound_L, names = _bound_for(problem, value_L)
+    if proven is not None:
+        pairs = zip(names, proven[1], bound_L, proven[0], strict=True)
+        names = tuple(b if y > x else a for a, b, x, y in pairs)
+        bound_L = np.maximum(bound_L, proven[0])
+    over_L = bound_L > value_L * (1 + PROVEN)
+    if over_L.any():
+        i = int(np.argmax(over_L))
+        raise InvalidPlanError(
+            [
+                f"layer {problem.loads.layers[i]}: lower bound {bound_L[i]:.9g} ({names[i]}) is above "
+                f"the plan's own {value_L[i]:.9g}"
+            ]
+        )
+    # Rounding may leave a perfect plan a hair below its bound.
+    return np.where(bound_L > value_L, np.minimum(bound_L, value_L * (1 + 1e-9)), bound_L), names

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+import warnings
+from collections.abc import Set
+from dataclasses import dataclass, is_dataclass
 from importlib.metadata import entry_points
 
 from moeless_opt.problems.errors import SolverUnavailableError, UnsupportedFeatureError
 from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.core.finish import Solver, required_features
+from moeless_opt.solvers.core.features import FEATURES, Feature, required_features
+from moeless_opt.solvers.core.options import option_names
+from moeless_opt.solvers.core.solver import Solver
 
-__all__ = ["BUILT_IN", "get_solver", "list_solvers", "require", "solver_names"]
+__all__ = ["BUILT_IN", "SolverInfo", "contract_gaps", "get_solver", "list_solvers", "require", "solver_names"]
 
 ENTRY_POINTS = "moeless_opt.solvers"
 
@@ -18,16 +24,15 @@ BUILT_IN: dict[str, str] = {
     "auto": "moeless_opt.solvers.auto:Auto",
     "construct": "moeless_opt.solvers.construct.solver:Construct",
     "replan": "moeless_opt.solvers.replan.solver:Replan",
-    "min-moves": "moeless_opt.solvers.replan.solver:MinMoves",
+    "min-moves": "moeless_opt.solvers.replan.prove:MinMoves",
     "constrained": "moeless_opt.solvers.sizing.limits:Constrained",
     "sized": "moeless_opt.solvers.sizing.solver:Sized",
-    "activation": "moeless_opt.solvers.sizing.solver:ActivationAware",
+    "activation": "moeless_opt.solvers.timed.solver:ActivationAware",
     "stay": "moeless_opt.solvers.construct.solver:Stay",
     "static": "moeless_opt.solvers.baselines.solver:Static",
     "eplb": "moeless_opt.solvers.baselines.solver:Eplb",
     "eplb-hierarchical": "moeless_opt.solvers.baselines.solver:EplbHierarchical",
     "moeless": "moeless_opt.solvers.baselines.solver:MoEless",
-    "oracle": "moeless_opt.solvers.baselines.solver:Oracle",
     "portfolio": "moeless_opt.solvers.exact.solver:Portfolio",
     "patterns": "moeless_opt.solvers.exact.solver:Patterns",
     "cpsat": "moeless_opt.solvers.exact.solver:CpSat",
@@ -48,7 +53,7 @@ def get_solver(name: str) -> Solver:
     Raises
     ------
     SolverUnavailableError
-        If there is none of that name, or its package is missing.
+        If there is none of that name, its package is missing, or it does not keep the contract.
     """
     target = BUILT_IN.get(name)
     if target is None:
@@ -60,22 +65,85 @@ def get_solver(name: str) -> Solver:
         target = found[0].value
     module, _, attribute = target.partition(":")
     try:
-        factory = getattr(importlib.import_module(module), attribute)
+        loaded: object = importlib.import_module(module)
+        for part in attribute.split("."):
+            loaded = getattr(loaded, part)
+        solver = loaded() if callable(loaded) else loaded
     except ImportError as error:
         raise SolverUnavailableError(f"solver: {name!r} needs a package that is missing: {error}") from error
-    solver: Solver = factory()
+    except Exception as error:  # a stranger's code may raise anything
+        raise SolverUnavailableError(
+            f"solver: {name!r} ({target}) cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    if lacking := contract_gaps(solver):
+        raise SolverUnavailableError(f"solver: {name!r} ({target}) {'; '.join(lacking)}")
+    assert isinstance(solver, Solver)
     return solver
 
 
-def list_solvers() -> list[Solver]:
-    """All solvers whose packages are installed."""
-    solvers = []
+def contract_gaps(solver: object) -> list[str]:
+    """What an object lacks to be a solver; empty if nothing."""
+    gaps = []
+    for key in ("name", "summary"):
+        if not isinstance(getattr(solver, key, None), str):
+            gaps.append(f"has no {key!r} (a text)")
+    features = getattr(solver, "features", None)
+    if not isinstance(features, Set) or not all(isinstance(one, Feature) for one in features):
+        gaps.append("has no 'features' (a frozenset of Feature)")
+    solve = getattr(solver, "solve", None)
+    if not callable(solve):
+        return [*gaps, "has no 'solve'"]
+    takes = inspect.signature(solve).parameters
+    if not any(one.kind is one.VAR_KEYWORD for one in takes.values()):
+        lacking = [key for key in ("stop", "seed", "initial", "progress") if key not in takes]
+        if lacking:
+            gaps.append(f"has a 'solve' without {', '.join(lacking)}")
+    return gaps
+
+
+@dataclass(frozen=True, slots=True)
+class SolverInfo:
+    """A row of the list of solvers.
+
+    Parameters
+    ----------
+    name, summary : str
+        As the solver says.
+    features : frozenset of Feature
+        What it honours.
+    options : tuple of str
+        What may be given to it by keyword.
+    problem : str
+        Why it cannot be used; empty if it can.
+    """
+
+    name: str
+    summary: str = ""
+    features: frozenset[Feature] = frozenset()
+    options: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def list_solvers() -> list[SolverInfo]:
+    """All solvers, those that cannot be used too: their row says why, and a warning does.
+
+    Warns
+    -----
+    RuntimeWarning
+        For a plug-in that fails to import or lacks a part of the contract.
+    """
+    rows = []
     for name in solver_names():
         try:
-            solvers.append(get_solver(name))
-        except SolverUnavailableError:
+            solver = get_solver(name)
+        except SolverUnavailableError as error:
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+            rows.append(SolverInfo(name, problem=str(error)))
             continue
-    return solvers
+        options = getattr(solver, "Options", None)
+        names = option_names(options) if is_dataclass(options) and isinstance(options, type) else ()
+        rows.append(SolverInfo(name, solver.summary, frozenset(solver.features), names))
+    return rows
 
 
 def require(solver: Solver, problem: Problem) -> None:
@@ -86,13 +154,10 @@ def require(solver: Solver, problem: Problem) -> None:
     UnsupportedFeatureError
         Naming the features.
     """
-    lacking = required_features(problem) - solver.features
+    needs = required_features(problem)
+    lacking = needs - solver.features
     if lacking:
         names = ", ".join(sorted(feature.value for feature in lacking))
-        able = [
-            s.name
-            for s in list_solvers()
-            if s.name != "oracle" and not required_features(problem) - s.features
-        ]
+        able = [name for name, has in FEATURES.items() if needs <= has]
         hint = f"; solvers that have it: {', '.join(able)}" if able else ""
         raise UnsupportedFeatureError(f"solver {solver.name!r} does not support {names}{hint}")

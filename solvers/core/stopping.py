@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time as clock
+from dataclasses import dataclass
 from typing import Protocol
 
 from moeless_opt.problems.plan.result import StoppedBy
 
-__all__ = ["FirstOf", "Interrupt", "MaxGap", "MaxTime", "NeverStop", "Stop"]
+__all__ = ["Clock", "FirstOf", "Interrupt", "MaxGap", "MaxTime", "NeverStop", "Stop"]
 
 
 class Stop(Protocol):
@@ -95,3 +96,20 @@ class FirstOf:
     def __call__(self, best: float = float("inf"), bound: float = 0.0) -> StoppedBy:
         """Ask each in turn."""
         return next((why for stop in self.stops if (why := stop(best, bound))), StoppedBy.NOTHING)
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Seconds since a solve began."""
+
+    start: float
+
+    @classmethod
+    def begin(cls) -> Clock:
+        """Start now."""
+        return cls(clock.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return clock.perf_counter() - self.start

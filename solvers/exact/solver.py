@@ -11,98 +11,135 @@ else CP-SAT. Fractional split: the component bound, which settles layers of few 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.arrays import FloatArray, SlotArray, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.plan.plan import PROVEN, Plan
-from moeless_opt.problems.plan.result import Progress, ProgressCallback, Result, StoppedBy
+from moeless_opt.problems.plan.evaluate import gpu_times
+from moeless_opt.problems.plan.plan import PROVEN
+from moeless_opt.problems.plan.result import StoppedBy
+from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.construct.solver import Construct
-from moeless_opt.solvers.core.finish import Clock, Feature, finish, lower_bound
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.construct.solver import Construct, ConstructOptions
+from moeless_opt.solvers.core.finish import Built, in_time, lower_bound, token_bound
+from moeless_opt.solvers.core.solver import Heuristic, Task
+from moeless_opt.solvers.core.stopping import Clock
 from moeless_opt.solvers.exact.components import MOST_EXPERTS, component_bound
-from moeless_opt.solvers.exact.layer import ExactLayer, layer_of, result_of
+from moeless_opt.solvers.exact.layer import ExactLayer, ExactResult, layer_of, result_of
 from moeless_opt.solvers.pack.patterns import solve_patterns
 
-__all__ = ["CpSat", "Milp", "Patterns", "Portfolio"]
+__all__ = [
+    "CpSat",
+    "CpSatOptions",
+    "ExactOptions",
+    "Milp",
+    "MilpOptions",
+    "Patterns",
+    "Portfolio",
+    "Proof",
+]
 
 _PATTERN_EXPERTS = 20
 _CPSAT_PAIRS = 600  # experts x GPUs up to which a proof can be hoped for
 _MILP_PAIRS = 1100
-_DEFAULT_SECONDS = 60.0
+
+LayerPlan = tuple[SlotArray, FloatArray]
+"""Slots and shares of one layer, each of shape [G, C]."""
 
 
-class _Exact:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactOptions(ConstructOptions):
+    """How the plan that is to be proven, or beaten, is constructed: as in `ConstructOptions`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpSatOptions(ExactOptions):
+    """Options of CP-SAT.
+
+    Parameters
+    ----------
+    threads : int
+        Threads of the solver.
+    """
+
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        super(CpSatOptions, self).__post_init__()
+        object.__setattr__(self, "threads", whole("threads", self.threads, low=1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MilpOptions(CpSatOptions):
+    """Options of the mixed-integer solvers.
+
+    Parameters
+    ----------
+    engine : str
+        Who solves: ``"highs"`` or another solver that ortools' MathOpt carries (``"gscip"``, ``"cp_sat"``);
+        ``"pulp"`` for the first available of PuLP's, ``"pulp:CBC"`` for one of them by name.
+    """
+
+    engine: str = "highs"
+
+    def __post_init__(self) -> None:
+        super(MilpOptions, self).__post_init__()
+        if not isinstance(self.engine, str) or not self.engine:
+            raise ProblemError("engine", f"is {self.engine!r}, must be like 'highs', 'pulp' or 'pulp:CBC'")
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a method found out about one layer.
+
+    Parameters
+    ----------
+    method : str
+        Who proved the bound.
+    bound : float
+        No plan of the layer has a smaller largest time.
+    plan : (slots, shares), optional
+        A better plan than the one given.
+    """
+
+    method: str
+    bound: float
+    plan: LayerPlan | None = None
+
+
+class _Exact(Heuristic):
     """Heuristic, bounds, then `prove` for every layer with an open gap."""
 
-    name = ""
-    summary = ""
-    options: ClassVar[frozenset[str]] = frozenset()
-    features: ClassVar[frozenset[Feature]] = frozenset(
-        {Feature.EQUAL_SPLIT, Feature.FRACTIONAL, Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
-    )
+    Options = ExactOptions
+    patience = 60.0
 
-    def solve(
-        self,
-        problem: Problem,
-        *,
-        stop: Stop,
-        seed: int = 0,
-        initial: Plan | None = None,
-        progress: ProgressCallback | None = None,
-        **options: Any,
-    ) -> Result:
-        """Solve layer by layer until every gap is closed or time is up.
+    def unused(self, problem: Problem) -> dict[str, str]:
+        """What the construction has no use for."""
+        return dict(Construct().unused(problem))
 
-        Parameters
-        ----------
-        problem : Problem
-            What is to be solved.
-        stop : Stop
-            When to stop. Without a time limit a minute is taken for all layers together.
-        seed : int
-            Handed to the solvers.
-        initial : Plan, optional
-            A plan to start from, instead of the heuristic's.
-        progress : callable, optional
-            Called after every layer.
-        **options
-            Of the method, see the class.
-        """
-        began = Clock.begin()
-        slots_LGC, share_LGC = self._start(problem, seed, initial)
-        speed_G = problem.topology.speed_G
-        bound_L, name = lower_bound(problem)
-        names = list(name)
-        value_L = np.array(
-            [_value(problem, layer, slots_LGC, share_LGC) for layer in range(problem.layers)],
-            dtype=np.float64,
+    def build(self, task: Task[ExactOptions]) -> Built:
+        """Solve layer by layer until every gap is closed or time is up."""
+        problem, stop = task.problem, task.stop
+        start = task.initial or Construct().placed(
+            task, problem, effort=task.options.effort, backend=task.options.backend
         )
-        unlimited = not np.isfinite(stop.remaining)
+        slots_LGC, share_LGC = start.slots_LGC, start.shares_LGC
+        speed_G = problem.topology.speed_G
+        # In tokens over speed, whatever a token costs; so are the exact models.
+        bound_L, names = token_bound(problem), list(lower_bound(problem)[1])
+        value_L = gpu_times(problem.load_LE, slots_LGC, share_LGC, speed_G).max(1)
         order = [int(i) for i in np.argsort(-value_L / np.maximum(bound_L, 1e-300), kind="stable")]
         open_layers = [i for i in order if value_L[i] > bound_L[i] * (1 + PROVEN)]
         stopped_by = StoppedBy.NOTHING
-        found: dict[int, tuple[SlotArray, FloatArray]] = {}
+        found: dict[int, LayerPlan] = {}
         for done, i in enumerate(open_layers):
-            if progress is not None:
-                share = done / max(len(open_layers), 1)
-                progress(
-                    Progress(
-                        seconds=began.seconds,
-                        best=float(value_L.sum()),
-                        bound=float(bound_L.sum()),
-                        done=share,
-                        note=f"layer {problem.loads.layers[i]}",
-                    )
-                )
-            stopped_by = stop(float(value_L.sum()), float(bound_L.sum()))
-            remaining = _DEFAULT_SECONDS - began.seconds if unlimited else stop.remaining
-            if not stopped_by and remaining <= 0:
-                stopped_by = StoppedBy.TIME
-            if stopped_by:
+            best, least = float(value_L.sum()), float(bound_L.sum())
+            task.report(best, least, done=done / len(open_layers), note=f"layer {problem.loads.layers[i]}")
+            if stopped_by := stop(best, least):
                 break
             layer = layer_of(
                 problem.load_LE[i],
@@ -114,163 +151,93 @@ class _Exact:
                 bound=float(bound_L[i]),
             )
             # Quick layers leave their time to the others.
-            seconds = max(remaining / (len(open_layers) - done), min(remaining, 0.05))
-            method, bound = self.prove(layer, seconds, seed, found, i, options)
-            if bound > bound_L[i] * (1 + 1e-12):
-                bound_L[i], names[i] = bound, method
-            if i in found:
-                value_L[i] = _time(layer, found[i])
+            left = stop.remaining
+            proof = self.prove(layer, max(left / (len(open_layers) - done), min(left, 0.05)), task)
+            if proof.bound > bound_L[i] * (1 + 1e-12):
+                bound_L[i], names[i] = proof.bound, proof.method
+            if proof.plan is not None:
+                found[i] = proof.plan
+                value_L[i] = gpu_times(
+                    layer.load_E[None], proof.plan[0][None], proof.plan[1][None], speed_G
+                ).max()
         slots_LGC, share_LGC = _replaced(slots_LGC, share_LGC, found)
-        left = int((value_L > bound_L * (1 + PROVEN)).sum())
-        spent = began.seconds >= _DEFAULT_SECONDS if unlimited else stop.remaining <= 0.01
-        if left and not stopped_by and spent:
+        left_open = int((value_L > bound_L * (1 + PROVEN)).sum())
+        if left_open and not stopped_by and stop.remaining <= 0.01:
             stopped_by = StoppedBy.TIME
         message = f"{len(open_layers)} of {problem.layers} layers needed more than the cheap bounds"
-        if left:
-            message += f"; {left} are not proven"
-        return finish(
-            problem,
-            slots_LGC,
-            share_LGC,
-            solver=self.name,
-            began=began,
-            bound=(bound_L, tuple(names)),
+        if left_open:
+            message += f"; {left_open} are not proven"
+        return Built(
+            slots_LGC=slots_LGC,
+            share_LGC=share_LGC,
+            bound=(in_time(problem, bound_L), tuple(names)),
             stopped_by=stopped_by,
-            options=options,
-            seed=seed,
             message=message,
         )
 
-    def _start(self, problem: Problem, seed: int, initial: Plan | None) -> tuple[SlotArray, FloatArray]:
-        if initial is None:
-            first = Construct().solve(problem, stop=_never(), seed=seed).plan
-            assert first is not None
-            return first.slots_LGC, first.share_LGC
-        if initial.slots_LGC.shape[0] != problem.layers or initial.experts != problem.experts:
-            raise ProblemError(
-                "initial",
-                f"has {initial.slots_LGC.shape[0]} layers of {initial.experts} experts, "
-                f"the problem {problem.layers} of {problem.experts}",
-            )
-        return initial.slots_LGC, initial.share_LGC
-
-    def prove(
-        self,
-        layer: ExactLayer,
-        seconds: float,
-        seed: int,
-        found: dict[int, tuple[SlotArray, FloatArray]],
-        index: int,
-        options: dict[str, Any],
-    ) -> tuple[str, float]:
-        """Try to close one layer's gap: put a better plan into `found`, return the method and its bound."""
-        raise NotImplementedError
+    @abstractmethod
+    def prove(self, layer: ExactLayer, seconds: float, task: Task[Any]) -> Proof:
+        """Try to close one layer's gap."""
 
 
 class Portfolio(_Exact):
-    """For each layer the method that suits it; no options."""
+    """For each layer the method that suits it."""
 
     name = "portfolio"
     summary = "heuristic, then bounds, then the exact method that suits each layer"
 
-    def prove(
-        self,
-        layer: ExactLayer,
-        seconds: float,
-        seed: int,
-        found: dict[int, tuple[SlotArray, FloatArray]],
-        index: int,
-        options: dict[str, Any],
-    ) -> tuple[str, float]:
+    def prove(self, layer: ExactLayer, seconds: float, task: Task[Any]) -> Proof:
         """Pattern search or CP-SAT for the equal split, component bound or HiGHS for the fractional."""
         experts, pairs = len(layer.load_E), layer.load_E.size * len(layer.capacity_G)
         if layer.split == "equal":
             if experts <= _PATTERN_EXPERTS:
-                return _patterns(layer, seconds, found, index)
-            return _cpsat(layer, seconds, seed, found, index) if pairs <= _CPSAT_PAIRS else ("", 0.0)
+                return _patterns(layer, seconds)
+            return _cpsat(layer, seconds, task.seed) if pairs <= _CPSAT_PAIRS else Proof("", 0.0)
         began = Clock.begin()
         bound = _components(layer)
-        if layer.value <= bound * (1 + PROVEN):
-            return "components", bound
+        if layer.value <= bound * (1 + PROVEN) or pairs > _MILP_PAIRS:
+            return Proof("components", bound)
         layer.bound = max(layer.bound, bound)
-        method, other = "", 0.0
-        if pairs <= _MILP_PAIRS:
-            method, other = _milp(layer, seconds - began.seconds, found, index, "highs", "mathopt", {})
-        return (method, other) if other > bound else ("components", bound)
+        proof = _milp(layer, seconds - began.seconds)
+        return proof if proof.bound > bound else Proof("components", bound, proof.plan)
 
 
 class Patterns(_Exact):
-    """The pattern search (equal split only); no options."""
+    """The pattern search (equal split only)."""
 
     name = "patterns"
     summary = "proof of small equal-split layers by dynamic programming over GPU patterns"
-    features: ClassVar[frozenset[Feature]] = _Exact.features - {Feature.FRACTIONAL}
 
-    def prove(
-        self,
-        layer: ExactLayer,
-        seconds: float,
-        seed: int,
-        found: dict[int, tuple[SlotArray, FloatArray]],
-        index: int,
-        options: dict[str, Any],
-    ) -> tuple[str, float]:
+    def prove(self, layer: ExactLayer, seconds: float, task: Task[Any]) -> Proof:
         """Run the pattern search."""
-        return _patterns(layer, seconds, found, index)
+        return _patterns(layer, seconds)
 
 
 class CpSat(_Exact):
-    """CP-SAT on every layer. Option ``threads`` (default 1)."""
+    """CP-SAT on every layer."""
 
     name = "cpsat"
     summary = "CP-SAT on the exact model of every layer"
-    options: ClassVar[frozenset[str]] = frozenset({"threads"})
+    Options = CpSatOptions
 
-    def prove(
-        self,
-        layer: ExactLayer,
-        seconds: float,
-        seed: int,
-        found: dict[int, tuple[SlotArray, FloatArray]],
-        index: int,
-        options: dict[str, Any],
-    ) -> tuple[str, float]:
+    def prove(self, layer: ExactLayer, seconds: float, task: Task[CpSatOptions]) -> Proof:
         """Run CP-SAT."""
-        return _cpsat(layer, seconds, seed, found, index, **options)
+        return _cpsat(layer, seconds, task.seed, task.options.threads)
 
 
 class Milp(_Exact):
-    """A mixed-integer solver on every layer.
-
-    Options ``backend`` (``"mathopt"``, the default, or ``"pulp"``), ``milp`` (its solver's name, by default
-    HiGHS or what PuLP finds) and ``threads``.
-    """
+    """A mixed-integer solver on every layer."""
 
     name = "milp"
     summary = "HiGHS, CBC or another mixed-integer solver on the exact model of every layer"
-    options: ClassVar[frozenset[str]] = frozenset({"backend", "milp", "threads"})
+    Options = MilpOptions
 
-    def prove(
-        self,
-        layer: ExactLayer,
-        seconds: float,
-        seed: int,
-        found: dict[int, tuple[SlotArray, FloatArray]],
-        index: int,
-        options: dict[str, Any],
-    ) -> tuple[str, float]:
+    def prove(self, layer: ExactLayer, seconds: float, task: Task[MilpOptions]) -> Proof:
         """Run the solver chosen."""
-        rest = {k: v for k, v in options.items() if k not in ("milp", "backend")}
-        backend = options.get("backend", "mathopt")
-        if backend not in ("mathopt", "pulp"):
-            raise ProblemError("backend", f"is {backend!r}, must be 'mathopt' or 'pulp'")
-        solver = options.get("milp", "highs" if backend == "mathopt" else None)
-        return _milp(layer, seconds, found, index, solver, backend, rest)
+        return _milp(layer, seconds, task.options.engine, task.options.threads)
 
 
-def _patterns(
-    layer: ExactLayer, seconds: float, found: dict[int, tuple[SlotArray, FloatArray]], index: int
-) -> tuple[str, float]:
+def _patterns(layer: ExactLayer, seconds: float) -> Proof:
     search = solve_patterns(
         layer.load_E,
         layer.capacity_G,
@@ -280,51 +247,35 @@ def _patterns(
         gap=PROVEN,
         seconds=seconds,
     )
-    if search.slots_GC is not None:
-        width = layer.slots_GC.shape[1] if layer.slots_GC is not None else search.slots_GC.shape[1]
-        slots = np.full((len(layer.capacity_G), max(width, search.slots_GC.shape[1])), -1, dtype=np.int32)
-        slots[:, : search.slots_GC.shape[1]] = search.slots_GC
-        count = np.bincount(slots[slots >= 0], minlength=len(layer.load_E))
-        plan = slots, np.where(slots >= 0, 1.0 / count[slots], 0.0)
-        if result_of(layer, plan, search.lower, "").improved:
-            found[index] = plan
-    return "patterns", search.lower
+    if search.slots_GC is None:
+        return Proof("patterns", search.lower)
+    width = layer.slots_GC.shape[1] if layer.slots_GC is not None else search.slots_GC.shape[1]
+    slots = np.full((len(layer.capacity_G), max(width, search.slots_GC.shape[1])), -1, dtype=np.int32)
+    slots[:, : search.slots_GC.shape[1]] = search.slots_GC
+    plan = slots, equal_shares(slots[None], len(layer.load_E))[0]
+    improved = result_of(layer, plan, search.lower, "").improved
+    return Proof("patterns", search.lower, plan if improved else None)
 
 
-def _cpsat(
-    layer: ExactLayer,
-    seconds: float,
-    seed: int,
-    found: dict[int, tuple[SlotArray, FloatArray]],
-    index: int,
-    threads: int = 1,
-) -> tuple[str, float]:
+def _cpsat(layer: ExactLayer, seconds: float, seed: int, threads: int = 1) -> Proof:
     from moeless_opt.solvers.exact.cpsat import solve_cpsat
 
-    result = solve_cpsat(layer, seconds=seconds, threads=threads, seed=seed)
-    if result.improved and result.slots_GC is not None and result.share_GC is not None:
-        found[index] = result.slots_GC, result.share_GC
-    return "cpsat", result.bound
+    return _proof("cpsat", solve_cpsat(layer, seconds=seconds, threads=threads, seed=seed))
 
 
-def _milp(
-    layer: ExactLayer,
-    seconds: float,
-    found: dict[int, tuple[SlotArray, FloatArray]],
-    index: int,
-    solver: str | None,
-    backend: str,
-    options: dict[str, Any],
-) -> tuple[str, float]:
+def _milp(layer: ExactLayer, seconds: float, engine: str = "highs", threads: int = 1) -> Proof:
     from moeless_opt.solvers.exact.milp import solve_mathopt, solve_pulp
 
-    if backend == "mathopt":
-        result = solve_mathopt(layer, solver or "highs", seconds=seconds, **options)
-    else:
-        result = solve_pulp(layer, solver, seconds=seconds, **options)
+    kind, _, name = engine.partition(":")
+    if kind == "pulp":
+        return _proof("milp", solve_pulp(layer, name or None, seconds=seconds, threads=threads))
+    return _proof("milp", solve_mathopt(layer, engine, seconds=seconds, threads=threads))
+
+
+def _proof(method: str, result: ExactResult) -> Proof:
     if result.improved and result.slots_GC is not None and result.share_GC is not None:
-        found[index] = result.slots_GC, result.share_GC
-    return "milp", result.bound
+        return Proof(method, result.bound, (result.slots_GC, result.share_GC))
+    return Proof(method, result.bound)
 
 
 def _components(layer: ExactLayer) -> float:
@@ -338,18 +289,6 @@ def _components(layer: ExactLayer) -> float:
     return component_bound(layer.load_E, len(layer.capacity_G), slots, upper=upper) / speed
 
 
-def _value(problem: Problem, layer: int, slots_LGC: SlotArray, share_LGC: FloatArray) -> float:
-    slots, share = slots_LGC[layer], share_LGC[layer]
-    tokens = np.where(slots >= 0, problem.load_LE[layer][slots] * share, 0.0).sum(axis=1)
-    return float((tokens / problem.topology.speed_G).max())
-
-
-def _time(layer: ExactLayer, plan: tuple[SlotArray, FloatArray]) -> float:
-    slots, share = plan
-    tokens = np.where(slots >= 0, layer.load_E[slots] * share, 0.0).sum(axis=1)
-    return float((tokens / layer.speed_G).max())
-
-
 def _replaced(
     slots_LGC: SlotArray, share_LGC: FloatArray, found: dict[int, tuple[SlotArray, FloatArray]]
 ) -> tuple[SlotArray, FloatArray]:
@@ -361,9 +300,3 @@ def _replaced(
         slots_LGC[i], share_LGC[i] = -1, 0.0
         slots_LGC[i, :, : slots.shape[1]], share_LGC[i, :, : share.shape[1]] = slots, share
     return slots_LGC, share_LGC
-
-
-def _never() -> Stop:
-    from moeless_opt.solvers.core.stopping import NeverStop
-
-    return NeverStop()

@@ -10,39 +10,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan.evaluate import gpu_times, move_seconds, new_replicas
+from moeless_opt.problems.plan.evaluate import gpu_times, move_seconds
 from moeless_opt.problems.plan.plan import Payback, Plan
-from moeless_opt.problems.plan.result import Progress, ProgressCallback, Result
-from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct
-from moeless_opt.solvers.core.finish import Clock, Feature, finish, lower_bound
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
+from moeless_opt.solvers.core.finish import Built, token_bound
+from moeless_opt.solvers.core.solver import Heuristic, Task
 from moeless_opt.solvers.migration.schedule import schedule_migration
 from moeless_opt.solvers.replan.fractional import Replan as Replanned
 from moeless_opt.solvers.replan.fractional import replan_fractional
-from moeless_opt.solvers.replan.min_moves import min_moves, min_moves_bound
-from moeless_opt.solvers.replan.relabel import relabel, seat
+from moeless_opt.solvers.replan.layers import (
+    layer_moves,
+    layer_problem,
+    layer_times,
+    live_slots,
+)
+from moeless_opt.solvers.replan.min_moves import min_moves_bound
+from moeless_opt.solvers.replan.relabel import relabel
 from moeless_opt.solvers.replan.wide import MANY
 from moeless_opt.solvers.shares.best import best_shares
-from moeless_opt.solvers.shares.flow import solve_shares
 
-__all__ = ["Frontier", "MinMoves", "Replan", "frontier"]
+__all__ = ["Frontier", "Replan", "ReplanOptions", "frontier", "replan_to", "replan_within"]
 
 LADDER = (0.01, 0.02, 0.035, 0.06, 0.1, 0.18, 0.35)
 """Tolerances above the bound at which a frontier looks for the fewest moves."""
 
 _ANY = 1e9
 """A tolerance that any placement keeps."""
-
-PROOF_SECONDS = 60.0
-"""Time of a proof of fewest moves where no limit is given."""
 
 SCRATCH_FROM = 0.3
 """Share of a layer's replicas whose move makes a fresh construction worth a look."""
@@ -70,45 +70,12 @@ class Frontier:
     moves_KL: IntArray
 
 
-def live_slots(problem: Problem) -> SlotArray:
-    """The live placement with as many slots per GPU as the problem allows, shape [L, G, C]."""
-    if problem.current is None:
-        raise ProblemError("current", "is missing: re-planning starts from a live placement")
-    slots_LGC = problem.current.slots_LGC
-    wide = max(int(problem.capacity_LG.max()), slots_LGC.shape[2])
-    padded = np.full((*slots_LGC.shape[:2], wide), -1, dtype=np.int32)
-    # Filled slots first: the kernels take a GPU's slots to be its capacity.
-    order = np.argsort(slots_LGC < 0, axis=2, kind="stable")
-    padded[:, :, : slots_LGC.shape[2]] = np.take_along_axis(slots_LGC, order, axis=2)
-    return padded[:, :, : max(int(problem.capacity_LG.max()), 1)]
-
-
-def _layer_times(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
-    """Largest GPU time of each layer with the best shares that the split allows (tokens over speed)."""
-    if problem.split == "equal":
-        share_LGC = equal_shares(slots_LGC, problem.experts)
-        return np.asarray(gpu_times(problem.load_LE, slots_LGC, share_LGC, problem.topology.speed_G).max(1))
-    return solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).time_L
-
-
-def _moves_L(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) -> IntArray:
-    return np.asarray(new_replicas(slots_LGC, live_LGC, problem.experts).sum((1, 2)))
-
-
-def _token_bound(problem: Problem) -> FloatArray:
-    """The lower bound in tokens over speed, whatever a token costs."""
-    time = problem.time
-    bound_L, _ = lower_bound(problem)
-    launch = time.launch / float(problem.topology.speed_G.max())
-    return np.asarray(np.maximum(bound_L - launch, 0.0) / time.token_cost)
-
-
 def replan_to(problem: Problem, tolerance: float, **options: Any) -> SlotArray:
-    """Placement with few moves whose times are within `tolerance` of the bound; see `_replan`."""
-    return _replan(problem, tolerance, **options).slots_LGC
+    """Placement with few moves whose times are within `tolerance` of the bound; see `replan_within`."""
+    return replan_within(problem, tolerance, **options).slots_LGC
 
 
-def _replan(
+def replan_within(
     problem: Problem,
     tolerance: float,
     *,
@@ -137,116 +104,100 @@ def _replan(
             live_LGC,
             capacity_LG,
             speed_G,
-            bound_L=_token_bound(problem),
+            bound_L=token_bound(problem),
             **common,
             **options,
         )
     return replan_fractional(
-        problem.load_LE, live_LGC, capacity_LG, speed_G, bound_L=_token_bound(problem), **common, **options
+        problem.load_LE, live_LGC, capacity_LG, speed_G, bound_L=token_bound(problem), **common, **options
     )
 
 
-def frontier(problem: Problem, *, seed: int = 0, ladder: tuple[float, ...] = LADDER) -> Frontier:
+def frontier(
+    problem: Problem, *, seed: int = 0, ladder: tuple[float, ...] = LADDER, rounds: int | None = None
+) -> Frontier:
     """Few-move placements at a ladder of tolerances, and the live one as it is."""
     live_LGC = live_slots(problem)
-    slots = [replan_to(problem, tolerance, seed=seed) for tolerance in ladder]
+    options = ReplanOptions(rounds=rounds).given()
+    slots = [replan_to(problem, tolerance, seed=seed, **options) for tolerance in ladder]
     assert problem.current is not None
     # Something lost must come back: then the cheapest point is not to stay.
-    slots.append(replan_to(problem, _ANY, seed=seed) if problem.current.partial else live_LGC)
+    slots.append(replan_to(problem, _ANY, seed=seed, **options) if problem.current.partial else live_LGC)
     return Frontier(
         (*ladder, float("inf")),
         np.stack(slots),
-        np.stack([_layer_times(problem, one) for one in slots]),
-        np.stack([_moves_L(problem, one, live_LGC) for one in slots]),
+        np.stack([layer_times(problem, one) for one in slots]),
+        np.stack([layer_moves(problem, one, live_LGC) for one in slots]),
     )
 
 
-class Replan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplanOptions:
+    """How a re-plan searches.
+
+    Parameters
+    ----------
+    rounds : int, optional
+        Rounds of destroying and repairing after the first descent; by default 0 with a fractional split, 8
+        with an equal one.
+    """
+
+    rounds: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds is not None:
+            object.__setattr__(self, "rounds", whole("rounds", self.rounds))
+
+    def given(self) -> dict[str, int]:
+        """What the kernels are told."""
+        return {} if self.rounds is None else {"rounds": self.rounds}
+
+
+class Replan(Heuristic):
     """Few moves from the live placement."""
 
     name = "replan"
     summary = (
         "few moves from the live placement to within the balance tolerance; budgets; stays if nothing pays"
     )
-    options: ClassVar[frozenset[str]] = frozenset({"rounds"})
-    features: ClassVar[frozenset[Feature]] = frozenset(
-        {
-            Feature.EQUAL_SPLIT,
-            Feature.FRACTIONAL,
-            Feature.MIGRATION,
-            Feature.MOVE_LIMITS,
-            Feature.HETEROGENEOUS,
-            Feature.MEMORY,
-            Feature.SCENARIOS,
-            Feature.NODE_AWARE,
-        }
-    )
+    Options = ReplanOptions
 
-    def __init__(self, name: str = "replan") -> None:
-        self.name = name
-
-    def solve(
-        self,
-        problem: Problem,
-        *,
-        stop: Stop,
-        seed: int = 0,
-        initial: Plan | None = None,
-        progress: ProgressCallback | None = None,
-        **options: Any,
-    ) -> Result:
+    def build(self, task: Task[ReplanOptions]) -> Built:
         """Re-plan within the limits; with a horizon, only as far as it pays."""
-        began = Clock.begin()
+        problem = task.problem
         live_LGC = live_slots(problem)
-        objective = problem.objective
-        if objective.horizon is not None:
-            slots_LGC = self._while_it_pays(problem, live_LGC, objective.horizon, seed)
+        horizon = problem.objective.horizon
+        if horizon is not None:
+            slots_LGC = self._while_it_pays(task, live_LGC, horizon)
         else:
-            remaining = stop.remaining
-            slots_LGC = self._within_limits(
-                problem,
-                live_LGC,
-                seed,
-                None if remaining == float("inf") else max(0.9 * remaining - began.seconds, 0.01),
-                options,
-            )
+            slots_LGC = self._within_limits(task, live_LGC)
         share_LGC = best_shares(problem, slots_LGC)
-        result = finish(
-            problem,
-            slots_LGC,
-            share_LGC,
-            solver=self.name,
-            began=began,
-            options=options,
-            seed=seed,
-            proof=_moves_proof(problem, live_LGC, slots_LGC, share_LGC),
-        )
-        assert problem.current is not None
-        if problem.time.unit != "s" or result.plan is None or problem.current.partial:
-            return result
-        payback = payback_of(problem, result.plan, live_LGC)
-        return result.replace(plan=result.plan.replace(payback=payback))
+        proof = _moves_proof(problem, live_LGC, slots_LGC, share_LGC)
+        return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, proof=proof)
 
-    def _within_limits(
-        self,
-        problem: Problem,
-        live_LGC: SlotArray,
-        seed: int,
-        time_limit: float | None,
-        options: dict[str, Any],
-    ) -> SlotArray:
+    def finished(self, problem: Problem, plan: Plan) -> Plan:
+        """The plan, with what its moves save and cost."""
+        assert problem.current is not None
+        if problem.time.unit != "s" or problem.current.partial:
+            return plan
+        return plan.replace(payback=payback_of(problem, plan, live_slots(problem)))
+
+    def _within_limits(self, task: Task[ReplanOptions], live_LGC: SlotArray) -> SlotArray:
+        problem, seed = task.problem, task.seed
         limits, tolerance = problem.limits, problem.objective.balance_tolerance
         budget, cost_L = _budget(problem)
+        remaining = task.stop.remaining
+        time_limit = None if remaining == float("inf") else max(0.9 * remaining, 0.01)
 
         def replanned(allowed: int | None) -> Replanned:
-            return _replan(
+            return replan_within(
                 problem,
                 tolerance,
                 max_moves=allowed,
                 cost_L=cost_L,
                 time_limit=time_limit,
                 seed=seed,
-                **options,
+                **task.options.given(),
             )
 
         def run(allowed: int | None) -> SlotArray:
@@ -258,13 +209,13 @@ class Replan:
             slots_LGC = self._cap_layers(problem, live_LGC, slots_LGC, limits.max_layer_moves, seed)
         if not limits.bounds_moves:
             same = slots_LGC is first.slots_LGC
-            return _best_of_scratch(problem, slots_LGC, live_LGC, seed, first.time_L if same else None)
+            return _best_of_scratch(task, slots_LGC, live_LGC, first.time_L if same else None)
         if limits.max_moves is not None and limits.max_move_bytes is not None:
-            moves_L = _moves_L(problem, slots_LGC, live_LGC)
+            moves_L = layer_moves(problem, slots_LGC, live_LGC)
             while int(moves_L.sum()) > limits.max_moves:  # bytes bound first, replicas do not fit yet
                 budget = int(moves_L @ problem.bytes_L) * limits.max_moves // int(moves_L.sum())
                 slots_LGC = run(budget)
-                moves_L = _moves_L(problem, slots_LGC, live_LGC)
+                moves_L = layer_moves(problem, slots_LGC, live_LGC)
         if limits.max_move_seconds is not None:
             slots_LGC = _within_seconds(problem, live_LGC, slots_LGC, limits.max_move_seconds, cost_L, run)
         return slots_LGC
@@ -275,7 +226,7 @@ class Replan:
     ) -> SlotArray:
         """Re-plan alone, with a budget of its own, every layer that moves too much."""
         slots_LGC = slots_LGC.copy()
-        for layer in np.flatnonzero(_moves_L(problem, slots_LGC, live_LGC) > most):
+        for layer in np.flatnonzero(layer_moves(problem, slots_LGC, live_LGC) > most):
             alone = layer_problem(problem, int(layer))
             slots_LGC[layer] = replan_to(
                 alone, problem.objective.balance_tolerance, max_moves=most, seed=seed
@@ -283,14 +234,15 @@ class Replan:
         return slots_LGC
 
     @staticmethod
-    def _while_it_pays(problem: Problem, live_LGC: SlotArray, horizon: float, seed: int) -> SlotArray:
+    def _while_it_pays(task: Task[ReplanOptions], live_LGC: SlotArray, horizon: float) -> SlotArray:
         """Of each layer's frontier, the point with the largest net gain over the horizon."""
+        problem, seed = task.problem, task.seed
         if problem.time.unit != "s":
             raise ProblemError(
                 "objective.horizon",
                 "needs times in seconds to weigh moves against them: give a TimeModel with unit='s'",
             )
-        points = frontier(problem, seed=seed)
+        points = frontier(problem, seed=seed, rounds=task.options.rounds)
         cost_KL = np.stack(
             [
                 move_seconds(problem.topology, slots, live_LGC, problem.experts, problem.bytes_L)
@@ -301,99 +253,18 @@ class Replan:
         # Of equal points the one with fewer moves: the ladder ends with staying.
         best_L = net_KL.shape[0] - 1 - np.argmax(net_KL[::-1], axis=0)
         slots_LGC: SlotArray = points.slots_KLGC[best_L, np.arange(len(best_L))]
-        moves_L = _moves_L(problem, slots_LGC, live_LGC)
+        moves_L = layer_moves(problem, slots_LGC, live_LGC)
         budget, cost_L = _budget(problem)
         spent = int(moves_L.sum() if cost_L is None else moves_L @ cost_L)
         if budget is None or spent <= budget:
             return slots_LGC
         return replan_to(
-            problem, problem.objective.balance_tolerance, max_moves=budget, cost_L=cost_L, seed=seed
-        )
-
-
-class MinMoves(Replan):
-    """The thorough re-plan, then the proof: the fewest replicas that must move for the wanted balance."""
-
-    summary = "the fewest moves to the balance tolerance, proven layer by layer (fractional split)"
-    features: ClassVar[frozenset[Feature]] = frozenset(
-        {Feature.FRACTIONAL, Feature.MIGRATION, Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
-    )
-    options: ClassVar[frozenset[str]] = frozenset({"backend"})
-
-    def __init__(self, name: str = "min-moves") -> None:
-        super().__init__(name)
-
-    def solve(
-        self,
-        problem: Problem,
-        *,
-        stop: Stop,
-        seed: int = 0,
-        initial: Plan | None = None,
-        progress: ProgressCallback | None = None,
-        **options: Any,
-    ) -> Result:
-        """Re-plan, then prove each layer's moves by a mixed-integer programme, as time allows.
-
-        Parameters
-        ----------
-        problem, stop, seed, initial, progress
-            As in `Solver.solve`. Without a time limit 60 seconds.
-        backend : {"highs", "pulp"}
-            Who solves the programmes: HiGHS through ortools, or PuLP's first available solver.
-        """
-        began = Clock.begin()
-        total = stop.remaining if stop.remaining < float("inf") else PROOF_SECONDS
-        live_LGC, tolerance = live_slots(problem), problem.objective.balance_tolerance
-        slots_LGC = replan_to(problem, tolerance, time_limit=total / 4, seed=seed)
-        bound_L = _token_bound(problem)
-        wanted_L = np.maximum(bound_L * (1 + tolerance), _layer_times(problem, slots_LGC))
-        least_L = min_moves_bound(problem.load_LE, live_LGC, problem.topology.speed_G, wanted_L)
-        moves_L = _moves_L(problem, slots_LGC, live_LGC)
-        open_L = [int(x) for x in np.flatnonzero(moves_L > least_L)]
-        for done, layer in enumerate(sorted(open_L, key=lambda x: (moves_L[x], x))):
-            left = total - began.seconds
-            if left <= 0 or stop(float(moves_L.sum()), float(least_L.sum())):
-                break
-            answer = min_moves(
-                problem.load_LE[layer],
-                live_LGC[layer],
-                problem.capacity_LG[layer],
-                problem.topology.speed_G,
-                float(wanted_L[layer]),
-                known=[[e for e in row if e >= 0] for row in slots_LGC[layer].tolist()],
-                time_limit=left / (len(open_L) - done),
-                **options,
-            )
-            least_L[layer] = max(int(least_L[layer]), answer.bound)
-            if answer.content is not None and answer.moves is not None and answer.moves < moves_L[layer]:
-                for gpu, row in enumerate(answer.content):
-                    slots_LGC[layer, gpu] = seat(live_LGC[layer, gpu].tolist(), row)
-                moves_L[layer] = answer.moves
-            if progress is not None:
-                report = Progress(
-                    seconds=began.seconds,
-                    best=float(moves_L.sum()),
-                    bound=float(least_L.sum()),
-                    done=(done + 1) / len(open_L),
-                    note=f"moves, layer {problem.loads.layers[layer]}",
-                )
-                progress(report)
-        proven = int((moves_L <= least_L).sum())
-        text = (
-            f"{int(moves_L.sum())} moves, at least {int(least_L.sum())} needed for this balance; "
-            f"proven fewest in {proven} of {len(moves_L)} layers"
-        )
-        return finish(
             problem,
-            slots_LGC,
-            best_shares(problem, slots_LGC),
-            solver=self.name,
-            began=began,
-            options=options,
+            problem.objective.balance_tolerance,
+            max_moves=budget,
+            cost_L=cost_L,
             seed=seed,
-            message=text,
-            proof=text,
+            **task.options.given(),
         )
 
 
@@ -402,26 +273,12 @@ def _moves_proof(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, sh
     assert problem.current is not None
     if problem.split == "equal" or problem.current.partial:
         return ""
-    moves_L = _moves_L(problem, slots_LGC, live_LGC)
-    wanted_L = _token_bound(problem) * (1 + problem.objective.balance_tolerance)
+    moves_L = layer_moves(problem, slots_LGC, live_LGC)
+    wanted_L = token_bound(problem) * (1 + problem.objective.balance_tolerance)
     speed_G = problem.topology.speed_G
     reached_L = np.maximum(wanted_L, gpu_times(problem.load_LE, slots_LGC, share_LGC, speed_G).max(1))
     least_L = min_moves_bound(problem.load_LE, live_LGC, speed_G, reached_L)
     return f"{int(moves_L.sum())} replicas move; any plan as balanced moves at least {int(least_L.sum())}"
-
-
-def layer_problem(problem: Problem, layer: int) -> Problem:
-    """One layer of a problem, without limits; `layer` is a row."""
-    assert problem.current is not None
-    return problem.replace(
-        loads=problem.loads.select([problem.loads.layers[layer]]),
-        topology=problem.topology.replace(slots_G=problem.capacity_LG[layer], memory_G=None),
-        expert_bytes_L=None if not problem.bytes_L.any() else problem.bytes_L[layer : layer + 1],
-        model=None,
-        current=problem.current.replace(slots_LGC=problem.current.slots_LGC[layer : layer + 1]),
-        limits=type(problem.limits)(),
-        known=None,
-    )
 
 
 def _budget(problem: Problem) -> tuple[int | None, IntArray | None]:
@@ -455,7 +312,7 @@ def _within_seconds(
         ).seconds
 
     def cost(slots: SlotArray) -> int:
-        moves_L = _moves_L(problem, slots, live_LGC)
+        moves_L = layer_moves(problem, slots, live_LGC)
         return int(moves_L.sum() if cost_L is None else moves_L @ cost_L)
 
     low, high, best = 0, cost(slots_LGC), live_LGC
@@ -476,20 +333,20 @@ def _within_seconds(
 
 
 def _best_of_scratch(
-    problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray, seed: int, time_L: FloatArray | None
+    task: Task[ReplanOptions], slots_LGC: SlotArray, live_LGC: SlotArray, time_L: FloatArray | None
 ) -> SlotArray:
     """Per layer, a fresh construction with relabelled GPUs where it moves less or alone comes near."""
-    moves_L = _moves_L(problem, slots_LGC, live_LGC)
-    wanted_L = _token_bound(problem) * (1 + problem.objective.balance_tolerance) * (1 + 1e-9)
-    time_L = _layer_times(problem, slots_LGC) if time_L is None else time_L
+    problem = task.problem
+    moves_L = layer_moves(problem, slots_LGC, live_LGC)
+    wanted_L = token_bound(problem) * (1 + problem.objective.balance_tolerance) * (1 + 1e-9)
+    time_L = layer_times(problem, slots_LGC) if time_L is None else time_L
     filled_L = (slots_LGC >= 0).sum((1, 2))
     # Over many GPUs the look takes long, and what only fills free slots is no reason for it.
     fills_L = filled_L - (live_LGC >= 0).sum((1, 2)) if problem.topology.gpus > MANY else 0
     doubtful = (time_L > wanted_L) | (moves_L - fills_L > SCRATCH_FROM * filled_L)
     if not doubtful.any():
         return slots_LGC
-    fresh = Construct().solve(problem.replace(current=None), stop=NeverStop(), seed=seed).plan
-    assert fresh is not None
+    fresh = Construct().placed(task, problem.replace(current=None))
     wide = np.full_like(slots_LGC, -1)
     wide[:, :, : fresh.slots_LGC.shape[2]] = fresh.slots_LGC[:, :, : wide.shape[2]]
     topology = problem.topology
@@ -501,7 +358,7 @@ def _best_of_scratch(
         capacity_LG=problem.capacity_LG,
         node_G=topology.node_G,
     )
-    fresh_moves_L, fresh_time_L = _moves_L(problem, fresh_LGC, live_LGC), _layer_times(problem, fresh_LGC)
+    fresh_moves_L, fresh_time_L = layer_moves(problem, fresh_LGC, live_LGC), layer_times(problem, fresh_LGC)
     reaches, fresh_reaches = time_L <= wanted_L, fresh_time_L <= wanted_L
     better = np.where(
         reaches,
@@ -515,8 +372,8 @@ def _best_of_scratch(
 
 def payback_of(problem: Problem, plan: Plan, live_LGC: SlotArray) -> Payback:
     """What a re-plan saves per forward pass against staying, and what its moves cost."""
-    stay_L = _layer_times(problem, live_LGC)
-    go_L = _layer_times(problem, plan.slots_LGC)
+    stay_L = layer_times(problem, live_LGC)
+    go_L = layer_times(problem, plan.slots_LGC)
     saved = problem.time.token_cost * float((stay_L - go_L).sum())
     schedule = schedule_migration(
         live_LGC, plan.slots_LGC, problem.experts, problem.topology, bytes_L=problem.bytes_L

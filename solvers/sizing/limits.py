@@ -16,23 +16,21 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.spec.placement import held_LGE
 from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.core.finish import Clock, Feature, finish
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.core.finish import Built
+from moeless_opt.solvers.core.options import NoOptions
+from moeless_opt.solvers.core.solver import Heuristic, Task
 from moeless_opt.solvers.pack.counts import apportion
 from moeless_opt.solvers.shares.best import best_shares
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv
 
-__all__ = ["Constrained", "place_within"]
+__all__ = ["Constrained", "count_replicas", "place_within"]
 
 SWAPS = 400
 """Swaps tried per layer at most."""
@@ -307,45 +305,14 @@ def _in_order(content: set[int], kept: list[int]) -> list[int]:
     return stay + sorted(content.difference(stay))
 
 
-class Constrained:
+class Constrained(Heuristic):
     """Every limit honoured: replica limits, pins, bans, failure domains, the cv sizing."""
 
     name = "constrained"
     summary = "placement under replica limits, pins, bans, failure domains and cv sizing"
-    options: ClassVar[frozenset[str]] = frozenset()
-    features: ClassVar[frozenset[Feature]] = frozenset(
-        {
-            Feature.EQUAL_SPLIT,
-            Feature.FRACTIONAL,
-            Feature.MIGRATION,
-            Feature.HETEROGENEOUS,
-            Feature.MEMORY,
-            Feature.SCENARIOS,
-            Feature.NODE_AWARE,
-            Feature.REPLICA_LIMITS,
-            Feature.PAIRS,
-            Feature.SPREAD,
-            Feature.SIZING_CV,
-        }
-    )
 
-    def __init__(self, name: str = "constrained") -> None:
-        self.name = name
-
-    def solve(
-        self,
-        problem: Problem,
-        *,
-        stop: Stop,
-        seed: int = 0,
-        initial: Plan | None = None,
-        progress: ProgressCallback | None = None,
-        **options: Any,
-    ) -> Result:
+    def build(self, task: Task[NoOptions]) -> Built:
         """Count, place, even out, share."""
-        began = Clock.begin()
+        problem = task.problem
         slots_LGC = place_within(problem, count_replicas(problem))
-        share_LGC = best_shares(problem, slots_LGC)
-        return finish(
-            problem, slots_LGC, share_LGC, solver=self.name, began=began, options=options, seed=seed
-        )
+        return Built(slots_LGC=slots_LGC, share_LGC=best_shares(problem, slots_LGC))

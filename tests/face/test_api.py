@@ -17,7 +17,9 @@ import moeless_opt as mo
 from moeless_opt.api import as_loads, make_problem
 from moeless_opt.solvers.baselines.static import contiguous
 from moeless_opt.solvers.core import registry
-from moeless_opt.solvers.core.finish import Clock, Feature, finish
+from moeless_opt.solvers.core.features import Feature
+from moeless_opt.solvers.core.finish import Built, finish
+from moeless_opt.solvers.core.stopping import Clock
 from tests.strategies import few, load_arrays, problems
 
 LOAD = [[60.0, 56.0, 12.0, 12.0, 2.0, 1.0, 1.0, 1.0], [5.0, 1.0, 9.0, 4.0, 3.0, 3.0, 8.0, 7.0]]
@@ -229,12 +231,12 @@ class Liar:
     name, summary, features = "liar", "lies", frozenset(Feature)
 
     def solve(self, problem: mo.Problem, **_: Any) -> mo.Result:
-        slots = contiguous(problem.experts, problem.capacity_LG)
-        result = finish(problem, slots, solver=self.name, began=Clock.begin())
-        assert result.plan is not None
-        certificate = result.plan.certificate
-        high = certificate.replace(lower_bound_L=certificate.value_L * 2)
-        return result.replace(plan=result.plan.replace(certificate=high))
+        built = Built(slots_LGC=contiguous(problem.experts, problem.capacity_LG))
+        plan = finish(problem, built, solver=self.name, began=Clock.begin())
+        high = plan.certificate.replace(lower_bound_L=plan.certificate.value_L * 2)
+        return mo.Result(
+            problem=problem, plan=plan.replace(certificate=high), status=mo.Status.OPTIMAL, solver=self.name
+        )
 
 
 def test_no_solver_is_believed(monkeypatch: Any) -> None:
@@ -244,12 +246,23 @@ def test_no_solver_is_believed(monkeypatch: Any) -> None:
         mo.plan(LOAD, GPUS, solver="liar")
 
 
-def test_no_plan_is_an_error_of_plan_and_a_result_of_solve() -> None:
-    result = mo.solve(make_problem(LOAD, GPUS), "oracle")
+class Nothing(Liar):
+    """A solver that finds nothing."""
+
+    def solve(self, problem: mo.Problem, **_: Any) -> mo.Result:
+        return mo.Result(
+            problem=problem, plan=None, status=mo.Status.NO_SOLUTION, solver="nothing", message="no idea"
+        )
+
+
+def test_no_plan_is_an_error_of_plan_and_a_result_of_solve(monkeypatch: Any) -> None:
+    result = mo.solve(make_problem(LOAD, GPUS), Nothing())
     assert result.plan is None
     assert result.status is mo.Status.NO_SOLUTION
-    with pytest.raises(mo.InfeasibleError, match="a bound, not a plan: "):
-        mo.plan(LOAD, GPUS, solver="oracle")
+    monkeypatch.setitem(sys.modules, "nothings", SimpleNamespace(Nothing=Nothing))
+    monkeypatch.setitem(registry.BUILT_IN, "nothing", "nothings:Nothing")
+    with pytest.raises(mo.InfeasibleError, match="no idea"):
+        mo.plan(LOAD, GPUS, solver="nothing")
 
 
 # --- comparing ---------------------------------------------------------------------------------------------
@@ -258,7 +271,11 @@ def test_no_plan_is_an_error_of_plan_and_a_result_of_solve() -> None:
 def test_comparison() -> None:
     problem = make_problem(LOAD, GPUS)
     table = mo.compare(problem, ["static", "eplb", "auto", "oracle"])
-    assert list(table.results) == [row.solver for row in table.rows] == ["static", "eplb", "auto", "oracle"]
+    assert (
+        [row.solver for row in table.rows]
+        == [*table.results, "oracle"]
+        == ["static", "eplb", "auto", "oracle"]
+    )
     for row in table.rows[:3]:
         plan = table.results[row.solver].plan
         assert plan is not None
@@ -266,7 +283,10 @@ def test_comparison() -> None:
         assert row.imbalance_worst == plan.imbalance_L.max()
         assert row.replicas == plan.replicas
         json.dumps(row.to_dict())
-    assert table.rows[3].imbalance_mean == 1.0
+    assert (table.rows[3].status, table.rows[3].imbalance_mean) == ("bound", 1.0)
+    assert "a bound, not a plan" in table.rows[3].note
+    with pytest.raises(mo.SolverUnavailableError, match="'oracle' is unknown"):
+        mo.solve(problem, "oracle")
     assert table.rows[3].moves is None
     assert str(table).splitlines()[0].startswith("solver")
     assert repr(table) == str(table)
@@ -277,7 +297,7 @@ def test_comparison() -> None:
 
 def test_every_solver_is_listed_with_what_it_can_take() -> None:
     names = [solver.name for solver in mo.list_solvers()]
-    assert {"auto", "static", "eplb", "eplb-hierarchical", "moeless", "oracle"} <= set(names)
+    assert {"auto", "static", "eplb", "eplb-hierarchical", "moeless"} <= set(names)
     assert names == [name for name in mo.solver_names() if name in names]
     for solver in mo.list_solvers():
         assert mo.get_solver(solver.name).name == solver.name

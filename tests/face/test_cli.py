@@ -449,7 +449,11 @@ def test_a_missing_package_is_exit_3(saved: mo.Problem, capsys: Any, monkeypatch
     )
     with pytest.raises(SolverUnavailableError):
         mo.get_solver("needy")
-    assert "needy" not in [solver.name for solver in mo.list_solvers()]
+    with pytest.warns(RuntimeWarning, match="needs a package that is missing"):
+        (row,) = [row for row in mo.list_solvers() if row.name == "needy"]
+    assert "no_such_package" in row.problem
+    assert main(["--list-solvers"]) == 0
+    assert "needy: cannot be used: solver: 'needy' needs a package" in capsys.readouterr().out
 
 
 # --- as a process ------------------------------------------------------------------------------------------
@@ -487,19 +491,19 @@ SLOW = """
 import sys, time
 import moeless_opt.solvers.core.registry as registry
 from moeless_opt.cli import main
-from moeless_opt.solvers.core.finish import Clock, Feature, finish
+from moeless_opt.solvers.core.features import Feature
+from moeless_opt.solvers.core.finish import Built
+from moeless_opt.solvers.core.solver import Heuristic
 from moeless_opt.solvers.baselines.static import contiguous
 
-class Slow:
+class Slow(Heuristic):
     name, summary, features = "slow", "waits to be stopped", frozenset(Feature)
 
-    def solve(self, problem, *, stop, seed=0, initial=None, progress=None, **options):
-        began = Clock.begin()
+    def build(self, task):
         print("started", flush=True)
-        while not (why := stop(float("inf"), 0.0)):
+        while not task.stop():
             time.sleep(0.01)
-        return finish(problem, contiguous(problem.experts, problem.capacity_LG), solver=self.name,
-                      began=began, stopped_by=why)
+        return Built(slots_LGC=contiguous(task.problem.experts, task.problem.capacity_LG))
 
 registry.BUILT_IN["slow"] = "__main__:Slow"
 sys.exit(main(sys.argv[1:]))

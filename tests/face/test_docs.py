@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,11 +32,13 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """All blocks of a page, in order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
-    space: dict[str, Any] = {"__name__": "__docs__"}
+    page_module = ModuleType("__docs__")  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, "__docs__", page_module)
     for line, code in blocks(page, "python"):
         if "moeless_opt.runtime" in code or "import torch" in code:
             pytest.importorskip("torch")
-        exec(compile("\n" * (line - 1) + code, str(page), "exec"), space)
+        compiled = compile("\n" * (line - 1) + code, str(page), "exec", dont_inherit=True)
+        exec(compiled, page_module.__dict__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -14,6 +14,7 @@ from moeless_opt.problems.plan.result import Progress
 from moeless_opt.problems.plan.verify import verify
 from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import uniform
 from moeless_opt.solvers.construct.solver import Construct
 from moeless_opt.solvers.core.stopping import MaxTime
@@ -66,9 +67,9 @@ def test_a_layer_that_is_proven_counts_as_optimal(solver: Any) -> None:
 
 def test_milp_through_pulp() -> None:
     problem = load_instance("flashlb-fractional")
-    result = Milp().solve(problem, stop=MaxTime(10), backend="pulp")
+    result = Milp().solve(problem, stop=MaxTime(10), engine="pulp")
     assert result.status is Status.OPTIMAL
-    with pytest.raises(ProblemError, match="backend"):
+    with pytest.raises(ProblemError, match="backend: is 'abacus'"):
         Milp().solve(load_instance("flashlb-equal"), stop=MaxTime(10), backend="abacus")
 
 
@@ -100,3 +101,18 @@ def test_initial_must_fit() -> None:
     other = Construct().solve(load_instance("flashlb-equal"), stop=MaxTime(1)).plan
     with pytest.raises(ProblemError, match="initial"):
         Portfolio().solve(load_instance("tiny-pairs"), stop=MaxTime(1), initial=other)
+
+
+@pytest.mark.parametrize("name", ["flashlb-equal", "flashlb-fractional"])
+def test_a_token_may_cost_other_than_one(name: str) -> None:
+    problem = load_instance(name)
+    plain = Portfolio().solve(problem, stop=MaxTime(30)).plan
+    seconds = problem.replace(time=TimeModel(token_cost=2e-6, launch=1e-4, unit="s"), known=None)
+    timed = Portfolio().solve(seconds, stop=MaxTime(30)).plan
+    assert plain is not None
+    assert timed is not None
+    verify(seconds, timed)
+    for kind in ("value_L", "lower_bound_L"):
+        np.testing.assert_allclose(
+            getattr(timed.certificate, kind), 1e-4 + 2e-6 * getattr(plain.certificate, kind), rtol=1e-6
+        )

@@ -1,0 +1,112 @@
+"""Which of two placements is better by the problem's objective: the one order, and the best of both.
+
+A layer's rank is a list of figures, the first weighs most; smaller is better. A sizing policy that wants few
+replicas comes before all: whether its target is met, then how many there are. Then, where something is live
+and moves matter, a time within the balance tolerance of the bound is good enough and fewer moves win; the
+time itself decides between equals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from moeless_opt.problems.arrays import BoolArray, FloatArray
+from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
+from moeless_opt.problems.plan.objective import risk
+from moeless_opt.problems.plan.verify import violations
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.core.finish import Built, finish, lower_bound
+from moeless_opt.solvers.core.stopping import Clock
+
+__all__ = ["best_of", "better_L", "layer_values", "ranks"]
+
+EQUAL = 1e-9
+"""Relative difference below which two figures are the same."""
+
+
+def layer_values(problem: Problem, built: Built) -> FloatArray:
+    """Largest GPU time of each layer, over the scenarios by the objective's risk, shape [L]."""
+    share_LGC = built.shares_LGC
+    speed_G, time = problem.topology.speed_G, problem.time
+    top_TL = np.array(
+        [
+            gpu_times(load_LE, built.slots_LGC, share_LGC, speed_G, time).max(1)
+            for load_LE in problem.loads.load_TLE
+        ]
+    )
+    return risk(top_TL, problem.loads.weight_T, problem.objective)
+
+
+def ranks(problem: Problem, built: Built) -> list[FloatArray]:
+    """Figures of each layer, the weightiest first, each of shape [L]; smaller is better."""
+    value_L = layer_values(problem, built)
+    held_L = np.count_nonzero(built.slots_LGC >= 0, axis=(1, 2)).astype(np.float64)
+    order: list[FloatArray] = []
+    if problem.sizing.policy == "makespan":
+        mean_L = problem.load_LE.sum(1) * problem.time.token_cost / problem.topology.speed_G.sum()
+        order += [np.maximum(value_L, problem.sizing.imbalance * mean_L), held_L]
+    elif problem.sizing.policy == "cv":
+        order.append(held_L)
+    current = problem.current
+    if current is not None and "moves" in problem.objective.priorities:
+        enough_L = lower_bound(problem)[0] * (1 + problem.objective.balance_tolerance)
+        moved = new_replicas(built.slots_LGC, current.slots_LGC, problem.experts).sum((1, 2))
+        order += [np.maximum(value_L, enough_L), np.asarray(moved, dtype=np.float64)]
+    return [*order, value_L]
+
+
+def better_L(new: list[FloatArray], old: list[FloatArray]) -> BoolArray:
+    """Layers whose new rank comes before the old one, shape [L]."""
+    better = np.zeros(len(new[0]), dtype=np.bool_)
+    open_L = ~better
+    for a_L, b_L in zip(new, old, strict=True):
+        better |= open_L & (a_L < b_L - EQUAL * np.abs(b_L))
+        open_L &= np.abs(a_L - b_L) <= EQUAL * np.maximum(np.abs(a_L), np.abs(b_L))
+    return better
+
+
+def best_of(problem: Problem, found: Built, other: Built) -> Built:
+    """The better of two in every layer where the layers can be mixed, else the better as a whole.
+
+    Both must be valid plans of the problem. Of equals the first stays.
+    """
+    found_rank, other_rank = ranks(problem, found), ranks(problem, other)
+    take_L = better_L(other_rank, found_rank)
+    if not take_L.any():
+        return found
+    whole = replace(other, bound=other.bound if found.bound is None else found.bound)
+    if take_L.all():
+        return whole
+    mixed = _mixed(found, other, take_L)
+    if problem.limits.max_move_seconds is None and not _broken(problem, mixed):
+        return mixed
+    total = better_L(
+        [figure_L.sum(keepdims=True) for figure_L in other_rank],
+        [figure_L.sum(keepdims=True) for figure_L in found_rank],
+    )
+    return whole if total[0] else found
+
+
+def _broken(problem: Problem, built: Built) -> list[str]:
+    plan = finish(problem, built, solver="", began=Clock.begin(), certify=False)
+    return violations(problem, plan)
+
+
+def _mixed(first: Built, second: Built, take_L: BoolArray) -> Built:
+    """The layers of `second` where wanted, else those of `first`."""
+    wide = max(first.slots_LGC.shape[2], second.slots_LGC.shape[2])
+    parts = []
+    for built in (first, second):
+        room = ((0, 0), (0, 0), (0, wide - built.slots_LGC.shape[2]))
+        parts.append((np.pad(built.slots_LGC, room, constant_values=-1), np.pad(built.shares_LGC, room)))
+    (slots_LGC, share_LGC), (other_LGC, other_share) = parts
+    slots_LGC[take_L], share_LGC[take_L] = other_LGC[take_L], other_share[take_L]
+    return Built(
+        slots_LGC=slots_LGC,
+        share_LGC=share_LGC,
+        bound=first.bound,
+        stopped_by=first.stopped_by,
+        message=first.message,
+    )

@@ -1,0 +1,130 @@
+"""What a problem may ask for, and which solver offers it: one table, readable without importing a solver."""
+
+from __future__ import annotations
+
+import enum
+
+from moeless_opt.problems.spec.problem import Problem
+
+__all__ = ["FEATURES", "Feature", "required_features"]
+
+
+class Feature(enum.StrEnum):
+    """What a problem may ask for and a solver may offer."""
+
+    EQUAL_SPLIT = "equal split"
+    FRACTIONAL = "fractional split"
+    MIGRATION = "starting from a live placement"
+    MOVE_LIMITS = "limits on moves"
+    HETEROGENEOUS = "GPUs of different speed or slots"
+    MEMORY = "memory in bytes"
+    SCENARIOS = "several load scenarios"
+    TIME_MODEL = "a time model with more than tokens"
+    NODE_AWARE = "loads by source node"
+    REPLICA_LIMITS = "limits on replicas"
+    PAIRS = "pinned or forbidden pairs"
+    SPREAD = "replicas spread over failure domains"
+    SIZING_CV = "cv sizing"
+    SIZING_MAKESPAN = "makespan sizing"
+    SIZING_MEMORY = "memory sizing"
+    CERTIFIES = "proofs of optimality"
+
+
+_SPLITS = frozenset({Feature.EQUAL_SPLIT, Feature.FRACTIONAL})
+_CONSTRUCT = _SPLITS | {
+    Feature.MIGRATION,
+    Feature.HETEROGENEOUS,
+    Feature.MEMORY,
+    Feature.SCENARIOS,
+    Feature.NODE_AWARE,
+}
+_REPLAN = _CONSTRUCT | {Feature.MOVE_LIMITS}
+_CONSTRAINED = _CONSTRUCT | {
+    Feature.REPLICA_LIMITS,
+    Feature.PAIRS,
+    Feature.SPREAD,
+    Feature.SIZING_CV,
+}
+_SIZED = _CONSTRUCT | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
+_ACTIVATION = _CONSTRUCT | {Feature.TIME_MODEL}
+_EXACT = _SPLITS | {Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
+# The published methods ignore the live placement and all but the expected loads; their plans are valid and
+# pay for it.
+_PUBLISHED = _SPLITS | {
+    Feature.MIGRATION,
+    Feature.MEMORY,
+    Feature.SCENARIOS,
+    Feature.NODE_AWARE,
+    Feature.TIME_MODEL,
+}
+
+FEATURES: dict[str, frozenset[Feature]] = {
+    "auto": _REPLAN | _CONSTRAINED | _SIZED | _ACTIVATION,
+    "construct": _CONSTRUCT,
+    "replan": _REPLAN,
+    "min-moves": frozenset(
+        {
+            Feature.FRACTIONAL,
+            Feature.MIGRATION,
+            Feature.HETEROGENEOUS,
+            Feature.MEMORY,
+            Feature.CERTIFIES,
+        }
+    ),
+    "constrained": _CONSTRAINED,
+    "sized": _SIZED,
+    "activation": _ACTIVATION,
+    "stay": _REPLAN,
+    "static": _PUBLISHED | {Feature.HETEROGENEOUS},
+    "eplb": _PUBLISHED,
+    "eplb-hierarchical": _PUBLISHED,
+    "moeless": _PUBLISHED | {Feature.HETEROGENEOUS, Feature.SIZING_CV},
+    "portfolio": _EXACT,
+    "patterns": _EXACT - {Feature.FRACTIONAL},
+    "cpsat": _EXACT,
+    "milp": _EXACT,
+}
+"""Solver -> what it honours. A feature that a problem needs and a solver lacks is refused by name."""
+
+_NO_LIMITS = Problem.__dataclass_fields__["limits"].default
+_SIZING = {"cv": Feature.SIZING_CV, "makespan": Feature.SIZING_MAKESPAN, "memory": Feature.SIZING_MEMORY}
+
+
+def required_features(problem: Problem) -> frozenset[Feature]:
+    """The features without which a solver would have to ignore a part of the problem."""
+    topology, limits = problem.topology, problem.limits
+    needs = {Feature.EQUAL_SPLIT if problem.split == "equal" else Feature.FRACTIONAL}
+    capacity_LG = problem.capacity_LG
+    if not topology.is_uniform or (capacity_LG != capacity_LG[:, :1]).any():
+        needs.add(Feature.HETEROGENEOUS)
+    if topology.memory_G is not None:
+        needs.add(Feature.MEMORY)
+    if problem.current is not None:
+        needs.add(Feature.MIGRATION)
+    if problem.loads.load_TLE.shape[0] > 1:
+        needs.add(Feature.SCENARIOS)
+    if problem.loads.load_TLNE is not None:
+        needs.add(Feature.NODE_AWARE)
+    if _more_than_tokens(problem):
+        needs.add(Feature.TIME_MODEL)
+    if problem.sizing.policy != "slots":
+        needs.add(_SIZING[problem.sizing.policy])
+    if limits is _NO_LIMITS:
+        return frozenset(needs)
+    if limits.bounds_moves:
+        needs.add(Feature.MOVE_LIMITS)
+    if limits.min_replicas > 1 or limits.bounds_replicas:
+        needs.add(Feature.REPLICA_LIMITS)
+    if limits.pinned or limits.forbidden:
+        needs.add(Feature.PAIRS)
+    if limits.spread > 1:
+        needs.add(Feature.SPREAD)
+    return frozenset(needs)
+
+
+def _more_than_tokens(problem: Problem) -> bool:
+    """Whether least tokens is not least time: a launch cost alone shifts all times alike on equal GPUs."""
+    time = problem.time
+    if time.has_curve or time.activation_cost > 0:
+        return True
+    return time.launch > 0 and not problem.topology.is_uniform

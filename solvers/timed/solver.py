@@ -1,0 +1,160 @@
+"""Time models beyond tokens, as a solver of the registry.
+
+`ActivationAware` plans for a time model in which a used replica costs something whatever its tokens, as in
+decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, SlotArray, whole
+from moeless_opt.problems.plan.bounds import LinearTime
+from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
+from moeless_opt.problems.plan.time_bounds import TimeTable
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.construct.solver import Construct
+from moeless_opt.solvers.core.finish import Built
+from moeless_opt.solvers.core.solver import Heuristic, Task
+from moeless_opt.solvers.replan.layers import live_slots
+from moeless_opt.solvers.replan.solver import Replan
+from moeless_opt.solvers.timed.activation import shares_of_one, worthwhile_replicas
+from moeless_opt.solvers.timed.search import kicks_for, timed_plan
+
+__all__ = ["ActivationAware", "ActivationOptions", "linear_time"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationOptions:
+    """How long the search by the time itself goes on.
+
+    Parameters
+    ----------
+    kicks : int, optional
+        Kicks out of a local optimum per layer (fractional split); by default by the number of experts.
+    """
+
+    kicks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kicks is not None:
+            object.__setattr__(self, "kicks", whole("kicks", self.kicks))
+
+
+class ActivationAware(Heuristic):
+    """Plans for time models with a cost per used replica: more replicas can be slower."""
+
+    name = "activation"
+    summary = "for time models with activation cost or a measured curve: which replicas to have, and to use"
+    Options = ActivationOptions
+
+    def unused(self, problem: Problem) -> Mapping[str, str]:
+        """Only the fractional split is searched."""
+        return {"kicks": "with an equal split"} if problem.split == "equal" else {}
+
+    def build(self, task: Task[ActivationOptions]) -> Built:
+        """Per layer the fastest, by the problem's own time model, of lean and balanced placements."""
+        problem = task.problem
+        fresh = Replan() if problem.current is not None else Construct()
+        base = fresh.placed(task, problem.replace(time=_TOKENS, known=None))
+        if problem.split == "fractional":
+            kicks = 4 * kicks_for(problem.experts) if task.options.kicks is None else task.options.kicks
+            candidates = self._by_time(problem, base, kicks)
+        else:
+            placements = [base.slots_LGC]
+            if problem.current is None:
+                lean, _ = worthwhile_replicas(
+                    problem.load_LE, problem.capacity_LG, problem.topology.speed_G, linear_time(problem)
+                )
+                placements.append(lean)
+            elif not problem.current.partial:
+                placements.append(live_slots(problem))
+            candidates = [(slots_LGC, equal_shares(slots_LGC, problem.experts)) for slots_LGC in placements]
+        slots_LGC, share_LGC = _best(problem, candidates)
+        return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
+
+    @staticmethod
+    def _by_time(problem: Problem, base: Built, kicks: int) -> list[tuple[SlotArray, FloatArray]]:
+        """From the balanced placement and from what is live; there a move has to pay or to be needed."""
+        load_LE, capacity_LG, speed_G = problem.load_LE, problem.capacity_LG, problem.topology.speed_G
+        table = TimeTable.of(problem.time, min(int(capacity_LG.max()), problem.experts))
+        free_G = np.zeros(len(speed_G))
+        fresh = timed_plan(load_LE, base.slots_LGC, capacity_LG, speed_G, table, load_G=free_G, kicks=kicks)
+        if problem.current is None or problem.current.partial:
+            alone_LGC = shares_of_one(load_LE, fresh.slots_LGC, speed_G)
+            return [
+                (base.slots_LGC, base.shares_LGC),
+                (fresh.slots_LGC, fresh.share_LGC),
+                (fresh.slots_LGC, alone_LGC),
+            ]
+        live_LGC = live_slots(problem)
+        objective, links = problem.objective, problem.topology.links
+        if objective.horizon is not None and problem.time.unit == "s":
+            slowest = links.inter_node if problem.topology.nodes > 1 else links.intra_node
+            price_L = (links.latency + problem.bytes_L / slowest) / objective.horizon
+            paid = timed_plan(
+                load_LE, live_LGC, capacity_LG, speed_G, table, load_G=free_G, price_L=price_L, kicks=kicks
+            )
+            return [(paid.slots_LGC, paid.share_LGC)]
+        near = timed_plan(load_LE, live_LGC, capacity_LG, speed_G, table, load_G=free_G, kicks=kicks)
+        found = [(base.slots_LGC, base.shares_LGC)]
+        found += [(plan.slots_LGC, plan.share_LGC) for plan in (fresh, near)]
+        found.append((live_LGC, shares_of_one(load_LE, live_LGC, speed_G)))
+        best_L = np.minimum(fresh.value_L, near.value_L)
+        for part in (0.1, 1.0):
+            price_L = part * objective.balance_tolerance * best_L
+            priced = timed_plan(
+                load_LE, live_LGC, capacity_LG, speed_G, table, load_G=free_G, price_L=price_L, kicks=kicks
+            )
+            found.append((priced.slots_LGC, priced.share_LGC))
+        return found
+
+
+_TOKENS = Problem.__dataclass_fields__["time"].default
+
+
+def linear_time(problem: Problem) -> LinearTime:
+    """The problem's time model, or the linear one nearest to its curve where the loads are."""
+    time = problem.time
+    if not time.has_curve:
+        return LinearTime(
+            launch=time.launch, activation=time.activation_cost, token=max(time.token_cost, 1e-12)
+        )
+    assert time.curve_tokens is not None
+    assert time.curve_activated is not None
+    assert time.curve_time is not None
+    tokens, used = np.meshgrid(time.curve_tokens, time.curve_activated, indexing="ij")
+    reach = 2 * float(problem.load_LE.sum(1).max()) / problem.topology.gpus
+    near = (tokens <= max(reach, float(time.curve_tokens[1]))).ravel()
+    table = np.stack([np.ones(near.sum()), used.ravel()[near], tokens.ravel()[near]], axis=1)
+    (launch, activation, token), *_ = np.linalg.lstsq(table, time.curve_time.ravel()[near], rcond=None)
+    return LinearTime(launch=max(launch, 0.0), activation=max(activation, 0.0), token=max(token, 1e-12))
+
+
+def _best(problem: Problem, candidates: list[tuple[SlotArray, FloatArray]]) -> tuple[SlotArray, FloatArray]:
+    """Per layer the fastest candidate; where something is live, of those within the tolerance the nearest."""
+    wide = max(slots.shape[2] for slots, _ in candidates)
+    shape = (*candidates[0][0].shape[:2], wide)
+    speed_G, current = problem.topology.speed_G, problem.current
+    time_XL = np.array(
+        [gpu_times(problem.load_LE, *candidate, speed_G, problem.time).max(1) for candidate in candidates]
+    )
+    rank_XL = time_XL
+    if current is not None and "moves" in problem.objective.priorities:
+        moves_XL = np.array(
+            [new_replicas(slots, current.slots_LGC, problem.experts).sum((1, 2)) for slots, _ in candidates]
+        )
+        least_L = time_XL.min(0)
+        near_XL = time_XL <= least_L * (1 + problem.objective.balance_tolerance) + 1e-300
+        # Moves are whole numbers; the time decides between equals.
+        rank_XL = np.where(near_XL, moves_XL + 0.5 * time_XL / np.maximum(time_XL.max(0), 1e-300), np.inf)
+    best_LGC, best_share = np.full(shape, -1, dtype=np.int32), np.zeros(shape)
+    for layer, x in enumerate(rank_XL.argmin(0)):
+        slots_LGC, share_LGC = candidates[x]
+        best_LGC[layer, :, : slots_LGC.shape[2]] = slots_LGC[layer]
+        best_share[layer, :, : slots_LGC.shape[2]] = share_LGC[layer]
+    return best_LGC, best_share
