@@ -1,7 +1,7 @@
 """``moeless-solve``: plans from JSON problems, shipped instances, and recordings.
 
 Exit codes: 0 fine, 1 infeasible or nothing found (or a plan that fails its check), 2 bad input, 3 a solver or
-package is missing, 130 interrupted twice.
+package is missing, 130 ended by Ctrl-C and 143 by SIGTERM (with the best plan found until then, if any).
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import argparse
 import json
 import os
 import re
-import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +41,10 @@ from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
 from moeless_opt.problems.spec.wishes import SPLITS, Limits, Sizing
 from moeless_opt.progress import Display
 from moeless_opt.report import BOUND_ROW, Comparison, row_of, table, worst_layers
+from moeless_opt.signals import Killed, Signals
 from moeless_opt.solvers.core.features import required_features
 from moeless_opt.solvers.core.finish import lower_bound
 from moeless_opt.solvers.core.registry import get_solver, list_solvers, require, solver_names
-from moeless_opt.solvers.core.stopping import Interrupt
 
 __all__ = ["main"]
 
@@ -142,8 +140,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    signals = Signals()
     try:
-        return _run(_parser().parse_args(argv))
+        with signals.watch():
+            return _run(_parser().parse_args(argv), signals)
+    except Killed as signal:
+        return _fail(signal.code, f"ended by {signal}")
     except InfeasibleError as error:
         return _fail(1, f"infeasible: {error}")
     except InvalidPlanError as error:
@@ -156,8 +158,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, str(error))
     except MemoryError:
         return _fail(2, "out of memory: the problem is too large for this machine")
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -168,7 +168,7 @@ def _fail(code: int, message: str) -> int:
     return code
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, signals: Signals) -> int:
     if args.list_solvers:
         print(_solvers_table())
         return 0
@@ -206,17 +206,20 @@ def _run(args: argparse.Namespace) -> int:
     for name in names:
         if name != BOUND_ROW or not args.compare:
             get_solver(name)
-    return _solve(problem, names, args)
+    return _solve(problem, names, args, signals)
 
 
-def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
+def _solve(problem: Problem, names: list[str], args: argparse.Namespace, signals: Signals) -> int:
     if not args.quiet:
         _say(_describe(problem))
     if not args.compare:
         require(get_solver(names[0]), problem)
     # A lone solver is shown beside what there would be without it.
     shown = names if args.compare or names == ["static"] else _with_reference(problem, names)
-    with _interruptible() as stop, Display(quiet=args.quiet, solvers=len(shown), limit=args.time) as display:
+    with (
+        signals.stopping() as stop,
+        Display(quiet=args.quiet, solvers=len(shown), limit=args.time) as display,
+    ):
         if len(shown) > 1:
             outcome = compare(
                 problem, shown, time_limit=args.time, stop=stop, seed=args.seed, progress=display.progress
@@ -239,7 +242,7 @@ def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
         print(outcome)
         if best is not None and args.worst > 0:
             print(f"\nworst layers of {best.certificate.solver}:\n{worst_layers(best, args.worst)}")
-    if stop():
+    if signals.came and best is not None:
         _say("interrupted: the best found so far is shown")
     for path in (args.output, args.plot, args.schedule):
         if path and best is not None and not args.quiet:
@@ -248,8 +251,8 @@ def _solve(problem: Problem, names: list[str], args: argparse.Namespace) -> int:
         reasons = "; ".join(
             f"{row.solver}: {row.note or row.status}" for row in outcome.rows if row.solver in names
         )
-        return _fail(1, f"no plan found ({reasons})")
-    return 0
+        return _fail(signals.code or 1, f"no plan found ({reasons})")
+    return signals.code
 
 
 def _with_reference(problem: Problem, names: list[str]) -> list[str]:
@@ -568,28 +571,6 @@ def _solvers_table() -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-@contextmanager
-def _interruptible() -> Iterator[Interrupt]:
-    """Make the first Ctrl-C a request to stop, and the second one final."""
-    stop = Interrupt()
-
-    def press(*_: object) -> None:
-        if stop():
-            raise KeyboardInterrupt
-        stop.set()
-        _say("\nstopping with the best found so far (Ctrl-C again to give up)")
-
-    try:
-        before = signal.signal(signal.SIGINT, press)
-    except ValueError:  # not the main thread
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

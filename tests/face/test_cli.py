@@ -505,7 +505,16 @@ class Slow(Heuristic):
             time.sleep(0.01)
         return Built(slots_LGC=contiguous(task.problem.experts, task.problem.capacity_LG))
 
+class Deaf(Slow):
+    name, summary, features = "deaf", "never stops", frozenset(Feature)
+
+    def build(self, task):
+        print("started", flush=True)
+        while True:
+            time.sleep(0.01)
+
 registry.BUILT_IN["slow"] = "__main__:Slow"
+registry.BUILT_IN["deaf"] = "__main__:Deaf"
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -523,15 +532,29 @@ def slow(*argv: str) -> subprocess.Popen[str]:
     return process
 
 
-def test_control_c_returns_the_best_so_far(saved: mo.Problem) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_returns_the_best_so_far(saved: mo.Problem, number: int, code: int) -> None:
     process = slow("problem.json", "--solver", "slow", "-o", "plan.json")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert process.returncode == code, err
     assert "stopping with the best found so far" in err
     assert "interrupted: the best found so far is shown" in err
     assert "worst layers of slow" in out
     mo.verify(saved, mo.load_plan("plan.json"))
+
+
+def test_a_second_signal_gives_up(saved: mo.Problem) -> None:
+    process = slow("problem.json", "--solver", "deaf", "-o", "plan.json")
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    while "stopping" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert err.splitlines()[-1] == "moeless-solve: ended by SIGTERM"
+    assert not Path("plan.json").exists()
 
 
 def test_a_time_limit_stops_a_solver(saved: mo.Problem) -> None:
