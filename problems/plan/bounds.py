@@ -32,8 +32,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
+
 __all__ = [
-    "LinearTime",
     "apportionment_pairs",
     "best_bound",
     "density_bound",
@@ -50,24 +52,6 @@ Int = NDArray[np.int64]
 Split = Literal["equal", "fractional"]
 
 
-@dataclass(frozen=True, slots=True)
-class LinearTime:
-    """Time of GPU g: ``(launch + activation * activated experts + token * tokens) / speed_g``.
-
-    Parameters
-    ----------
-    launch, activation, token : float
-        Seconds (or any unit) per GPU, per activated expert and per token; at least 0.
-    """
-
-    launch: float = 0.0
-    activation: float = 0.0
-    token: float = 1.0
-
-
-TOKENS = LinearTime()
-
-
 def best_bound(
     load_LE: ArrayLike,
     capacity_LG: ArrayLike,
@@ -77,7 +61,7 @@ def best_bound(
     max_replicas: ArrayLike | None = None,
     min_replicas: ArrayLike | None = None,
     replicas_L: ArrayLike | None = None,
-    time: LinearTime = TOKENS,
+    time: TimeModel = TOKENS,
 ) -> tuple[Float, NDArray[np.str_]]:
     """Return the best of all bounds on the largest GPU time of every layer, and which one it is.
 
@@ -95,8 +79,8 @@ def best_bound(
         Limits on the replicas of an expert (default: 1 to the number of GPUs).
     replicas_L : array_like of int, shape (L,), optional
         Limit on the replicas of a layer in all (default: its slots).
-    time : LinearTime
-        Coefficients of the time model (default: time is tokens).
+    time : TimeModel
+        A linear time model (default: time is tokens).
 
     Returns
     -------
@@ -126,8 +110,15 @@ def best_bound(
 _NAMES = np.array(["mean", "tau", "slots", "packing"])
 
 
+def _is_tokens(time: TimeModel) -> bool:
+    """Whether time is tokens over speed; anything else must be linear."""
+    if time.has_curve:
+        raise ProblemError("time", "is a measured curve, must be linear here (`timed_bound` takes curves)")
+    return time.counts_tokens_only and time.token_cost == 1.0
+
+
 def mean_bound(
-    load_LE: ArrayLike, capacity_LG: ArrayLike, speed_G: ArrayLike | None = None, *, time: LinearTime = TOKENS
+    load_LE: ArrayLike, capacity_LG: ArrayLike, speed_G: ArrayLike | None = None, *, time: TimeModel = TOKENS
 ) -> Float:
     """Return the time at which all GPUs that have a slot finish together (see `best_bound`)."""
     return _mean(_Layers.make(load_LE, capacity_LG, speed_G), time)
@@ -142,7 +133,7 @@ def tau_star(
     max_replicas: ArrayLike | None = None,
     min_replicas: ArrayLike | None = None,
     replicas_L: ArrayLike | None = None,
-    time: LinearTime = TOKENS,
+    time: TimeModel = TOKENS,
 ) -> Float:
     """Return the least time at which the replicas that each expert needs fit the slots, exactly.
 
@@ -168,7 +159,7 @@ def tau_curve(
     split: Split = "equal",
     *,
     max_replicas: int | None = None,
-    time: LinearTime = TOKENS,
+    time: TimeModel = TOKENS,
 ) -> Float:
     """Return `tau_star` for every number of spare replicas at once: what each one can buy at best.
 
@@ -202,7 +193,7 @@ def tau_curve(
 
 
 def slots_bound(
-    load_LE: ArrayLike, capacity_LG: ArrayLike, speed_G: ArrayLike | None = None, *, time: LinearTime = TOKENS
+    load_LE: ArrayLike, capacity_LG: ArrayLike, speed_G: ArrayLike | None = None, *, time: TimeModel = TOKENS
 ) -> Float:
     """Return the least T with ``sum over g of min(T * speed_g, load of the C_g heaviest experts) >= total``.
 
@@ -217,7 +208,7 @@ def packing_bound(
     speed_G: ArrayLike | None = None,
     *,
     replicas_L: ArrayLike | None = None,
-    time: LinearTime = TOKENS,
+    time: TimeModel = TOKENS,
 ) -> Float:
     """Return the pigeonhole bound on the experts that must stay whole.
 
@@ -236,7 +227,7 @@ def replicas_needed(
     speed_G: ArrayLike,
     split: Split = "equal",
     *,
-    time: LinearTime = TOKENS,
+    time: TimeModel = TOKENS,
 ) -> Int:
     """Return the fewest replicas with which each expert can end in time, if it had the fastest GPUs.
 
@@ -396,7 +387,7 @@ class _Layers:
         ]
 
 
-def _mean(layers: _Layers, time: LinearTime) -> Float:
+def _mean(layers: _Layers, time: TimeModel) -> Float:
     if layers.alike:
         speed_L = (layers.capacity_LG[:, 0] > 0) * layers.speed_G.sum()
         gpus_L: Float | int = layers.capacity_LG.shape[1]
@@ -404,9 +395,9 @@ def _mean(layers: _Layers, time: LinearTime) -> Float:
         speed_L = (layers.capacity_LG > 0) @ layers.speed_G
         gpus_L = (layers.capacity_LG > 0).sum(axis=1)
     work_L = layers.total_L
-    if time is not TOKENS:
+    if not _is_tokens(time):
         active_L = (layers.load_LE > 0).sum(axis=1)
-        work_L = time.launch * gpus_L + time.activation * active_L + time.token * work_L
+        work_L = time.launch * gpus_L + time.activation_cost * active_L + time.token_cost * work_L
     if speed_L.all():
         mean_L: Float = work_L / speed_L
         return mean_L
@@ -414,7 +405,7 @@ def _mean(layers: _Layers, time: LinearTime) -> Float:
         return np.where(speed_L > 0, work_L / speed_L, np.inf)
 
 
-def _tau(layers: _Layers, split: Split, time: LinearTime) -> Float:
+def _tau(layers: _Layers, split: Split, time: TimeModel) -> Float:
     E = layers.load_LE.shape[1]
     tau_L = np.zeros(len(layers.load_LE))
     for index, capacity_G, limit in layers.groups():
@@ -441,7 +432,7 @@ def _tau(layers: _Layers, split: Split, time: LinearTime) -> Float:
     return tau_L
 
 
-def _tau_alike(heavy_LE: Float, speed_G: Float, spare: int, split: Split, time: LinearTime) -> Float:
+def _tau_alike(heavy_LE: Float, speed_G: Float, spare: int, split: Split, time: TimeModel) -> Float:
     """Return the (spare + 1)-th largest ``Q(e, r)``; at least what the heaviest needs on all G GPUs."""
     G = len(speed_G)
     tau_L = _quotient(heavy_LE[:, :1], np.array([G]), speed_G, split, time)[:, 0]
@@ -454,7 +445,7 @@ def _tau_alike(heavy_LE: Float, speed_G: Float, spare: int, split: Split, time: 
 
 
 def _tau_floors(
-    load_LE: Float, least_LE: Int, speed_G: Float, slots: int, split: Split, time: LinearTime
+    load_LE: Float, least_LE: Int, speed_G: Float, slots: int, split: Split, time: TimeModel
 ) -> Float:
     """`_tau_alike` where experts start from a least number of replicas: all candidates are looked at."""
     L = len(load_LE)
@@ -475,7 +466,7 @@ def _tau_floors(
 
 
 def _tau_distinct(
-    tau_L: Float, load_LE: Float, capacity_G: Int, speed_G: Float, split: Split, time: LinearTime
+    tau_L: Float, load_LE: Float, capacity_G: Int, speed_G: Float, split: Split, time: TimeModel
 ) -> Float:
     """Raise tau until its replicas fit GPUs of *different* slots without two of one expert on a GPU.
 
@@ -502,13 +493,13 @@ def _tau_distinct(
     return result_L
 
 
-def _quotient(load: Float, count: Int, speed_G: Float, split: Split, time: LinearTime) -> Float:
+def _quotient(load: Float, count: Int, speed_G: Float, split: Split, time: TimeModel) -> Float:
     """Least time of an expert with at most ``count`` replicas on the fastest GPUs (``speed_G`` descends)."""
-    start = time.launch + time.activation
+    start = time.launch + time.activation_cost
     if speed_G[0] == speed_G[-1] and (start == 0 or split == "equal"):
         quotient: Float = load / count
-        if time is not TOKENS:
-            quotient = np.where(load > 0, start + time.token * quotient, 0.0)
+        if not _is_tokens(time):
+            quotient = np.where(load > 0, start + time.token_cost * quotient, 0.0)
         return quotient if speed_G[0] == 1.0 else quotient / speed_G[0]
     # Slower GPUs and activation costs can make more replicas worse: "at most count" is the running minimum.
     load, count = np.broadcast_arrays(load, count)
@@ -517,9 +508,9 @@ def _quotient(load: Float, count: Int, speed_G: Float, split: Split, time: Linea
     for r in range(1, int(count.max(initial=0)) + 1):
         total += speed_G[r - 1]
         if split == "equal":
-            now = (start + time.token * load / r) / speed_G[r - 1]
+            now = (start + time.token_cost * load / r) / speed_G[r - 1]
         else:
-            now = (start * r + time.token * load) / total
+            now = (start * r + time.token_cost * load) / total
         best = np.where(count >= r, np.minimum(best, now), best)
     return np.where(load > 0, best, 0.0)
 
@@ -550,7 +541,7 @@ def apportionment_pairs(experts: int, most: int, wanted: int) -> tuple[Int, Int]
     return array[:, 0].copy(), array[:, 1].copy()
 
 
-def _slots(layers: _Layers, time: LinearTime) -> Float:
+def _slots(layers: _Layers, time: TimeModel) -> Float:
     """Return the root of ``sum over g of min(T * speed_g, most_g) - total``, which is concave in T."""
     bound_L = np.zeros(len(layers.load_LE))
     E = layers.load_LE.shape[1]
@@ -575,10 +566,10 @@ def _slots(layers: _Layers, time: LinearTime) -> Float:
         )
         short_l = done_LG[:, -1] < layers.total_L[index] * (1 - 1e-12)
         bound_L[index] = np.where(short_l, np.inf, bound_l)
-    return bound_L if time is TOKENS else time.token * bound_L
+    return bound_L if _is_tokens(time) else time.token_cost * bound_L
 
 
-def _packing(layers: _Layers, time: LinearTime) -> Float | None:
+def _packing(layers: _Layers, time: TimeModel) -> Float | None:
     L, E = layers.load_LE.shape
     bound_L: Float | None = None
     for index, capacity_G, limit in layers.groups():
@@ -593,10 +584,12 @@ def _packing(layers: _Layers, time: LinearTime) -> Float | None:
         np.cumsum(whole_LE, axis=1, out=sum_LE[:, 1:])
         k = np.arange(1, (whole_LE.shape[1] - 1) // G + 1)
         together_LK = sum_LE[:, k * G + 1] - sum_LE[:, k * G - k]
-        if time is not TOKENS:
+        if not _is_tokens(time):
             lightest_LK = whole_LE[:, k * G]
             together_LK = (
-                time.launch + time.activation * (k + 1) * (lightest_LK > 0) + time.token * together_LK
+                time.launch
+                + time.activation_cost * (k + 1) * (lightest_LK > 0)
+                + time.token_cost * together_LK
             )
         if bound_L is None:
             bound_L = np.zeros(L)

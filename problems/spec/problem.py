@@ -14,13 +14,12 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.placement import Placement
-from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.problems.spec.wishes import SPLITS, Limits, Objective, Sizing
 
 __all__ = ["Known", "Problem"]
 
-_TOKENS = TimeModel()
 _OBJECTIVE = Objective()
 _LIMITS = Limits()
 _SLOTS = Sizing()
@@ -105,7 +104,7 @@ class Problem(Record):
     split: str = "fractional"
     sizing: Sizing = _SLOTS
     current: Placement | None = None
-    time: TimeModel = _TOKENS
+    time: TimeModel = TOKENS
     objective: Objective = _OBJECTIVE
     limits: Limits = _LIMITS
     name: str = ""
@@ -353,4 +352,4 @@ def _text(record: Record) -> bytes:
 
 
 # Only a shortcut: the text depends on the content, not on which object it is.
-_DEFAULT_TEXT = {id(record): _text(record) for record in (_TOKENS, _OBJECTIVE, _LIMITS, _SLOTS)}
+_DEFAULT_TEXT = {id(record): _text(record) for record in (TOKENS, _OBJECTIVE, _LIMITS, _SLOTS)}

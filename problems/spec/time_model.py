@@ -12,7 +12,7 @@ from moeless_opt.problems.arrays import FloatArray, Record, floats, number
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.spec.architecture import ModelSpec
 
-__all__ = ["TimeModel"]
+__all__ = ["TOKENS", "TimeModel"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -124,6 +124,22 @@ class TimeModel(Record):
         """Whether time is proportional to tokens, so that perfect token balance is perfect balance."""
         return not self.has_curve and self.activation_cost == 0 and self.launch == 0
 
+    def linear(self, tokens: float) -> TimeModel:
+        """The linear model nearest to a measured curve up to so many tokens; a linear model is its own."""
+        if not self.has_curve:
+            return self
+        grid_K, grid_J, time_KJ = self._curve()
+        used, read = np.meshgrid(grid_J, grid_K[grid_K <= max(tokens, float(grid_K[1]))])
+        columns = np.stack([np.ones(read.size), used.ravel(), read.ravel()], axis=1)
+        (launch, activation, token), *_ = np.linalg.lstsq(columns, time_KJ[: len(read)].ravel(), rcond=None)
+        return TimeModel(
+            token_cost=max(float(token), 1e-12),
+            activation_cost=max(float(activation), 0.0),
+            launch=max(float(launch), 0.0),
+            unit=self.unit,
+            name=f"{self.name}, made linear",
+        )
+
     def time(self, tokens: ArrayLike, activated: ArrayLike, speed: ArrayLike) -> FloatArray:
         """Times of GPUs, elementwise over arrays that broadcast together.
 
@@ -163,3 +179,7 @@ class TimeModel(Record):
         high = time_KJ[k + 1, j] * (1 - along_J) + time_KJ[k + 1, j + 1] * along_J
         result: FloatArray = low + (high - low) * along_K
         return result
+
+
+TOKENS = TimeModel()
+"""Time is tokens over speed: the default."""

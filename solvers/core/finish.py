@@ -8,7 +8,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import InvalidPlanError
-from moeless_opt.problems.plan.bounds import LinearTime, best_bound
+from moeless_opt.problems.plan.bounds import best_bound
 from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
 from moeless_opt.problems.plan.plan import PROVEN, Certificate, Plan, count_moves
 from moeless_opt.problems.plan.result import StoppedBy
@@ -67,7 +67,6 @@ def lower_bound(problem: Problem, split: str | None = None) -> Bound:
             problem.load_LE, problem.capacity_LG, problem.topology.speed_G, TimeTable.of(time, most)
         )
         return bound_L, ("capacity",) * problem.layers
-    linear = LinearTime(launch=time.launch, activation=time.activation_cost, token=time.token_cost)
     bound_L, name_L = best_bound(
         problem.load_LE,
         problem.capacity_LG,
@@ -78,7 +77,7 @@ def lower_bound(problem: Problem, split: str | None = None) -> Bound:
         replicas_L=None
         if limits.max_layer_replicas is None
         else np.full(problem.layers, limits.max_layer_replicas),
-        time=linear,
+        time=time,
     )
     return bound_L, tuple(name_L.tolist())
 

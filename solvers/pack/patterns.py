@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.problems.plan.bounds import TOKENS, LinearTime, best_bound
+from moeless_opt.problems.plan.bounds import best_bound
+from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 
 __all__ = ["PatternResult", "fewest_replicas", "solve_patterns"]
 
@@ -77,7 +78,7 @@ def solve_patterns(
     gap: float = 0.0,
     max_replicas: int | None = None,
     min_replicas: int = 1,
-    time: LinearTime = TOKENS,
+    time: TimeModel = TOKENS,
     seconds: float = np.inf,
 ) -> PatternResult:
     """Find the proven optimum of one layer with equal split, or as good a pair of bounds as time allows.
@@ -98,7 +99,7 @@ def solve_patterns(
         Stop once ``upper <= lower * (1 + gap)``.
     max_replicas, min_replicas : int, optional
         Limits on the replicas of each expert.
-    time : LinearTime
+    time : TimeModel
         The time model.
     seconds : float
         Time limit.
@@ -162,7 +163,7 @@ def fewest_replicas(
     *,
     limit: float,
     most: int | None = None,
-    time: LinearTime = TOKENS,
+    time: TimeModel = TOKENS,
     seconds: float = np.inf,
 ) -> tuple[int, NDArray[np.int32] | None]:
     """Find the fewest replicas with which a layer with equal split can be placed within a time, proven.
@@ -226,7 +227,7 @@ class _Layer:
         speed_G: Float,
         max_replicas: int | None,
         min_replicas: int,
-        time: LinearTime,
+        time: TimeModel,
     ) -> _Layer:
         # A GPU holds an expert once: more slots than experts are worth nothing.
         keys_G2 = np.column_stack([np.minimum(capacity_G, len(load_E)), speed_G])
@@ -236,9 +237,9 @@ class _Layer:
         gpus = int(size_K.sum())
         return cls(
             load_E,
-            np.where(load_E > 0, time.activation, 0.0),
+            np.where(load_E > 0, time.activation_cost, 0.0),
             np.argsort(-load_E, kind="stable"),
-            time.token,
+            time.token_cost,
             time.launch,
             class_G.reshape(-1),
             size_K,

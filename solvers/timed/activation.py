@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.plan.bounds import LinearTime
+from moeless_opt.problems.spec.time_model import TimeModel
 
 __all__ = ["Activation", "fewest_activated", "shares_of_one", "worthwhile_replicas"]
 
@@ -260,7 +260,7 @@ def shares_of_one(load_LE: ArrayLike, slots_LGC: ArrayLike, speed_G: ArrayLike |
 
 
 def worthwhile_replicas(
-    load_LE: ArrayLike, capacity_LG: ArrayLike, speed_G: ArrayLike, time: LinearTime
+    load_LE: ArrayLike, capacity_LG: ArrayLike, speed_G: ArrayLike, time: TimeModel
 ) -> tuple[SlotArray, FloatArray]:
     """Choose how many replicas an equal split should have when each costs its activation.
 
@@ -272,7 +272,7 @@ def worthwhile_replicas(
         Slots.
     speed_G : array_like of float, shape (G,)
         Relative speeds.
-    time : LinearTime
+    time : TimeModel
         The time model, with a token cost above 0.
 
     Returns
@@ -299,12 +299,12 @@ def worthwhile_replicas(
         np.full(L, np.inf),
         np.full((L, capacity.shape[1], int(capacity.max())), -1, dtype=np.int32),
     )
-    price = time.activation / time.token
+    price = time.activation_cost / time.token_cost
     for part in np.unique(np.round(np.linspace(0, 1, 33) * spare_L.max(initial=0)).astype(np.int64)):
         total_L = E + np.minimum(part, spare_L)
         replicas = trim(load, apportion(load, total_L, (capacity > 0).sum(axis=1)[:, None]), capacity)
         slots = pack(load + replicas * price, replicas, capacity, speed)
-        piece_LE = np.where(load > 0, time.activation + time.token * load / replicas, 0.0)
+        piece_LE = np.where(load > 0, time.activation_cost + time.token_cost * load / replicas, 0.0)
         padded = np.concatenate([piece_LE, np.zeros((L, 1))], axis=1)
         time_LG = (time.launch + padded[np.arange(L)[:, None, None], slots].sum(axis=2)) / speed
         now_L = time_LG.max(axis=1)

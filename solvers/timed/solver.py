@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray, whole
-from moeless_opt.problems.plan.bounds import LinearTime
 from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
 from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 from moeless_opt.solvers.construct.solver import Construct
 from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.solver import Heuristic, Task
@@ -25,7 +25,7 @@ from moeless_opt.solvers.replan.solver import Replan
 from moeless_opt.solvers.timed.activation import shares_of_one, worthwhile_replicas
 from moeless_opt.solvers.timed.search import kicks_for, timed_plan
 
-__all__ = ["ActivationAware", "ActivationOptions", "linear_time"]
+__all__ = ["ActivationAware", "ActivationOptions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class ActivationAware(Heuristic):
         """Per layer the fastest, by the problem's own time model, of lean and balanced placements."""
         problem = task.problem
         fresh = Replan() if problem.current is not None else Construct()
-        base = fresh.placed(task, problem.replace(time=_TOKENS, known=None))
+        base = fresh.placed(task, problem.replace(time=TOKENS, known=None))
         if problem.split == "fractional":
             kicks = 4 * kicks_for(problem.experts) if task.options.kicks is None else task.options.kicks
             candidates = self._by_time(problem, base, kicks)
@@ -68,7 +68,7 @@ class ActivationAware(Heuristic):
             placements = [base.slots_LGC]
             if problem.current is None:
                 lean, _ = worthwhile_replicas(
-                    problem.load_LE, problem.capacity_LG, problem.topology.speed_G, linear_time(problem)
+                    problem.load_LE, problem.capacity_LG, problem.topology.speed_G, _linear(problem)
                 )
                 placements.append(lean)
             elif not problem.current.partial:
@@ -114,25 +114,10 @@ class ActivationAware(Heuristic):
         return found
 
 
-_TOKENS = Problem.__dataclass_fields__["time"].default
-
-
-def linear_time(problem: Problem) -> LinearTime:
+def _linear(problem: Problem) -> TimeModel:
     """The problem's time model, or the linear one nearest to its curve where the loads are."""
-    time = problem.time
-    if not time.has_curve:
-        return LinearTime(
-            launch=time.launch, activation=time.activation_cost, token=max(time.token_cost, 1e-12)
-        )
-    assert time.curve_tokens is not None
-    assert time.curve_activated is not None
-    assert time.curve_time is not None
-    tokens, used = np.meshgrid(time.curve_tokens, time.curve_activated, indexing="ij")
-    reach = 2 * float(problem.load_LE.sum(1).max()) / problem.topology.gpus
-    near = (tokens <= max(reach, float(time.curve_tokens[1]))).ravel()
-    table = np.stack([np.ones(near.sum()), used.ravel()[near], tokens.ravel()[near]], axis=1)
-    (launch, activation, token), *_ = np.linalg.lstsq(table, time.curve_time.ravel()[near], rcond=None)
-    return LinearTime(launch=max(launch, 0.0), activation=max(activation, 0.0), token=max(token, 1e-12))
+    near = problem.time.linear(2 * float(problem.load_LE.sum(1).max()) / problem.topology.gpus)
+    return near if near.token_cost >= 1e-12 else near.replace(token_cost=1e-12)
 
 
 def _best(problem: Problem, candidates: list[tuple[SlotArray, FloatArray]]) -> tuple[SlotArray, FloatArray]:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.bounds import (
-    LinearTime,
     best_bound,
     density_bound,
     mean_bound,
@@ -20,6 +20,7 @@ from moeless_opt.problems.plan.bounds import (
     slots_bound,
     tau_star,
 )
+from moeless_opt.problems.spec.time_model import TimeModel
 
 SPLITS = ("equal", "fractional")
 
@@ -35,14 +36,14 @@ def placements(experts: int, capacity: Any) -> Any:
             yield hosts
 
 
-def time_of(hosts: Any, load: Any, speed: Any, split: str, time: LinearTime) -> float:
+def time_of(hosts: Any, load: Any, speed: Any, split: str, time: TimeModel) -> float:
     """The least largest GPU time of a placement; fractional by the density of every set of GPUs."""
     load, speed = np.asarray(load, float), np.asarray(speed, float)
     count = np.bincount(list(itertools.chain.from_iterable(hosts)), minlength=len(load))
-    start = [time.launch + time.activation * sum(load[e] > 0 for e in h) for h in hosts]
+    start = [time.launch + time.activation_cost * sum(load[e] > 0 for e in h) for h in hosts]
     if split == "equal":
         return max(
-            (start[g] + time.token * sum(load[e] / count[e] for e in h)) / speed[g]
+            (start[g] + time.token_cost * sum(load[e] / count[e] for e in h)) / speed[g]
             for g, h in enumerate(hosts)
         )
     worst = 0.0
@@ -51,12 +52,12 @@ def time_of(hosts: Any, load: Any, speed: Any, split: str, time: LinearTime) -> 
             outside = set(itertools.chain.from_iterable(h for g, h in enumerate(hosts) if g not in group))
             inside = sum(load[e] for e in range(len(load)) if e not in outside)
             worst = max(
-                worst, (sum(start[g] for g in group) + time.token * inside) / speed[list(group)].sum()
+                worst, (sum(start[g] for g in group) + time.token_cost * inside) / speed[list(group)].sum()
             )
     return worst
 
 
-def optimum(load: Any, capacity: Any, speed: Any, split: str, time: LinearTime, keep: Any = None) -> float:
+def optimum(load: Any, capacity: Any, speed: Any, split: str, time: TimeModel, keep: Any = None) -> float:
     best = np.inf
     for hosts in placements(len(load), capacity):
         if keep is None or keep(hosts):
@@ -82,10 +83,16 @@ def instances(draw: Any) -> tuple[list[int], list[int], list[float]]:
 @settings(max_examples=400, deadline=None)
 def test_never_above_the_optimum(split: Any, instance: Any, activation: float, launch: float) -> None:
     load, capacity, speed = instance
-    time = LinearTime(launch=launch, activation=activation)
+    time = TimeModel(launch=launch, activation_cost=activation)
     best = optimum(load, capacity, speed, split, time)
     bound, name = best_bound([load], [capacity], speed, split, time=time)
     assert bound[0] <= best * (1 + 1e-9) + 1e-9, name
+
+
+def test_a_measured_curve_is_refused() -> None:
+    curve = TimeModel(curve_tokens=[0, 1], curve_activated=[0, 1], curve_time=[[1, 1], [1, 2]])
+    with pytest.raises(ProblemError, match=r"time: is a measured curve, must be linear here"):
+        best_bound([[2.0, 1.0]], [[1, 1]], time=curve)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -98,7 +105,7 @@ def test_limits_on_replicas_hold(split: Any, instance: Any, most: int, least: in
         count = np.bincount(list(itertools.chain.from_iterable(hosts)), minlength=len(load))
         return bool(count.max() <= most and count.min() >= least and count.sum() <= total)
 
-    best = optimum(load, capacity, speed, split, LinearTime(), keep)
+    best = optimum(load, capacity, speed, split, TimeModel(), keep)
     bound, name = best_bound(
         [load], [capacity], speed, split, max_replicas=most, min_replicas=least, replicas_L=[total]
     )
@@ -184,7 +191,7 @@ def test_density_certifies_a_placement(seed: int) -> None:
     load = rng.integers(0, 50, (1, experts)).astype(float)
     speed = rng.choice([0.5, 1.0, 2.0], gpus)
     hosts = [tuple(np.flatnonzero(hosts_EG[:, g])) for g in range(gpus)]
-    best = time_of(hosts, load[0], speed, "fractional", LinearTime())
+    best = time_of(hosts, load[0], speed, "fractional", TimeModel())
     assert density_bound(load, slots, share, speed)[0] <= best * (1 + 1e-9) + 1e-12
 
 

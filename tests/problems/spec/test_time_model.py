@@ -83,3 +83,15 @@ def test_arrays_broadcast() -> None:
 def test_malformed(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ProblemError, match="^" + message):
         TimeModel(**kwargs)
+
+
+def test_the_nearest_linear_model() -> None:
+    tokens, used = np.array([0.0, 10.0, 40.0]), np.array([1.0, 2.0, 4.0])
+    straight = 3.0 + 2.0 * used + 0.5 * tokens[:, None]
+    bent = np.vstack([straight[:2], 9 * straight[2:]])
+    curve = TimeModel(curve_tokens=tokens, curve_activated=used, curve_time=bent, unit="s")
+    near = curve.linear(10.0)  # what lies beyond does not count
+    assert (near.launch, near.activation_cost, near.token_cost) == pytest.approx((3.0, 2.0, 0.5))
+    assert near.unit == "s"
+    assert curve.linear(40.0).token_cost > 1.0
+    assert near.linear(10.0) is near

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.plan.bounds import LinearTime
+from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.solvers.pack.patterns import solve_patterns
 
 
-def gpu_times(slots_GC: Any, load: Any, speed: Any, time: LinearTime) -> Any:
+def gpu_times(slots_GC: Any, load: Any, speed: Any, time: TimeModel) -> Any:
     """GPU times of an equal split, after checking that the placement is one."""
     assert sorted(set(slots_GC[slots_GC >= 0])) == list(range(len(load)))
     for row in slots_GC:
@@ -22,11 +22,11 @@ def gpu_times(slots_GC: Any, load: Any, speed: Any, time: LinearTime) -> Any:
         assert len(set(held)) == len(held)
     count = np.bincount(slots_GC[slots_GC >= 0], minlength=len(load))
     piece = np.append(np.asarray(load, float) / count, 0.0)
-    cost = np.where(piece > 0, time.token * piece + time.activation, 0.0)
+    cost = np.where(piece > 0, time.token_cost * piece + time.activation_cost, 0.0)
     return (time.launch + cost[slots_GC].sum(axis=1)) / speed
 
 
-def optimum(load: Any, capacity: Any, speed: Any, time: LinearTime, most: int) -> float:
+def optimum(load: Any, capacity: Any, speed: Any, time: TimeModel, most: int) -> float:
     """Enumerate every set of experts on every GPU."""
     load = np.asarray(load, float)
     experts = range(len(load))
@@ -40,7 +40,10 @@ def optimum(load: Any, capacity: Any, speed: Any, time: LinearTime, most: int) -
         if count.min() < 1 or count.max() > most:
             continue
         times = (
-            (time.launch + sum(time.token * load[e] / count[e] + time.activation for e in h if load[e] > 0))
+            (
+                time.launch
+                + sum(time.token_cost * load[e] / count[e] + time.activation_cost for e in h if load[e] > 0)
+            )
             / s
             for h, s in zip(hosts, speed, strict=True)
         )
@@ -65,7 +68,7 @@ def test_optimal_against_enumeration(
     if alike:
         gpus = [gpus[0]] * len(gpus)
     capacity, speed = np.array([c for c, _ in gpus]), np.array([s for _, s in gpus])
-    time = LinearTime(launch=launch, activation=activation)
+    time = TimeModel(launch=launch, activation_cost=activation)
     best = optimum(load, capacity, speed, time, most)
     result = solve_patterns(np.array(load, float), capacity, speed, max_replicas=most, time=time)
     assert result.proven
@@ -92,7 +95,7 @@ def test_published_examples(load: Any, best: float) -> None:
     assert result.proven
     assert result.upper == pytest.approx(best)
     assert result.slots_GC is not None
-    assert gpu_times(result.slots_GC, load, np.ones(8), LinearTime()).max() == pytest.approx(best)
+    assert gpu_times(result.slots_GC, load, np.ones(8), TimeModel()).max() == pytest.approx(best)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -117,7 +120,7 @@ def test_sixteen_experts_are_proven() -> None:
     result = solve_patterns(load, np.full(8, 3))
     assert result.proven
     assert result.slots_GC is not None
-    times = gpu_times(result.slots_GC, load, np.ones(8), LinearTime())
+    times = gpu_times(result.slots_GC, load, np.ones(8), TimeModel())
     assert times.max() == pytest.approx(result.upper)
     assert load.sum() / 8 < result.upper < load.sum() / 8 * 1.005
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.plan.bounds import LinearTime
+from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.solvers.timed.activation import fewest_activated, worthwhile_replicas
 
 
@@ -93,8 +93,8 @@ def test_missing_expert() -> None:
 def test_more_replicas_can_be_slower() -> None:
     load = np.random.default_rng(0).lognormal(0, 0.3, (3, 8)) * 4
     capacity, speed = np.full((3, 4), 8), np.ones(4)
-    dear, time_L = worthwhile_replicas(load, capacity, speed, LinearTime(activation=50.0))
-    cheap, _ = worthwhile_replicas(load, capacity, speed, LinearTime(activation=1e-6))
+    dear, time_L = worthwhile_replicas(load, capacity, speed, TimeModel(activation_cost=50.0))
+    cheap, _ = worthwhile_replicas(load, capacity, speed, TimeModel(activation_cost=1e-6))
     assert ((dear >= 0).sum(axis=(1, 2)) == 8).all()
     assert ((cheap >= 0).sum(axis=(1, 2)) > 8).all()
     # Two experts per GPU at least, and the tokens of the fullest.
