@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moeless_opt.runtime.control.controller import Controller, Planner
+    from moeless_opt.runtime.control.controller import Controller
+    from moeless_opt.runtime.control.planner import Planner
     from moeless_opt.runtime.live.model import attach
 
 __all__ = ["Controller", "Planner", "attach"]
@@ -16,7 +17,7 @@ __all__ = ["Controller", "Planner", "attach"]
 
 def __getattr__(name: str) -> Any:
     """Import the parts when they are asked for: `attach` needs torch, the package does not."""
-    homes = {"attach": "live.model", "Controller": "control.controller", "Planner": "control.controller"}
+    homes = {"attach": "live.model", "Controller": "control.controller", "Planner": "control.planner"}
     if name in homes:
         import importlib
 

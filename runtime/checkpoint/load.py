@@ -397,7 +397,7 @@ class CheckpointHome:
     ----------
     folder : path
         The folder that the model was loaded from, reachable from every rank.
-    n_ranks : int
+    gpus : int
         Ranks of the expert-parallel group.
     dtype : torch.dtype, optional
         Of the live model's parameters; by default what ``config.json`` names.
@@ -407,17 +407,15 @@ class CheckpointHome:
     Layers are counted as a live model counts them: only those with experts.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], n_ranks: int, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], gpus: int, dtype: torch.dtype | None = None) -> None:
         self.source = ExpertSource(folder)
         self.dtype = dtype
-        self._n_ranks = n_ranks
+        self._gpus = gpus
         self._layers = [i for i, has_experts in enumerate(self.source.recipe.moe_L) if has_experts]
 
     def ranks(self, layer: int, expert: int) -> Sequence[int]:
         """Ranks that can read the expert: all."""
-        return range(self._n_ranks)
+        return range(self._gpus)
 
     def read(self, layer: int, expert: int) -> list[torch.Tensor]:
         """Return the expert's tensors on the CPU."""
@@ -425,4 +423,4 @@ class CheckpointHome:
 
     def regroup(self, survivors: Sequence[int]) -> None:
         """Nothing is lost with a rank."""
-        self._n_ranks = len(survivors)
+        self._gpus = len(survivors)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
+
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.errors import ProblemError
 
 __all__ = ["Backend", "LayerBackend", "LoadWindow", "MemoryReport", "Observation"]
 
@@ -27,18 +29,16 @@ class Observation:
         Forward passes.
     """
 
-    load_LE: NDArray[np.int64]
-    tokens_LG: NDArray[np.int64]
-    seconds_LG: NDArray[np.float64]
+    load_LE: IntArray
+    tokens_LG: IntArray
+    seconds_LG: FloatArray
     batches: int
 
     @property
-    def imbalance_L(self) -> NDArray[np.float64]:
+    def imbalance_L(self) -> FloatArray:
         """Largest over mean rows per rank, by layer (1 is perfect)."""
         mean_L = self.tokens_LG.mean(axis=1)
-        result: NDArray[np.float64] = np.where(
-            mean_L > 0, self.tokens_LG.max(axis=1) / np.maximum(mean_L, 1e-12), 1.0
-        )
+        result: FloatArray = np.where(mean_L > 0, self.tokens_LG.max(axis=1) / np.maximum(mean_L, 1e-12), 1.0)
         return result
 
 
@@ -54,9 +54,9 @@ class MemoryReport:
         Measured: everything that is alive now, and the most since the peak was last reset.
     """
 
-    live_G: NDArray[np.int64]
-    held_G: NDArray[np.int64]
-    peak_G: NDArray[np.int64]
+    live_G: IntArray
+    held_G: IntArray
+    peak_G: IntArray
 
 
 class LoadWindow:
@@ -70,15 +70,13 @@ class LoadWindow:
 
     def __init__(self, decay: float = 0.5) -> None:
         if not 0 <= decay < 1:
-            from moeless_opt.problems.errors import ProblemError
-
             raise ProblemError("decay", f"is {decay}, must be at least 0 and below 1")
         self.decay = decay
-        self.load_LE: NDArray[np.float64] | None = None
-        self.seconds_LG: NDArray[np.float64] | None = None
-        self.tokens_LG: NDArray[np.float64] | None = None
+        self.load_LE: FloatArray | None = None
+        self.seconds_LG: FloatArray | None = None
+        self.tokens_LG: FloatArray | None = None
 
-    def update(self, seen: Observation) -> NDArray[np.float64]:
+    def update(self, seen: Observation) -> FloatArray:
         """Add an observation; returns the faded loads."""
         for name in ("load_LE", "seconds_LG", "tokens_LG"):
             new = getattr(seen, name).astype(np.float64)
@@ -88,7 +86,7 @@ class LoadWindow:
         assert self.load_LE is not None
         return self.load_LE
 
-    def speed_G(self) -> NDArray[np.float64]:
+    def speed_G(self) -> FloatArray:
         """Relative speed of each rank: rows per second over the mean of the ranks (1 where nothing ran)."""
         if self.tokens_LG is None or self.seconds_LG is None:
             return np.ones(0)
@@ -107,7 +105,7 @@ class Backend(Protocol):
     """
 
     @property
-    def slots_LGC(self) -> NDArray[np.int32]:
+    def slots_LGC(self) -> SlotArray:
         """The placement in force."""
         ...
 
@@ -139,11 +137,11 @@ class LayerBackend(Protocol):
         """
         ...
 
-    def offer_layer(self, ticket: Any, slots_GC: NDArray[np.int32] | None, error: str = "") -> None:
+    def offer_layer(self, ticket: Any, slots_GC: SlotArray | None, error: str = "") -> None:
         """Give it its slots, or say why there are none; from any thread."""
         ...
 
-    def apply_layer(self, layer: int, slots_GC: NDArray[np.int32]) -> int:
+    def apply_layer(self, layer: int, slots_GC: SlotArray) -> int:
         """Both at once; returns the plan's number."""
         ...
 

@@ -21,130 +21,27 @@ plan is ever sent. Every plan has passed a verifier before it is applied.
 
 from __future__ import annotations
 
-import queue
-import threading
 import time as clock
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
 
 import numpy as np
 
-from moeless_opt.api import plan as make_plan
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.plan.verify import check_slots
-from moeless_opt.problems.spec.placement import Placement
-from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.runtime.control.backend import Backend, LayerBackend, LoadWindow
+from moeless_opt.runtime.control.decision import Decision, LayerDecision, same_replicas, stacked
+from moeless_opt.runtime.control.foreseer import Foreseen, Foreseer
+from moeless_opt.runtime.control.planner import PlanLayer
 
-__all__ = ["Controller", "Counted", "Decision", "Foreseen", "LayerDecision", "PlanLayer", "Planner"]
+__all__ = ["Controller"]
 
 #: Decisions of the per-layer mode that are remembered.
 REMEMBERED = 4096
-
-
-class Foreseen(Protocol):
-    """A prediction that may still be under way, e.g. `predictor_gates.Pending`."""
-
-    def load_E(self) -> FloatArray:
-        """Wait if need be; the loads of a layer, [E]."""
-        ...
-
-
-@runtime_checkable
-class PlanLayer(Protocol):
-    """A planner for single layers, e.g. `layer_planner.LayerPlanner` or `Planner`."""
-
-    def plan_layer(self, layer: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
-        """Slots [G, C] of one layer from its loads [E] and what each GPU holds [G, C]."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planner:
-    """How plans are made.
-
-    Parameters
-    ----------
-    topology : Topology
-        GPUs and their slots or memory.
-    solver : str
-        Name in the registry.
-    split : {"fractional", "equal"}
-        As in `moeless_opt.plan`.
-    options : mapping
-        Further arguments of `moeless_opt.plan` (``model``, ``limits``, ``sizing``, ``objective``, ...).
-    """
-
-    topology: Topology
-    solver: str = "auto"
-    split: str = "fractional"
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __call__(self, load_LE: FloatArray, live_LGC: SlotArray) -> Plan:
-        """Plan from the live placement."""
-        current = Placement(slots_LGC=live_LGC, experts=load_LE.shape[1])
-        return make_plan(
-            load_LE, self.topology, current=current, solver=self.solver, split=self.split, **self.options
-        )
-
-    def plan_layer(self, layer: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
-        """Plan one layer as a problem of its own."""
-        return np.asarray(self(load_E[None], slots_GC[None]).slots_LGC[0])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """What a controller decided.
-
-    Parameters
-    ----------
-    at_pass : int
-        Forward passes seen when the loads were taken.
-    plan : Plan
-        What was planned.
-    applied : int or None
-        The backend's number; None if nothing moved and nothing was applied.
-    seconds : float
-        Time of planning.
-    """
-
-    at_pass: int
-    plan: Plan
-    applied: int | None
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerDecision:
-    """What a controller decided for one layer.
-
-    Parameters
-    ----------
-    layer : int
-        Which.
-    load_E : array, shape [E]
-        What was foreseen, over all ranks.
-    slots_GC : array of int32, shape [G, C]
-        What was planned.
-    applied : int or None
-        The backend's number; None where the slots stay as they are.
-    seconds : float
-        Time of planning.
-    error : str
-        Why there is no plan; the layer then stays as it is.
-    """
-
-    layer: int
-    load_E: FloatArray
-    slots_GC: SlotArray
-    applied: int | None
-    seconds: float
-    error: str = ""
 
 
 class Controller:
@@ -194,7 +91,7 @@ class Controller:
         self.decisions: list[Decision] = []
         #: The newest decisions of the per-layer mode.
         self.layer_decisions: deque[LayerDecision] = deque(maxlen=REMEMBERED)
-        self._foreseer: _Foreseer | None = None
+        self._foreseer: Foreseer | None = None
         self._due = self.every
         self._pending: tuple[int, int, Future[tuple[Plan, float]]] | None = None
         self._worker = ThreadPoolExecutor(1, "moeless-planner") if self.lag else None
@@ -239,12 +136,12 @@ class Controller:
             return self._decide(self.passes, *self._plan(predicted_LE, self.backend.slots_LGC))
         slots_LGC = self.backend.slots_LGC
         found = [self._of_layer(x, load_E, slots_LGC[x]) for x, load_E in enumerate(predicted_LE)]
-        wanted_LGC = _stacked([decision.slots_GC for decision in found])
-        if not _same(wanted_LGC, slots_LGC):
+        wanted_LGC = stacked([decision.slots_GC for decision in found])
+        if not same_replicas(wanted_LGC, slots_LGC):
             number = self.backend.apply(wanted_LGC)
             found = [
                 decision
-                if _same(decision.slots_GC[None], slots_LGC[x][None])
+                if same_replicas(decision.slots_GC[None], slots_LGC[x][None])
                 else replace(decision, applied=number)
                 for x, decision in enumerate(found)
             ]
@@ -256,7 +153,7 @@ class Controller:
     ) -> LayerDecision | None:
         """Plan one layer for a prediction of its loads, and apply it to that layer.
 
-        All ranks call it at the same point of the same pass. Fits `predictor_gates.Foresight` as ``begun``.
+        All ranks call it at the same point of the same pass. Fits `predict.foresight.Foresight` as ``begun``.
 
         Parameters
         ----------
@@ -286,19 +183,19 @@ class Controller:
                 self._foreseer.give_up()
                 self._foreseer = None
             if self._foreseer is None:
-                self._foreseer = _Foreseer(self, self.backend)
+                self._foreseer = Foreseer(self.backend, self._of_layer, self.layer_decisions.append)
             self._foreseer.take(ticket, layer, predicted, summed)
         return None
 
     def _at_once(self, layer: int, load_E: FloatArray) -> LayerDecision:
         slots_LGC = self.backend.slots_LGC
         decision = self._of_layer(layer, load_E, slots_LGC[layer])
-        if not _same(decision.slots_GC[None], slots_LGC[layer][None]):
+        if not same_replicas(decision.slots_GC[None], slots_LGC[layer][None]):
             if isinstance(self.backend, LayerBackend):
                 number = self.backend.apply_layer(layer, decision.slots_GC)
             else:
                 rows = [decision.slots_GC if x == layer else s for x, s in enumerate(slots_LGC)]
-                number = self.backend.apply(_stacked(rows))
+                number = self.backend.apply(stacked(rows))
             decision = replace(decision, applied=number)
         self.layer_decisions.append(decision)
         return decision
@@ -353,97 +250,8 @@ class Controller:
 
     def _decide(self, at_pass: int, plan: Plan, seconds: float) -> Decision:
         """Apply a plan that changes anything; shares alone are the backend's own business."""
-        changes = plan.moves.count > 0 or not _same(plan.slots_LGC, self.backend.slots_LGC)
+        changes = plan.moves.count > 0 or not same_replicas(plan.slots_LGC, self.backend.slots_LGC)
         applied = self.backend.apply(plan) if changes else None
         decision = Decision(at_pass=at_pass, plan=plan, applied=applied, seconds=seconds)
         self.decisions.append(decision)
         return decision
-
-
-class Counted:
-    """Loads that are known already, in the place of a prediction."""
-
-    def __init__(self, load_E: FloatArray) -> None:
-        self._load_E = load_E
-
-    def load_E(self) -> FloatArray:
-        """The loads."""
-        return self._load_E
-
-
-class _Foreseer:
-    """The thread of the per-layer mode: reads predictions, sums them over the ranks, plans, offers.
-
-    The threads of all ranks take the same tickets in the same order, because tickets are opened so.
-    """
-
-    def __init__(self, controller: Controller, backend: LayerBackend) -> None:
-        self._controller, self._backend = controller, backend
-        self.group = getattr(backend, "group", None)
-        self._side = backend.side_group()
-        self._queue: queue.Queue[tuple[Any, int, Foreseen, bool] | None] = queue.Queue()
-        # Not an executor's: the interpreter must not wait at its end for ranks that are gone.
-        self._thread = threading.Thread(target=self._run, name="moeless-foresight", daemon=True)
-        self._thread.start()
-
-    def take(self, ticket: Any, layer: int, predicted: Foreseen, summed: bool) -> None:
-        """Return at once; the rest is the thread's."""
-        self._queue.put((ticket, layer, predicted, summed))
-
-    def drain(self) -> None:
-        self._queue.join()
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        self._side.close()
-
-    def give_up(self) -> None:
-        """End without waiting: the thread may be waiting for a rank that is gone."""
-        self._queue.put(None)
-        self._side.close()
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            self._foresee(*item)
-            self._queue.task_done()
-        self._queue.task_done()
-
-    def _foresee(self, ticket: Any, layer: int, predicted: Foreseen, summed: bool) -> None:
-        base_GC, load_E = ticket.base_GC, np.zeros(0)
-        try:
-            load_E = predicted.load_E()
-            if not summed:
-                load_E = self._side.sum(load_E)
-            decision = self._controller._of_layer(layer, load_E, base_GC)
-        except Exception as error:  # whatever it was: the other ranks wait for word of this ticket
-            text = f"{type(error).__name__}: {error}"
-            decision = LayerDecision(
-                layer=layer, load_E=load_E, slots_GC=base_GC, applied=None, seconds=0.0, error=text
-            )
-        if not decision.error and not _same(decision.slots_GC[None], base_GC[None]):
-            decision = replace(decision, applied=ticket.number)
-        # Unchanged slots are offered as they stand: another order of the same experts would be a switch.
-        slots_GC = base_GC if decision.applied is None else decision.slots_GC
-        self._controller.layer_decisions.append(decision)
-        self._backend.offer_layer(ticket, slots_GC, decision.error)
-
-
-def _stacked(rows: Sequence[SlotArray]) -> SlotArray:
-    width = max(slots_GC.shape[1] for slots_GC in rows)
-    out = np.full((len(rows), rows[0].shape[0], width), -1, dtype=np.int32)
-    for layer, slots_GC in enumerate(rows):
-        out[layer, :, : slots_GC.shape[1]] = slots_GC
-    return out
-
-
-def _same(a_LGC: SlotArray, b_LGC: SlotArray) -> bool:
-    """Whether two placements hold the same experts on the same GPUs."""
-    width = max(a_LGC.shape[2], b_LGC.shape[2])
-
-    def ordered(slots_LGC: SlotArray) -> SlotArray:
-        padded = np.full((*slots_LGC.shape[:2], width), -1, dtype=np.int32)
-        padded[:, :, : slots_LGC.shape[2]] = slots_LGC
-        return np.sort(padded, axis=2)
-
-    return a_LGC.shape[:2] == b_LGC.shape[:2] and np.array_equal(ordered(a_LGC), ordered(b_LGC))

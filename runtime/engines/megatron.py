@@ -18,16 +18,13 @@ from torch import Tensor
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
 from moeless_opt.problems.spec.topology import Links
-from moeless_opt.runtime.live.dispatch.dispatcher import (
-    SharePolicy,
-    SlotDispatcher,
-    chosen_experts,
-)
+from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher, chosen_experts
+from moeless_opt.runtime.live.dispatch.shares import SharePolicy
 from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, SlotExperts, meta_shell
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.home import HomeStore
 from moeless_opt.runtime.live.model import LiveModel
-from moeless_opt.runtime.live.schedule import SlotTable, static_slots
+from moeless_opt.runtime.live.slots import SlotTable, static_slots
 
 with warnings.catch_warnings():
     # Megatron-core announces at import every accelerator package that it did not find.
@@ -102,7 +99,7 @@ class MegatronDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         """Count, agree, split, sort by destination."""
         self.hidden_shape = hidden_states.shape
         expert_Tk = chosen_experts(routing_map, self.core.topk)
-        prob_Tk = probs.gather(1, expert_Tk.clamp(max=self.core.n_experts - 1))
+        prob_Tk = probs.gather(1, expert_Tk.clamp(max=self.core.experts - 1))
         return self.core.prepare(hidden_states.reshape(-1, self.hidden_shape[-1]), expert_Tk, prob_Tk)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,17 +172,17 @@ def attach(
     if not layers:
         raise UnsupportedFeatureError("the model has no MoE layer")
     _refuse(inner.config, layers)
-    n_experts = int(inner.config.num_moe_experts)
+    experts = int(inner.config.num_moe_experts)
     example = next(layers[0].experts.parameters())
     device = example.device
     ep_group = layers[0].ep_group
     ranks = dist.get_process_group_ranks(ep_group) if dist.is_initialized() else None
     group = ExpertGroup.create(ranks, device=device, timeout=timeout, node_R=node_G)
-    slots_GC = static_slots(n_experts, group.size)
+    slots_GC = static_slots(experts, group.size)
     first = group.rank * slots_GC.shape[1]
     meter = MemoryMeter(memory_limit)
     banks: list[SlotBank] = []
-    experts: list[SlotExperts] = []
+    owned: list[SlotExperts] = []
     for index, layer in enumerate(layers):
         stock = layer.experts
         modules = {first + i: module for i, module in enumerate(stock.local_experts)}
@@ -197,18 +194,18 @@ def attach(
         bank = SlotBank(index, resident, list(stock.local_experts[0].parameters()), device, meter, own.follow)
         own.follow(bank)
         banks.append(bank)
-        experts.append(own)
+        owned.append(own)
     parts = [(layer, layer.experts, layer.token_dispatcher) for layer in layers]
 
     def restore(live: LiveModel) -> None:
-        for (layer, stock, dispatcher), own, bank in zip(parts, experts, live.banks, strict=True):
+        for (layer, stock, dispatcher), own, bank in zip(parts, owned, live.banks, strict=True):
             stock.local_experts = torch.nn.ModuleList(own.unit(e) for e in bank.order)
             layer.experts, layer.token_dispatcher = stock, dispatcher
 
     live = LiveModel(
         group=group,
         banks=banks,
-        tables=[SlotTable(slots_GC, n_experts) for _ in layers],
+        tables=[SlotTable(slots_GC, experts) for _ in layers],
         topk=int(inner.config.moe_router_topk),
         meter=meter,
         restore=restore,
@@ -218,10 +215,10 @@ def attach(
         checksums=checksums,
         model=model,
         hidden=int(inner.config.hidden_size),
-        run_experts=lambda i, rows, sizes: experts[i](rows, sizes, rows.new_ones(len(rows))),
+        run_experts=lambda i, rows, sizes: owned[i](rows, sizes, rows.new_ones(len(rows))),
         links=links,
     )
-    for (layer, stock, dispatcher), own, core in zip(parts, experts, live.dispatchers, strict=True):
+    for (layer, stock, dispatcher), own, core in zip(parts, owned, live.dispatchers, strict=True):
         # The stock bank must not keep weights alive that have moved away.
         stock.local_experts = torch.nn.ModuleList()
         own.most_rows = live.row_block.most

@@ -59,7 +59,7 @@ class TraceRecorder:
     """Collects the routes of this rank's tokens, forward by forward; made by `record_routes`."""
 
     def __init__(self, live: LiveModel) -> None:
-        self._n_experts = live.n_experts
+        self._experts = live.experts
         self._layers = len(live.dispatchers)
         self._pending: list[NDArray[np.int16]] = []
         self._tokens: list[NDArray[np.int16]] = []
@@ -71,9 +71,9 @@ class TraceRecorder:
     def _take(self, dispatcher: SlotDispatcher, expert_Tk: Tensor) -> None:
         chosen = expert_Tk
         if dispatcher.valid is not None:
-            chosen = torch.where(dispatcher.valid[:, None], chosen, self._n_experts)
+            chosen = torch.where(dispatcher.valid[:, None], chosen, self._experts)
         array = chosen.to("cpu").numpy().astype(np.int16)
-        array[array >= self._n_experts] = -1
+        array[array >= self._experts] = -1
         self._pending.append(array)
         if len(self._pending) == self._layers:
             self._finish(np.stack(self._pending, axis=1))
@@ -102,7 +102,7 @@ class TraceRecorder:
             raise ProblemError("trace", "no token was recorded")
         tokens = np.concatenate(self._tokens)
         return TokenTraces(
-            experts_TLK=tokens, offsets=np.asarray(self._ends, dtype=np.int64), experts=self._n_experts
+            experts_TLK=tokens, offsets=np.asarray(self._ends, dtype=np.int64), experts=self._experts
         )
 
 

@@ -20,13 +20,13 @@ from torch.nn import Module, Parameter
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
 from moeless_opt.problems.spec.topology import Links
-from moeless_opt.runtime.live.dispatch.dispatcher import SharePolicy
+from moeless_opt.runtime.live.dispatch.shares import SharePolicy
 from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, Weights
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.home import host_copy
 from moeless_opt.runtime.live.model import LiveModel
 from moeless_opt.runtime.live.rows import pieces
-from moeless_opt.runtime.live.schedule import SlotTable, static_slots
+from moeless_opt.runtime.live.slots import SlotTable, static_slots
 
 __all__ = ["StackedHome", "attach", "moe_parts", "route"]
 
@@ -37,13 +37,13 @@ _live_of: weakref.WeakKeyDictionary[Module, tuple[LiveModel, int]] = weakref.Wea
 class StackedHome:
     """The stacked weights that `transformers` loaded, kept on the host of every rank."""
 
-    def __init__(self, stacks: Sequence[Sequence[Tensor]], n_ranks: int) -> None:
+    def __init__(self, stacks: Sequence[Sequence[Tensor]], gpus: int) -> None:
         self._stacks = stacks
-        self._n_ranks = n_ranks
+        self._gpus = gpus
 
     def ranks(self, layer: int, expert: int) -> Sequence[int]:
         """Every rank has all experts."""
-        return range(self._n_ranks)
+        return range(self._gpus)
 
     def read(self, layer: int, expert: int) -> Weights:
         """Slices; nothing is copied."""
@@ -51,7 +51,7 @@ class StackedHome:
 
     def regroup(self, members: Sequence[int]) -> None:
         """Nothing is lost."""
-        self._n_ranks = len(members)
+        self._gpus = len(members)
 
 
 #: Names of the norm in front of a MoE module in a decoder layer.
@@ -210,12 +210,12 @@ def attach(
     modules = [m for m in model.modules() if _is_experts(m)]
     _refuse(modules)
     stacks: list[list[Parameter]] = [[getattr(m, n) for n in _names(m)] for m in modules]
-    n_experts = int(modules[0].num_experts)
+    experts = int(modules[0].num_experts)
     device = stacks[0][0].device
     group = ExpertGroup.create(ranks, device=device, timeout=timeout, node_R=node_G, store=store)
-    if n_experts % group.size:
-        raise UnsupportedFeatureError(f"{n_experts} experts do not divide among {group.size} ranks")
-    slots_GC = static_slots(n_experts, group.size)
+    if experts % group.size:
+        raise UnsupportedFeatureError(f"{experts} experts do not divide among {group.size} ranks")
+    slots_GC = static_slots(experts, group.size)
     meter = MemoryMeter(memory_limit)
     mine = [int(e) for e in slots_GC[group.rank]]
     banks = []
@@ -240,7 +240,7 @@ def attach(
     live = LiveModel(
         group=group,
         banks=banks,
-        tables=[SlotTable(slots_GC, n_experts) for _ in modules],
+        tables=[SlotTable(slots_GC, experts) for _ in modules],
         topk=topk,
         meter=meter,
         restore=restore,

@@ -6,7 +6,7 @@ memory: what it releases is freed. It is driven at batches that all ranks count 
 share (forward passes, or the first rank's seconds, which travel with the token counts), so all pools are the
 same without talking.
 
-A replica that is not there is a *cold start*: it comes over the quickest link (`placement.Router`) from
+A replica that is not there is a *cold start*: it comes over the quickest link (`schedule.Router`) from
 another rank, or from a home copy in host memory.
 
 Costs are metered by `CostMeter`: the bytes are those in memory, the seconds are measured on this rank.
@@ -25,11 +25,11 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.runtime.pool.cost import CostMeter
-from moeless_opt.runtime.pool.table import KeepAlive, WarmPool
+from moeless_opt.runtime.pool.keep_alive import KeepAlive
+from moeless_opt.runtime.pool.table import WarmPool
 
 if TYPE_CHECKING:
     from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
-    from moeless_opt.runtime.live.lanes import Ticket
 
 __all__ = ["CLOCKS", "Elastic", "ElasticReport"]
 
@@ -194,11 +194,11 @@ class Elastic:
         self.pools[layer].take(wanted_GE[None], self.now)
         self._count(layer)
 
-    def loaded(self, ticket: Ticket) -> None:
-        """A ticket's transfers are over."""
-        self.cold_bytes += ticket.bytes
-        self.cold_seconds += ticket.seconds
-        self.from_home += ticket.from_home
+    def loaded(self, loaded_bytes: int, seconds: float, from_home: int) -> None:
+        """Transfers are over: bytes and seconds of all of them, and how many came from home copies."""
+        self.cold_bytes += loaded_bytes
+        self.cold_seconds += seconds
+        self.from_home += from_home
 
     def pin(self, layer: int, copies_GE: BoolArray) -> None:
         """These replicas of a layer serve, or will soon: they stay whatever the clock says."""

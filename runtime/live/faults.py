@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import MoelessError
 from moeless_opt.runtime.live.groups import ExpertGroup, RankLostError
 from moeless_opt.runtime.live.model import LiveModel
-from moeless_opt.runtime.live.schedule import Slots, repair_slots
+from moeless_opt.runtime.live.repair import repair_slots
 
 __all__ = ["EvictedError", "Guard", "Recovery"]
 
 T = TypeVar("T")
-Replan = Callable[[list[list[list[int]]], NDArray[np.float64] | None], Slots]
+Replan = Callable[[list[list[list[int]]], FloatArray | None], SlotArray]
 
 
 class EvictedError(MoelessError):
@@ -90,7 +90,7 @@ class Guard:
         self.grace = grace
         self.slots = slots
         self.replan = replan
-        self.load_LE: NDArray[np.float64] | None = None
+        self.load_LE: FloatArray | None = None
         self.recoveries: list[Recovery] = []
         # Meetings are counted from here, whatever became of the groups in between.
         self._meeting = f"moeless/meet/{'-'.join(map(str, live.group.ranks))}"
@@ -154,10 +154,10 @@ class Guard:
         agreed = time.monotonic()
         group = old.shrunk([old.ranks.index(r) for r in ranks], f"epoch{self._epoch}")
         live.regroup(group)
-        n_experts = live.n_experts
-        held = [int(e in bank.resident) for bank in live.banks for e in range(n_experts)]
+        experts = live.experts
+        held = [int(e in bank.resident) for bank in live.banks for e in range(experts)]
         rows = group.gather_ints([self._completed, *held])
-        have_RLE = np.asarray([row[1:] for row in rows]).reshape(group.size, len(live.banks), n_experts)
+        have_RLE = np.asarray([row[1:] for row in rows]).reshape(group.size, len(live.banks), experts)
         have_LG = [
             [np.flatnonzero(have_RLE[g, layer]).tolist() for g in range(group.size)]
             for layer in range(len(live.banks))
@@ -206,11 +206,11 @@ class Guard:
             raise EvictedError(f"rank {me} came too late: ranks {ranks} went on")
         return ranks
 
-    def _target(self, group: ExpertGroup, have_LG: list[list[list[int]]]) -> Slots:
+    def _target(self, group: ExpertGroup, have_LG: list[list[list[int]]]) -> SlotArray:
         """The placement after the loss, from the first survivor, so that all have the same."""
         live = self.live
         most = max(len(row) for rows in have_LG for row in rows)
-        width = max(self.slots or 0, most, -(-live.n_experts // group.size))
+        width = max(self.slots or 0, most, -(-live.experts // group.size))
         shape = (len(live.banks), group.size, width)
         flat, error = np.full(shape, -1, dtype=np.int32), None
         if group.rank == 0:
@@ -219,7 +219,7 @@ class Guard:
                     found = np.asarray(self.replan(have_LG, self.load_LE), dtype=np.int32)
                 else:
                     cap = self.slots if self.slots is not None else width
-                    found = repair_slots(have_LG, live.n_experts, np.full(shape[:2], cap), self.load_LE)
+                    found = repair_slots(have_LG, live.experts, np.full(shape[:2], cap), self.load_LE)
                 if found.shape[2] > width:
                     raise MoelessError(
                         f"the new placement has {found.shape[2]} slots per rank, {width} are allowed"

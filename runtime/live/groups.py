@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
+from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import MoelessError, ProblemError
 
 __all__ = ["ExpertGroup", "RankLostError", "SideGroup"]
@@ -269,7 +269,7 @@ class SideGroup:
                     group.store, name, group.rank, self.size, torch.device("cpu"), group.timeout
                 )
 
-    def sum(self, mine: NDArray[np.float64]) -> NDArray[np.float64]:
+    def sum(self, mine: FloatArray) -> FloatArray:
         """Sum over the ranks, added in their order: the same bits on all of them."""
         if self.size == 1:
             return mine.copy()

@@ -127,11 +127,11 @@ class MappedHome:
         Written by `save_experts`.
     """
 
-    def __init__(self, folder: str | Path, n_ranks: int) -> None:
+    def __init__(self, folder: str | Path, gpus: int) -> None:
         from safetensors import safe_open
 
         self.folder = Path(folder)
-        self._n_ranks = n_ranks
+        self._gpus = gpus
         self._file: dict[tuple[int, int], Any] = {}
         for path in sorted(self.folder.glob("experts-*.safetensors")):
             handle = safe_open(str(path), framework="pt")
@@ -145,7 +145,7 @@ class MappedHome:
 
     def ranks(self, layer: int, expert: int) -> Sequence[int]:
         """See `HomeStore.ranks`: everybody reads the files."""
-        return range(self._n_ranks) if (layer, expert) in self._file else ()
+        return range(self._gpus) if (layer, expert) in self._file else ()
 
     def read(self, layer: int, expert: int) -> Weights:
         """See `HomeStore.read`."""
@@ -157,7 +157,7 @@ class MappedHome:
 
     def regroup(self, members: Sequence[int]) -> None:
         """Nothing is lost."""
-        self._n_ranks = len(members)
+        self._gpus = len(members)
 
 
 def save_experts(folder: str | Path, group: ExpertGroup, banks: Sequence[SlotBank], rows_LG: Any) -> None:

@@ -24,85 +24,53 @@ from __future__ import annotations
 import time
 import zlib
 from collections import deque
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moeless_opt.problems.arrays import BoolArray
+from moeless_opt.problems.arrays import BoolArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
 from moeless_opt.problems.spec.placement import held_LGE
-from moeless_opt.runtime.live.experts import Weights
-from moeless_opt.runtime.live.migrate import OK, REASON, Flight, Migrator
-from moeless_opt.runtime.live.schedule import Router, Slots, SlotTable, Transfer
+from moeless_opt.runtime.live.courier import OK, REASON
+from moeless_opt.runtime.live.migrate import Migrator
+from moeless_opt.runtime.live.schedule import Router, Shipment
+from moeless_opt.runtime.live.slots import SlotTable
+from moeless_opt.runtime.live.ticket import REFUSED, UNPLANNED, Ticket
 
 if TYPE_CHECKING:
     from moeless_opt.runtime.live.elastic import Elastic
 
-__all__ = ["LANE_HEADER", "Lanes", "Ticket"]
+__all__ = ["LaneHeader", "Lanes"]
 
 #: Tickets about which a rank tells the others at a time.
 AHEAD = 4
-#: Numbers of `Lanes.header`: checksums of the next tickets, arrived, fault, microseconds.
-LANE_HEADER = AHEAD + 3
-UNPLANNED, REFUSED = 0, -1
 #: Finished tickets that are remembered.
 REMEMBERED = 4096
 
 
-@dataclass(eq=False)
-class Ticket:
-    """A plan of one layer, from its opening to its end.
+class LaneHeader(NamedTuple):
+    """What one rank tells the others: numbers, or a column [R] of each, as they were gathered.
 
     Parameters
     ----------
-    number : int
-        In order of opening, from 1.
-    layer : int
-        Index among the MoE layers.
-    base_GC : array of int32, shape [G, C]
-        Where the layer was heading when it was opened: what to plan from. The same on all ranks.
-    serve : bool
-        Whether the slots shall serve; else they are only made warm.
-    status : str
-        ``"open"``, ``"moving"``, ``"ready"``, ``"done"``, ``"superseded"`` or ``"void"``.
-    reason : str
-        Why it is void.
-    cold, from_home, bytes : int
-        Replicas that had to be loaded, over all ranks; of these from home copies; and their bytes.
-    opened, adopted, ended : int
-        Forward passes of the model at these moments.
-    seconds : float
-        From posting its transfers until those to this rank had arrived.
+    next1, next2, next3, next4 : int
+        Checksums of the next open tickets; see `ticket.UNPLANNED`.
+    arrived : int
+        Posted tickets that have arrived, in order.
+    fault : int
+        What went wrong, see `courier`.
+    clock : int
+        Microseconds of this rank's clock.
     """
 
-    number: int
-    layer: int
-    base_GC: Slots
-    serve: bool = True
-    status: str = "open"
-    reason: str = ""
-    cold: int = 0
-    from_home: int = 0
-    bytes: int = 0
-    opened: int = 0
-    adopted: int = 0
-    ended: int = 0
-    seconds: float = 0.0
-    slots_GC: Slots | None = field(default=None, repr=False)
-    digest: int = field(default=UNPLANNED, repr=False)
-    room: dict[tuple[int, int], Weights] = field(default_factory=dict, repr=False)
-    flight: Flight | None = field(default=None, repr=False)
-    #: Which rank is to have which expert, and what of it has to be loaded, [G, E].
-    wanted_GE: BoolArray | None = field(default=None, repr=False)
-    arrivals_GE: BoolArray | None = field(default=None, repr=False)
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will become of it."""
-        return self.status in ("done", "superseded", "void")
+    next1: Any
+    next2: Any
+    next3: Any
+    next4: Any
+    arrived: Any
+    fault: Any
+    clock: Any
 
 
 class Lanes:
@@ -133,7 +101,7 @@ class Lanes:
         self._ready: dict[int, Ticket] = {}
         self._me = self.migrator.group.rank
         # On all ranks: copies that serve, copies in memory that do not, and of these those on their way.
-        self._serving_LGE: BoolArray = held_LGE(self._slots_LGC(), self.migrator.tables[0].n_experts)
+        self._serving_LGE: BoolArray = held_LGE(self._slots_LGC(), self.migrator.tables[0].experts)
         self._extra_LGE: BoolArray = np.zeros_like(self._serving_LGE)
         self._coming_LGE: BoolArray = np.zeros_like(self._serving_LGE)
         self._changed: set[int] = set()  # layers of which copies may be let go
@@ -150,7 +118,7 @@ class Lanes:
         """Copies in memory that do not serve: (layer, expert, rank)."""
         return {(int(x), int(e), int(g)) for x, g, e in np.argwhere(self._extra_LGE)}
 
-    def heading_GC(self, layer: int) -> Slots:
+    def heading_GC(self, layer: int) -> SlotArray:
         """Where a layer is heading: its newest adopted slots, or those in force."""
         for ticket in reversed(self._posted):
             if ticket.layer == layer and ticket.serve and ticket.slots_GC is not None:
@@ -179,20 +147,20 @@ class Lanes:
         """Whether a ticket of the layer is open; the same on all ranks."""
         return any(ticket.layer == layer for ticket in self._open)
 
-    def offer(self, ticket: Ticket, slots_GC: Slots | None, error: str = "") -> None:
+    def offer(self, ticket: Ticket, slots_GC: SlotArray | None, error: str = "") -> None:
         """Give an open ticket its slots, or say why there are none; in any thread."""
         digest = REFUSED
         if slots_GC is not None and not error:
             try:
                 slots_GC = np.ascontiguousarray(slots_GC, dtype=np.int32)
-                SlotTable(slots_GC, self.migrator.tables[ticket.layer].n_experts)
+                SlotTable(slots_GC, self.migrator.tables[ticket.layer].experts)
                 if slots_GC.shape[0] != self.migrator.group.size:
                     raise ProblemError(
                         "slots_GC",
                         f"has {slots_GC.shape[0]} ranks, the group has {self.migrator.group.size}",
                     )
                 ticket.slots_GC = slots_GC
-                experts = self.migrator.tables[ticket.layer].n_experts
+                experts = self.migrator.tables[ticket.layer].experts
                 ticket.wanted_GE = held_LGE(slots_GC[None], experts)[0]
                 rows = repr([[e for e in row if e >= 0] for row in slots_GC.tolist()])
                 digest = 1 + zlib.crc32(f"{ticket.number} {ticket.layer} {ticket.serve} {rows}".encode())
@@ -203,7 +171,7 @@ class Lanes:
 
     # -- driven by batches -------------------------------------------------------------------------
 
-    def header(self) -> tuple[int, ...]:
+    def header(self) -> LaneHeader:
         """What this rank tells the others now."""
         digests = [UNPLANNED] * AHEAD
         if self._open and not (self.migrator.claims or self._floor_given):
@@ -218,7 +186,7 @@ class Lanes:
                     fault, ticket.reason = ticket.flight.fault, ticket.flight.error
                     break
             arrived += 1
-        return (*digests, arrived, fault, time.monotonic_ns() // 1000)
+        return LaneHeader._make((*digests, arrived, fault, time.monotonic_ns() // 1000))
 
     def _with_room(self, ticket: Ticket) -> int:
         """The ticket's checksum, once there is memory here for what it brings."""
@@ -237,11 +205,12 @@ class Lanes:
             ticket.digest = REFUSED
         return ticket.digest
 
-    def agree(self, layer: int | None, headers_RK: NDArray[np.int64]) -> None:
+    def agree(self, layer: int | None, headers_RK: IntArray) -> None:
         """Act on everybody's numbers, in front of a batch of `layer` (None: between forwards)."""
+        told_R = LaneHeader(*headers_RK.T)
         if layer == 0:
             self.passes += 1
-        self.now = max(self.now, int(headers_RK[0, AHEAD + 2]) * 1e-6)
+        self.now = max(self.now, int(told_R.clock[0]) * 1e-6)
         if self.elastic is not None:
             self.elastic.at(self.passes, self.now)
         if self._floor_given and not self.migrator.claims:
@@ -251,13 +220,12 @@ class Lanes:
             self._coming_LGE = np.zeros_like(self._serving_LGE)
             if self.elastic is not None:
                 self.elastic.follow(self._serving_LGE)
-        for _ in range(int(headers_RK[:, AHEAD].min()) if self._posted else 0):
+        for _ in range(int(told_R.arrived.min()) if self._posted else 0):
             self._landed(self._posted.popleft())
-        if (fault := int(headers_RK[:, AHEAD + 1].max())) != OK and self._posted:
+        if (fault := int(told_R.fault.max())) != OK and self._posted:
             self._fail(REASON[fault])  # memory was made for what is missing now: adopt at the next batch
         elif not self.migrator.claims:
-            for k in range(AHEAD):
-                column_R = headers_RK[:, k]
+            for column_R in told_R[:AHEAD]:
                 if not self._open or not column_R.all():
                     break
                 self._decide(self._open.popleft(), column_R)
@@ -273,7 +241,7 @@ class Lanes:
         while self._changed:
             self._let_go(self._changed.pop())
 
-    def _decide(self, ticket: Ticket, column_R: NDArray[np.int64]) -> None:
+    def _decide(self, ticket: Ticket, column_R: IntArray) -> None:
         if (column_R < 0).any():
             self._end(ticket, "void", ticket.reason or "another rank could not carry it out")
         elif (column_R != column_R[0]).any():
@@ -331,7 +299,7 @@ class Lanes:
             for row, new in zip(rows, ticket.slots_GC.tolist(), strict=True)
         )
 
-    def _transfers(self, ticket: Ticket, ready_GE: BoolArray) -> list[Transfer]:
+    def _transfers(self, ticket: Ticket, ready_GE: BoolArray) -> list[Shipment]:
         assert ticket.arrivals_GE is not None
         migrator, layer = self.migrator, ticket.layer
         home = None if migrator.home is None else migrator.home.ranks
@@ -348,7 +316,7 @@ class Lanes:
         if ticket.flight is not None:
             ticket.seconds, ticket.flight = ticket.flight.seconds, None
         if self.elastic is not None:
-            self.elastic.loaded(ticket)
+            self.elastic.loaded(ticket.bytes, ticket.seconds, ticket.from_home)
         if not ticket.serve:
             self._end(ticket, "done")
             return
@@ -457,7 +425,7 @@ class Lanes:
         numbers = self.migrator.group.gather_ints([self._opened, self._adopted, self.passes])
         self._opened, self._adopted, self.passes = (max(column) for column in zip(*numbers, strict=True))
 
-    def _slots_LGC(self) -> Slots:
+    def _slots_LGC(self) -> SlotArray:
         tables = self.migrator.tables
         width = max(len(row) for table in tables for row in table.rows)
         return np.stack([table.slots(width) for table in tables])

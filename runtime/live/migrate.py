@@ -18,42 +18,57 @@ themselves, on CUDA for an event behind them on a stream of their own), and the 
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
 from moeless_opt.problems.spec.topology import Links
+from moeless_opt.runtime.live.courier import (
+    LOST,
+    NO_MEMORY,
+    OK,
+    REASON,
+    Courier,
+    DamagedError,
+    Flight,
+)
 from moeless_opt.runtime.live.experts import SlotBank, Weights, checksum
 from moeless_opt.runtime.live.groups import ExpertGroup, RankLostError
 from moeless_opt.runtime.live.home import HomeStore
-from moeless_opt.runtime.live.schedule import (
-    Schedule,
-    Slots,
-    SlotTable,
-    Transfer,
-    build_schedule,
-    follow_schedule,
-)
+from moeless_opt.runtime.live.schedule import Schedule, Shipment, build_schedule, follow_schedule
+from moeless_opt.runtime.live.slots import SlotTable
 
-__all__ = ["Courier", "Flight", "Limits", "MigrationReport", "Migrator"]
+__all__ = ["Header", "MigrationReport", "Migrator", "TransferLimits"]
 
-OK, DAMAGED, NO_MEMORY, LOST = range(4)
-REASON = {DAMAGED: "checksum mismatch", NO_MEMORY: "no memory for an arrival", LOST: "a transfer failed"}
-#: Numbers of `Migrator.header`.
-HEADER = 5
+
+class Header(NamedTuple):
+    """What one rank tells the others: numbers, or a column [R] of each, as they were gathered.
+
+    Parameters
+    ----------
+    number, digest : int
+        The newest plan that was handed in, and its checksum (0: none waits).
+    ready, done : int
+        Steps for which there is memory here, and steps that have arrived.
+    fault : int
+        What went wrong, see `courier`.
+    """
+
+    number: Any
+    digest: Any
+    ready: Any
+    done: Any
+    fault: Any
 
 
 @dataclass(frozen=True)
-class Limits:
+class TransferLimits:
     """What a migration may use.
 
     Parameters
@@ -98,132 +113,13 @@ class MigrationReport:
     began: float = field(default=0.0, repr=False)
 
 
-class Flight:
-    """A posted step: `done` turns true when all of it has arrived or failed; then `fault` tells which."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.fault = OK
-        self.error = ""
-        self.began = time.perf_counter()
-        self.seconds = 0.0
-        # Buffers must outlive the operations that read and write them.
-        self.held: list[Any] = []
-
-
-class Courier:
-    """Posts transfers of one rank and watches them from a thread.
-
-    Parameters
-    ----------
-    group : ExpertGroup
-        Its `weights` group carries the transfers.
-    """
-
-    def __init__(self, group: ExpertGroup) -> None:
-        self.group = group
-        self.device = group.device
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.waits = 0
-        self._queue: queue.SimpleQueue[tuple[Flight, list[Any], Callable[[], None]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._thread: threading.Thread | None = None
-
-    def on_stream(self) -> Any:
-        """Context in which transfers are issued."""
-        return torch.cuda.stream(self.stream)
-
-    def post(
-        self,
-        sends: Sequence[tuple[Weights, int, int]],
-        receives: Sequence[tuple[Weights, int, int]],
-        finish: Callable[[], None],
-    ) -> Flight:
-        """Start a step; returns at once.
-
-        Parameters
-        ----------
-        sends, receives : sequences of (weights, rank of the group, tag)
-            In the same order on every rank.
-        finish : callable
-            Run by the thread after the arrivals (reading home copies, checking); it may raise.
-        """
-        flight = Flight()
-        flight.held = [*sends, *receives]
-        if self.stream is not None:
-            # The memory of the arrivals may have been freed by kernels that are still to run.
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        works: list[Any] = []
-        with self.on_stream():
-            outgoing, incoming = (
-                [(t.data, peer, tag * 16 + i) for weights, peer, tag in items for i, t in enumerate(weights)]
-                for items in (sends, receives)
-            )
-            try:
-                works = self.group.exchange(outgoing, incoming)
-                if self.stream is not None:
-                    for work in works:
-                        work.wait()  # orders the stream behind the transfer; the host goes on
-            except (MoelessError, RuntimeError) as error:
-                flight.fault, flight.error = LOST, str(error)
-                flight.done.set()
-                return flight
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._watch, name="moeless-courier", daemon=True)
-            self._thread.start()
-        self._queue.put((flight, works, finish))
-        return flight
-
-    def _watch(self) -> None:
-        if self.stream is not None:
-            torch.cuda.set_device(self.device)
-        while (item := self._queue.get()) is not None:
-            flight, works, finish = item
-            try:
-                with self.on_stream(), torch.no_grad():
-                    if self.stream is None:
-                        for work in works:
-                            work.wait()
-                    finish()
-                    if self.stream is not None:
-                        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-                        event.record(self.stream)
-                        event.synchronize()
-            except _DamagedError as error:
-                flight.fault, flight.error = DAMAGED, str(error)
-            except Exception as error:  # whatever it was, the other ranks must hear of it
-                flight.fault, flight.error = LOST, f"{type(error).__name__}: {error}"
-            # Let go of the weights before anybody hears of it: what is done must not hold memory.
-            works.clear()
-            flight.held = []
-            flight.seconds = time.perf_counter() - flight.began
-            flight.done.set()
-            del item, works, finish, flight
-
-    def wait(self, flight: Flight, timeout: float) -> None:
-        """Wait for a step; counted, because no forward pass may do it."""
-        if not flight.done.is_set():
-            self.waits += 1
-            flight.done.wait(timeout)
-
-    def close(self) -> None:
-        """End the thread once what is posted has ended."""
-        self._queue.put(None)
-        self._thread = None
-
-
-class _DamagedError(Exception):
-    """A checksum does not match."""
-
-
 @dataclass
 class _Request:
     """A plan as it was handed in, before it is known from where it will start."""
 
     number: int
-    target_LGC: Slots
-    limits: Limits
+    target_LGC: SlotArray
+    limits: TransferLimits
     steps: Any
     digest: int
     schedule: Schedule | None = None
@@ -259,7 +155,7 @@ class Migrator:
         on_switch: Callable[[int, SlotTable], None],
         *,
         home: HomeStore | None = None,
-        sums_LE: NDArray[np.int64] | None = None,
+        sums_LE: IntArray | None = None,
         links: Links | None = None,
     ) -> None:
         self.links = links
@@ -287,13 +183,13 @@ class Migrator:
         self._clear()
 
     def _clear(self) -> None:
-        self._target: Slots | None = None
+        self._target: SlotArray | None = None
         self._schedule: Schedule | None = None
         self._posted = 0
         self._done = 0
         self._ready = 0
         self._fault = OK
-        self._room: dict[Transfer, Weights] = {}
+        self._room: dict[Shipment, Weights] = {}
         self._flights: list[Flight] = []
         self._switched = 0
         self._waiting_stages: list[int] = []
@@ -308,12 +204,12 @@ class Migrator:
         return [[list(row) for row in table.rows] for table in self.tables]
 
     @property
-    def target_LGC(self) -> Slots | None:
+    def target_LGC(self) -> SlotArray | None:
         """The placement that is being reached, or waits to be; None if there is none."""
         return self._target if self._request is None else self._request.target_LGC
 
     @property
-    def moving_LGC(self) -> Slots | None:
+    def moving_LGC(self) -> SlotArray | None:
         """The placement that is being reached, as all ranks know; None if no plan is under way."""
         return self._target
 
@@ -324,8 +220,8 @@ class Migrator:
 
     def submit(
         self,
-        target_LGC: Slots,
-        limits: Limits | None = None,
+        target_LGC: SlotArray,
+        limits: TransferLimits | None = None,
         steps: Any = None,
     ) -> int:
         """Hand in a placement; every rank of the group does so with the same one.
@@ -337,7 +233,7 @@ class Migrator:
         ----------
         target_LGC : array of int32, shape [L, G, C]
             Wanted slots.
-        limits : Limits, optional
+        limits : TransferLimits, optional
             Bytes per step and beyond.
         steps : Migration or sequence of steps, optional
             A schedule that starts from the placement in force (see `follow_schedule`); worked out here when
@@ -356,7 +252,7 @@ class Migrator:
         target = np.asarray(target_LGC)
         self._number += 1
         try:
-            request = self._request_for(target, limits or Limits(), steps)
+            request = self._request_for(target, limits or TransferLimits(), steps)
         except MoelessError as error:
             # The number is spent all the same: it must mean the same plan on every rank.
             self.reports[self._number] = MigrationReport(self._number, "aborted", str(error))
@@ -367,7 +263,7 @@ class Migrator:
         self.reports[request.number] = MigrationReport(request.number)
         return request.number
 
-    def _request_for(self, target: Slots, limits: Limits, steps: Any) -> _Request:
+    def _request_for(self, target: SlotArray, limits: TransferLimits, steps: Any) -> _Request:
         if target.shape[:2] != (len(self.banks), self.group.size):
             raise ProblemError(
                 "slots_LGC",
@@ -376,7 +272,7 @@ class Migrator:
             )
         for layer, slots_GC in enumerate(target):
             try:
-                SlotTable(slots_GC, self.tables[layer].n_experts)
+                SlotTable(slots_GC, self.tables[layer].experts)
             except ProblemError as error:
                 raise ProblemError(f"layer {layer}: {error.where}", error.what) from None
         text = f"{limits} {getattr(steps, 'steps', steps)!r}".encode()
@@ -411,31 +307,32 @@ class Migrator:
 
     # -- driven by batches -------------------------------------------------------------------------
 
-    def header(self) -> tuple[int, int, int, int, int]:
-        """What this rank tells the others now: plan, digest, steps with room, steps arrived, fault."""
+    def header(self) -> Header:
+        """What this rank tells the others now."""
         if self._schedule is not None:
             self._look()
             self._make_room()
-        return self._number, self._digest, self._ready, self._done, self._fault
+        return Header(self._number, self._digest, self._ready, self._done, self._fault)
 
-    def agree(self, layer: int | None, headers_RK: NDArray[np.int64]) -> None:
+    def agree(self, layer: int | None, headers_RK: IntArray) -> None:
         """Act on everybody's numbers, in front of a batch of `layer` (None: between forwards)."""
-        numbers = headers_RK[:, 0]
+        told_R = Header(*headers_RK.T)
+        numbers = told_R.number
         self.claims = False
         if self._schedule is None and self._request is None and (numbers == self._seen).all():
             return
         # A newer number that everybody has, and the same plan behind it (none: all refused it).
         newer = int(numbers.min()) > self._seen and bool((numbers == numbers[0]).all())
-        same = bool((headers_RK[:, 1] == headers_RK[0, 1]).all())
+        same = bool((told_R.digest == told_R.digest[0]).all())
         wanted = newer and same and self._request is not None
         if self._schedule is not None:
             self._stopping = wanted  # post nothing more of the old one
-            if (worst := int(headers_RK[:, 4].max())) != OK:
+            if (worst := int(told_R.fault.max())) != OK:
                 self._abort(REASON[worst])
             else:
-                self._advance(layer, int(headers_RK[:, 2].min()), int(headers_RK[:, 3].min()))
+                self._advance(layer, int(told_R.ready.min()), int(told_R.done.min()))
         if wanted:
-            self._supersede(int(headers_RK[:, 3].min()))
+            self._supersede(int(told_R.done.min()))
         elif newer:
             # Never raise in the middle of somebody's batch: the placement in force stays in force.
             if self._request is not None:
@@ -497,7 +394,7 @@ class Migrator:
         if not self._stopping and done >= self._posted and ready > self._posted:
             self._post(schedule.steps[self._posted])
 
-    def _post(self, step: Sequence[Transfer]) -> None:
+    def _post(self, step: Sequence[Shipment]) -> None:
         if self._posted == 0:
             self.reports[self._started].began = time.perf_counter()
         self._staged |= {(t.layer, t.expert, t.destination) for t in step}
@@ -512,13 +409,13 @@ class Migrator:
         self.bytes_moved += moved
 
     def launch(
-        self, step: Sequence[Transfer], room: dict[tuple[int, int], Weights], first_tag: int
+        self, step: Sequence[Shipment], room: dict[tuple[int, int], Weights], first_tag: int
     ) -> Flight:
         """Start transfers, at the same point and in the same order on all ranks; returns at once.
 
         Parameters
         ----------
-        step : sequence of Transfer
+        step : sequence of Shipment
             What travels.
         room : dict of (layer, expert) to Weights
             Memory for what arrives on this rank; it is staged from now on.
@@ -528,8 +425,8 @@ class Migrator:
         me = self.group.rank
         sends: list[tuple[Weights, int, int]] = []
         receives: list[tuple[Weights, int, int]] = []
-        loads: list[tuple[Transfer, Weights]] = []
-        arrived: list[tuple[Transfer, Weights]] = []
+        loads: list[tuple[Shipment, Weights]] = []
+        arrived: list[tuple[Shipment, Weights]] = []
         for k, t in enumerate(step):
             bank = self.banks[t.layer]
             if t.destination == me:
@@ -551,13 +448,13 @@ class Migrator:
             if self.sums_LE is not None:
                 for t, place in arrived:
                     if checksum(place) != int(self.sums_LE[t.layer, t.expert]):
-                        raise _DamagedError(
+                        raise DamagedError(
                             f"expert {t.expert} of layer {t.layer} from rank {t.source} is damaged"
                         )
 
         return self.courier.post(sends, receives, finish)
 
-    def _outgoing(self, t: Transfer, bank: SlotBank) -> Weights:
+    def _outgoing(self, t: Shipment, bank: SlotBank) -> Weights:
         if not t.from_home:
             return bank.weights(t.expert)
         assert self.home is not None
@@ -586,10 +483,10 @@ class Migrator:
         if not self._waiting_stages and self._posted == done == len(schedule.steps):
             self._end("done")
 
-    def install(self, layer: int, slots_GC: Slots, keep: Sequence[int] = ()) -> None:
+    def install(self, layer: int, slots_GC: SlotArray, keep: Sequence[int] = ()) -> None:
         """Put a layer's slots in force; what they need lies here. `keep`: see `SlotBank.install`."""
         old = self.tables[layer]
-        table = SlotTable(slots_GC, old.n_experts)
+        table = SlotTable(slots_GC, old.experts)
         bank = self.banks[layer]
         # The host has seen the arrivals complete, so the kernels that it launches next may read them.
         bank.install(table.rows[self.group.rank], keep)
@@ -679,8 +576,8 @@ class Migrator:
     def restore(
         self,
         have_LG: Sequence[Sequence[Sequence[int]]],
-        target_LGC: Slots,
-        limits: Limits | None = None,
+        target_LGC: SlotArray,
+        limits: TransferLimits | None = None,
         timeout: float = 600.0,
     ) -> int:
         """Reach a placement at once, with the ranks waiting; returns the bytes that were fetched.
@@ -699,7 +596,7 @@ class Migrator:
         MoelessError
             If a transfer fails, on all ranks.
         """
-        limits = limits or Limits()
+        limits = limits or TransferLimits()
         schedule = build_schedule(
             have_LG,
             target_LGC,

@@ -12,30 +12,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import IntArray
+from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.errors import MoelessError, ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Links
 from moeless_opt.runtime.control.backend import MemoryReport, Observation
-from moeless_opt.runtime.live.dispatch.dispatcher import (
-    BalancedShares,
-    EqualShares,
-    PlannedShares,
-    SharePolicy,
-    SlotDispatcher,
-)
+from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
+from moeless_opt.runtime.live.dispatch.shares import PlannedShares, SharePolicy, share_policy
 from moeless_opt.runtime.live.elastic import Elastic
 from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, checksum
 from moeless_opt.runtime.live.groups import ExpertGroup, SideGroup
 from moeless_opt.runtime.live.home import HomeStore, PinnedHome, save_experts
-from moeless_opt.runtime.live.lanes import Lanes, Ticket
+from moeless_opt.runtime.live.lanes import LaneHeader, Lanes
 from moeless_opt.runtime.live.measure import measure_experts
-from moeless_opt.runtime.live.migrate import HEADER, Limits, MigrationReport, Migrator
+from moeless_opt.runtime.live.migrate import Header, MigrationReport, Migrator, TransferLimits
 from moeless_opt.runtime.live.rows import RowBlock, default_row_block
-from moeless_opt.runtime.live.schedule import Slots, SlotTable, one_each, slots_of, static_slots
-from moeless_opt.runtime.pool.table import KeepAlive
+from moeless_opt.runtime.live.slots import SlotTable, one_each, slots_of, static_slots
+from moeless_opt.runtime.live.ticket import Ticket
+from moeless_opt.runtime.pool.keep_alive import KeepAlive
 
 __all__ = ["LiveModel", "attach"]
 
@@ -70,16 +66,6 @@ def attach(model: Any, **options: Any) -> LiveModel:
     from moeless_opt.runtime.engines import megatron
 
     return megatron.attach(model, **options)
-
-
-def share_policy(shares: str | SharePolicy) -> SharePolicy:
-    """A policy by name (``"balanced"``, ``"equal"``), or the policy itself."""
-    if not isinstance(shares, str):
-        return shares
-    known: dict[str, Callable[[], SharePolicy]] = {"balanced": BalancedShares, "equal": EqualShares}
-    if shares not in known:
-        raise ProblemError("shares", f"no policy {shares!r}; there are {sorted(known)}, or give an object")
-    return known[shares]()
 
 
 class LiveModel:
@@ -118,7 +104,7 @@ class LiveModel:
         ``run_experts(layer, rows, sizes)`` puts rows through this rank's experts of a layer, as many through
         each as its size says.
     links : Links, optional
-        Bandwidths, which decide where a replica comes from; see `placement.Router`.
+        Bandwidths, which decide where a replica comes from; see `schedule.Router`.
     """
 
     def __init__(
@@ -145,7 +131,7 @@ class LiveModel:
         self._run_experts = run_experts
         self.group = group
         self.banks = list(banks)
-        self.n_experts = tables[0].n_experts
+        self.experts = tables[0].experts
         self.topk = topk
         self.meter = meter
         self.home = home
@@ -164,7 +150,7 @@ class LiveModel:
         self.dispatchers = [
             SlotDispatcher(
                 layer,
-                self.n_experts,
+                self.experts,
                 topk,
                 table,
                 group,
@@ -191,14 +177,15 @@ class LiveModel:
     # -- agreement ---------------------------------------------------------------------------------
 
     def _header(self) -> tuple[int, ...]:
-        return (*self.migrator.header(), len(self._policies) - 1, *self.lanes.header())
+        return (*self.migrator.header(), *self.lanes.header(), len(self._policies) - 1)
 
-    def _agree(self, layer: int | None, headers_RK: NDArray[np.int64]) -> None:
+    def _agree(self, layer: int | None, headers_RK: IntArray) -> None:
         if layer == 0:
             self.batches += 1
-        self.migrator.agree(layer, headers_RK)
-        self.lanes.agree(layer, headers_RK[:, HEADER + 1 :])
-        known = int(headers_RK[:, HEADER].min())
+        plans, lanes = len(Header._fields), len(LaneHeader._fields)
+        self.migrator.agree(layer, headers_RK[:, :plans])
+        self.lanes.agree(layer, headers_RK[:, plans : plans + lanes])
+        known = int(headers_RK[:, -1].min())
         if known > self._in_force:
             self._use_policy(known)
 
@@ -213,14 +200,14 @@ class LiveModel:
     # -- placement ---------------------------------------------------------------------------------
 
     @property
-    def slots_LGC(self) -> Slots:
+    def slots_LGC(self) -> SlotArray:
         """The placement in force, padded with -1."""
         tables = self.migrator.tables
         width = max(len(row) for table in tables for row in table.rows)
         return np.stack([table.slots(width) for table in tables])
 
     @property
-    def target_LGC(self) -> Slots:
+    def target_LGC(self) -> SlotArray:
         """Where the placement is heading: the newest plan's slots, or those in force if nothing is under way.
 
         On its way a placement may hold more replicas than a rank has slots; plan from the target, which does
@@ -263,7 +250,7 @@ class LiveModel:
         """
         self._alive()
         if self.lanes.elastic is None:
-            limits = Limits(max_step_bytes, max_extra_bytes)
+            limits = TransferLimits(max_step_bytes, max_extra_bytes)
             number = self.migrator.submit(slots_of(plan), limits, steps)
         else:
             if not (steps is None and max_step_bytes is None and max_extra_bytes is None):
@@ -276,7 +263,7 @@ class LiveModel:
             self.set_shares(wanted)
         return number
 
-    def _apply_by_layer(self, slots_LGC: Slots) -> int:
+    def _apply_by_layer(self, slots_LGC: SlotArray) -> int:
         shape = (len(self.banks), self.group.size)
         if slots_LGC.shape[:2] != shape:
             raise ProblemError(
@@ -284,7 +271,7 @@ class LiveModel:
             )
         for layer, slots_GC in enumerate(slots_LGC):
             try:
-                SlotTable(slots_GC, self.n_experts)
+                SlotTable(slots_GC, self.experts)
             except ProblemError as error:
                 raise ProblemError(f"layer {layer}: {error.where}", error.what) from None
         tickets = []
@@ -364,11 +351,11 @@ class LiveModel:
         self._alive()
         return None if self.lanes.waits(layer) else self.lanes.open(layer)
 
-    def offer_layer(self, ticket: Ticket, slots_GC: Slots | None, error: str = "") -> None:
+    def offer_layer(self, ticket: Ticket, slots_GC: SlotArray | None, error: str = "") -> None:
         """Give a ticket its slots [G, C], the same on all ranks, or say why there are none; in any thread."""
         self.lanes.offer(ticket, slots_GC, error)
 
-    def apply_layer(self, layer: int, slots_GC: Slots) -> int:
+    def apply_layer(self, layer: int, slots_GC: SlotArray) -> int:
         """Move one layer to these slots; all ranks call it at the same point.
 
         Returns
@@ -382,15 +369,15 @@ class LiveModel:
             If they are no placement.
         """
         self._alive()
-        SlotTable(slots_GC, self.n_experts)
+        SlotTable(slots_GC, self.experts)
         ticket = self.lanes.open(layer)
         self.lanes.offer(ticket, slots_GC)
         return ticket.number
 
-    def prewarm_layer(self, layer: int, slots_GC: Slots) -> int:
+    def prewarm_layer(self, layer: int, slots_GC: SlotArray) -> int:
         """Load these replicas ahead of their use, without using them yet; the keep-alive runs from now."""
         self._alive()
-        SlotTable(slots_GC, self.n_experts)
+        SlotTable(slots_GC, self.experts)
         ticket = self.lanes.open(layer, serve=False)
         self.lanes.offer(ticket, slots_GC)
         return ticket.number
@@ -403,9 +390,9 @@ class LiveModel:
         """One more group of the same ranks, for a thread of its own; all of them call this together."""
         return self.group.side()
 
-    def last_load_E(self, layer: int) -> NDArray[np.int64]:
+    def last_load_E(self, layer: int) -> IntArray:
         """Tokens of each expert in the layer's last batch, over all ranks; the same on all of them."""
-        load_E: NDArray[np.int64] = self.dispatchers[layer].batch_counts_RE.sum(axis=0)
+        load_E: IntArray = self.dispatchers[layer].batch_counts_RE.sum(axis=0)
         return load_E
 
     def elastic(
@@ -438,7 +425,7 @@ class LiveModel:
         self.settle()
         self._unhook()
         layers = len(self.banks)
-        kept_G = np.broadcast_to(np.asarray(self.n_experts if slots is None else slots), (self.group.size,))
+        kept_G = np.broadcast_to(np.asarray(self.experts if slots is None else slots), (self.group.size,))
         keeps = float(keep_alive) if isinstance(keep_alive, int | float) else vars(keep_alive)
         asked = zlib.crc32(repr((clock, kept_G.tolist(), keeps)).encode())
         rows = self.group.gather_ints([asked, self._other_bytes()])
@@ -446,7 +433,7 @@ class LiveModel:
             raise ProblemError("elastic", "was called with different arguments on different ranks")
         made = Elastic(
             self.slots_LGC,
-            self.n_experts,
+            self.experts,
             capacity_LG=np.broadcast_to(kept_G.astype(np.int64), (layers, self.group.size)),
             bytes_L=np.array([bank.expert_bytes for bank in self.banks], dtype=np.int64),
             keep_alive=keep_alive,
@@ -473,7 +460,7 @@ class LiveModel:
         int
             For `migration`.
         """
-        layers = [one_each(table.rows, self.n_experts) for table in self.migrator.tables]
+        layers = [one_each(table.rows, self.experts) for table in self.migrator.tables]
         width = max(slots_GC.shape[1] for slots_GC in layers)
         pads = [((0, 0), (0, width - slots_GC.shape[1])) for slots_GC in layers]
         return self.apply(
@@ -521,18 +508,18 @@ class LiveModel:
     def observe(self) -> Observation:
         """Loads and times since the last call."""
         self._alive()
-        n_layers, n_experts = len(self.dispatchers), self.n_experts
+        layers, experts = len(self.dispatchers), self.experts
         loads, rest = [], []
         for d in self.dispatchers:
-            loads.append(d.load_E if d.load_E is not None else torch.zeros(n_experts, dtype=torch.int64))
+            loads.append(d.load_E if d.load_E is not None else torch.zeros(experts, dtype=torch.int64))
             d.load_E = None
             rest += [d.tokens, round(d.take_seconds() * 1e9)]
             d.tokens = 0
         mine = torch.cat([x.to("cpu") for x in loads]).tolist()
         batches, self.batches = self.batches, 0
         rows = np.asarray(self.group.gather_ints([*mine, *rest]), dtype=np.int64)
-        load_GLE = rows[:, : n_layers * n_experts].reshape(-1, n_layers, n_experts)
-        rest_GL2 = rows[:, n_layers * n_experts :].reshape(-1, n_layers, 2)
+        load_GLE = rows[:, : layers * experts].reshape(-1, layers, experts)
+        rest_GL2 = rows[:, layers * experts :].reshape(-1, layers, 2)
         return Observation(
             load_LE=load_GLE.sum(axis=0),
             tokens_LG=np.ascontiguousarray(rest_GL2[:, :, 0].T),
@@ -602,7 +589,7 @@ class LiveModel:
         """Take the weights as they are now for right; call it again after changing them."""
         self._alive()
         rows_LG = self.migrator.rows_LG
-        sums = np.zeros((len(self.banks), self.n_experts), dtype=np.int64)
+        sums = np.zeros((len(self.banks), self.experts), dtype=np.int64)
         for layer, bank in enumerate(self.banks):
             first = {e: g for g in reversed(range(self.group.size)) for e in rows_LG[layer][g]}
             for e, weights in bank.resident.items():
@@ -661,7 +648,7 @@ class LiveModel:
             raise UnsupportedFeatureError(
                 f"detach needs all {self._sized} ranks back, {self.group.size} are left"
             )
-        static = static_slots(self.n_experts, self.group.size, len(self.banks))
+        static = static_slots(self.experts, self.group.size, len(self.banks))
         self.lanes.drop_open("the model is being detached")
         self.migrator.submit(static)
         self.settle(timeout)

@@ -1,8 +1,4 @@
-"""Which expert sits where, and in what order a new placement is reached.
-
-Plain numpy: no torch, no process groups, so that the same code plans for a live model, for a simulated
-one and in tests. A layer's placement is an array ``slots_GC`` (rank of the expert-parallel group by slot,
-expert id or -1); a model's is ``slots_LGC``. Ranks may have any number of slots, also none.
+"""In what order a new placement is reached.
 
 Every function here is deterministic: ranks that call it with the same arguments get the same answer, which
 is what lets a group of processes change a placement together without talking about it.
@@ -16,169 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
+from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.topology import Links
+from moeless_opt.runtime.live.slots import rows_to_slots, table_bytes
 
-__all__ = [
-    "Router",
-    "Schedule",
-    "SlotTable",
-    "Stage",
-    "Transfer",
-    "build_schedule",
-    "follow_schedule",
-    "one_each",
-    "repair_slots",
-    "slots_of",
-    "static_slots",
-]
-
-Slots = NDArray[np.int32]
-Ints = NDArray[np.int64]
-EMPTY = -1
-
-
-def static_slots(n_experts: int, n_ranks: int, n_layers: int | None = None) -> Slots:
-    """Contiguous equal blocks, as stock expert parallelism places them.
-
-    Parameters
-    ----------
-    n_experts, n_ranks : int
-        The first must be a multiple of the second.
-    n_layers : int, optional
-        Add a leading axis of so many equal layers.
-
-    Returns
-    -------
-    array of int32, shape [G, C] or [L, G, C]
-    """
-    if n_experts % n_ranks:
-        raise ProblemError("n_ranks", f"{n_experts} experts do not divide among {n_ranks} ranks")
-    slots_GC = np.arange(n_experts, dtype=np.int32).reshape(n_ranks, -1)
-    return slots_GC if n_layers is None else np.repeat(slots_GC[None], n_layers, axis=0)
-
-
-def one_each(rows: Sequence[Sequence[int]], n_experts: int) -> Slots:
-    """Slots that keep one replica of each expert where it is, and as few on the fullest rank as comes easily.
-
-    Experts with the fewest holders choose first, each the holder that keeps least so far.
-    """
-    holders: list[list[int]] = [[] for _ in range(n_experts)]
-    for g, row in enumerate(rows):
-        for e in row:
-            holders[e].append(g)
-    kept: list[list[int]] = [[] for _ in rows]
-    for e in sorted(range(n_experts), key=lambda e: (len(holders[e]), e)):
-        kept[min(holders[e], key=lambda g: (len(kept[g]), g))].append(e)
-    return rows_to_slots([sorted(row) for row in kept])
-
-
-def slots_of(plan: Any) -> Slots:
-    """The array ``slots_LGC`` of a plan, a placement or an array.
-
-    Parameters
-    ----------
-    plan : object
-        Something with ``slots_LGC``, something with ``placement.slots_LGC``, or the array itself.
-    """
-    for holder in (plan, getattr(plan, "placement", None)):
-        if holder is not None and hasattr(holder, "slots_LGC"):
-            plan = holder.slots_LGC
-            break
-    slots = np.asarray(plan)
-    if slots.ndim != 3 or slots.dtype.kind not in "iu":
-        raise ProblemError(
-            "slots_LGC", f"must be whole numbers [layer, rank, slot], got {slots.dtype} {slots.shape}"
-        )
-    return np.ascontiguousarray(slots, dtype=np.int32)
-
-
-def rows_to_slots(rows: Sequence[Sequence[int]], width: int | None = None) -> Slots:
-    """``slots_GC`` from one list of experts per rank; short rows are filled with -1."""
-    width = max((len(row) for row in rows), default=0) if width is None else width
-    slots_GC = np.full((len(rows), width), EMPTY, dtype=np.int32)
-    for g, row in enumerate(rows):
-        slots_GC[g, : len(row)] = row
-    return slots_GC
-
-
-class SlotTable:
-    """The slots of one layer, with every index that dispatching needs worked out once.
-
-    The used slots of all ranks stand in one row, rank by rank ("flat" slots, axis P).
-
-    Parameters
-    ----------
-    slots_GC : array of int, shape [G, C]
-        Expert id of each slot of each rank of the group; -1 where empty.
-    n_experts : int
-        Logical experts of the layer; each needs at least one slot.
-
-    Raises
-    ------
-    ProblemError
-        If an expert is missing, out of range, or twice on one rank.
-    """
-
-    __slots__ = (
-        "ends_G",
-        "expert_P",
-        "n_experts",
-        "rank_P",
-        "replicas_E",
-        "rows",
-        "single",
-        "sorted",
-        "starts_G",
-        "to_slots_P",
-    )
-
-    def __init__(self, slots_GC: ArrayLike, n_experts: int) -> None:
-        slots = np.asarray(slots_GC, dtype=np.int64)
-        if slots.ndim != 2:
-            raise ProblemError("slots_GC", f"must be [rank, slot], got shape {slots.shape}")
-        self.n_experts = n_experts
-        self.rows: tuple[tuple[int, ...], ...] = tuple(tuple(int(e) for e in row if e >= 0) for row in slots)
-        used = slots >= 0
-        self.expert_P: Ints = slots[used]
-        self.rank_P: Ints = np.nonzero(used)[0].astype(np.int64)
-        sizes_G = used.sum(axis=1)
-        self.ends_G: Ints = np.cumsum(sizes_G).astype(np.int64)
-        self.starts_G: Ints = self.ends_G - sizes_G
-        if self.expert_P.size and int(self.expert_P.max()) >= n_experts:
-            raise ProblemError("slots_GC", f"names expert {int(self.expert_P.max())} of {n_experts}")
-        self.replicas_E: Ints = np.bincount(self.expert_P, minlength=n_experts).astype(np.int64)
-        if (self.replicas_E == 0).any():
-            missing = np.flatnonzero(self.replicas_E == 0)[:8].tolist()
-            raise ProblemError("slots_GC", f"experts {missing} have no replica; every expert needs one")
-        for g, row in enumerate(self.rows):
-            if len(set(row)) < len(row):
-                twice = sorted({e for e in row if row.count(e) > 1})
-                raise ProblemError(
-                    f"slots_GC[{g}]", f"experts {twice} stand twice on rank {g}; once is enough"
-                )
-        self.single = bool((self.replicas_E == 1).all())
-        # Rows of tokens come sorted by expert; to_slots_P lists the flat slots in that order.
-        self.to_slots_P: Ints = np.argsort(self.expert_P, kind="stable").astype(np.int64)
-        self.sorted = bool((np.diff(self.expert_P) > 0).all())
-
-    @property
-    def n_ranks(self) -> int:
-        """Ranks of the group, with those that hold nothing."""
-        return len(self.rows)
-
-    def slots(self, width: int | None = None) -> Slots:
-        """Back to ``slots_GC``; `width` pads to so many slots."""
-        return rows_to_slots(self.rows, width)
-
-
-# ---------------------------------------------------------------------------------------------- transfers
+__all__ = ["Router", "Schedule", "Shipment", "Stage", "build_schedule", "follow_schedule"]
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class Shipment:
     """One expert of one layer on its way to one rank.
 
     Parameters
@@ -207,7 +51,7 @@ class Stage:
     """A placement of one layer that comes into force once steps up to `last_step` have arrived everywhere."""
 
     layer: int
-    slots_GC: Slots
+    slots_GC: SlotArray
     last_step: int
 
 
@@ -217,7 +61,7 @@ class Schedule:
 
     Parameters
     ----------
-    steps : tuple of tuples of Transfer
+    steps : tuple of tuples of Shipment
         Each step is posted as one batch.
     stages : tuple of Stage
         In order; the stages of one layer follow each other.
@@ -225,9 +69,9 @@ class Schedule:
         Bytes of experts, live and on their way, that a rank may hold at any moment.
     """
 
-    steps: tuple[tuple[Transfer, ...], ...]
+    steps: tuple[tuple[Shipment, ...], ...]
     stages: tuple[Stage, ...]
-    limit_G: Ints
+    limit_G: IntArray
     digest: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -238,11 +82,6 @@ class Schedule:
     def bytes(self) -> int:
         """Bytes that cross a link between ranks."""
         return sum(t.bytes for step in self.steps for t in step if t.source != t.destination)
-
-
-def table_bytes(rows: Sequence[Sequence[int]], expert_bytes: int) -> Ints:
-    """Bytes of each rank's experts of one layer."""
-    return np.array([len(row) * expert_bytes for row in rows], dtype=np.int64)
 
 
 class Router:
@@ -273,7 +112,7 @@ class Router:
         self._order = [kind for kind, _ in sorted(rates, key=lambda pair: -pair[1])]
         self.sent_G = [0] * len(self.node_G)
 
-    def source(self, layer: int, expert: int, holders: Sequence[int], to: int, size: int) -> Transfer:
+    def source(self, layer: int, expert: int, holders: Sequence[int], to: int, size: int) -> Shipment:
         """Where rank `to` gets the expert from.
 
         Raises
@@ -290,22 +129,20 @@ class Router:
                 best = min(ranks, key=lambda g: (self.sent_G[g], g))
                 if best != to:
                     self.sent_G[best] += size
-                return Transfer(layer, expert, best, to, size, from_home)
+                return Shipment(layer, expert, best, to, size, from_home)
         raise InfeasibleError(
             f"layer {layer}, expert {expert}: no rank holds it and there is no home copy of it"
         )
 
 
-def _pack(
-    transfers: Sequence[Transfer], max_step_bytes: int | None, n_ranks: int
-) -> list[tuple[Transfer, ...]]:
+def _pack(transfers: Sequence[Shipment], max_step_bytes: int | None, gpus: int) -> list[tuple[Shipment, ...]]:
     """First fit in order: no rank sends or receives more than the limit in a step of several transfers."""
     if not transfers:
         return []
     if max_step_bytes is None:
         return [tuple(transfers)]
-    steps: list[list[Transfer]] = []
-    out: list[Ints] = []
+    steps: list[list[Shipment]] = []
+    out: list[IntArray] = []
     for t in transfers:
         spare = (
             moved[0, t.source] + t.bytes <= max_step_bytes
@@ -315,7 +152,7 @@ def _pack(
         at = next((i for i, fits in enumerate(spare) if fits), len(steps))
         if at == len(steps):
             steps.append([])
-            out.append(np.zeros((2, n_ranks), dtype=np.int64))
+            out.append(np.zeros((2, gpus), dtype=np.int64))
         steps[at].append(t)
         out[at][0, t.source] += t.bytes
         out[at][1, t.destination] += t.bytes
@@ -358,7 +195,7 @@ def _next_rows(
 
 def build_schedule(
     have_LG: Sequence[Sequence[Sequence[int]]],
-    target_LGC: Slots,
+    target_LGC: SlotArray,
     bytes_L: Sequence[int],
     *,
     node_G: Sequence[int] | None = None,
@@ -411,29 +248,29 @@ def build_schedule(
     carried out; tighter than that only what first frees memory can move.
     """
     target = np.asarray(target_LGC)
-    n_layers, n_ranks = target.shape[:2]
-    router = Router(node_G if node_G is not None else [0] * n_ranks, home, links)
+    layers, gpus = target.shape[:2]
+    router = Router(node_G if node_G is not None else [0] * gpus, home, links)
     goal_LG = [[[int(e) for e in row if e >= 0] for row in layer] for layer in target]
     held = [[list(row) for row in layer] for layer in have_LG]
-    before_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64))
-    after_G = sum((table_bytes(goal_LG[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64))
+    before_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(layers)), np.zeros(gpus, np.int64))
+    after_G = sum((table_bytes(goal_LG[i], bytes_L[i]) for i in range(layers)), np.zeros(gpus, np.int64))
     # Copies that are staged already count as held from the start.
     extra = 2**62 if max_extra_bytes is None else int(max_extra_bytes)
     limit_G = np.maximum(before_G, after_G) + extra
-    staged_G = np.zeros(n_ranks, np.int64)
+    staged_G = np.zeros(gpus, np.int64)
     for layer, _, g in staged:
         staged_G[g] += bytes_L[layer]
     now_G = before_G + staged_G
-    steps: list[tuple[Transfer, ...]] = []
+    steps: list[tuple[Shipment, ...]] = []
     stages: list[Stage] = []
-    todo = [i for i in (order if order is not None else range(n_layers)) if held[i] != goal_LG[i]]
+    todo = [i for i in (order if order is not None else range(layers)) if held[i] != goal_LG[i]]
     while todo:
         progressed = False
         for layer in list(todo):
             size = bytes_L[layer]
             while held[layer] != goal_LG[layer]:
                 ready = {(e, g) for (at, e, g) in staged if at == layer}
-                room_G = [int((limit_G[g] - now_G[g]) // size) if size else 2**31 for g in range(n_ranks)]
+                room_G = [int((limit_G[g] - now_G[g]) // size) if size else 2**31 for g in range(gpus)]
                 rows, arrivals = _next_rows(held[layer], goal_LG[layer], room_G, ready)
                 same = [sorted(a) for a in rows] == [sorted(b) for b in held[layer]]
                 if same and [sorted(a) for a in rows] != [sorted(b) for b in goal_LG[layer]]:
@@ -441,11 +278,11 @@ def build_schedule(
                 if [sorted(a) for a in rows] == [sorted(b) for b in goal_LG[layer]]:
                     rows = [list(row) for row in goal_LG[layer]]
                 moves = [
-                    router.source(layer, e, [g for g in range(n_ranks) if e in held[layer][g]], to, size)
+                    router.source(layer, e, [g for g in range(gpus) if e in held[layer][g]], to, size)
                     for e, to in arrivals
                     if (e, to) not in ready
                 ]
-                steps += _pack(moves, max_step_bytes, n_ranks)
+                steps += _pack(moves, max_step_bytes, gpus)
                 now_G = now_G + table_bytes(rows, size) - table_bytes(held[layer], size)
                 for _, g in [(e, g) for e, g in arrivals if (e, g) in ready]:
                     now_G[g] -= size
@@ -467,7 +304,7 @@ def build_schedule(
 def follow_schedule(
     steps: Any,
     have_LG: Sequence[Sequence[Sequence[int]]],
-    target_LGC: Slots,
+    target_LGC: SlotArray,
     bytes_L: Sequence[int],
     *,
     max_extra_bytes: int | None = None,
@@ -492,16 +329,16 @@ def follow_schedule(
         If the steps need more memory than `max_extra_bytes` allows.
     """
     target = np.asarray(target_LGC)
-    n_layers, n_ranks = target.shape[:2]
+    layers, gpus = target.shape[:2]
     goal_LG = [[[int(e) for e in row if e >= 0] for row in layer] for layer in target]
     held = [[list(row) for row in layer] for layer in have_LG]
     given = list(getattr(steps, "steps", steps))
     explicit = any(hasattr(step, "transfers") for step in given)
     last_L = {int(t.layer): s for s, step in enumerate(given) for t in getattr(step, "transfers", step)}
-    before_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64))
-    after_G = sum((table_bytes(goal_LG[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64))
+    before_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(layers)), np.zeros(gpus, np.int64))
+    after_G = sum((table_bytes(goal_LG[i], bytes_L[i]) for i in range(layers)), np.zeros(gpus, np.int64))
     limit_G = np.maximum(before_G, after_G) + (2**62 if max_extra_bytes is None else int(max_extra_bytes))
-    done: list[tuple[Transfer, ...]] = []
+    done: list[tuple[Shipment, ...]] = []
     stages: list[Stage] = []
 
     def switch(layers: set[int], last_step: int) -> None:
@@ -516,7 +353,7 @@ def follow_schedule(
         for t in row:
             held[t.layer][t.destination].append(t.expert)
         done.append(row)
-        now_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(n_layers)), np.zeros(n_ranks, np.int64))
+        now_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(layers)), np.zeros(gpus, np.int64))
         if (now_G > limit_G).any():
             g = int(np.argmax(now_G - limit_G))
             over = int(now_G[g] - limit_G[g])
@@ -529,10 +366,10 @@ def follow_schedule(
                     [e for e in row if e in goal] for row, goal in zip(held[i], goal_LG[i], strict=True)
                 ]
         switch(changed, s)
-    for i in range(n_layers):
+    for i in range(layers):
         if not explicit and i not in last_L:
             held[i] = _common(held[i], goal_LG[i])
-        for g in range(n_ranks):
+        for g in range(gpus):
             if set(held[i][g]) != set(goal_LG[i][g]):
                 missing = sorted(set(goal_LG[i][g]) - set(held[i][g]))
                 extra = sorted(set(held[i][g]) - set(goal_LG[i][g]))
@@ -565,7 +402,7 @@ def _checked(
     held: list[list[list[int]]],
     bytes_L: Sequence[int],
     home: Callable[[int, int], Sequence[int]] | None,
-) -> Transfer:
+) -> Shipment:
     layer, expert, source = int(t.layer), int(t.expert), int(t.source)
     to = int(t.target if hasattr(t, "target") else t.destination)
     if expert in held[layer][to]:
@@ -578,81 +415,4 @@ def _checked(
         source = to if to in copies else copies[0]
     elif expert not in held[layer][source]:
         raise ProblemError(where, f"rank {source} does not hold expert {expert} of layer {layer}")
-    return Transfer(layer, expert, source, to, int(bytes_L[layer]), from_home)
-
-
-def repair_slots(
-    have_LG: Sequence[Sequence[Sequence[int]]],
-    n_experts: int,
-    capacity_LG: ArrayLike,
-    load_LE: ArrayLike | None = None,
-) -> Slots:
-    """A placement from what is left: everything stays, and experts without a replica get a slot.
-
-    Parameters
-    ----------
-    have_LG : nested sequences
-        Experts that each surviving rank holds, by layer.
-    n_experts : int
-        Logical experts of a layer.
-    capacity_LG : array of int, shape [L, G]
-        Slots of each rank in each layer.
-    load_LE : array of float, shape [L, E], optional
-        Tokens of each expert; equal by default.
-
-    Returns
-    -------
-    array of int32, shape [L, G, C]
-
-    Raises
-    ------
-    InfeasibleError
-        If the slots are too few.
-
-    Notes
-    -----
-    Lost experts are placed in decreasing load on the least loaded rank with a free slot. Where no slot is
-    free, the least loaded replica among experts that have another one makes room. The nearest valid
-    placement, not the best: a re-plan may follow.
-    """
-    capacity = np.asarray(capacity_LG, dtype=np.int64)
-    n_layers, n_ranks = capacity.shape
-    load = np.ones((n_layers, n_experts)) if load_LE is None else np.asarray(load_LE, dtype=np.float64)
-    layers: list[list[list[int]]] = []
-    for i in range(n_layers):
-        if int(np.minimum(capacity[i], n_experts).sum()) < n_experts:
-            raise InfeasibleError(
-                f"layer {i}: {n_experts} experts and only {int(capacity[i].sum())} slots on the ranks left"
-            )
-        rows = [list(row) for row in have_LG[i]]
-        count_E = np.bincount([e for row in rows for e in row], minlength=n_experts)
-
-        def share(e: int, i: int = i, count_E: Any = count_E) -> float:
-            return float(load[i, e]) / max(1, int(count_E[e]))
-
-        def evict(g: int, rows: list[list[int]] = rows, count_E: Any = count_E, share: Any = share) -> bool:
-            spare = [e for e in rows[g] if count_E[e] > 1]
-            if not spare:
-                return False
-            out = min(spare, key=lambda e: (share(e), e))
-            rows[g].remove(out)
-            count_E[out] -= 1
-            return True
-
-        for g in range(n_ranks):
-            while len(rows[g]) > capacity[i, g] and evict(g):
-                pass
-            while len(rows[g]) > capacity[i, g]:
-                count_E[rows[g].pop()] -= 1
-        for e in sorted(np.flatnonzero(count_E == 0).tolist(), key=lambda e: (-load[i, e], e)):
-            tokens_G = [sum(share(x) for x in row) for row in rows]
-            free = [g for g in range(n_ranks) if len(rows[g]) < capacity[i, g]]
-            if not free:
-                free = [g for g in sorted(range(n_ranks), key=lambda g: (tokens_G[g], g)) if evict(g)][:1]
-            if not free:
-                raise InfeasibleError(f"layer {i}: no slot left for expert {e}")
-            rows[min(free, key=lambda g: (tokens_G[g], g))].append(e)
-            count_E[e] += 1
-        layers.append(rows)
-    width = max(len(row) for rows in layers for row in rows)
-    return np.stack([rows_to_slots(rows, width) for rows in layers])
+    return Shipment(layer, expert, source, to, int(bytes_L[layer]), from_home)

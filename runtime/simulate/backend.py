@@ -28,8 +28,8 @@ from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.runtime.control.backend import MemoryReport, Observation
 from moeless_opt.runtime.control.controller import Controller
 from moeless_opt.runtime.pool.cost import CostMeter
+from moeless_opt.runtime.pool.keep_alive import KeepAlive
 from moeless_opt.runtime.pool.listed import ReplicaPool
-from moeless_opt.runtime.pool.table import KeepAlive
 from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
 from moeless_opt.runtime.simulate.shares import MANY, WideShares
 from moeless_opt.runtime.simulate.traffic import Passes

@@ -12,9 +12,10 @@ from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.problems.spec.wishes import Objective, Sizing
-from moeless_opt.runtime.control.controller import Controller, Planner
+from moeless_opt.runtime.control.controller import Controller
 from moeless_opt.runtime.control.layer_planner import LayerPlanner
-from moeless_opt.runtime.pool.table import AdaptiveKeepAlive, KeepAlive
+from moeless_opt.runtime.control.planner import Planner
+from moeless_opt.runtime.pool.keep_alive import AdaptiveKeepAlive, KeepAlive
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.solvers.baselines.static import contiguous

@@ -129,8 +129,9 @@ def split() -> None:
     """What computing the token split costs on the host."""
     import numpy as np
 
-    from moeless_opt.runtime.live.dispatch.dispatcher import BalancedShares, EqualShares, source_aware
-    from moeless_opt.runtime.live.schedule import SlotTable, rows_to_slots
+    from moeless_opt.runtime.live.dispatch.routes import source_aware
+    from moeless_opt.runtime.live.dispatch.shares import BalancedShares, EqualShares
+    from moeless_opt.runtime.live.slots import SlotTable, rows_to_slots
 
     print("Token split of one layer on the host, microseconds (median of 100; nodes of 8 ranks):")
     print("  experts  ranks  replicas more    equal   water-filling   routes")
@@ -161,7 +162,7 @@ def lanes() -> None:
     import test_lanes
 
     from moeless_opt.runtime.live.elastic import Elastic
-    from moeless_opt.runtime.live.schedule import rows_to_slots, static_slots
+    from moeless_opt.runtime.live.slots import rows_to_slots, static_slots
 
     print(
         "Agreement in the per-layer mode, every layer planned in every pass, microseconds per layer (median):"

@@ -168,7 +168,7 @@ def traffic(steps_per_domain: int, slots: int) -> dict[str, Any]:
     from moeless_opt.problems.spec.topology import Topology
     from moeless_opt.runtime.control.backend import LoadWindow
     from moeless_opt.runtime.engines.observe import replay_routes
-    from moeless_opt.runtime.live.schedule import static_slots
+    from moeless_opt.runtime.live.slots import static_slots
     from moeless_opt.runtime.tiny_moe import model as tiny_moe
 
     rank, size = worlds.join()
@@ -242,9 +242,10 @@ def modes(steps_per_domain: int, slots: int) -> dict[str, Any]:
     """The controller's modes on the project's own model, on text that it writes, domain after domain."""
     from moeless_opt.problems.spec.architecture import ModelSpec
     from moeless_opt.problems.spec.topology import Topology
-    from moeless_opt.runtime.control.controller import Controller, Planner
+    from moeless_opt.runtime.control.controller import Controller
     from moeless_opt.runtime.control.layer_planner import LayerPlanner
-    from moeless_opt.runtime.live.schedule import static_slots
+    from moeless_opt.runtime.control.planner import Planner
+    from moeless_opt.runtime.live.slots import static_slots
     from moeless_opt.runtime.predict.foresight import GatePredictor
     from moeless_opt.runtime.predict.gates import plain_gates
     from moeless_opt.runtime.predict.per_layer import PerLayer

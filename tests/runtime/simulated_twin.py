@@ -10,7 +10,8 @@ import numpy as np
 import moeless_opt as mo
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.runtime.control.controller import Controller, Planner
+from moeless_opt.runtime.control.controller import Controller
+from moeless_opt.runtime.control.planner import Planner
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.traffic import Passes

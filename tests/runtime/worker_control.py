@@ -24,7 +24,8 @@ from moeless_opt.runtime.engines.observe import (
     tap_hidden,
 )
 from moeless_opt.runtime.live.model import LiveModel, attach
-from moeless_opt.runtime.live.schedule import Transfer, rows_to_slots, static_slots
+from moeless_opt.runtime.live.schedule import Shipment
+from moeless_opt.runtime.live.slots import rows_to_slots, static_slots
 from moeless_opt.solvers.migration.schedule import schedule_migration
 
 LAYERS = 3
@@ -210,7 +211,7 @@ def given_steps(w: World, live: LiveModel) -> None:
     wanted = static.copy()
     wanted[0, 0] = [6, 1]
     wanted[0, 3] = [0, 7]
-    steps = [[Transfer(0, 6, 3, 0, 1)], [Transfer(0, 0, 0, 3, 1)]]
+    steps = [[Shipment(0, 6, 3, 0, 1)], [Shipment(0, 0, 0, 3, 1)]]
     number = live.apply(wanted, steps=steps)
     assert w.until_over(live, number) == "done"
     assert live.migration(number).steps == 2

@@ -12,7 +12,8 @@ import torch
 import worlds
 
 import moeless_opt as mo
-from moeless_opt.runtime.control.controller import Controller, Planner
+from moeless_opt.runtime.control.controller import Controller
+from moeless_opt.runtime.control.planner import Planner
 from moeless_opt.runtime.live.faults import EvictedError, Guard
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.home import MappedHome, PinnedHome

@@ -16,12 +16,13 @@ from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Links
 from moeless_opt.runtime.control.backend import LayerBackend
-from moeless_opt.runtime.control.controller import Controller, Planner
+from moeless_opt.runtime.control.controller import Controller
 from moeless_opt.runtime.control.layer_planner import LayerPlanner
+from moeless_opt.runtime.control.planner import Planner
 from moeless_opt.runtime.live.home import PinnedHome
 from moeless_opt.runtime.live.model import LiveModel, attach
-from moeless_opt.runtime.live.schedule import rows_to_slots, static_slots
-from moeless_opt.runtime.pool.table import AdaptiveKeepAlive
+from moeless_opt.runtime.live.slots import rows_to_slots, static_slots
+from moeless_opt.runtime.pool.keep_alive import AdaptiveKeepAlive
 from moeless_opt.runtime.predict.foresight import GatePredictor
 from moeless_opt.runtime.predict.gates import plain_gates
 from moeless_opt.runtime.predict.per_layer import PerLayer
@@ -214,7 +215,7 @@ def elastic(w: World, live: LiveModel) -> dict[str, Any]:
 def held(live: LiveModel, e: Any) -> np.ndarray:
     from moeless_opt.problems.spec.placement import held_LGE
 
-    return held_LGE(live.slots_LGC, live.n_experts)
+    return held_LGE(live.slots_LGC, live.experts)
 
 
 def from_the_host(w: World) -> dict[str, Any]:

@@ -268,7 +268,7 @@ def random_slots(
     """A random valid placement: uneven, some experts several times, perhaps a rank without any."""
     import numpy as np
 
-    from moeless_opt.runtime.live.schedule import rows_to_slots
+    from moeless_opt.runtime.live.slots import rows_to_slots
 
     width = experts
     out = []

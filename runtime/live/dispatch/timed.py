@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import FloatArray
+from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.runtime.live.dispatch.dispatcher import BalancedShares
-from moeless_opt.runtime.live.schedule import SlotTable
+from moeless_opt.runtime.live.dispatch.shares import BalancedShares
+from moeless_opt.runtime.live.slots import SlotTable
 from moeless_opt.solvers.shares.rounding import round_tokens
 from moeless_opt.solvers.timed.search import timed_shares
 
 __all__ = ["TimedShares"]
-
-Ints = NDArray[np.int64]
 
 
 class TimedShares:
@@ -55,12 +53,12 @@ class TimedShares:
         self._balanced = BalancedShares(mille)
         self._tables: dict[int, TimeTable] = {}
 
-    def quotas(self, layer: int, load_E: Ints, table: SlotTable) -> Ints:
+    def quotas(self, layer: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`."""
         most = max(len(row) for row in table.rows)
         if most not in self._tables:
             self._tables[most] = TimeTable.of(self.time, most, per_token=self.per_token)
-        speed_G = np.ones(table.n_ranks) if self.speed_G is None else self.speed_G
+        speed_G = np.ones(table.gpus) if self.speed_G is None else self.speed_G
         share_1GC, _ = timed_shares(
             load_E[None].astype(np.float64),
             table.slots()[None],
@@ -75,8 +73,8 @@ class TimedShares:
         quicker = self._took(searched_P, table, speed_G) <= self._took(balanced_P, table, speed_G)
         return searched_P if quicker else balanced_P
 
-    def _took(self, quota_P: Ints, table: SlotTable, speed_G: FloatArray) -> float:
+    def _took(self, quota_P: IntArray, table: SlotTable, speed_G: FloatArray) -> float:
         """Time of the slowest rank."""
-        tokens_G = np.bincount(table.rank_P, weights=quota_P, minlength=table.n_ranks)
-        used_G = np.bincount(table.rank_P, weights=quota_P > 0, minlength=table.n_ranks)
+        tokens_G = np.bincount(table.rank_P, weights=quota_P, minlength=table.gpus)
+        used_G = np.bincount(table.rank_P, weights=quota_P > 0, minlength=table.gpus)
         return float((self.time.time(tokens_G, used_G, speed_G) + self.per_token * tokens_G).max())

@@ -384,9 +384,9 @@ def test_a_loaded_model_can_be_taken_over(name: str, folders: dict[str, tuple[Pa
     model = load_checkpoint(folder)
     live = attach(model)
     assert difference(reference, model) < 1e-5
-    home = CheckpointHome(folder, n_ranks=3)
+    home = CheckpointHome(folder, gpus=3)
     for layer, bank in enumerate(live.banks):
-        for expert in (0, live.n_experts - 1):
+        for expert in (0, live.experts - 1):
             assert list(home.ranks(layer, expert)) == [0, 1, 2]
             for a, b in zip(bank.weights(expert), home.read(layer, expert), strict=True):
                 assert torch.equal(a, b)

@@ -13,7 +13,8 @@ import moeless_opt as mo
 from moeless_opt.problems.errors import InvalidPlanError, ProblemError
 from moeless_opt.problems.spec.placement import held_LGE
 from moeless_opt.runtime.control.backend import MemoryReport, Observation
-from moeless_opt.runtime.control.controller import Controller, Planner
+from moeless_opt.runtime.control.controller import Controller
+from moeless_opt.runtime.control.planner import Planner
 from moeless_opt.solvers.baselines.static import contiguous
 
 L, G, E = 2, 4, 8

@@ -13,20 +13,19 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError  # noqa: E402
-from moeless_opt.runtime.live.dispatch.dispatcher import (  # noqa: E402
+from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher, chosen_experts  # noqa: E402
+from moeless_opt.runtime.live.dispatch.routes import source_aware  # noqa: E402
+from moeless_opt.runtime.live.dispatch.shares import (  # noqa: E402
     BalancedShares,
     EqualShares,
     PlannedShares,
     SharePolicy,
-    SlotDispatcher,
-    chosen_experts,
     pour,
-    source_aware,
 )
 from moeless_opt.runtime.live.experts import checksum  # noqa: E402
 from moeless_opt.runtime.live.groups import ExpertGroup  # noqa: E402
 from moeless_opt.runtime.live.rows import default_row_block, pieces  # noqa: E402
-from moeless_opt.runtime.live.schedule import SlotTable, rows_to_slots, static_slots  # noqa: E402
+from moeless_opt.runtime.live.slots import SlotTable, rows_to_slots, static_slots  # noqa: E402
 
 
 @st.composite
@@ -49,7 +48,7 @@ def layers(draw: st.DrawFn) -> tuple[SlotTable, np.ndarray, list[int]]:
 def policies(table: SlotTable) -> Iterator[SharePolicy]:
     yield EqualShares()
     yield BalancedShares()
-    yield BalancedShares(speed_G=[1 + g for g in range(table.n_ranks)])
+    yield BalancedShares(speed_G=[1 + g for g in range(table.gpus)])
     slots = table.slots()[None]
     share = np.random.default_rng(0).random(slots.shape)
     yield PlannedShares(share, slots)
@@ -63,18 +62,18 @@ def test_every_token_is_sent_once_and_near_tokens_stay(case: tuple[SlotTable, np
     for policy in policies(table):
         quota = policy.quotas(0, load, table)
         assert (quota >= 0).all()
-        sums = np.bincount(table.expert_P, weights=quota, minlength=table.n_experts)
+        sums = np.bincount(table.expert_P, weights=quota, minlength=table.experts)
         assert (sums == load).all(), policy.name
         sends = source_aware(counts, quota, table, nodes)
         assert (sends >= 0).all()
         assert (sends.sum(axis=0) == quota).all()
-        for e in range(table.n_experts):
+        for e in range(table.experts):
             assert (sends[:, table.expert_P == e].sum(axis=1) == counts[:, e]).all()
         # No choice with these quotas keeps more tokens on their GPU, or in their node.
         own = np.minimum(counts[table.rank_P, table.expert_P], quota)
         assert (sends[table.rank_P, np.arange(quota.size)] == own).all()
         node = np.array(nodes)
-        for n, e in itertools.product(set(nodes), range(table.n_experts)):
+        for n, e in itertools.product(set(nodes), range(table.experts)):
             inside = (node[table.rank_P] == n) & (table.expert_P == e)
             kept = sends[np.ix_(node == n, inside)].sum()
             assert kept == min(counts[node == n, e].sum(), quota[inside].sum())
@@ -82,13 +81,13 @@ def test_every_token_is_sent_once_and_near_tokens_stay(case: tuple[SlotTable, np
 
 def best_makespan(table: SlotTable, load: np.ndarray) -> float:
     """Least possible largest load of a rank with divisible tokens: the densest set of ranks."""
-    ranks = range(table.n_ranks)
+    ranks = range(table.gpus)
     best = 0.0
-    for k in range(1, table.n_ranks + 1):
+    for k in range(1, table.gpus + 1):
         for group in itertools.combinations(ranks, k):
             trapped = [
                 e
-                for e in range(table.n_experts)
+                for e in range(table.experts)
                 if set(table.rank_P[table.expert_P == e].tolist()) <= set(group)
             ]
             best = max(best, load[trapped].sum() / k)
@@ -103,7 +102,7 @@ def test_balanced_shares_come_close_to_the_best_possible(
     table, counts, _ = case
     load = 50 * counts.sum(axis=0)
     quota = BalancedShares(sweeps=50).quotas(0, load, table)
-    largest = np.bincount(table.rank_P, weights=quota, minlength=table.n_ranks).max()
+    largest = np.bincount(table.rank_P, weights=quota, minlength=table.gpus).max()
     bound = best_makespan(table, load)
     # Whole tokens cost up to one per replica; the sweeps stop when a round no longer helps.
     assert bound <= largest + 1e-9

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
+from moeless_opt.runtime.live.courier import DAMAGED, Flight  # noqa: E402
 from moeless_opt.runtime.live.elastic import Elastic  # noqa: E402
 from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank  # noqa: E402
-from moeless_opt.runtime.live.lanes import LANE_HEADER, Lanes, Ticket  # noqa: E402
-from moeless_opt.runtime.live.migrate import DAMAGED, HEADER, Flight, Migrator  # noqa: E402
-from moeless_opt.runtime.live.schedule import SlotTable, rows_to_slots, static_slots  # noqa: E402
+from moeless_opt.runtime.live.lanes import LaneHeader, Lanes  # noqa: E402
+from moeless_opt.runtime.live.migrate import Header, Migrator  # noqa: E402
+from moeless_opt.runtime.live.slots import SlotTable, rows_to_slots, static_slots  # noqa: E402
+from moeless_opt.runtime.live.ticket import Ticket  # noqa: E402
 
 L, R, E = 3, 3, 6
 
@@ -87,8 +89,8 @@ class Rank:
         return [*self.migrator.header(), *self.lanes.header()]
 
     def agree(self, layer: int | None, rows: np.ndarray) -> None:
-        self.migrator.agree(layer, rows[:, :HEADER])
-        self.lanes.agree(layer, rows[:, HEADER:])
+        self.migrator.agree(layer, rows[:, : len(Header._fields)])
+        self.lanes.agree(layer, rows[:, len(Header._fields) :])
 
 
 class World:
@@ -110,7 +112,7 @@ class World:
 
     def batch(self, layer: int | None) -> None:
         rows = np.array([r.header() for r in self.ranks], dtype=np.int64)
-        assert rows.shape[1] == HEADER + LANE_HEADER
+        assert rows.shape[1] == len(Header._fields) + len(LaneHeader._fields)
         for r in self.ranks:
             r.agree(layer, rows)
         self.check()

@@ -14,19 +14,9 @@ from hypothesis import strategies as st
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.runtime.control.backend import LoadWindow, Observation
-from moeless_opt.runtime.live.schedule import (
-    Router,
-    Schedule,
-    SlotTable,
-    Transfer,
-    build_schedule,
-    follow_schedule,
-    one_each,
-    repair_slots,
-    rows_to_slots,
-    slots_of,
-    static_slots,
-)
+from moeless_opt.runtime.live.repair import repair_slots
+from moeless_opt.runtime.live.schedule import Router, Schedule, Shipment, build_schedule, follow_schedule
+from moeless_opt.runtime.live.slots import SlotTable, one_each, rows_to_slots, slots_of, static_slots
 from moeless_opt.solvers.migration.schedule import schedule_migration
 
 Rows = list[list[int]]
@@ -159,9 +149,9 @@ def test_home_copies_serve_what_nobody_holds() -> None:
     with pytest.raises(InfeasibleError, match="expert 1"):
         build_schedule([[[0], []]], target, [5])
     schedule = build_schedule([[[0], []]], target, [5], home=lambda layer, expert: [0])
-    assert schedule.steps == ((Transfer(0, 1, 0, 1, 5, True),),)
+    assert schedule.steps == ((Shipment(0, 1, 0, 1, 5, True),),)
     own = build_schedule([[[0], []]], target, [5], home=lambda layer, expert: [0, 1])
-    assert own.steps == ((Transfer(0, 1, 1, 1, 5, True),),)
+    assert own.steps == ((Shipment(0, 1, 1, 1, 5, True),),)
     assert own.bytes == 0
 
 
@@ -201,11 +191,11 @@ def test_somebody_elses_steps_are_checked() -> None:
     with pytest.raises(ProblemError, match="would end without experts"):
         follow_schedule(good[:1], have, target, [5, 5])
     with pytest.raises(ProblemError, match="has expert 1 of layer 1 already"):
-        follow_schedule([*good, [Transfer(1, 1, 0, 1, 5)]], have, target, [5, 5])
+        follow_schedule([*good, [Shipment(1, 1, 0, 1, 5)]], have, target, [5, 5])
     with pytest.raises(ProblemError, match="does not hold"):
-        follow_schedule([[Transfer(0, 1, 0, 0, 5)]], have, target, [5, 5])
+        follow_schedule([[Shipment(0, 1, 0, 0, 5)]], have, target, [5, 5])
     with pytest.raises(ProblemError, match="no home copy"):
-        follow_schedule([[Transfer(0, 1, -1, 0, 5)]], have, target, [5, 5])
+        follow_schedule([[Shipment(0, 1, -1, 0, 5)]], have, target, [5, 5])
     with pytest.raises(InfeasibleError, match="over its limit"):
         follow_schedule(good, have, target, [5, 5], max_extra_bytes=0)
 

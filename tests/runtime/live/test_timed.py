@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from moeless_opt.problems.spec.time_model import TimeModel
 
 pytest.importorskip("torch")
-from moeless_opt.runtime.live.dispatch.dispatcher import BalancedShares, SharePolicy
+from moeless_opt.runtime.live.dispatch.shares import BalancedShares, SharePolicy
 from moeless_opt.runtime.live.dispatch.timed import TimedShares
-from moeless_opt.runtime.live.schedule import SlotTable
+from moeless_opt.runtime.live.slots import SlotTable
 
 
 def table_of(seed: int, ranks: int, slots: int, experts: int) -> SlotTable:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.placement import replica_keys
+from moeless_opt.runtime.pool.keep_alive import AdaptiveKeepAlive
 from moeless_opt.runtime.pool.listed import ReplicaPool
-from moeless_opt.runtime.pool.table import AdaptiveKeepAlive, WarmPool
+from moeless_opt.runtime.pool.table import WarmPool
 
 LAYERS, GPUS, SLOTS, EXPERTS = 2, 3, 3, 5
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.placement import held_LGE
-from moeless_opt.runtime.pool.table import AdaptiveKeepAlive, FixedKeepAlive, WarmPool
+from moeless_opt.runtime.pool.keep_alive import AdaptiveKeepAlive, FixedKeepAlive
+from moeless_opt.runtime.pool.table import WarmPool
 
 L, G, E, C = 2, 3, 4, 3
 

@@ -1,0 +1,205 @@
+"""How many tokens of a batch each replica serves: policies, all pure functions of the gathered counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.runtime.live.slots import SlotTable
+from moeless_opt.solvers.shares.rounding import round_tokens
+
+__all__ = [
+    "BalancedShares",
+    "EqualShares",
+    "PlannedShares",
+    "SharePolicy",
+    "pour",
+    "share_policy",
+]
+
+
+@runtime_checkable
+class SharePolicy(Protocol):
+    """How many tokens each replica serves. Must be a pure function: every rank calls it and must agree."""
+
+    name: str
+
+    def quotas(self, layer: int, load_E: IntArray, table: SlotTable) -> IntArray:
+        """Tokens for each flat slot (axis P of the table).
+
+        Parameters
+        ----------
+        layer : int
+            Index among the model's MoE layers.
+        load_E : array of int64, shape [E]
+            Tokens of each expert over all ranks of the group in this batch.
+        table : SlotTable
+            The layer's slots.
+
+        Returns
+        -------
+        array of int64, shape [P]
+            Non-negative; the quotas of an expert's slots add up to its load.
+        """
+        ...
+
+
+def share_policy(shares: str | SharePolicy) -> SharePolicy:
+    """A policy by name (``"balanced"``, ``"equal"``), or the policy itself."""
+    if not isinstance(shares, str):
+        return shares
+    known: dict[str, Callable[[], SharePolicy]] = {"balanced": BalancedShares, "equal": EqualShares}
+    if shares not in known:
+        raise ProblemError("shares", f"no policy {shares!r}; there are {sorted(known)}, or give an object")
+    return known[shares]()
+
+
+class EqualShares:
+    """Every replica of an expert serves the same number of tokens, up to one."""
+
+    name = "equal"
+
+    def quotas(self, layer: int, load_E: IntArray, table: SlotTable) -> IntArray:
+        """See `SharePolicy.quotas`; the first replicas take the remainder."""
+        nth_P = np.empty_like(table.expert_P)
+        order = table.to_slots_P
+        starts_E = np.cumsum(table.replicas_E) - table.replicas_E
+        nth_P[order] = np.arange(order.size) - starts_E[table.expert_P[order]]
+        whole, rest = np.divmod(load_E, table.replicas_E)
+        quota_P: IntArray = whole[table.expert_P] + (nth_P < rest[table.expert_P])
+        return quota_P
+
+
+class PlannedShares:
+    """Shares fixed by a plan, rounded to whole tokens (largest remainders first).
+
+    Parameters
+    ----------
+    share_LGC : array of float, shape [L, G, C]
+        Fraction of the expert's tokens for each slot, in the slots' order of the plan that is in force.
+    """
+
+    name = "planned"
+
+    def __init__(self, share_LGC: FloatArray, slots_LGC: SlotArray) -> None:
+        self._of = [
+            {
+                (int(e), g): float(s)
+                for g, row in enumerate(layer)
+                for e, s in zip(row, share[g], strict=True)
+                if e >= 0
+            }
+            for layer, share in zip(slots_LGC, share_LGC, strict=True)
+        ]
+
+    def quotas(self, layer: int, load_E: IntArray, table: SlotTable) -> IntArray:
+        """See `SharePolicy.quotas`; slots that the plan does not know share what is left equally."""
+        of = self._of[layer]
+        pairs = zip(table.expert_P.tolist(), table.rank_P.tolist(), strict=True)
+        weight_P = np.array([of.get(pair, 0.0) for pair in pairs])
+        total_E = np.bincount(table.expert_P, weights=weight_P, minlength=table.experts)
+        weight_P = np.where(total_E[table.expert_P] > 0, weight_P, 1.0)
+        total_E = np.bincount(table.expert_P, weights=weight_P, minlength=table.experts)
+        exact_P = load_E[table.expert_P] * weight_P / total_E[table.expert_P]
+        return round_tokens(exact_P, table.expert_P, load_E)
+
+
+class BalancedShares:
+    """Water-filling: the replicas of each expert top up the least loaded of their GPUs.
+
+    Expert after expert, heaviest first, an expert's tokens are taken back and poured again over the GPUs that
+    hold it, until a sweep over all experts no longer lowers the fullest GPU. All arithmetic is on integers,
+    so ranks cannot disagree by a rounding.
+
+    Parameters
+    ----------
+    speed_G : sequence of int, optional
+        Relative speeds as whole numbers (e.g. per mille); equal by default.
+    sweeps : int
+        Most sweeps over the experts.
+    """
+
+    name = "balanced"
+
+    def __init__(self, speed_G: Sequence[int] | None = None, sweeps: int = 4) -> None:
+        if speed_G is not None and any(int(s) != s or s < 1 for s in speed_G):
+            raise ProblemError("speed_G", f"must be whole numbers from 1, got {list(speed_G)}")
+        self.speed_G = None if speed_G is None else [int(s) for s in speed_G]
+        self.sweeps = sweeps
+
+    def quotas(self, layer: int, load_E: IntArray, table: SlotTable) -> IntArray:
+        """See `SharePolicy.quotas`."""
+        quota_P = load_E[table.expert_P]
+        speed = self.speed_G or [1] * table.gpus
+        several = [int(e) for e in np.flatnonzero((table.replicas_E > 1) & (load_E > 0))]
+        several.sort(key=lambda e: (-int(load_E[e]), e))
+        one_P = table.replicas_E[table.expert_P] == 1
+        busy: list[int] = (
+            np.bincount(table.rank_P[one_P], weights=quota_P[one_P], minlength=table.gpus)
+            .astype(int)
+            .tolist()
+        )
+        ends_E = np.cumsum(table.replicas_E)
+        slots = {e: table.to_slots_P[ends_E[e] - table.replicas_E[e] : ends_E[e]].tolist() for e in several}
+        ranks = {e: table.rank_P[slots[e]].tolist() for e in several}
+        given: dict[int, list[int]] = {}
+        best = -1
+        for sweep in range(self.sweeps):
+            for e in several:
+                at = ranks[e]
+                for g, n in zip(at, given.get(e, ()), strict=False):
+                    busy[g] -= n
+                given[e] = pour(int(load_E[e]), [busy[g] for g in at], [speed[g] for g in at])
+                for g, n in zip(at, given[e], strict=True):
+                    busy[g] += n
+            fullest = max((b * 2**20 // s for b, s in zip(busy, speed, strict=True)), default=0)
+            if sweep and fullest >= best:
+                break
+            best = fullest
+        for e in several:
+            quota_P[slots[e]] = given[e]
+        return quota_P
+
+
+def pour(tokens: int, busy: list[int], speed: list[int]) -> list[int]:
+    """Split `tokens` over vessels filled to ``busy / speed`` so that the highest level is least.
+
+    Whole tokens; exact up to one token per vessel. Ties go to the first vessel.
+    """
+    if len(busy) == 2 and speed[0] == speed[1]:
+        # By far the most frequent case.
+        level = busy[0] + busy[1] + tokens
+        first = min(tokens, max(0, (level + (busy[0] <= busy[1])) // 2 - busy[0]))
+        return [first, tokens - first]
+    order = sorted(range(len(busy)), key=lambda i: (busy[i] * 2**20 // speed[i], i))
+    level, width = tokens, 0
+    used = 0
+    for used, i in enumerate(order):
+        # Level of the first `used` vessels alone, against the bottom of the next one.
+        if used and level * speed[i] <= busy[i] * width:
+            break
+        level, width = level + busy[i], width + speed[i]
+    else:
+        used = len(order)
+    parts = [0] * len(busy)
+    rest = []
+    left = tokens
+    for i in order[:used]:
+        exact = level * speed[i]
+        parts[i] = max(0, exact // width - busy[i])
+        left -= parts[i]
+        rest.append((-(exact % width), i))
+    rest.sort()
+    k = 0
+    while left:
+        step = 1 if left > 0 else -1
+        i = rest[k % len(rest)][1]
+        if parts[i] + step >= 0:
+            parts[i] += step
+            left -= step
+        k += 1
+    return parts
