@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,41 +69,194 @@ def test_bare_folders_are_never_imported() -> None:
     assert not modules_after("import moeless_opt.cli") & NAMES
 
 
-def imports_of(path: Path) -> set[str]:
+# --- which way imports run ---------------------------------------------------------------------------------
+
+ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
+    "problems": (("errors",), ("arrays",), ("codec",), ("spec",), ("plan",), ("io",), ("instances",)),
+    "solvers": (
+        ("core",),
+        ("shares", "pack", "migration"),
+        ("construct", "baselines"),
+        ("sizing", "replan", "exact"),
+        ("timed",),
+        ("auto",),
+    ),
+    "runtime": (
+        ("control", "pool", "checkpoint"),
+        ("live",),
+        ("engines",),
+        ("predict",),
+        ("simulate",),
+        ("tiny_moe",),
+    ),
+}
+"""Rooms of each folder, floor by floor: a module imports its own room and those of lower floors."""
+
+RUNTIME_MAY_USE = ("core", "shares", "timed", "migration", "pack.fast")
+"""Of the solvers."""
+
+
+ARROWS_BACK = {
+    ("moeless_opt.runtime.live.model", "moeless_opt.runtime.engines.megatron"),
+    ("moeless_opt.runtime.live.model", "moeless_opt.runtime.engines.transformers"),
+}
+STRANGE_USES = {("moeless_opt.runtime.simulate.policies", "moeless_opt.solvers.baselines.static")}
+CIRCLES = {("moeless_opt.runtime.live.elastic", "moeless_opt.runtime.live.lanes")}
+"""What still runs the wrong way; all three only shrink."""
+
+
+def all_sources() -> dict[str, Path]:
+    """Every module of the package, by its full name."""
+    found = {}
+    for folder in (".", *sorted(NAMES)):
+        # The folders are links in the source tree, which a walk from above would not follow.
+        for path in sorted((PACKAGE / folder).rglob("*.py")):
+            parts = path.relative_to(PACKAGE).with_suffix("").parts
+            if folder == "." and parts[0] in NAMES:
+                continue
+            found[".".join(("moeless_opt", *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+SOURCES = all_sources()
+
+
+@cache
+def imports_of(path: Path) -> frozenset[str]:
+    """Modules that a file names in its imports, wherever they stand: inside functions, for types alone."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
+            assert node.level == 0, f"{path} imports by dots"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (whole & SOURCES.keys()) or {node.module or ""}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return found
+    return frozenset(found)
 
 
-def sources(folder: str) -> list[Path]:
-    found = sorted((PACKAGE / folder).glob("*.py"))
-    assert found
-    return found
+def test_every_folder_is_walked() -> None:
+    assert len(SOURCES) > 150
+    for name, folder in (("solvers", "exact"), ("runtime", "live"), ("problems", "spec")):
+        assert any(module.startswith(f"moeless_opt.{name}.{folder}.") for module in SOURCES)
 
 
 def test_no_source_imports_a_folder_bare() -> None:
-    folders = [".", "problems", "solvers", "runtime"]
-    for path in [p for folder in folders for p in sources(folder)]:
+    for path in SOURCES.values():
         bare = {name.split(".")[0] for name in imports_of(path)} & NAMES
         assert not bare, f"{path} imports {bare} bare: import moeless_opt.{min(bare)}"
 
 
 @pytest.mark.parametrize(
     ("folder", "banned"),
-    [
-        ("problems", ("moeless_opt.solvers", "moeless_opt.runtime", "moeless_opt.api", "moeless_opt.cli")),
-        ("solvers", ("moeless_opt.runtime", "moeless_opt.api", "moeless_opt.cli")),
-        (".", ("moeless_opt.runtime",)),
-    ],
+    [("problems", ("solvers", "runtime", "face")), ("solvers", ("runtime", "face")), ("face", ("runtime",))],
 )
-def test_imports_run_one_way(folder: str, banned: tuple[str, ...]) -> None:
-    for path in sources(folder):
-        wrong = [name for name in imports_of(path) if name.startswith(banned)]
-        assert not wrong, f"{path} imports {wrong}"
+def test_imports_run_one_way_between_folders(folder: str, banned: tuple[str, ...]) -> None:
+    for module, path in SOURCES.items():
+        if top_of(module) != folder:
+            continue
+        wrong = [
+            name for name in imports_of(path) if name.startswith("moeless_opt") and top_of(name) in banned
+        ]
+        assert not wrong, f"{module} imports {wrong}"
+
+
+def top_of(module: str) -> str:
+    """problems, solvers, runtime, or the face."""
+    second = f"{module}.".split(".")[1]
+    return second if second in NAMES else "face"
+
+
+def room_of(module: str) -> str:
+    """The room inside a folder: ``exact`` of ``moeless_opt.solvers.exact.layer``."""
+    return f"{module}..".split(".")[2]
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_imports_run_one_way_between_rooms(folder: str) -> None:
+    floor = {room: number for number, rooms in enumerate(ORDER[folder]) for room in rooms}
+    wrong = set()
+    for module, path in SOURCES.items():
+        room = room_of(module)
+        if top_of(module) != folder or not room:
+            continue
+        assert room in floor, f"{module} is in a room that has no floor"
+        for name in imports_of(path):
+            other = room_of(name) if name.startswith(f"moeless_opt.{folder}.") else room
+            if other != room and floor[other] >= floor[room]:
+                wrong.add((module, name))
+    assert wrong <= ARROWS_BACK, sorted(wrong - ARROWS_BACK)
+
+
+def test_the_runtime_uses_of_the_solvers_what_it_may() -> None:
+    may = tuple(f"moeless_opt.solvers.{room}." for room in RUNTIME_MAY_USE)
+    wrong = set()
+    for module, path in SOURCES.items():
+        if top_of(module) == "runtime":
+            used = [name for name in imports_of(path) if name.startswith("moeless_opt.solvers")]
+            wrong |= {(module, name) for name in used if not f"{name}.".startswith(may)}
+    assert wrong <= STRANGE_USES, sorted(wrong - STRANGE_USES)
+
+
+def test_no_imports_in_a_circle() -> None:
+    """Whole package, imports for types alone and inside functions counted."""
+    uses = {
+        module: sorted(
+            name
+            for name in imports_of(path)
+            if name in SOURCES and name != module and (module, name) not in ARROWS_BACK | CIRCLES
+        )
+        for module, path in SOURCES.items()
+    }
+    state: dict[str, int] = {}
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        if state.get(module) == 2:
+            return
+        circle = " -> ".join((*way[way.index(module) :], module)) if module in way else ""
+        assert not circle, f"a circle: {circle}"
+        for name in uses[module]:
+            visit(name, (*way, module))
+        state[module] = 2
+
+    for module in uses:
+        visit(module, ())
+
+
+# --- sizes -------------------------------------------------------------------------------------------------
+
+LONGEST = 80
+LONG = {
+    "moeless_opt.api.plan",
+    "moeless_opt.problems.plan.migration.migration_violations",
+    "moeless_opt.runtime.engines.megatron.attach",
+    "moeless_opt.runtime.engines.transformers.attach",
+    "moeless_opt.runtime.live.schedule.build_schedule",
+    "moeless_opt.solvers.baselines.eplb.rebalance",
+    "moeless_opt.solvers.baselines.moeless.place",
+    "moeless_opt.solvers.baselines.moeless.scale",
+    "moeless_opt.solvers.pack.patterns.solve_patterns",
+    "moeless_opt.solvers.replan.fractional.mend_content",
+    "moeless_opt.solvers.replan.fractional.replan_fractional",
+    "moeless_opt.solvers.replan.min_moves.min_moves",
+}
+"""Functions of more lines than that, docstring and all; the list only shrinks."""
+
+
+def is_compiled(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether Numba compiles the function, for which splitting it costs time."""
+    return any("jit" in ast.unparse(one) for one in node.decorator_list)
+
+
+def test_no_function_is_long() -> None:
+    long = set()
+    for module, path in SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_compiled(node):
+                assert node.end_lineno is not None
+                if node.end_lineno - node.lineno + 1 > LONGEST:
+                    long.add(f"{module}.{node.name}")
+    assert long <= LONG, f"too long: {sorted(long - LONG)}"
 
 
 def test_everything_public_is_there_and_documented() -> None:
