@@ -15,6 +15,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.counts import apportion, largest_piece, trim
 from moeless_opt.solvers.pack.packing import gpu_time, pack
@@ -177,7 +178,7 @@ def _proven(load_LE: FloatArray, capacity: IntArray, speed: FloatArray, slots: S
             speed,
             upper=float(value_L[layer]),
             gap=1e-9,
-            seconds=_TINY_SECONDS,
+            stop=MaxTime(_TINY_SECONDS),
         ).slots_GC
         if found is not None and gpu_time(load_LE[layer][None], found[None], speed).max() < value_L[layer]:
             slots[layer] = -1

@@ -19,6 +19,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
+
 __all__ = ["MOST_EXPERTS", "component_bound"]
 
 Float = NDArray[np.float64]
@@ -27,8 +29,12 @@ Int = NDArray[np.int64]
 MOST_EXPERTS = 13
 """Beyond, 3^E steps are too many."""
 
+_OFTEN = 256  # subsets between two looks at `stop`
 
-def component_bound(load_E: Float, gpus: int, slots: int, *, upper: float = np.inf) -> float:
+
+def component_bound(
+    load_E: Float, gpus: int, slots: int, *, upper: float = np.inf, stop: Stop | None = None
+) -> float:
     """Return a lower bound on the time of any plan with fractional split on equal GPUs.
 
     Parameters
@@ -39,6 +45,8 @@ def component_bound(load_E: Float, gpus: int, slots: int, *, upper: float = np.i
         Number of GPUs, and slots of each.
     upper : float
         The time of a known plan: the search stays below it.
+    stop : Stop, optional
+        When to stop, with the bound proven so far.
 
     Returns
     -------
@@ -66,19 +74,32 @@ def component_bound(load_E: Float, gpus: int, slots: int, *, upper: float = np.i
     mean = float(load.sum()) / gpus
     levels = np.unique((sum_M[1:, None] / np.arange(1, gpus + 1)).ravel())
     levels = np.append(mean, levels[(levels > mean * (1 + 1e-12)) & (levels <= upper * (1 + 1e-12))])
-    splits = [_halves(m) for m in range(1, 1 << E)]
-    if _fits(mean, sum_M, shape_M, splits, gpus):
-        return mean
-    low, high = 0, len(levels) - 1  # not possible; taken to be possible
-    if high == 0 or (np.isinf(upper) and not _fits(levels[high], sum_M, shape_M, splits, gpus)):
-        return float(min(upper, levels[high]))
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _fits(levels[middle], sum_M, shape_M, splits, gpus):
-            high = middle
-        else:
-            low = middle
+    stop = NeverStop() if stop is None else stop
+    splits: list[Int] = []
+    low, high = -1, len(levels) - 1  # not possible; taken to be possible
+    try:
+        for m in range(1, 1 << E):
+            if m % _OFTEN == 0 and stop():
+                raise _StoppedError
+            splits.append(_halves(m))
+        if _fits(mean, sum_M, shape_M, splits, gpus, stop):
+            return mean
+        low = 0
+        if high == 0 or (np.isinf(upper) and not _fits(levels[high], sum_M, shape_M, splits, gpus, stop)):
+            return float(min(upper, levels[high]))
+        while high - low > 1:
+            middle = (low + high) // 2
+            if _fits(levels[middle], sum_M, shape_M, splits, gpus, stop):
+                high = middle
+            else:
+                low = middle
+    except _StoppedError:
+        return float(levels[max(low, 0)])
     return float(levels[high])
+
+
+class _StoppedError(Exception):
+    """Told to stop in the middle of a question."""
 
 
 def _halves(mask: int) -> Int:
@@ -93,10 +114,12 @@ def _halves(mask: int) -> Int:
     return some | top
 
 
-def _fits(time: float, sum_M: Float, shape_M: Int, splits: list[Int], gpus: int) -> bool:
+def _fits(time: float, sum_M: Float, shape_M: Int, splits: list[Int], gpus: int, stop: Stop) -> bool:
     """Whether some partition of the experts needs no more GPUs than there are."""
     need_M = np.maximum(shape_M, np.ceil(sum_M / time * (1 - 1e-12)).astype(np.int64))
     least_M = np.zeros(len(sum_M), dtype=np.int64)
     for mask, some in enumerate(splits, start=1):
+        if mask % _OFTEN == 0 and stop():
+            raise _StoppedError
         least_M[mask] = (need_M[some] + least_M[mask ^ some]).min()
     return bool(least_M[-1] <= gpus)

@@ -31,9 +31,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import best_bound, replicas_needed
+from moeless_opt.problems.plan.evaluate import gpu_times
 from moeless_opt.problems.plan.plan import PROVEN, Status
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.solvers.core.linear import LinearModel
+from moeless_opt.solvers.core.stopping import Stop
 
-__all__ = ["ExactLayer", "ExactResult", "LinearModel", "build", "layer_of", "read_back", "result_of"]
+__all__ = ["ExactLayer", "ExactResult", "LayerModel", "build", "layer_of", "read_back", "result_of"]
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -142,8 +146,8 @@ def layer_of(
     value = np.inf
     if slots_GC is not None:
         if split == "equal" or share_GC is None:
-            share_GC = _equal_shares(slots_GC, len(load))
-        value = time_of(load, speed, slots_GC, share_GC)
+            share_GC = equal_shares(slots_GC[None], len(load))[0]
+        value = float(gpu_times(load[None], slots_GC[None], share_GC[None], speed).max())
         least = np.maximum(least, replicas_needed(load[None], [value], speed[capacity > 0], split)[0])
     spare = int(capacity.sum() - np.minimum(least, most).sum())
     most = np.minimum(most, least + max(spare, 0))
@@ -166,59 +170,33 @@ def layer_of(
     )
 
 
-def _equal_shares(slots_GC: NDArray[np.int32], experts: int) -> Float:
-    count = np.bincount(slots_GC[slots_GC >= 0], minlength=experts)
-    return np.where(slots_GC >= 0, 1.0 / np.maximum(count, 1)[slots_GC], 0.0)
-
-
-def time_of(load_E: Float, speed_G: Float, slots_GC: NDArray[np.int32], share_GC: Float) -> float:
-    """Largest GPU time of a plan."""
-    tokens = np.where(slots_GC >= 0, load_E[slots_GC] * share_GC, 0.0).sum(axis=1)
-    return float((tokens / speed_G).max())
-
-
 @dataclass(slots=True)
-class LinearModel:
-    """``min value[objective]`` over linear rows: what every backend is handed."""
+class LayerModel(LinearModel):
+    """The programme of a layer, ``min value[objective]``, and which variable means what."""
 
-    names: list[str] = field(default_factory=list)
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
-    whole: list[bool] = field(default_factory=list)
-    start: list[float] = field(default_factory=list)
-    rows: list[tuple[str, list[int], list[float], float, float]] = field(default_factory=list)
     objective: int = -1
     place: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # (e, g): variables that put e on g
     tokens: dict[tuple[int, int], int] = field(default_factory=dict)  # (e, g): tokens served there
 
-    def variable(self, name: str, low: float, high: float, whole: bool, start: float) -> int:
-        """Add a variable; return its index."""
-        self.names.append(name)
-        self.low.append(low)
-        self.high.append(high)
-        self.whole.append(whole)
-        self.start.append(start)
-        return len(self.names) - 1
 
-    def row(self, name: str, terms: list[tuple[int, float]], low: float, high: float) -> None:
-        """Add ``low <= sum of coefficient * variable <= high``."""
-        self.rows.append((name, [v for v, _ in terms], [c for _, c in terms], low, high))
-
-
-def build(layer: ExactLayer) -> LinearModel:
-    """Write the programme of a layer."""
-    model = LinearModel()
+def build(layer: ExactLayer, stop: Stop | None = None) -> LayerModel | None:
+    """Write the programme of a layer; None if `stop` says so before it is written."""
+    model = LayerModel()
     known = _start(layer)
     unit = layer.scale
     upper = layer.value / unit if np.isfinite(layer.value) else np.inf
     start = upper if np.isfinite(upper) else 0.0
-    model.objective = model.variable("T", layer.bound / unit, upper, False, start)
+    model.objective = model.variable(layer.bound / unit, upper, cost=1.0, start=start, name="T")
     gpus = np.flatnonzero(layer.capacity_G > 0).tolist()
     for e in range(len(layer.load_E)):
+        if stop is not None and stop():
+            return None
         (_equal_expert if layer.split == "equal" else _fractional_expert)(model, layer, e, gpus, known)
     for g in gpus:
-        held = [(v, 1.0) for (_, at), some in model.place.items() if at == g for v in some]
-        model.row(f"slots_{g}", held, -np.inf, float(layer.capacity_G[g]))
+        if stop is not None and stop():
+            return None
+        held = [(v, 1.0) for e in range(len(layer.load_E)) for v in model.place[e, g]]
+        model.row(held, -np.inf, float(layer.capacity_G[g]), name=f"slots_{g}")
         work = [(model.objective, -float(layer.speed_G[g]))]
         for e in range(len(layer.load_E)):
             if layer.split == "equal":
@@ -227,19 +205,18 @@ def build(layer: ExactLayer) -> LinearModel:
                 work += [(v, float(layer.load_E[e]) / unit / r) for v, r in pairs]
             else:
                 work.append((model.tokens[e, g], 1.0))
-        model.row(f"time_{g}", [(v, c) for v, c in work if c], -np.inf, 0.0)
+        model.row([(v, c) for v, c in work if c], -np.inf, 0.0, name=f"time_{g}")
     heaviest = int(np.argmax(layer.load_E))
     for some in layer.alike:
         for g, h in itertools.pairwise(some):
-            terms = [(v, 1.0) for v in model.place[heaviest, g]] + [
-                (v, -1.0) for v in model.place[heaviest, h]
-            ]
-            model.row(f"order_{g}_{h}", terms, 0.0, np.inf)
+            terms = [(v, 1.0) for v in model.place[heaviest, g]]
+            terms += [(v, -1.0) for v in model.place[heaviest, h]]
+            model.row(terms, 0.0, np.inf, name=f"order_{g}_{h}")
     return model
 
 
 def _equal_expert(
-    model: LinearModel,
+    model: LayerModel,
     layer: ExactLayer,
     e: int,
     gpus: list[int],
@@ -250,20 +227,20 @@ def _equal_expert(
     chosen = []
     for r in counts:
         active = known is not None and int(held.sum()) == r
-        n = model.variable(f"n_{e}_{r}", 0, 1, True, float(active))
+        n = model.variable(0, 1, whole=True, start=float(active), name=f"n_{e}_{r}")
         chosen.append((n, 1.0))
         copies = []
         for g in gpus:
-            z = model.variable(f"z_{e}_{r}_{g}", 0, 1, True, float(active and held[g]))
+            z = model.variable(0, 1, whole=True, start=float(active and held[g]), name=f"z_{e}_{r}_{g}")
             model.place.setdefault((e, g), []).append(z)
-            model.row(f"if_{e}_{r}_{g}", [(z, 1.0), (n, -1.0)], -np.inf, 0.0)
+            model.row([(z, 1.0), (n, -1.0)], -np.inf, 0.0, name=f"if_{e}_{r}_{g}")
             copies.append((z, 1.0))
-        model.row(f"copies_{e}_{r}", [*copies, (n, -float(r))], 0.0, 0.0)
-    model.row(f"count_{e}", chosen, 1.0, 1.0)
+        model.row([*copies, (n, -float(r))], 0.0, 0.0, name=f"copies_{e}_{r}")
+    model.row(chosen, 1.0, 1.0, name=f"count_{e}")
 
 
 def _fractional_expert(
-    model: LinearModel,
+    model: LayerModel,
     layer: ExactLayer,
     e: int,
     gpus: list[int],
@@ -274,14 +251,15 @@ def _fractional_expert(
     hosts, tokens = [], []
     for g in gpus:
         most = min(load, upper * float(layer.speed_G[g]))
-        x = model.variable(f"x_{e}_{g}", 0, 1, True, float(known is not None and bool(known[0][e, g])))
-        f = model.variable(f"f_{e}_{g}", 0, most, False, 0.0 if known is None else float(known[1][e, g]))
+        held, served = (0.0, 0.0) if known is None else (float(known[0][e, g]), float(known[1][e, g]))
+        x = model.variable(0, 1, whole=True, start=held, name=f"x_{e}_{g}")
+        f = model.variable(0, most, start=served, name=f"f_{e}_{g}")
         model.place[e, g], model.tokens[e, g] = [x], f
-        model.row(f"if_{e}_{g}", [(f, 1.0), (x, -most)], -np.inf, 0.0)
+        model.row([(f, 1.0), (x, -most)], -np.inf, 0.0, name=f"if_{e}_{g}")
         hosts.append((x, 1.0))
         tokens.append((f, 1.0))
-    model.row(f"copies_{e}", hosts, float(layer.least_E[e]), float(layer.most_E[e]))
-    model.row(f"served_{e}", tokens, load, load)
+    model.row(hosts, float(layer.least_E[e]), float(layer.most_E[e]), name=f"copies_{e}")
+    model.row(tokens, load, load, name=f"served_{e}")
 
 
 def _start(layer: ExactLayer) -> tuple[NDArray[np.bool_], Float] | None:
@@ -302,7 +280,7 @@ def _start(layer: ExactLayer) -> tuple[NDArray[np.bool_], Float] | None:
     return held[:, source], tokens[:, source]
 
 
-def read_back(layer: ExactLayer, model: LinearModel, value_V: Float) -> tuple[NDArray[np.int32], Float]:
+def read_back(layer: ExactLayer, model: LayerModel, value_V: Float) -> tuple[NDArray[np.int32], Float]:
     """Turn a solution into slots and shares."""
     G, C = len(layer.capacity_G), int(layer.capacity_G.max())
     slots = np.full((G, C), -1, dtype=np.int32)
@@ -315,10 +293,10 @@ def read_back(layer: ExactLayer, model: LinearModel, value_V: Float) -> tuple[ND
                 share[g, used[g]] = max(float(value_V[model.tokens[e, g]]), 0.0)
             used[g] += 1
     if layer.split == "equal":
-        return slots, _equal_shares(slots, len(layer.load_E))
+        return slots, equal_shares(slots[None], len(layer.load_E))[0]
     total = np.zeros(len(layer.load_E))
     np.add.at(total, slots[slots >= 0], share[slots >= 0])
-    even = _equal_shares(slots, len(layer.load_E))
+    even = equal_shares(slots[None], len(layer.load_E))[0]
     held = slots >= 0
     share[held] = np.where(
         total[slots[held]] > 0, share[held] / np.maximum(total[slots[held]], 1e-300), even[held]
@@ -353,7 +331,8 @@ def result_of(
     improved = False
     if plan is not None:
         held = np.bincount(plan[0][plan[0] >= 0], minlength=len(layer.load_E))
-        now = time_of(layer.load_E, layer.speed_G, *plan) if held.min() >= 1 else np.inf
+        time_1G = gpu_times(layer.load_E[None], plan[0][None], plan[1][None], layer.speed_G)
+        now = float(time_1G.max()) if held.min() >= 1 else np.inf
         if now < value:
             slots, share, value, improved = plan[0], plan[1], now, now < value * (1 - 1e-9)
     if infeasible and np.isfinite(value):

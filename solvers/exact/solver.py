@@ -27,7 +27,7 @@ from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct, ConstructOptions
 from moeless_opt.solvers.core.finish import Built, in_time, lower_bound, token_bound
 from moeless_opt.solvers.core.solver import Heuristic, Task
-from moeless_opt.solvers.core.stopping import Clock
+from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, Stop
 from moeless_opt.solvers.exact.components import MOST_EXPERTS, component_bound
 from moeless_opt.solvers.exact.layer import ExactLayer, ExactResult, layer_of, result_of
 from moeless_opt.solvers.pack.patterns import solve_patterns
@@ -80,7 +80,7 @@ class MilpOptions(CpSatOptions):
     Parameters
     ----------
     engine : str
-        Who solves: ``"highs"`` or another solver that ortools' MathOpt carries (``"gscip"``, ``"cp_sat"``);
+        Who solves: ``"highs"`` or another solver that ortools' MathOpt carries (``"gscip"``);
         ``"pulp"`` for the first available of PuLP's, ``"pulp:CBC"`` for one of them by name.
     """
 
@@ -152,7 +152,8 @@ class _Exact(Heuristic):
             )
             # Quick layers leave their time to the others.
             left = stop.remaining
-            proof = self.prove(layer, max(left / (len(open_layers) - done), min(left, 0.05)), task)
+            part = max(left / (len(open_layers) - done), min(left, 0.05))
+            proof = self.prove(layer, FirstOf(stop, MaxTime(part)), task)
             if proof.bound > bound_L[i] * (1 + 1e-12):
                 bound_L[i], names[i] = proof.bound, proof.method
             if proof.plan is not None:
@@ -162,8 +163,8 @@ class _Exact(Heuristic):
                 ).max()
         slots_LGC, share_LGC = _replaced(slots_LGC, share_LGC, found)
         left_open = int((value_L > bound_L * (1 + PROVEN)).sum())
-        if left_open and not stopped_by and stop.remaining <= 0.01:
-            stopped_by = StoppedBy.TIME
+        if left_open and not stopped_by:
+            stopped_by = stop() or (StoppedBy.TIME if stop.remaining <= 0.01 else stopped_by)
         message = f"{len(open_layers)} of {problem.layers} layers needed more than the cheap bounds"
         if left_open:
             message += f"; {left_open} are not proven"
@@ -176,7 +177,7 @@ class _Exact(Heuristic):
         )
 
     @abstractmethod
-    def prove(self, layer: ExactLayer, seconds: float, task: Task[Any]) -> Proof:
+    def prove(self, layer: ExactLayer, stop: Stop, task: Task[Any]) -> Proof:
         """Try to close one layer's gap."""
 
 
@@ -186,19 +187,18 @@ class Portfolio(_Exact):
     name = "portfolio"
     summary = "heuristic, then bounds, then the exact method that suits each layer"
 
-    def prove(self, layer: ExactLayer, seconds: float, task: Task[Any]) -> Proof:
+    def prove(self, layer: ExactLayer, stop: Stop, task: Task[Any]) -> Proof:
         """Pattern search or CP-SAT for the equal split, component bound or HiGHS for the fractional."""
         experts, pairs = len(layer.load_E), layer.load_E.size * len(layer.capacity_G)
         if layer.split == "equal":
             if experts <= _PATTERN_EXPERTS:
-                return _patterns(layer, seconds)
-            return _cpsat(layer, seconds, task.seed) if pairs <= _CPSAT_PAIRS else Proof("", 0.0)
-        began = Clock.begin()
-        bound = _components(layer)
+                return _patterns(layer, stop)
+            return _cpsat(layer, stop, task.seed) if pairs <= _CPSAT_PAIRS else Proof("", 0.0)
+        bound = _components(layer, stop)
         if layer.value <= bound * (1 + PROVEN) or pairs > _MILP_PAIRS:
             return Proof("components", bound)
         layer.bound = max(layer.bound, bound)
-        proof = _milp(layer, seconds - began.seconds)
+        proof = _milp(layer, stop)
         return proof if proof.bound > bound else Proof("components", bound, proof.plan)
 
 
@@ -208,9 +208,9 @@ class Patterns(_Exact):
     name = "patterns"
     summary = "proof of small equal-split layers by dynamic programming over GPU patterns"
 
-    def prove(self, layer: ExactLayer, seconds: float, task: Task[Any]) -> Proof:
+    def prove(self, layer: ExactLayer, stop: Stop, task: Task[Any]) -> Proof:
         """Run the pattern search."""
-        return _patterns(layer, seconds)
+        return _patterns(layer, stop)
 
 
 class CpSat(_Exact):
@@ -220,9 +220,9 @@ class CpSat(_Exact):
     summary = "CP-SAT on the exact model of every layer"
     Options = CpSatOptions
 
-    def prove(self, layer: ExactLayer, seconds: float, task: Task[CpSatOptions]) -> Proof:
+    def prove(self, layer: ExactLayer, stop: Stop, task: Task[CpSatOptions]) -> Proof:
         """Run CP-SAT."""
-        return _cpsat(layer, seconds, task.seed, task.options.threads)
+        return _cpsat(layer, stop, task.seed, task.options.threads)
 
 
 class Milp(_Exact):
@@ -232,12 +232,12 @@ class Milp(_Exact):
     summary = "HiGHS, CBC or another mixed-integer solver on the exact model of every layer"
     Options = MilpOptions
 
-    def prove(self, layer: ExactLayer, seconds: float, task: Task[MilpOptions]) -> Proof:
+    def prove(self, layer: ExactLayer, stop: Stop, task: Task[MilpOptions]) -> Proof:
         """Run the solver chosen."""
-        return _milp(layer, seconds, task.options.engine, task.options.threads)
+        return _milp(layer, stop, task.options.engine, task.options.threads)
 
 
-def _patterns(layer: ExactLayer, seconds: float) -> Proof:
+def _patterns(layer: ExactLayer, stop: Stop) -> Proof:
     search = solve_patterns(
         layer.load_E,
         layer.capacity_G,
@@ -245,7 +245,7 @@ def _patterns(layer: ExactLayer, seconds: float) -> Proof:
         upper=layer.value,
         lower=layer.bound,
         gap=PROVEN,
-        seconds=seconds,
+        stop=stop,
     )
     if search.slots_GC is None:
         return Proof("patterns", search.lower)
@@ -257,19 +257,16 @@ def _patterns(layer: ExactLayer, seconds: float) -> Proof:
     return Proof("patterns", search.lower, plan if improved else None)
 
 
-def _cpsat(layer: ExactLayer, seconds: float, seed: int, threads: int = 1) -> Proof:
+def _cpsat(layer: ExactLayer, stop: Stop, seed: int, threads: int = 1) -> Proof:
     from moeless_opt.solvers.exact.cpsat import solve_cpsat
 
-    return _proof("cpsat", solve_cpsat(layer, seconds=seconds, threads=threads, seed=seed))
+    return _proof("cpsat", solve_cpsat(layer, stop=stop, threads=threads, seed=seed))
 
 
-def _milp(layer: ExactLayer, seconds: float, engine: str = "highs", threads: int = 1) -> Proof:
-    from moeless_opt.solvers.exact.milp import solve_mathopt, solve_pulp
+def _milp(layer: ExactLayer, stop: Stop, engine: str = "highs", threads: int = 1) -> Proof:
+    from moeless_opt.solvers.exact.milp import solve_milp
 
-    kind, _, name = engine.partition(":")
-    if kind == "pulp":
-        return _proof("milp", solve_pulp(layer, name or None, seconds=seconds, threads=threads))
-    return _proof("milp", solve_mathopt(layer, engine, seconds=seconds, threads=threads))
+    return _proof("milp", solve_milp(layer, engine, stop=stop, threads=threads))
 
 
 def _proof(method: str, result: ExactResult) -> Proof:
@@ -278,7 +275,7 @@ def _proof(method: str, result: ExactResult) -> Proof:
     return Proof(method, result.bound)
 
 
-def _components(layer: ExactLayer) -> float:
+def _components(layer: ExactLayer, stop: Stop) -> float:
     alike = len(layer.alike) == 1 and len(layer.alike[0]) == len(layer.capacity_G)
     slots = int(layer.capacity_G[0])
     scarce = int(layer.capacity_G.sum()) < len(layer.load_E) + len(layer.capacity_G) - 1
@@ -286,7 +283,7 @@ def _components(layer: ExactLayer) -> float:
         return 0.0
     speed = float(layer.speed_G[0])
     upper = layer.value * speed
-    return component_bound(layer.load_E, len(layer.capacity_G), slots, upper=upper) / speed
+    return component_bound(layer.load_E, len(layer.capacity_G), slots, upper=upper, stop=stop) / speed
 
 
 def _replaced(

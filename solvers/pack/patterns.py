@@ -20,7 +20,6 @@ words of 64 types each.
 
 from __future__ import annotations
 
-import time as clock
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.plan.bounds import best_bound
 from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
 
 __all__ = ["PatternResult", "fewest_replicas", "solve_patterns"]
 
@@ -79,7 +79,7 @@ def solve_patterns(
     max_replicas: int | None = None,
     min_replicas: int = 1,
     time: TimeModel = TOKENS,
-    seconds: float = np.inf,
+    stop: Stop | None = None,
 ) -> PatternResult:
     """Find the proven optimum of one layer with equal split, or as good a pair of bounds as time allows.
 
@@ -101,8 +101,8 @@ def solve_patterns(
         Limits on the replicas of each expert.
     time : TimeModel
         The time model.
-    seconds : float
-        Time limit.
+    stop : Stop, optional
+        When to stop.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def solve_patterns(
     Meant for up to about 16 experts and 2 to 4 slots per GPU, where it takes milliseconds to seconds. Beyond,
     the steps stay valid but time runs out; the mean is a good bound there anyway.
     """
-    deadline = clock.perf_counter() + seconds
+    stop = NeverStop() if stop is None else stop
     speed = np.ones(len(capacity_G)) if speed_G is None else np.asarray(speed_G, dtype=np.float64)
     load = np.asarray(load_E, dtype=np.float64)
     capacity = np.asarray(capacity_G, dtype=np.int64)
@@ -134,7 +134,7 @@ def solve_patterns(
     while not result.proven:
         # The last step before a known plan asks for anything better than it.
         limit = base * (1 + step) if result.upper > base * (1 + 1.15 * step) else result.upper * (1 - _SAME)
-        search = _Search(layer, limit, deadline)
+        search = _Search(layer, limit, stop)
         found, complete = search.run()
         result.states += search.states
         if found is not None:
@@ -147,7 +147,7 @@ def solve_patterns(
         if search.states > hard:
             # Steps get long: a good plan now keeps the last of them from going farther than it must.
             wide = min(result.upper * (1 - _SAME), base * (1 + 4 * step))
-            plan, _ = _Search(layer, wide, deadline, beam=_BEAM).run()
+            plan, _ = _Search(layer, wide, stop, beam=_BEAM).run()
             if plan is not None:
                 result.upper, result.slots_GC = plan
             hard = hard * 4 if plan is None else 1 << 62
@@ -164,13 +164,13 @@ def fewest_replicas(
     limit: float,
     most: int | None = None,
     time: TimeModel = TOKENS,
-    seconds: float = np.inf,
+    stop: Stop | None = None,
 ) -> tuple[int, NDArray[np.int32] | None]:
     """Find the fewest replicas with which a layer with equal split can be placed within a time, proven.
 
     Parameters
     ----------
-    load_E, capacity_G, speed_G, time, seconds
+    load_E, capacity_G, speed_G, time, stop
         As in `solve_patterns`.
     limit : float
         Largest GPU time wanted.
@@ -184,7 +184,7 @@ def fewest_replicas(
     slots_GC : ndarray of int32, shape (G, C), or None
         A plan with ``bound`` replicas; None if there is none below ``most``, or time ran out.
     """
-    deadline = clock.perf_counter() + seconds
+    stop = NeverStop() if stop is None else stop
     speed = np.ones(len(capacity_G)) if speed_G is None else np.asarray(speed_G, dtype=np.float64)
     load = np.asarray(load_E, dtype=np.float64)
     layer = _Layer.make(load, np.asarray(capacity_G, dtype=np.int64), speed, None, 1, time)
@@ -194,7 +194,7 @@ def fewest_replicas(
         return top, None
     total = int(layer.slots_K @ layer.size_K) - types.spare
     while total < top:
-        found, complete = _Search(layer, limit, deadline, total).run()
+        found, complete = _Search(layer, limit, stop, total).run()
         if found is not None:
             return total, found[1]
         if not complete:
@@ -333,8 +333,8 @@ def _types(layer: _Layer, limit: float, total: int | None = None) -> _Types | No
     )
 
 
-def _patterns(layer: _Layer, types: _Types, limit: float) -> _Patterns | None:
-    """List the patterns by adding one type at a time; None if that takes too many candidates."""
+def _patterns(layer: _Layer, types: _Types, limit: float, stop: Stop) -> _Patterns | None:
+    """List the patterns by adding one type at a time; None if told to stop, or there are too many."""
     Y = len(types.weight_Y)
     room_K = limit * layer.speed_K - layer.launch
     slop = _ROUND * limit * float(layer.speed_K.max()) * len(layer.class_G)
@@ -356,18 +356,33 @@ def _patterns(layer: _Layer, types: _Types, limit: float) -> _Patterns | None:
             break
         if len(sets_MC) * Y > _MOST_CANDIDATES:
             return None
-        later = np.arange(Y) > sets_MC[:, -1:]
-        later &= types.expert_Y != types.expert_Y[sets_MC[:, -1]][:, None]
-        later &= weight_M[:, None] + types.weight_Y <= largest + slop
-        row, added = np.nonzero(later)
+        parts = [np.zeros((2, 0), dtype=np.int64)]
+        height = max(1, _CELLS // Y)
+        for start in range(0, len(sets_MC), height):
+            if stop():
+                return None
+            last_M, before_M = sets_MC[start : start + height, -1], weight_M[start : start + height]
+            later = np.arange(Y) > last_M[:, None]
+            later &= types.expert_Y != types.expert_Y[last_M][:, None]
+            later &= before_M[:, None] + types.weight_Y <= largest + slop
+            row, added = np.nonzero(later)
+            reach_M = before_M[row] + types.weight_Y[added] + (most - size - 1) * later_Y[added + 1]
+            hopeful = reach_M >= smallest - types.slack - slop
+            parts.append(np.stack([row[hopeful] + start, added[hopeful]]))
+        row, added = np.concatenate(parts, axis=1)
         sets_MC, weight_M = np.column_stack([sets_MC[row], added]), weight_M[row] + types.weight_Y[added]
+    words = (Y + 63) // 64
+    if sum(len(sets) for sets, _, _ in found) * words > _MOST_CANDIDATES or stop():
+        return None
     types_MC = np.concatenate(
         [np.pad(s, ((0, 0), (0, most - s.shape[1])), constant_values=-1) for s, _, _ in found]
     )
     class_M = np.repeat(np.array([k for _, k, _ in found]), [len(s) for s, _, _ in found])
     weight_M = np.concatenate([w for _, _, w in found])
-    mask_MW = np.zeros((len(types_MC), (Y + 63) // 64), dtype=np.uint64)
+    mask_MW = np.zeros((len(types_MC), words), dtype=np.uint64)
     for column in types_MC.T:
+        if stop():
+            return None
         row = np.flatnonzero(column >= 0)
         mask_MW[row, column[row] // 64] |= _bit(column[row])
     empty_M = (layer.slots_K[class_M] - (types_MC >= 0).sum(axis=1)).astype(np.int16)
@@ -379,13 +394,17 @@ def _bit(type_: Int) -> Word:
     return bit
 
 
+class _StoppedError(Exception):
+    """Told to stop in the middle of a chunk."""
+
+
 class _Search:
     """One step: all plans within ``limit``, or the best of them."""
 
     def __init__(
-        self, layer: _Layer, limit: float, deadline: float, total: int | None = None, beam: int | None = None
+        self, layer: _Layer, limit: float, stop: Stop, total: int | None = None, beam: int | None = None
     ) -> None:
-        self.layer, self.limit, self.deadline = layer, limit, deadline
+        self.layer, self.limit, self.stop = layer, limit, stop
         self.total, self.beam = total, beam
         self.states = 0
         self.slop = _ROUND * limit * float(layer.speed_K.max()) * len(layer.class_G)
@@ -395,7 +414,7 @@ class _Search:
         types = _types(self.layer, self.limit, self.total)
         if types is None:
             return None, True
-        patterns = _patterns(self.layer, types, self.limit)
+        patterns = _patterns(self.layer, types, self.limit, self.stop)
         if patterns is None:
             return None, False
         self.types, self.patterns = types, patterns
@@ -445,7 +464,7 @@ class _Search:
         complete = True
         stack = [self._root()]
         while stack:
-            if clock.perf_counter() > self.deadline:
+            if self.stop():
                 complete = False
                 break
             chunk = stack.pop()
@@ -462,8 +481,11 @@ class _Search:
                     best, leaf = float(chunk.worst_N[row]), (chunk, row)
                     if self.total is not None:
                         break  # any plan within the limit will do
-            states_N, pattern_N = self._matches(chunk, pivot_N, best)
-            children = self._children(chunk, states_N, pattern_N)
+            try:
+                children = self._children(chunk, *self._matches(chunk, pivot_N, best))
+            except _StoppedError:
+                complete = False
+                break
             if self.beam is not None and len(children) > self.beam:
                 # What has wasted least so far can still do most.
                 complete = False
@@ -497,6 +519,8 @@ class _Search:
                 columns = columns[time_M < best * (1 - _ROUND)]
             rows, height = np.flatnonzero(key_N == key), max(1, _CELLS // max(len(columns), 1))
             for some in (rows[start : start + height] for start in range(0, len(rows), height)):
+                if self.stop():
+                    raise _StoppedError
                 fits = patterns.waste_M[columns] <= states.slack_N[some, None] + self.slop
                 for w in range(patterns.mask_MW.shape[1]):
                     fits &= (patterns.mask_MW[columns, w] & ~states.allowed_NW[some, None, w]) == 0
@@ -515,6 +539,8 @@ class _Search:
         budget_N = states.budget_N[origin_N]
         slack_N = states.slack_N[origin_N] - patterns.waste_M[pattern_N]
         for type_N in types_CN:
+            if self.stop():
+                raise _StoppedError
             fresh_N = (type_N >= 0) & (states.decided_NE[origin_N, types.expert_Y[type_N]] == 0)
             extra_N = np.where(fresh_N, types.extra_Y[type_N], 0).astype(np.int16)
             spare_N, budget_N = spare_N - extra_N, budget_N - extra_N
@@ -539,6 +565,8 @@ class _Search:
         )
         child.gpus_NK[np.arange(len(child)), class_N] -= 1
         for type_N in types_CN:
+            if self.stop():
+                raise _StoppedError
             self._place(child, np.flatnonzero(type_N >= 0), type_N)
         return _merge(child)
 

@@ -18,16 +18,14 @@ together. The same argument, counted instead of solved, is `flow_moves_bound`: m
 size.
 
 A known plan enters as a cutoff: ask for a plan that moves fewer. If there is none, the known plan is proven
-least. HiGHS runs through ortools' MathOpt; PuLP (CBC) is the second backend. Statuses are never taken on
-trust: plans are re-checked by maximum flow, and what a time limit stopped is called feasible, not optimal.
+least. `core.linear` has it solved, by HiGHS unless told otherwise. Statuses are never taken on trust: plans
+are re-checked by maximum flow, and what a time limit stopped is called feasible, not optimal.
 """
 
 from __future__ import annotations
 
-import datetime
 import math
 import time as clock
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,17 +33,19 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.solvers.core.linear import LinearModel, solve_linear
+from moeless_opt.solvers.core.stopping import MaxTime, Stop
 from moeless_opt.solvers.replan.flow import UNIT, Cut, LayerFlow, Pair
 
-__all__ = ["MinMoves", "flow_moves_bound", "min_moves", "min_moves_bound"]
+__all__ = ["FewestMoves", "flow_moves_bound", "min_moves", "min_moves_bound"]
 
 Status = Literal["optimal", "feasible", "infeasible", "no_solution"]
 _SLACK = 1e-6  # relative: solvers' feasibility tolerance in units of the mean GPU time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MinMoves:
+class FewestMoves:
     """Outcome of a minimum-moves proof.
 
     Attributes
@@ -159,24 +159,14 @@ def _state(
     return LayerFlow(load, rows, capacity or [len(row) for row in rows], room)
 
 
-# -- the programme, free of any solver -----------------------------------------------------------------
+# -- the programme -----------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Programme:
-    """Variables (upper bound, integer, cost) and rows (terms, lower, upper)."""
+class _Moves(LinearModel):
+    """The programme, and the variable of each pair of expert and GPU."""
 
-    upper: list[float] = field(default_factory=list)
-    integer: list[bool] = field(default_factory=list)
-    cost: list[float] = field(default_factory=list)
-    rows: list[tuple[list[tuple[int, float]], float, float]] = field(default_factory=list)
     pair: dict[Pair, int] = field(default_factory=dict)
-
-    def variable(self, upper: float, integer: bool, cost: float) -> int:
-        self.upper.append(upper)
-        self.integer.append(integer)
-        self.cost.append(cost)
-        return len(self.upper) - 1
 
 
 def _build(
@@ -184,149 +174,55 @@ def _build(
     live: list[list[int]],
     capacity: list[int],
     room: list[float],
-    fewer_than: int | None,
-    least: int,
+    limits: tuple[int, int | None],
     sets: Iterable[frozenset[int]],
     allowed: NDArray[np.bool_] | None,
-) -> _Programme:
-    """Write the programme in units of the mean GPU load."""
+    stop: Stop,
+) -> _Moves | None:
+    """Write the programme in units of the mean GPU load; `limits`: least moves, and fewer than so many."""
     experts, gpus = range(len(load)), range(len(live))
     home: list[set[int]] = [set() for _ in experts]
     for gpu, row in enumerate(live):
         for expert in row:
             home[expert].add(gpu)
-    programme = _Programme()
+    model = _Moves()
     serve: dict[Pair, int] = {}
+    by_expert: list[list[int]] = [[] for _ in experts]
+    by_gpu: list[list[int]] = [[] for _ in gpus]
     for expert in experts:
+        if stop():
+            return None
         for gpu in gpus:
             stays = gpu in home[expert]
             if stays or allowed is None or allowed[expert, gpu]:
-                has = programme.pair[expert, gpu] = programme.variable(1.0, True, 0.0 if stays else 1.0)
-                tokens = serve[expert, gpu] = programme.variable(load[expert], False, 0.0)
-                programme.rows.append(([(tokens, 1.0), (has, -load[expert])], -math.inf, 0.0))
-    by_expert: list[list[int]] = [[] for _ in experts]
-    by_gpu: list[list[int]] = [[] for _ in gpus]
-    for expert, gpu in programme.pair:
-        by_expert[expert].append(gpu)
-        by_gpu[gpu].append(expert)
+                has = model.pair[expert, gpu] = model.variable(0.0, 1.0, whole=True, cost=float(not stays))
+                tokens = serve[expert, gpu] = model.variable(0.0, load[expert])
+                model.row([(tokens, 1.0), (has, -load[expert])], -math.inf, 0.0)
+                by_expert[expert].append(gpu)
+                by_gpu[gpu].append(expert)
     for expert in experts:
-        programme.rows.append(
-            ([(serve[expert, gpu], 1.0) for gpu in by_expert[expert]], load[expert], load[expert])
-        )
-        programme.rows.append(
-            ([(programme.pair[expert, gpu], 1.0) for gpu in by_expert[expert]], 1.0, math.inf)
-        )
+        model.row([(serve[expert, gpu], 1.0) for gpu in by_expert[expert]], load[expert], load[expert])
+        model.row([(model.pair[expert, gpu], 1.0) for gpu in by_expert[expert]], 1.0, math.inf)
     for gpu in gpus:
-        programme.rows.append(([(serve[expert, gpu], 1.0) for expert in by_gpu[gpu]], -math.inf, room[gpu]))
-        programme.rows.append(
-            ([(programme.pair[expert, gpu], 1.0) for expert in by_gpu[gpu]], -math.inf, float(capacity[gpu]))
-        )
+        model.row([(serve[expert, gpu], 1.0) for expert in by_gpu[gpu]], -math.inf, room[gpu])
+        model.row([(model.pair[expert, gpu], 1.0) for expert in by_gpu[gpu]], -math.inf, float(capacity[gpu]))
     for inside in sorted(set(sets), key=sorted):
+        if stop():
+            return None
         captive = [expert for expert in experts if home[expert] and home[expert] <= inside]
         excess = sum(load[expert] for expert in captive) - sum(room[gpu] for gpu in inside)
         if excess > 10 * _SLACK:
             terms = [
-                (programme.pair[expert, gpu], min(load[expert] / excess, 1.0))
+                (model.pair[expert, gpu], min(load[expert] / excess, 1.0))
                 for expert in captive
                 for gpu in by_expert[expert]
                 if gpu not in inside
             ]
-            programme.rows.append((terms, 1.0 - _SLACK, math.inf))
-    moves = [(column, 1.0) for column, cost in enumerate(programme.cost) if cost > 0.0]
-    programme.rows.append((moves, float(least), math.inf if fewer_than is None else float(fewer_than - 1)))
-    return programme
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    status: Status
-    values: list[float] | None
-    bound: float
-
-
-def _with_highs(programme: _Programme, seconds: float) -> _Answer:
-    """HiGHS through MathOpt. Its scheduler fails when the thread setting changes, so none is ever set."""
-    from ortools.math_opt.python import mathopt
-
-    model = mathopt.Model()
-    columns = [
-        model.add_variable(lb=0.0, ub=upper, is_integer=integer)
-        for upper, integer in zip(programme.upper, programme.integer, strict=True)
-    ]
-    for terms, lower, upper in programme.rows:
-        row = model.add_linear_constraint(lb=lower, ub=upper)
-        for column, factor in terms:
-            row.set_coefficient(columns[column], factor)
-    for column, cost in zip(columns, programme.cost, strict=True):
-        if cost:
-            model.objective.set_linear_coefficient(column, cost)
-    limit = datetime.timedelta(seconds=max(seconds, 0.01))
-    try:
-        result = mathopt.solve(
-            model, mathopt.SolverType.HIGHS, params=mathopt.SolveParameters(time_limit=limit)
-        )
-    except (RuntimeError, ValueError) as error:
-        raise SolverUnavailableError(f"HiGHS through MathOpt refused the programme: {error}") from error
-    reason = result.termination.reason
-    bound = float(result.termination.objective_bounds.dual_bound)
-    if reason == mathopt.TerminationReason.INFEASIBLE:
-        return _Answer("infeasible", None, math.inf)
-    if not result.has_primal_feasible_solution():
-        return _Answer("no_solution", None, bound)
-    values = [float(value) for value in result.variable_values(columns)]
-    status: Status = "optimal" if reason == mathopt.TerminationReason.OPTIMAL else "feasible"
-    return _Answer(status, values, bound)
-
-
-def _pulp_problem(pulp: Any, programme: _Programme) -> tuple[Any, list[Any]]:
-    """The programme as PuLP has it, and its variables."""
-    problem = pulp.LpProblem("min_moves", pulp.LpMinimize)
-    columns = [
-        pulp.LpVariable(f"v{column}", 0.0, upper, pulp.LpInteger if integer else pulp.LpContinuous)
-        for column, (upper, integer) in enumerate(zip(programme.upper, programme.integer, strict=True))
-    ]
-    problem += pulp.LpAffineExpression(
-        [(column, cost) for column, cost in zip(columns, programme.cost, strict=True) if cost]
-    )
-    for terms, lower, upper in programme.rows:
-        row = pulp.LpAffineExpression([(columns[column], factor) for column, factor in terms])
-        if lower == upper:
-            problem += row == lower
-            continue
-        if lower > -math.inf:
-            problem += row >= lower
-        if upper < math.inf:
-            problem += row <= upper
-    return problem, columns
-
-
-def _with_pulp(programme: _Programme, seconds: float) -> _Answer:
-    """PuLP's first available solver. When time ran out, `status` still says Optimal; `sol_status` doesn't."""
-    import pulp
-
-    names = [
-        name for name in ("PULP_CBC_CMD", "COIN_CMD", "HiGHS", "GLPK_CMD") if name in pulp.listSolvers(True)
-    ]
-    if not names:
-        raise SolverUnavailableError("PuLP finds no solver (CBC or HiGHS)")
-    with warnings.catch_warnings():
-        # 3.x announces 4.0's way to make variables and drops the bundled CBC; this works in both.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        problem, columns = _pulp_problem(pulp, programme)
-        problem.solve(pulp.getSolver(names[0], msg=False, timeLimit=max(seconds, 0.01)))
-
-    if problem.sol_status == pulp.LpSolutionInfeasible:
-        return _Answer("infeasible", None, math.inf)
-    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        return _Answer("no_solution", None, -math.inf)
-    values = [float(column.value() or 0.0) for column in columns]
-    moves = sum(cost * value for cost, value in zip(programme.cost, values, strict=True))
-    if problem.sol_status == pulp.LpSolutionOptimal:
-        return _Answer("optimal", values, moves)
-    return _Answer("feasible", values, -math.inf)
-
-
-_BACKENDS = {"highs": _with_highs, "pulp": _with_pulp}
+            model.row(terms, 1.0 - _SLACK, math.inf)
+    moves = [(column, 1.0) for column, cost in enumerate(model.cost) if cost > 0.0]
+    least, below = limits
+    model.row(moves, float(least), math.inf if below is None else float(below - 1))
+    return model
 
 
 # -- the proof -----------------------------------------------------------------------------------------
@@ -340,10 +236,10 @@ def min_moves(
     time: float,
     *,
     known: Sequence[Sequence[int]] | None = None,
-    time_limit: float = 60.0,
-    backend: Literal["highs", "pulp"] = "highs",
+    stop: Stop | None = None,
+    engine: str = "highs",
     allowed_EG: Any = None,
-) -> MinMoves:
+) -> FewestMoves:
     """Prove the least number of moves with which one layer meets a wanted time, token shares free.
 
     Parameters
@@ -360,17 +256,17 @@ def min_moves(
         Wanted largest GPU time, in tokens per speed.
     known : sequence of sequence of int, optional
         Experts on each GPU of a plan that meets the time: the search then asks only for fewer moves.
-    time_limit : float
-        Seconds.
-    backend : {"highs", "pulp"}
-        HiGHS through ortools, or PuLP's first available solver.
+    stop : Stop, optional
+        When to stop; after a minute where none is given.
+    engine : str
+        ``"highs"``, ``"pulp"``, ...: see `core.linear.solve_linear`.
     allowed_EG : bool array [experts, GPUs], optional
         New pairs that may be used. With it the result is a plan, not a proof: the bound then holds only
         among plans of these pairs.
 
     Returns
     -------
-    MinMoves
+    FewestMoves
         Status, best plan, proven bound.
 
     Raises
@@ -378,55 +274,48 @@ def min_moves(
     ProblemError
         The known plan breaks a rule or misses the time.
     SolverUnavailableError
-        The backend is missing or refuses the programme.
+        The engine is missing or refuses the programme.
     """
     started = clock.monotonic()
-    if backend not in _BACKENDS:
-        raise ProblemError("backend", f"is {backend!r}, would need one of {sorted(_BACKENDS)}")
+    stop = MaxTime(60.0) if stop is None else stop
     load, speed = np.asarray(load_E, dtype=np.float64), np.asarray(speed_G, dtype=np.float64)
     capacity = [int(slots) for slots in capacity_G]
     live = [[int(expert) for expert in row if expert >= 0] for row in np.asarray(slots_GC)]
     held = [frozenset(row) for row in live]
-    moves: int | None = None
+    moves = None
     best = None if known is None else [list(row) for row in known]
     if best is not None:
         _check(load, best, speed, time, capacity, "known")
         moves = _moves(held, best)
-    covered = len(set().union(*live)) == len(load)
-    fits = all(len(row) <= slots for row, slots in zip(live, capacity, strict=True))
     bound, sets = 0, [frozenset([gpu]) for gpu in range(len(live))]
-    if covered:
+    if len(set().union(*live)) == len(load):
         state = _state(load, live, speed, time, None)
         if state.solve() > 0:
             cut = state.cut()
             bound = flow_moves_bound(state, cut)
             sets += _hot_sets(state, cut)
-        elif fits:
-            return MinMoves(
-                status="optimal", moves=0, bound=0, content=live, seconds=clock.monotonic() - started
-            )
-    if moves is not None and moves <= bound:
-        return MinMoves(
-            status="optimal", moves=moves, bound=moves, content=best, seconds=clock.monotonic() - started
-        )
-    unit = float(load.sum() / speed.sum()) or 1.0
-    room = (speed * (time / unit)).tolist()
-    allowed = None if allowed_EG is None else np.asarray(allowed_EG, dtype=bool)
-    programme = _build((load / unit).tolist(), live, capacity, room, moves, bound, sets, allowed)
-    answer = _BACKENDS[backend](programme, time_limit - (clock.monotonic() - started))
-    if answer.values is not None:
-        found = _content(programme, answer.values, len(live))
-        _check(load, found, speed, time, capacity, "solution")
-        best, moves = found, _moves(held, found)
-    elif answer.status == "infeasible" and moves is not None:
-        answer = _Answer("optimal", None, moves)
-    if math.isfinite(answer.bound):
-        bound = max(bound, math.ceil(answer.bound - 1e-6))
-    status: Status = answer.status
+        elif all(len(row) <= slots for row, slots in zip(live, capacity, strict=True)):
+            best, moves = live, 0
+    status: Status = "no_solution" if moves is None else "feasible"
+    if moves is None or moves > bound:
+        unit = float(load.sum() / speed.sum()) or 1.0
+        room = (speed * (time / unit)).tolist()
+        allowed = None if allowed_EG is None else np.asarray(allowed_EG, dtype=bool)
+        model = _build((load / unit).tolist(), live, capacity, room, (bound, moves), sets, allowed, stop)
+        answer = None if model is None else solve_linear(model, engine, stop=stop)
+        if model is not None and answer is not None:
+            if answer.value_V is not None:
+                best = _content(model, answer.value_V, len(live))
+                _check(load, best, speed, time, capacity, "solution")
+                moves = _moves(held, best)
+            if answer.status == "infeasible":
+                bound, status = (bound, "infeasible") if moves is None else (moves, status)
+            elif math.isfinite(answer.bound):
+                bound = max(bound, math.ceil(answer.bound - 1e-6 * max(1.0, answer.bound)))
     if moves is not None:
-        bound = moves if status == "optimal" else min(bound, moves)
+        bound = min(bound, moves)
         status = "optimal" if bound == moves else "feasible"
-    return MinMoves(
+    return FewestMoves(
         status=status, moves=moves, bound=bound, content=best, seconds=clock.monotonic() - started
     )
 
@@ -435,10 +324,10 @@ def _moves(held: Sequence[frozenset[int]], content: Sequence[Sequence[int]]) -> 
     return sum(expert not in row for row, now in zip(held, content, strict=True) for expert in now)
 
 
-def _content(programme: _Programme, values: list[float], gpus: int) -> list[list[int]]:
+def _content(model: _Moves, value_V: NDArray[np.float64], gpus: int) -> list[list[int]]:
     content: list[list[int]] = [[] for _ in range(gpus)]
-    for (expert, gpu), column in programme.pair.items():
-        if values[column] > 0.5:
+    for (expert, gpu), column in model.pair.items():
+        if value_V[column] > 0.5:
             content[gpu].append(expert)
     return content
 

@@ -12,6 +12,7 @@ from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.core.finish import Built, token_bound
 from moeless_opt.solvers.core.options import one_of
 from moeless_opt.solvers.core.solver import Heuristic, Task
+from moeless_opt.solvers.core.stopping import FirstOf, MaxTime
 from moeless_opt.solvers.replan.layers import layer_moves, layer_times, live_slots
 from moeless_opt.solvers.replan.min_moves import min_moves, min_moves_bound
 from moeless_opt.solvers.replan.relabel import seat
@@ -65,8 +66,8 @@ class MinMoves(Heuristic):
                 problem.topology.speed_G,
                 float(wanted_L[layer]),
                 known=[[e for e in row if e >= 0] for row in slots_LGC[layer].tolist()],
-                time_limit=left / (len(open_L) - done),
-                backend=task.options.engine,
+                stop=FirstOf(stop, MaxTime(left / (len(open_L) - done))),
+                engine=task.options.engine,
             )
             least_L[layer] = max(int(least_L[layer]), answer.bound)
             if answer.content is not None and answer.moves is not None and answer.moves < moves_L[layer]:

@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import apportionment_pairs, replicas_needed
 from moeless_opt.solvers.construct.fractional import construct_fractional
+from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, NeverStop, Stop
 from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.patterns import fewest_replicas
@@ -94,6 +95,7 @@ def fewest_for_time(
     split: Literal["equal", "fractional"] = "equal",
     *,
     seconds: float = 0.5,
+    stop: Stop | None = None,
 ) -> TimeSizing:
     """Find few replicas with which every layer ends within its time, placement included.
 
@@ -111,6 +113,8 @@ def fewest_for_time(
         How tokens are divided.
     seconds : float
         For each layer of up to 16 experts with equal split, to prove the fewest; 0 to do without.
+    stop : Stop, optional
+        When to stop: layers that miss their time then get all slots at once, and nothing more is proven.
 
     Returns
     -------
@@ -126,7 +130,9 @@ def fewest_for_time(
     slots_LGC = np.full((L, capacity.shape[1], int(capacity.max())), -1, dtype=np.int32)
     share_LGC = np.zeros(slots_LGC.shape)
     met_L = np.zeros(L, dtype=bool)
+    stop = NeverStop() if stop is None else stop
     for extra in _EXTRAS:
+        extra = _EXTRAS[-1] if stop() else extra
         todo = np.flatnonzero(~met_L)
         if not len(todo):
             break
@@ -141,13 +147,15 @@ def fewest_for_time(
             used = int((slots_LGC[layer] >= 0).sum())
             if met_L[layer] and used == bound_L[layer]:
                 continue
+            if stop():
+                break
             bound, better = fewest_replicas(
                 load[layer],
                 capacity[layer],
                 speed,
                 limit=float(target_L[layer]),
                 most=used if met_L[layer] else None,
-                seconds=seconds,
+                stop=FirstOf(stop, MaxTime(seconds)),
             )
             bound_L[layer] = max(int(bound_L[layer]), bound)
             if better is not None:

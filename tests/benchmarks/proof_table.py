@@ -97,7 +97,7 @@ def _prove(problem: Any, first: Any, layer: int) -> tuple[float, bool]:
         problem.topology.speed_G,
         upper=value,
         lower=float(first.certificate.lower_bound_L[layer]),
-        seconds=10,
+        stop=MaxTime(10),
     )
     return result.upper / result.lower - 1, result.upper < value * (1 - 1e-9)
 

@@ -22,6 +22,7 @@ import numpy as np
 import moeless_opt as mo
 from moeless_opt.report import table
 from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import Replan, replan_fractional
 from moeless_opt.solvers.replan.min_moves import min_moves
@@ -161,7 +162,7 @@ def print_gap(loads: dict[str, np.ndarray] | None, limit: float, seconds: float,
                 speed,
                 float(best.target_L[layer]),
                 known=known,
-                time_limit=limit,
+                stop=MaxTime(limit),
             )
             proven = proof.status == "optimal"
             records.append((int(quick.moves_L[layer]), int(best.moves_L[layer]), proof.bound, proven))

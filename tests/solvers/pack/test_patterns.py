@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.pack.patterns import solve_patterns
 
 
@@ -127,7 +128,7 @@ def test_sixteen_experts_are_proven() -> None:
 
 def test_without_time_the_bound_stays_true() -> None:
     load = np.random.default_rng(3).lognormal(0, 1, 64)
-    result = solve_patterns(load, np.full(8, 10), upper=load.sum() / 8 * 1.1, seconds=0.0)
+    result = solve_patterns(load, np.full(8, 10), upper=load.sum() / 8 * 1.1, stop=MaxTime(0.0))
     assert not result.proven
     assert result.lower == pytest.approx(load.sum() / 8)
     assert result.upper == pytest.approx(load.sum() / 8 * 1.1)

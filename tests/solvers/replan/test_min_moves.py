@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.replan.fractional import replan_fractional
 from moeless_opt.solvers.replan.min_moves import min_moves, min_moves_bound
 from moeless_opt.solvers.shares.flow import solve_shares
@@ -32,8 +33,8 @@ def by_enumeration(load_E: np.ndarray, live_GC: np.ndarray, width: int, time: fl
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("backend", ["highs", "pulp"])
-def test_agrees_with_enumeration(seed: int, backend) -> None:
+@pytest.mark.parametrize("engine", ["highs", "pulp"])
+def test_agrees_with_enumeration(seed: int, engine: str) -> None:
     rng = np.random.default_rng(seed)
     experts, gpus, width = 4, 3, 2
     load = rng.lognormal(0, 1, experts)
@@ -41,7 +42,7 @@ def test_agrees_with_enumeration(seed: int, backend) -> None:
     stay = solve_shares(load[None], live[None], np.ones(gpus)).time_L[0]
     for time in (stay * 1.001, 0.5 * (stay + load.sum() / gpus), load.sum() / gpus * 1.01):
         least = by_enumeration(load, live, width, time)
-        proof = min_moves(load, live, [width] * gpus, np.ones(gpus), time, backend=backend)
+        proof = min_moves(load, live, [width] * gpus, np.ones(gpus), time, engine=engine)
         if least is None:
             assert proof.status == "infeasible"
             assert proof.moves is None
@@ -73,7 +74,7 @@ def test_bounds_and_heuristic_enclose_the_proof(seed: int) -> None:
 
 def test_a_known_plan_that_meets_the_bound_needs_no_solver() -> None:
     live = np.array([[0, -1], [1, -1]])
-    proof = min_moves([3.0, 1.0], live, [2, 2], np.ones(2), 2.0, known=[[0], [1, 0]], backend="pulp")
+    proof = min_moves([3.0, 1.0], live, [2, 2], np.ones(2), 2.0, known=[[0], [1, 0]], engine="pulp")
     assert (proof.status, proof.moves) == ("optimal", 1)
 
 
@@ -91,10 +92,10 @@ def test_a_time_limit_is_never_called_a_proof() -> None:
     known = [[int(e) for e in row if e >= 0] for row in plan.slots_LGC[0]]
     assert plan.least_moves_L[0] < plan.moves_L[0], "the instance would be trivial"
     time = float(plan.target_L[0])
-    stopped = min_moves(after[0], live[0], capacity[0], np.ones(16), time, known=known, time_limit=0.01)
+    stopped = min_moves(after[0], live[0], capacity[0], np.ones(16), time, known=known, stop=MaxTime(0.01))
     assert stopped.status == "feasible"
     assert stopped.bound < stopped.moves == plan.moves_L[0]
-    nothing = min_moves(after[0], live[0], capacity[0], np.ones(16), time, time_limit=0.01)
+    nothing = min_moves(after[0], live[0], capacity[0], np.ones(16), time, stop=MaxTime(0.01))
     assert nothing.status == "no_solution"
     assert nothing.content is None
 
@@ -118,5 +119,5 @@ def test_bad_known_plans_are_refused() -> None:
     ):
         with pytest.raises(ProblemError, match=words):
             min_moves([3.0, 1.0], live, [2, 2], np.ones(2), 2.0, known=known)
-    with pytest.raises(ProblemError, match="backend"):
-        min_moves([3.0, 1.0], live, [2, 2], np.ones(2), 2.0, backend="gurobi")  # type: ignore[arg-type]
+    with pytest.raises(SolverUnavailableError, match="'abacus' is unknown"):
+        min_moves([3.0, 1.0], live, [2, 2], np.ones(2), 2.0, engine="abacus")
