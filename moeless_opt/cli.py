@@ -523,7 +523,7 @@ def _sizing(text: str) -> Sizing:
 def _schedule(problem: Problem, plan: Plan) -> bytes:
     from moeless_opt.fronts import migration
 
-    found = migration(problem, plan)
+    found = migration(problem, plan).named(problem.loads.layers)
     steps = [
         {
             "seconds": step.seconds,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,7 +33,8 @@ class Transfer:
     Parameters
     ----------
     layer, expert : int
-        What moves; `layer` is a row of the plan.
+        What moves; `layer` is a row of the placements, as what carries it out counts (`Migration.named` has
+        the model's own numbers).
     source : int
         GPU that sends, or ``HOST``.
     target : int
@@ -108,6 +110,23 @@ class Migration(Record):
     def transfers(self) -> tuple[Transfer, ...]:
         """All transfers in order."""
         return tuple(transfer for step in self.steps for transfer in step.transfers)
+
+    def named(self, layers: Sequence[int]) -> Migration:
+        """The same schedule with the model's own number of each layer in place of its row."""
+
+        def drops(given: tuple[Drop, ...]) -> tuple[Drop, ...]:
+            return tuple(replace(one, layer=layers[one.layer]) for one in given)
+
+        steps = tuple(
+            Step(
+                drops_before=drops(step.drops_before),
+                transfers=tuple(replace(one, layer=layers[one.layer]) for one in step.transfers),
+                drops_after=drops(step.drops_after),
+                seconds=step.seconds,
+            )
+            for step in self.steps
+        )
+        return self.replace(steps=steps)
 
     @property
     def bytes(self) -> int:

@@ -607,3 +607,17 @@ def test_sizing_redundancy_and_models(tmp_path: Path, capsys: pytest.CaptureFixt
     assert model.read_text().rstrip().endswith("ENDATA")
     assert main(["flashlb-equal", "--export", str(model), "--layer", "7"]) == 2
     assert "layer: is 7" in capsys.readouterr().err
+
+
+def test_schedules_name_the_models_own_layers(tmp_path: Path) -> None:
+    problem = mo.load_instance("mixtral-zipf")
+    loads = mo.Loads(load_TLE=problem.loads.load_TLE[:, :2, ::-1].copy(), layers=(7, 9))
+    live = mo.plan(problem.load_LE[:2], problem.topology)
+    mo.save_problem(problem.replace(loads=loads, current=live.placement, known=None), tmp_path / "p.json")
+    moves = tmp_path / "moves.json"
+    assert main([str(tmp_path / "p.json"), "--schedule", str(moves), "--quiet"]) == 0
+    steps = json.loads(moves.read_text())["steps"]
+    named = {
+        one[0] for step in steps for key in ("transfers", "drops_before", "drops_after") for one in step[key]
+    }
+    assert named == {7, 9}
