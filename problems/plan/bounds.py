@@ -11,6 +11,7 @@ mean      all work spread over all GPUs that have a slot
 tau       within time T an expert needs at least r_e(T) replicas; the least T at which those fit the slots
 slots     a GPU cannot serve more tokens than its few slots hold: a GPU of one slot serves one expert at most
 packing   d spare slots split at most d experts; the others are whole, and pigeons share holes
+fillers   with few spare slots, GPUs are full: heavy experts lie with others (see `scarce_bounds`)
 density   (given placement) experts whose replicas all lie on the GPUs R load R, however shares are chosen
 ========  ===============================================================================================
 
@@ -33,6 +34,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.plan.scarce_bounds import scarce_bound
 from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 
 __all__ = [
@@ -87,7 +89,7 @@ def best_bound(
     bound_L : ndarray of float, shape (L,)
         No plan is faster than this. Infinite where even one replica of each expert does not fit.
     name_L : ndarray of str, shape (L,)
-        ``"mean"``, ``"tau"``, ``"slots"`` or ``"packing"``; the simplest one where several are equal.
+        ``"mean"``, ``"tau"``, ``"slots"``, ``"packing"`` or ``"fillers"``; the simplest one of equal ones.
     """
     layers = _Layers.make(load_LE, capacity_LG, speed_G, max_replicas, min_replicas, replicas_L)
     bound_L = _mean(layers, time)
@@ -104,10 +106,12 @@ def best_bound(
         if better_L.any():
             bound_L = np.where(better_L, other_L, bound_L)
             which_L[better_L] = number
-    return bound_L, _NAMES[which_L]
+    fillers_L = _fillers(layers, bound_L, split, time)
+    better_L = fillers_L > bound_L * (1 + 1e-12)
+    return np.where(better_L, fillers_L, bound_L), _NAMES[np.where(better_L, len(others) + 1, which_L)]
 
 
-_NAMES = np.array(["mean", "tau", "slots", "packing"])
+_NAMES = np.array(["mean", "tau", "slots", "packing", "fillers"])
 
 
 def _is_tokens(time: TimeModel) -> bool:
@@ -594,4 +598,18 @@ def _packing(layers: _Layers, time: TimeModel) -> Float | None:
         if bound_L is None:
             bound_L = np.zeros(L)
         bound_L[index] = together_LK.max(axis=1) / layers.speed_G[used_G].max()
+    return bound_L
+
+
+def _fillers(layers: _Layers, known_L: Float, split: Split, time: TimeModel) -> Float:
+    """Return `scarce_bound` of the layers that are possible at all; it counts tokens only."""
+    bound_L = known_L.copy()
+    if time.token_cost <= 0:
+        return bound_L
+    for index, capacity_G, _ in layers.groups():
+        known_l = bound_L[index] / time.token_cost
+        if np.isfinite(known_l).all():
+            bound_L[index] = time.token_cost * scarce_bound(
+                layers.heavy_LE[index], capacity_G, layers.speed_G, known_l, split
+            )
     return bound_L

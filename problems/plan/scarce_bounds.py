@@ -1,0 +1,207 @@
+"""A lower bound for layers whose spare slots are few: heavy experts must lie with light ones.
+
+Call d = slots - experts the spare slots. Join GPUs that hold replicas of a common expert. A group of k GPUs
+has k - 1 replicas more than experts, or more; its *cost* is its slots less the experts that lie in it, extra
+replicas and empty slots together, and the costs of all groups sum to d. So
+
+- a group without cost is one GPU with every slot full, and all its experts whole;
+- K GPUs of whole groups hold at least ``slots - d`` experts: the heavy ones looked at, and fillers, which
+  weigh no less than as many of the lightest experts, F(n).
+
+Take the k heaviest experts, and let x of them lie in groups with a cost (of which there are d at most):
+
+=======  ==================================================================================================
+all      they lie on at most ``k - x + min(2 d, x + d)`` GPUs, whose mean load the fillers raise
+whole    the others are whole on full GPUs, k - x at most: the lightest k - x of them, and their fillers
+crowd    if x > d, some group of cost q has q + 1 of them, on at most q + 1 GPUs
+=======  ==================================================================================================
+
+No x helps more than these allow, for any k. With d = 0 this says that the heaviest expert lies with the c - 1
+lightest ones. It holds for both splits, since a group's mean load is all that it uses. With an equal split,
+moreover, a heavy expert that is whole gains nothing from a neighbour: of the k heaviest all but d are whole,
+each on a GPU that is full but for the empty slots and the light pieces that the rest of d pays for.
+
+Slow GPUs with many slots bound the time, too: any GPUs carry at least ``F(slots - d)``.
+
+Axes: L layers, E experts, G GPUs, X experts in groups with a cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["scarce_bound"]
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+
+_HOPELESS = (
+    0.9  # of the bound so far: an expert that ends this early with the lightest fillers bounds nothing
+)
+_MOST_CROWDS = 24  # spare slots up to which the crowds of unequal GPUs are looked at
+
+
+def scarce_bound(
+    heavy_LE: Float, capacity_G: Int, speed_G: Float, known_L: Float, split: str = "fractional"
+) -> Float:
+    """Return the bound of every layer, or `known_L` where that is larger.
+
+    Parameters
+    ----------
+    heavy_LE : ndarray of float, shape (L, E)
+        Tokens, heaviest expert first.
+    capacity_G : ndarray of int, shape (G,)
+        Slots, the same in all these layers; at least E in all.
+    speed_G : ndarray of float, shape (G,)
+        Relative speeds.
+    known_L : ndarray of float, shape (L,)
+        A bound that is known, for instance the mean.
+    split : {"fractional", "equal"}
+        With an equal split, what holds for free shares does, too.
+    """
+    bound_L: Float = known_L.astype(np.float64).copy()
+    shape = _Shape.make(heavy_LE.shape[1], capacity_G, speed_G)
+    E, G, d = heavy_LE.shape[1], len(shape.slots_K) - 1, shape.spare
+    if d < 0 or G == 0 or (d > G and shape.alike):
+        return bound_L
+    zero_L1 = np.zeros((len(heavy_LE), 1))
+    top_LE = np.concatenate([zero_L1, heavy_LE.cumsum(axis=1)], axis=1)
+    light_LE = np.concatenate([zero_L1, heavy_LE[:, ::-1].cumsum(axis=1)], axis=1)
+    bound_L = np.maximum(bound_L, (_lightest(light_LE, shape.full_K - d) / shape.slow_K).max(axis=1))
+    if d > G:
+        return bound_L
+    alone_LE = shape.alone(heavy_LE, light_LE)
+    rows = np.arange(len(heavy_LE))
+    for k in range(1, min(E, G + d) + 1):
+        rows = rows[alone_LE[rows, k - 1] > _HOPELESS * bound_L[rows]]
+        if not len(rows):
+            break
+        found = _bound(top_LE[rows], light_LE[rows], shape, k)
+        if split == "equal" and k > d:
+            found = np.maximum(found, _undivided(top_LE[rows], light_LE[rows], shape, k))
+        bound_L[rows] = np.maximum(bound_L[rows], found)
+    return bound_L
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """The GPUs: the fewest slots and the highest speed that K of them have, for all K, and the spare slots.
+
+    Also slots and speed of the K GPUs with most slots for their speed.
+    """
+
+    slots_K: Int
+    speed_K: Float
+    full_K: Int
+    slow_K: Float
+    spare: int
+    alike: bool
+    kinds: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def make(cls, experts: int, capacity_G: Int, speed_G: Float) -> _Shape:
+        used_G = capacity_G > 0
+        slots_G, speed_G = np.minimum(capacity_G[used_G], experts), speed_G[used_G]
+        kinds = tuple(sorted({(int(c), float(s)) for c, s in zip(slots_G, speed_G, strict=True)}))
+        order = np.argsort(-slots_G / speed_G, kind="stable")
+        return cls(
+            np.concatenate([[0], np.sort(slots_G).cumsum()]),
+            np.concatenate([[0.0], np.sort(speed_G)[::-1].cumsum()]),
+            slots_G[order].cumsum(),
+            speed_G[order].cumsum(),
+            int(slots_G.sum()) - experts,
+            len(kinds) == 1,
+            kinds,
+        )
+
+    def alone(self, heavy_LE: Float, light_LE: Float) -> Float:
+        """Least time of a full GPU that holds the expert and the lightest others."""
+        times = [(heavy_LE + light_LE[:, min(c - 1, heavy_LE.shape[1])][:, None]) / s for c, s in self.kinds]
+        return np.asarray(np.min(times, axis=0))
+
+
+def _bound(top_LE: Float, light_LE: Float, shape: _Shape, k: int) -> Float:
+    """What the k heaviest experts prove."""
+    d, G = shape.spare, len(shape.slots_K) - 1
+    most = min(G, k + d)
+    K = np.arange(1, most + 1)
+    mean_LK = (top_LE[:, k, None] + _lightest(light_LE, shape.slots_K[K] - k - d)) / shape.speed_K[K]
+    mean_LK = np.minimum.accumulate(mean_LK, axis=1)
+    few = min(d, k)  # with x <= d in groups with a cost, x = d is easiest
+    bound_L = np.maximum(mean_LK[:, -1], _whole(top_LE, light_LE, shape, k, np.array([few]))[:, 0])
+    if k > d > 0:
+        x = np.arange(d + 1, k + 1)
+        room_X = np.minimum(G, k - x + 2 * d)
+        many_LX = np.maximum(mean_LK[:, np.minimum(room_X, most) - 1], _whole(top_LE, light_LE, shape, k, x))
+        many_L = np.maximum(many_LX.min(axis=1), _crowd(top_LE, light_LE, shape, k))
+        bound_L = np.minimum(bound_L, many_L)
+    return bound_L
+
+
+def _lightest(light_LE: Float, count: Int) -> Float:
+    """Load of so many of the lightest experts."""
+    found: Float = light_LE[:, np.clip(count, 0, light_LE.shape[1] - 1)]
+    return found
+
+
+def _undivided(top_LE: Float, light_LE: Float, shape: _Shape, k: int) -> Float:
+    """What whole experts prove for an equal split if x of the k heaviest are divided, for the easiest x <= d.
+
+    Beside the whole ones there may be up to d slots that are empty or hold a piece of an expert that is
+    divided and not wholly there. A piece of a heavy one is no lighter than the lightest experts, unless it is
+    divided into three or more; then it costs 2: with x divided, at most ``2 (d - x)`` slots are lighter.
+    """
+    d = shape.spare
+    x = np.arange(d + 1)
+    n_X = np.minimum(shape.slots_K[np.minimum(k - x, len(shape.slots_K) - 1)], light_LE.shape[1] - 1)
+    heaviest_LX = light_LE[:, n_X] - light_LE[:, np.maximum(n_X - 1, 0)]
+    top_L1 = (top_LE[:, k] - top_LE[:, k - 1])[:, None]
+    some_LX = _whole(top_LE, light_LE, shape, k, x, np.minimum(d, 2 * (d - x)))
+    fewest_LX = _whole(top_LE, light_LE, shape, k, x, np.full(d + 1, d))
+    return np.asarray(np.where(top_L1 >= 2 * heaviest_LX, some_LX, fewest_LX).min(axis=1))
+
+
+def _whole(top_LE: Float, light_LE: Float, shape: _Shape, k: int, x: Int, lighter: Int | int = 0) -> Float:
+    """Least time of the GPUs that hold all but x of the k heaviest experts: K of them, K <= k - x.
+
+    All their slots but `lighter` ones are taken by whole experts.
+    """
+    G = len(shape.slots_K) - 1
+    n = k - x
+    beside = n + lighter
+    load_LX = top_LE[:, k, None] - top_LE[:, x]  # the lightest of them are left
+    if shape.alike:
+        # The quotient falls, then rises in K, as F is convex: the last is least if below the one before.
+        most = np.minimum(np.maximum(n, 1), G)
+        last = (load_LX + _lightest(light_LE, shape.slots_K[most] - beside)) / shape.speed_K[most]
+        fewer = np.maximum(most - 1, 1)
+        before = (load_LX + _lightest(light_LE, shape.slots_K[fewer] - beside)) / shape.speed_K[fewer]
+        return np.where((last <= before) & (n > 0), last, 0.0)
+    result = np.full(load_LX.shape, np.inf)
+    for K in range(1, min(int(n.max(initial=0)), G) + 1):
+        time = (load_LX + _lightest(light_LE, shape.slots_K[K] - beside)) / shape.speed_K[K]
+        result = np.where(n >= K, np.minimum(result, time), result)
+    return np.where(n > 0, result, 0.0)
+
+
+def _crowd(top_LE: Float, light_LE: Float, shape: _Shape, k: int) -> Float:
+    """Least time of a group of cost q with q + 1 of the k heaviest experts, for the easiest q."""
+    d, G = shape.spare, len(shape.slots_K) - 1
+    q = np.arange(1, min(d, k - 1) + 1)
+    load_LQ = top_LE[:, k, None] - top_LE[:, k - q - 1]
+    if shape.alike:
+        most = np.minimum(q + 1, G)
+        last = (load_LQ + _lightest(light_LE, shape.slots_K[most] - 2 * q - 1)) / shape.speed_K[most]
+        fewer = np.maximum(most - 1, 1)
+        before = (load_LQ + _lightest(light_LE, shape.slots_K[fewer] - 2 * q - 1)) / shape.speed_K[fewer]
+        return np.asarray(np.where(last <= before, last, 0.0).min(axis=1))
+    if d > _MOST_CROWDS:
+        return np.zeros(len(top_LE))
+    result = np.full(load_LQ.shape, np.inf)
+    for K in range(1, min(d + 1, G) + 1):
+        time = (load_LQ + _lightest(light_LE, shape.slots_K[K] - 2 * q - 1)) / shape.speed_K[K]
+        result = np.where(q + 1 >= K, np.minimum(result, time), result)
+    return np.asarray(result.min(axis=1))
