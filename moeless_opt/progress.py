@@ -64,3 +64,16 @@ class Display:
             )
         self.bar.n = min(self.finished + done, self.solvers)
         self.bar.set_postfix_str(text, refresh=True)
+
+    def reached(self, name: str, done: float, whole: float, *, unit: str) -> None:
+        """Draw how far one of several things has come that have a known end; on a terminal only."""
+        if self.quiet or not sys.stderr.isatty() or time.monotonic() - self.start < self.delay:
+            return
+        if self.bar is None or self.bar.desc != f"{name}: ":
+            from tqdm import tqdm
+
+            if self.bar is not None:
+                self.bar.close()
+            self.bar = tqdm(total=round(whole), desc=name, unit=unit, leave=False)
+        self.bar.n = min(round(done), self.bar.total)
+        self.bar.refresh()

@@ -190,14 +190,14 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out cells in columns: the first left, the last left, figures right."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words_last: bool = True) -> str:
+    """Lay out cells in columns: the first left, the last left (if it holds words), figures right."""
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
-    last = len(head) - 1
+    left = (0, len(head) - 1) if words_last else (0,)
 
     def line(cells: Sequence[str]) -> str:
         parts = [
-            cell.ljust(width) if i in (0, last) else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return "  ".join(parts).rstrip()

@@ -22,11 +22,11 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, floats, number
 from moeless_opt.problems.errors import ProblemError
 
-__all__ = ["Affinity", "explained", "transitions"]
+__all__ = ["LayerAffinity", "explained", "transitions"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Affinity(Record):
+class LayerAffinity(Record):
     """How a layer's routing follows from the one before.
 
     Parameters
@@ -57,7 +57,7 @@ class Affinity(Record):
     @classmethod
     def fit(
         cls, transition_MEE: FloatArray, share_RLE: FloatArray, mean_RLE: FloatArray, count_R: FloatArray
-    ) -> Affinity:
+    ) -> LayerAffinity:
         """Weight and concentration by moments, beyond what counting makes.
 
         Parameters
@@ -84,7 +84,7 @@ class Affinity(Record):
             concentration=max(1 / max(excess, 1e-6) - 1, 0.1),
         )
 
-    def like(self, popularity_LE: FloatArray, *, seed: int = 0) -> Affinity:
+    def like(self, popularity_LE: FloatArray, *, seed: int = 0) -> LayerAffinity:
         """Transitions of other dimensions with the same spread of their logarithms around the popularity.
 
         The weight is such that the transitions foretell as large a share of the spread as here.
@@ -105,7 +105,7 @@ class Affinity(Record):
         here = float(_told_unit(own_MEE, flat)[0] / (len(own_MEE) * (1 - 1 / own_MEE.shape[1])))
         now_LE, then_LE = popularity_LE[None, :-1], popularity_LE[None, 1:]
         there = float(_told_unit(table, now_LE)[0] / (then_LE * (1 - then_LE)).sum())
-        return Affinity(
+        return LayerAffinity(
             transition_MEE=table,
             weight=self.weight * float(np.sqrt(here / max(there, 1e-30))),
             concentration=self.concentration * experts / own_MEE.shape[1],

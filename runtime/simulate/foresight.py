@@ -38,7 +38,6 @@ from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.runtime.predict.affinity import Affinity
 from moeless_opt.runtime.predict.history import AutoRegressive, Ewma, LastWindow
 from moeless_opt.runtime.predict.predictor import Context, Predictor
-from moeless_opt.runtime.simulate.backend import predicted
 from moeless_opt.runtime.simulate.compose import StepTokens, compose_reads, compose_tokens, draw_requests
 from moeless_opt.runtime.simulate.traffic import Passes
 
@@ -53,6 +52,7 @@ __all__ = [
     "Predictions",
     "Recorded",
     "foreseer",
+    "predicted",
     "read_predictions",
     "tiny_moe_predictions_file",
 ]
@@ -84,6 +84,24 @@ class Foreseer(Protocol):
 
     def __call__(self, passes: Passes) -> FloatArray:
         """What was foreseen of the next passes, [B, L, E]; to be called with all passes in order."""
+
+
+def predicted(
+    load_BLE: FloatArray, mean_LE: FloatArray, error: float, rng: np.random.Generator
+) -> FloatArray:
+    """Loads as an imperfect predictor sees them, shape [B, L, E].
+
+    A share `error` of every layer's pairs is put where pairs went on average until now, by chance; the rest
+    is right. A model of a predictor, for where none is at hand (assumed).
+    """
+    if error <= 0:
+        return load_BLE
+    total_BL = load_BLE.sum(2)
+    wrong_BL = np.rint(error * total_BL).astype(np.int64)
+    weight_LE = mean_LE + 1e-9
+    share_LE = weight_LE / weight_LE.sum(1, keepdims=True)
+    guess = rng.multinomial(wrong_BL, np.broadcast_to(share_LE, load_BLE.shape))
+    return np.asarray((1 - error) * load_BLE + guess)
 
 
 class Assumed:

@@ -20,6 +20,7 @@ import gzip
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,15 +30,25 @@ from moeless_opt.problems.plan.evaluate import activated, gpu_tokens
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.runtime.simulate.options import unknown
 
-__all__ = ["GPUS", "LayerTimes", "Machine", "expert_curve"]
+__all__ = ["GPUS", "DataSheet", "LayerTimes", "Machine", "expert_curve"]
 
-GPUS: dict[str, tuple[float, float]] = {
-    "A6000": (154.8e12, 768e9),
-    "A100": (312e12, 2039e9),
-    "H100": (989e12, 3350e9),
+
+class DataSheet(NamedTuple):
+    """Peaks of a GPU: dense 16-bit FLOP/s, bytes/s of memory; and its bytes of memory."""
+
+    flops: float
+    bandwidth: float
+    memory: float
+
+
+GPUS: dict[str, DataSheet] = {
+    "A6000": DataSheet(154.8e12, 768e9, 48e9),
+    "A100": DataSheet(312e12, 2039e9, 80e9),
+    "H100": DataSheet(989e12, 3350e9, 80e9),
 }
-"""Data-sheet peaks: dense 16-bit FLOP/s, bytes/s of memory."""
+"""GPUs by name."""
 
 EFFICIENCY = (0.6, 0.75)
 """Assumed shares of the two peaks that kernels attain, where nothing was measured."""
@@ -129,8 +140,15 @@ class Machine(Record):
             Measured kernel times of an expert (see `expert_curve`) on this GPU.
         timed : (int, int)
             Hidden and inner width of the expert that was measured.
+
+        Raises
+        ------
+        ProblemError
+            If there is no data sheet of that name.
         """
-        peak_flops, peak_bandwidth = GPUS[gpu]
+        if gpu not in GPUS:
+            raise unknown("gpu", gpu, GPUS)
+        peak_flops, peak_bandwidth, _ = GPUS[gpu]
         flops, bandwidth = peak_flops * EFFICIENCY[0], peak_bandwidth * EFFICIENCY[1]
         if timings is None:
             time = TimeModel.roofline(model, flops=flops, bandwidth=bandwidth)

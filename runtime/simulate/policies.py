@@ -1,140 +1,197 @@
-"""The policies that the simulator compares, by name: what each holds, when it plans, how it shares tokens."""
+"""The policies that the simulator compares: what each holds, when it plans, how it shares tokens.
+
+A `Policy` sets itself up: backend, planner, controller. Ours are here by name; others come in by entry point,
+in the group ``moeless_opt.policies``, each a `Policy` or a function without arguments that makes one.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 
 import numpy as np
 
+from moeless_opt.api import plan
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.problems.spec.wishes import Objective, Sizing
 from moeless_opt.runtime.control.controller import Controller
 from moeless_opt.runtime.control.layer_planner import LayerPlanner
 from moeless_opt.runtime.control.planner import Planner
-from moeless_opt.runtime.pool.keep_alive import AdaptiveKeepAlive, KeepAlive
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.machine import Machine
+from moeless_opt.runtime.simulate.options import unknown
+from moeless_opt.runtime.simulate.settings import Settings
+from moeless_opt.runtime.simulate.shares import EqualRule, PerfectRule, PlannedRule, ShareRule, TimedRule
+from moeless_opt.runtime.simulate.transfers import Overlapped, PerPass, Transfers
 from moeless_opt.solvers.baselines.static import contiguous
 
-__all__ = ["POLICIES", "Policy", "Settings", "build"]
+__all__ = [
+    "ABLATION",
+    "BASELINE",
+    "BOUND",
+    "BUILT_IN",
+    "DEFAULT",
+    "ENTRY_POINTS",
+    "SYSTEM",
+    "Policy",
+    "Run",
+    "Site",
+    "get_policy",
+    "list_policies",
+    "policy_names",
+]
+
+Plans = Callable[[FloatArray, SlotArray], Plan]
+
+SYSTEM, BASELINE, BOUND = "system", "baseline", "bound"
+"""Parts of a policy in a table: one of many, what all others are set against, what none reaches."""
+
+#: Settings that every policy with a planner reads, by how it plans.
+_WINDOWED = frozenset({"every", "contention"})
+_PER_PASS = frozenset({"distance", "keep_alive", "decide_ms", "contention"})
+_FORESEEN = frozenset({"predictor", "error"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a run may vary; every value is printed with the results.
+class Site:
+    """Where a policy is set up: what its planner may look at.
 
     Parameters
     ----------
-    cv : float
-        MoEless's threshold.
-    distance : int
-        Layers ahead of a prediction.
-    error : float
-        Share of the pairs that a prediction one layer ahead gets wrong; at distance d, 1 - (1 - error)^d.
-    keep_alive : float or "adaptive"
-        Seconds that unused replicas stay, for the per-pass policies.
-    tolerance : float
-        Balance tolerance of ours, windowed.
-    gain : float
-        Share of a layer's time that a replica loaded by ours, per pass, has to save.
-    every : int
-        Passes between two plans of the windowed policies.
-    seed : int
-        For everything random.
+    machine, topology : Machine, Topology
+        Times; GPUs.
+    settings : Settings
+        Thresholds.
+    backend : SimulatedBackend
+        What will serve.
     """
 
-    cv: float = 0.2
-    distance: int = 1
-    error: float = 0.1
-    keep_alive: float | str = 10.0
-    tolerance: float = 0.1
-    gain: float = 0.02
-    every: int = 16
-    seed: int = 0
-
-    @property
-    def error_at_distance(self) -> float:
-        """Share of the pairs that the predictor gets wrong."""
-        return 1.0 - (1.0 - self.error) ** self.distance
-
-    def keeps(self) -> KeepAlive | float:
-        """A keep-alive policy of one's own for one run."""
-        if self.keep_alive == "adaptive":
-            return AdaptiveKeepAlive()
-        if isinstance(self.keep_alive, str):
-            raise ProblemError("keep_alive", f"is {self.keep_alive!r}, must be seconds or 'adaptive'")
-        return float(self.keep_alive)
+    machine: Machine
+    topology: Topology
+    settings: Settings
+    backend: SimulatedBackend
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A policy on a machine: a backend, and who controls it."""
+
+    policy: Policy
+    backend: SimulatedBackend
+    controller: Controller | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """How to serve.
 
     Parameters
     ----------
-    text : str
-        For people.
-    shares : str
-        See `SimulatedBackend`.
-    mode : str
-        ``never`` plans, ``windowed``, or ``per-pass`` from a prediction.
+    name, summary : str
+        For tables and for people.
+    shares : ShareRule
+        How replicas share their tokens.
+    transfers : Transfers
+        How missing weights come. `PerPass`: it plans before every pass, from a prediction; else after windows
+        of passes, from their loads.
+    planner : callable, optional
+        Given the `Site`, what makes a plan of loads [L, E] and the live slots [L, G, C]. None: what it starts
+        with stays, static expert parallelism.
     elastic : bool
-        Whether replicas are functions.
-    solver, split : str
-        As in `moeless_opt.plan`.
-    predictor : str
-        ``model``: `predicted` with the settings' error; ``last``: the pass before.
-    scales, remembers : bool
-        Whether the scaler adds replicas, and whether the placer looks at warm ones.
+        Whether replicas are functions, for the charging rules.
+    predictor : str, optional
+        The predictor that belongs to it, whatever the scenario's is.
+    reads : frozenset of str
+        Fields of `Settings` that its planner looks at, besides what all planners of its kind do.
+    part : {"system", "baseline", "bound"}
+        What it is in a comparison.
+    compared : bool
+        Whether tables have a column of mean latencies against this policy's.
+    colour, marker : str
+        Of its figures, as matplotlib names them.
+
+    Raises
+    ------
+    ProblemError
+        If a field is not what it has to be.
     """
 
-    text: str
-    shares: str
-    mode: str = "never"
+    name: str
+    summary: str
+    shares: ShareRule
+    transfers: Transfers = Overlapped()  # noqa: RUF009 (it keeps nothing)
+    planner: Callable[[Site], Plans] | None = None
     elastic: bool = False
-    solver: str = "auto"
-    split: str = "fractional"
-    predictor: str = "model"
-    scales: bool = True
-    remembers: bool = True
+    predictor: str | None = None
+    reads: frozenset[str] = frozenset()
+    part: str = SYSTEM
+    compared: bool = False
+    colour: str = "#777777"
+    marker: str = "o"
+
+    def __post_init__(self) -> None:
+        for name in ("name", "summary", "colour", "marker"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ProblemError(f"policy.{name}", f"is {getattr(self, name)!r}, must be a text")
+        if not isinstance(self.shares, ShareRule):
+            raise ProblemError("policy.shares", f"is {self.shares!r}, must be a rule (see `shares`)")
+        if not isinstance(self.transfers, Transfers):
+            raise ProblemError("policy.transfers", f"is {self.transfers!r}, must be one of `transfers`")
+        if self.planner is not None and not callable(self.planner):
+            raise ProblemError("policy.planner", f"is {self.planner!r}, must be callable")
+        if self.part not in (SYSTEM, BASELINE, BOUND):
+            raise unknown("policy.part", self.part, (SYSTEM, BASELINE, BOUND))
+
+    @property
+    def per_pass(self) -> bool:
+        """Whether it plans before every pass, from a prediction."""
+        return self.planner is not None and self.transfers.per_pass
+
+    @property
+    def settings_read(self) -> frozenset[str]:
+        """Fields of a scenario that make a difference to this policy and not to every one."""
+        if self.planner is None:
+            return self.reads
+        if not self.per_pass:
+            return self.reads | _WINDOWED
+        return self.reads | _PER_PASS | (_FORESEEN if self.predictor is None else frozenset())
+
+    def build(self, machine: Machine, topology: Topology, settings: Settings) -> Run:
+        """Set the policy up on a machine; it starts from static expert parallelism."""
+        model = machine.model
+        bytes_L = np.full(model.layers, model.expert_bytes, dtype=np.int64)
+        capacity_LG = topology.capacity_LG(bytes_L, model.experts)
+        backend = SimulatedBackend(
+            machine,
+            contiguous(model.experts, capacity_LG),
+            capacity_LG,
+            shares=self.shares,
+            transfers=self.transfers,
+            distance=settings.distance,
+            keep_alive=settings.keeps() if self.transfers.per_pass else 0.0,
+            elastic=self.elastic,
+            contention=settings.contention,
+            decide_seconds=settings.decide_ms * 1e-3,
+        )
+        if self.planner is None:
+            return Run(policy=self, backend=backend, controller=None)
+        site = Site(machine=machine, topology=topology, settings=settings, backend=backend)
+        controller = Controller(backend, self.planner(site), every=settings.every)
+        return Run(policy=self, backend=backend, controller=controller)
 
 
-def _moeless(text: str, **changes: object) -> Policy:
-    parts: dict[str, object] = {"solver": "moeless", "split": "equal", **changes}
-    return Policy(text, "equal", "per-pass", True, **parts)  # type: ignore[arg-type]
-
-
-POLICIES: dict[str, Policy] = {
-    "static": Policy("Megatron-LM's static expert parallelism", "equal"),
-    "eplb": Policy(
-        "DeepSeek's EPLB, per window on its loads", "planned", "windowed", solver="eplb", split="equal"
-    ),
-    "oracle": Policy("perfect balance whatever the router chose, static memory: a bound", "oracle"),
-    "moeless": _moeless("the paper's scaler and placer, per pass, from a prediction"),
-    "moeless-no-predictor": _moeless("... with the last pass's loads for a prediction", predictor="last"),
-    "moeless-no-scaler": _moeless("... with one replica per expert", scales=False),
-    "moeless-no-placer": _moeless("... placed anew without a look at what is warm", remembers=False),
-    "stay": Policy("one plan after the first window, live shares ever after", "timed", "windowed", True),
-    "ours-windowed": Policy("few moves per window on its loads, live shares", "timed", "windowed", True),
-    "ours": Policy(
-        "per pass from the same prediction, by the time model: moves only what pays, live shares",
-        "timed",
-        "per-pass",
-        True,
-        solver="per-layer",
-    ),
-}  # fmt: skip
-"""What the command offers."""
+# ------------------------------------------------------------------------------------------- planners
 
 
 class _Once:
     """The first plan, for ever."""
 
-    def __init__(self, planner: Planner) -> None:
+    def __init__(self, planner: Plans) -> None:
         self.planner = planner
         self.plan: Plan | None = None
 
@@ -150,8 +207,6 @@ class _Forgetful:
         self.planner = planner
 
     def __call__(self, load_LE: FloatArray, live_LGC: SlotArray) -> Plan:
-        from moeless_opt.api import plan
-
         p = self.planner
         return plan(load_LE, p.topology, solver=p.solver, split=p.split, **p.options)
 
@@ -166,63 +221,210 @@ class _Warm:
         return self.planner(load_LE, self.backend.warm_LGC)
 
 
-@dataclass(slots=True)
-class Run:
-    """A backend, and who controls it."""
-
-    backend: SimulatedBackend
-    controller: Controller | None
-    policy: Policy
-    per_pass: bool = field(default=False)
+def _eplb(site: Site) -> Planner:
+    return Planner(
+        topology=site.topology, solver="eplb", split="equal", options={"model": site.machine.model}
+    )
 
 
-def build(name: str, machine: Machine, topology: Topology, settings: Settings) -> Run:
-    """Set up a policy on a machine; it starts from static expert parallelism.
+def _few_moves(site: Site) -> Planner:
+    objective = Objective(balance_tolerance=site.settings.tolerance)
+    return Planner(topology=site.topology, options={"model": site.machine.model, "objective": objective})
+
+
+def _moeless(site: Site, cv: float | None = None) -> Planner:
+    """The paper's scaler and placer; with a coefficient of variation that no layer exceeds, no scaler."""
+    sizing = Sizing(policy="cv", cv=site.settings.cv if cv is None else cv)
+    return Planner(
+        topology=site.topology,
+        solver="moeless",
+        split="equal",
+        options={"model": site.machine.model, "sizing": sizing},
+    )
+
+
+def _by_time(site: Site) -> LayerPlanner:
+    machine, settings = site.machine, site.settings
+    return LayerPlanner(
+        site.topology,
+        machine.model,
+        machine.time,
+        per_token=machine.link_per_token,
+        distance=settings.distance,
+        gain=settings.gain,
+    )
+
+
+# ------------------------------------------------------------------------------------------- our own
+
+_EQUAL, _TIMED, _PER_PASS_WAY = EqualRule(), TimedRule(), PerPass()
+
+_OURS = (
+    Policy(
+        name="static",
+        summary="Megatron-LM's static expert parallelism",
+        shares=_EQUAL,
+        part=BASELINE,
+        compared=True,
+        colour="#000000",
+        marker="o",
+    ),
+    Policy(
+        name="eplb",
+        summary="DeepSeek's EPLB, per window on its loads",
+        shares=PlannedRule(),
+        planner=_eplb,
+        compared=True,
+        colour="#E69F00",
+        marker="s",
+    ),
+    Policy(
+        name="oracle",
+        summary="perfect balance whatever the router chose, static memory: a bound",
+        shares=PerfectRule(),
+        part=BOUND,
+        compared=True,
+        colour="#999999",
+        marker="^",
+    ),
+    Policy(
+        name="moeless",
+        summary="the paper's scaler and placer, per pass, from a prediction",
+        shares=_EQUAL,
+        transfers=_PER_PASS_WAY,
+        planner=lambda site: _Warm(_moeless(site), site.backend),
+        elastic=True,
+        reads=frozenset({"cv"}),
+        colour="#D55E00",
+        marker="D",
+    ),
+    Policy(
+        name="moeless-no-predictor",
+        summary="... with the last pass's loads for a prediction",
+        shares=_EQUAL,
+        transfers=_PER_PASS_WAY,
+        planner=lambda site: _Warm(_moeless(site), site.backend),
+        elastic=True,
+        predictor="last",
+        reads=frozenset({"cv"}),
+        colour="#009E73",
+        marker="v",
+    ),
+    Policy(
+        name="moeless-no-scaler",
+        summary="... with one replica per expert",
+        shares=_EQUAL,
+        transfers=_PER_PASS_WAY,
+        planner=lambda site: _Warm(_moeless(site, cv=1e9), site.backend),
+        elastic=True,
+        colour="#56B4E9",
+        marker="P",
+    ),
+    Policy(
+        name="moeless-no-placer",
+        summary="... placed anew without a look at what is warm",
+        shares=_EQUAL,
+        transfers=_PER_PASS_WAY,
+        planner=lambda site: _Forgetful(_moeless(site)),
+        elastic=True,
+        reads=frozenset({"cv"}),
+        colour="#CC79A7",
+        marker="*",
+    ),
+    Policy(
+        name="stay",
+        summary="one plan after the first window, live shares ever after",
+        shares=_TIMED,
+        planner=lambda site: _Once(_few_moves(site)),
+        elastic=True,
+        reads=frozenset({"tolerance"}),
+        colour="#F0E442",
+        marker="X",
+    ),
+    Policy(
+        name="ours-windowed",
+        summary="few moves per window on its loads, live shares",
+        shares=_TIMED,
+        planner=_few_moves,
+        elastic=True,
+        reads=frozenset({"tolerance"}),
+        colour="#56B4E9",
+        marker="<",
+    ),
+    Policy(
+        name="ours",
+        summary="per pass from the same prediction, by the time model: moves only what pays, live shares",
+        shares=_TIMED,
+        transfers=_PER_PASS_WAY,
+        planner=_by_time,
+        elastic=True,
+        reads=frozenset({"gain"}),
+        colour="#0072B2",
+        marker=">",
+    ),
+)
+
+BUILT_IN: dict[str, Policy] = {policy.name: policy for policy in _OURS}
+"""The policies that ship with the package."""
+
+DEFAULT = ("static", "eplb", "oracle", "moeless", "ours-windowed", "ours")
+"""What is compared where nothing is said."""
+
+ABLATION = ("static", "eplb", "moeless", "moeless-no-predictor", "moeless-no-scaler", "moeless-no-placer")
+"""What ``ablation`` stands for."""
+
+
+# ------------------------------------------------------------------------------------------- registry
+
+ENTRY_POINTS = "moeless_opt.policies"
+_UNUSABLE = "cannot be used: "
+
+
+def _plugged() -> dict[str, EntryPoint]:
+    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    return {name: found[name] for name in sorted(found) if name not in BUILT_IN}
+
+
+def policy_names() -> list[str]:
+    """Names of all policies, ours first; of others whether they can be used or not."""
+    return [*BUILT_IN, *_plugged()]
+
+
+def get_policy(name: str) -> Policy:
+    """A policy by its name.
 
     Raises
     ------
     ProblemError
-        If there is no such policy.
+        If there is none of that name.
+    SolverUnavailableError
+        If it comes from another package and cannot be used.
     """
-    if name not in POLICIES:
-        raise ProblemError("policy", f"{name!r} is unknown; there are {', '.join(POLICIES)}")
-    policy, model = POLICIES[name], machine.model
-    bytes_L = np.full(model.layers, model.expert_bytes, dtype=np.int64)
-    capacity_LG = topology.capacity_LG(bytes_L, model.experts)
-    backend = SimulatedBackend(
-        machine,
-        contiguous(model.experts, capacity_LG),
-        capacity_LG,
-        shares=policy.shares,
-        transfers="per-pass" if policy.mode == "per-pass" else "overlapped",
-        distance=settings.distance,
-        keep_alive=settings.keeps() if policy.mode == "per-pass" else 0.0,
-        elastic=policy.elastic,
-    )
-    if policy.mode == "never":
-        return Run(backend, None, policy)
-    if policy.solver == "per-layer":
-        per_layer = LayerPlanner(
-            topology,
-            model,
-            machine.time,
-            per_token=machine.link_per_token,
-            distance=settings.distance,
-            gain=settings.gain,
-        )
-        return Run(backend, Controller(backend, per_layer, every=settings.every), policy, True)
-    options: dict[str, object] = {"model": model}
-    if policy.solver == "moeless":
-        options["sizing"] = Sizing(policy="cv", cv=settings.cv if policy.scales else 1e9)
-    elif policy.solver == "auto":
-        options["objective"] = Objective(balance_tolerance=settings.tolerance)
-    planner = Planner(topology=topology, solver=policy.solver, split=policy.split, options=options)
-    chosen: Callable[[FloatArray, SlotArray], Plan] = planner
-    if name == "stay":
-        chosen = _Once(planner)
-    elif not policy.remembers:
-        chosen = _Forgetful(planner)
-    elif policy.mode == "per-pass":
-        chosen = _Warm(planner, backend)
-    controller = Controller(backend, chosen, every=settings.every)
-    return Run(backend, controller, policy, policy.mode == "per-pass")
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    entry = _plugged().get(name)
+    if entry is None:
+        raise unknown("policies", name, policy_names())
+    unusable = f"policies: {name!r} ({entry.value}) {_UNUSABLE}"
+    try:
+        found = entry.load()
+        policy = found if isinstance(found, Policy) else found()
+    except Exception as error:  # whatever another package does, the others go on
+        raise SolverUnavailableError(f"{unusable}{type(error).__name__}: {error}") from error
+    if not isinstance(policy, Policy):
+        raise SolverUnavailableError(f"{unusable}it makes a {type(policy).__name__}, no Policy")
+    if policy.name != name:
+        raise SolverUnavailableError(f"{unusable}its policy calls itself {policy.name!r}")
+    return policy
+
+
+def list_policies() -> dict[str, Policy | str]:
+    """All policies by name; in place of one that cannot be used the reason, which is also warned of."""
+    rows: dict[str, Policy | str] = {}
+    for name in policy_names():
+        try:
+            rows[name] = get_policy(name)
+        except SolverUnavailableError as error:
+            warnings.warn(str(error), stacklevel=2)
+            rows[name] = str(error).partition(_UNUSABLE)[2]
+    return rows

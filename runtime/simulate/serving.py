@@ -33,13 +33,10 @@ from moeless_opt.problems.io.arrivals import Arrivals
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.traffic import Passes, RoutingModel
 
-__all__ = ["MEMORY", "ClosedLoop", "Served"]
-
-MEMORY: dict[str, float] = {"A6000": 48e9, "A100": 80e9, "H100": 80e9}
-"""Data-sheet bytes of a GPU's memory."""
+__all__ = ["USABLE", "ClosedLoop", "Served"]
 
 USABLE = 0.9
-"""Share of it that weights and the KV cache may fill (assumed)."""
+"""Share of a GPU's memory that weights and the KV cache may fill (assumed)."""
 
 _NEVER = float("nan")
 

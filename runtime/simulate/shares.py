@@ -1,54 +1,259 @@
-"""Token shares of many passes over many GPUs: one graph of the placement, a few sweeps for each pass.
+"""How simulated replicas share their tokens: rules as objects, asked for the times of passes.
 
-Exact shares (`solvers.shares.solve_shares`) need a flow for every layer of every pass. On thousands of GPUs
-the simulator takes what four sweeps of the descent give: on 2,048 GPUs with two slots, loads off by a factor
-of lognormal 0.3, 0.8 % above the least time on average (the equal split: 31 %). Where every GPU holds one
-expert at most, and all are equally fast, the equal split is exact.
+The live counterpart is `runtime.live.dispatch`, whose policies share out whole tokens, batch by batch; here a
+rule says what many passes take under one placement (`Placed`). Rules keep nothing between calls, so one
+object serves any number of runs.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, fields
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
+from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.solvers.shares.flow import descend
+from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
+from moeless_opt.runtime.simulate.options import unknown
+from moeless_opt.runtime.simulate.wide import MANY, WideShares
+from moeless_opt.solvers.shares.flow import solve_shares
 from moeless_opt.solvers.shares.graph import ReplicaGraph
+from moeless_opt.solvers.timed.activation import shares_of_one
+from moeless_opt.solvers.timed.search import timed_shares
 
-__all__ = ["MANY", "WideShares"]
+__all__ = [
+    "SHARES",
+    "BalancedRule",
+    "EqualRule",
+    "PerfectRule",
+    "Placed",
+    "PlannedRule",
+    "ShareRule",
+    "TimedRule",
+    "share_rule",
+]
 
-MANY = 256
-"""More GPUs than this get their shares so."""
-
-_SWEEPS = 4
+SEARCHED = 256 * 64
+"""Most experts x GPUs of a layer for which shares by time are searched."""
 
 
-class WideShares:
-    """Balanced shares on one placement.
+@dataclass(slots=True)
+class Placed:
+    """A placement in force, and what follows from it once.
 
     Parameters
     ----------
+    machine : Machine
+        Times.
+    table : TimeTable
+        Its times, as searches take them.
     slots_LGC : array of int32, shape [L, G, C]
         The placement.
-    speed_G : array, shape [G]
-        Relative speeds.
-    experts : int
-        Experts per layer.
+    planned_LGC : array, shape [L, G, C], optional
+        Shares that came with the plan; equal ones by default.
+    brief : bool
+        Whether it stays for one pass only.
     """
 
-    def __init__(self, slots_LGC: SlotArray, speed_G: FloatArray, experts: int) -> None:
-        self.slots_LGC = slots_LGC
-        self.equal_LGC = equal_shares(slots_LGC, experts)
-        alone = bool(((slots_LGC >= 0).sum(2) <= 1).all()) and bool((speed_G == speed_G[0]).all())
-        self.graph = None if alone else ReplicaGraph(slots_LGC, speed_G, experts)
+    machine: Machine
+    table: TimeTable
+    slots_LGC: SlotArray
+    planned_LGC: FloatArray | None = None
+    brief: bool = False
+    equal_LGC: FloatArray = field(init=False)
+    replicated: bool = field(init=False)
+    _graph: tuple[int, ReplicaGraph] | None = field(init=False, default=None)
+    _wide: WideShares | None = field(init=False, default=None)
+    _alone_LGC: FloatArray | None = field(init=False, default=None)
 
-    def of(self, load_BLE: FloatArray) -> FloatArray:
-        """Shares of each pass, shape [B, L, G, C]."""
-        if self.graph is None:
-            return np.broadcast_to(self.equal_LGC, (len(load_BLE), *self.slots_LGC.shape))
-        share_BLGC = np.empty((len(load_BLE), *self.slots_LGC.shape))
-        for load_LE, share_LGC in zip(load_BLE, share_BLGC, strict=True):
-            load_LX, base_LG = self.graph.loads(load_LE)
-            token_LXR, _ = descend(self.graph, load_LX, base_LG, tolerance=1e-2, max_sweeps=_SWEEPS)
-            share_LGC[:] = self.graph.to_shares(load_LX, token_LXR)
-        return share_BLGC
+    def __post_init__(self) -> None:
+        self.slots_LGC = np.ascontiguousarray(self.slots_LGC, dtype=np.int32)
+        self.equal_LGC = equal_shares(self.slots_LGC, self.experts)
+        self.replicated = bool((self.equal_LGC[self.slots_LGC >= 0] < 1).any())
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer."""
+        return self.machine.model.experts
+
+    @property
+    def start_LGC(self) -> FloatArray:
+        """The plan's shares, equal ones where it brought none, shape [L, G, C]."""
+        return self.equal_LGC if self.planned_LGC is None else self.planned_LGC
+
+    def spread(self, share_LGC: FloatArray, passes: int) -> FloatArray:
+        """The same shares in every pass, shape [B, L, G, C]."""
+        return np.broadcast_to(share_LGC, (passes, *self.slots_LGC.shape))
+
+    def times(self, load_BLE: FloatArray, share_BLGC: FloatArray) -> LayerTimes:
+        """What the passes take with these shares."""
+        return self.machine.layers(load_BLE, self.slots_LGC, share_BLGC)
+
+    def balanced(self, load_BLE: FloatArray) -> FloatArray:
+        """Shares that balance tokens, solved for every pass and layer, shape [B, L, G, C]."""
+        passes, layers, experts = load_BLE.shape
+        if not self.replicated:
+            return self.spread(self.equal_LGC, passes)
+        speed_G = self.machine.topology.speed_G
+        if self.slots_LGC.shape[1] > MANY:
+            if self._wide is None:
+                self._wide = WideShares(self.slots_LGC, speed_G, experts)
+            return self._wide.of(load_BLE)
+        if self._graph is None or self._graph[0] != passes:
+            tiled = np.tile(self.slots_LGC, (passes, 1, 1))
+            self._graph = (passes, ReplicaGraph(tiled, speed_G, experts))
+        flat = load_BLE.reshape(passes * layers, experts)
+        return solve_shares(flat, self._graph[1]).share_LGC.reshape(passes, *self.slots_LGC.shape)
+
+    def one_each(self) -> FloatArray:
+        """Shares that use one replica of each expert, as few experts per GPU as can be, [L, G, C]."""
+        if self._alone_LGC is None:
+            even_LE = np.ones((len(self.slots_LGC), self.experts))
+            self._alone_LGC = shares_of_one(even_LE, self.slots_LGC, self.machine.topology.speed_G)
+        return self._alone_LGC
+
+
+@runtime_checkable
+class ShareRule(Protocol):
+    """How replicas share their tokens.
+
+    Attributes
+    ----------
+    name : str
+        For people, and for `share_rule`.
+    live : bool
+        Whether shares follow each pass by time: then fractional shares of a plan are where the search
+        starts, replicas that serve no token of a pass are idle in it, and what the pool releases is out of
+        force.
+    """
+
+    name: str
+    live: bool
+
+    def times(self, load_BLE: FloatArray, placed: Placed) -> tuple[LayerTimes, BoolArray | None]:
+        """What passes take, and which slots [L, G, C] serve in the last of them (None: all)."""
+        ...
+
+
+class EqualRule:
+    """Equal over an expert's replicas."""
+
+    name, live = "equal", False
+
+    def times(self, load_BLE: FloatArray, placed: Placed) -> tuple[LayerTimes, BoolArray | None]:
+        """See `ShareRule`."""
+        return placed.times(load_BLE, placed.spread(placed.equal_LGC, len(load_BLE))), None
+
+
+class PlannedRule:
+    """As the plan says."""
+
+    name, live = "planned", False
+
+    def times(self, load_BLE: FloatArray, placed: Placed) -> tuple[LayerTimes, BoolArray | None]:
+        """See `ShareRule`."""
+        return placed.times(load_BLE, placed.spread(placed.start_LGC, len(load_BLE))), None
+
+
+class BalancedRule:
+    """Tokens balanced, solved for every pass and layer."""
+
+    name, live = "balanced", False
+
+    def times(self, load_BLE: FloatArray, placed: Placed) -> tuple[LayerTimes, BoolArray | None]:
+        """See `ShareRule`."""
+        return placed.times(load_BLE, placed.balanced(load_BLE)), None
+
+
+class TimedRule:
+    """Searched for by the time model (`solvers.timed`), balanced, or one replica per expert.
+
+    Whichever is quickest in that pass and layer. Balancing tokens is dear where every pass has its own
+    placement, so there the search stands alone; on many GPUs tokens are balanced instead.
+    """
+
+    name, live = "timed", True
+
+    def times(self, load_BLE: FloatArray, placed: Placed) -> tuple[LayerTimes, BoolArray | None]:
+        """See `ShareRule`."""
+        passes, layers, experts = load_BLE.shape
+        if not placed.replicated:
+            return placed.times(load_BLE, placed.spread(placed.equal_LGC, passes)), None
+        ways = [placed.spread(placed.one_each(), passes)]
+        searched = experts * int(placed.slots_LGC.shape[1]) <= SEARCHED
+        if searched:
+            share_RGC, _ = timed_shares(
+                load_BLE.reshape(passes * layers, experts),
+                placed.slots_LGC,
+                placed.machine.topology.speed_G,
+                placed.table,
+                start_LGC=placed.start_LGC,
+            )
+            ways.insert(0, share_RGC.reshape(passes, *placed.slots_LGC.shape))
+        if not placed.brief or not searched:
+            ways.insert(0, placed.balanced(load_BLE))
+        times = [placed.times(load_BLE, share_BLGC) for share_BLGC in ways]
+        best_BL = np.argmin([each.layer_BL for each in times], axis=0)
+        last = [share_BLGC[-1] for share_BLGC in ways]
+        return _quickest(times, best_BL), np.choose(best_BL[-1][:, None, None], last) > 0
+
+
+class PerfectRule:
+    """Every GPU gets the same, whatever it holds, and its part of the experts used: a bound, no system."""
+
+    name, live = "oracle", False
+
+    def times(self, load_BLE: FloatArray, placed: Placed) -> tuple[LayerTimes, BoolArray | None]:
+        """See `ShareRule`."""
+        machine = placed.machine
+        gpus = machine.topology.gpus
+        total_BL, active_BL = load_BLE.sum(2), (load_BLE > 0).sum(2)
+        tokens_BLG = np.repeat(total_BL[:, :, None] / gpus, gpus, axis=2)
+        each_BLG = np.repeat(np.maximum(active_BL / gpus, 1.0)[:, :, None], gpus, axis=2)
+        seconds_BLG = machine.time.time(tokens_BLG, each_BLG, machine.topology.speed_G)
+        seconds_BLG = np.where(tokens_BLG > 0, seconds_BLG, 0.0)
+        network_BL = machine.all_to_all(tokens_BLG.reshape(-1, gpus)).reshape(total_BL.shape)
+        times = LayerTimes(
+            network_BL=network_BL,
+            experts_BL=seconds_BLG.max(2),
+            mean_BL=seconds_BLG.mean(2),
+            tokens_BLG=tokens_BLG,
+            seconds_BLG=seconds_BLG,
+            used_BL=active_BL.astype(np.float64),
+        )
+        return times, None
+
+
+def _quickest(times: list[LayerTimes], best_BL: IntArray) -> LayerTimes:
+    """Of several ways to share, the one chosen in each pass and layer."""
+    wide_BL1 = best_BL[:, :, None]
+
+    def chosen(name: str) -> FloatArray:
+        parts = [getattr(each, name) for each in times]
+        return np.choose(best_BL if parts[0].ndim == 2 else wide_BL1, parts)
+
+    return LayerTimes(**{item.name: chosen(item.name) for item in fields(LayerTimes)})
+
+
+SHARES: dict[str, ShareRule] = {
+    rule.name: rule
+    for rule in (EqualRule(), PlannedRule(), BalancedRule(), TimedRule(), PerfectRule())
+}  # fmt: skip
+"""The rules by name."""
+
+
+def share_rule(shares: ShareRule | str) -> ShareRule:
+    """A rule, or the one of that name.
+
+    Raises
+    ------
+    ProblemError
+        If there is none.
+    """
+    if isinstance(shares, str):
+        if shares not in SHARES:
+            raise unknown("shares", shares, SHARES)
+        return SHARES[shares]
+    return shares

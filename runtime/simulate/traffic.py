@@ -31,7 +31,7 @@ from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.io.arrivals import Arrivals
 from moeless_opt.problems.io.traces import RoutedRequests, TokenTraces, loads_by_step
 from moeless_opt.problems.spec.architecture import ModelSpec
-from moeless_opt.runtime.simulate.affinity import Affinity, transitions
+from moeless_opt.runtime.simulate.affinity import LayerAffinity, transitions
 from moeless_opt.runtime.simulate.compose import compose_steps
 
 __all__ = ["Passes", "RoutingModel", "continuous", "from_traces", "one_second_batches"]
@@ -86,8 +86,9 @@ class RoutingModel(Record):
     Request r of domain d routes its tokens in layer l by a distribution drawn once from
     ``Dirichlet(concentration * popularity_DLE[d, l])``; a pass's loads are multinomial over the mix of its
     requests, weighted by their tokens. The domain of a request changes with time as a Markov chain over the
-    arrivals: traffic drifts from domain to domain. Layers are independent, unless there is an `Affinity`:
-    then what a request does in a layer depends on what it does in the one before (`affinity`).
+    arrivals: traffic drifts from domain to domain. Layers are independent, unless there is a
+    `LayerAffinity`: then what a request does in a layer depends on what it does in the one before
+    (`affinity`).
 
     Parameters
     ----------
@@ -101,7 +102,7 @@ class RoutingModel(Record):
         Chance that a request has the domain of the request before it.
     source : str
         What it was fitted to, and what was assumed.
-    affinity : Affinity, optional
+    affinity : LayerAffinity, optional
         How a layer follows from the one before.
     """
 
@@ -110,7 +111,7 @@ class RoutingModel(Record):
     top_k: int
     stay: float = 0.9
     source: str = ""
-    affinity: Affinity | None = None
+    affinity: LayerAffinity | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -170,7 +171,7 @@ class RoutingModel(Record):
         follows = None
         if affinity:
             table = transitions(traces.experts_TLK, traces.experts)
-            follows = Affinity.fit(table, share_RLE, mean_RLE[many], count_R)
+            follows = LayerAffinity.fit(table, share_RLE, mean_RLE[many], count_R)
         return cls(
             popularity_DLE=popularity,
             concentration=max(concentration, 0.1),

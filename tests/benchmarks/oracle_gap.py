@@ -18,8 +18,9 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.runtime.control.layer_planner import LayerPlanner
-from moeless_opt.runtime.simulate.cli import PAPER_MODELS, _options
+from moeless_opt.runtime.simulate.figures import PAPER_MODELS
 from moeless_opt.runtime.simulate.machine import Machine
+from moeless_opt.runtime.simulate.scenario import Scenario
 from moeless_opt.runtime.simulate.scene import scene
 from moeless_opt.solvers.baselines.static import contiguous
 from moeless_opt.solvers.timed.proof import least_time
@@ -40,7 +41,6 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=10, help="seconds for each question (default 10)")
     parser.add_argument("--extra", type=int, default=1, help="slots beyond static's (default 1)")
     options = parser.parse_args()
-    given = [] if options.data is None else ["--data", str(options.data)]
     print(
         "sums over the samples, of times with the link, over the oracle's (1.000); rows chosen evenly over\n"
         "batches and layers, so that large batches weigh as they do in a mean latency\n"
@@ -48,7 +48,7 @@ def main() -> None:
     print("| model | static | least time, proven | ours, moves free | ours, from what is live | ms a layer |")
     print("|---|---|---|---|---|---|")
     for name in PAPER_MODELS:
-        here = scene(name, _options([*given, "--seconds", str(options.seconds)]))
+        here = scene(Scenario(model=name, data=options.data, seconds=options.seconds))
         experts, gpus = here.machine.model.experts, here.topology.gpus
         topology = here.topology.replace(slots_G=np.full(gpus, -(-experts // gpus) + options.extra))
         machine, speed_G = here.machine, topology.speed_G

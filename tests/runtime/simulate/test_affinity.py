@@ -8,7 +8,7 @@ import pytest
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces
 from moeless_opt.problems.io.traces import loads_by_step
-from moeless_opt.runtime.simulate.affinity import Affinity, explained, transitions
+from moeless_opt.runtime.simulate.affinity import LayerAffinity, explained, transitions
 from moeless_opt.runtime.simulate.traffic import RoutingModel
 
 
@@ -69,10 +69,10 @@ def test_other_dimensions_keep_the_share_that_is_foretold() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     table = np.full((2, 3, 3), 1 / 3)
-    affinity = Affinity(transition_MEE=table, weight=1.0, concentration=5.0)
+    affinity = LayerAffinity(transition_MEE=table, weight=1.0, concentration=5.0)
     with pytest.raises(ProblemError, match=r"routing\.affinity"):
         RoutingModel(popularity_DLE=np.ones((1, 2, 3)), concentration=1.0, top_k=1, affinity=affinity)
     with pytest.raises(ProblemError, match="sum to 1"):
-        Affinity(transition_MEE=table * 2, weight=1.0, concentration=5.0)
+        LayerAffinity(transition_MEE=table * 2, weight=1.0, concentration=5.0)
     with pytest.raises(ProblemError, match="must be"):
-        Affinity(transition_MEE=table[0], weight=1.0, concentration=5.0)
+        LayerAffinity(transition_MEE=table[0], weight=1.0, concentration=5.0)

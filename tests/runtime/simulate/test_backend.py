@@ -20,11 +20,14 @@ from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.runtime.control.backend import Backend
 from moeless_opt.runtime.pool.cost import CostMeter
 from moeless_opt.runtime.predict.history import LastWindow
-from moeless_opt.runtime.simulate.backend import SimReport, SimulatedBackend, predicted, simulate
+from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.cli import main
-from moeless_opt.runtime.simulate.foresight import Online
+from moeless_opt.runtime.simulate.drive import drive
+from moeless_opt.runtime.simulate.foresight import Assumed, Online, predicted
 from moeless_opt.runtime.simulate.machine import Machine, expert_curve
-from moeless_opt.runtime.simulate.policies import POLICIES, Settings, build
+from moeless_opt.runtime.simulate.policies import BUILT_IN
+from moeless_opt.runtime.simulate.report import SimReport
+from moeless_opt.runtime.simulate.settings import Settings
 from moeless_opt.runtime.simulate.traffic import (
     Passes,
     RoutingModel,
@@ -395,7 +398,7 @@ def test_figures_for_programs_and_plot(tmp_path: Path, capsys: pytest.CaptureFix
     assert target.read_text().startswith("<?xml")
 
 
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("name", list(BUILT_IN))
 def test_every_policy_runs_and_repeats_itself(name: str) -> None:
     topology = Topology.preset("8xA6000", slots=2)
     model = model_preset("Mixtral-8x7B").replace(layers=2)
@@ -405,13 +408,13 @@ def test_every_policy_runs_and_repeats_itself(name: str) -> None:
     arrivals = poisson_arrivals(4, 12, seed=3)
     ends = []
     for _ in range(2):
-        run = build(name, machine, topology, Settings(every=4))
-        report = simulate(
+        run = BUILT_IN[name].build(machine, topology, Settings(every=4))
+        foresight = Online(LastWindow(), 1) if run.policy.predictor == "last" else Assumed(0.1)
+        report = drive(
             run.backend,
             one_second_batches(routing, arrivals),
             run.controller,
-            per_pass=run.per_pass,
-            foresight=Online(LastWindow(), 1) if run.policy.predictor == "last" else None,
+            foresight=foresight if run.policy.per_pass else None,
         )
         ends.append((report.mean_latency(), report.moved, run.backend.meter.cost("resident").total))
     assert ends[0] == ends[1]
@@ -427,8 +430,12 @@ def test_command_prints_what_it_rests_on(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["--policies", "stat"]) == 2
     assert main(["--model", "Mixtral-8x7B", "--sweep", "cv", "low"]) == 2
     assert "'low' is no value for cv" in capsys.readouterr().err
-    with pytest.raises(ProblemError, match="policy"):
-        build("x", MACHINE, TOPOLOGY, Settings())
+    with pytest.raises(ProblemError, match=r"shares: 'timid' is unknown; did you mean 'timed'\?"):
+        SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="timid")
+    with pytest.raises(ProblemError, match="transfers"):
+        SimulatedBackend(MACHINE, STATIC, CAPACITY, transfers="x")
+    with pytest.raises(ProblemError, match=r"gpu: 'H200' is unknown; .*there are A6000, A100, H100"):
+        Machine.of(TOPOLOGY, MODEL, gpu="H200")
 
 
 def test_contention_slows_passes_beside_a_migration_and_the_migration() -> None:

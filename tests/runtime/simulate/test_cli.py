@@ -10,13 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeless_opt.runtime.simulate.cli import SWEEPS, _options, _parser, _policies, main
-from moeless_opt.runtime.simulate.figures import COLOURS, FIGURES
+from moeless_opt.runtime.simulate.cli import _parser, _scenarios, main
+from moeless_opt.runtime.simulate.figures import FIGURES, PAPER_MODELS
 from moeless_opt.runtime.simulate.foresight import NAMES
-from moeless_opt.runtime.simulate.policies import POLICIES, Settings
+from moeless_opt.runtime.simulate.options import option_of
+from moeless_opt.runtime.simulate.policies import BUILT_IN
+from moeless_opt.runtime.simulate.scenario import Scenario
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 QUICK = ["--model", "tiny-moe", "--seconds", "3", "--quiet"]
+
+
+def scenarios(*arguments: str) -> list[Scenario]:
+    return [scenario for _, scenario in _scenarios(_parser().parse_args(arguments))]
 
 
 def rows_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[dict[str, Any]], str]:
@@ -102,23 +108,108 @@ def test_a_rate_makes_arrivals(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_figure_gives_way_to_the_command_line() -> None:
-    plain = _options(["--figure", "predictors"])
-    assert (plain.model, plain.sizes, plain.rate) == (["tiny-moe"], "Phi-3.5-MoE", 32.0)
-    other = _options(["--figure", "predictors", "--model", "Mixtral-8x7B", "--rate", "7", "--seconds", "9"])
-    assert (other.model, other.sizes, other.rate) == (["Mixtral-8x7B"], "Phi-3.5-MoE", 7.0)
-    assert other.seconds == 9
-    assert _options([]).model is None
+    plain = scenarios("--figure", "predictors")[0]
+    assert (plain.model, plain.sizes, plain.rate) == ("tiny-moe", "Phi-3.5-MoE", 32.0)
+    assert plain.seconds == 150
+    given = ("--model", "Mixtral-8x7B", "--rate", "7", "--seconds", "9")
+    other = scenarios("--figure", "error", *given)[0]
+    assert (other.model, other.rate, other.seconds) == ("Mixtral-8x7B", 7.0, 9.0)
+    assert [each.model for each in scenarios("--figure", "cost")] == list(PAPER_MODELS)
+    assert [each.model for each in scenarios()] == list(PAPER_MODELS)
 
 
-def test_figures_ask_for_what_there_is() -> None:
-    known = set(vars(_options([])))
+def test_what_a_figure_would_leave_idle_gives_way(tmp_path: Path) -> None:
+    """Recorded arrivals make the figure's rate idle; another model its traces."""
+    (found, *_) = scenarios("--figure", "predictors", "--arrivals", str(tmp_path / "a.csv"))
+    assert found.rate is None
+    assert scenarios("--figure", "gpt-oss")[0].traces == Path("gptoss20b_topk.npz")
+    assert scenarios("--figure", "gpt-oss", "--model", "tiny-moe")[0].traces is None
+    assert scenarios("--figure", "gpt-oss", "--model", "gpt-oss-20b")[0].traces is not None
+
+
+def test_figures_are_scenarios() -> None:
     for name, figure in FIGURES.items():
-        changed = set(figure.options) | {key for _, changes in figure.variants for key in changes}
-        assert changed <= known, name
-        for policy in _policies(_options(["--figure", name]).policies):
-            assert policy in COLOURS
-    assert set(POLICIES) <= set(COLOURS)
-    assert set(SWEEPS) <= known
+        assert len(scenarios("--figure", name)) == max(len(figure.variants), 1) * max(len(figure.models), 1)
+    looks = {(policy.colour, policy.marker) for policy in BUILT_IN.values()}
+    assert len(looks) == len(BUILT_IN)
+
+
+def test_the_command_line_is_made_from_the_fields() -> None:
+    """Every field is an option that says its default, and parses what it says into an equal scenario."""
+    told = {action.dest: action for action in _parser()._actions}
+    for part in fields(Scenario):
+        option, action = option_of(part), told[part.name]
+        assert option.text in (action.help or "").replace("%%", "%")
+        if option.parse is None:
+            continue
+        shown = option.shown
+        if shown is None and part.default is not None and part.name != "model":
+            assert (
+                f"default {part.default:g}"
+                if isinstance(part.default, float)
+                else str(part.default) in (action.help or "")
+            )
+    assert scenarios("--model", "Phi-3.5-MoE")[0] == Scenario()
+    changed = scenarios("--model", "tiny-moe", "--keep-alive", "adaptive", "--every", "3", "--contention")[0]
+    assert changed == Scenario(model="tiny-moe", keep_alive="adaptive", every=3, contention=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--gpu H200", "--gpu: 'H200' is unknown; "),
+        ("--model Mixtrl-8x7B", "--model: 'Mixtrl-8x7B' is unknown; did you mean 'Mixtral-8x7B'? "),
+        ("--sizes x", "--sizes: 'x' is unknown; "),
+        ("--topology 8xA600", "--topology: '8xA600' is unknown; did you mean '8xA6000'? "),
+        ("--topology 0x8", "--topology: '0x8' is unknown; "),
+        ("--policies statc,eplb", "--policies: 'statc' is unknown; did you mean 'static'? "),
+        ("--policies static,static", "--policies: has 'static' twice"),
+        ("--policies ,", "--policies: names no policy"),
+        ("--batching clsed", "--batching: 'clsed' is unknown; did you mean 'closed'? "),
+        ("--predictor x", "--predictor: 'x' is unknown; "),
+        ("--figure x", "--figure: 'x' is unknown; "),
+        ("--sweep x 1", "--sweep: 'x' is unknown; "),
+        ("--sweep cv", "--sweep: needs at least one value for cv"),
+        ("--sweep cv low", "--sweep: 'low' is no value for cv"),
+        ("--sweep gpu H200", "--gpu: 'H200' is unknown; "),
+        ("--rate fast", "arguments: argument --rate: invalid float value: 'fast'"),
+        ("--rate -1", "--rate: is -1.0, must be a finite number above 0"),
+        ("--every 0", "--every: is 0, must be a whole number of at least 1"),
+        ("--error 2", "--error: is 2.0, must be from 0 to 1"),
+        ("--keep-alive long", "arguments: argument --keep-alive: invalid"),
+        ("--period 0.1", "--period: is set to 0.1, but passes follow from batching 'seconds'"),
+        ("--memory 40", "--memory: is set to 40.0, but it is for batching 'closed', not 'seconds'"),
+        (
+            "--batching closed --decode-every 4",
+            "--decode-every: is set to 4, but it is for batching 'seconds'",
+        ),
+        (
+            "--batching continuous --most-tokens 9",
+            "--most-tokens: is set to 9, but it is for batching 'closed'",
+        ),
+        ("--bank 4", "--bank: is set to 4, but it is for batching 'continuous'"),
+        ("--model tiny-moe --batching closed", "--batching: is set to 'closed', but it is for generated"),
+        ("--model tiny-moe --affinity", "--affinity: is set to True, but it is for generated routing"),
+        ("--model tiny-moe --lengths l.csv", "--lengths: is set to l.csv, but it is for generated routing"),
+        ("--stay 0.5", "--stay: is set to 0.5, but it is for token traces"),
+        ("--slots 3 --spare 2", "--spare: is set to 2, but slots say how many there are"),
+        ("--rate 3 --arrivals a.csv", "--rate: is set to 3.0, but arrivals are read from a file"),
+        ("--predictor last --error 0.2", "--error: is set to 0.2, but predictor is 'last'"),
+        ("--policies static,ours --cv 0.4", "--cv: is set to 0.4, but no policy of static, ours reads it"),
+        ("--policies static,eplb --distance 2", "--distance: is set to 2, but no policy of static, eplb"),
+        ("--policies static --contention", "--contention: is set to True, but no policy of static reads it"),
+        ("--policies moeless-no-predictor --predictor ar", "--predictor: is set to 'ar', but no policy of"),
+        ("--seconds 0", "--seconds: is 0, all of a recording; arrivals that are drawn need a number"),
+        ("--batching continuous --seconds 0.1", "--seconds: is 0.1, which is too short for a single pass"),
+        ("--popularity none.npz", "none.npz"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments.split(), "--quiet"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("moeless-simulate: ")
+    assert said in printed
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", [name for name in FIGURES if name != "scale"])
@@ -130,7 +221,7 @@ def test_every_figure_is_run_and_drawn(name: str, capsys: pytest.CaptureFixture[
     rows, said = rows_of(capsys, *arguments)
     figure = FIGURES[name]
     assert figure.text in said
-    assert [row["variant"] for row in rows[:: len(rows) // max(len(figure.variants), 1)]] == [
+    assert list(dict.fromkeys(row["variant"] for row in rows)) == [
         label for label, _ in figure.variants or [("", {})]
     ]
     assert drawn.read_bytes().startswith(b"\x89PNG")
@@ -150,12 +241,6 @@ def test_scale_keeps_the_traffic_per_gpu() -> None:
         assert nodes * per_node == int(label)
         assert changes["rate"] / int(label) == variants[0][1]["rate"] / 32
         assert changes["slots"] * int(label) >= 256
-
-
-def test_defaults_are_those_of_the_settings() -> None:
-    options, settings = _options([]), Settings()
-    for part in fields(Settings):
-        assert type(getattr(settings, part.name))(getattr(options, part.name)) == getattr(settings, part.name)
 
 
 def test_missing_extras_are_told_before_the_work(

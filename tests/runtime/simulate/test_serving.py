@@ -14,11 +14,14 @@ from moeless_opt.problems.io.arrivals import Arrivals
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Links, Topology
-from moeless_opt.runtime.simulate.backend import SimulatedBackend, simulate
+from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.cli import main
+from moeless_opt.runtime.simulate.drive import drive
+from moeless_opt.runtime.simulate.foresight import Assumed
 from moeless_opt.runtime.simulate.machine import Machine
-from moeless_opt.runtime.simulate.policies import Settings, build
+from moeless_opt.runtime.simulate.policies import BUILT_IN
 from moeless_opt.runtime.simulate.serving import ClosedLoop
+from moeless_opt.runtime.simulate.settings import Settings
 from moeless_opt.runtime.simulate.traffic import RoutingModel
 from moeless_opt.solvers.baselines.static import contiguous
 
@@ -127,7 +130,7 @@ def test_the_cache_limits_the_batch_and_fewer_replicas_make_it_larger() -> None:
     largest = {}
     for name, backend in (("few", few), ("full", full)):
         loop = ClosedLoop(backend, ROUTING, arrivals, memory=memory)
-        simulate(backend, loop)
+        drive(backend, loop)
         served = loop.served()
         assert np.isfinite(served.whole_R).all()
         assert served.held_back > 0
@@ -166,9 +169,10 @@ def test_every_policy_serves_the_same_requests() -> None:
         rng.integers(1, 10, 20).tolist(),
     )
     for name in ("static", "eplb", "oracle", "moeless", "ours-windowed", "stay"):
-        policy = build(name, MACHINE, TOPOLOGY, Settings(every=4))
-        loop = ClosedLoop(policy.backend, ROUTING, arrivals, memory=1e9)
-        simulate(policy.backend, loop, policy.controller, per_pass=policy.per_pass)
+        policy = BUILT_IN[name]
+        made = policy.build(MACHINE, TOPOLOGY, Settings(every=4))
+        loop = ClosedLoop(made.backend, ROUTING, arrivals, memory=1e9)
+        drive(made.backend, loop, made.controller, foresight=Assumed(0.1) if policy.per_pass else None)
         figures = loop.served().figures()
         assert figures["ended"] == 20, name
         assert 0 <= figures["queued_mean_s"] < figures["first_mean_s"] <= figures["whole_mean_s"]

@@ -1,0 +1,172 @@
+"""How missing weights come, and what passes pay for it: ways of transfer as objects.
+
+*overlapped*: the schedule of `schedule_migration` runs beside the passes, which go on with the old placement,
+undisturbed (assumed; but see `waits`), and switch when it is done. *exposed*: the passes wait for it.
+*per-pass* (the paper's mode): the placement holds from the next pass on; a layer's missing replicas load
+while the `distance` layers before it run, and what is left of their loading is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.runtime.pool.listed import ReplicaPool
+from moeless_opt.runtime.simulate.machine import Machine
+from moeless_opt.runtime.simulate.options import unknown
+from moeless_opt.runtime.simulate.waits import stretched
+from moeless_opt.solvers.migration.schedule import schedule_migration
+
+__all__ = ["TRANSFERS", "Arrival", "Exposed", "Move", "Overlapped", "PerPass", "Transfers", "transfers_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A change of placement that is asked for.
+
+    Parameters
+    ----------
+    machine, bytes_L : Machine, array of int, shape [L]
+        Links, and bytes of a replica.
+    live_LGC, wanted_LGC : arrays of int32, shape [L, G, C]
+        From where to where.
+    now : float
+        When.
+    network_share : float
+        Share of the passes' time in which the all-to-all is on the same ports; 0 where it is not.
+    limits : mapping
+        Of `schedule_migration`.
+    """
+
+    machine: Machine
+    bytes_L: IntArray
+    live_LGC: SlotArray
+    wanted_LGC: SlotArray
+    now: float
+    network_share: float
+    limits: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """What comes of it.
+
+    Parameters
+    ----------
+    cold : array of int
+        Keys of the replicas that have to be loaded.
+    load_L : array, shape [L], optional
+        Seconds of loading for each layer, where layers wait for their own replicas.
+    stall : float
+        Seconds that the next pass waits for it.
+    after : float, optional
+        Seconds until the placement is in force; by default it is at once.
+    """
+
+    cold: IntArray
+    load_L: FloatArray | None = None
+    stall: float = 0.0
+    after: float | None = None
+
+
+@runtime_checkable
+class Transfers(Protocol):
+    """How missing weights come.
+
+    Attributes
+    ----------
+    name : str
+        For people, and for `transfers_of`.
+    per_pass : bool
+        Whether a placement is for the next pass alone: replicas are then in use only while they serve, and
+        those kept alive beyond it are warm.
+    """
+
+    name: str
+    per_pass: bool
+
+    def room_LG(self, capacity_LG: IntArray) -> IntArray:
+        """Replicas that GPUs hold at most, those on their way included, [L, G]."""
+        ...
+
+    def begin(self, move: Move, pool: ReplicaPool) -> Arrival:
+        """Start a move; loads what is missing into the pool."""
+        ...
+
+
+class Overlapped:
+    """Beside the passes, which switch when all is there."""
+
+    name, per_pass = "overlapped", False
+
+    def room_LG(self, capacity_LG: IntArray) -> IntArray:
+        """Room for old and new replicas at once."""
+        return np.asarray(2 * capacity_LG)
+
+    def begin(self, move: Move, pool: ReplicaPool) -> Arrival:
+        """See `Transfers`."""
+        seconds, cold = _scheduled(move, pool)
+        return Arrival(cold=cold, after=stretched(seconds, move.network_share))
+
+
+class Exposed(Overlapped):
+    """The passes wait for all of it."""
+
+    name = "exposed"
+
+    def begin(self, move: Move, pool: ReplicaPool) -> Arrival:
+        """See `Transfers`."""
+        seconds, cold = _scheduled(move, pool)
+        return Arrival(cold=cold, stall=seconds)
+
+
+class PerPass:
+    """In force from the next pass on; layers wait for what the layers before them do not hide."""
+
+    name, per_pass = "per-pass", True
+
+    def room_LG(self, capacity_LG: IntArray) -> IntArray:
+        """What the GPUs have room for."""
+        return capacity_LG
+
+    def begin(self, move: Move, pool: ReplicaPool) -> Arrival:
+        """See `Transfers`."""
+        before = pool.keys.copy()
+        cold = pool.prewarm(move.wanted_LGC, move.now).cold
+        return Arrival(cold=cold, load_L=move.machine.load_seconds(cold, before, move.bytes_L))
+
+
+def _scheduled(move: Move, pool: ReplicaPool) -> tuple[float, IntArray]:
+    """Seconds of the schedule, and what has to be loaded."""
+    migration = schedule_migration(
+        move.live_LGC,
+        move.wanted_LGC,
+        move.machine.model.experts,
+        move.machine.topology,
+        bytes_L=move.bytes_L,
+        **move.limits,
+    )
+    return migration.seconds, pool.prewarm(move.wanted_LGC, move.now).cold
+
+
+TRANSFERS: dict[str, Transfers] = {way.name: way for way in (Overlapped(), Exposed(), PerPass())}
+"""The ways by name."""
+
+
+def transfers_of(transfers: Transfers | str) -> Transfers:
+    """A way of transfer, or the one of that name.
+
+    Raises
+    ------
+    ProblemError
+        If there is none.
+    """
+    if isinstance(transfers, str):
+        if transfers not in TRANSFERS:
+            raise unknown("transfers", transfers, TRANSFERS)
+        return TRANSFERS[transfers]
+    return transfers

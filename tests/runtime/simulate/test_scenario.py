@@ -1,0 +1,307 @@
+"""Scenarios and policies from Python: what they refuse, policies of others, and figures that stay."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
+from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.runtime.control.planner import Planner
+from moeless_opt.runtime.simulate import policies
+from moeless_opt.runtime.simulate.cli import main
+from moeless_opt.runtime.simulate.options import option_of
+from moeless_opt.runtime.simulate.policies import BUILT_IN, Policy, get_policy, list_policies, policy_names
+from moeless_opt.runtime.simulate.run import simulate
+from moeless_opt.runtime.simulate.scenario import Scenario, ignored
+from moeless_opt.runtime.simulate.shares import BalancedRule, EqualRule
+
+QUICK = Scenario(model="tiny-moe", seconds=3)
+REBUILT = Policy(
+    name="rebuilt",
+    summary="the best balance per window",
+    shares=BalancedRule(),
+    planner=lambda site: Planner(topology=site.topology, solver="construct"),
+    colour="#7700AA",
+)
+
+
+# ------------------------------------------------------------------------------------------- scenarios
+
+
+def test_the_public_names() -> None:
+    import moeless_opt.runtime.simulate as room
+
+    assert room.Scenario is Scenario
+    assert room.simulate is simulate
+    for name in room.__all__:
+        assert getattr(room, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'x'"):
+        _ = room.x
+
+
+def test_every_field_has_an_option_of_its_kind() -> None:
+    """The defaults pass their own checks and come out as they are, and nobody needs to say one twice."""
+    for part in fields(Scenario):
+        option = option_of(part)
+        assert option.text
+        assert option.group
+        assert option.check(part.name, part.default) == part.default
+        if option.parse is not None and isinstance(part.default, int | float | str):
+            assert option.check(part.name, option.parse(str(part.default))) == part.default
+
+
+def test_it_is_frozen_and_replace_validates_again() -> None:
+    with pytest.raises(FrozenInstanceError):
+        QUICK.seconds = 5  # type: ignore[misc]
+    assert QUICK.replace(seconds=5) == Scenario(model="tiny-moe", seconds=5.0)
+    assert QUICK.replace(policies="static, ours").policies == ("static", "ours")
+    assert hash(QUICK.replace(seed=0)) == hash(QUICK)
+    with pytest.raises(ProblemError, match=r"^every: is 0"):
+        QUICK.replace(every=0)
+    with pytest.raises(ProblemError, match=r"^horizon: Scenario has no such field"):
+        QUICK.replace(horizon=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", 3),
+        ("model", ""),
+        ("topology", 8),
+        ("gpu", None),
+        ("policies", ()),
+        ("policies", 3),
+        ("policies", (3,)),
+        ("contention", 1),
+        ("arrivals", 3),
+        ("keep_alive", "long"),
+        ("keep_alive", -1),
+        ("keep_alive", True),
+        ("seconds", float("nan")),
+        ("stay", 1.5),
+        ("slots", 0),
+        ("slots", 2.5),
+        ("seed", -1),
+    ],
+)
+def test_errors_name_the_field(field: str, value: Any) -> None:
+    with pytest.raises(ProblemError) as caught:
+        Scenario(**{field: value})
+    assert caught.value.where == field
+
+
+def test_what_is_idle_is_what_changes_nothing() -> None:
+    """Of a field that the scenario calls idle, another value gives the same figures; else it may not."""
+    values = {part.name: getattr(QUICK, part.name) for part in fields(Scenario)} | {"policies": ("eplb",)}
+    other = {"cv": 0.9, "distance": 2, "gain": 0.3, "period": 0.2, "tolerance": 0.5, "error": 0.3, "every": 2}
+    idle = ignored({**values, **other})
+    assert set(idle) == set(other) - {"every"}
+    assert "no policy of eplb reads it" in idle["cv"]
+
+
+def test_model_and_topology_of_ones_own() -> None:
+    model = ModelSpec(name="mine", layers=2, experts=8, top_k=2, hidden=64, ffn=128)
+    topology = Topology.uniform(1, 4, slots=3)
+    scenario = Scenario(model=model, topology=topology, seconds=3, policies=("static", "ours"))
+    found = simulate(scenario)
+    assert "mine: 2 layers x 8 experts" in found.text[0]
+    assert "up to 3 replicas" in found.text[0]
+    assert found.rows[0]["held"] == 16
+    assert len(found.rows[1]["foreseen_L"] or ()) == 2
+    with pytest.raises(ProblemError, match=r"^slots: .*the topology has slots or memory of its own"):
+        scenario.replace(slots=2)
+
+
+def test_a_result_prints_draws_and_repeats_itself(tmp_path: Path) -> None:
+    told: list[tuple[str, float, float]] = []
+    found = simulate(
+        QUICK.replace(policies=("static", "oracle")), progress=lambda *report: told.append(report)
+    )
+    assert {name for name, _, _ in told} == {"static", "oracle"}
+    assert all(now >= 0 for _, now, _ in told)
+    text = str(found)
+    for part in ("measured: ", "assumed: ", "settings: cv 0.2", "vs static", "vs oracle", "-------"):
+        assert part in text
+    assert "vs eplb" not in text
+    again = simulate(QUICK.replace(policies=("static", "oracle")))
+    own = ("seconds", "plan_ms")
+    assert [{k: v for k, v in row.items() if k not in own} for row in found.rows] == [
+        {k: v for k, v in row.items() if k not in own} for row in again.rows
+    ]
+    pytest.importorskip("matplotlib")
+    found.plot(tmp_path / "latency.png")
+    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+GOLDEN: dict[str, tuple[Scenario, dict[str, tuple[float, ...]]]] = {
+    "reading": (
+        Scenario(model="Mixtral-8x7B", seconds=6, every=2, policies=tuple(BUILT_IN)),
+        {
+            "static": (7.75413349, 18.1723484, 2.47140203, 256, 0, 173.966003),
+            "eplb": (7.11005089, 18.1723484, 2.10981676, 403.609672, 189, 234.387288),
+            "oracle": (3.5136222, 5.74449594, 1, 256, 0, 82.691747),
+            "moeless": (6.59775997, 13.3052084, 1.24968249, 495.496955, 93.5, 28.4944702),
+            "moeless-no-predictor": (7.66413782, 18.1723484, 1.81216348, 435.812961, 83.8333333, 34.9810993),
+            "moeless-no-scaler": (7.75413349, 18.1723484, 2.47140203, 256, 0, 38.1932597),
+            "moeless-no-placer": (12.4120068, 14.2924198, 1.17157944, 509.425292, 345.5, 33.5179349),
+            "stay": (6.60958088, 18.1723484, 2.070052, 336.885371, 21.8333333, 33.3781371),
+            "ours-windowed": (6.42658895, 18.1723484, 1.99741951, 354.120967, 44, 32.6658457),
+            "ours": (5.05375725, 7.89275814, 1.4539052, 428.218867, 43.5, 25.4707265),
+        },
+    ),
+    "writing": (
+        Scenario(
+            model="Phi-3.5-MoE",
+            seconds=3,
+            decode_every=64,
+            contention=True,
+            decide_ms=0.5,
+            policies=("static", "moeless", "ours"),
+        ),
+        {
+            "static": (0.393883892, 0.579771426, 2.49378006, 512, 0, 1660.82662),
+            "moeless": (4.9532773, 8.93873298, 1.30651956, 768, 4.09168443, 785.434721),
+            "ours": (0.522112352, 0.775664241, 1.73847094, 635.113988, 0.253731343, 340.529208),
+        },
+    ),
+    "closed": (
+        Scenario(
+            model="Mixtral-8x7B",
+            seconds=2,
+            batching="closed",
+            most_requests=16,
+            policies=("static", "ours-windowed"),
+        ),
+        {
+            "static": (0.684072996, 1.97565859, 2.79008032, 256, 0, 1269.50797),
+            "ours-windowed": (0.679883831, 1.96351411, 2.2467115, 468.38281, 1.37323944, 265.362961),
+        },
+    ),
+    "recorded": (
+        Scenario(
+            model="tiny-moe",
+            seconds=5,
+            sizes="Phi-3.5-MoE",
+            rate=12,
+            predictor="recorded",
+            keep_alive="adaptive",
+            policies=("static", "moeless", "ours"),
+        ),
+        {
+            "static": (3.7759558, 5.18165346, 2.23087339, 96, 0, 2.36692397),
+            "moeless": (3.41525834, 6.07447689, 1.27709095, 141.481896, 25.2, 0.747534579),
+            "ours": (2.67303364, 4.09839927, 1.42597315, 116.172861, 10.4, 0.58480622),
+        },
+    ),
+}
+"""Mean and 99th percentile in ms, imbalance, replicas held and moved per pass, cost by use in GB*s."""
+
+
+@pytest.mark.parametrize("name", list(GOLDEN))
+def test_figures_stay(name: str) -> None:
+    """Of every policy; with writing passes, contention and deciding; in the closed loop; by real gates."""
+    scenario, wanted = GOLDEN[name]
+    found = {
+        row["policy"]: (
+            row["mean_ms"],
+            row["p99_ms"],
+            row["imbalance"],
+            row["held"],
+            row["moved_per_pass"],
+            row["cost"]["functions"],
+        )
+        for row in simulate(scenario).rows
+    }
+    assert set(found) == set(wanted)
+    for policy, figures in wanted.items():
+        assert found[policy] == pytest.approx(figures, rel=1e-6), policy
+
+
+# -------------------------------------------------------------------------------------------- policies
+
+
+def test_a_policy_of_ones_own_runs_beside_ours(tmp_path: Path) -> None:
+    scenario = QUICK.replace(policies=("static", REBUILT), every=2, seconds=6)
+    found = simulate(scenario)
+    assert [row["policy"] for row in found.rows] == ["static", "rebuilt"]
+    assert found.rows[1]["moved_per_pass"] > 0
+    assert found.rows[1]["imbalance"] < found.rows[0]["imbalance"]
+    pytest.importorskip("matplotlib")
+    found.plot(tmp_path / "latency.svg")
+    assert "#7700aa" in (tmp_path / "latency.svg").read_text().lower()
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"name": ""}, "policy.name"),
+        ({"shares": "equal"}, "policy.shares"),
+        ({"transfers": "per-pass"}, "policy.transfers"),
+        ({"planner": 3}, "policy.planner"),
+        ({"part": "hero"}, "policy.part"),
+        ({"colour": None}, "policy.colour"),
+    ],
+)
+def test_a_policy_is_checked(change: dict[str, Any], where: str) -> None:
+    parts: dict[str, Any] = {"name": "x", "summary": "y", "shares": EqualRule(), **change}
+    with pytest.raises(ProblemError) as caught:
+        Policy(**parts)
+    assert caught.value.where == where
+
+
+def broken() -> Policy:
+    raise RuntimeError("no licence")
+
+
+def plug(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
+    """Entry points of other packages."""
+    entries = [EntryPoint(name, value, policies.ENTRY_POINTS) for name, value in targets.items()]
+    monkeypatch.setattr(policies, "entry_points", lambda group: entries)
+
+
+def test_policies_of_others_come_by_entry_point(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A broken one is a warning and a row; asked for, one line; the others go on."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "others", sys.modules[__name__])
+    plug(
+        monkeypatch,
+        rebuilt="others:REBUILT",
+        missing="no_such_package:policy",
+        broken="others:broken",
+        odd="others:QUICK",
+        renamed="others:REBUILT",
+        static="others:REBUILT",
+    )
+    assert policy_names() == [*BUILT_IN, "broken", "missing", "odd", "rebuilt", "renamed"]
+    assert get_policy("rebuilt") is REBUILT
+    assert get_policy("static") is BUILT_IN["static"]
+    reasons = {"missing": "No module named 'no_such_package'", "broken": "RuntimeError: no licence"}
+    reasons |= {"odd": "TypeError", "renamed": "calls itself 'rebuilt'"}
+    for name, why in reasons.items():
+        with pytest.raises(SolverUnavailableError, match=why):
+            get_policy(name)
+        assert main(["--policies", f"static,{name}", "--quiet"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert why in said
+    with pytest.warns(UserWarning, match="cannot be used") as warned:
+        rows = list_policies()
+    assert len(warned) == len(reasons)
+    assert {name for name, row in rows.items() if isinstance(row, str)} == set(reasons)
+    with pytest.warns(UserWarning, match="cannot be used"):
+        assert main(["--list-policies"]) == 0
+    table = capsys.readouterr().out
+    assert "the best balance per window" in table
+    assert "cannot be used: RuntimeError: no licence" in table
+    arguments = ["--model", "tiny-moe", "--seconds", "3", "--policies", "static,rebuilt", "--quiet"]
+    assert main(arguments) == 0
+    assert "rebuilt" in capsys.readouterr().out
