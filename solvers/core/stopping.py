@@ -9,7 +9,7 @@ from typing import Protocol
 
 from moeless_opt.problems.plan.result import StoppedBy
 
-__all__ = ["Clock", "FirstOf", "Interrupt", "MaxGap", "MaxTime", "NeverStop", "Stop"]
+__all__ = ["Clock", "FirstOf", "Interrupt", "MaxGap", "MaxTime", "NeverStop", "Stop", "part_of"]
 
 
 class Stop(Protocol):
@@ -96,6 +96,12 @@ class FirstOf:
     def __call__(self, best: float = float("inf"), bound: float = 0.0) -> StoppedBy:
         """Ask each in turn."""
         return next((why for stop in self.stops if (why := stop(best, bound))), StoppedBy.NOTHING)
+
+
+def part_of(stop: Stop, share: float) -> Stop:
+    """Stop earlier: after a share of the time that is left, where that is limited."""
+    left = stop.remaining
+    return stop if left == float("inf") else FirstOf(stop, MaxTime(share * left))
 
 
 @dataclass(frozen=True, slots=True)

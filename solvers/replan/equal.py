@@ -12,14 +12,13 @@ drop      a replica whose expert has others (no move)
 ========  ============================================================================================
 
 A replica *yields* when its expert has others; they then take its tokens. What was live at a place before
-costs nothing to put back. Destroying and repairing (as in `replan_lns`) then removes moves that turned out
+costs nothing to put back. Destroying and repairing (as in `shake`) then removes moves that turned out
 needless. All candidates of a step are evaluated exactly and at once, as arrays.
 """
 
 from __future__ import annotations
 
-import time as clock
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,21 +26,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
-from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import best_bound
 from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.solvers.core.knapsack import choose_points
-from moeless_opt.solvers.replan.fractional import Replan, checked, mend_content
-from moeless_opt.solvers.replan.relabel import seat_all
-from moeless_opt.solvers.replan.shake import count_moves, put_back
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
+from moeless_opt.solvers.replan.live import Content, count_moves, mend_content
+from moeless_opt.solvers.replan.shake import put_back
+from moeless_opt.solvers.replan.task import (
+    Point,
+    Replanned,
+    ReplanTask,
+    ReplanWish,
+    front_of,
+    seated,
+    spread_budget,
+)
 
 __all__ = ["EqualState", "fill_equal", "replan_equal"]
 
-Content = list[list[int]]
 
 _HOT = 8  # hottest GPUs that a step looks at
 _MOST_BACK = 6  # GPUs put back in one round of destroying and repairing
 _ENOUGH = 1e-9  # overflow, in units of the mean GPU load, that counts as none
+_ROUNDS = 8  # of destroying and repairing, where none are wished for
 _TRIES = 6  # wanted times tried for a layer that cannot reach its own
 
 
@@ -112,9 +118,13 @@ class _Change:
 
 
 def fill_equal(
-    state: EqualState, rng: np.random.Generator | None = None, budget: int | None = None, trace: Any = None
+    state: EqualState,
+    rng: np.random.Generator | None = None,
+    budget: int | None = None,
+    trace: Callable[[EqualState], None] | None = None,
+    stop: Stop | None = None,
 ) -> bool:
-    """Lower the overflow until none is left; False if no change helps, or the budget of moves is spent.
+    """Lower the overflow until none is left; False if no change helps, or moves or time are spent.
 
     Parameters
     ----------
@@ -126,12 +136,17 @@ def fill_equal(
         Moves (against the live placement) that the state may have.
     trace : callable, optional
         Shown the state after each change.
+    stop : Stop, optional
+        Asked before each change.
     """
+    stop = stop or NeverStop()
     steps = 4 * state.on_EG.shape[1] + int(state.count_E.sum())
     for _ in range(steps):
         if state.overflow <= _ENOUGH:
             return budget is None or state.moves() <= budget
         if budget is not None and state.moves() > budget:
+            return False
+        if stop():
             return False
         change = _best_change(state, rng)
         if change is None:
@@ -281,8 +296,8 @@ class _Layer:
     start: Content
     content: Content
     target: float
+    rng: np.random.Generator
     reached: bool = True
-    rng: np.random.Generator | None = None
 
     def state(self, content: Content, time: float) -> EqualState:
         room_G = self.speed_G * time * (1.0 + 1e-12)
@@ -293,90 +308,81 @@ class _Layer:
         return float((state.load_G / self.speed_G).max())
 
 
-def replan_equal(
-    load_LE: Any,
-    slots_LGC: Any,
-    capacity_LG: Any,
-    speed_G: Any = None,
-    *,
-    tolerance: float = 0.02,
-    max_moves: int | None = None,
-    cost_L: Sequence[int] | None = None,
-    time_limit: float | None = None,
-    rounds: int = 8,
-    seed: int = 0,
-    repair: bool = False,
-    bound_L: Any = None,
-) -> Replan:
+def replan_equal(task: ReplanTask, wish: ReplanWish | None = None, *, stop: Stop | None = None) -> Replanned:
     """Move few replicas until, tokens split evenly, the largest GPU time is within a tolerance of the bound.
 
-    Parameters and errors are those of `replan.replan_fractional`; `rounds` of destroying and repairing run
-    for each layer even without a time limit, with one until time is out.
+    Parameters and errors are those of `fractional.replan_fractional`; 8 rounds of destroying and repairing
+    run for each layer if the wish names no other number.
 
     Returns
     -------
-    Replan
+    Replanned
         Placement, equal shares, times, moves and bounds. A layer that the search cannot bring to the wanted
         time has the best time that it found; ``least_moves_L`` is one where the live placement misses it.
     """
-    started = clock.monotonic()
-    load, slots, capacity, speed = checked(load_LE, slots_LGC, capacity_LG, speed_G)
-    if not tolerance >= 0.0:
-        raise ProblemError("tolerance", f"is {tolerance}, would need a number of at least 0")
+    wish, stop = wish or ReplanWish(), stop or NeverStop()
+    load, speed = task.load_LE, task.speed_G
     L, E = load.shape
-    bound = best_bound(load, capacity, speed, "equal")[0] if bound_L is None else np.asarray(bound_L, float)
+    if wish.bound_L is None:
+        bound = best_bound(load, task.capacity_LG, speed, "equal")[0]
+    else:
+        bound = np.asarray(wish.bound_L, dtype=np.float64)
     mean_L = np.where(load.sum(axis=1) > 0.0, load.sum(axis=1) / speed.sum(), 1.0)
     layers = []
     for layer in range(L):
-        load_E = load[layer] / mean_L[layer]
-        rows = slots[layer].tolist()
-        start = mend_content(load_E.tolist(), rows, capacity[layer].tolist(), speed.tolist(), layer, repair)
-        live = [frozenset(expert for expert in row if 0 <= expert < E) for row in rows]
-        live_EG = np.array([[expert in row for row in live] for expert in range(E)])
-        target = (1.0 + tolerance) * float(bound[layer] / mean_L[layer])
-        layers.append(_Layer(load_E, capacity[layer], speed, live, live_EG, start, start, target))
+        target = (1.0 + wish.tolerance) * float(bound[layer] / mean_L[layer])
+        layers.append(_begin(task, layer, mean_L[layer], target, wish))
     forced_L = np.array([count_moves(one.live, one.start) for one in layers], dtype=np.int64)
-    price = [1] * L if cost_L is None else [int(one) for one in cost_L]
-    needed = int(sum(one * by for one, by in zip(forced_L.tolist(), price, strict=True)))
-    if max_moves is not None and needed > max_moves:
-        raise InfeasibleError(
-            f"max_moves: {max_moves} cannot give every expert a replica; the least that would is {needed}"
-        )
-    least = [int(one.time(one.start) > one.target * (1.0 + 1e-9)) for one in layers]
-    for layer, one in enumerate(layers):
+    wish.check_budget(forced_L)
+    time = [one.time(one.start) for one in layers]
+    least = [int(now > one.target * (1.0 + 1e-9)) for now, one in zip(time, layers, strict=True)]
+    # The worst first: who knows for how many there is time.
+    for layer in sorted(range(L), key=lambda layer: (layers[layer].target - time[layer], layer)):
         if least[layer]:
-            _plan_layer(one)
-        one.rng = np.random.default_rng((seed, layer))
-    _improve(layers, time_limit, rounds, started)
-    if max_moves is not None:
-        _keep_to_budget(layers, price, max_moves)
-    new = np.full_like(slots, -1)
-    for layer, one in enumerate(layers):
-        new[layer] = seat_all(slots[layer].tolist(), one.content)
-    return Replan(
+            _plan_layer(layers[layer], stop)
+    _improve(layers, wish.most_rounds(_ROUNDS), stop)
+    if wish.max_moves is not None:
+        _keep_to_budget(layers, wish.price_L(L), wish.max_moves, stop)
+    new = seated(task, [one.content for one in layers])
+    return Replanned(
         slots_LGC=new,
         share_LGC=equal_shares(new, E),
         time_L=np.array([one.time(one.content) for one in layers]) * mean_L * (load.sum(axis=1) > 0.0),
         moves_L=np.array([count_moves(one.live, one.content) for one in layers], dtype=np.int64),
         forced_L=forced_L,
         bound_L=bound,
-        target_L=(1.0 + tolerance) * bound,
+        target_L=(1.0 + wish.tolerance) * bound,
         least_moves_L=np.array(least, dtype=np.int64),
     )
 
 
-def _plan_layer(one: _Layer) -> None:
+def _begin(task: ReplanTask, layer: int, mean: float, target: float, wish: ReplanWish) -> _Layer:
+    load_E = task.load_LE[layer] / mean
+    rows, capacity_G, speed_G = task.live_LGC[layer].tolist(), task.capacity_LG[layer], task.speed_G
+    start = mend_content(load_E.tolist(), rows, capacity_G.tolist(), speed_G.tolist(), layer, wish.repair)
+    live = [frozenset(expert for expert in row if 0 <= expert < len(load_E)) for row in rows]
+    live_EG = np.array([[expert in row for row in live] for expert in range(len(load_E))])
+    rng = np.random.default_rng((wish.seed, layer))
+    return _Layer(load_E, capacity_G, speed_G, live, live_EG, start, start, target, rng)
+
+
+def _plan_layer(one: _Layer, stop: Stop) -> None:
     """Reach the wanted time; else bisect for one that is within reach."""
+    if stop():
+        one.reached = False
+        return
     state = one.state(one.start, one.target)
-    one.reached = fill_equal(state)
+    one.reached = fill_equal(state, stop=stop)
     best = min(one.time(one.start), time := one.time(state.content()))
     if one.reached or time <= best:
         one.content = state.content()
     low, high = one.target, best
     for _ in range(0 if one.reached else _TRIES):
+        if stop():
+            break
         middle = 0.5 * (low + high)
         state = one.state(one.start, middle)
-        done = fill_equal(state)
+        done = fill_equal(state, stop=stop)
         time = one.time(state.content())
         if time < high:
             high, one.content = time, state.content()
@@ -386,21 +392,19 @@ def _plan_layer(one: _Layer) -> None:
             break
 
 
-def _improve(layers: list[_Layer], time_limit: float | None, rounds: int, started: float) -> None:
+def _improve(layers: list[_Layer], rounds: float, stop: Stop) -> None:
     """Destroy and repair each layer in turn."""
-    last = np.inf if time_limit is None else started + time_limit
     turn = 0
     active = [one for one in layers if one.reached and one.content is not one.start]
-    while active and (turn < rounds or time_limit is not None) and clock.monotonic() < last:
+    while active and turn < rounds and not stop():
         for one in active:
-            if clock.monotonic() >= last:
+            if stop():
                 break
-            _shake(one)
+            _shake(one, stop)
         turn += 1
 
 
-def _shake(one: _Layer) -> None:
-    assert one.rng is not None
+def _shake(one: _Layer, stop: Stop) -> None:
     changed = [
         gpu for gpu, row in enumerate(one.content) if any(expert not in one.live[gpu] for expert in row)
     ]
@@ -410,31 +414,23 @@ def _shake(one: _Layer) -> None:
     size = int(one.rng.integers(1, min(len(changed), _MOST_BACK) + 1))
     chosen = one.rng.choice(changed, size=size, replace=False).tolist()
     state = one.state(put_back(one.live, one.content, chosen, len(one.load_E)), one.target)
-    if fill_equal(state, one.rng, moves):
+    if fill_equal(state, one.rng, moves, stop=stop):
         one.content = state.content()
 
 
-def _keep_to_budget(layers: list[_Layer], price: list[int], budget: int) -> None:
+def _keep_to_budget(layers: list[_Layer], price: list[int], budget: int, stop: Stop) -> None:
     spent = sum(by * count_moves(one.live, one.content) for one, by in zip(layers, price, strict=True))
     if spent <= budget:
         return
-    fronts = [_frontier(one) for one in layers]
-    chosen = choose_points(
-        [[point[0] for point in front] for front in fronts],
-        [
-            [point[1] * float(one.load_E.sum()) for point in front]
-            for front, one in zip(fronts, layers, strict=True)
-        ],
-        price,
-        budget,
-    )
-    for one, front, index in zip(layers, fronts, chosen, strict=True):
-        one.content = front[index][2]
+    fronts = [_frontier(one, stop) for one in layers]
+    contents = spread_budget(fronts, [float(one.load_E.sum()) for one in layers], price, budget)
+    for one, content in zip(layers, contents, strict=True):
+        one.content = content
 
 
-def _frontier(one: _Layer) -> list[tuple[int, float, Content]]:
-    """Points (moves, time, content) between the start and the finished plan, each faster than the last."""
-    points: list[tuple[int, float, Content]] = []
+def _frontier(one: _Layer, stop: Stop) -> list[Point]:
+    """Points between the start and the finished plan, each with more moves and faster than the last."""
+    points: list[Point] = []
 
     def note(content: Content) -> None:
         points.append((count_moves(one.live, content), max(one.time(content), one.target), content))
@@ -443,14 +439,8 @@ def _frontier(one: _Layer) -> list[tuple[int, float, Content]]:
     note(one.content)
     first, last = points[0][1], points[1][1]
     for part in (0.5, 0.25, 0.1, 0.0):
+        if stop():
+            break
         state = one.state(one.start, last + part * (first - last))
-        fill_equal(state, trace=lambda now: note(now.content()))
-    points.sort(key=lambda point: point[:2])
-    front = points[:1]
-    for point in points[1:]:
-        if point[1] < front[-1][1] * (1.0 - 1e-9):
-            if point[0] == front[-1][0]:
-                front[-1] = point
-            else:
-                front.append(point)
-    return front
+        fill_equal(state, trace=lambda now: note(now.content()), stop=stop)
+    return front_of(points)

@@ -1,6 +1,6 @@
 """One layer's re-plan with free token shares: add the few replicas that let the overload out.
 
-For a wanted time T the overflow of a layer (`replan_flow`) must become zero. A replica of a captive expert
+For a wanted time T the overflow of a layer (`flow`) must become zero. A replica of a captive expert
 of a hot group on a cool GPU opens a way out; it usually takes the slot of some replica that the cool GPU can
 spare. Each step
 
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
 from moeless_opt.solvers.replan.flow import Cut, LayerFlow, Pair
 
 __all__ = ["QUICK", "WIDE", "Change", "Search", "fill_overflow"]
@@ -71,6 +72,7 @@ def fill_overflow(
     rng: np.random.Generator | None = None,
     budget: int | None = None,
     trace: Callable[[LayerFlow], None] | None = None,
+    stop: Stop | None = None,
 ) -> int:
     """Change the placement until no token overflows, or no change helps.
 
@@ -86,16 +88,19 @@ def fill_overflow(
         Pairs that may be added.
     trace : callable, optional
         Shown the state after every change.
+    stop : Stop, optional
+        Asked before every change.
 
     Returns
     -------
     int
         Overflow that is left.
     """
+    stop = stop or NeverStop()
     overflow = state.solve()
     wide = WIDE if state.gpus <= _LARGE_FROM else _LARGE
     added = 0
-    while overflow > 0:
+    while overflow > 0 and not stop():
         cut = state.cut()
         best = _best_change(state, cut, overflow, search, rng)
         if best is None:

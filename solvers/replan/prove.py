@@ -12,11 +12,12 @@ from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.core.finish import Built, token_bound
 from moeless_opt.solvers.core.options import one_of
 from moeless_opt.solvers.core.solver import Heuristic, Task
-from moeless_opt.solvers.core.stopping import FirstOf, MaxTime
-from moeless_opt.solvers.replan.layers import layer_moves, layer_times, live_slots
+from moeless_opt.solvers.core.stopping import part_of
+from moeless_opt.solvers.replan.live import layer_moves, layer_times, live_slots
 from moeless_opt.solvers.replan.min_moves import min_moves, min_moves_bound
 from moeless_opt.solvers.replan.relabel import seat
-from moeless_opt.solvers.replan.solver import replan_to
+from moeless_opt.solvers.replan.solver import replan_within
+from moeless_opt.solvers.replan.task import ReplanWish
 from moeless_opt.solvers.shares.best import best_shares
 
 __all__ = ["MinMoves", "MinMovesOptions"]
@@ -50,13 +51,13 @@ class MinMoves(Heuristic):
         """Re-plan, then prove each layer's moves by a mixed-integer programme, as time allows."""
         problem, stop = task.problem, task.stop
         live_LGC, tolerance = live_slots(problem), problem.objective.balance_tolerance
-        slots_LGC = replan_to(problem, tolerance, time_limit=stop.remaining / 4, seed=task.seed)
+        wish = ReplanWish(tolerance=tolerance, seed=task.seed, until_stopped=True)
+        slots_LGC = replan_within(problem, wish, stop=part_of(stop, 0.25)).slots_LGC
         wanted_L = np.maximum(token_bound(problem) * (1 + tolerance), layer_times(problem, slots_LGC))
         least_L = min_moves_bound(problem.load_LE, live_LGC, problem.topology.speed_G, wanted_L)
         moves_L = layer_moves(problem, slots_LGC, live_LGC)
         open_L = [int(x) for x in np.flatnonzero(moves_L > least_L)]
         for done, layer in enumerate(sorted(open_L, key=lambda x: (moves_L[x], x))):
-            left = stop.remaining
             if stop(float(moves_L.sum()), float(least_L.sum())):
                 break
             answer = min_moves(
@@ -66,7 +67,7 @@ class MinMoves(Heuristic):
                 problem.topology.speed_G,
                 float(wanted_L[layer]),
                 known=[[e for e in row if e >= 0] for row in slots_LGC[layer].tolist()],
-                stop=FirstOf(stop, MaxTime(left / (len(open_L) - done))),
+                stop=part_of(stop, 1.0 / (len(open_L) - done)),
                 engine=task.options.engine,
             )
             least_L[layer] = max(int(least_L[layer]), answer.bound)

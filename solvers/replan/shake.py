@@ -17,18 +17,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.replan.fill import QUICK, fill_overflow
 from moeless_opt.solvers.replan.flow import LayerFlow
+from moeless_opt.solvers.replan.live import count_moves
 
-__all__ = ["Shaker", "count_moves", "put_back"]
+__all__ = ["Shaker", "put_back"]
 
 _MOST_BACK = 6  # GPUs put back in one round, at most
 _KICK = 0.3  # share of the rounds that also take a random step
-
-
-def count_moves(live: Sequence[frozenset[int]], content: Sequence[Sequence[int]]) -> int:
-    """Count replicas that a GPU does not hold live."""
-    return sum(expert not in held for held, row in zip(live, content, strict=True) for expert in row)
 
 
 def put_back(
@@ -94,8 +91,8 @@ class Shaker:
         """Whether the moves are proven least."""
         return self.moves <= self._least
 
-    def round(self) -> None:
-        """Destroy and repair once."""
+    def round(self, stop: Stop | None = None) -> None:
+        """Destroy and repair once; a round that is stopped changes nothing."""
         rng, live = self._rng, self._live
         changed = [
             gpu for gpu, row in enumerate(self.content) if any(expert not in live[gpu] for expert in row)
@@ -109,7 +106,7 @@ class Shaker:
         kept = count_moves(live, state.content)
         if kept > self.moves:
             return
-        if fill_overflow(state, QUICK, rng=rng, budget=self.moves - kept) > 0:
+        if fill_overflow(state, QUICK, rng=rng, budget=self.moves - kept, stop=stop) > 0:
             return
         found = count_moves(live, state.content)
         if found <= self.moves:

@@ -1,6 +1,6 @@
 """Re-planning as a solver of the registry: budgets, fallback, and whether a move pays.
 
-The kernels (`replan`, `replan_equal`) find few moves for a wanted balance. Here the problem's limits become
+The kernels (`fractional`, `equal`) find few moves for a wanted balance. Here the problem's limits become
 their budgets; a fresh construction, its GPUs relabelled, takes over a layer where it moves less or balances
 better; and with a horizon every layer stops on its way at the point where the next moves would cost more
 than they save.
@@ -9,7 +9,7 @@ than they save.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,22 +21,20 @@ from moeless_opt.problems.plan.plan import Payback, Plan
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.solver import Construct
 from moeless_opt.solvers.core.finish import Built, token_bound
+from moeless_opt.solvers.core.knapsack import choose_points
 from moeless_opt.solvers.core.solver import Heuristic, Task
+from moeless_opt.solvers.core.stopping import NeverStop, Stop, part_of
 from moeless_opt.solvers.migration.schedule import schedule_migration
-from moeless_opt.solvers.replan.fractional import Replan as Replanned
+from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import replan_fractional
-from moeless_opt.solvers.replan.layers import (
-    layer_moves,
-    layer_problem,
-    layer_times,
-    live_slots,
-)
+from moeless_opt.solvers.replan.live import layer_moves, layer_problem, layer_times, live_slots
 from moeless_opt.solvers.replan.min_moves import min_moves_bound
 from moeless_opt.solvers.replan.relabel import relabel
+from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, front_of
 from moeless_opt.solvers.replan.wide import MANY
 from moeless_opt.solvers.shares.best import best_shares
 
-__all__ = ["Frontier", "Replan", "ReplanOptions", "frontier", "replan_to", "replan_within"]
+__all__ = ["Frontier", "Replan", "ReplanOptions", "frontier", "replan_within"]
 
 LADDER = (0.01, 0.02, 0.035, 0.06, 0.1, 0.18, 0.35)
 """Tolerances above the bound at which a frontier looks for the fewest moves."""
@@ -70,59 +68,36 @@ class Frontier:
     moves_KL: IntArray
 
 
-def replan_to(problem: Problem, tolerance: float, **options: Any) -> SlotArray:
-    """Placement with few moves whose times are within `tolerance` of the bound; see `replan_within`."""
-    return replan_within(problem, tolerance, **options).slots_LGC
-
-
-def replan_within(
-    problem: Problem,
-    tolerance: float,
-    *,
-    max_moves: int | None = None,
-    cost_L: IntArray | None = None,
-    time_limit: float | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> Replanned:
-    """Re-plan by the kernel of the problem's split."""
-    live_LGC = live_slots(problem)
-    common: dict[str, Any] = {
-        "tolerance": tolerance,
-        "max_moves": max_moves,
-        "cost_L": None if cost_L is None else cost_L.tolist(),
-        "time_limit": time_limit,
-        "seed": seed,
-        "repair": problem.current is not None and problem.current.partial,
-    }
-    speed_G, capacity_LG = problem.topology.speed_G, problem.capacity_LG
-    if problem.split == "equal":
-        from moeless_opt.solvers.replan.equal import replan_equal
-
-        return replan_equal(
-            problem.load_LE,
-            live_LGC,
-            capacity_LG,
-            speed_G,
-            bound_L=token_bound(problem),
-            **common,
-            **options,
-        )
-    return replan_fractional(
-        problem.load_LE, live_LGC, capacity_LG, speed_G, bound_L=token_bound(problem), **common, **options
-    )
+def replan_within(problem: Problem, wish: ReplanWish, *, stop: Stop | None = None) -> Replanned:
+    """Re-plan by the kernel of the problem's split, measured against the problem's bound."""
+    assert problem.current is not None
+    task = ReplanTask(problem.load_LE, live_slots(problem), problem.capacity_LG, problem.topology.speed_G)
+    wish = replace(wish, bound_L=token_bound(problem), repair=problem.current.partial)
+    kernel = replan_equal if problem.split == "equal" else replan_fractional
+    return kernel(task, wish, stop=stop)
 
 
 def frontier(
-    problem: Problem, *, seed: int = 0, ladder: tuple[float, ...] = LADDER, rounds: int | None = None
+    problem: Problem,
+    *,
+    seed: int = 0,
+    ladder: tuple[float, ...] = LADDER,
+    rounds: int | None = None,
+    stop: Stop | None = None,
 ) -> Frontier:
     """Few-move placements at a ladder of tolerances, and the live one as it is."""
+    stop = stop or NeverStop()
     live_LGC = live_slots(problem)
-    options = ReplanOptions(rounds=rounds).given()
-    slots = [replan_to(problem, tolerance, seed=seed, **options) for tolerance in ladder]
     assert problem.current is not None
     # Something lost must come back: then the cheapest point is not to stay.
-    slots.append(replan_to(problem, _ANY, seed=seed, **options) if problem.current.partial else live_LGC)
+    rungs = (*ladder, _ANY) if problem.current.partial else ladder
+    slots = []
+    for rung, tolerance in enumerate(rungs):
+        wish = ReplanWish(tolerance=tolerance, seed=seed, rounds=rounds)
+        own = part_of(stop, 1.0 / (len(rungs) - rung))
+        slots.append(replan_within(problem, wish, stop=own).slots_LGC)
+    if not problem.current.partial:
+        slots.append(live_LGC)
     return Frontier(
         (*ladder, float("inf")),
         np.stack(slots),
@@ -147,10 +122,6 @@ class ReplanOptions:
     def __post_init__(self) -> None:
         if self.rounds is not None:
             object.__setattr__(self, "rounds", whole("rounds", self.rounds))
-
-    def given(self) -> dict[str, int]:
-        """What the kernels are told."""
-        return {} if self.rounds is None else {"rounds": self.rounds}
 
 
 class Replan(Heuristic):
@@ -183,30 +154,21 @@ class Replan(Heuristic):
         return plan.replace(payback=payback_of(problem, plan, live_slots(problem)))
 
     def _within_limits(self, task: Task[ReplanOptions], live_LGC: SlotArray) -> SlotArray:
-        problem, seed = task.problem, task.seed
-        limits, tolerance = problem.limits, problem.objective.balance_tolerance
+        problem, limits = task.problem, task.problem.limits
         budget, cost_L = _budget(problem)
-        remaining = task.stop.remaining
-        time_limit = None if remaining == float("inf") else max(0.9 * remaining, 0.01)
+        staged = limits.max_layer_moves is not None or limits.max_move_seconds is not None
 
-        def replanned(allowed: int | None) -> Replanned:
-            return replan_within(
-                problem,
-                tolerance,
-                max_moves=allowed,
-                cost_L=cost_L,
-                time_limit=time_limit,
-                seed=seed,
-                **task.options.given(),
-            )
+        def run(allowed: int | None, share: float = 0.3) -> Replanned:
+            wish = _wish(task, max_moves=allowed, cost_L=None if cost_L is None else cost_L.tolist())
+            # With a time limit the search goes on, unless other steps are to come.
+            endless = not staged and task.options.rounds is None and task.stop.remaining < float("inf")
+            wish = replace(wish, until_stopped=endless)
+            return replan_within(problem, wish, stop=part_of(task.stop, share))
 
-        def run(allowed: int | None) -> SlotArray:
-            return replanned(allowed).slots_LGC
-
-        first = replanned(budget)
+        first = run(budget, 0.4 if staged else 0.9)
         slots_LGC = first.slots_LGC
         if limits.max_layer_moves is not None:
-            slots_LGC = self._cap_layers(problem, live_LGC, slots_LGC, limits.max_layer_moves, seed)
+            slots_LGC = _cap_layers(task, live_LGC, slots_LGC, limits.max_layer_moves)
         if not limits.bounds_moves:
             same = slots_LGC is first.slots_LGC
             return _best_of_scratch(task, slots_LGC, live_LGC, first.time_L if same else None)
@@ -214,58 +176,134 @@ class Replan(Heuristic):
             moves_L = layer_moves(problem, slots_LGC, live_LGC)
             while int(moves_L.sum()) > limits.max_moves:  # bytes bound first, replicas do not fit yet
                 budget = int(moves_L @ problem.bytes_L) * limits.max_moves // int(moves_L.sum())
-                slots_LGC = run(budget)
+                slots_LGC = run(budget).slots_LGC
                 moves_L = layer_moves(problem, slots_LGC, live_LGC)
         if limits.max_move_seconds is not None:
-            slots_LGC = _within_seconds(problem, live_LGC, slots_LGC, limits.max_move_seconds, cost_L, run)
+            slots_LGC = _within_seconds(
+                task, live_LGC, slots_LGC, limits.max_move_seconds, cost_L, lambda most: run(most).slots_LGC
+            )
         return slots_LGC
 
-    @staticmethod
-    def _cap_layers(
-        problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, most: int, seed: int
-    ) -> SlotArray:
-        """Re-plan alone, with a budget of its own, every layer that moves too much."""
-        slots_LGC = slots_LGC.copy()
-        for layer in np.flatnonzero(layer_moves(problem, slots_LGC, live_LGC) > most):
-            alone = layer_problem(problem, int(layer))
-            slots_LGC[layer] = replan_to(
-                alone, problem.objective.balance_tolerance, max_moves=most, seed=seed
-            )[0]
-        return slots_LGC
-
-    @staticmethod
-    def _while_it_pays(task: Task[ReplanOptions], live_LGC: SlotArray, horizon: float) -> SlotArray:
-        """Of each layer's frontier, the point with the largest net gain over the horizon."""
-        problem, seed = task.problem, task.seed
+    def _while_it_pays(self, task: Task[ReplanOptions], live_LGC: SlotArray, horizon: float) -> SlotArray:
+        """Of each layer's frontier, the point with the largest net gain over the horizon, within limits."""
+        problem, limits = task.problem, task.problem.limits
         if problem.time.unit != "s":
             raise ProblemError(
                 "objective.horizon",
                 "needs times in seconds to weigh moves against them: give a TimeModel with unit='s'",
             )
-        points = frontier(problem, seed=seed, rounds=task.options.rounds)
-        cost_KL = np.stack(
+        points = frontier(problem, seed=task.seed, rounds=task.options.rounds, stop=part_of(task.stop, 0.5))
+        offers = _Offers.of(problem, points.slots_KLGC, live_LGC, horizon)
+        slots_LGC = offers.best()
+        budget, cost_L = _budget(problem)
+        price_L = np.ones(problem.layers, dtype=np.int64) if cost_L is None else cost_L
+        most = limits.max_layer_moves
+        if most is not None and (layer_moves(problem, slots_LGC, live_LGC) > most).any():
+            capped = _cap_layers(task, live_LGC, slots_LGC, most)
+            offers = _Offers.of(problem, capped[None], live_LGC, horizon).joined(offers)
+
+        def within(allowed: int | None) -> SlotArray:
+            own = offers
+            if allowed is not None:
+                wish = _wish(task, max_moves=allowed, cost_L=price_L.tolist())
+                more = replan_within(problem, wish, stop=part_of(task.stop, 0.3)).slots_LGC
+                own = _Offers.of(problem, more[None], live_LGC, horizon).joined(offers)
+            return own.within(allowed, price_L, most)
+
+        spent = int(layer_moves(problem, slots_LGC, live_LGC) @ price_L)
+        if most is not None or (budget is not None and spent > budget):
+            slots_LGC = within(budget)
+        if limits.max_move_seconds is not None:
+            seconds = limits.max_move_seconds
+            slots_LGC = _within_seconds(task, live_LGC, slots_LGC, seconds, cost_L, within)
+        return slots_LGC
+
+
+@dataclass(frozen=True, slots=True)
+class _Offers:
+    """Placements that each layer may take, what it loses by each over the horizon, and replicas that move.
+
+    Of equal ones the last is preferred: the frontier ends with staying.
+    """
+
+    slots_KLGC: SlotArray
+    loss_KL: FloatArray
+    moves_KL: IntArray
+
+    @classmethod
+    def of(cls, problem: Problem, slots_KLGC: SlotArray, live_LGC: SlotArray, horizon: float) -> _Offers:
+        """Time over the horizon, and seconds of transfer."""
+        topology, bytes_L = problem.topology, problem.bytes_L
+        loss_KL = np.stack(
             [
-                move_seconds(problem.topology, slots, live_LGC, problem.experts, problem.bytes_L)
-                for slots in points.slots_KLGC
+                horizon * problem.time.token_cost * layer_times(problem, slots)
+                + move_seconds(topology, slots, live_LGC, problem.experts, bytes_L)
+                for slots in slots_KLGC
             ]
         )
-        net_KL = -horizon * problem.time.token_cost * points.time_KL - cost_KL
-        # Of equal points the one with fewer moves: the ladder ends with staying.
-        best_L = net_KL.shape[0] - 1 - np.argmax(net_KL[::-1], axis=0)
-        slots_LGC: SlotArray = points.slots_KLGC[best_L, np.arange(len(best_L))]
-        moves_L = layer_moves(problem, slots_LGC, live_LGC)
-        budget, cost_L = _budget(problem)
-        spent = int(moves_L.sum() if cost_L is None else moves_L @ cost_L)
-        if budget is None or spent <= budget:
-            return slots_LGC
-        return replan_to(
-            problem,
-            problem.objective.balance_tolerance,
-            max_moves=budget,
-            cost_L=cost_L,
-            seed=seed,
-            **task.options.given(),
+        moves_KL = np.stack([layer_moves(problem, slots, live_LGC) for slots in slots_KLGC])
+        return cls(slots_KLGC, loss_KL, moves_KL)
+
+    def joined(self, others: _Offers) -> _Offers:
+        """These, and others after them."""
+        return _Offers(
+            np.concatenate([self.slots_KLGC, others.slots_KLGC]),
+            np.concatenate([self.loss_KL, others.loss_KL]),
+            np.concatenate([self.moves_KL, others.moves_KL]),
         )
+
+    def take(self, offer_L: IntArray) -> SlotArray:
+        """The placement that takes these offers, one for each layer."""
+        slots_LGC: SlotArray = self.slots_KLGC[offer_L, np.arange(len(offer_L))]
+        return slots_LGC
+
+    def best(self) -> SlotArray:
+        """The least loss of each layer, without limits."""
+        return self.take(len(self.loss_KL) - 1 - np.argmin(self.loss_KL[::-1], axis=0))
+
+    def within(self, budget: int | None, price_L: IntArray, most: int | None) -> SlotArray:
+        """The least loss of all layers together, within a budget and so many moves in each layer."""
+        fronts = []
+        for layer, (loss_K, moves_K) in enumerate(zip(self.loss_KL.T, self.moves_KL.T, strict=True)):
+            points = [
+                (int(moves_K[k]), float(loss_K[k]), k)
+                for k in range(len(loss_K) - 1, -1, -1)
+                if most is None or moves_K[k] <= most
+            ]
+            if not points:
+                raise InfeasibleError(
+                    f"limits.max_layer_moves: {most} cannot give every expert of row {layer} a replica; "
+                    f"{int(moves_K.min())} would"
+                )
+            fronts.append(front_of(points))
+        spent = sum(front[0][0] * price for front, price in zip(fronts, price_L.tolist(), strict=True))
+        if budget is not None and spent > budget:
+            raise InfeasibleError(f"limits: a budget of {budget} cannot give every expert a replica")
+        chosen = choose_points(
+            [[point[0] for point in front] for front in fronts],
+            [[point[1] for point in front] for front in fronts],
+            price_L.tolist(),
+            sum(front[-1][0] * price for front, price in zip(fronts, price_L.tolist(), strict=True))
+            if budget is None
+            else budget,
+        )
+        return self.take(np.array([front[at][2] for front, at in zip(fronts, chosen, strict=True)]))
+
+
+def _wish(task: Task[ReplanOptions], **more: Any) -> ReplanWish:
+    """The problem's tolerance, the task's seed and rounds, and what else is wished for."""
+    tolerance = task.problem.objective.balance_tolerance
+    return ReplanWish(tolerance=tolerance, seed=task.seed, rounds=task.options.rounds, **more)
+
+
+def _cap_layers(task: Task[ReplanOptions], live_LGC: SlotArray, slots_LGC: SlotArray, most: int) -> SlotArray:
+    """Re-plan alone, with a budget of its own, every layer that moves too much."""
+    slots_LGC = slots_LGC.copy()
+    wish = ReplanWish(tolerance=task.problem.objective.balance_tolerance, seed=task.seed, max_moves=most)
+    for layer in np.flatnonzero(layer_moves(task.problem, slots_LGC, live_LGC) > most):
+        alone = layer_problem(task.problem, int(layer))
+        slots_LGC[layer] = replan_within(alone, wish, stop=part_of(task.stop, 0.9)).slots_LGC[0]
+    return slots_LGC
 
 
 def _moves_proof(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, share_LGC: FloatArray) -> str:
@@ -297,7 +335,7 @@ def _budget(problem: Problem) -> tuple[int | None, IntArray | None]:
 
 
 def _within_seconds(
-    problem: Problem,
+    task: Task[ReplanOptions],
     live_LGC: SlotArray,
     slots_LGC: SlotArray,
     most: float,
@@ -305,6 +343,7 @@ def _within_seconds(
     run: Callable[[int | None], SlotArray],
 ) -> SlotArray:
     """Shrink the budget until the schedule of the moves takes at most `most` seconds."""
+    problem = task.problem
 
     def seconds(slots: SlotArray) -> float:
         return schedule_migration(
@@ -315,10 +354,18 @@ def _within_seconds(
         moves_L = layer_moves(problem, slots, live_LGC)
         return int(moves_L.sum() if cost_L is None else moves_L @ cost_L)
 
-    low, high, best = 0, cost(slots_LGC), live_LGC
     if seconds(slots_LGC) <= most:
         return slots_LGC
-    while high - low > max(1, high // 50):
+    low, high, best = 0, cost(slots_LGC), live_LGC
+    assert problem.current is not None
+    if problem.current.partial:
+        best = replan_within(problem, ReplanWish(tolerance=_ANY)).slots_LGC
+        low, least = cost(best), seconds(best)
+        if least > most:
+            raise InfeasibleError(
+                f"limits.max_move_seconds: {most} cannot give every expert a replica; {least:.6g} would"
+            )
+    while high - low > max(1, high // 50) and not task.stop():
         middle = (low + high) // 2
         try:
             tried = run(middle)
@@ -344,7 +391,7 @@ def _best_of_scratch(
     # Over many GPUs the look takes long, and what only fills free slots is no reason for it.
     fills_L = filled_L - (live_LGC >= 0).sum((1, 2)) if problem.topology.gpus > MANY else 0
     doubtful = (time_L > wanted_L) | (moves_L - fills_L > SCRATCH_FROM * filled_L)
-    if not doubtful.any():
+    if not doubtful.any() or task.stop():
         return slots_LGC
     fresh = Construct().placed(task, problem.replace(current=None))
     wide = np.full_like(slots_LGC, -1)

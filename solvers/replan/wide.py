@@ -1,18 +1,18 @@
 """One layer's re-plan on hundreds of GPUs: many changes for each cut, and everything as arrays.
 
-The greedy of `replan_fill` makes one change, solves the flow again and reads the cut again. With thousands
+The greedy of `fill` makes one change, solves the flow again and reads the cut again. With thousands
 of GPUs and a few hundred experts the cut falls into many separate groups, and a change in one says little
 about the others. So a round here reads one cut and takes, from the hottest group down, as many changes as
 the groups need, each GPU and each yielding expert at most once; the next round repairs what did not come out
 as hoped. Changes on free slots harm nobody and are not limited; with yielding experts a round takes few, and
 fewer after one that gained less than half of what it expected, so that in the end it is the old greedy. What
-no such change can lower is left to `replan_fill`, which knows exchanges.
+no such change can lower is left to `fill`, which knows exchanges.
 
 Axis letters besides the usual ones: P pairs (replicas), X replicated experts.
 
 References
 ----------
-As for `replan_flow`: Goldberg (1984); Picard and Queyranne (1982).
+As for `flow`: Goldberg (1984); Picard and Queyranne (1982).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 from ortools.graph.python.max_flow import SimpleMaxFlow
 
 from moeless_opt.problems.arrays import BoolArray, IntArray
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
 
 __all__ = ["MANY", "fill_wide"]
 
@@ -61,17 +62,21 @@ def fill_wide(
     content: Sequence[Sequence[int]],
     capacity_G: Sequence[int],
     room_G: Sequence[int],
+    *,
+    stop: Stop | None = None,
 ) -> tuple[list[list[int]], int]:
     """Change a placement until no token overflows, or no change helps.
 
     Parameters
     ----------
     load_E : sequence of int
-        Tokens of each expert, in `replan_flow.UNIT`.
+        Tokens of each expert, in `flow.UNIT`.
     content : sequence of sequences of int
         Experts on each GPU; every expert has a replica.
     capacity_G, room_G : sequences of int
         Slots of each GPU, and tokens that it may serve.
+    stop : Stop, optional
+        Asked before every round.
 
     Returns
     -------
@@ -85,8 +90,9 @@ def fill_wide(
         slots_GC[gpu, : len(row)] = row
     flow = _solve(load, slots_GC, room)
     most = max(len(room) // _SHARE, 1)
+    stop = stop or NeverStop()
     for _ in range(_ROUNDS):
-        if flow.overflow <= 0:
+        if flow.overflow <= 0 or stop():
             break
         changes, hoped = _choose(load, slots_GC, capacity, room, flow, most)
         if not changes:

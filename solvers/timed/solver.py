@@ -20,7 +20,7 @@ from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 from moeless_opt.solvers.construct.solver import Construct
 from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.solver import Heuristic, Task
-from moeless_opt.solvers.replan.layers import live_slots
+from moeless_opt.solvers.replan.live import live_slots
 from moeless_opt.solvers.replan.solver import Replan
 from moeless_opt.solvers.timed.activation import shares_of_one, worthwhile_replicas
 from moeless_opt.solvers.timed.search import kicks_for, timed_plan

@@ -22,10 +22,11 @@ import numpy as np
 import moeless_opt as mo
 from moeless_opt.report import table
 from moeless_opt.solvers.construct.equal import construct_equal
-from moeless_opt.solvers.core.stopping import MaxTime
+from moeless_opt.solvers.core.stopping import MaxTime, Stop
 from moeless_opt.solvers.replan.equal import replan_equal
-from moeless_opt.solvers.replan.fractional import Replan, replan_fractional
+from moeless_opt.solvers.replan.fractional import replan_fractional
 from moeless_opt.solvers.replan.min_moves import min_moves
+from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish
 
 ROWS = (
     (32, 9, "prefill_in1024", "prefill_in4096", (2.1, 1.8, 1.1, 0.5, 8)),
@@ -36,7 +37,21 @@ ROWS = (
 )
 
 
-def timed(call: Callable[[], Replan], repeats: int) -> tuple[Replan, str]:
+def replanned(
+    kernel: Callable[..., Replanned],
+    load: Any,
+    live: Any,
+    capacity: Any,
+    speed: Any,
+    *,
+    stop: Stop | None = None,
+    **wish: Any,
+) -> Replanned:
+    """One kernel's re-plan."""
+    return kernel(ReplanTask(load, live, capacity, speed), ReplanWish(**wish), stop=stop)
+
+
+def timed(call: Callable[[], Replanned], repeats: int) -> tuple[Replanned, str]:
     """Result and median milliseconds: of the clock, and of the processor (less shaken by other work)."""
     clock, processor = [], []
     for _ in range(repeats):
@@ -47,7 +62,7 @@ def timed(call: Callable[[], Replan], repeats: int) -> tuple[Replan, str]:
     return result, f"{statistics.median(clock):.0f} / {statistics.median(processor):.0f}"
 
 
-def share(plan: Replan, slots: int, tolerance: float, bound_L: np.ndarray) -> str:
+def share(plan: Replanned, slots: int, tolerance: float, bound_L: np.ndarray) -> str:
     """Percent of the slots that moved; a mark where a layer misses the wanted balance."""
     missed = int((plan.time_L > (1 + tolerance) * bound_L * (1 + 1e-6)).sum())
     return f"{100 * plan.moves_L.mean() / slots:.3f}" + (f" ({missed} layers miss)" if missed else "")
@@ -77,16 +92,16 @@ def print_table(loads: dict[str, np.ndarray], repeats: int, limit: float) -> Non
             capacity: np.ndarray = capacity,
             speed: np.ndarray = speed,
             **options: Any,
-        ) -> Replan:
-            return replan_fractional(new, live, capacity, speed, **options)
+        ) -> Replanned:
+            return replanned(replan_fractional, new, live, capacity, speed, **options)
 
         stay = fractional(tolerance=1e6)
         quick, quick_ms = timed(fractional, repeats)
         loose, loose_ms = timed(lambda run=fractional: run(tolerance=0.05), repeats)
-        thorough = fractional(time_limit=limit)
+        thorough = fractional(until_stopped=True, stop=MaxTime(limit))
         equal, equal_ms = timed(
-            lambda new=new, live=live, capacity=capacity, speed=speed: replan_equal(
-                new, live, capacity, speed
+            lambda new=new, live=live, capacity=capacity, speed=speed: replanned(
+                replan_equal, new, live, capacity, speed, tolerance=0.02
             ),
             1,
         )
@@ -146,8 +161,16 @@ def print_gap(loads: dict[str, np.ndarray] | None, limit: float, seconds: float,
         L = len(before)
         capacity, speed = np.full((L, gpus), width), np.ones(gpus)
         live = construct_equal(before, capacity, speed)
-        quick = replan_fractional(after, live, capacity, speed)
-        best = replan_fractional(after, live, capacity, speed, time_limit=seconds * L)
+        quick = replanned(replan_fractional, after, live, capacity, speed)
+        best = replanned(
+            replan_fractional,
+            after,
+            live,
+            capacity,
+            speed,
+            until_stopped=True,
+            stop=MaxTime(seconds * L),
+        )
         records = []
         for layer in range(L):
             reached = best.time_L[layer] <= best.target_L[layer] * (1 + 1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
 from moeless_opt.solvers.replan.equal import EqualState, fill_equal, replan_equal
+from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish
+
+
+def replanned(
+    load: Any, live: Any, capacity: Any, speed: Any = None, *, stop: Stop | None = None, **wish: Any
+) -> Replanned:
+    return replan_equal(
+        ReplanTask(load, live, capacity, speed), ReplanWish(**{"tolerance": 0.02, **wish}), stop=stop
+    )
 
 
 def times(load_E: np.ndarray, slots_GC: np.ndarray, speed_G: np.ndarray) -> np.ndarray:
@@ -32,7 +44,7 @@ def test_replan_is_valid_counts_its_moves_and_is_never_worse(
     capacity = np.full((2, gpus), width)
     speed = 1.0 + 0.5 * (np.arange(gpus) % 2) if hetero else np.ones(gpus)
     live = construct_equal(rng.lognormal(0, 1, (2, experts)), capacity, speed)
-    plan = replan_equal(load, live, capacity, speed, tolerance=0.05, rounds=2)
+    plan = replanned(load, live, capacity, speed, tolerance=0.05, rounds=2)
     for layer in range(2):
         slots = plan.slots_LGC[layer]
         for row in slots.tolist():
@@ -52,13 +64,13 @@ def test_replan_is_valid_counts_its_moves_and_is_never_worse(
         assert now <= max(stay, plan.target_L[layer]) * (1 + 1e-9)
         if stay <= plan.target_L[layer]:
             assert moved == 0
-    again = replan_equal(load, live, capacity, speed, tolerance=0.05, rounds=2)
+    again = replanned(load, live, capacity, speed, tolerance=0.05, rounds=2)
     np.testing.assert_array_equal(plan.slots_LGC, again.slots_LGC)
 
 
 def test_adding_one_replica_is_one_move() -> None:
     live = np.array([[[0, -1], [1, -1]]])
-    plan = replan_equal([[8.0, 2.0]], live, [[2, 2]], tolerance=0.3)
+    plan = replanned([[8.0, 2.0]], live, [[2, 2]], tolerance=0.3)
     assert plan.moves_L[0] == 1
     assert plan.time_L[0] == pytest.approx(6.0)
 
@@ -66,7 +78,7 @@ def test_adding_one_replica_is_one_move() -> None:
 def test_dropping_a_replica_is_free() -> None:
     # With both replicas of expert 0, GPU 1 carries 3 + 4; without its one, 4.
     live = np.array([[[0, -1], [0, 1]]])
-    plan = replan_equal([[6.0, 4.0]], live, [[2, 2]], tolerance=0.2)
+    plan = replanned([[6.0, 4.0]], live, [[2, 2]], tolerance=0.2)
     assert plan.moves_L[0] == 0
     assert plan.time_L[0] == pytest.approx(6.0)
 
@@ -88,26 +100,65 @@ def test_more_rounds_never_move_more_and_budgets_hold() -> None:
     after = before * rng.lognormal(0, 0.3, before.shape)
     capacity = np.full((3, 8), 10)
     live = construct_equal(before, capacity, np.ones(8))
-    none = replan_equal(after, live, capacity, rounds=0)
-    some = replan_equal(after, live, capacity, rounds=6)
+    none = replanned(after, live, capacity, rounds=0)
+    some = replanned(after, live, capacity, rounds=6)
     assert (none.time_L <= none.target_L * (1 + 1e-9)).all()
     assert (some.time_L <= some.target_L * (1 + 1e-9)).all()
     assert (some.moves_L <= none.moves_L).all()
     total = int(some.moves_L.sum())
     last = np.inf
     for budget in (0, total // 3, total // 2, total):
-        plan = replan_equal(after, live, capacity, rounds=6, max_moves=budget)
+        plan = replanned(after, live, capacity, rounds=6, max_moves=budget)
         assert plan.moves_L.sum() <= budget
         assert plan.time_L.sum() <= last * 1.03
         last = plan.time_L.sum()
 
 
+class After(NeverStop):
+    """Stop at the n-th question."""
+
+    def __init__(self, asks: int) -> None:
+        self.asks = asks
+
+    def __call__(self, best: float = float("inf"), bound: float = 0.0) -> StoppedBy:
+        self.asks -= 1
+        return StoppedBy.TIME if self.asks < 0 else StoppedBy.NOTHING
+
+
+@pytest.mark.parametrize("budget", [None, 9])
+def test_whenever_it_is_stopped_the_plan_is_valid_and_no_worse(budget: int | None) -> None:
+    rng = np.random.default_rng(8)
+    before = rng.lognormal(0, 1, (3, 32))
+    after = before * rng.lognormal(0, 0.5, before.shape)
+    capacity = np.full((3, 8), 5)
+    live = construct_equal(before, capacity, np.ones(8))
+    stay = np.array([times(one, slots, np.ones(8)).max() for one, slots in zip(after, live, strict=True)])
+    whole = replanned(after, live, capacity, rounds=3, max_moves=budget)
+    counts = []
+    for asks in (0, 1, 2, 3, 5, 9, 17, 40, 90, 10**6):
+        plan = replanned(after, live, capacity, rounds=3, max_moves=budget, stop=After(asks))
+        assert [set(row[row >= 0].tolist()) for row in plan.slots_LGC] == [set(range(32))] * 3
+        assert (plan.time_L <= stay * (1 + 1e-6)).all()
+        assert budget is None or plan.moves_L.sum() <= budget
+        counts.append(int(plan.moves_L.sum()))
+    assert counts[0] == 0
+    assert counts[-1] > 0
+    np.testing.assert_array_equal(plan.slots_LGC, whole.slots_LGC)
+
+
+def test_a_lost_gpu_is_mended_even_without_time() -> None:
+    live = np.array([[[0, 1, 2], [3, 4, 2], [5, 2, -1]]])
+    plan = replanned([[1.0] * 6], live, [[3, 0, 3]], repair=True, stop=After(0))
+    assert plan.moves_L.tolist() == [2]
+    assert set(plan.slots_LGC[plan.slots_LGC >= 0].tolist()) == set(range(6))
+
+
 def test_bad_live_placements_and_budgets() -> None:
     with pytest.raises(ProblemError, match="held twice"):
-        replan_equal([[1.0, 1.0]], [[[0, 0], [1, -1]]], [[2, 2]])
-    with pytest.raises(InfeasibleError, match="least that would is 1"):
-        replan_equal([[1.0, 1.0]], [[[0], [-1]]], [[1, 1]], repair=True, max_moves=0)
-    mended = replan_equal([[1.0, 1.0]], [[[0], [-1]]], [[1, 1]], repair=True)
+        replanned([[1.0, 1.0]], [[[0, 0], [1, -1]]], [[2, 2]])
+    with pytest.raises(InfeasibleError, match="least budget that would is 1"):
+        replanned([[1.0, 1.0]], [[[0], [-1]]], [[1, 1]], repair=True, max_moves=0)
+    mended = replanned([[1.0, 1.0]], [[[0], [-1]]], [[1, 1]], repair=True)
     assert mended.slots_LGC.tolist() == [[[0], [1]]]
 
 
@@ -117,6 +168,6 @@ def test_measured_drift(shared_data: Path) -> None:
         loads = dict(zip(archive["workloads"].tolist(), archive["counts"].astype(float), strict=True))
     capacity = np.full((58, 32), 9)
     live = construct_equal(loads["prefill_in1024"], capacity, np.ones(32))
-    plan = replan_equal(loads["decode_in1000out1000"], live, capacity)
+    plan = replanned(loads["decode_in1000out1000"], live, capacity)
     assert (plan.time_L <= 1.02 * loads["decode_in1000out1000"].sum(axis=1) / 32 * (1 + 1e-9)).all()
     assert 100 * plan.moves_L.mean() / 288 <= 10

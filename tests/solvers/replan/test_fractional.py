@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.core.knapsack import _exact, _greedy, choose_points
+from moeless_opt.solvers.core.stopping import MaxTime, NeverStop, Stop
 from moeless_opt.solvers.replan.fill import fill_overflow
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
-from moeless_opt.solvers.replan.fractional import mend_content, replan_fractional
-from moeless_opt.solvers.replan.shake import Shaker, count_moves
+from moeless_opt.solvers.replan.fractional import replan_fractional
+from moeless_opt.solvers.replan.live import count_moves, mend_content
+from moeless_opt.solvers.replan.shake import Shaker
+from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish
 from moeless_opt.solvers.shares.flow import solve_shares
+
+
+def replanned(
+    load: Any, live: Any, capacity: Any, speed: Any = None, *, stop: Stop | None = None, **wish: Any
+) -> Replanned:
+    return replan_fractional(ReplanTask(load, live, capacity, speed), ReplanWish(**wish), stop=stop)
 
 
 def random_live(seed: int, experts: int, gpus: int, width: int) -> np.ndarray:
@@ -159,7 +170,7 @@ def test_least_time_is_the_optimum_of_the_shares(problem) -> None:
 @given(instances(), st.sampled_from([0.0, 0.01, 0.1]))
 def test_replan_is_valid_counts_its_moves_and_is_never_worse(problem, tolerance: float) -> None:
     load_LE, live_LGC, capacity_LG, speed_G = problem
-    plan = replan_fractional(load_LE, live_LGC, capacity_LG, speed_G, tolerance=tolerance)
+    plan = replanned(load_LE, live_LGC, capacity_LG, speed_G, tolerance=tolerance)
     assert_valid(plan.slots_LGC, capacity_LG, load_LE.shape[1])
     assert_consistent(plan, load_LE, live_LGC, speed_G)
     stay = solve_shares(load_LE, live_LGC, speed_G).time_L
@@ -168,14 +179,14 @@ def test_replan_is_valid_counts_its_moves_and_is_never_worse(problem, tolerance:
         assert plan.moves_L[0] == 0
     if plan.time_L[0] <= plan.target_L[0]:
         assert plan.least_moves_L[0] <= plan.moves_L[0]
-    again = replan_fractional(load_LE, live_LGC, capacity_LG, speed_G, tolerance=tolerance)
+    again = replanned(load_LE, live_LGC, capacity_LG, speed_G, tolerance=tolerance)
     np.testing.assert_array_equal(plan.slots_LGC, again.slots_LGC)
 
 
 def test_one_new_replica_lets_the_overload_out() -> None:
     # GPU 0 is busy with experts 0 and 1; expert 3 has a spare replica on GPU 1 that can yield.
     live = np.array([[[0, 1], [2, 3], [3, 4]]])
-    plan = replan_fractional([[8.0, 4.0, 2.0, 2.0, 2.0]], live, [[2, 2, 2]], tolerance=0.01)
+    plan = replanned([[8.0, 4.0, 2.0, 2.0, 2.0]], live, [[2, 2, 2]], tolerance=0.01)
     assert plan.time_L[0] == pytest.approx(6.0, rel=0.011)
     assert plan.least_moves_L[0] >= 1
     assert plan.moves_L[0] >= plan.least_moves_L[0]
@@ -187,20 +198,20 @@ def test_rounds_never_move_more_and_are_deterministic() -> None:
     after = before * rng.lognormal(0, 0.6, before.shape)
     capacity = np.full((4, 16), 5)
     live = construct_equal(before, capacity, np.ones(16))
-    quick = replan_fractional(after, live, capacity)
-    better = replan_fractional(after, live, capacity, rounds=12, seed=3)
+    quick = replanned(after, live, capacity)
+    better = replanned(after, live, capacity, rounds=12, seed=3)
     assert (better.time_L <= better.target_L * (1 + 1e-6)).all()
     assert (better.moves_L <= quick.moves_L).all()
     assert better.moves_L.sum() < quick.moves_L.sum()
-    again = replan_fractional(after, live, capacity, rounds=12, seed=3)
+    again = replanned(after, live, capacity, rounds=12, seed=3)
     np.testing.assert_array_equal(better.slots_LGC, again.slots_LGC)
-    timed = replan_fractional(after, live, capacity, time_limit=0.5)
+    timed = replanned(after, live, capacity, until_stopped=True, stop=MaxTime(0.5))
     assert (timed.moves_L <= quick.moves_L).all()
 
 
 def test_layers_without_load_stay() -> None:
     live = np.array([[[0, 1], [2, -1]]] * 2)
-    plan = replan_fractional([[0.0, 0.0, 0.0], [1.0, 1.0, 4.0]], live, [[2, 2]] * 2)
+    plan = replanned([[0.0, 0.0, 0.0], [1.0, 1.0, 4.0]], live, [[2, 2]] * 2)
     assert plan.moves_L[0] == 0
     assert plan.time_L[0] == 0.0
     np.testing.assert_array_equal(plan.slots_LGC[0], live[0])
@@ -208,7 +219,7 @@ def test_layers_without_load_stay() -> None:
 
 def test_faster_gpus_get_more() -> None:
     live = np.array([[[0, 1, -1], [2, 3, -1]]])
-    plan = replan_fractional([[3.0, 3.0, 3.0, 3.0]], live, [[3, 3]], [1.0, 3.0], tolerance=0.4)
+    plan = replanned([[3.0, 3.0, 3.0, 3.0]], live, [[3, 3]], [1.0, 3.0], tolerance=0.4)
     token_G = (np.array([3.0] * 4)[plan.slots_LGC[0]] * plan.share_LGC[0]).sum(axis=1)
     assert token_G[1] > token_G[0]
     assert plan.time_L[0] <= 3.0 * 1.4 * (1 + 1e-9)
@@ -217,7 +228,7 @@ def test_faster_gpus_get_more() -> None:
 def test_out_of_reach_gives_the_best_found() -> None:
     # Two slots, two experts: nothing can be split, so 1 % is out of reach.
     live = np.array([[[0], [1]]])
-    plan = replan_fractional([[3.0, 1.0]], live, [[1, 1]], bound_L=[2.0])
+    plan = replanned([[3.0, 1.0]], live, [[1, 1]], bound_L=[2.0])
     assert plan.time_L[0] == pytest.approx(3.0)
     assert plan.moves_L[0] == 0
 
@@ -253,12 +264,12 @@ def test_a_budget_goes_where_it_gains_most() -> None:
     after = before * rng.lognormal(0, 0.5, before.shape)
     capacity = np.full((6, 16), 5)
     live = construct_equal(before, capacity, np.ones(16))
-    free = replan_fractional(after, live, capacity)
+    free = replanned(after, live, capacity)
     total = int(free.moves_L.sum())
     assert total > 6
     last = np.inf
     for budget in (0, total // 4, total // 2, total - 1, total):
-        plan = replan_fractional(after, live, capacity, max_moves=budget)
+        plan = replanned(after, live, capacity, max_moves=budget)
         assert plan.moves_L.sum() <= budget
         served = np.maximum(plan.time_L, plan.target_L).sum()
         assert served <= last * (1 + 1e-9)
@@ -273,7 +284,7 @@ def test_a_budget_counts_the_cost_of_each_layer() -> None:
     capacity = np.full((3, 8), 5)
     live = construct_equal(before, capacity, np.ones(8))
     cost = [1000, 10, 10]
-    plan = replan_fractional(after, live, capacity, max_moves=900, cost_L=cost)
+    plan = replanned(after, live, capacity, max_moves=900, cost_L=cost)
     assert (plan.moves_L * cost).sum() <= 900
     assert plan.moves_L[0] == 0
 
@@ -305,6 +316,45 @@ def test_knapsack_is_exact_and_greedy_stays_within_the_budget(data: st.DataObjec
         assert sum(row[point] for row, point in zip(moves, picks, strict=True)) <= budget
 
 
+class After(NeverStop):
+    """Stop at the n-th question."""
+
+    def __init__(self, asks: int) -> None:
+        self.asks = asks
+
+    def __call__(self, best: float = float("inf"), bound: float = 0.0) -> StoppedBy:
+        self.asks -= 1
+        return StoppedBy.TIME if self.asks < 0 else StoppedBy.NOTHING
+
+
+@pytest.mark.parametrize("budget", [None, 9])
+def test_whenever_it_is_stopped_the_plan_is_valid_and_no_worse(budget: int | None) -> None:
+    rng = np.random.default_rng(8)
+    before = rng.lognormal(0, 1, (3, 32))
+    after = before * rng.lognormal(0, 0.5, before.shape)
+    capacity = np.full((3, 8), 5)
+    live = construct_equal(before, capacity, np.ones(8))
+    stay = solve_shares(after, live, np.ones(8)).time_L
+    whole = replanned(after, live, capacity, rounds=3, max_moves=budget)
+    counts = []
+    for asks in (0, 1, 2, 3, 5, 9, 17, 40, 90, 10**6):
+        plan = replanned(after, live, capacity, rounds=3, max_moves=budget, stop=After(asks))
+        assert_valid(plan.slots_LGC, capacity, 32)
+        assert (plan.time_L <= stay * (1 + 1e-6)).all()
+        assert budget is None or plan.moves_L.sum() <= budget
+        counts.append(int(plan.moves_L.sum()))
+    assert counts[0] == 0
+    assert counts[-1] > 0
+    np.testing.assert_array_equal(plan.slots_LGC, whole.slots_LGC)
+
+
+def test_a_lost_gpu_is_mended_even_without_time() -> None:
+    live = np.array([[[0, 1, 2], [3, 4, 2], [5, 2, -1]]])
+    plan = replanned([[1.0] * 6], live, [[3, 0, 3]], repair=True, stop=After(0))
+    assert plan.moves_L.tolist() == [2]
+    assert set(plan.slots_LGC[plan.slots_LGC >= 0].tolist()) == set(range(6))
+
+
 # -- the live placement --------------------------------------------------------------------------------
 
 
@@ -320,8 +370,8 @@ def test_knapsack_is_exact_and_greedy_stays_within_the_budget(data: st.DataObjec
 def test_a_broken_live_placement_is_named_or_mended(slots, capacity, words: str) -> None:
     load = [[3.0, 2.0, 1.0]]
     with pytest.raises(ProblemError, match=words):
-        replan_fractional(load, [slots], [capacity])
-    plan = replan_fractional(load, [slots], [capacity], repair=True)
+        replanned(load, [slots], [capacity])
+    plan = replanned(load, [slots], [capacity], repair=True)
     assert_valid(plan.slots_LGC, np.array([capacity]), 3)
     assert_consistent(plan, np.array(load), np.array([slots]), np.ones(2))
 
@@ -330,12 +380,12 @@ def test_a_lost_gpu_is_repaired_within_the_least_budget() -> None:
     live = np.array([[[0, 1, 2], [3, 4, 2], [5, 2, -1]]])
     load = [[1.0] * 6]
     capacity = [[3, 0, 3]]
-    plan = replan_fractional(load, live, capacity, repair=True)
+    plan = replanned(load, live, capacity, repair=True)
     assert plan.forced_L[0] == 2, "experts 3 and 4 lived on the lost GPU alone"
     assert_valid(plan.slots_LGC, np.array(capacity), 6)
     with pytest.raises(InfeasibleError, match="least budget that would is 2"):
-        replan_fractional(load, live, capacity, repair=True, max_moves=1)
-    within = replan_fractional(load, live, capacity, repair=True, max_moves=2)
+        replanned(load, live, capacity, repair=True, max_moves=1)
+    within = replanned(load, live, capacity, repair=True, max_moves=2)
     assert within.moves_L.sum() == 2
 
 
@@ -347,19 +397,19 @@ def test_too_few_slots_is_infeasible() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"load_LE": [1.0, 2.0]}, "would need 2: layers, experts"),
-        ({"load_LE": [[-1.0, 2.0]]}, "negative or non-finite"),
-        ({"slots_LGC": [[0, 1]]}, "has shape"),
-        ({"capacity_LG": [[1, 1, 1]]}, "has shape"),
-        ({"capacity_LG": [[3, 1]]}, "outside"),
-        ({"speed_G": [1.0, 0.0]}, "positive"),
+        ({"load": [1.0, 2.0]}, "would need 2: layers, experts"),
+        ({"load": [[-1.0, 2.0]]}, "negative or non-finite"),
+        ({"live": [[0, 1]]}, "has shape"),
+        ({"capacity": [[1, 1, 1]]}, "has shape"),
+        ({"capacity": [[3, 1]]}, "outside"),
+        ({"speed": [1.0, 0.0]}, "positive"),
         ({"tolerance": -0.1}, "at least 0"),
     ],
 )
 def test_bad_arguments_are_named(change, words: str) -> None:
-    good = {"load_LE": [[1.0, 2.0]], "slots_LGC": [[[0], [1]]], "capacity_LG": [[1, 1]]}
+    good = {"load": [[1.0, 2.0]], "live": [[[0], [1]]], "capacity": [[1, 1]]}
     with pytest.raises(ProblemError, match=words):
-        replan_fractional(**{**good, **change})
+        replanned(**{**good, **change})
 
 
 def test_measured_drift_moves_no_more_than_promised(shared_data: Path) -> None:
@@ -368,7 +418,7 @@ def test_measured_drift_moves_no_more_than_promised(shared_data: Path) -> None:
     capacity = np.full((58, 32), 9)
     live = construct_equal(loads["prefill_in1024"], capacity, np.ones(32))
     for after, percent in (("prefill_in4096", 1.8), ("decode_in1000out1000", 4.5)):
-        plan = replan_fractional(loads[after], live, capacity)
+        plan = replanned(loads[after], live, capacity)
         mean_L = loads[after].sum(axis=1) / 32
         assert (plan.time_L <= 1.01 * mean_L * (1 + 1e-9)).all()
         assert 100 * plan.moves_L.mean() / 288 <= percent

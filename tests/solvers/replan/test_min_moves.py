@@ -12,6 +12,7 @@ from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.replan.fractional import replan_fractional
 from moeless_opt.solvers.replan.min_moves import min_moves, min_moves_bound
+from moeless_opt.solvers.replan.task import ReplanTask, ReplanWish
 from moeless_opt.solvers.shares.flow import solve_shares
 
 
@@ -62,7 +63,7 @@ def drift(seed: int, experts: int, gpus: int, width: int, sigma: float):
 @pytest.mark.parametrize("seed", range(5))
 def test_bounds_and_heuristic_enclose_the_proof(seed: int) -> None:
     after, live, capacity = drift(seed, 24, 6, 5, 0.8)
-    plan = replan_fractional(after, live, capacity, rounds=10)
+    plan = replan_fractional(ReplanTask(after, live, capacity), ReplanWish(rounds=10))
     if plan.time_L[0] > plan.target_L[0]:
         return
     known = [[int(e) for e in row if e >= 0] for row in plan.slots_LGC[0]]
@@ -88,7 +89,7 @@ def test_a_lost_gpu_forces_its_experts_to_move() -> None:
 
 def test_a_time_limit_is_never_called_a_proof() -> None:
     after, live, capacity = drift(3, 128, 16, 10, 1.0)
-    plan = replan_fractional(after, live, capacity, tolerance=0.002)
+    plan = replan_fractional(ReplanTask(after, live, capacity), ReplanWish(tolerance=0.002))
     known = [[int(e) for e in row if e >= 0] for row in plan.slots_LGC[0]]
     assert plan.least_moves_L[0] < plan.moves_L[0], "the instance would be trivial"
     time = float(plan.target_L[0])

@@ -97,6 +97,43 @@ def test_a_move_must_earn_its_cost() -> None:
     assert counts[-1] > 0
 
 
+@pytest.mark.parametrize("split", ["fractional", "equal"])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        mo.Limits(max_moves=3),
+        mo.Limits(max_layer_moves=1),
+        mo.Limits(max_move_seconds=0.02),
+        mo.Limits(max_moves=8, max_layer_moves=2, max_move_seconds=0.02),
+    ],
+)
+def test_a_horizon_keeps_to_the_limits_on_moves(split: str, limits: mo.Limits) -> None:
+    time = mo.TimeModel(token_cost=1e-9, unit="s")
+    free = drifted(split, layers=3, time=time, objective=mo.Objective(horizon=1e6))
+    problem = free.replace(limits=limits)
+    no_time = free.replace(objective=mo.Objective(horizon=1e-3))
+    stay, plan, most = (mo.solve(one).plan for one in (no_time, problem, free))
+    assert stay is not None
+    assert plan is not None
+    assert most is not None
+    mo.verify(problem, plan)  # replicas of a layer and in all
+    if limits.max_move_seconds is not None:
+        assert mo.migration(problem, plan).seconds <= limits.max_move_seconds
+    assert 0 < plan.moves.count <= most.moves.count
+    assert plan.certificate.value_L.sum() < stay.certificate.value_L.sum()
+
+
+def test_a_lost_gpu_and_too_few_seconds_are_infeasible() -> None:
+    problem = drifted(layers=2)
+    assert problem.current is not None
+    slots_LGC = problem.current.slots_LGC.copy()
+    slots_LGC[:, 0] = -1
+    slots_LGC[slots_LGC == 0] = -1
+    lost = problem.current.replace(slots_LGC=slots_LGC, partial=True)
+    with pytest.raises(mo.InfeasibleError, match="max_move_seconds: 1e-06 cannot give every expert"):
+        mo.solve(problem.replace(current=lost, limits=mo.Limits(max_move_seconds=1e-6)))
+
+
 def test_a_horizon_needs_seconds() -> None:
     with pytest.raises(mo.ProblemError, match=r"objective\.horizon: needs times in seconds"):
         mo.solve(drifted(objective=mo.Objective(horizon=10.0)))

@@ -1,0 +1,171 @@
+"""The live placement: as the kernels take it, mended where it breaks the rules; times and moves of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.shares.flow import solve_shares
+
+__all__ = [
+    "Content",
+    "count_moves",
+    "layer_moves",
+    "layer_problem",
+    "layer_times",
+    "live_slots",
+    "mend_content",
+]
+
+Content = list[list[int]]
+"""Experts on each GPU of a layer."""
+
+
+def live_slots(problem: Problem) -> SlotArray:
+    """The live placement with as many slots per GPU as the problem allows, shape [L, G, C]."""
+    if problem.current is None:
+        raise ProblemError("current", "is missing: re-planning starts from a live placement")
+    slots_LGC = problem.current.slots_LGC
+    wide = max(int(problem.capacity_LG.max()), slots_LGC.shape[2])
+    padded = np.full((*slots_LGC.shape[:2], wide), -1, dtype=np.int32)
+    # Filled slots first: the kernels take a GPU's slots to be its capacity.
+    order = np.argsort(slots_LGC < 0, axis=2, kind="stable")
+    padded[:, :, : slots_LGC.shape[2]] = np.take_along_axis(slots_LGC, order, axis=2)
+    return padded[:, :, : max(int(problem.capacity_LG.max()), 1)]
+
+
+def layer_times(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
+    """Largest GPU time of each layer with the best shares that the split allows (tokens over speed)."""
+    if problem.split == "equal":
+        share_LGC = equal_shares(slots_LGC, problem.experts)
+        return np.asarray(gpu_times(problem.load_LE, slots_LGC, share_LGC, problem.topology.speed_G).max(1))
+    return solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).time_L
+
+
+def layer_moves(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) -> IntArray:
+    """Replicas of each layer that are not live, shape [L]."""
+    return np.asarray(new_replicas(slots_LGC, live_LGC, problem.experts).sum((1, 2)))
+
+
+def layer_problem(problem: Problem, layer: int) -> Problem:
+    """One layer of a problem, without limits; `layer` is a row."""
+    assert problem.current is not None
+    return problem.replace(
+        loads=problem.loads.select([problem.loads.layers[layer]]),
+        topology=problem.topology.replace(slots_G=problem.capacity_LG[layer], memory_G=None),
+        expert_bytes_L=None if not problem.bytes_L.any() else problem.bytes_L[layer : layer + 1],
+        model=None,
+        current=problem.current.replace(slots_LGC=problem.current.slots_LGC[layer : layer + 1]),
+        limits=type(problem.limits)(),
+        known=None,
+    )
+
+
+def count_moves(live: Sequence[frozenset[int]], content: Sequence[Sequence[int]]) -> int:
+    """Count replicas that a GPU does not hold live."""
+    return sum(expert not in held for held, row in zip(live, content, strict=True) for expert in row)
+
+
+def mend_content(
+    load: list[int],
+    slots: list[list[int]],
+    capacity: list[int],
+    speed: list[float],
+    layer: int = 0,
+    repair: bool = False,
+) -> Content:
+    """Contents of each GPU of a live placement, mended or refused where they break the rules.
+
+    Parameters
+    ----------
+    load : list of int
+        Tokens of each expert.
+    slots : list of list of int
+        Experts on each GPU; entries below 0 are empty.
+    capacity : list of int
+        SlotArray of each GPU.
+    speed : list of float
+        Speeds, to place what is missing on the GPU that is least busy for its speed.
+    layer : int
+        For messages.
+    repair : bool
+        Mend instead of refusing. Unknown experts and duplicates are dropped; a GPU over its slots drops
+        replicas that others have, then its lightest experts; each expert left without a replica gets one,
+        on a free slot or that of a replica that others have.
+
+    Returns
+    -------
+    list of list of int
+        Experts on each GPU.
+    """
+    experts = len(load)
+    content: Content = []
+    count = [0] * experts
+    for gpu, row in enumerate(slots):
+        kept: list[int] = []
+        for expert in row:
+            if expert < 0:
+                continue
+            wrong = "unknown" if expert >= experts else "held twice" if expert in kept else ""
+            if not wrong:
+                kept.append(expert)
+            elif not repair:
+                raise ProblemError(
+                    f"live_LGC[{layer}, {gpu}]",
+                    f"expert {expert} is {wrong}; "
+                    f"would need distinct experts below {experts} (or repair=True)",
+                )
+        content.append(kept)
+        for expert in kept:
+            count[expert] += 1
+    for gpu, row in enumerate(content):
+        if len(row) > capacity[gpu] and not repair:
+            raise ProblemError(
+                f"live_LGC[{layer}, {gpu}]",
+                f"holds {len(row)} experts, would need at most its {capacity[gpu]} slots (or repair=True)",
+            )
+        while len(row) > capacity[gpu]:
+            yields = min(row, key=lambda expert: (count[expert] == 1, load[expert] / count[expert], expert))
+            row.remove(yields)
+            count[yields] -= 1
+    missing = [expert for expert in range(experts) if count[expert] == 0]
+    if missing and not repair:
+        raise ProblemError(
+            f"live_LGC[{layer}]", f"expert {missing[0]} has no replica, would need one (or repair=True)"
+        )
+    if sum(min(slot, experts) for slot in capacity) < experts:
+        raise InfeasibleError(
+            f"capacity_LG[{layer}]: {sum(capacity)} slots in all cannot hold {experts} experts, "
+            f"{experts - sum(capacity)} more would"
+        )
+    if not missing:
+        return content
+    busy = [
+        sum(load[expert] / count[expert] for expert in row) / by
+        for row, by in zip(content, speed, strict=True)
+    ]
+    for expert in sorted(missing, key=lambda expert: (-load[expert], expert)):
+        gpu = min(
+            (gpu for gpu in range(len(content)) if _has_place(content[gpu], capacity[gpu], count)),
+            key=lambda gpu: (busy[gpu], gpu),
+        )
+        if len(content[gpu]) == capacity[gpu]:
+            spare = [other for other in content[gpu] if count[other] > 1]
+            yields = min(spare, key=lambda other: (load[other] / count[other], other))
+            content[gpu].remove(yields)
+            count[yields] -= 1
+            busy[gpu] -= load[yields] / (count[yields] + 1) / speed[gpu]
+        content[gpu].append(expert)
+        count[expert] = 1
+        busy[gpu] += load[expert] / speed[gpu]
+    return content
+
+
+def _has_place(row: list[int], capacity: int, count: list[int]) -> bool:
+    return len(row) < capacity or any(count[expert] > 1 for expert in row)
