@@ -102,9 +102,15 @@ def row_of(result: Result) -> Row:
 
 
 def bound_row(problem: Problem) -> Row:
-    """Perfect balance, whatever the slots: no plan, but the line that others are measured against."""
-    speed_G = problem.topology.speed_G
-    perfect = float(problem.load_LE.sum() * problem.time.token_cost / speed_G.sum())
+    """Perfect balance, whatever the slots: no plan, but the line that others are measured against.
+
+    It is the "oracle" of MoEless (arXiv 2603.06350).
+    """
+    time = problem.time
+    perfect = float(problem.load_LE.sum() / problem.topology.speed_G.sum())
+    unit = "tokens"
+    if time.counts_tokens_only:
+        perfect, unit = perfect * time.token_cost, time.unit
     return Row(
         solver=BOUND_ROW,
         status="bound",
@@ -115,7 +121,7 @@ def bound_row(problem: Problem) -> Row:
         moves=None,
         move_bytes=None,
         seconds=0.0,
-        note=f"a bound, not a plan: {perfect:.6g} {problem.time.unit} over all layers",
+        note=f"a bound, not a plan: {perfect:.6g} {unit} over all layers",
     )
 
 

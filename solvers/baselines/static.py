@@ -1,14 +1,13 @@
-"""The two ends of every comparison: layouts that ignore the loads, and the perfect balance nobody can beat.
+"""Layouts that ignore the loads: where every comparison begins.
 
 `contiguous` is static expert parallelism: one replica of each expert, in blocks of consecutive experts.
 `wrapped` is how vLLM and SGLang start with spare slots, before they have seen any load: slot i holds expert
-i mod E, so the spare slots repeat the first experts. `oracle` is no placement at all but a bound for reports:
-every GPU busy for the same time.
+i mod E, so the spare slots repeat the first experts.
 
 References
 ----------
 Shoeybi et al., "Megatron-LM", arXiv 1909.08053: its expert parallelism gives GPU g the experts
-``g * E/G ... (g + 1) * E/G - 1``. The oracle is the bound of "MoEless", arXiv 2603.06350.
+``g * E/G ... (g + 1) * E/G - 1``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 
-__all__ = ["block_sizes", "contiguous", "oracle", "wrapped"]
+__all__ = ["block_sizes", "contiguous", "wrapped"]
 
 
 def contiguous(experts: int, capacity_LG: ArrayLike) -> NDArray[np.int32]:
@@ -117,30 +116,6 @@ def block_sizes(experts: int, capacity_LG: NDArray[np.int64]) -> NDArray[np.int6
     more_LG: NDArray[np.bool_] = room_LG & (np.cumsum(room_LG, axis=1) <= left_L[:, None])
     sizes: NDArray[np.int64] = size_LG + more_LG
     return sizes
-
-
-def oracle(load_LE: ArrayLike, speed_G: ArrayLike) -> NDArray[np.float64]:
-    """Return the GPU times of perfect balance: every GPU of a layer takes the same time.
-
-    Parameters
-    ----------
-    load_LE : float [..., layers, experts]
-        Tokens of each expert.
-    speed_G : float [gpus]
-        Relative speed of each GPU, > 0.
-
-    Returns
-    -------
-    float64 [..., layers, gpus]
-        Total tokens of the layer over total speed, the same for every GPU. No placement can do better;
-        most can't reach it.
-    """
-    load_LE = np.asarray(load_LE, dtype=np.float64)
-    speed = np.asarray(speed_G, dtype=np.float64)
-    if speed.ndim != 1 or speed.size == 0 or not (speed > 0).all():
-        raise ProblemError("speed", f"must be a non-empty [gpus] array of numbers > 0, got {speed.tolist()}")
-    time_L = load_LE.sum(axis=-1) / speed.sum()
-    return np.repeat(time_L[..., None], speed.size, axis=-1)
 
 
 def _checked(experts: int, capacity_LG: ArrayLike) -> NDArray[np.int64]:

@@ -139,7 +139,7 @@ BAD = {
 def test_an_option_out_of_its_range_is_refused_by_name(name: str) -> None:
     (row,) = [row for row in mo.list_solvers() if row.name == name]
     for key in row.options:
-        with pytest.raises(mo.MoelessError, match=rf"^{key}: is {BAD[key]!r}|knows? no|has no|cannot find"):
+        with pytest.raises(mo.MoelessError, match=rf"^{key}: .*{BAD[key]!r}"):
             mo.solve(problem_for(name), name, time_limit=5, **{key: BAD[key]})
 
 
@@ -344,7 +344,7 @@ def test_stopped_anywhere_it_returns_a_valid_plan_or_says_that_there_is_none(nam
         assert (result.plan is None) == (result.status is mo.Status.NO_SOLUTION)
 
 
-LATE = {"replan", "min-moves", "constrained", "activation", "patterns", "cpsat", "milp"}
+LATE = {"replan", "min-moves", "constrained", "activation"}
 """Solvers with a loop that does not ask yet."""
 
 

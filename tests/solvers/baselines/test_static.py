@@ -92,10 +92,3 @@ def test_bad_capacities(capacity: list[object]) -> None:
 def test_no_experts() -> None:
     with pytest.raises(ProblemError, match="experts: must be at least 1, got 0"):
         static.contiguous(0, [[1]])
-
-
-def test_oracle_gives_every_gpu_the_same_time() -> None:
-    time_TLG = static.oracle([[[6.0, 2.0], [0.0, 0.0]]], [1.0, 3.0])
-    assert time_TLG.tolist() == [[[2.0, 2.0], [0.0, 0.0]]]
-    with pytest.raises(ProblemError, match="speed: must be a non-empty"):
-        static.oracle([[1.0]], [1.0, 0.0])
