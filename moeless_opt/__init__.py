@@ -31,7 +31,15 @@ from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.problem import Known, Problem
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Links, Topology, uniform
-from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
+from moeless_opt.problems.spec.wishes import (
+    Limits,
+    Objective,
+    Priority,
+    Risk,
+    Sizing,
+    SizingPolicy,
+    Split,
+)
 from moeless_opt.solvers.core.registry import get_solver, list_solvers, solver_names
 
 if TYPE_CHECKING:
@@ -57,12 +65,16 @@ __all__ = [
     "Payback",
     "Placement",
     "Plan",
+    "Priority",
     "Problem",
     "ProblemError",
     "Progress",
     "Result",
+    "Risk",
     "Sizing",
+    "SizingPolicy",
     "SolverUnavailableError",
+    "Split",
     "Status",
     "TimeModel",
     "Topology",

@@ -523,7 +523,7 @@ def _sizing(text: str) -> Sizing:
 def _schedule(problem: Problem, plan: Plan) -> bytes:
     from moeless_opt.fronts import migration
 
-    found = migration(problem, plan).named(problem.loads.layers)
+    found = migration(problem, plan)
     steps = [
         {
             "seconds": step.seconds,

@@ -188,7 +188,7 @@ def migration(
     Returns
     -------
     Migration
-        Checked by an independent replay.
+        Checked by an independent replay. Its layers carry the model's own numbers.
 
     Raises
     ------
@@ -216,7 +216,7 @@ def migration(
     )
     if found:
         raise InvalidPlanError(found)
-    return schedule
+    return schedule.named(problem.loads.layers)
 
 
 def _by_size(problem: Problem, seed: int) -> tuple[SlotArray, FloatArray]:

@@ -24,7 +24,7 @@ from moeless_opt.problems.io.files import (
 )
 from moeless_opt.problems.plan.plan import Certificate, Moves, Payback, Plan
 from moeless_opt.problems.spec.placement import Placement
-from moeless_opt.problems.spec.wishes import SPLITS
+from moeless_opt.problems.spec.wishes import SPLITS, Split
 
 __all__ = ["load_plan", "plan_from_json", "plan_to_json", "save_plan"]
 
@@ -95,7 +95,7 @@ def plan_from_json(data: object, where: str = "") -> Plan:
         share_LGC=arrays["shares"],
         experts=experts,
         layers=tuple(integers(entry.path("layers"), entry.take("layers", list)).tolist()),
-        split=split,
+        split=Split(split),
         time_LG=arrays["times"],
         imbalance_L=arrays["imbalance"],
         moves=Moves(

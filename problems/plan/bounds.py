@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.scarce_bounds import scarce_bound
 from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
+from moeless_opt.problems.spec.wishes import Split
 
 __all__ = [
     "apportionment_pairs",
@@ -51,14 +51,13 @@ __all__ = [
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
-Split = Literal["equal", "fractional"]
 
 
 def best_bound(
     load_LE: ArrayLike,
     capacity_LG: ArrayLike,
     speed_G: ArrayLike | None = None,
-    split: Split = "equal",
+    split: str = Split.EQUAL,
     *,
     max_replicas: ArrayLike | None = None,
     min_replicas: ArrayLike | None = None,
@@ -75,7 +74,7 @@ def best_bound(
         Slots of each GPU in each layer.
     speed_G : array_like of float, shape (G,), optional
         Relative speeds, above 0 (default 1).
-    split : {"equal", "fractional"}
+    split : Split or str
         Whether an expert's tokens are divided evenly over its replicas or freely.
     max_replicas, min_replicas : int or array_like of int, shape (E,) or (L, E), optional
         Limits on the replicas of an expert (default: 1 to the number of GPUs).
@@ -132,7 +131,7 @@ def tau_star(
     load_LE: ArrayLike,
     capacity_LG: ArrayLike,
     speed_G: ArrayLike | None = None,
-    split: Split = "equal",
+    split: str = Split.EQUAL,
     *,
     max_replicas: ArrayLike | None = None,
     min_replicas: ArrayLike | None = None,
@@ -160,7 +159,7 @@ def tau_curve(
     load_LE: ArrayLike,
     speed_G: ArrayLike,
     most: int,
-    split: Split = "equal",
+    split: str = Split.EQUAL,
     *,
     max_replicas: int | None = None,
     time: TimeModel = TOKENS,
@@ -229,7 +228,7 @@ def replicas_needed(
     load_LE: ArrayLike,
     time_L: ArrayLike,
     speed_G: ArrayLike,
-    split: Split = "equal",
+    split: str = Split.EQUAL,
     *,
     time: TimeModel = TOKENS,
 ) -> Int:
@@ -409,7 +408,7 @@ def _mean(layers: _Layers, time: TimeModel) -> Float:
         return np.where(speed_L > 0, work_L / speed_L, np.inf)
 
 
-def _tau(layers: _Layers, split: Split, time: TimeModel) -> Float:
+def _tau(layers: _Layers, split: str, time: TimeModel) -> Float:
     E = layers.load_LE.shape[1]
     tau_L = np.zeros(len(layers.load_LE))
     for index, capacity_G, limit in layers.groups():
@@ -436,7 +435,7 @@ def _tau(layers: _Layers, split: Split, time: TimeModel) -> Float:
     return tau_L
 
 
-def _tau_alike(heavy_LE: Float, speed_G: Float, spare: int, split: Split, time: TimeModel) -> Float:
+def _tau_alike(heavy_LE: Float, speed_G: Float, spare: int, split: str, time: TimeModel) -> Float:
     """Return the (spare + 1)-th largest ``Q(e, r)``; at least what the heaviest needs on all G GPUs."""
     G = len(speed_G)
     tau_L = _quotient(heavy_LE[:, :1], np.array([G]), speed_G, split, time)[:, 0]
@@ -449,7 +448,7 @@ def _tau_alike(heavy_LE: Float, speed_G: Float, spare: int, split: Split, time: 
 
 
 def _tau_floors(
-    load_LE: Float, least_LE: Int, speed_G: Float, slots: int, split: Split, time: TimeModel
+    load_LE: Float, least_LE: Int, speed_G: Float, slots: int, split: str, time: TimeModel
 ) -> Float:
     """`_tau_alike` where experts start from a least number of replicas: all candidates are looked at."""
     L = len(load_LE)
@@ -470,7 +469,7 @@ def _tau_floors(
 
 
 def _tau_distinct(
-    tau_L: Float, load_LE: Float, capacity_G: Int, speed_G: Float, split: Split, time: TimeModel
+    tau_L: Float, load_LE: Float, capacity_G: Int, speed_G: Float, split: str, time: TimeModel
 ) -> Float:
     """Raise tau until its replicas fit GPUs of *different* slots without two of one expert on a GPU.
 
@@ -497,7 +496,7 @@ def _tau_distinct(
     return result_L
 
 
-def _quotient(load: Float, count: Int, speed_G: Float, split: Split, time: TimeModel) -> Float:
+def _quotient(load: Float, count: Int, speed_G: Float, split: str, time: TimeModel) -> Float:
     """Least time of an expert with at most ``count`` replicas on the fastest GPUs (``speed_G`` descends)."""
     start = time.launch + time.activation_cost
     if speed_G[0] == speed_G[-1] and (start == 0 or split == "equal"):

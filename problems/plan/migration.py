@@ -33,8 +33,8 @@ class Transfer:
     Parameters
     ----------
     layer, expert : int
-        What moves; `layer` is a row of the placements, as what carries it out counts (`Migration.named` has
-        the model's own numbers).
+        What moves; `layer` is a row of the placements, as what carries it out counts (`Migration.named`,
+        which ``moeless_opt.migration`` returns, has the model's own numbers).
     source : int
         GPU that sends, or ``HOST``.
     target : int

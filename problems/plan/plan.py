@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, SlotArray, frozen, number
+from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.evaluate import new_replicas
-from moeless_opt.problems.spec.placement import Placement, held_LGE, replica_counts
+from moeless_opt.problems.spec.loads import span
+from moeless_opt.problems.spec.placement import Placement, replica_counts
 from moeless_opt.problems.spec.problem import Problem
 
 __all__ = ["PROVEN", "Certificate", "Moves", "Payback", "Plan", "Status", "count_moves"]
@@ -273,11 +275,13 @@ class Plan(Record):
         return int(np.count_nonzero(self.slots_LGC >= 0))
 
     def gpus_of(self, layer: int, expert: int) -> list[int]:
-        """The GPUs that hold an expert; `layer` is a row of the plan."""
-        return [
-            int(g)
-            for g in np.flatnonzero(held_LGE(self.slots_LGC[layer : layer + 1], self.experts)[0, :, expert])
-        ]
+        """The GPUs that hold an expert; `layer` is the model's own number."""
+        if layer not in self.layers:
+            raise ProblemError("layer", f"is {layer}, the plan is for the layers {span(self.layers)}")
+        if not 0 <= expert < self.experts:
+            raise ProblemError("expert", f"is {expert}, must be from 0 to {self.experts - 1}")
+        row_GC = self.slots_LGC[self.layers.index(layer)]
+        return [int(gpu) for gpu in np.flatnonzero((row_GC == expert).any(1))]
 
     def __repr__(self) -> str:
         layers, gpus, slots = self.slots_LGC.shape

@@ -102,22 +102,22 @@ class _Tables:
     def of(cls, problem: Problem, plan: Plan, low: int, high: int) -> _Tables:
         """Check layers `low` to `high`, without the last."""
         slots, share = plan.slots_LGC[low:high], plan.share_LGC[low:high]
-        layers, experts, gpus = high - low, problem.experts, problem.topology.gpus
+        layers, experts, gpus = problem.loads.layers[low:high], problem.experts, problem.topology.gpus
         found: list[str] = []
         # One cell per (layer, GPU, expert); an empty slot (-1) falls into a column of its own.
-        size = layers * gpus * (experts + 1)
-        cell = (slots + np.arange(1, size, experts + 1).reshape(layers, gpus, 1)).ravel()
-        count = np.bincount(cell, minlength=size).reshape(layers, gpus, experts + 1)[:, :, 1:]
+        size = len(slots) * gpus * (experts + 1)
+        cell = (slots + np.arange(1, size, experts + 1).reshape(-1, gpus, 1)).ravel()
+        count = np.bincount(cell, minlength=size).reshape(-1, gpus, experts + 1)[:, :, 1:]
         if int(count.max()) > 1:
             found += [
-                f"layer {x + low} GPU {g}: expert {e} sits there {count[x, g, e]} times"
+                f"layer {layers[x]} GPU {g}: expert {e} sits there {count[x, g, e]} times"
                 for x, g, e in np.argwhere(count > 1)[:_MOST]
             ]
         replicas = count.sum(1)
         if int(replicas.min()) < problem.limits.min_replicas:
             short = np.argwhere(replicas < problem.limits.min_replicas)
             found += [
-                f"layer {x + low}: expert {e} has {replicas[x, e]} replicas, "
+                f"layer {layers[x]}: expert {e} has {replicas[x, e]} replicas, "
                 f"needs {problem.limits.min_replicas}"
                 for x, e in short[:_MOST]
             ]
@@ -125,7 +125,7 @@ class _Tables:
         capacity = problem.capacity_LG[low:high]
         if (used > capacity).any():
             found += [
-                f"layer {x + low} GPU {g}: {used[x, g]} replicas, room for {capacity[x, g]}"
+                f"layer {layers[x]} GPU {g}: {used[x, g]} replicas, room for {capacity[x, g]}"
                 for x, g in np.argwhere(used > capacity)[:_MOST]
             ]
         if not (float(share.min()) >= -TOLERANCE and float(share.max()) < np.inf):
@@ -133,18 +133,18 @@ class _Tables:
             nothing = np.zeros(0)
             return cls(found, used, nothing, nothing.astype(int), nothing.astype(int), count, count > 0, True)
         scattered = np.asarray(np.bincount(cell, weights=share.ravel(), minlength=size), dtype=np.float64)
-        part = scattered.reshape(layers, gpus, experts + 1)
+        part = scattered.reshape(-1, gpus, experts + 1)
         if part[:, :, 0].any():
             found.append("an empty slot has a token share")
         part = part[:, :, 1:]
         off = np.abs(part.sum(1) - 1.0)
         if float(off.max()) > TOLERANCE:
             found += [
-                f"layer {x + low}: the shares of expert {e} sum to {part[x, :, e].sum():.9g}, not 1"
+                f"layer {layers[x]}: the shares of expert {e} sum to {part[x, :, e].sum():.9g}, not 1"
                 for x, e in np.argwhere(off > TOLERANCE)[:_MOST]
             ]
         if problem.split == "equal":
-            found += _uneven(slots, part, count, replicas, capacity, low)
+            found += _uneven(slots, part, count, replicas, capacity, layers)
         new = count > 0
         if problem.current is not None:
             x, g, c = np.nonzero(problem.current.slots_LGC[low:high] >= 0)
@@ -160,7 +160,12 @@ class _Tables:
 
 
 def _uneven(
-    slots: SlotArray, part: FloatArray, count: IntArray, replicas: IntArray, capacity: IntArray, low: int
+    slots: SlotArray,
+    part: FloatArray,
+    count: IntArray,
+    replicas: IntArray,
+    capacity: IntArray,
+    layers: tuple[int, ...],
 ) -> list[str]:
     """Where an equal split is not equal."""
     layer, gpu, slot = np.nonzero(slots >= 0)
@@ -174,7 +179,7 @@ def _uneven(
     worst = int(off.argmax())
     x, g, e = layer[worst], gpu[worst], expert[worst]
     return [
-        f"layer {x + low} GPU {g}: expert {e} has share {part[x, g, e]:.6g}, "
+        f"layer {layers[x]} GPU {g}: expert {e} has share {part[x, g, e]:.6g}, "
         f"an equal split gives {even[worst]:.6g}"
     ]
 
@@ -228,15 +233,18 @@ def _limits(problem: Problem, has: BoolArray, replicas: IntArray) -> list[str]:
         domain = problem.topology.failure_domain_G
         reach = np.stack([has[:, domain == d].any(1) for d in np.unique(domain)]).sum(0)
         found += [
-            f"layer {x}: expert {e} is in {reach[x, e]} failure domains, must be in {limits.spread}"
+            f"layer {problem.loads.layers[x]}: expert {e} is in {reach[x, e]} failure domains, "
+            f"must be in {limits.spread}"
             for x, e in np.argwhere(reach < limits.spread)[:_MOST]
         ]
     for layer, expert, gpu in limits.pinned:
-        if not has[slice(None) if layer < 0 else layer, gpu, expert].all():
-            found.append(f"expert {expert} is pinned to GPU {gpu} (layer {layer}) and is not there")
+        for x, number in enumerate(problem.loads.layers):
+            if layer in (-1, number) and not has[x, gpu, expert]:
+                found.append(f"layer {number}: expert {expert} is pinned to GPU {gpu} and is not there")
     for layer, expert, gpu in limits.forbidden:
-        if has[slice(None) if layer < 0 else layer, gpu, expert].any():
-            found.append(f"expert {expert} is forbidden on GPU {gpu} (layer {layer}) and is there")
+        for x, number in enumerate(problem.loads.layers):
+            if layer in (-1, number) and has[x, gpu, expert]:
+                found.append(f"layer {number}: expert {expert} is forbidden on GPU {gpu} and is there")
     return found
 
 

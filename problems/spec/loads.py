@@ -10,7 +10,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, Record, floats, whole
 from moeless_opt.problems.errors import ProblemError
 
-__all__ = ["Loads"]
+__all__ = ["Loads", "span"]
 
 _MOST = 1e30  # sums and products of such loads still are finite
 
@@ -156,7 +156,7 @@ class Loads(Record):
         place = {layer: i for i, layer in enumerate(self.layers)}
         unknown = [layer for layer in layers if layer not in place]
         if unknown:
-            raise ProblemError("layers", f"{unknown[0]} is not among the layers {_span(self.layers)}")
+            raise ProblemError("layers", f"{unknown[0]} is not among the layers {span(self.layers)}")
         rows = sorted(place[layer] for layer in set(layers))
         by_node = None if self.load_TLNE is None else self.load_TLNE[:, rows]
         return self.replace(
@@ -172,7 +172,7 @@ class Loads(Record):
         if t > 1:
             parts.insert(0, f"{t} scenarios")
         if self.skipped:
-            parts.append(f"dense layers {_span(self.skipped)} skipped")
+            parts.append(f"dense layers {span(self.skipped)} skipped")
         return f"Loads({', '.join(parts)}{', from ' + self.source if self.source else ''})"
 
 
@@ -183,7 +183,7 @@ def _indices(where: str, value: Iterable[object]) -> tuple[int, ...]:
     return tuple([i if type(i) is int and i >= 0 else whole(where, i) for i in given])
 
 
-def _span(layers: Sequence[int]) -> str:
+def span(layers: Sequence[int]) -> str:
     """Render ``0-2, 5`` for ``(0, 1, 2, 5)``."""
     runs: list[list[int]] = []
     for layer in layers:

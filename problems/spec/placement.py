@@ -99,9 +99,7 @@ class Placement(Record):
         missing = self.replicas_LE == 0
         if missing.any() and not self.partial:
             layer, expert = (int(i) for i in np.argwhere(missing)[0])
-            raise ProblemError(
-                f"placement.slots[{layer}]", f"expert {expert} has no replica in layer {layer}; it needs one"
-            )
+            raise ProblemError(f"placement.slots[{layer}]", f"expert {expert} has no replica; it needs one")
 
     @property
     def replicas_LE(self) -> SlotArray:

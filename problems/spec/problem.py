@@ -12,11 +12,11 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, floats, integers
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.architecture import ModelSpec
-from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.loads import Loads, span
 from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 from moeless_opt.problems.spec.topology import Topology
-from moeless_opt.problems.spec.wishes import SPLITS, Limits, Objective, Sizing
+from moeless_opt.problems.spec.wishes import SPLITS, Limits, Objective, Sizing, Split
 
 __all__ = ["Known", "Problem"]
 
@@ -76,7 +76,7 @@ class Problem(Record):
         Gives the bytes of an expert.
     expert_bytes_L : array of int, shape [L], optional
         Bytes of one replica in each layer; overrides the model's.
-    split : {"fractional", "equal"}
+    split : Split or str
         Whether the token shares of an expert's replicas are free or even.
     sizing : Sizing
         How many replicas there are to be.
@@ -101,7 +101,7 @@ class Problem(Record):
     topology: Topology
     model: ModelSpec | None = None
     expert_bytes_L: IntArray | None = None
-    split: str = "fractional"
+    split: str = Split.FRACTIONAL
     sizing: Sizing = _SLOTS
     current: Placement | None = None
     time: TimeModel = TOKENS
@@ -120,6 +120,7 @@ class Problem(Record):
                 raise ProblemError(key, f"is {type(value).__name__}, must be {want}")
         if self.split not in SPLITS:
             raise ProblemError("split", f"is {self.split!r}, must be 'fractional' or 'equal'")
+        object.__setattr__(self, "split", Split(self.split))
         _, layers, experts = self.loads.shape
         if self.model is not None and self.model.experts != experts:
             raise ProblemError(
@@ -141,21 +142,22 @@ class Problem(Record):
         if self.current is not None:
             self._check_current(self.current)
         for key in ("pinned", "forbidden"):
-            for i, (layer, expert, gpu) in enumerate(getattr(self.limits, key)):
-                for what, value, end in (
-                    ("layer", layer, layers),
-                    ("expert", expert, experts),
-                    ("gpu", gpu, self.topology.gpus),
-                ):
-                    if value >= end:
-                        raise ProblemError(
-                            f"limits.{key}[{i}]", f"names {what} {value}, the last one is {end - 1}"
-                        )
+            for i, pair in enumerate(getattr(self.limits, key)):
+                self._check_pair(f"limits.{key}[{i}]", *pair)
         by_node = self.loads.load_TLNE
         if by_node is not None and by_node.shape[2] != self.topology.nodes:
             raise ProblemError(
                 "loads.by_node", f"has {by_node.shape[2]} nodes, the topology has {self.topology.nodes}"
             )
+
+    def _check_pair(self, where: str, layer: int, expert: int, gpu: int) -> None:
+        if layer >= 0 and layer not in self.loads.layers:
+            raise ProblemError(
+                where, f"names layer {layer}, the loads are of the layers {span(self.loads.layers)}"
+            )
+        for what, value, end in (("expert", expert, self.experts), ("gpu", gpu, self.topology.gpus)):
+            if value >= end:
+                raise ProblemError(where, f"names {what} {value}, the last one is {end - 1}")
 
     def _check_current(self, current: Placement) -> None:
         _, layers, experts = self.loads.shape
@@ -173,7 +175,7 @@ class Problem(Record):
             layer, gpu = (int(i) for i in np.argwhere(over > 0)[0])
             raise ProblemError(
                 f"current[{layer}][{gpu}]",
-                f"holds {current.used_LG[layer, gpu]} replicas, "
+                f"holds {current.used_LG[layer, gpu]} replicas of layer {self.loads.layers[layer]}, "
                 f"GPU {gpu} has room for {self.capacity_LG[layer, gpu]}",
             )
 
@@ -202,8 +204,9 @@ class Problem(Record):
     def pairs_LEG(self, key: str) -> BoolArray:
         """The pinned or forbidden (expert, GPU) pairs as a mask, shape [L, E, G]."""
         mask = np.zeros((self.layers, self.experts, self.topology.gpus), dtype=np.bool_)
+        row = {layer: x for x, layer in enumerate(self.loads.layers)}
         for layer, expert, gpu in getattr(self.limits, key):
-            mask[slice(None) if layer < 0 else layer, expert, gpu] = True
+            mask[slice(None) if layer < 0 else row[layer], expert, gpu] = True
         return mask
 
     def check_feasible(self) -> None:
@@ -266,25 +269,26 @@ class Problem(Record):
         pinned_LEG, forbidden_LEG = self.pairs_LEG("pinned"), self.pairs_LEG("forbidden")
         both = np.argwhere(pinned_LEG & forbidden_LEG)
         if both.size:
-            layer, expert, gpu = both[0]
+            row, expert, gpu = both[0]
             raise InfeasibleError(
-                f"limits.forbidden: expert {expert} is pinned to GPU {gpu} and forbidden there, layer {layer}"
+                f"limits.forbidden: expert {expert} is pinned to GPU {gpu} and forbidden there, "
+                f"layer {self.loads.layers[row]}"
             )
         over = np.argwhere(pinned_LEG.sum(1) > self.capacity_LG)
         if over.size:
-            layer, gpu = over[0]
-            room, want = self.capacity_LG[layer, gpu], pinned_LEG[layer, :, gpu].sum()
+            row, gpu = over[0]
+            room, want = self.capacity_LG[row, gpu], pinned_LEG[row, :, gpu].sum()
             raise InfeasibleError(
-                f"limits.pinned: {want} experts are pinned to GPU {gpu} in layer {layer}, "
+                f"limits.pinned: {want} experts are pinned to GPU {gpu} in layer {self.loads.layers[row]}, "
                 f"it has room for {room}: {want - room} too many"
             )
         allowed_LE = (~forbidden_LEG & (self.capacity_LG > 0)[:, None, :]).sum(2)
         short = np.argwhere(allowed_LE < self.limits.min_replicas)
         if short.size:
-            layer, expert = short[0]
+            row, expert = short[0]
             raise InfeasibleError(
-                f"limits.forbidden: in layer {layer}, expert {expert} may be on "
-                f"{allowed_LE[layer, expert]} GPUs; it needs {self.limits.min_replicas}"
+                f"limits.forbidden: in layer {self.loads.layers[row]}, expert {expert} may be on "
+                f"{allowed_LE[row, expert]} GPUs; it needs {self.limits.min_replicas}"
             )
 
     def _shortage(self, room: int, need: int) -> str:

@@ -2,17 +2,70 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moeless_opt.problems.arrays import Record, number, whole
 from moeless_opt.problems.errors import ProblemError
 
-__all__ = ["PRIORITIES", "SIZING_POLICIES", "SPLITS", "Limits", "Objective", "Sizing"]
+__all__ = [
+    "PRIORITIES",
+    "SPLITS",
+    "Limits",
+    "Objective",
+    "Priority",
+    "Risk",
+    "Sizing",
+    "SizingPolicy",
+    "Split",
+]
 
-SPLITS = ("fractional", "equal")
-PRIORITIES = ("balance", "moves", "traffic", "memory")
-SIZING_POLICIES = ("slots", "cv", "makespan", "memory")
+
+class _Choice(enum.StrEnum):
+    """One of several words. A plain string of the same letters is as good, and it prints as one."""
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+class Split(_Choice):
+    """How an expert's tokens are divided over its replicas."""
+
+    FRACTIONAL = "fractional"
+    """Freely: every replica has a share of its own."""
+    EQUAL = "equal"
+    """Evenly, for engines that cannot weight."""
+
+
+class Priority(_Choice):
+    """What can be minimised."""
+
+    BALANCE = "balance"
+    MOVES = "moves"
+    TRAFFIC = "traffic"
+    MEMORY = "memory"
+
+
+class Risk(_Choice):
+    """How the time of a layer is taken over several load scenarios."""
+
+    EXPECTED = "expected"
+    CVAR = "cvar"
+    WORST = "worst"
+
+
+class SizingPolicy(_Choice):
+    """Which rule says how many replicas there are (see `Sizing`)."""
+
+    SLOTS = "slots"
+    CV = "cv"
+    MAKESPAN = "makespan"
+    MEMORY = "memory"
+
+
+SPLITS = tuple(Split)
+PRIORITIES = tuple(Priority)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -21,7 +74,7 @@ class Objective(Record):
 
     Parameters
     ----------
-    priorities : tuple of str
+    priorities : tuple of Priority or str
         From ``balance``, ``moves``, ``traffic``, ``memory``; the first weighs most.
     balance_tolerance : float
         A layer's largest GPU time may be this share above its lower bound where a later
@@ -29,8 +82,8 @@ class Objective(Record):
     horizon : float, optional
         Forward passes until the next plan. With it a replica moves only if the time that it saves
         over the horizon exceeds the time of its transfer.
-    risk : {"expected", "cvar", "worst"}
-        How the time of a layer is taken over several load scenarios.
+    risk : Risk or str
+        How the time of a layer is taken over several load scenarios: ``"expected"``, ``"cvar"``, ``"worst"``.
     cvar_alpha : float
         Level of the CVaR: the mean over the worst ``1 - cvar_alpha`` of the weight.
     """
@@ -38,7 +91,7 @@ class Objective(Record):
     priorities: tuple[str, ...] = PRIORITIES
     balance_tolerance: float = 0.01
     horizon: float | None = None
-    risk: str = "expected"
+    risk: str = Risk.EXPECTED
     cvar_alpha: float = 0.9
 
     def __post_init__(self) -> None:
@@ -52,11 +105,13 @@ class Objective(Record):
             raise ProblemError(
                 "objective.priorities", f"is {self.priorities}, must be distinct, from {PRIORITIES}"
             )
+        put(self, "priorities", tuple(Priority(p) for p in self.priorities))
         put(self, "balance_tolerance", number("objective.balance_tolerance", self.balance_tolerance))
         if self.horizon is not None:
             put(self, "horizon", number("objective.horizon", self.horizon, open_low=True))
-        if self.risk not in ("expected", "cvar", "worst"):
+        if self.risk not in tuple(Risk):
             raise ProblemError("objective.risk", f"is {self.risk!r}, must be 'expected', 'cvar' or 'worst'")
+        put(self, "risk", Risk(self.risk))
         put(self, "cvar_alpha", number("objective.cvar_alpha", self.cvar_alpha))
         if self.cvar_alpha >= 1:
             raise ProblemError(
@@ -83,7 +138,8 @@ class Limits(Record):
     spread : int
         Failure domains that the replicas of every expert must reach.
     pinned, forbidden : tuple of (layer, expert, gpu)
-        Replicas that must, or must not, be there. The layer is a row of the loads, -1 for every layer.
+        Replicas that must, or must not, be there. The layer is the model's own number, as in
+        ``Loads.layers``; -1 stands for every layer.
     """
 
     min_replicas: int = 1
@@ -165,7 +221,7 @@ class Sizing(Record):
 
     Parameters
     ----------
-    policy : {"slots", "cv", "makespan", "memory"}
+    policy : SizingPolicy or str
         ``slots``: every slot may be used (the usual shape). ``cv``: the fewest replicas whose loads
         have a coefficient of variation of at most `cv`. ``makespan``: the fewest for which the
         imbalance is at most `imbalance`. ``memory``: the layers share the GPUs' bytes.
@@ -177,14 +233,15 @@ class Sizing(Record):
         Target of the ``makespan`` policy, at least 1.
     """
 
-    policy: str = "slots"
+    policy: str = SizingPolicy.SLOTS
     cv: float = 0.2
     ddof: int = 0
     imbalance: float = 1.05
 
     def __post_init__(self) -> None:
-        if self.policy not in SIZING_POLICIES:
-            raise ProblemError("sizing.policy", f"is {self.policy!r}, must be one of {SIZING_POLICIES}")
+        if self.policy not in tuple(SizingPolicy):
+            raise ProblemError("sizing.policy", f"is {self.policy!r}, must be one of {tuple(SizingPolicy)}")
+        object.__setattr__(self, "policy", SizingPolicy(self.policy))
         object.__setattr__(self, "cv", number("sizing.cv", self.cv))
         if self.ddof not in (0, 1):
             raise ProblemError("sizing.ddof", f"is {self.ddof!r}, must be 0 (population) or 1 (sample)")

@@ -440,9 +440,7 @@ def _slots_by_memory(total_L: Int, size_L: Int, memory: Int, experts: int) -> In
             wish_G = np.where(take_G < room_G, ideal_G - take_G, -np.inf)
             if not np.isfinite(wish_G.max()):
                 short = int((total_L[layer] - take_G.sum()) * size_L[layer])
-                raise InfeasibleError(
-                    f"memory: layer {layer} needs {short} bytes more than the GPUs have left"
-                )
+                raise InfeasibleError(f"memory: a layer needs {short} bytes more than the GPUs have left")
             take_G[int(wish_G.argmax())] += 1
         capacity[layer] = take_G
         left_G -= take_G * size_L[layer]

@@ -49,7 +49,8 @@ def count_replicas(problem: Problem) -> IntArray:
     if short.size:
         layer, expert = (int(i) for i in short[0])
         raise InfeasibleError(
-            f"limits: expert {expert} of layer {layer} needs {least_LE[layer, expert]} replicas, "
+            f"limits: expert {expert} of layer {problem.loads.layers[layer]} needs "
+            f"{least_LE[layer, expert]} replicas, "
             f"{most_LE[layer, expert]} are possible (pins, bans, max_replicas, GPUs with slots)"
         )
     room_L = np.minimum(problem.capacity_LG, experts).sum(1)
@@ -249,7 +250,14 @@ def place_within(problem: Problem, counts_LE: IntArray) -> SlotArray:
             fixed=[set() for _ in range(topology.gpus)],
             load=[0.0] * topology.gpus,
         )
-        _fill(board, layer, counts_LE[layer], least_LE[layer], pinned_LEG[layer], warm_LGE[layer])
+        _fill(
+            board,
+            problem.loads.layers[layer],
+            counts_LE[layer],
+            least_LE[layer],
+            pinned_LEG[layer],
+            warm_LGE[layer],
+        )
         for gpu, content in enumerate(board.content):
             kept = [] if problem.current is None else problem.current.slots_LGC[layer, gpu].tolist()
             slots_LGC[layer, gpu, : len(content)] = _in_order(content, kept)

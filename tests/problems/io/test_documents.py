@@ -153,7 +153,7 @@ BAD_PROBLEMS = [
     (
         "current",
         {"slots": [[[0, 1, 2], [0, -1, -1]]]},
-        "current[0][0]: holds 3 replicas, GPU 0 has room for 2",
+        "current[0][0]: holds 3 replicas of layer 0, GPU 0 has room for 2",
     ),
     ("current", {"kind": "file"}, "current.kind: is 'file', must be 'inline' or 'plan'"),
     ("current", {"kind": "plan", "path": "absent.json"}, "absent.json: cannot be read"),

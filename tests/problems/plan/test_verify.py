@@ -175,10 +175,10 @@ def test_another_split() -> None:
         ({"max_total_replicas": 10}, "11 replicas in all, at most 10"),
         ({"max_total_bytes": 169}, "170 bytes in all, at most 169"),
         ({"spread": 2}, "layer 0: expert 0 is in 1 failure domains, must be in 2"),
-        ({"pinned": [(0, 2, 0)]}, "expert 2 is pinned to GPU 0 (layer 0) and is not there"),
-        ({"pinned": [(-1, 0, 1)]}, "expert 0 is pinned to GPU 1 (layer -1)"),
-        ({"forbidden": [(1, 2, 2)]}, "expert 2 is forbidden on GPU 2 (layer 1) and is there"),
-        ({"forbidden": [(-1, 0, 1)]}, "expert 0 is forbidden on GPU 1 (layer -1)"),
+        ({"pinned": [(0, 2, 0)]}, "layer 0: expert 2 is pinned to GPU 0 and is not there"),
+        ({"pinned": [(-1, 0, 1)]}, ": expert 0 is pinned to GPU 1 and is not there"),
+        ({"forbidden": [(1, 2, 2)]}, "layer 1: expert 2 is forbidden on GPU 2 and is there"),
+        ({"forbidden": [(-1, 0, 1)]}, "layer 0: expert 0 is forbidden on GPU 1 and is there"),
     ],
 )
 def test_limits(limits: dict[str, Any], words: str) -> None:

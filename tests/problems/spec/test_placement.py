@@ -32,7 +32,7 @@ def test_derived_arrays(drawn: Any) -> None:
         for e in range(experts):
             assert count[x, e] == everyone.count(e)
             assert share[x][slots[x] == e].tolist() == [1 / everyone.count(e)] * everyone.count(e)
-            assert plan.gpus_of(x, e) == [g for g in range(gpus) if e in slots[x, g]]
+            assert plan.gpus_of(problem.loads.layers[x], e) == [g for g in range(gpus) if e in slots[x, g]]
         for g in range(gpus):
             row = slots[x, g].tolist()
             assert held[x, g].tolist() == [e in row for e in range(experts)]
@@ -47,7 +47,7 @@ def test_derived_arrays(drawn: Any) -> None:
     ("slots", "message"),
     [
         ([[[0, 1], [1, 1]]], r"placement\.slots\[0\]\[1\]: expert 1 sits twice on GPU 1"),
-        ([[[0, -1], [0, -1]]], r"placement\.slots\[0\]: expert 1 has no replica in layer 0"),
+        ([[[0, -1], [0, -1]]], r"placement\.slots\[0\]: expert 1 has no replica; it needs one"),
         ([[[0, 2], [1, -1]]], r"placement\.slots\[0\]\[0\]\[1\]: is 2, must be from -1 to 1"),
         ([[[0, -2], [1, -1]]], r"placement\.slots\[0\]\[0\]\[1\]: is -2"),
         ([[0, 1]], r"placement\.slots: has shape \(1, 2\), must be \[layers, gpus, slots\]"),

@@ -41,7 +41,10 @@ def make(**changes: Any) -> Problem:
         ({"expert_bytes_L": [1, 2]}, r"expert_bytes: has shape \(2,\), must be one number or \(1,\)"),
         ({"expert_bytes_L": 0}, "expert_bytes: is 0, must be from 1"),
         ({"expert_bytes_L": [10**16]}, r"expert_bytes\[0\]: is 10000000000000000, must be from 1 to"),
-        ({"limits": Limits(pinned=[(1, 0, 0)])}, r"limits\.pinned\[0\]: names layer 1, the last one is 0"),
+        (
+            {"limits": Limits(pinned=[(1, 0, 0)])},
+            r"limits\.pinned\[0\]: names layer 1, the loads are of the layers 0",
+        ),
         ({"limits": Limits(pinned=[(-1, 4, 0)])}, r"limits\.pinned\[0\]: names expert 4, the last one is 3"),
         (
             {"limits": Limits(forbidden=[(0, 0, 4)])},
@@ -54,7 +57,7 @@ def make(**changes: Any) -> Problem:
         ),
         (
             {"current": Placement(slots_LGC=[[[0, 1, 2], [3, -1, -1], [0, -1, -1], [1, -1, -1]]], experts=4)},
-            r"current\[0\]\[0\]: holds 3 replicas, GPU 0 has room for 2",
+            r"current\[0\]\[0\]: holds 3 replicas of layer 0, GPU 0 has room for 2",
         ),
         (
             {"loads": Loads(load_TLE=[[2.0, 1.0]], load_TLNE=[[[[2.0, 1.0]]]])},

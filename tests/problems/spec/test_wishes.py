@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
+from moeless_opt.problems.spec.wishes import Limits, Objective, Priority, Risk, Sizing, SizingPolicy, Split
 
 
 @pytest.mark.parametrize(
@@ -87,3 +89,19 @@ def test_limits_on_moves(kwargs: dict[str, Any], bounds: bool) -> None:
 
 def test_order_of_priorities_is_kept() -> None:
     assert Objective(priorities=["moves", "balance"]).priorities == ("moves", "balance")
+
+
+def test_words_are_as_good_as_members_and_print_as_words() -> None:
+    word = Objective(risk="worst", priorities=("moves", "balance"))
+    member = Objective(risk=Risk.WORST, priorities=(Priority.MOVES, Priority.BALANCE))
+    assert word == member
+    assert hash(word) == hash(member)
+    assert word.risk is Risk.WORST
+    assert repr(word) == repr(member)
+    assert "risk='worst'" in repr(word)
+    assert "priorities=('moves', 'balance')" in repr(word)
+    assert f"{Split.EQUAL} {SizingPolicy.CV!r}" == "equal 'cv'"
+    assert json.dumps([Split.EQUAL, Sizing(policy="cv").policy]) == '["equal", "cv"]'
+    assert {"cv": 1}[SizingPolicy.CV] == 1
+    assert Sizing(policy="cv").policy is SizingPolicy.CV
+    assert pickle.loads(pickle.dumps(member)) == word
