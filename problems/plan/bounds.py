@@ -600,7 +600,7 @@ def _packing(layers: _Layers, time: TimeModel) -> Float | None:
     return bound_L
 
 
-def _fillers(layers: _Layers, known_L: Float, split: Split, time: TimeModel) -> Float:
+def _fillers(layers: _Layers, known_L: Float, split: str, time: TimeModel) -> Float:
     """Return `scarce_bound` of the layers that are possible at all; it counts tokens only."""
     bound_L = known_L.copy()
     if time.token_cost <= 0:
