@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from moeless_opt.report import bytes_text, table
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
 from moeless_opt.solvers.core.finish import Built, finish
+from moeless_opt.solvers.core.knapsack import hull_steps
 from moeless_opt.solvers.core.stopping import Clock
 from moeless_opt.solvers.migration.schedule import schedule_migration, staging_limit
 from moeless_opt.solvers.replan.solver import frontier
@@ -252,32 +252,10 @@ def _shrink(capacity_LG: IntArray, want_L: IntArray) -> IntArray:
 
 def _merge(time_KL: FloatArray, cost_KL: FloatArray, points: int) -> list[IntArray]:
     """Choices of a point per layer along the merged hulls, cheapest first."""
-    layers = time_KL.shape[1]
-    at_L = np.zeros(layers, dtype=np.int64)
-    steps: list[tuple[float, int, int, int]] = []
-    for layer in range(layers):
-        hull = _hull(cost_KL[:, layer], time_KL[:, layer])
-        at_L[layer] = hull[0]
-        for order, (a, b) in enumerate(pairwise(hull)):
-            gain = (time_KL[a, layer] - time_KL[b, layer]) / (cost_KL[b, layer] - cost_KL[a, layer])
-            steps.append((-gain, layer, order, b))
+    at_L, steps = hull_steps(list(cost_KL.T), list(time_KL.T))
     states = [at_L.copy()]
-    for _, layer, _, b in sorted(steps):
-        at_L[layer] = b
+    for layer, point in steps:
+        at_L[layer] = point
         states.append(at_L.copy())
     keep = np.unique(np.rint(np.linspace(0, len(states) - 1, min(points, len(states)))).astype(np.int64))
     return [states[i] for i in keep]
-
-
-def _hull(cost_K: FloatArray, time_K: FloatArray) -> list[int]:
-    """Indices of the lower convex hull, from the least cost to the least time."""
-    hull: list[int] = []
-    for i in np.lexsort((time_K, cost_K)):
-        if hull and (time_K[i] >= time_K[hull[-1]] * (1 - 1e-12) or cost_K[i] == cost_K[hull[-1]]):
-            continue
-        while len(hull) > 1 and (time_K[hull[-2]] - time_K[hull[-1]]) * (cost_K[i] - cost_K[hull[-2]]) <= (
-            time_K[hull[-2]] - time_K[i]
-        ) * (cost_K[hull[-1]] - cost_K[hull[-2]]):
-            hull.pop()
-        hull.append(int(i))
-    return hull

@@ -280,14 +280,15 @@ class _Offers:
         if budget is not None and spent > budget:
             raise InfeasibleError(f"limits: a budget of {budget} cannot give every expert a replica")
         chosen = choose_points(
-            [[point[0] for point in front] for front in fronts],
+            [[point[0] * price for point in front] for front, price in zip(fronts, price_L, strict=True)],
             [[point[1] for point in front] for front in fronts],
-            price_L.tolist(),
             sum(front[-1][0] * price for front, price in zip(fronts, price_L.tolist(), strict=True))
             if budget is None
             else budget,
         )
-        return self.take(np.array([front[at][2] for front, at in zip(fronts, chosen, strict=True)]))
+        return self.take(
+            np.array([front[at][2] for front, at in zip(fronts, chosen.point_L.tolist(), strict=True)])
+        )
 
 
 def _wish(task: Task[ReplanOptions], **more: Any) -> ReplanWish:

@@ -202,9 +202,8 @@ def spread_budget(
     `weight_L` makes the times of different layers comparable.
     """
     chosen = choose_points(
-        [[point[0] for point in front] for front in fronts],
+        [[point[0] * price for point in front] for front, price in zip(fronts, price_L, strict=True)],
         [[point[1] * weight for point in front] for front, weight in zip(fronts, weight_L, strict=True)],
-        price_L,
         budget,
     )
-    return [front[index][2] for front, index in zip(fronts, chosen, strict=True)]
+    return [front[at][2] for front, at in zip(fronts, chosen.point_L.tolist(), strict=True)]

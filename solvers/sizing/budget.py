@@ -24,6 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import tau_curve
+from moeless_opt.solvers.core.knapsack import choose_points
+from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.pack.packing import gpu_time, pack
 from moeless_opt.solvers.pack.swaps import improve
@@ -44,7 +46,6 @@ Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 Int32 = NDArray[np.int32]
 
-_MOST_CELLS = 60_000_000  # of the dynamic programme, layers x budget x choices
 _ROUNDS = 6
 
 
@@ -123,7 +124,9 @@ class Redundancy:
     uniform: float
 
 
-def spend(value_LK: Float, budget: int, cost_L: ArrayLike | None = None) -> Spending:
+def spend(
+    value_LK: Float, budget: int, cost_L: ArrayLike | None = None, *, stop: Stop | None = None
+) -> Spending:
     """Choose one k per layer: the least sum of values with ``sum of cost * k`` within the budget.
 
     Parameters
@@ -135,6 +138,8 @@ def spend(value_LK: Float, budget: int, cost_L: ArrayLike | None = None) -> Spen
         Units in all (replicas, or bytes).
     cost_L : array_like of int, shape (L,), optional
         Units per replica of each layer (default 1).
+    stop : Stop, optional
+        When to be content with a good spending.
 
     Returns
     -------
@@ -150,17 +155,12 @@ def spend(value_LK: Float, budget: int, cost_L: ArrayLike | None = None) -> Spen
     if (cost < 1).any():
         raise ProblemError("cost_L", f"has {int(cost.min())}, must be at least 1 in every layer")
     lowest_LK = np.minimum.accumulate(value_LK, axis=1)
-    if budget < 0 or not np.isfinite(lowest_LK).any(axis=1).all():
-        raise InfeasibleError(f"budget: {budget} units are not enough for any choice of spare replicas")
-    exact = True
-    if (cost == cost[0]).all() and _convex(lowest_LK):
-        spare_L = _greedy(lowest_LK[:, :-1] - lowest_LK[:, 1:], int(budget // cost[0]))
-    else:
-        spare_L, exact = _programme(lowest_LK, int(budget), cost)
+    count_K = np.arange(lowest_LK.shape[1])
+    found = choose_points([one * count_K for one in cost], list(lowest_LK), int(budget), stop=stop)
     # The least k that has the value chosen: replicas that buy nothing are not bought.
-    chosen_L = lowest_LK[np.arange(L), spare_L]
+    chosen_L = lowest_LK[np.arange(L), found.point_L]
     spare_L = (lowest_LK <= chosen_L[:, None]).argmax(axis=1)
-    return Spending(spare_L, float(chosen_L.sum()), int(cost @ spare_L), exact)
+    return Spending(spare_L, float(chosen_L.sum()), int(cost @ spare_L), found.exact)
 
 
 def fewest_bytes(value_LK: Float, target: float, cost_L: ArrayLike | None = None) -> Spending:
@@ -205,50 +205,6 @@ def fewest_bytes(value_LK: Float, target: float, cost_L: ArrayLike | None = None
         else:
             low = middle
     return found
-
-
-def _convex(value_LK: Float) -> bool:
-    """Whether no replica buys more than the one before it, in any layer."""
-    if not np.isfinite(value_LK).all():
-        return False
-    return bool((np.diff(value_LK, n=2, axis=1) >= -1e-12 * value_LK[:, :1]).all())
-
-
-def _greedy(drop_LK: Float, budget: int) -> Int:
-    """Take the largest drops anywhere; drops fall within a layer, so they are taken in its order."""
-    L, K = drop_LK.shape
-    flat = np.argsort(-drop_LK, axis=None, kind="stable")[: max(budget, 0)]
-    flat = flat[drop_LK.ravel()[flat] > 0]
-    return np.bincount(flat // K, minlength=L) if K else np.zeros(L, dtype=np.int64)
-
-
-def _programme(value_LK: Float, budget: int, cost: Int) -> tuple[Int, bool]:
-    """Solve by dynamic programming: best sum of the layers so far for every part of the budget."""
-    L, K1 = value_LK.shape
-    unit = int(np.gcd.reduce(cost))
-    budget = min(budget, int(cost.sum()) * (K1 - 1))
-    exact = True
-    if L * (budget // unit + 1) * K1 > _MOST_CELLS:
-        unit, exact = max(1, L * budget * K1 // _MOST_CELLS), False
-    step = -(-cost // unit)  # rounded up: what fits in coarse units fits in bytes
-    top = budget // unit
-    best_B = np.zeros(top + 1)
-    choice_LB = np.zeros((L, top + 1), dtype=np.int32)
-    for layer in range(L):
-        most = min(K1 - 1, top // int(step[layer]))
-        padded = np.concatenate([np.full(most * int(step[layer]), np.inf), best_B])
-        windows_BK = np.lib.stride_tricks.sliding_window_view(padded, most * int(step[layer]) + 1)
-        sums_BK = windows_BK[:, :: -int(step[layer])] + value_LK[layer, : most + 1]
-        choice_LB[layer] = sums_BK.argmin(axis=1)
-        best_B = np.take_along_axis(sums_BK, choice_LB[layer][:, None].astype(np.int64), axis=1)[:, 0]
-    if not np.isfinite(best_B[top]):
-        raise InfeasibleError(f"budget: {budget} units are not enough for any choice of spare replicas")
-    spare_L = np.zeros(L, dtype=np.int64)
-    left = top
-    for layer in range(L - 1, -1, -1):
-        spare_L[layer] = choice_LB[layer, left]
-        left -= int(step[layer] * spare_L[layer])
-    return spare_L, exact
 
 
 def bound_curves(load_LE: ArrayLike, speed_G: ArrayLike, most: int) -> Float:

@@ -29,6 +29,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import apportionment_pairs, replicas_needed
+from moeless_opt.problems.plan.evaluate import gpu_times
+from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.solvers.construct.fractional import construct_fractional
 from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, NeverStop, Stop
 from moeless_opt.solvers.pack.counts import apportion, trim
@@ -127,21 +129,8 @@ def fewest_for_time(
     target_L = np.broadcast_to(np.asarray(time_L, dtype=np.float64), (L,)) * (1 + 1e-9)
     most_L = capacity.sum(axis=1)
     bound_L = np.minimum(replicas_needed(load, target_L, speed, split).sum(axis=1), most_L)
-    slots_LGC = np.full((L, capacity.shape[1], int(capacity.max())), -1, dtype=np.int32)
-    share_LGC = np.zeros(slots_LGC.shape)
-    met_L = np.zeros(L, dtype=bool)
     stop = NeverStop() if stop is None else stop
-    for extra in _EXTRAS:
-        extra = _EXTRAS[-1] if stop() else extra
-        todo = np.flatnonzero(~met_L)
-        if not len(todo):
-            break
-        total = np.minimum(bound_L[todo] + extra, most_L[todo])
-        slots, share, now = _built(load[todo], capacity[todo], speed, total, target_L[todo], split)
-        slots_LGC[todo], share_LGC[todo] = slots, share
-        met_L[todo] = now <= target_L[todo]
-        if (total == most_L[todo]).all():
-            break
+    slots_LGC, share_LGC, met_L = _few(load, capacity, speed, bound_L, target_L, split, stop)
     if split == "equal" and E <= _PROVE_EXPERTS and seconds > 0:
         for layer in range(L):
             used = int((slots_LGC[layer] >= 0).sum())
@@ -161,13 +150,36 @@ def fewest_for_time(
             if better is not None:
                 slots_LGC[layer] = -1
                 slots_LGC[layer, :, : better.shape[1]] = better
-                count = np.bincount(better[better >= 0], minlength=E)
-                share_LGC[layer] = np.where(slots_LGC[layer] >= 0, 1.0 / count[slots_LGC[layer]], 0.0)
+                share_LGC[layer] = equal_shares(slots_LGC[layer : layer + 1], E)[0]
                 met_L[layer] = True
-    replicas_L = (slots_LGC >= 0).sum(axis=(1, 2))
     return TimeSizing(
-        slots_LGC=slots_LGC, share_LGC=share_LGC, replicas_L=replicas_L, bound_L=bound_L, met_L=met_L
+        slots_LGC=slots_LGC,
+        share_LGC=share_LGC,
+        replicas_L=(slots_LGC >= 0).sum(axis=(1, 2)),
+        bound_L=bound_L,
+        met_L=met_L,
     )
+
+
+def _few(
+    load: Float, capacity: Int, speed: Float, bound_L: Int, target_L: Float, split: str, stop: Stop
+) -> tuple[NDArray[np.int32], Float, NDArray[np.bool_]]:
+    """Place ever more replicas until every layer is in time or has all slots: (slots, shares, in time)."""
+    most_L = capacity.sum(axis=1)
+    slots_LGC = np.full((*capacity.shape, int(capacity.max())), -1, dtype=np.int32)
+    share_LGC = np.zeros(slots_LGC.shape)
+    met_L = np.zeros(len(load), dtype=bool)
+    for extra in _EXTRAS:
+        todo = np.flatnonzero(~met_L)
+        if not len(todo):
+            break
+        total = np.minimum(bound_L[todo] + (_EXTRAS[-1] if stop() else extra), most_L[todo])
+        slots, share, now = _built(load[todo], capacity[todo], speed, total, target_L[todo], split)
+        slots_LGC[todo], share_LGC[todo] = slots, share
+        met_L[todo] = now <= target_L[todo]
+        if (total == most_L[todo]).all():
+            break
+    return slots_LGC, share_LGC, met_L
 
 
 def _built(
@@ -179,8 +191,7 @@ def _built(
         counts = apportion(load, total_L, (capacity > 0).sum(axis=1)[:, None])
         slots = pack(load, trim(load, counts, capacity), capacity, speed)
         slots = improve(load, slots, capacity, speed, goal_L=target_L)
-        copies = np.stack([np.bincount(s[s >= 0], minlength=E) for s in slots])
-        share = np.where(slots >= 0, 1.0 / copies[np.arange(L)[:, None, None], slots], 0.0)
+        share = equal_shares(slots, E)
     else:
         fewer = np.zeros(capacity.shape, dtype=np.int64)
         for layer in range(L):
@@ -193,8 +204,7 @@ def _built(
     slots, share = slots[:, :, :width], share[:, :, :width]
     pad = ((0, 0), (0, 0), (0, width - slots.shape[2]))
     slots, share = np.pad(slots, pad, constant_values=-1), np.pad(share, pad)
-    tokens = np.where(slots >= 0, load[np.arange(L)[:, None, None], slots] * share, 0.0).sum(axis=2)
-    return slots, share, (tokens / speed).max(axis=1)
+    return slots, share, gpu_times(load, slots, share, speed).max(axis=1)
 
 
 def fewest_for_cv(

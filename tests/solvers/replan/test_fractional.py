@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.solvers.construct.equal import construct_equal
-from moeless_opt.solvers.core.knapsack import _exact, _greedy, choose_points
 from moeless_opt.solvers.core.stopping import MaxTime, NeverStop, Stop
 from moeless_opt.solvers.replan.fill import fill_overflow
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
@@ -287,33 +286,6 @@ def test_a_budget_counts_the_cost_of_each_layer() -> None:
     plan = replanned(after, live, capacity, max_moves=900, cost_L=cost)
     assert (plan.moves_L * cost).sum() <= 900
     assert plan.moves_L[0] == 0
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_knapsack_is_exact_and_greedy_stays_within_the_budget(data: st.DataObject) -> None:
-    layers = data.draw(st.integers(1, 4))
-    moves, time = [], []
-    for _ in range(layers):
-        count = data.draw(st.integers(1, 4))
-        moves.append([0, *sorted(data.draw(st.sets(st.integers(1, 9), min_size=count, max_size=count)))])
-        drawn = data.draw(st.lists(st.integers(1, 100), min_size=count + 1, max_size=count + 1, unique=True))
-        time.append(sorted(map(float, drawn), reverse=True))
-    budget = data.draw(st.integers(0, 20))
-    chosen = choose_points(moves, time, [1] * layers, budget)
-    spent = sum(row[point] for row, point in zip(moves, chosen, strict=True))
-    value = sum(row[point] for row, point in zip(time, chosen, strict=True))
-    assert spent <= budget
-    every = itertools.product(*[range(len(row)) for row in moves])
-    best = min(
-        sum(row[point] for row, point in zip(time, picks, strict=True))
-        for picks in every
-        if sum(row[point] for row, point in zip(moves, picks, strict=True)) <= budget
-    )
-    assert value == best
-    for method in (_exact, _greedy):
-        picks = method(moves, time, budget)
-        assert sum(row[point] for row, point in zip(moves, picks, strict=True)) <= budget
 
 
 class After(NeverStop):
