@@ -75,7 +75,7 @@ def _before(problem: Problem) -> tuple[FloatArray, str]:
     if problem.current is not None:
         slots_LGC, title = problem.current.slots_LGC, "live placement, equal shares"
     else:
-        from moeless_opt.solvers.baselines.static import contiguous
+        from moeless_opt.problems.spec.placement import contiguous
 
         slots_LGC, title = contiguous(problem.experts, problem.capacity_LG), "static, one replica each"
     share_LGC = equal_shares(slots_LGC, problem.experts)

@@ -17,6 +17,7 @@ from moeless_opt.api import plan
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.problems.spec.wishes import Objective, Sizing
 from moeless_opt.runtime.control.controller import Controller
@@ -28,7 +29,6 @@ from moeless_opt.runtime.simulate.options import unknown
 from moeless_opt.runtime.simulate.settings import Settings
 from moeless_opt.runtime.simulate.shares import EqualRule, PerfectRule, PlannedRule, ShareRule, TimedRule
 from moeless_opt.runtime.simulate.transfers import Overlapped, PerPass, Transfers
-from moeless_opt.solvers.baselines.static import contiguous
 
 __all__ = [
     "ABLATION",

@@ -9,7 +9,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import whole
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.solvers.baselines import eplb, moeless, static
+from moeless_opt.problems.spec.placement import contiguous
+from moeless_opt.solvers.baselines import eplb, moeless
 from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.options import NoOptions
 from moeless_opt.solvers.core.solver import Heuristic, Task
@@ -31,7 +32,7 @@ class Static(_Published):
 
     def build(self, task: Task[NoOptions]) -> Built:
         """Place every expert once, in order."""
-        return Built(slots_LGC=static.contiguous(task.problem.experts, task.problem.capacity_LG))
+        return Built(slots_LGC=contiguous(task.problem.experts, task.problem.capacity_LG))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.runtime.control.layer_planner import LayerPlanner
 from moeless_opt.runtime.simulate.figures import PAPER_MODELS
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.scenario import Scenario
 from moeless_opt.runtime.simulate.scene import scene
-from moeless_opt.solvers.baselines.static import contiguous
 from moeless_opt.solvers.timed.proof import least_time
 from moeless_opt.solvers.timed.search import timed_plan
 

@@ -10,9 +10,9 @@ import pytest
 
 import moeless_opt as mo
 from moeless_opt.problems.spec.architecture import model_preset
+from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.runtime.control.layer_planner import LayerPlanner
-from moeless_opt.solvers.baselines.static import contiguous
 
 pytest.importorskip("numba")
 

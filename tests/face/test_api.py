@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import moeless_opt as mo
 from moeless_opt.api import as_loads, make_problem
-from moeless_opt.solvers.baselines.static import contiguous
+from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.solvers.core import registry
 from moeless_opt.solvers.core.features import Feature
 from moeless_opt.solvers.core.finish import Built, finish

@@ -20,7 +20,7 @@ from moeless_opt.cli import main
 from moeless_opt.problems.errors import SolverUnavailableError
 from moeless_opt.problems.io.documents import load_problem, save_problem
 from moeless_opt.problems.io.plans import save_plan
-from moeless_opt.solvers.baselines.static import contiguous
+from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.solvers.core import registry
 from tests.strategies import plan_of
 
@@ -494,7 +494,7 @@ from moeless_opt.cli import main
 from moeless_opt.solvers.core.features import Feature
 from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.solver import Heuristic
-from moeless_opt.solvers.baselines.static import contiguous
+from moeless_opt.problems.spec.placement import contiguous
 
 class Slow(Heuristic):
     name, summary, features = "slow", "waits to be stopped", frozenset(Feature)

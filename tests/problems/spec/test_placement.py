@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.spec.placement import Placement, equal_shares, held_LGE, replica_counts
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.spec.placement import Placement, contiguous, equal_shares, held_LGE, replica_counts
 from tests.strategies import few, planned
 
 
@@ -82,3 +83,52 @@ def test_whatever_can_be_a_placement() -> None:
         Placement.of("plan.json", 3)
     slots[0, 0, 0] = 1
     assert want.slots_LGC[0, 0, 0] == 0
+
+
+# --- static expert parallelism ---------------------------------------------------------------------------
+
+
+def test_divisible_case_is_megatrons_mapping() -> None:
+    slots_LGC = contiguous(8, [[2, 2, 2, 2], [3, 3, 3, 3]])
+    assert slots_LGC[:, :, :2].tolist() == [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 2
+    assert (slots_LGC[:, :, 2] == -1).all()
+    assert slots_LGC.dtype == np.int32
+
+
+def test_unequal_slots_and_a_gpu_without_any() -> None:
+    assert contiguous(6, [[1, 0, 4, 2]]).tolist() == [
+        [[0, -1, -1, -1], [-1, -1, -1, -1], [1, 2, 3, -1], [4, 5, -1, -1]]
+    ]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 60))
+def test_every_expert_once_in_order_and_as_equal_as_slots_allow(capacity: list[int], experts: int) -> None:
+    assume(sum(capacity) >= experts)
+    slots_GC = contiguous(experts, [capacity])[0]
+    held = [row[row >= 0] for row in slots_GC]
+    assert np.concatenate(held).tolist() == list(range(experts))
+    sizes = [len(row) for row in held]
+    for size, room in zip(sizes, capacity, strict=True):
+        assert size <= room
+        # Only a full GPU may hold less than the largest block minus one.
+        assert size == room or size >= max(sizes) - 1
+
+
+def test_too_few_slots_names_the_layer() -> None:
+    with pytest.raises(
+        InfeasibleError, match="layer 1: 5 experts need at least 5 slots, there are 3: 2 too few"
+    ):
+        contiguous(5, [[3, 3], [3, 0]])
+
+
+@pytest.mark.parametrize("capacity", [[], [[]], [2, 2], [[2.5, 3.0]], [[4, -1]]])
+def test_bad_capacities(capacity: list[object]) -> None:
+    with pytest.raises(
+        ProblemError, match=r"capacity: must be a non-empty \[layers, gpus\] array of integers"
+    ):
+        contiguous(2, capacity)  # type: ignore[arg-type]
+
+
+def test_no_experts() -> None:
+    with pytest.raises(ProblemError, match="experts: must be at least 1, got 0"):
+        contiguous(0, [[1]])

@@ -11,11 +11,10 @@ import pytest
 
 import moeless_opt as mo
 from moeless_opt.problems.errors import InvalidPlanError, ProblemError
-from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.problems.spec.placement import contiguous, held_LGE
 from moeless_opt.runtime.control.backend import MemoryReport, Observation
 from moeless_opt.runtime.control.controller import Controller
 from moeless_opt.runtime.control.planner import Planner
-from moeless_opt.solvers.baselines.static import contiguous
 
 L, G, E = 2, 4, 8
 TOPOLOGY = mo.uniform(1, G, slots=3)

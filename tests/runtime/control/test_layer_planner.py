@@ -9,9 +9,9 @@ import moeless_opt as mo
 from moeless_opt.problems.errors import InvalidPlanError, ProblemError
 from moeless_opt.problems.plan.verify import check_slots
 from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.runtime.control.layer_planner import LayerPlanner
-from moeless_opt.solvers.baselines.static import contiguous
 
 MODEL = ModelSpec(name="small", layers=4, experts=8, top_k=2, hidden=512, ffn=1024)
 TIME = TimeModel(token_cost=2e-6, activation_cost=1e-4, unit="s")

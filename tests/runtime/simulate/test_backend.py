@@ -14,7 +14,7 @@ from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.io.arrivals import poisson_arrivals
 from moeless_opt.problems.io.traces import TokenTraces
 from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
-from moeless_opt.problems.spec.placement import equal_shares, replica_keys
+from moeless_opt.problems.spec.placement import contiguous, equal_shares, replica_keys
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.runtime.control.backend import Backend
@@ -35,7 +35,6 @@ from moeless_opt.runtime.simulate.traffic import (
     from_traces,
     one_second_batches,
 )
-from moeless_opt.solvers.baselines.static import contiguous
 
 MODEL = ModelSpec(name="small", layers=3, experts=4, top_k=2, hidden=64, ffn=128)
 TOPOLOGY = Topology.uniform(2, 2, slots=2, links=Links(intra_node=1e9, inter_node=1e8, host=5e7))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.io.arrivals import Arrivals
 from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
@@ -23,7 +24,6 @@ from moeless_opt.runtime.simulate.policies import BUILT_IN
 from moeless_opt.runtime.simulate.serving import ClosedLoop
 from moeless_opt.runtime.simulate.settings import Settings
 from moeless_opt.runtime.simulate.traffic import RoutingModel
-from moeless_opt.solvers.baselines.static import contiguous
 
 MODEL = ModelSpec(name="small", layers=3, experts=4, top_k=2, hidden=64, ffn=128)
 TOPOLOGY = Topology.uniform(1, 4, slots=2, links=Links(intra_node=1e9, inter_node=1e8, host=5e7))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.plan.migration import migration_violations
+from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
-from moeless_opt.solvers.baselines.static import contiguous
 from moeless_opt.solvers.migration import schedule as migration
 from moeless_opt.solvers.migration.greedy import schedule_greedily
 

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeless_opt as mo
-from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.placement import Placement, contiguous
 from moeless_opt.problems.spec.topology import Topology
-from moeless_opt.solvers.baselines.static import contiguous
 from moeless_opt.solvers.replan import fractional as replan
 from moeless_opt.solvers.replan import relabel
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow

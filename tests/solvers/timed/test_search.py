@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import moeless_opt as mo
 from moeless_opt.problems.plan.evaluate import gpu_times
 from moeless_opt.problems.plan.time_bounds import TimeTable, timed_bound
+from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.solvers.baselines.static import contiguous
 from moeless_opt.solvers.timed.proof import least_time
 from moeless_opt.solvers.timed.search import timed_plan, timed_shares
 
@@ -173,7 +173,7 @@ import json, sys
 import numpy as np
 sys.path.insert(0, {root!r})
 from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.solvers.baselines.static import contiguous
+from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.solvers.timed.search import timed_plan, timed_shares
 rng = np.random.default_rng(3)
