@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeless_opt.runtime.control.controller import Controller
     from moeless_opt.runtime.control.planner import Planner
-    from moeless_opt.runtime.live.model import attach
+    from moeless_opt.runtime.engines.attach import attach
 
 __all__ = ["Controller", "Planner", "attach"]
 
 
 def __getattr__(name: str) -> Any:
     """Import the parts when they are asked for: `attach` needs torch, the package does not."""
-    homes = {"attach": "live.model", "Controller": "control.controller", "Planner": "control.planner"}
+    homes = {"attach": "engines.attach", "Controller": "control.controller", "Planner": "control.planner"}
     if name in homes:
         import importlib
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -103,6 +104,11 @@ class Backend(Protocol):
 
     All calls are made by every rank of the group, between the same forward passes, with the same arguments.
     """
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The model's own numbers of the layers on axis L."""
+        ...
 
     @property
     def slots_LGC(self) -> SlotArray:

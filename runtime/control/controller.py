@@ -135,7 +135,10 @@ class Controller:
         if callable(self.planner):
             return self._decide(self.passes, *self._plan(predicted_LE, self.backend.slots_LGC))
         slots_LGC = self.backend.slots_LGC
-        found = [self._of_layer(x, load_E, slots_LGC[x]) for x, load_E in enumerate(predicted_LE)]
+        found = [
+            self._of_layer(layer, load_E, slots_GC)
+            for layer, load_E, slots_GC in zip(self.backend.layers, predicted_LE, slots_LGC, strict=True)
+        ]
         wanted_LGC = stacked([decision.slots_GC for decision in found])
         if not same_replicas(wanted_LGC, slots_LGC):
             number = self.backend.apply(wanted_LGC)
@@ -158,7 +161,7 @@ class Controller:
         Parameters
         ----------
         layer : int
-            Which.
+            The model's own number of it, one of the backend's ``layers``.
         predicted : array, shape [E], or Foreseen
             Loads over all ranks: planned at once, in the caller's time. Or a prediction under way of this
             rank's own tokens: read, summed over the ranks, planned and offered by a thread, over a backend
@@ -188,13 +191,13 @@ class Controller:
         return None
 
     def _at_once(self, layer: int, load_E: FloatArray) -> LayerDecision:
-        slots_LGC = self.backend.slots_LGC
-        decision = self._of_layer(layer, load_E, slots_LGC[layer])
-        if not same_replicas(decision.slots_GC[None], slots_LGC[layer][None]):
+        slots_LGC, index = self.backend.slots_LGC, self._index(layer)
+        decision = self._of_layer(layer, load_E, slots_LGC[index])
+        if not same_replicas(decision.slots_GC[None], slots_LGC[index][None]):
             if isinstance(self.backend, LayerBackend):
                 number = self.backend.apply_layer(layer, decision.slots_GC)
             else:
-                rows = [decision.slots_GC if x == layer else s for x, s in enumerate(slots_LGC)]
+                rows = [decision.slots_GC if x == index else s for x, s in enumerate(slots_LGC)]
                 number = self.backend.apply(stacked(rows))
             decision = replace(decision, applied=number)
         self.layer_decisions.append(decision)
@@ -206,17 +209,24 @@ class Controller:
         planner = self.planner
         if not isinstance(planner, PlanLayer):
             raise ProblemError("planner", "has no plan_layer, which the per-layer mode needs")
-        load_E = np.ascontiguousarray(load_E, dtype=np.float64)
-        wanted_GC = planner.plan_layer(layer, load_E, slots_GC) if load_E.any() else slots_GC
-        check_slots(wanted_GC, load_E.size, self._capacity_G(layer, len(slots_GC), load_E.size))
+        load_E, index = np.ascontiguousarray(load_E, dtype=np.float64), self._index(layer)
+        wanted_GC = planner.plan_layer(index, load_E, slots_GC) if load_E.any() else slots_GC
+        check_slots(wanted_GC, load_E.size, self._capacity_G(index, len(slots_GC), load_E.size))
         seconds = clock.perf_counter() - began
         return LayerDecision(layer=layer, load_E=load_E, slots_GC=wanted_GC, applied=None, seconds=seconds)
 
-    def _capacity_G(self, layer: int, gpus: int, experts: int) -> IntArray:
+    def _index(self, layer: int) -> int:
+        """Place of a layer on axis L."""
+        layers = list(self.backend.layers)
+        if layer not in layers:
+            raise ProblemError("layer", f"is {layer}, must be one of {layers}")
+        return layers.index(layer)
+
+    def _capacity_G(self, index: int, gpus: int, experts: int) -> IntArray:
         """Slots that the planner may use, as far as it tells."""
         capacity_LG = getattr(self.planner, "capacity_LG", None)
         if capacity_LG is not None:
-            return np.asarray(capacity_LG[layer])
+            return np.asarray(capacity_LG[index])
         slots_G = getattr(getattr(self.planner, "topology", None), "slots_G", None)
         return np.full(gpus, experts) if slots_G is None else np.minimum(slots_G, experts)
 

@@ -42,7 +42,7 @@ class LayerDecision:
     Parameters
     ----------
     layer : int
-        Which.
+        The model's own number of it.
     load_E : array, shape [E]
         What was foreseen, over all ranks.
     slots_GC : array of int32, shape [G, C]

@@ -128,20 +128,20 @@ class LayerPlanner:
         verify(problem, plan)
         return plan
 
-    def plan_layer(self, layer: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
+    def plan_layer(self, index: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
         """Slots of one layer, shape [G, C]; checked against the rules of a placement.
 
         Parameters
         ----------
-        layer : int
-            Its index.
+        index : int
+            Its place on axis L.
         load_E : array, shape [E]
             Tokens expected.
         slots_GC : array of int32, shape [G, C]
             What each GPU holds.
         """
         load_1E = np.ascontiguousarray(load_E, dtype=np.float64)[None]
-        capacity_1G = self.capacity_LG[layer : layer + 1]
+        capacity_1G = self.capacity_LG[index : index + 1]
         expected_1 = self.expected_L(load_1E)
         slots_1GC = timed_plan(
             load_1E,

@@ -21,8 +21,8 @@ __all__ = ["PlanLayer", "Planner"]
 class PlanLayer(Protocol):
     """A planner for single layers, e.g. `layer_planner.LayerPlanner` or `Planner`."""
 
-    def plan_layer(self, layer: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
-        """Slots [G, C] of one layer from its loads [E] and what each GPU holds [G, C]."""
+    def plan_layer(self, index: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
+        """Slots [G, C] of one layer, by its place on axis L, from its loads [E] and what GPUs hold [G, C]."""
         ...
 
 
@@ -54,6 +54,6 @@ class Planner:
             load_LE, self.topology, current=current, solver=self.solver, split=self.split, **self.options
         )
 
-    def plan_layer(self, layer: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
+    def plan_layer(self, index: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
         """Plan one layer as a problem of its own."""
         return np.asarray(self(load_E[None], slots_GC[None]).slots_LGC[0])

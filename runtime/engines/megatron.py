@@ -8,6 +8,7 @@ and the six stages of a dispatcher are the same from megatron-core 0.16.1 to 0.1
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,14 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.problems.spec.topology import Links
+from moeless_opt.runtime.live.adopt import Adopted, AttachOptions
 from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher, chosen_experts
-from moeless_opt.runtime.live.dispatch.shares import SharePolicy
 from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, SlotExperts, meta_shell
-from moeless_opt.runtime.live.groups import ExpertGroup
-from moeless_opt.runtime.live.home import HomeStore
-from moeless_opt.runtime.live.model import LiveModel
-from moeless_opt.runtime.live.slots import SlotTable, static_slots
 
 with warnings.catch_warnings():
     # Megatron-core announces at import every accelerator package that it did not find.
@@ -32,22 +28,28 @@ with warnings.catch_warnings():
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
-__all__ = ["MegatronDispatcher", "attach", "unwrap"]
+__all__ = ["MegatronDispatcher", "accepts", "adopt", "unwrap"]
+
+
+def _inner(model: Any) -> Any:
+    """What has a decoder inside a model's wrappers, or None."""
+    inner = model
+    while not hasattr(inner, "decoder") and hasattr(inner, "module"):
+        inner = inner.module
+    return inner if hasattr(inner, "decoder") else None
 
 
 def unwrap(model: Any) -> Any:
     """The GPTModel inside its wrappers (Float16Module, data parallel)."""
-    inner = model
-    while not hasattr(inner, "decoder") and hasattr(inner, "module"):
-        inner = inner.module
-    if not hasattr(inner, "decoder"):
+    inner = _inner(model)
+    if inner is None:
         raise UnsupportedFeatureError(
             f"{type(model).__name__} has no decoder: a megatron-core GPTModel is needed"
         )
     return inner
 
 
-def _refuse(config: Any, layers: list[Any]) -> None:
+def _refuse(config: Any, layers: list[Any], options: AttachOptions) -> None:
     """Name the first thing that would go wrong.
 
     Raises
@@ -71,6 +73,11 @@ def _refuse(config: Any, layers: list[Any]) -> None:
         (getattr(config, "moe_router_padding_for_quantization", False), "padding for quantization"),
         (getattr(config, "overlap_moe_expert_parallel_comm", False), "overlap_moe_expert_parallel_comm"),
     )
+    if options.ranks is not None or options.store is not None:
+        raise UnsupportedFeatureError(
+            "ranks and store are for engines without groups of their own: a megatron-core model has its "
+            "expert-parallel groups"
+        )
     for used, name in checks:
         if used:
             raise UnsupportedFeatureError(f"attach does not support {name} yet")
@@ -125,102 +132,90 @@ class MegatronDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         return self.core.combine(hidden_states).view(self.hidden_shape)
 
 
-def attach(
-    model: Any,
-    *,
-    shares: str | SharePolicy = "balanced",
-    home: HomeStore | None = None,
-    checksums: bool = False,
-    row_block: int | None = None,
-    timeout: float = 600.0,
-    node_G: Any = None,
-    memory_limit: int | None = None,
-    links: Links | None = None,
-) -> LiveModel:
-    """Take over the experts of a megatron-core model; see `live.attach`.
+def accepts(model: Any) -> bool:
+    """Whether it is a megatron-core `GPTModel`, wrapped or not."""
+    inner = _inner(model)
+    return inner is not None and hasattr(inner, "config") and hasattr(inner.decoder, "layers")
+
+
+def adopt(model: Any, options: AttachOptions) -> Adopted:
+    """Take over the experts of a megatron-core model; see `Engine.adopt`.
+
+    With expert data parallelism each expert-parallel group is adopted by itself and has its own placement.
+    """
+    inner = unwrap(model)
+    layers = {i: x.mlp for i, x in enumerate(inner.decoder.layers) if isinstance(x.mlp, MoELayer)}
+    if not layers:
+        raise UnsupportedFeatureError("the model has no MoE layer")
+    _refuse(inner.config, list(layers.values()), options)
+    first = next(iter(layers.values()))
+    device = next(first.experts.parameters()).device
+    group = options.group(
+        device, dist.get_process_group_ranks(first.ep_group) if dist.is_initialized() else None
+    )
+    experts = int(inner.config.num_moe_experts)
+    begin = group.rank * (experts // group.size)
+    meter = MemoryMeter(options.memory_limit)
+    owned = [_Owned(layer, number, begin, device, meter) for number, layer in layers.items()]
+
+    def install(dispatchers: Sequence[SlotDispatcher], most_rows: int | None) -> None:
+        for one, core in zip(owned, dispatchers, strict=True):
+            one.install(core, most_rows)
+
+    def restore() -> None:
+        for one in owned:
+            one.restore()
+
+    return Adopted(
+        model=model,
+        group=group,
+        layers=list(layers),
+        experts=experts,
+        topk=int(inner.config.moe_router_topk),
+        hidden=int(inner.config.hidden_size),
+        banks=[one.bank for one in owned],
+        meter=meter,
+        run_experts=lambda i, rows, sizes: owned[i].experts(rows, sizes, rows.new_ones(len(rows))),
+        install=install,
+        restore=restore,
+    )
+
+
+class _Owned:
+    """One MoE layer that was taken over: its stock parts, and what stands in their place.
 
     Parameters
     ----------
-    model : GPTModel
-        May be wrapped. With expert data parallelism each expert-parallel group is attached by itself and has
-        its own placement.
-    shares : str or SharePolicy
-        ``"balanced"`` (water-filling for every batch), ``"equal"``, or a policy.
-    home : HomeStore, optional
-        Second source of experts; a `PinnedHome` is filled here.
-    checksums : bool
-        Check arrivals before they serve.
-    row_block : int, optional
-        Rows to which expert batches are padded; by default what makes results independent of the split
-        (tried out on a CPU, see `live.rows`; 1 on a GPU).
-    timeout : float
-        Seconds after which a collective of a batch fails; bounds how late a dead rank is noticed.
-    node_G : sequence of int, optional
-        Node of each rank; by host name when absent.
-    memory_limit : int, optional
-        Bytes of experts that this rank may hold at any moment.
-    links : Links, optional
-        Bandwidths, by which sources of a replica are chosen; by default NVLink, then the rank's own host
-        memory, then the network.
-
-    Returns
-    -------
-    LiveModel
+    layer : MoELayer
+        In its stock state.
+    number : int
+        The model's own number of it.
+    begin : int
+        Expert of the first stock module of this rank.
     """
-    inner = unwrap(model)
-    layers = [block.mlp for block in inner.decoder.layers if isinstance(block.mlp, MoELayer)]
-    if not layers:
-        raise UnsupportedFeatureError("the model has no MoE layer")
-    _refuse(inner.config, layers)
-    experts = int(inner.config.num_moe_experts)
-    example = next(layers[0].experts.parameters())
-    device = example.device
-    ep_group = layers[0].ep_group
-    ranks = dist.get_process_group_ranks(ep_group) if dist.is_initialized() else None
-    group = ExpertGroup.create(ranks, device=device, timeout=timeout, node_R=node_G)
-    slots_GC = static_slots(experts, group.size)
-    first = group.rank * slots_GC.shape[1]
-    meter = MemoryMeter(memory_limit)
-    banks: list[SlotBank] = []
-    owned: list[SlotExperts] = []
-    for index, layer in enumerate(layers):
-        stock = layer.experts
-        modules = {first + i: module for i, module in enumerate(stock.local_experts)}
-        own = SlotExperts(meta_shell(stock.local_experts[0]), bool(layer.config.moe_apply_probs_on_input))
-        own.train(stock.training)
+
+    def __init__(self, layer: Any, number: int, begin: int, device: torch.device, meter: MemoryMeter) -> None:
+        self.layer, self.stock, self.dispatcher = layer, layer.experts, layer.token_dispatcher
+        modules = {begin + i: module for i, module in enumerate(self.stock.local_experts)}
+        like = self.stock.local_experts[0]
+        self.experts = SlotExperts(meta_shell(like), bool(layer.config.moe_apply_probs_on_input))
+        self.experts.train(self.stock.training)
         for expert, module in modules.items():
-            own.adopt(expert, module)
+            self.experts.adopt(expert, module)
         resident = {e: list(m.parameters()) for e, m in modules.items()}
-        bank = SlotBank(index, resident, list(stock.local_experts[0].parameters()), device, meter, own.follow)
-        own.follow(bank)
-        banks.append(bank)
-        owned.append(own)
-    parts = [(layer, layer.experts, layer.token_dispatcher) for layer in layers]
+        follow = self.experts.follow
+        self.bank = SlotBank(number, resident, list(like.parameters()), device, meter, follow)
+        follow(self.bank)
 
-    def restore(live: LiveModel) -> None:
-        for (layer, stock, dispatcher), own, bank in zip(parts, owned, live.banks, strict=True):
-            stock.local_experts = torch.nn.ModuleList(own.unit(e) for e in bank.order)
-            layer.experts, layer.token_dispatcher = stock, dispatcher
-
-    live = LiveModel(
-        group=group,
-        banks=banks,
-        tables=[SlotTable(slots_GC, experts) for _ in layers],
-        topk=int(inner.config.moe_router_topk),
-        meter=meter,
-        restore=restore,
-        shares=shares,
-        row_block=row_block,
-        home=home,
-        checksums=checksums,
-        model=model,
-        hidden=int(inner.config.hidden_size),
-        run_experts=lambda i, rows, sizes: owned[i](rows, sizes, rows.new_ones(len(rows))),
-        links=links,
-    )
-    for (layer, stock, dispatcher), own, core in zip(parts, owned, live.dispatchers, strict=True):
+    def install(self, core: SlotDispatcher, most_rows: int | None) -> None:
+        """Let the core dispatch for the layer."""
         # The stock bank must not keep weights alive that have moved away.
-        stock.local_experts = torch.nn.ModuleList()
-        own.most_rows = live.row_block.most
-        layer.experts, layer.token_dispatcher = own, MegatronDispatcher(dispatcher, core)
-    return live
+        self.stock.local_experts = torch.nn.ModuleList()
+        self.experts.most_rows = most_rows
+        self.layer.experts = self.experts
+        self.layer.token_dispatcher = MegatronDispatcher(self.dispatcher, core)
+
+    def restore(self) -> None:
+        """Give the layer its stock parts again."""
+        self.stock.local_experts = torch.nn.ModuleList(self.experts.unit(e) for e in self.bank.order)
+        self.layer.experts, self.layer.token_dispatcher = self.stock, self.dispatcher

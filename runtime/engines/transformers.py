@@ -12,26 +12,34 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.problems.spec.topology import Links
-from moeless_opt.runtime.live.dispatch.shares import SharePolicy
+from moeless_opt.runtime.live.adopt import Adopted, AttachOptions
+from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
 from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, Weights
-from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.home import host_copy
-from moeless_opt.runtime.live.model import LiveModel
 from moeless_opt.runtime.live.rows import pieces
-from moeless_opt.runtime.live.slots import SlotTable, static_slots
+from moeless_opt.runtime.live.slots import static_slots
 
-__all__ = ["StackedHome", "attach", "moe_parts", "route"]
+__all__ = ["StackedHome", "accepts", "adopt", "moe_parts", "route"]
 
 NAME = "moeless"
-_live_of: weakref.WeakKeyDictionary[Module, tuple[LiveModel, int]] = weakref.WeakKeyDictionary()
+
+
+class _Served(NamedTuple):
+    """What serves an experts module: dispatcher, slots of this rank, and most rows of one product."""
+
+    core: SlotDispatcher
+    bank: SlotBank
+    most_rows: int | None
+
+
+_served: weakref.WeakKeyDictionary[Module, _Served] = weakref.WeakKeyDictionary()
 
 
 class StackedHome:
@@ -148,19 +156,18 @@ def _expert(module: Any, names: list[str], weights: Weights, x: Tensor) -> Tenso
 
 def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts function: what `transformers` calls for every MoE layer."""
-    found = _live_of.get(module)
+    found = _served.get(module)
     if found is None:
         raise UnsupportedFeatureError(
             "this model is not attached; the implementation 'moeless' is set by attach"
         )
-    live, layer = found
-    core, bank = live.dispatchers[layer], live.banks[layer]
+    core, bank, most_rows = found
     # Contributions are summed in the order of the expert ids, as the eager loop over experts does.
     expert_Tk, by = top_k_index.sort(dim=1)
     rows, probs = core.prepare(hidden_states, expert_Tk, top_k_weights.gather(1, by))
     rows, probs = core.send(rows, probs)
     rows, sizes, probs = core.sort_in(rows, probs)
-    out = _run(module, bank, rows, sizes.tolist(), probs, live.row_block.most).to(hidden_states.dtype)
+    out = _run(module, bank, rows, sizes.tolist(), probs, most_rows).to(hidden_states.dtype)
     return core.combine(core.send_back(core.sort_out(out)))
 
 
@@ -177,92 +184,79 @@ def _run(
     return torch.cat(parts) if parts else rows
 
 
-def attach(
-    model: Any,
-    *,
-    shares: str | SharePolicy = "balanced",
-    ranks: Sequence[int] | None = None,
-    checksums: bool = False,
-    row_block: int | None = None,
-    timeout: float = 600.0,
-    node_G: Any = None,
-    memory_limit: int | None = None,
-    store: Any = None,
-    links: Links | None = None,
-) -> LiveModel:
-    """Take over the experts of a `transformers` model; see `live.attach`.
+def accepts(model: Any) -> bool:
+    """Whether it is a model of `transformers` 5, whose experts a function can compute."""
+    return hasattr(model, "set_experts_implementation")
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        With the same weights on every rank.
-    ranks : sequence of int, optional
-        Global ranks of the expert-parallel group; all of the world by default.
-    shares, checksums, row_block, timeout, node_G, memory_limit, links
-        As of `megatron.attach`.
 
-    Returns
-    -------
-    LiveModel
-    """
+def adopt(model: Any, options: AttachOptions) -> Adopted:
+    """Take over the experts of a `transformers` model, which every rank has in full; see `Engine.adopt`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    modules = [m for m in model.modules() if _is_experts(m)]
+    found = [(name, m) for name, m in model.named_modules() if _is_experts(m)]
+    modules = [m for _, m in found]
     _refuse(modules)
     stacks: list[list[Parameter]] = [[getattr(m, n) for n in _names(m)] for m in modules]
     experts = int(modules[0].num_experts)
     device = stacks[0][0].device
-    group = ExpertGroup.create(ranks, device=device, timeout=timeout, node_R=node_G, store=store)
+    group = options.group(device)
     if experts % group.size:
         raise UnsupportedFeatureError(f"{experts} experts do not divide among {group.size} ranks")
-    slots_GC = static_slots(experts, group.size)
-    meter = MemoryMeter(memory_limit)
-    mine = [int(e) for e in slots_GC[group.rank]]
+    numbers = _numbers([name for name, _ in found])
+    meter = MemoryMeter(options.memory_limit)
+    mine = [int(e) for e in static_slots(experts, group.size)[group.rank]]
     banks = []
-    for index, stack in enumerate(stacks):
+    for number, stack in zip(numbers, stacks, strict=True):
         # Copies: a slice would keep its whole stack alive on the device.
         resident: dict[int, Weights] = {
             e: [Parameter(s.detach()[e].clone(), requires_grad=False) for s in stack] for e in mine
         }
-        banks.append(SlotBank(index, resident, [s.detach()[0] for s in stack], device, meter))
+        banks.append(SlotBank(number, resident, [s.detach()[0] for s in stack], device, meter))
     hosts = [[host_copy(s) if s.is_cuda else s.detach() for s in stack] for stack in stacks]
-    topk = int(getattr(model.config.get_text_config(), "num_experts_per_tok", 0))
     before = model.config._experts_implementation
 
-    def restore(live: LiveModel) -> None:
+    def install(dispatchers: Sequence[SlotDispatcher], most_rows: int | None) -> None:
+        if NAME not in ALL_EXPERTS_FUNCTIONS:
+            ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
+        for module, stack, core, bank in zip(modules, stacks, dispatchers, banks, strict=True):
+            _served[module] = _Served(core, bank, most_rows)
+            for name, parameter in zip(_names(module), stack, strict=True):
+                # The shape stays for whoever asks; the memory goes (on a CPU it is the home copy).
+                hollow = torch.empty_like(parameter, device="meta")
+                setattr(module, name, Parameter(hollow, requires_grad=False))
+                parameter.data = parameter.data.new_empty(0)
+        model.set_experts_implementation(NAME)
+
+    def restore() -> None:
         for module, stack, host in zip(modules, stacks, hosts, strict=True):
-            _live_of.pop(module, None)
+            _served.pop(module, None)
             for name, parameter, kept in zip(_names(module), stack, host, strict=True):
                 parameter.data = kept.to(device)
                 setattr(module, name, parameter)
         model.set_experts_implementation(before)
 
-    live = LiveModel(
-        group=group,
-        banks=banks,
-        tables=[SlotTable(slots_GC, experts) for _ in modules],
-        topk=topk,
-        meter=meter,
-        restore=restore,
-        shares=shares,
-        row_block=row_block,
-        transposed=bool(modules[0].is_transposed),
-        home=StackedHome(hosts, group.size),
-        checksums=checksums,
+    text = model.config.get_text_config()
+    return Adopted(
         model=model,
-        hidden=int(model.config.get_text_config().hidden_size),
+        group=group,
+        layers=numbers,
+        experts=experts,
+        topk=int(getattr(text, "num_experts_per_tok", 0)),
+        hidden=int(text.hidden_size),
+        banks=banks,
+        meter=meter,
         run_experts=lambda i, rows, sizes: _run(
             modules[i], banks[i], rows, sizes.tolist(), rows.new_ones(len(rows))
         ),
-        links=links,
+        install=install,
+        restore=restore,
+        home=StackedHome(hosts, group.size),
+        transposed=bool(modules[0].is_transposed),
     )
-    if NAME not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
-    for index, (module, stack) in enumerate(zip(modules, stacks, strict=True)):
-        _live_of[module] = (live, index)
-        for name, parameter in zip(_names(module), stack, strict=True):
-            # The shape stays for whoever asks; the memory goes (on a CPU it is the home copy).
-            setattr(module, name, Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
-            parameter.data = parameter.data.new_empty(0)
-    model.set_experts_implementation(NAME)
-    return live
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """The model's own numbers of layers, from the modules' names (``model.layers.3.mlp.experts``)."""
+    numbers = [[int(part) for part in name.split(".") if part.isdigit()][-1:] for name in names]
+    flat = [n for some in numbers for n in some]
+    return flat if len(set(flat)) == len(names) else list(range(len(names)))

@@ -16,22 +16,24 @@ from __future__ import annotations
 
 import copy
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
+from moeless_opt.runtime.live.experts import SlotBank
+from moeless_opt.runtime.live.groups import ExpertGroup
+from moeless_opt.runtime.live.slots import whole_model
 from moeless_opt.runtime.pool.cost import CostMeter
 from moeless_opt.runtime.pool.keep_alive import KeepAlive
 from moeless_opt.runtime.pool.table import WarmPool
 
-if TYPE_CHECKING:
-    from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
-
-__all__ = ["CLOCKS", "Elastic", "ElasticReport"]
+__all__ = ["CLOCKS", "Elastic", "ElasticReport", "become_elastic"]
 
 #: What a keep-alive is counted in: forward passes, or seconds of the first rank's clock.
 CLOCKS = ("passes", "seconds")
@@ -275,3 +277,41 @@ class Elastic:
         self.byte_seconds += held
         kv = self._kv_bytes() * seconds if self._kv_bytes is not None else 0.0
         self.meter.add_wall(held, seconds, kv)
+
+
+def become_elastic(
+    group: ExpertGroup,
+    dispatchers: Sequence[SlotDispatcher],
+    banks: Sequence[SlotBank],
+    *,
+    keep_alive: KeepAlive | float,
+    clock: str,
+    slots: int | Sequence[int] | None,
+    other_bytes: int,
+    kv_bytes: Callable[[], float] | None,
+) -> Elastic:
+    """The warm pool of a live model, on all ranks together; see `LiveModel.elastic`.
+
+    Raises
+    ------
+    ProblemError
+        If ranks ask for different ones.
+    """
+    experts, layers = dispatchers[0].experts, len(banks)
+    kept_G = np.broadcast_to(np.asarray(experts if slots is None else slots), (group.size,))
+    keeps = float(keep_alive) if isinstance(keep_alive, int | float) else vars(keep_alive)
+    asked = zlib.crc32(repr((clock, kept_G.tolist(), keeps)).encode())
+    rows = group.gather_ints([asked, other_bytes])
+    if any(row[0] != asked for row in rows):
+        raise ProblemError("elastic", "was called with different arguments on different ranks")
+    return Elastic(
+        whole_model(d.table.slots() for d in dispatchers),
+        experts,
+        capacity_LG=np.broadcast_to(kept_G.astype(np.int64), (layers, group.size)),
+        bytes_L=np.array([bank.expert_bytes for bank in banks], dtype=np.int64),
+        keep_alive=keep_alive,
+        clock=clock,
+        other_bytes=float(sum(row[1] for row in rows)),
+        dispatchers=dispatchers,
+        kv_bytes=kv_bytes,
+    )

@@ -100,7 +100,7 @@ class SlotBank:
     Parameters
     ----------
     layer : int
-        Index among the MoE layers.
+        The model's own number of it, for messages.
     resident : dict of int to list of Tensor
         Experts that the rank holds now. The tensors are used as they are.
     like : list of Tensor

@@ -25,7 +25,7 @@ import time
 import zlib
 from collections import deque
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,13 +33,11 @@ from moeless_opt.problems.arrays import BoolArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
 from moeless_opt.problems.spec.placement import held_LGE
 from moeless_opt.runtime.live.courier import OK, REASON
+from moeless_opt.runtime.live.elastic import Elastic
 from moeless_opt.runtime.live.migrate import Migrator
 from moeless_opt.runtime.live.schedule import Router, Shipment
-from moeless_opt.runtime.live.slots import SlotTable
+from moeless_opt.runtime.live.slots import SlotTable, whole_model
 from moeless_opt.runtime.live.ticket import REFUSED, UNPLANNED, Ticket
-
-if TYPE_CHECKING:
-    from moeless_opt.runtime.live.elastic import Elastic
 
 __all__ = ["LaneHeader", "Lanes"]
 
@@ -121,7 +119,7 @@ class Lanes:
     def heading_GC(self, layer: int) -> SlotArray:
         """Where a layer is heading: its newest adopted slots, or those in force."""
         for ticket in reversed(self._posted):
-            if ticket.layer == layer and ticket.serve and ticket.slots_GC is not None:
+            if ticket.index == layer and ticket.serve and ticket.slots_GC is not None:
                 return ticket.slots_GC
         ready = self._ready.get(layer)
         if ready is not None and ready.slots_GC is not None:
@@ -129,23 +127,33 @@ class Lanes:
         moving_LGC = self.migrator.moving_LGC
         return self.migrator.tables[layer].slots() if moving_LGC is None else moving_LGC[layer]
 
-    def open(self, layer: int, *, serve: bool = True) -> Ticket:
+    @property
+    def experts(self) -> int:
+        """Of a layer."""
+        return self.migrator.tables[0].experts
+
+    def open(self, index: int, *, serve: bool = True) -> Ticket:
         """Open a ticket; all ranks do so at the same point.
 
         Whoever opens one must `offer` slots or an error for it, in the order of opening, from any thread.
         """
-        if not 0 <= layer < len(self.migrator.tables):
-            raise ProblemError("layer", f"is {layer}, there are {len(self.migrator.tables)} MoE layers")
         if not serve and self.elastic is None:
             raise ProblemError("prewarm", "needs a warm pool: call elastic() first")
         self._opened += 1
-        ticket = Ticket(self._opened, layer, self.heading_GC(layer), serve, opened=self.passes)
+        ticket = Ticket(
+            self._opened,
+            self.migrator.banks[index].layer,
+            self.heading_GC(index),
+            index=index,
+            serve=serve,
+            opened=self.passes,
+        )
         self._open.append(ticket)
         return ticket
 
     def waits(self, layer: int) -> bool:
         """Whether a ticket of the layer is open; the same on all ranks."""
-        return any(ticket.layer == layer for ticket in self._open)
+        return any(ticket.index == layer for ticket in self._open)
 
     def offer(self, ticket: Ticket, slots_GC: SlotArray | None, error: str = "") -> None:
         """Give an open ticket its slots, or say why there are none; in any thread."""
@@ -153,17 +161,17 @@ class Lanes:
         if slots_GC is not None and not error:
             try:
                 slots_GC = np.ascontiguousarray(slots_GC, dtype=np.int32)
-                SlotTable(slots_GC, self.migrator.tables[ticket.layer].experts)
+                SlotTable(slots_GC, self.migrator.tables[ticket.index].experts)
                 if slots_GC.shape[0] != self.migrator.group.size:
                     raise ProblemError(
                         "slots_GC",
                         f"has {slots_GC.shape[0]} ranks, the group has {self.migrator.group.size}",
                     )
                 ticket.slots_GC = slots_GC
-                experts = self.migrator.tables[ticket.layer].experts
+                experts = self.migrator.tables[ticket.index].experts
                 ticket.wanted_GE = held_LGE(slots_GC[None], experts)[0]
                 rows = repr([[e for e in row if e >= 0] for row in slots_GC.tolist()])
-                digest = 1 + zlib.crc32(f"{ticket.number} {ticket.layer} {ticket.serve} {rows}".encode())
+                digest = 1 + zlib.crc32(f"{ticket.number} {ticket.index} {ticket.serve} {rows}".encode())
             except ProblemError as problem:
                 error = str(problem)
         ticket.reason = error
@@ -193,7 +201,7 @@ class Lanes:
         if ticket.digest <= 0:
             return ticket.digest
         assert ticket.wanted_GE is not None
-        layer, bank = ticket.layer, self.migrator.banks[ticket.layer]
+        layer, bank = ticket.index, self.migrator.banks[ticket.index]
         here_E = self._serving_LGE[layer, self._me] | self._extra_LGE[layer, self._me]
         try:
             for e in np.flatnonzero(ticket.wanted_GE[self._me] & ~here_E).tolist():
@@ -253,11 +261,11 @@ class Lanes:
                 self._end(ticket, "void", str(error))
 
     def _adopt(self, ticket: Ticket) -> None:
-        layer = ticket.layer
+        layer = ticket.index
         assert ticket.wanted_GE is not None
         assert ticket.slots_GC is not None
         ticket.adopted = self.passes
-        posted = any(older.layer == layer for older in self._posted)
+        posted = any(older.index == layer for older in self._posted)
         if not posted and layer not in self._ready and ticket.serve and self._in_force(ticket):
             self._end(ticket, "done", changed=False)
             return
@@ -293,7 +301,7 @@ class Lanes:
     def _in_force(self, ticket: Ticket) -> bool:
         """Whether the layer serves just these slots."""
         assert ticket.slots_GC is not None
-        rows = self.migrator.tables[ticket.layer].rows
+        rows = self.migrator.tables[ticket.index].rows
         return all(
             list(row) == [e for e in new if e >= 0]
             for row, new in zip(rows, ticket.slots_GC.tolist(), strict=True)
@@ -301,7 +309,7 @@ class Lanes:
 
     def _transfers(self, ticket: Ticket, ready_GE: BoolArray) -> list[Shipment]:
         assert ticket.arrivals_GE is not None
-        migrator, layer = self.migrator, ticket.layer
+        migrator, layer = self.migrator, ticket.index
         home = None if migrator.home is None else migrator.home.ranks
         router = Router(migrator.group.node_R, home, migrator.links)
         size = migrator.bytes_L[layer]
@@ -312,7 +320,7 @@ class Lanes:
 
     def _landed(self, ticket: Ticket) -> None:
         if ticket.arrivals_GE is not None:
-            self._coming_LGE[ticket.layer] &= ~ticket.arrivals_GE
+            self._coming_LGE[ticket.index] &= ~ticket.arrivals_GE
         if ticket.flight is not None:
             ticket.seconds, ticket.flight = ticket.flight.seconds, None
         if self.elastic is not None:
@@ -321,13 +329,13 @@ class Lanes:
             self._end(ticket, "done")
             return
         ticket.status = "ready"
-        older = self._ready.get(ticket.layer)
-        self._ready[ticket.layer] = ticket
+        older = self._ready.get(ticket.index)
+        self._ready[ticket.index] = ticket
         if older is not None:
             self._end(older, "superseded")
 
     def _install(self, ticket: Ticket) -> None:
-        layer, after_GE = ticket.layer, ticket.wanted_GE
+        layer, after_GE = ticket.index, ticket.wanted_GE
         assert ticket.slots_GC is not None
         assert after_GE is not None
         if not self._in_force(ticket):
@@ -348,7 +356,7 @@ class Lanes:
         """Copies of a layer that tickets under way count on, [G, E]."""
         targets_GE: BoolArray = np.zeros_like(self._serving_LGE[layer])
         for ticket in (*self._posted, *self._ready.values()):
-            if ticket.layer == layer and ticket.wanted_GE is not None:
+            if ticket.index == layer and ticket.wanted_GE is not None:
                 targets_GE |= ticket.wanted_GE
         return targets_GE
 
@@ -379,8 +387,8 @@ class Lanes:
         ticket.wanted_GE = ticket.arrivals_GE = None  # many are remembered
         self.finished.append(ticket)
         if changed:
-            self._pin(ticket.layer)
-            self._changed.add(ticket.layer)
+            self._pin(ticket.index)
+            self._changed.add(ticket.index)
 
     def _fail(self, reason: str) -> None:
         """Drop everything that is on its way; layers keep the slots that they have."""
@@ -389,8 +397,8 @@ class Lanes:
         for ticket in failed:
             if ticket.arrivals_GE is not None:
                 if self.elastic is not None:
-                    self.elastic.lost(ticket.layer, ticket.arrivals_GE)
-                self._unstage(ticket.layer, ticket.arrivals_GE)
+                    self.elastic.lost(ticket.index, ticket.arrivals_GE)
+                self._unstage(ticket.index, ticket.arrivals_GE)
         for ticket in failed:
             self._end(ticket, "void", f"{reason} {ticket.reason}".strip())
 
@@ -401,7 +409,7 @@ class Lanes:
         if self._posted:
             return False
         for ticket in list(self._ready.values()):
-            del self._ready[ticket.layer]
+            del self._ready[ticket.index]
             self._end(ticket, "superseded")
         for layer, extra_GE in enumerate(self._extra_LGE):
             self._unstage(layer, extra_GE.copy())
@@ -426,9 +434,7 @@ class Lanes:
         self._opened, self._adopted, self.passes = (max(column) for column in zip(*numbers, strict=True))
 
     def _slots_LGC(self) -> SlotArray:
-        tables = self.migrator.tables
-        width = max(len(row) for table in tables for row in table.rows)
-        return np.stack([table.slots(width) for table in tables])
+        return whole_model(table.slots() for table in self.migrator.tables)
 
     def find(self, number: int) -> Ticket:
         """A ticket by its number, while it is remembered."""

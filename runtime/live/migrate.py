@@ -263,18 +263,27 @@ class Migrator:
         self.reports[request.number] = MigrationReport(request.number)
         return request.number
 
-    def _request_for(self, target: SlotArray, limits: TransferLimits, steps: Any) -> _Request:
-        if target.shape[:2] != (len(self.banks), self.group.size):
+    def check(self, target_LGC: SlotArray) -> None:
+        """Refuse what is no placement of this model.
+
+        Raises
+        ------
+        ProblemError
+        """
+        if target_LGC.shape[:2] != (len(self.banks), self.group.size):
             raise ProblemError(
                 "slots_LGC",
-                f"has {target.shape[:2]} layers and ranks, "
+                f"has {target_LGC.shape[:2]} layers and ranks, "
                 f"the model has {(len(self.banks), self.group.size)}",
             )
-        for layer, slots_GC in enumerate(target):
+        for bank, table, slots_GC in zip(self.banks, self.tables, target_LGC, strict=True):
             try:
-                SlotTable(slots_GC, self.tables[layer].experts)
+                SlotTable(slots_GC, table.experts)
             except ProblemError as error:
-                raise ProblemError(f"layer {layer}: {error.where}", error.what) from None
+                raise ProblemError(f"layer {bank.layer}: {error.where}", error.what) from None
+
+    def _request_for(self, target: SlotArray, limits: TransferLimits, steps: Any) -> _Request:
+        self.check(target)
         text = f"{limits} {getattr(steps, 'steps', steps)!r}".encode()
         digest = zlib.crc32(text, zlib.crc32(np.ascontiguousarray(target, dtype=np.int32).tobytes()))
         request = _Request(self._number, target, limits, steps, 1 + (digest & 0x7FFFFFFE))

@@ -23,9 +23,11 @@ class Ticket:
     number : int
         In order of opening, from 1.
     layer : int
-        Index among the MoE layers.
+        The model's own number of it.
     base_GC : array of int32, shape [G, C]
         Where the layer was heading when it was opened: what to plan from. The same on all ranks.
+    index : int
+        Of the layer among the MoE layers.
     serve : bool
         Whether the slots shall serve; else they are only made warm.
     status : str
@@ -43,6 +45,7 @@ class Ticket:
     number: int
     layer: int
     base_GC: SlotArray
+    index: int = 0
     serve: bool = True
     status: str = "open"
     reason: str = ""

@@ -68,10 +68,10 @@ class PerLayer:
     def _begin(self, *_: Any) -> None:
         self._foresight.real = self.live.dispatchers[0].valid
 
-    def _begun(self, layer: int, pending: Pending) -> None:
-        self.controller.before_layer(layer, pending)
+    def _begun(self, index: int, pending: Pending) -> None:
+        self.controller.before_layer(self.live.layers[index], pending)
 
     def _first(self, _dispatcher: SlotDispatcher, _expert_Tk: Tensor) -> None:
-        for layer in range(min(self.distance, len(self.live.dispatchers))):
-            load_E = self.live.last_load_E(layer).astype(float)
+        for layer in self.live.layers[: self.distance]:
+            load_E = self.live.last_load_E(layer)
             self.controller.before_layer(layer, Counted(load_E), summed=True)

@@ -75,6 +75,7 @@ class SimulatedBackend:
         self.machine = machine
         self.experts = machine.model.experts
         layers, gpus, _ = slots_LGC.shape
+        self.layers = range(layers)
         self.bytes_L = np.full(layers, machine.model.expert_bytes, dtype=np.int64)
         self.distance = whole("distance", distance, low=1)
         self.contention = contention

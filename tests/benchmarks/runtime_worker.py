@@ -17,9 +17,9 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtime"))
 import worlds
 
+from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.live.faults import Guard
 from moeless_opt.runtime.live.home import MappedHome
-from moeless_opt.runtime.live.model import attach
 
 
 def placements(plans: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 import worlds
 
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.runtime.live.model import attach
+from moeless_opt.runtime.engines.attach import attach
 
 LAYERS, PLANS, FORWARDS = 2, 40, 130
 

@@ -16,6 +16,7 @@ from moeless_opt.problems.io.traces import read_token_traces
 from moeless_opt.problems.plan.migration import Migration
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.runtime.control.backend import Backend, LoadWindow
+from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.engines.observe import (
     record_routes,
     replay_gate,
@@ -23,7 +24,7 @@ from moeless_opt.runtime.engines.observe import (
     save_token_traces,
     tap_hidden,
 )
-from moeless_opt.runtime.live.model import LiveModel, attach
+from moeless_opt.runtime.live.model import LiveModel
 from moeless_opt.runtime.live.schedule import Shipment
 from moeless_opt.runtime.live.slots import rows_to_slots, static_slots
 from moeless_opt.solvers.migration.schedule import schedule_migration

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import worlds
 
+from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.live.home import PinnedHome
-from moeless_opt.runtime.live.model import attach
 
 
 def main() -> None:

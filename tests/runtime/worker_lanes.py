@@ -19,8 +19,9 @@ from moeless_opt.runtime.control.backend import LayerBackend
 from moeless_opt.runtime.control.controller import Controller
 from moeless_opt.runtime.control.layer_planner import LayerPlanner
 from moeless_opt.runtime.control.planner import Planner
+from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.live.home import PinnedHome
-from moeless_opt.runtime.live.model import LiveModel, attach
+from moeless_opt.runtime.live.model import LiveModel
 from moeless_opt.runtime.live.slots import rows_to_slots, static_slots
 from moeless_opt.runtime.pool.keep_alive import AdaptiveKeepAlive
 from moeless_opt.runtime.predict.foresight import GatePredictor

@@ -16,8 +16,8 @@ from worker_transformers import MODELS
 import moeless_opt as mo
 from moeless_opt.runtime.control.controller import Controller
 from moeless_opt.runtime.control.planner import Planner
+from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.engines.observe import replay_gate, tap_hidden
-from moeless_opt.runtime.live.model import attach
 from moeless_opt.runtime.predict.foresight import GatePredictor
 from moeless_opt.runtime.predict.gates import TunedGate, plain_gates
 from moeless_opt.runtime.predict.per_layer import PerLayer

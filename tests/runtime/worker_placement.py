@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import worlds
 
-from moeless_opt.runtime.live.model import attach
+from moeless_opt.runtime.engines.attach import attach
 
 LAYERS = 3
 CASES = (

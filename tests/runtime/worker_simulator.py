@@ -16,7 +16,8 @@ from simulated_twin import planner
 
 from moeless_opt.runtime.control.backend import Observation
 from moeless_opt.runtime.control.controller import Controller
-from moeless_opt.runtime.live.model import LiveModel, attach
+from moeless_opt.runtime.engines.attach import attach
+from moeless_opt.runtime.live.model import LiveModel
 from moeless_opt.runtime.predict.foresight import GatePredictor
 from moeless_opt.runtime.predict.gates import plain_gates
 from moeless_opt.runtime.predict.per_layer import PerLayer

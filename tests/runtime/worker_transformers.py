@@ -13,8 +13,8 @@ import torch.distributed as dist
 import transformers as T
 import worlds
 
+from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.live.faults import Guard
-from moeless_opt.runtime.live.model import attach
 
 SMALL = {
     "vocab_size": 128,

@@ -63,7 +63,7 @@ def run_world(
 
 def lead(timeout: float, script: str, *arguments: str) -> list[int]:
     """Import what is heavy, fork the ranks, and wait for them; returns their exit codes."""
-    for heavy in ("live.model", "engines.observe"):
+    for heavy in ("engines.attach", "engines.observe"):
         importlib.import_module(f"moeless_opt.runtime.{heavy}")
     size = int(os.environ["WORLD_SIZE"])
     running: dict[int, int] = {}

@@ -73,8 +73,8 @@ class SlotDispatcher:
 
     Parameters
     ----------
-    layer : int
-        Index among the model's MoE layers.
+    index : int
+        Of the layer among the model's MoE layers.
     experts, topk : int
         Of the router.
     table : SlotTable
@@ -86,9 +86,9 @@ class SlotDispatcher:
     row_block : int
         Pad every expert's batch to a multiple of so many rows.
     header : callable, optional
-        Gives the whole numbers that this rank tells the others with its counts.
+        ``header(index)`` gives the whole numbers that this rank tells the others with its counts.
     agree : callable, optional
-        ``agree(layer, headers_RK)`` is called with everybody's; it may change the table by `set_table`.
+        ``agree(index, headers_RK)`` is called with everybody's; it may change the table by `set_table`.
 
     Notes
     -----
@@ -98,7 +98,7 @@ class SlotDispatcher:
 
     def __init__(
         self,
-        layer: int,
+        index: int,
         experts: int,
         topk: int,
         table: SlotTable,
@@ -106,10 +106,10 @@ class SlotDispatcher:
         shares: SharePolicy,
         *,
         row_block: int = 1,
-        header: Callable[[], Sequence[int]] | None = None,
+        header: Callable[[int], Sequence[int]] | None = None,
         agree: Callable[[int, IntArray], None] | None = None,
     ) -> None:
-        self.layer = layer
+        self.index = index
         self.experts = experts
         self.topk = topk
         self.group = group
@@ -182,7 +182,7 @@ class SlotDispatcher:
         gathered = self._exchange(counts)
         self.batch_counts_RE = counts_RE = gathered[:, : self.experts]
         if self.agree is not None:
-            self.agree(self.layer, gathered[:, self.experts :])
+            self.agree(self.index, gathered[:, self.experts :])
         self._split(counts_RE)
         order = torch.argsort(flat, stable=True)
         n_rows = int(counts_RE[self.group.rank].sum())
@@ -212,7 +212,7 @@ class SlotDispatcher:
             callback(self, expert_Tk)
 
     def _exchange(self, counts: Tensor) -> IntArray:
-        extra = self.header() if self.header is not None else ()
+        extra = self.header(self.index) if self.header is not None else ()
         mine = (
             torch.cat((counts, torch.tensor(extra, dtype=torch.int64).to(counts.device))) if extra else counts
         )
@@ -226,7 +226,7 @@ class SlotDispatcher:
             sends_RP = counts_RE[:, table.expert_P]
         else:
             load_E = counts_RE.sum(axis=0)
-            quota_P = self.shares.quotas(self.layer, load_E, table)
+            quota_P = self.shares.quotas(self.index, load_E, table)
             if not np.array_equal(
                 np.bincount(table.expert_P, weights=quota_P, minlength=self.experts).astype(np.int64),
                 load_E,

@@ -28,13 +28,13 @@ class SharePolicy(Protocol):
 
     name: str
 
-    def quotas(self, layer: int, load_E: IntArray, table: SlotTable) -> IntArray:
+    def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """Tokens for each flat slot (axis P of the table).
 
         Parameters
         ----------
-        layer : int
-            Index among the model's MoE layers.
+        index : int
+            Of the layer among the model's MoE layers: its place on axis L.
         load_E : array of int64, shape [E]
             Tokens of each expert over all ranks of the group in this batch.
         table : SlotTable
@@ -63,7 +63,7 @@ class EqualShares:
 
     name = "equal"
 
-    def quotas(self, layer: int, load_E: IntArray, table: SlotTable) -> IntArray:
+    def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`; the first replicas take the remainder."""
         nth_P = np.empty_like(table.expert_P)
         order = table.to_slots_P
@@ -96,9 +96,9 @@ class PlannedShares:
             for layer, share in zip(slots_LGC, share_LGC, strict=True)
         ]
 
-    def quotas(self, layer: int, load_E: IntArray, table: SlotTable) -> IntArray:
+    def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`; slots that the plan does not know share what is left equally."""
-        of = self._of[layer]
+        of = self._of[index]
         pairs = zip(table.expert_P.tolist(), table.rank_P.tolist(), strict=True)
         weight_P = np.array([of.get(pair, 0.0) for pair in pairs])
         total_E = np.bincount(table.expert_P, weights=weight_P, minlength=table.experts)
@@ -131,7 +131,7 @@ class BalancedShares:
         self.speed_G = None if speed_G is None else [int(s) for s in speed_G]
         self.sweeps = sweeps
 
-    def quotas(self, layer: int, load_E: IntArray, table: SlotTable) -> IntArray:
+    def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`."""
         quota_P = load_E[table.expert_P]
         speed = self.speed_G or [1] * table.gpus

@@ -53,7 +53,7 @@ class TimedShares:
         self._balanced = BalancedShares(mille)
         self._tables: dict[int, TimeTable] = {}
 
-    def quotas(self, layer: int, load_E: IntArray, table: SlotTable) -> IntArray:
+    def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`."""
         most = max(len(row) for row in table.rows)
         if most not in self._tables:
@@ -69,7 +69,7 @@ class TimedShares:
         # Filled slots stand first in a row: the flat slots are the rows one after the other.
         share_P = np.concatenate([share_1GC[0, g, : len(row)] for g, row in enumerate(table.rows)])
         searched_P = round_tokens(load_E[table.expert_P] * share_P, table.expert_P, load_E)
-        balanced_P = self._balanced.quotas(layer, load_E, table)
+        balanced_P = self._balanced.quotas(index, load_E, table)
         quicker = self._took(searched_P, table, speed_G) <= self._took(balanced_P, table, speed_G)
         return searched_P if quicker else balanced_P
 

@@ -378,7 +378,7 @@ def test_expert_source_refuses_what_is_not_there(folders: dict[str, tuple[Path, 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_loaded_model_can_be_taken_over(name: str, folders: dict[str, tuple[Path, Any]]) -> None:
     """Attached, it computes the same; and the folder is a home for all of its experts."""
-    from moeless_opt.runtime.live.model import attach
+    from moeless_opt.runtime.engines.attach import attach
 
     folder, reference = folders[name]
     model = load_checkpoint(folder)

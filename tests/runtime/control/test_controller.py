@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ class Notebook:
 
     def __init__(self, loads: list[np.ndarray]) -> None:
         self.loads = loads
+        self.layers: Sequence[int] = range(L)
         self.slots_LGC = contiguous(E, np.full((L, G), 3))
         self.applied: list[Any] = []
         self.shares: list[Any] = []
@@ -198,6 +200,19 @@ class Lanes(Notebook):
 
     def side_group(self) -> Any:
         return SimpleNamespace(sum=lambda load_E: 4 * load_E, close=lambda: None)
+
+
+def test_layers_have_the_models_own_numbers() -> None:
+    backend, planner = Lanes(), Single()
+    backend.layers = [3, 5]
+    controller = Controller(backend, planner)
+    loads = np.eye(E)[:L] * 7
+    assert [d.layer for d in controller.before(loads)] == [3, 5]  # type: ignore[union-attr]
+    assert [index for index, _ in planner.seen] == [0, 1]
+    with pytest.raises(ProblemError, match=r"layer: is 1, must be one of \[3, 5\]"):
+        controller.before_layer(1, loads[1])
+    assert planner.seen[2:] == []
+    controller.close()
 
 
 class Later:

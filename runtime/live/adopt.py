@@ -1,0 +1,138 @@
+"""What an engine hands over when a model's experts are taken from it, and how it was asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from moeless_opt.problems.arrays import IntArray
+from moeless_opt.problems.spec.topology import Links
+from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
+from moeless_opt.runtime.live.dispatch.shares import SharePolicy
+from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank
+from moeless_opt.runtime.live.groups import ExpertGroup
+from moeless_opt.runtime.live.home import HomeStore
+
+__all__ = ["Adopted", "AttachOptions", "Engine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachOptions:
+    """How a model is attached.
+
+    Parameters
+    ----------
+    shares : str or SharePolicy
+        ``"balanced"`` (water-filling for every batch), ``"equal"``, or a policy.
+    home : HomeStore, optional
+        Second source of experts; a `PinnedHome` is filled here. By default what the engine has: the
+        checkpoint's weights on the host with `transformers`, none with megatron-core.
+    checksums : bool
+        Check arrivals before they serve.
+    row_block : int, optional
+        Rows to which expert batches are padded; by default what makes results independent of the split
+        (tried out on a CPU, see `live.rows`; 1 on a GPU).
+    timeout : float
+        Seconds after which a collective of a batch fails; bounds how late a dead rank is noticed.
+    node_G : sequence of int, optional
+        Node of each rank; by host name when absent.
+    memory_limit : int, optional
+        Bytes of experts that this rank may hold at any moment.
+    links : Links, optional
+        Bandwidths, by which sources of a replica are chosen; by default NVLink, then the rank's own host
+        memory, then the network.
+    ranks : sequence of int, optional
+        Global ranks of the expert-parallel group; by default what the engine says, or all of the world.
+    store : torch.distributed.Store, optional
+        Where they find each other; by default the world's.
+    """
+
+    shares: str | SharePolicy = "balanced"
+    home: HomeStore | None = None
+    checksums: bool = False
+    row_block: int | None = None
+    timeout: float = 600.0
+    node_G: Sequence[int] | None = None
+    memory_limit: int | None = None
+    links: Links | None = None
+    ranks: Sequence[int] | None = None
+    store: Any = None
+
+    def group(self, device: torch.device, ranks: Sequence[int] | None = None) -> ExpertGroup:
+        """The expert-parallel group; `ranks` are those of the engine, if it has such groups."""
+        return ExpertGroup.create(
+            self.ranks if ranks is None else ranks,
+            device=device,
+            timeout=self.timeout,
+            node_R=self.node_G,
+            store=self.store,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopted:
+    """The experts of a model, on one rank.
+
+    Parameters
+    ----------
+    model : module
+        Whose experts these are.
+    group : ExpertGroup
+        Ranks that hold them between them, from `AttachOptions.group`.
+    layers : sequence of int
+        The model's own numbers of its MoE layers, in order.
+    experts, topk, hidden : int
+        Of a layer; of a token; width of a token.
+    banks : sequence of SlotBank
+        Slots of this rank, by layer. To begin with every rank holds a run of experts
+        (`slots.static_slots`).
+    meter : MemoryMeter
+        Of the banks.
+    run_experts : callable
+        ``run_experts(index, rows, sizes)`` puts rows through this rank's experts of the layer with that
+        index, as many through each as its size says.
+    install : callable
+        ``install(dispatchers, most_rows)``, called once: let these, one a layer, take the place of the
+        engine's own, and compute at most so many rows at a time (None: any number; see `rows.pieces`).
+    restore : callable
+        Called by `detach` with all experts in their first places: the reverse.
+    home : HomeStore, optional
+        Second source that the engine keeps anyway.
+    transposed : bool
+        Whether the experts' matrices are stored [inner, outer].
+    """
+
+    model: Any
+    group: ExpertGroup
+    layers: Sequence[int]
+    experts: int
+    topk: int
+    hidden: int
+    banks: Sequence[SlotBank]
+    meter: MemoryMeter
+    run_experts: Callable[[int, torch.Tensor, IntArray], Any]
+    install: Callable[[Sequence[SlotDispatcher], int | None], None]
+    restore: Callable[[], None]
+    home: HomeStore | None = None
+    transposed: bool = False
+
+
+class Engine(Protocol):
+    """An adapter: a module, or an object, with these two functions."""
+
+    def accepts(self, model: Any) -> bool:
+        """Whether the model is of this engine; must not raise."""
+        ...
+
+    def adopt(self, model: Any, options: AttachOptions) -> Adopted:
+        """Take its experts over; on every rank of an expert-parallel group at the same time.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            Naming what the model uses and the adapter does not support.
+        """
+        ...
