@@ -196,6 +196,11 @@ class _Owned:
 
     def __init__(self, layer: Any, number: int, begin: int, device: torch.device, meter: MemoryMeter) -> None:
         self.layer, self.stock, self.dispatcher = layer, layer.experts, layer.token_dispatcher
+        # Weights that travel arrive in new parameters, which are to have what trainers read from the old.
+        self.marks = [
+            [(p.requires_grad, dict(vars(p))) for p in module.parameters()]
+            for module in self.stock.local_experts
+        ]
         modules = {begin + i: module for i, module in enumerate(self.stock.local_experts)}
         like = self.stock.local_experts[0]
         self.experts = SlotExperts(meta_shell(like), bool(layer.config.moe_apply_probs_on_input))
@@ -217,5 +222,10 @@ class _Owned:
 
     def restore(self) -> None:
         """Give the layer its stock parts again."""
-        self.stock.local_experts = torch.nn.ModuleList(self.experts.unit(e) for e in self.bank.order)
+        units = [self.experts.unit(e) for e in self.bank.order]
+        for unit, marks in zip(units, self.marks, strict=True):
+            for parameter, (trains, own) in zip(unit.parameters(), marks, strict=True):
+                parameter.requires_grad_(trains)
+                vars(parameter).update(own)
+        self.stock.local_experts = torch.nn.ModuleList(units)
         self.layer.experts, self.layer.token_dispatcher = self.stock, self.dispatcher

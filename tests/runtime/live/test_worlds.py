@@ -89,6 +89,24 @@ def test_a_rank_that_hangs_is_left_behind_and_told_so(run_world: World) -> None:
         assert recovery["lost"] == [1]
 
 
+@pytest.mark.parametrize("where", ["observed", "experts"])
+def test_a_pass_that_ends_early_on_one_rank_never_gives_wrong_outputs(run_world: World, where: str) -> None:
+    first, second = run_world("worker_edges.py", 2, where)
+    assert first["worst"] == second["worst"] == 0.0
+    assert first["seen"][0] == "MemoryError"
+    if where == "observed":  # the ranks see it at the next exchange, and go on together
+        assert first["seen"][1:] == ["out of step", *["done"] * 4]
+        assert second["seen"] == ["out of step", *["done"] * 4]
+        assert "rank 0 in layer 0 of pass 8; rank 1 in layer 2 of pass 7" in first["said"] == second["said"]
+    else:  # one waits for tokens and one for counts: the connection breaks or times out
+        assert "RankLostError" in second["seen"]
+
+
+def test_detach_gives_parameters_back_as_they_were(run_world: World) -> None:
+    for result in run_world("worker_edges.py", 2, "detached"):
+        assert result == {"changed": [], "same": True}
+
+
 def test_transformers_models_give_the_same_logits(run_world: World) -> None:
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
