@@ -79,7 +79,7 @@ def problem_for(solver: str) -> mo.Problem:
     return make_problem(load_LE, topology, split=split, **asked)
 
 
-LATE = {"replan", "min-moves", "constrained"}
+LATE = {"constrained"}
 """Solvers with a loop that does not ask yet."""
 LONG = sorted({"replan", "min-moves", "constrained", "patterns", "cpsat", "milp", "portfolio", "auto"} - LATE)
 
@@ -109,7 +109,7 @@ def test_the_command_ends_with_the_best_so_far(solver: str, number: int, cpsat: 
         str(int(number)), cpsat, solver, str(tmp_path / "problem.json"), "-o", str(plan), *limit
     )
     assert answer["code"] == 128 + number, said
-    assert answer["seconds"] < 3.0  # one on a calm machine
+    assert answer["seconds"] < 8.0  # one on a calm machine
     mo.verify(problem, mo.load_plan(plan))
 
 
@@ -118,4 +118,4 @@ def test_control_c_reaches_a_caller_from_python(solver: str, tmp_path: Path) -> 
     mo.save_problem(problem_for(solver), tmp_path / "problem.json")
     answer, said = run(str(int(signal.SIGINT)), "after", solver, "api", str(tmp_path / "problem.json"))
     assert answer["code"] == 130, said
-    assert answer["seconds"] < 3.0
+    assert answer["seconds"] < 8.0

@@ -304,9 +304,9 @@ def test_a_spent_stop_ends_it_at_once(name: str) -> None:
     told = Interrupt()
     told.set()
     for stop in (MaxTime(0.0), told):
-        began = clock.perf_counter()
+        began = clock.process_time()
         result = mo.solve(problem, name, stop=stop)
-        assert clock.perf_counter() - began < 1.0  # 0.2 s on a calm machine
+        assert clock.process_time() - began < 0.2
         assert result.stopped_by in ("time", "interrupt")
         if result.plan is None:
             assert result.status is mo.Status.NO_SOLUTION
@@ -344,20 +344,25 @@ def test_stopped_anywhere_it_returns_a_valid_plan_or_says_that_there_is_none(nam
         assert (result.plan is None) == (result.status is mo.Status.NO_SOLUTION)
 
 
-LATE = {"replan", "min-moves", "constrained", "activation"}
+LATE = {"constrained", "activation"}
 """Solvers with a loop that does not ask yet."""
+
+
+def solved_within(problem: mo.Problem, name: str, seconds: float) -> mo.Result:
+    """Solve, and hold the solver to its limit, 20 % and 0.2 s beyond it."""
+    wall, busy = clock.perf_counter(), clock.process_time()
+    result = mo.solve(problem, name, time_limit=seconds)
+    busy, wall = clock.process_time() - busy, clock.perf_counter() - wall
+    assert busy < 1.2 * seconds + 0.2
+    assert wall < 2 * seconds + 15  # the rest of the machine may be busy
+    return result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpus", "seconds"), [(32, 0.3), (32, 1.0), (64, 0.3), (64, 1.0), (64, 5.0)])
 @pytest.mark.parametrize("name", sorted(set(NAMES) - PUBLISHED - LATE))
 def test_a_time_limit_is_kept(name: str, gpus: int, seconds: float) -> None:
-    problem = large(name, gpus=gpus)
-    began = clock.perf_counter()
-    result = mo.solve(problem, name, time_limit=seconds)
-    took = clock.perf_counter() - began
-    # 20 % and 0.2 s on a calm machine; the rest is for a busy one.
-    assert took < 1.5 * seconds + 0.6
+    result = solved_within(large(name, gpus=gpus), name, seconds)
     assert result.plan is not None or result.stopped_by == "time"
 
 
@@ -365,8 +370,5 @@ def test_a_time_limit_is_kept(name: str, gpus: int, seconds: float) -> None:
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 5.0])
 @pytest.mark.parametrize("name", sorted({n for n in NAMES if Feature.CERTIFIES in FEATURES[n]} - LATE))
 def test_a_time_limit_is_kept_on_one_exact_layer(name: str, seconds: float) -> None:
-    problem = large(name, layers=1)
-    began = clock.perf_counter()
-    result = mo.solve(problem, name, time_limit=seconds)
-    assert clock.perf_counter() - began < 1.5 * seconds + 0.6
+    result = solved_within(large(name, layers=1), name, seconds)
     assert result.plan is not None
