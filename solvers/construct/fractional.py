@@ -15,9 +15,10 @@ most,
 4. Level: the shares that solve the graph's Laplacian system move as little as possible away from the equal
    split. Where one would be negative, the exact share solver decides.
 
-A layer that misses the mean is tried with other replica counts, with the equal-split construction, then
-with alias packing, which always gets there but is brittle; whoever is first at the mean wins, else the
-best. Small layers that can't reach it (E > G (c - 1)) end in a local search with exact shares.
+A layer that misses the mean is tried with other replica counts, then with alias packing, which is brittle;
+whoever is first at the mean wins. Where the slots are too few to join all GPUs (E > G (c - 1)) or the GPUs
+too unequal, groups of GPUs are joined instead (see `groups`), and the best of these and of the equal-split
+construction wins, so that free shares are never worse than equal ones.
 
 Why it is sturdy: with the loads off by a factor, what counts is how much captive load a set of GPUs
 has (see `share_lp.density`). A tree of wide links leaves few sets with much captive load; the same spare
@@ -35,13 +36,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
+from moeless_opt.problems.plan.bounds import best_bound
 from moeless_opt.solvers.construct.alias import alias_pack
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.construct.groups import pack_groups
 from moeless_opt.solvers.construct.pools import group_pack
 from moeless_opt.solvers.construct.small import join_layer
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.counts import apportion, trim
-from moeless_opt.solvers.pack.packing import pack
-from moeless_opt.solvers.pack.swaps import improve
 from moeless_opt.solvers.shares.flow import solve_shares
 from moeless_opt.solvers.shares.graph import ReplicaGraph
 
@@ -56,8 +58,6 @@ SCENARIOS = 6
 PERFECT = 1e-10  # relative distance from the mean that counts as none
 _SEARCH_PAIRS = 400  # experts x GPUs up to which a layer is worth a local search
 _SINGULAR = 1e5  # potentials beyond this, in units of the mean load over a piece, mean a singular system
-_CLOSE = 1.0005  # balance at which swapping stops
-_WORTH = 1e-3  # what balance alone must gain over a sturdier placement, relative
 _SMALL = 512  # layers x experts x GPUs up to which plain Python is faster than NumPy
 _NEVER = 1e280  # a full GPU, or one that holds the expert
 
@@ -529,42 +529,41 @@ def _retry(
     time_L: FloatArray,
     seed: int,
 ) -> None:
-    """Other constructions for the layers that miss the mean, in place, until one is at the mean."""
+    """Other constructions for the layers that miss the mean, in place, until one is as good as can be.
 
-    def again(lean: float) -> Callable[[FloatArray, IntArray], Built]:
-        return lambda load, capacity: _joined(load, capacity, speed_G, lean)
-
-    def grouped(load: FloatArray, capacity: IntArray) -> Built:
-        return _grouped(load, capacity, speed_G, seed)
-
-    def aliased(load: FloatArray, capacity: IntArray) -> Built:
-        return _aliased(load, capacity, speed_G)
-
-    def balanced(load: FloatArray, capacity: IntArray) -> Built:
-        return _balanced(load, capacity, speed_G)
-
-    def steadied(load: FloatArray, capacity: IntArray) -> Built:
-        return _steadied(load, capacity, speed_G)
-
-    tries: list[Callable[[FloatArray, IntArray], Built]] = [
-        *(again(lean) for lean in OTHER_LEANS),
-        aliased,
-        balanced,
-    ]
-    if load_LE.shape[1] > int(np.maximum(capacity_LG - 1, 0).sum(axis=1).min()):
-        # Too few slots to join all GPUs in some layer: no tree will do.
-        small = load_LE.shape[1] * len(speed_G) <= _SEARCH_PAIRS
-        tries = [*([grouped] if small else []), aliased, steadied, balanced]
-    for build in tries:
-        open_L = np.flatnonzero(time_L > mean_L * (1.0 + PERFECT))
+    The equal-split construction comes last, its shares re-solved: an equal split is a choice of shares, too.
+    """
+    pairs = load_LE.shape[1] * len(speed_G)
+    builds: list[_Build] = [lambda load, capacity, _: _aliased(load, capacity, speed_G)]
+    # Where slots are too few to join all GPUs in some layer, no tree will do.
+    if load_LE.shape[1] <= int(np.maximum(capacity_LG - 1, 0).sum(axis=1).min()):
+        builds = [*(_lean(speed_G, lean) for lean in OTHER_LEANS), *builds]
+    hard = len(builds)
+    builds.append(lambda load, capacity, goal_L: pack_groups(load, capacity, speed_G, goal_L))
+    if pairs <= _SEARCH_PAIRS:
+        builds.append(lambda load, capacity, _: _pooled(load, capacity, speed_G, seed))
+    builds.append(lambda load, capacity, _: _evenly(load, capacity, speed_G))
+    goal_L = mean_L
+    for number, build in enumerate(builds):
+        open_L = np.flatnonzero(time_L > goal_L * (1.0 + PERFECT))
+        if number == hard and len(open_L):
+            goal_L = mean_L.copy()
+            goal_L[open_L], _ = best_bound(load_LE[open_L], capacity_LG[open_L], speed_G, "fractional")
+            open_L = np.flatnonzero(time_L > goal_L * (1.0 + PERFECT))
         if not len(open_L):
             return
-        slots_O, share_O, time_O = build(load_LE[open_L], capacity_LG[open_L])
-        # Balance alone is the least sturdy: it must be worth it.
-        margin = _WORTH if build is balanced else 1e-12
-        better = time_O < time_L[open_L] * (1.0 - margin)
+        slots_O, share_O, time_O = build(load_LE[open_L], capacity_LG[open_L], goal_L[open_L])
+        better = time_O < time_L[open_L] * (1.0 - 1e-12)
         layers = open_L[better]
         slots[layers], share[layers], time_L[layers] = slots_O[better], share_O[better], time_O[better]
+
+
+_Build = Callable[[FloatArray, IntArray, FloatArray], Built]
+
+
+def _lean(speed_G: FloatArray, lean: float) -> _Build:
+    """Joining with other replica counts."""
+    return lambda load, capacity, _: _joined(load, capacity, speed_G, lean)
 
 
 def _aliased(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray) -> Built:
@@ -572,8 +571,8 @@ def _aliased(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray) ->
     return _each(load_LE, capacity_LG, speed_G, lambda load, capacity: alias_pack(load, capacity, speed_G))
 
 
-def _grouped(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, seed: int) -> Built:
-    """The best pools of every layer with equal GPUs; see `grouping`."""
+def _pooled(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, seed: int) -> Built:
+    """The best pools of every layer with equal GPUs; see `pools`."""
 
     def one(load_E: FloatArray, capacity_G: IntArray) -> tuple[SlotArray, FloatArray] | None:
         if (capacity_G != capacity_G[0]).any() or (speed_G != speed_G[0]).any():
@@ -604,25 +603,9 @@ def _each(
     return slots, share, time_L
 
 
-def _steadied(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray) -> Built:
-    """Joined as far as the slots go, then swapped towards balance, with exact shares."""
-    slots, _, time_L = _joined(load_LE, capacity_LG, speed_G, 0.0)
-    share = np.zeros(slots.shape)
-    layers = np.flatnonzero(np.isfinite(time_L))
-    if len(layers):
-        load = load_LE[layers]
-        slots[layers] = improve(load, slots[layers], capacity_LG[layers], speed_G, target=_CLOSE)
-        found = solve_shares(load, slots[layers], speed_G)
-        share[layers], time_L[layers] = found.share_LGC, found.time_L
-    return slots, share, time_L
-
-
-def _balanced(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray) -> Built:
-    """The equal-split construction with its shares re-solved: for slots too few to join all GPUs."""
-    total = np.minimum(capacity_LG, load_LE.shape[1]).sum(axis=1)
-    cap = (capacity_LG > 0).sum(axis=1)[:, None]
-    replicas = trim(load_LE, apportion(load_LE, total, cap), capacity_LG)
-    slots = improve(load_LE, pack(load_LE, replicas, capacity_LG, speed_G), capacity_LG, speed_G)
+def _evenly(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray) -> Built:
+    """The equal-split construction with its shares re-solved."""
+    slots = construct_equal(load_LE, capacity_LG, speed_G)
     found = solve_shares(load_LE, slots, speed_G)
     return slots, found.share_LGC, found.time_L
 
