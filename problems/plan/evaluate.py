@@ -5,18 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.problems.spec.placement import held_LGE, replica_counts
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Topology
 
 __all__ = [
     "activated",
+    "even_pieces",
+    "even_times",
     "gpu_times",
     "gpu_tokens",
     "imbalance",
     "move_seconds",
     "new_replicas",
     "node_traffic",
+    "slot_sums",
 ]
 
 
@@ -65,6 +68,29 @@ def gpu_times(
         scale = 1.0 if time is None else time.token_cost
         return np.asarray(tokens_LG / speed_G if scale == 1.0 else tokens_LG * scale / speed_G)
     return time.time(tokens_LG, activated(load_LE, slots_LGC, share_LGC), speed_G)
+
+
+def even_pieces(load_LE: FloatArray, slots_LGC: SlotArray) -> FloatArray:
+    """Tokens that each slot serves under an equal split, shape [L, G, C]; 0 where it is empty."""
+    layers, experts = load_LE.shape
+    # One column more, for the empty slots: index -1 is that column.
+    piece_LE = np.zeros((layers, experts + 1))
+    piece_LE[:, :experts] = load_LE / np.maximum(replica_counts(slots_LGC, experts), 1)
+    flat_LP = slots_LGC.reshape(layers, -1)
+    return piece_LE[np.arange(layers)[:, None], flat_LP].reshape(slots_LGC.shape)
+
+
+def slot_sums(piece_LGC: FloatArray) -> FloatArray:
+    """Sums over the slots, shape [L, G], first to last: the order is part of the result."""
+    total_LG = piece_LGC[:, :, 0].copy()
+    for slot in range(1, piece_LGC.shape[2]):
+        total_LG += piece_LGC[:, :, slot]
+    return total_LG
+
+
+def even_times(load_LE: FloatArray, slots_LGC: SlotArray, speed_G: FloatArray) -> FloatArray:
+    """`gpu_times` of an equal split where time is tokens, quicker: shape [L, G]."""
+    return np.asarray(slot_sums(even_pieces(load_LE, slots_LGC)) * (1.0 / speed_G))
 
 
 def imbalance(time_LG: FloatArray, speed_G: FloatArray) -> FloatArray:

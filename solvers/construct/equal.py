@@ -15,10 +15,11 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.plan.evaluate import even_times
 from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.counts import apportion, largest_piece, trim
-from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.patterns import solve_patterns
 from moeless_opt.solvers.pack.recount import resize
 from moeless_opt.solvers.pack.swaps import improve
@@ -170,7 +171,7 @@ def _two_slots(load_LE: FloatArray, G: int, effort: Effort) -> SlotArray:
 
 def _proven(load_LE: FloatArray, capacity: IntArray, speed: FloatArray, slots: SlotArray) -> SlotArray:
     """Tiny layers to optimality by dynamic programming, where the search left a gap."""
-    value_L = gpu_time(load_LE, slots, speed).max(axis=1)
+    value_L = even_times(load_LE, slots, speed).max(axis=1)
     for layer in np.flatnonzero(value_L > load_LE.sum(axis=1) / speed.sum() * (1.0 + 1e-9)):
         found = solve_patterns(
             load_LE[layer],
@@ -180,7 +181,7 @@ def _proven(load_LE: FloatArray, capacity: IntArray, speed: FloatArray, slots: S
             gap=1e-9,
             stop=MaxTime(_TINY_SECONDS),
         ).slots_GC
-        if found is not None and gpu_time(load_LE[layer][None], found[None], speed).max() < value_L[layer]:
+        if found is not None and even_times(load_LE[layer][None], found[None], speed).max() < value_L[layer]:
             slots[layer] = -1
             slots[layer, :, : found.shape[1]] = found
     return slots
@@ -199,7 +200,7 @@ def _general(
     slots = improve(load_LE, slots, capacity, speed, target=effort.target, **swaps)
     if not effort.steps:
         return slots
-    over = gpu_time(load_LE, slots, speed).max(axis=1) / np.where(bound > 0.0, bound, 1.0)
+    over = even_times(load_LE, slots, speed).max(axis=1) / np.where(bound > 0.0, bound, 1.0)
     few = effort.worst if load_LE.shape[1] * len(speed) <= effort.pairs else 0
     worst = np.argsort(-over, kind="stable")[:few]
     rows = np.union1d(np.flatnonzero(over > effort.suspect), worst[over[worst] > effort.target + _NEAR])
@@ -218,6 +219,6 @@ def _general(
         backend=backend,
     )
     better = improve(load, better, room, speed, target=effort.target, **swaps)
-    gains = gpu_time(load, better, speed).max(axis=1) < gpu_time(load, slots[rows], speed).max(axis=1)
+    gains = even_times(load, better, speed).max(axis=1) < even_times(load, slots[rows], speed).max(axis=1)
     slots[rows[gains]] = better[gains]
     return slots

@@ -27,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.problems.plan.evaluate import slot_sums
 from moeless_opt.solvers.pack import fast
 
-__all__ = ["gpu_time", "pack"]
+__all__ = ["empties_last", "pack"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -78,7 +79,7 @@ def pack(
     rows = _faulty(slots, replicas)
     if len(rows):
         slots[rows] = _mend(slots[rows], piece[rows], replicas[rows], capacity[rows], speed, rows)
-    return _empties_last(slots)
+    return empties_last(slots)
 
 
 def _start(piece_LE: Floats, replicas: Ints, capacity: Ints, speed: Floats, backend: str) -> Int32s:
@@ -99,44 +100,6 @@ def _start(piece_LE: Floats, replicas: Ints, capacity: Ints, speed: Floats, back
     if len(rows):
         slots[rows] = _lpt(piece_LE[rows], replicas[rows], capacity[rows], speed, C)
     return slots
-
-
-def gpu_time(load_LE: Floats, slots_LGC: Any, speed_G: Any) -> Floats:
-    """Tokens over speed of every GPU when each expert's tokens are divided equally over its slots.
-
-    Parameters
-    ----------
-    load_LE : float64 [L, E]
-    slots_LGC : int [L, G, C]
-    speed_G : float64 [G]
-
-    Returns
-    -------
-    float64 [L, G]
-    """
-    _, weight = _weights(load_LE, slots_LGC)
-    return _sum_slots(weight) * (1.0 / np.asarray(speed_G, dtype=np.float64))
-
-
-def _weights(load_LE: Floats, slots_LGC: Any) -> tuple[Int32s, Floats]:
-    """Replicas of each expert, and the piece in each slot (0 where empty)."""
-    slots = np.asarray(slots_LGC)
-    L, E = load_LE.shape
-    flat = slots.reshape(L, slots.shape[1] * slots.shape[2])
-    rows = np.arange(L)[:, None]
-    # One column more, for the empty slots: index -1 is that column.
-    counts = np.bincount((flat % (E + 1) + rows * (E + 1)).ravel(), minlength=L * (E + 1)).reshape(L, E + 1)
-    piece = np.zeros((L, E + 1))
-    piece[:, :E] = load_LE / np.maximum(counts[:, :E], 1)
-    return counts[:, :E].astype(np.int32), piece[rows, flat].reshape(slots.shape)
-
-
-def _sum_slots(weight_LGC: Floats) -> Floats:
-    """Sum over the slots, first to last: the order is part of the result, the compiled twin keeps it too."""
-    total = weight_LGC[:, :, 0].copy()
-    for slot in range(1, weight_LGC.shape[2]):
-        total += weight_LGC[:, :, slot]
-    return total
 
 
 def _sequence(piece_LE: Floats, replicas_LE: Ints, length: int) -> tuple[Ints, Floats]:
@@ -250,7 +213,7 @@ def _swap_apart(slots_LGC: Int32s, piece_LE: Floats, capacity_LG: Ints, speed_G:
         gpu, slot = np.divmod(twice.argmax(axis=1), C)
         expert = held[each, gpu, slot]
         weight = padded_LE[rows[:, None, None], held]
-        load = _sum_slots(weight)
+        load = slot_sums(weight)
         change = padded_LE[rows, expert][:, None, None] - weight
         there = (load[:, :, None] + change) * inverse_G[:, None]
         here = (load[each, gpu][:, None, None] - change) * inverse_G[gpu][:, None, None]
@@ -290,7 +253,7 @@ def _by_room(
     return slots
 
 
-def _empties_last(slots_LGC: Int32s) -> Int32s:
+def empties_last(slots_LGC: Int32s) -> Int32s:
     """Move the empty slots of every GPU behind the others, which keep their order."""
     empty = slots_LGC < 0
     if not (empty[:, :, :-1] & ~empty[:, :, 1:]).any():

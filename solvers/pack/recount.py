@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.plan.evaluate import even_times
 from moeless_opt.solvers.pack.counts import apportion, hostable
-from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.swaps import improve
 
 __all__ = ["resize"]
@@ -141,7 +142,7 @@ class _Bench:
 
     def score(self, base: Ints, slots: Int32s) -> tuple[Floats, Floats]:
         """Time of the slowest GPU, and sum over the GPUs of the squared time above the goal."""
-        time = gpu_time(self.load_LE[base], slots, self.speed_G)
+        time = even_times(self.load_LE[base], slots, self.speed_G)
         over = np.maximum(time - self.goal_L[base, None], 0.0)
         return time.max(axis=1), (over * over).sum(axis=1)
 

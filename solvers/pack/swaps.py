@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.plan.evaluate import even_pieces, slot_sums
 from moeless_opt.solvers.pack import fast
-from moeless_opt.solvers.pack.packing import _empties_last, _sum_slots, _weights
+from moeless_opt.solvers.pack.packing import empties_last
 
 __all__ = ["improve"]
 
@@ -78,14 +79,14 @@ def improve(
     if G < 2 or L == 0:
         return slots
     usable = np.minimum(np.asarray(capacity_LG, dtype=np.int64), C)
-    weight = _weights(load_LE, slots)[1]
-    time = _sum_slots(weight) * (1.0 / speed)
+    weight = even_pieces(load_LE, slots)
+    time = slot_sums(weight) * (1.0 / speed)
     mean = load_LE.sum(axis=1) / speed.sum()
     floor = np.maximum(mean, weight.max(axis=(1, 2)) / speed.max())
     goal = target * floor if goal_L is None else np.maximum(floor, goal_L)
     if backend == "numba":
         fast.swap_rounds(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1], rounds, focus)
-        return _empties_last(slots)
+        return empties_last(slots)
     state = _State(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1])
     for step in range(rounds):
         if not state.settle() or not state.pair_round(step):
@@ -94,7 +95,7 @@ def improve(
         if not state.settle():
             break
         state.focus_round()
-    return _empties_last(state.result())
+    return empties_last(state.result())
 
 
 class _State:

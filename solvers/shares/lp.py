@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
+from moeless_opt.problems.plan.evaluate import gpu_times
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -267,7 +268,7 @@ class ShareLP:
         """
         price_G, token = self._run(load_E)
         share_GC = self._shares(load_E, token)
-        time_G = _gpu_time(load_E, self.slots_GC, share_GC, self.speed_G)
+        time_G = gpu_times(load_E[None], self.slots_GC[None], share_GC[None], self.speed_G)[0]
         critical, bound = critical_set(
             load_E, self.slots_GC, self.speed_G, price_G, enough=float(time_G.max()) * (1.0 - 1e-12)
         )
@@ -379,12 +380,6 @@ def critical_set(
             if value >= enough:
                 break
     return best
-
-
-def _gpu_time(load_E: Floats, slots_GC: NDArray[Any], share_GC: Floats, speed_G: Floats) -> Floats:
-    token_GC = np.where(slots_GC >= 0, load_E[np.maximum(slots_GC, 0)] * share_GC, 0.0)
-    time_G: Floats = token_GC.sum(axis=1) / speed_G
-    return time_G
 
 
 def solve_shares_exact(

@@ -24,10 +24,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import tau_curve
+from moeless_opt.problems.plan.evaluate import even_times
 from moeless_opt.solvers.core.knapsack import choose_points
 from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.pack.counts import apportion, trim
-from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.swaps import improve
 
 __all__ = [
@@ -334,10 +335,10 @@ def _place(load: Float, speed: Float, spare_L: Int, size_L: Int, memory: Int | N
         slots = _relabelled(slots, size_L)
         used_G = ((slots >= 0).sum(axis=2) * size_L[:, None]).sum(axis=0)
         if memory is None or bool((used_G <= memory).all()):
-            return slots, gpu_time(load, slots, speed).max(axis=1)
+            return slots, even_times(load, slots, speed).max(axis=1)
     capacity = _slots_by_memory(total_L, size_L, memory if memory is not None else np.full(G, 1 << 62), E)
     slots = _packed(load, total_L, capacity, speed)
-    return slots, gpu_time(load, slots, speed).max(axis=1)
+    return slots, even_times(load, slots, speed).max(axis=1)
 
 
 def _assembled(
@@ -360,7 +361,7 @@ def _assembled(
     if memory is not None and bool((used_G > memory).any()):
         return _place(load, speed, spare_L, size_L, memory)
     slots = slots[:, :, : max(1, int((slots >= 0).sum(axis=2).max()))]
-    return slots, gpu_time(load, slots, speed).max(axis=1)
+    return slots, even_times(load, slots, speed).max(axis=1)
 
 
 def _packed(load: Float, total_L: Int, capacity: Int, speed: Float) -> Int32:

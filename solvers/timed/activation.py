@@ -34,6 +34,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.problems.plan.evaluate import gpu_times
+from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.time_model import TimeModel
 
 __all__ = ["Activation", "fewest_activated", "shares_of_one", "worthwhile_replicas"]
@@ -304,10 +306,7 @@ def worthwhile_replicas(
         total_L = E + np.minimum(part, spare_L)
         replicas = trim(load, apportion(load, total_L, (capacity > 0).sum(axis=1)[:, None]), capacity)
         slots = pack(load + replicas * price, replicas, capacity, speed)
-        piece_LE = np.where(load > 0, time.activation_cost + time.token_cost * load / replicas, 0.0)
-        padded = np.concatenate([piece_LE, np.zeros((L, 1))], axis=1)
-        time_LG = (time.launch + padded[np.arange(L)[:, None, None], slots].sum(axis=2)) / speed
-        now_L = time_LG.max(axis=1)
+        now_L = gpu_times(load, slots, equal_shares(slots, E), speed, time).max(axis=1)
         better = now_L < best_L * (1 - 1e-12)
         best_L = np.where(better, now_L, best_L)
         best_LGC[better, :, : slots.shape[2]] = slots[better]

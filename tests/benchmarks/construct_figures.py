@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from moeless_opt.problems.plan.evaluate import even_times
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.counts import apportion
-from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.pack.packing import pack
 
 
 def milliseconds(call: Callable[..., Any], *args: Any, repeats: int = 5, **options: Any) -> float:
@@ -37,7 +38,7 @@ def milliseconds(call: Callable[..., Any], *args: Any, repeats: int = 5, **optio
 
 def balance(load: Any, slots: Any) -> Any:
     """Largest GPU load over the mean, of each layer."""
-    gpus = gpu_time(load, slots, np.ones(slots.shape[1]))
+    gpus = even_times(load, slots, np.ones(slots.shape[1]))
     return gpus.max(axis=1) / gpus.mean(axis=1)
 
 
@@ -100,7 +101,7 @@ def single() -> None:
     example = np.array([[600, 560, 120, 120, 20, 10, 10, 10.0]])
     slots = construct_equal(example, capacity, speed)
     spent_ms = milliseconds(construct_equal, example, capacity, speed)
-    print(f"FlashLB's example: {gpu_time(example, slots, speed).max():.3f} in {spent_ms:.2f} ms")
+    print(f"FlashLB's example: {even_times(example, slots, speed).max():.3f} in {spent_ms:.2f} ms")
 
 
 if __name__ == "__main__":

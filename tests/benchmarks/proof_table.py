@@ -21,6 +21,7 @@ import numpy as np
 
 from moeless_opt.problems.instances.library import instance_names, load_instance
 from moeless_opt.problems.plan.bounds import best_bound
+from moeless_opt.problems.plan.evaluate import even_times
 from moeless_opt.solvers.baselines.moeless import replica_cv, scale
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
@@ -28,7 +29,7 @@ from moeless_opt.solvers.construct.solver import Construct
 from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.exact.solver import Portfolio
 from moeless_opt.solvers.pack.counts import apportion
-from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.sizing.budget import plan_budget, recommend_redundancy
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv
 from moeless_opt.solvers.sizing.spares import fewest_spares
@@ -114,7 +115,7 @@ def certificates() -> None:
             for load in data["counts"].astype(float):
                 if split == "equal":
                     taken, plan = timed(construct_equal, load, capacity, speed, effort=effort)
-                    time_L = gpu_time(load, plan, speed).max(axis=1)
+                    time_L = even_times(load, plan, speed).max(axis=1)
                 else:
                     taken, (plan, share) = timed(construct_fractional, load, capacity, speed)
                     tokens = np.where(plan >= 0, load[np.arange(58)[:, None, None], plan] * share, 0.0)

@@ -12,16 +12,20 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.plan.evaluate import (
     activated,
+    even_pieces,
+    even_times,
     gpu_times,
     gpu_tokens,
     imbalance,
     move_seconds,
     new_replicas,
     node_traffic,
+    slot_sums,
 )
 from moeless_opt.problems.plan.objective import objective_vector, risk, scenario_value
 from moeless_opt.problems.plan.plan import count_moves
 from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.topology import uniform
 from moeless_opt.problems.spec.wishes import Objective
@@ -67,6 +71,20 @@ def test_tokens_and_times(drawn: Any) -> None:
     np.testing.assert_allclose(gpu_times(*args, speed_G), tokens / speed_G, rtol=1e-12, atol=1e-9)
     # every token is served exactly once
     np.testing.assert_allclose(gpu_tokens(*args).sum(1), load_LE.sum(1), rtol=1e-9, atol=1e-9)
+
+
+@few
+@given(planned(plain=True))
+def test_the_quick_times_of_an_equal_split_are_the_same(drawn: Any) -> None:
+    problem, plan = drawn
+    slots_LGC, speed_G = plan.slots_LGC, problem.topology.speed_G
+    share_LGC = equal_shares(slots_LGC, problem.experts)
+    for load_LE in problem.loads.load_TLE:
+        want = gpu_times(load_LE, slots_LGC, share_LGC, speed_G)
+        np.testing.assert_allclose(even_times(load_LE, slots_LGC, speed_G), want, rtol=1e-12)
+        pieces = even_pieces(load_LE, slots_LGC)
+        assert (pieces[slots_LGC < 0] == 0).all()
+        np.testing.assert_allclose(slot_sums(pieces), gpu_tokens(load_LE, slots_LGC, share_LGC), rtol=1e-12)
 
 
 @few

@@ -8,8 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.problems.plan.evaluate import even_times
 from moeless_opt.solvers.pack.counts import apportion, hostable
-from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.pack.packing import pack
 
 
 def check(slots, counts, capacity):
@@ -58,7 +59,7 @@ def test_equal_gpus(seed, G, C, spare):
     counts = apportion(load, min(E + spare, G * C), G)
     slots = pack(load, counts, capacity, np.ones(G))
     check(slots, counts, capacity)
-    assert np.allclose(gpu_time(load, slots, np.ones(G)).sum(axis=1), load.sum(axis=1))
+    assert np.allclose(even_times(load, slots, np.ones(G)).sum(axis=1), load.sum(axis=1))
 
 
 def test_layers_of_different_sizes_in_one_call():
@@ -79,14 +80,14 @@ def test_differencing_beats_lpt_on_a_known_case():
     """Pieces 8 7 6 5 4 4 3 3 on two GPUs of four slots: LPT ends at 21 and 19, differencing at 20 and 20."""
     load = np.array([[8.0, 7, 6, 5, 4, 4, 3, 3]])
     slots = pack(load, np.ones((1, 8), dtype=int), np.array([[4, 4]]), np.ones(2))
-    assert gpu_time(load, slots, np.ones(2)).tolist() == [[20.0, 20.0]]
+    assert even_times(load, slots, np.ones(2)).tolist() == [[20.0, 20.0]]
 
 
 def test_real_shapes_start_within_a_hundredth():
     load = np.random.default_rng(7).lognormal(0, 1, (8, 256))
     capacity = np.full((8, 32), 9)
     counts = apportion(load, 288, 32)
-    time = gpu_time(load, pack(load, counts, capacity, np.ones(32)), np.ones(32))
+    time = even_times(load, pack(load, counts, capacity, np.ones(32)), np.ones(32))
     assert (time.max(axis=1) / time.mean(axis=1)).mean() < 1.005
 
 
@@ -104,6 +105,6 @@ def test_too_many_replicas_are_named():
 
 def test_gpu_time_counts_an_equal_split():
     slots = np.array([[[0, 1], [0, -1], [2, -1]]])
-    assert gpu_time(np.array([[6.0, 1.0, 4.0]]), slots, np.array([1.0, 1.0, 2.0])).tolist() == [
+    assert even_times(np.array([[6.0, 1.0, 4.0]]), slots, np.array([1.0, 1.0, 2.0])).tolist() == [
         [4.0, 3.0, 2.0]
     ]

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.plan.evaluate import even_times
 from moeless_opt.solvers.construct.equal import EFFORTS, construct_equal
 from moeless_opt.solvers.pack.counts import apportion
-from moeless_opt.solvers.pack.packing import gpu_time, pack
+from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.recount import resize
 from moeless_opt.solvers.pack.swaps import improve
 from moeless_opt.solvers.pack.two_slots import best_counts, fold, fold_value, quick_fold
@@ -73,7 +74,7 @@ def test_swaps_never_hurt(seed, capacity, uneven, target):
     slots = improve(load, start, capacity_LG, speed, target=target)
     assert (start == before).all()
     check(slots, capacity_LG, E, counts)
-    old, new = gpu_time(load, start, speed).max(axis=1), gpu_time(load, slots, speed).max(axis=1)
+    old, new = even_times(load, start, speed).max(axis=1), even_times(load, slots, speed).max(axis=1)
     assert (new <= old * (1 + 1e-12)).all()
 
 
@@ -83,7 +84,7 @@ def test_swaps_leave_no_improving_swap_of_the_slowest_gpu():
     counts = apportion(load, 16, 4)
     slots = improve(load, pack(load, counts, capacity, speed), capacity, speed, focus=1000)
     for layer in range(3):
-        time = gpu_time(load[layer : layer + 1], slots[layer : layer + 1], speed)[0]
+        time = even_times(load[layer : layer + 1], slots[layer : layer + 1], speed)[0]
         slow = int(time.argmax())
         for gpu, i, j in itertools.product(range(4), range(4), range(4)):
             a, b = slots[layer, slow, i], slots[layer, gpu, j]
@@ -97,7 +98,7 @@ def test_a_move_to_an_empty_slot_is_a_swap():
     load = np.array([[4.0, 3.0, 3.0]])
     start = np.array([[[0, 1, 2], [-1, -1, -1]]])
     slots = improve(load, start, np.array([[3, 3]]), np.ones(2))
-    assert gpu_time(load, slots, np.ones(2)).max() == 6.0
+    assert even_times(load, slots, np.ones(2)).max() == 6.0
     kept = improve(load, start, np.array([[3, 0]]), np.ones(2))  # those slots do not exist
     assert (kept == start).all()
 
@@ -126,7 +127,7 @@ def test_folding_is_optimal_for_given_counts(load, G, data):
     value = fold_value(load_LE, counts_LE, G)[0]
     slots = fold(load_LE, counts_LE, G)
     check(slots, np.full((1, G), 2), len(load), counts_LE)
-    assert gpu_time(load_LE, slots, np.ones(G)).max() == pytest.approx(value)
+    assert even_times(load_LE, slots, np.ones(G)).max() == pytest.approx(value)
     assert value == pytest.approx(every_packing_value(load, counts, G, 2))
 
 
@@ -149,10 +150,10 @@ def test_flashlb_example_is_solved():
     capacity, speed = np.full((1, 8), 2), np.ones(8)
     greedy = apportion(FLASHLB, 16, 8)
     swapped = improve(FLASHLB, pack(FLASHLB, greedy, capacity, speed), capacity, speed)
-    assert gpu_time(FLASHLB, swapped, speed).max() == pytest.approx(232)
+    assert even_times(FLASHLB, swapped, speed).max() == pytest.approx(232)
     slots = construct_equal(FLASHLB, capacity, speed)
     check(slots, capacity, 8)
-    assert gpu_time(FLASHLB, slots, speed).max() == pytest.approx(590 / 3)
+    assert even_times(FLASHLB, slots, speed).max() == pytest.approx(590 / 3)
     assert best_counts(FLASHLB, greedy.astype(np.int64), 8)[1].all()
 
 
@@ -165,7 +166,7 @@ def test_deepseek_readme_example_is_solved():
         ]
     )
     slots = construct_equal(load, np.full((2, 8), 2), np.ones(8))
-    assert gpu_time(load, slots, np.ones(8)).max(axis=1).tolist() == [136.0, 172.0]
+    assert even_times(load, slots, np.ones(8)).max(axis=1).tolist() == [136.0, 172.0]
 
 
 def test_counts_are_searched_where_swaps_are_stuck():
@@ -174,8 +175,8 @@ def test_counts_are_searched_where_swaps_are_stuck():
     swapped = improve(load, pack(load, apportion(load, 24, 8), capacity, speed), capacity, speed)
     slots = resize(load, swapped, capacity, speed)
     check(slots, capacity, 16)
-    old = gpu_time(load, swapped, speed).max(axis=1)
-    new = gpu_time(load, slots, speed).max(axis=1)
+    old = even_times(load, swapped, speed).max(axis=1)
+    new = even_times(load, slots, speed).max(axis=1)
     assert (new <= old * (1 + 1e-12)).all()
     assert new.sum() < 0.97 * old.sum()
 
@@ -208,14 +209,14 @@ def test_construction_is_valid_on_any_gpus(seed, capacity, uneven, effort):
 def test_three_slots_reach_the_optimum(seed):
     load = np.random.default_rng(seed).lognormal(0, 1, (1, 5))
     slots = construct_equal(load, np.full((1, 3), 3), np.ones(3))
-    assert gpu_time(load, slots, np.ones(3)).max() <= (1 + 1e-9) * optimum(load[0], 3, 3)
+    assert even_times(load, slots, np.ones(3)).max() <= (1 + 1e-9) * optimum(load[0], 3, 3)
 
 
 def test_more_effort_is_never_worse():
     load = np.random.default_rng(8).lognormal(0, 1.2, (3, 16))
     capacity, speed = np.full((3, 8), 3), np.ones(8)
     found = [
-        gpu_time(load, construct_equal(load, capacity, speed, effort=e), speed).max(axis=1) for e in EFFORTS
+        even_times(load, construct_equal(load, capacity, speed, effort=e), speed).max(axis=1) for e in EFFORTS
     ]
     assert (found[1] <= found[0] * 1.0005).all()
     assert (found[2] <= found[1] * 1.0005).all()
@@ -228,7 +229,7 @@ def test_real_recording_is_balanced(shared_data):
         capacity, speed = np.full((58, G), C), np.ones(G)
         slots = construct_equal(load, capacity, speed)
         check(slots, capacity, 256)
-        time = gpu_time(load, slots, speed)
+        time = even_times(load, slots, speed)
         assert (time.max(axis=1) / time.mean(axis=1)).mean() <= most
 
 
