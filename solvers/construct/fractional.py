@@ -21,7 +21,7 @@ too unequal, groups of GPUs are joined instead (see `groups`), and the best of t
 construction wins, so that free shares are never worse than equal ones.
 
 Why it is sturdy: with the loads off by a factor, what counts is how much captive load a set of GPUs
-has (see `share_lp.density`). A tree of wide links leaves few sets with much captive load; the same spare
+has (see `bounds.density_bound`). A tree of wide links leaves few sets with much captive load; the same spare
 replicas placed for balance alone leave many GPUs linked to nobody.
 """
 

@@ -49,7 +49,7 @@ class Shares:
     bound_L : float array [layers]
         Lower bound on the largest time of each layer, whatever the shares.
     critical_LG : bool array [layers, GPUs]
-        GPU set whose density is the bound (`moeless_opt.solvers.shares.lp.density` recomputes it).
+        GPU set whose density is the bound (see `problems.plan.bounds.density_bound`).
     """
 
     share_LGC: FloatArray

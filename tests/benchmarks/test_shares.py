@@ -12,8 +12,8 @@ from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.shares.flow import solve_shares
 from moeless_opt.solvers.shares.graph import ReplicaGraph
-from moeless_opt.solvers.shares.lp import ShareLP
 from moeless_opt.solvers.shares.rounding import round_shares
+from tests.oracles.share_lp import ShareLP
 
 LAYERS, EXPERTS = 58, 256
 

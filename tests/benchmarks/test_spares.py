@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.solvers.sizing.spares import fewest_spares, spares_bound
+from tests.benchmarks.spares import fewest_spares, spares_bound
 
 
 def densest(hosts: Any, load: Any, speed: Any) -> float:

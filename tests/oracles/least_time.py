@@ -18,6 +18,8 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.time_bounds import TimeTable, timed_bound
+from moeless_opt.solvers.core.cp import solve_cp
+from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.timed.search import timed_plan
 
 __all__ = ["LeastTime", "least_time"]
@@ -133,10 +135,7 @@ def _suffices(
         model.add(sum(serves[e, g] for e in active) == sum(a * x for a, x in chosen.items()))
         room = {a: int(whole(min(cap_GA[g, a], total))) for a in counts}
         model.add(sum(tokens[e, g] for e in active) <= sum(room[a] * x for a, x in chosen.items()))
-    solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = seconds
-    solver.parameters.num_workers = 1
-    status = solver.solve(model)
+    _, status = solve_cp(model, MaxTime(seconds), num_workers=1)
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return True
     return False if status == cp_model.INFEASIBLE else None

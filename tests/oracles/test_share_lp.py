@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers.shares.lp import ShareLP, density, solve_shares_exact
+from tests.oracles.share_lp import ShareLP, density, solve_shares_exact
 
 
 def random_layer(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

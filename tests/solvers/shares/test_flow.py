@@ -14,8 +14,8 @@ from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.shares.flow import solve_shares
 from moeless_opt.solvers.shares.graph import ReplicaGraph
-from moeless_opt.solvers.shares.lp import ShareLP, density
 from moeless_opt.solvers.shares.source import solve_source_shares
+from tests.oracles.share_lp import ShareLP, density
 
 
 def random_problem(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,8 +18,8 @@ from moeless_opt.problems.plan.evaluate import gpu_times
 from moeless_opt.problems.plan.time_bounds import TimeTable, timed_bound
 from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.solvers.timed.proof import least_time
 from moeless_opt.solvers.timed.search import timed_plan, timed_shares
+from tests.oracles.least_time import least_time
 
 CURVE = TimeModel(
     curve_tokens=np.array([1.0, 64, 256, 1024, 4096]),
