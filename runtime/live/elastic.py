@@ -31,7 +31,7 @@ from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.slots import whole_model
 from moeless_opt.runtime.pool.cost import CostMeter
 from moeless_opt.runtime.pool.keep_alive import KeepAlive
-from moeless_opt.runtime.pool.table import WarmPool
+from moeless_opt.runtime.pool.warm import WarmPool
 
 __all__ = ["CLOCKS", "Elastic", "ElasticReport", "become_elastic"]
 
@@ -126,9 +126,9 @@ class Elastic:
             for layer in range(len(slots_LGC))
         ]
         for pool in self.pools:
-            pool.pinned_LGE = pool.warm_LGE.copy()
+            pool.pinned = pool.keys
         self._bytes_L = bytes_L
-        self._held_L = np.array([float(pool.warm_LGE.sum()) for pool in self.pools])
+        self._held_L = np.array([pool.held_L[0] for pool in self.pools])
         self.meter = CostMeter(bytes_L, other_bytes, elastic=True)
         self.byte_seconds = 0.0
         self.cold_seconds = 0.0
@@ -164,7 +164,7 @@ class Elastic:
     @property
     def warm_LGE(self) -> BoolArray:
         """What is in memory, or on its way."""
-        return np.concatenate([pool.warm_LGE for pool in self.pools])
+        return np.stack([self.warm_GE(layer) for layer in range(len(self.pools))])
 
     def report(self) -> ElasticReport:
         """What happened so far."""
@@ -193,7 +193,7 @@ class Elastic:
     def wanted(self, layer: int, wanted_GE: BoolArray) -> None:
         """A layer will use these replicas."""
         self._charge()
-        self.pools[layer].take(wanted_GE[None], self.now)
+        self.pools[layer].take(np.flatnonzero(wanted_GE), self.now)
         self._count(layer)
 
     def loaded(self, loaded_bytes: int, seconds: float, from_home: int) -> None:
@@ -204,16 +204,16 @@ class Elastic:
 
     def pin(self, layer: int, copies_GE: BoolArray) -> None:
         """These replicas of a layer serve, or will soon: they stay whatever the clock says."""
-        self.pools[layer].pinned_LGE = copies_GE[None].copy()
+        self.pools[layer].pinned = np.flatnonzero(copies_GE)
 
     def left(self, layer: int, copies_GE: BoolArray) -> BoolArray:
         """These replicas serve no longer; returns those that stay warm."""
         self._charge()
         pool = self.pools[layer]
-        pool.touch(copies_GE[None], self.now)
+        pool.touch(np.flatnonzero(copies_GE), self.now)
         pool.fit()
         self._count(layer)
-        return np.asarray(copies_GE & pool.warm_LGE[0])
+        return np.asarray(copies_GE & self.warm_GE(layer))
 
     def expire(self, layer: int) -> None:
         """Let the time of a layer's pool reach the shared clock."""
@@ -223,24 +223,27 @@ class Elastic:
 
     def warm_GE(self, layer: int) -> BoolArray:
         """Replicas of a layer that the pool has not let go."""
-        return np.asarray(self.pools[layer].warm_LGE[0])
+        pool = self.pools[layer]
+        warm: BoolArray = np.zeros(pool.gpus * pool.experts, dtype=np.bool_)
+        warm[pool.keys] = True
+        return warm.reshape(pool.gpus, pool.experts)
 
     def lost(self, layer: int, copies_GE: BoolArray) -> None:
         """These replicas never arrived."""
         self._charge()
-        self.pools[layer].drop(copies_GE[None])
+        self.pools[layer].drop(np.flatnonzero(copies_GE))
         self._count(layer)
 
     def follow(self, serving_LGE: BoolArray) -> None:
         """A whole plan has changed the placement."""
         self._charge()
         for layer, pool in enumerate(self.pools):
-            pool.follow(serving_LGE[layer : layer + 1], self.now)
-            pool.pinned_LGE = pool.warm_LGE.copy()
+            pool.follow(np.flatnonzero(serving_LGE[layer]), self.now)
+            pool.pinned = pool.keys
             self._count(layer)
 
     def _count(self, layer: int) -> None:
-        self._held_L[layer] = np.count_nonzero(self.pools[layer].warm_LGE)
+        self._held_L[layer] = len(self.pools[layer].keys)
 
     # -- costs, by this rank's clock ---------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.runtime.control.backend import MemoryReport, Observation
 from moeless_opt.runtime.pool.cost import CostMeter
 from moeless_opt.runtime.pool.keep_alive import KeepAlive
-from moeless_opt.runtime.pool.listed import ReplicaPool
+from moeless_opt.runtime.pool.warm import WarmPool
 from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
 from moeless_opt.runtime.simulate.report import SimReport
 from moeless_opt.runtime.simulate.shares import Placed, ShareRule, share_rule
@@ -82,7 +82,7 @@ class SimulatedBackend:
         self.decide_seconds = number("decide_seconds", decide_seconds)
         self.transfers, self.shares = transfers_of(transfers), share_rule(shares)
         self.capacity_LG: IntArray = np.asarray(capacity_LG, dtype=np.int64)
-        self.pool = ReplicaPool(
+        self.pool = WarmPool(
             slots_LGC,
             self.experts,
             capacity_LG=self.transfers.room_LG(self.capacity_LG),

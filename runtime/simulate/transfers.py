@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
-from moeless_opt.runtime.pool.listed import ReplicaPool
+from moeless_opt.runtime.pool.warm import WarmPool
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.options import unknown
 from moeless_opt.runtime.simulate.waits import stretched
@@ -93,7 +93,7 @@ class Transfers(Protocol):
         """Replicas that GPUs hold at most, those on their way included, [L, G]."""
         ...
 
-    def begin(self, move: Move, pool: ReplicaPool) -> Arrival:
+    def begin(self, move: Move, pool: WarmPool) -> Arrival:
         """Start a move; loads what is missing into the pool."""
         ...
 
@@ -107,7 +107,7 @@ class Overlapped:
         """Room for old and new replicas at once."""
         return np.asarray(2 * capacity_LG)
 
-    def begin(self, move: Move, pool: ReplicaPool) -> Arrival:
+    def begin(self, move: Move, pool: WarmPool) -> Arrival:
         """See `Transfers`."""
         seconds, cold = _scheduled(move, pool)
         return Arrival(cold=cold, after=stretched(seconds, move.network_share))
@@ -118,7 +118,7 @@ class Exposed(Overlapped):
 
     name = "exposed"
 
-    def begin(self, move: Move, pool: ReplicaPool) -> Arrival:
+    def begin(self, move: Move, pool: WarmPool) -> Arrival:
         """See `Transfers`."""
         seconds, cold = _scheduled(move, pool)
         return Arrival(cold=cold, stall=seconds)
@@ -133,14 +133,14 @@ class PerPass:
         """What the GPUs have room for."""
         return capacity_LG
 
-    def begin(self, move: Move, pool: ReplicaPool) -> Arrival:
+    def begin(self, move: Move, pool: WarmPool) -> Arrival:
         """See `Transfers`."""
         before = pool.keys.copy()
         cold = pool.prewarm(move.wanted_LGC, move.now).cold
         return Arrival(cold=cold, load_L=move.machine.load_seconds(cold, before, move.bytes_L))
 
 
-def _scheduled(move: Move, pool: ReplicaPool) -> tuple[float, IntArray]:
+def _scheduled(move: Move, pool: WarmPool) -> tuple[float, IntArray]:
     """Seconds of the schedule, and what has to be loaded."""
     migration = schedule_migration(
         move.live_LGC,

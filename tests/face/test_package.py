@@ -229,8 +229,6 @@ LONGEST = 80
 LONG = {
     "moeless_opt.api.plan",
     "moeless_opt.problems.plan.migration.migration_violations",
-    "moeless_opt.runtime.engines.megatron.attach",
-    "moeless_opt.runtime.engines.transformers.attach",
     "moeless_opt.runtime.live.schedule.build_schedule",
     "moeless_opt.solvers.baselines.eplb.rebalance",
     "moeless_opt.solvers.baselines.moeless.place",

@@ -1,9 +1,15 @@
-"""The warm pool of a simulation: the rules of `warm_pool.WarmPool`, kept as a list of replicas.
+"""Experts as functions: which replicas are warm on which GPU, and for how long an unused one is kept.
 
-`WarmPool` marks replicas in a table of layers, GPUs and experts, which a live model with its few GPUs looks
-up at leisure. On 2,048 GPUs x 256 experts x 58 layers that table has 30 million entries, one in a hundred of
-them a replica. Here the replicas themselves are listed, in order, each with the time of its last use. A
-replica is one number, its *key* (`moeless_opt.problems.spec.placement.replica_keys`).
+A replica is *used* by a pass, then *kept alive* for a while, then released; the last replica of an expert is
+never released (only extra ones scale to zero). A wanted replica that is not warm is a *cold start*: its
+weights have to come from another GPU or from the host. How long to keep one is a policy (`keep_alive`).
+
+The replicas are listed, in order, each with the time of its last use: on 2,048 GPUs x 256 experts x 58 layers
+a table would have 30 million entries, one in a hundred of them a replica. A replica is one number, its *key*
+(`moeless_opt.problems.spec.placement.replica_keys`); arrays of keys ascend.
+
+A simulation says what is used (`use`, `prewarm`, `hold`, `keep_only`). A live model, whose replicas move at
+moments of their own, says what it wants (`take`), what it gave up (`touch`), and what must not go (`pinned`).
 """
 
 from __future__ import annotations
@@ -18,18 +24,18 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.placement import replica_keys
 from moeless_opt.runtime.pool.keep_alive import FixedKeepAlive, KeepAlive
 
-__all__ = ["KeyUse", "ReplicaPool"]
+__all__ = ["Use", "WarmPool"]
 
 
 @dataclass(frozen=True, slots=True)
-class KeyUse:
+class Use:
     """What a use of replicas met: keys that had to be loaded, and how many warm ones made room."""
 
     cold: IntArray
     evicted: int
 
 
-class ReplicaPool:
+class WarmPool:
     """The replicas in memory.
 
     Parameters
@@ -62,6 +68,8 @@ class ReplicaPool:
         self.keep_alive: KeepAlive = (
             FixedKeepAlive(keep_alive) if isinstance(keep_alive, int | float) else keep_alive
         )
+        #: Keys of replicas that stay however long they idle: in a live model, those in force or on their way.
+        self.pinned: IntArray | None = None
         self._known: tuple[SlotArray, IntArray] | None = None
         self._set(self._keys(slots_LGC).copy(), None)
         self.now = 0.0
@@ -92,6 +100,13 @@ class ReplicaPool:
         inside = np.minimum(place, max(len(self.keys) - 1, 0))
         return place, np.asarray(self.keys[inside] == wanted) if len(self.keys) else wanted < 0
 
+    def _at(self, keys: IntArray | None) -> IntArray:
+        """Places in the list of those of the keys that are there."""
+        if keys is None:
+            return np.zeros(0, dtype=np.int64)
+        place, warm = self._find(keys)
+        return place[warm]
+
     def slots(self) -> SlotArray:
         """What is warm as slots, experts in ascending order, shape [L, G, C]."""
         cell = self.keys // self.experts
@@ -101,13 +116,18 @@ class ReplicaPool:
         slots[cell, nth] = self.keys % self.experts
         return slots.reshape(self.layers, self.gpus, -1)
 
-    def advance(self, now: float) -> None:
-        """Let time pass until `now`: charge what is held, release what has been idle for too long."""
+    def advance(self, now: float, keep: IntArray | None = None) -> None:
+        """Let time pass until `now`: charge what is held, release what has been idle for too long.
+
+        Replicas with keys in `keep` are not released this time.
+        """
         if now < self.now:
             raise ProblemError("now", f"is {now}, time has reached {self.now}")
         end = self.last + self.keep_alive.seconds_L(self.layers)[self._layer]
         gone = end < now
         self.byte_seconds += self.bytes * (now - self.now)
+        for kept in (self.pinned, keep) if gone.any() else ():
+            gone[self._at(kept)] = False
         if gone.any():
             gone &= ~self._last_copies()
         if gone.any():
@@ -119,34 +139,92 @@ class ReplicaPool:
         self.now = now
 
     def _last_copies(self) -> BoolArray:
-        """Of every expert, the copy used last (on the lowest GPU among equals)."""
+        """Of every expert, the copy used last (on the lowest GPU among equals); pinned ones are in use."""
         kind = self._layer * self.experts + self.keys % self.experts
-        order = np.lexsort((-self.keys, self.last, kind))  # the last of each kind is the one
+        last = self.last.copy()
+        last[self._at(self.pinned)] = np.inf
+        order = np.lexsort((-self.keys, last, kind))  # the last of each kind is the one
         final = np.ones(len(order), dtype=np.bool_)
         final[:-1] = kind[order[1:]] != kind[order[:-1]]
         copies: BoolArray = np.zeros(len(order), dtype=np.bool_)
         copies[order[final]] = True
         return copies
 
-    def use(self, slots_LGC: SlotArray, now: float, until: float | None = None) -> KeyUse:
-        """Use replicas from `now` on, see `WarmPool.use`."""
+    def use(self, slots_LGC: SlotArray, now: float, until: float | None = None) -> Use:
+        """Use replicas from `now` on; those that are not warm are loaded, idle ones make room if they must.
+
+        Parameters
+        ----------
+        slots_LGC : array of int32, shape [L, G, C]
+            What is used.
+        now, until : float
+            Start and end of the use (the start by default). Idle time counts from the end.
+
+        Raises
+        ------
+        InfeasibleError
+            If more is wanted on a GPU than it has room for.
+        """
         self.advance(now)
         wanted = self._keys(slots_LGC)
         self._check_room(wanted)
+        cold = self._take(wanted, now, now if until is None else max(now, until))
+        return Use(cold, self._make_room(wanted) if len(cold) else 0)
+
+    def take(self, wanted: IntArray, now: float) -> IntArray:
+        """Want replicas, wherever they fit: what a live model does before it makes room (`fit`).
+
+        Parameters
+        ----------
+        wanted : array of int64
+            Keys; pinned ones count neither as cold nor as re-used.
+
+        Returns
+        -------
+        array of int64
+            What has to be loaded.
+        """
+        self.advance(now, wanted)
+        return self._take(wanted, now, now)
+
+    def _take(self, wanted: IntArray, now: float, until: float) -> IntArray:
         place, warm = self._find(wanted)
-        again = place[warm]
+        there, again = place[warm], place[warm]
+        if self.pinned is not None:
+            again = np.setdiff1d(there, self._at(self.pinned), assume_unique=True)
         idle = again[self.last[again] < now]
         self.keep_alive.idle(self._layer[idle], now - self.last[idle])
-        end = now if until is None else max(now, until)
-        self.last[again] = end
+        self.last[there] = until
         cold = wanted[~warm]
-        self._add(cold, place[~warm], end)
+        self._add(cold, place[~warm], until)
         self.cold_starts += len(cold)
         self.reuses += len(again)
-        return KeyUse(cold, self._make_room(wanted) if len(cold) else 0)
+        return cold
 
-    def prewarm(self, slots_LGC: SlotArray, now: float) -> KeyUse:
-        """Load, ahead of their use, replicas that a prediction wants; see `WarmPool.prewarm`."""
+    def fit(self) -> int:
+        """Release the longest idle replicas of GPUs that are over their room, pinned ones excepted."""
+        return self._make_room(np.zeros(0, dtype=np.int64) if self.pinned is None else self.pinned)
+
+    def touch(self, used: IntArray, until: float) -> None:
+        """Of these replicas those that are warm were used until then."""
+        held = self._at(used)
+        self.last[held] = np.maximum(self.last[held], until)
+
+    def drop(self, gone: IntArray) -> None:
+        """Forget replicas that are not there after all: a transfer has failed."""
+        self._keep(np.setdiff1d(np.arange(len(self.keys)), self._at(gone), assume_unique=True))
+
+    def follow(self, kept: IntArray, now: float) -> None:
+        """Have exactly these replicas from now on: somebody else has moved them."""
+        self.advance(now)
+        self._take(kept, now, now)
+        self._release_but(kept)
+
+    def prewarm(self, slots_LGC: SlotArray, now: float) -> Use:
+        """Load, ahead of their use, replicas that a prediction wants; a use at the same time finds them warm.
+
+        Counts as cold starts what it loads, and nothing as re-used.
+        """
         self.advance(now)
         wanted = self._keys(slots_LGC)
         self._check_room(wanted)
@@ -154,20 +232,23 @@ class ReplicaPool:
         cold = wanted[~warm]
         self._add(cold, place[~warm], now)
         self.cold_starts += len(cold)
-        return KeyUse(cold, self._make_room(wanted) if len(cold) else 0)
+        return Use(cold, self._make_room(wanted) if len(cold) else 0)
 
     def hold(self, slots_LGC: SlotArray, until: float) -> None:
         """Keep warm replicas until a time at least, used or not: what a serverful system does."""
-        place, warm = self._find(self._keys(slots_LGC))
-        held = place[warm]
-        self.last[held] = np.maximum(self.last[held], until)
+        self.touch(self._keys(slots_LGC), until)
 
     def keep_only(self, slots_LGC: SlotArray) -> None:
         """Release all other replicas now: what a serverful system does when it has switched."""
-        place, warm = self._find(self._keys(slots_LGC))
-        kept = place[warm]
-        self.released += len(self.keys) - len(kept)
-        self._set(self.keys[kept], self.last[kept])
+        self._release_but(self._keys(slots_LGC))
+
+    def _release_but(self, kept: IntArray) -> None:
+        places = self._at(kept)
+        self.released += len(self.keys) - len(places)
+        self._keep(places)
+
+    def _keep(self, places: IntArray) -> None:
+        self._set(self.keys[places], self.last[places])
 
     def _add(self, cold: IntArray, place: IntArray, last: float) -> None:
         if len(cold):
@@ -188,7 +269,7 @@ class ReplicaPool:
         over = self.held_LG.reshape(-1) - self.capacity
         cell = self.keys // self.experts
         idle = over[cell] > 0
-        idle[self._find(wanted)[0]] = False  # all of them are there
+        idle[self._at(wanted)] = False
         where = np.flatnonzero(idle)
         if not where.size:
             return 0

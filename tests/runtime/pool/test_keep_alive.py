@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.problems.spec.placement import held_LGE, replica_keys
 from moeless_opt.runtime.pool.keep_alive import AdaptiveKeepAlive, FixedKeepAlive
-from moeless_opt.runtime.pool.table import WarmPool
+from moeless_opt.runtime.pool.warm import WarmPool
 
 L, G, E, C = 2, 3, 4, 3
 
@@ -30,6 +30,11 @@ def placement(rng: np.random.Generator) -> np.ndarray:
         for g in range(G):
             slots[layer, g, : len(held[g])] = sorted(held[g])
     return slots
+
+
+def held(keys: np.ndarray) -> list[list[int]]:
+    """(layer, GPU, expert) of keys."""
+    return np.stack(np.unravel_index(keys, (L, G, E)), axis=1).tolist()  # type: ignore[no-any-return]
 
 
 class Replay:
@@ -83,10 +88,10 @@ def test_pool_is_the_replay(seed: int, keep: float) -> None:
         now += float(rng.choice([0.25, 1.0, 3.0]))
         slots = placement(rng)
         use = pool.use(slots, now)
-        assert set(map(tuple, np.argwhere(use.cold_LGE))) == replay.use(slots, now)
-        assert set(map(tuple, np.argwhere(pool.warm_LGE))) == set(replay.last)
+        assert set(map(tuple, held(use.cold))) == replay.use(slots, now)
+        assert set(map(tuple, held(pool.keys))) == set(replay.last)
         assert pool.byte_seconds == pytest.approx(replay.paid)
-        assert (pool.warm_LGE.any(1)).all()  # no expert ever goes cold altogether
+        assert held_LGE(pool.slots(), E).any(1).all()  # no expert ever goes cold altogether
         assert set(map(tuple, np.argwhere(held_LGE(pool.slots(), E)))) == set(replay.last)
 
 
@@ -113,24 +118,24 @@ def test_extra_replica_goes_after_its_keep_alive_and_is_charged_until_then() -> 
     assert pool.bytes == 4 * 7
     # Four for ten seconds; the fifth, last used at 0, for two.
     assert pool.byte_seconds == pytest.approx(7 * (4 * 10 + 2))
-    assert pool.use(two_on_one(), 10.0).cold_LGE.sum() == 1
+    assert pool.use(two_on_one(), 10.0).cold.size == 1
 
 
 def test_kept_for_ever() -> None:
     slots = placement(np.random.default_rng(0))
     pool = WarmPool(slots, E, capacity_LG=np.full((L, G), C), bytes_L=np.full(L, 2), keep_alive=float("inf"))
-    held = pool.warm_LGE.copy()
+    held_keys = pool.keys.copy()
     pool.advance(1e9)
-    np.testing.assert_array_equal(pool.warm_LGE, held)
-    assert pool.byte_seconds == pytest.approx(2e9 * held.sum())
+    np.testing.assert_array_equal(pool.keys, held_keys)
+    assert pool.byte_seconds == pytest.approx(2e9 * held_keys.size)
 
 
 def test_prewarmed_replica_is_warm_and_no_reuse() -> None:
     pool = pool_of(keep_alive=FixedKeepAlive(5.0))
     moved = np.array([[[0, 1], [2, 3], [1, -1]]], dtype=np.int32)
-    assert pool.prewarm(moved, 1.0).cold_LGE.sum() == 1
+    assert pool.prewarm(moved, 1.0).cold.size == 1
     assert pool.reuses == 0
-    assert pool.use(moved, 1.0).cold_LGE.sum() == 0
+    assert pool.use(moved, 1.0).cold.size == 0
     assert pool.cold_starts == 1
 
 
@@ -191,16 +196,16 @@ def two_by_two(*rows: list[int]) -> np.ndarray:
 def test_what_a_running_model_uses_is_pinned() -> None:
     start = two_by_two([0, 1], [2, 3])
     pool = WarmPool(start, 4, capacity_LG=np.array([[3, 3]]), bytes_L=[10], keep_alive=1.0)
-    pool.pinned_LGE = held_LGE(start, 4)
+    pool.pinned = replica_keys(start, 4)
     more = two_by_two([0, 1, 2], [2, 3])
-    cold = pool.take(held_LGE(more, 4), 5.0)  # idle for long, yet all pinned ones are there
-    assert np.argwhere(cold).tolist() == [[0, 0, 2]]
+    cold = pool.take(replica_keys(more, 4), 5.0)  # idle for long, yet all pinned ones are there
+    assert cold.tolist() == [2]
     assert (pool.cold_starts, pool.reuses) == (1, 0)
-    pool.pinned_LGE = held_LGE(more, 4)
+    pool.pinned = replica_keys(more, 4)
     # Expert 2 leaves GPU 1 and is kept: the copy in use on GPU 0 is the one that must not go.
     after = two_by_two([0, 1, 2], [3])
-    pool.pinned_LGE = held_LGE(after, 4)
-    pool.touch(held_LGE(two_by_two([], [2]), 4), 6.0)
+    pool.pinned = replica_keys(after, 4)
+    pool.touch(replica_keys(two_by_two([], [2]), 4), 6.0)
     pool.advance(6.5)
     assert pool.bytes == 50
     pool.advance(7.5)
@@ -210,10 +215,10 @@ def test_what_a_running_model_uses_is_pinned() -> None:
     # Wanted again while warm: re-used, and its idle time is learnt.
     keep = AdaptiveKeepAlive(0.5, low=0.0, high=100.0)
     pool.keep_alive = keep
-    pool.take(held_LGE(two_by_two([], [2]), 4), 8.0)
-    pool.touch(held_LGE(two_by_two([], [2]), 4), 8.0)
+    pool.take(replica_keys(two_by_two([], [2]), 4), 8.0)
+    pool.touch(replica_keys(two_by_two([], [2]), 4), 8.0)
     for k in range(1, 17):
-        assert not pool.take(held_LGE(two_by_two([], [2]), 4), 8.0 + 2 * k).any()
+        assert not pool.take(replica_keys(two_by_two([], [2]), 4), 8.0 + 2 * k).size
     assert pool.reuses == 16
     assert 1.5 < keep.seconds_L(1)[0] < 3.0
 
@@ -221,17 +226,17 @@ def test_what_a_running_model_uses_is_pinned() -> None:
 def test_pinned_replicas_stay_beyond_the_room_and_others_go() -> None:
     start = two_by_two([0, 1], [2, 3])
     pool = WarmPool(start, 4, capacity_LG=np.array([[2, 2]]), bytes_L=[10], keep_alive=100.0)
-    pool.pinned_LGE = held_LGE(start, 4)
-    both = held_LGE(two_by_two([2, 3], []), 4)
+    pool.pinned = replica_keys(start, 4)
+    both = replica_keys(two_by_two([2, 3], []), 4)
     pool.take(both, 1.0)
-    pool.pinned_LGE |= both
+    pool.pinned = np.union1d(pool.pinned, both)
     assert pool.fit() == 0
     assert pool.bytes == 60
-    pool.pinned_LGE &= ~both
+    pool.pinned = np.setdiff1d(pool.pinned, both)
     assert pool.fit() == 2
     assert pool.bytes == 40
     pool.take(both, 2.0)
     pool.drop(both)
     assert pool.bytes == 40
-    pool.follow(held_LGE(two_by_two([0, 1, 3], [2, 3]), 4), 3.0)
+    pool.follow(replica_keys(two_by_two([0, 1, 3], [2, 3]), 4), 3.0)
     assert (pool.bytes, pool.cold_starts) == (50, 5)
