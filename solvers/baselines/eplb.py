@@ -125,17 +125,8 @@ def rebalance(
     """
     weight_LE = _checked_loads(load_LE)
     layers, experts = weight_LE.shape
-    for name, value in (("slots_total", slots_total), ("groups", groups), ("nodes", nodes), ("gpus", gpus)):
-        if value < 1:
-            raise ProblemError(name, f"must be at least 1, got {value}")
-    if policy not in ("auto", "global", "hierarchical"):
-        raise ProblemError("policy", f"must be auto, global or hierarchical, got {policy!r}")
-    if slots_total < experts:
-        raise InfeasibleError(
-            f"{experts} experts need at least {experts} slots per layer, there are {slots_total}: "
-            f"{experts - slots_total} too few"
-        )
-    _must_divide("slots_total", slots_total, "gpus", gpus)
+    _check_sizes(experts, slots_total, groups, nodes, gpus)
+    _check_policy(policy)
     if policy == "global" or (policy == "auto" and groups % nodes != 0):
         groups, nodes, ran = 1, 1, "global"
     else:
@@ -166,6 +157,23 @@ def rebalance(
         replicas_LE=count_LE.astype(np.int32),
         policy="hierarchical" if ran == "hierarchical" else "global",
     )
+
+
+def _check_policy(policy: str) -> None:
+    if policy not in ("auto", "global", "hierarchical"):
+        raise ProblemError("policy", f"must be auto, global or hierarchical, got {policy!r}")
+
+
+def _check_sizes(experts: int, slots_total: int, groups: int, nodes: int, gpus: int) -> None:
+    for name, value in (("slots_total", slots_total), ("groups", groups), ("nodes", nodes), ("gpus", gpus)):
+        if value < 1:
+            raise ProblemError(name, f"must be at least 1, got {value}")
+    if slots_total < experts:
+        raise InfeasibleError(
+            f"{experts} experts need at least {experts} slots per layer, there are {slots_total}: "
+            f"{experts - slots_total} too few"
+        )
+    _must_divide("slots_total", slots_total, "gpus", gpus)
 
 
 def replicate(load_XE: ArrayLike, slots: int) -> tuple[IntArray, IntArray, IntArray]:

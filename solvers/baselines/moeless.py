@@ -123,13 +123,7 @@ def scale(
         raise ProblemError("idle", f"must be count or ignore, got {idle!r}")
     if ties not in ("first", "fewest"):
         raise ProblemError("ties", f"must be first or fewest, got {ties!r}")
-    cap_L = _broadcast("cap", 2 * experts if cap is None else cap, (layers,))
-    if cap_L.min() < experts:
-        layer = int(cap_L.argmin())
-        raise InfeasibleError(
-            f"layer {layer}: the cap of {cap_L[layer]} replicas is {experts - cap_L[layer]} short of one for "
-            f"each of {experts} experts"
-        )
+    cap_L = _checked_cap(2 * experts if cap is None else cap, layers, experts)
     limit = int(cap_L.max()) if max_replicas is None else max_replicas
     limit_LE = _broadcast("max_replicas", limit, (layers, experts))
     if limit_LE.min() < 1:
@@ -147,6 +141,17 @@ def scale(
         unmet = _unmet(load_LE[active], count_LE, cv, ddof, idle)
         active = active[unmet & (count_LE.sum(axis=1) < cap_L[active])]
     return replicas_LE.astype(np.int32)
+
+
+def _checked_cap(cap: ArrayLike, layers: int, experts: int) -> IntArray:
+    cap_L = _broadcast("cap", cap, (layers,))
+    if cap_L.min() < experts:
+        layer = int(cap_L.argmin())
+        raise InfeasibleError(
+            f"layer {layer}: the cap of {cap_L[layer]} replicas is {experts - cap_L[layer]} short of one for "
+            f"each of {experts} experts"
+        )
+    return cap_L
 
 
 def replica_cv(
@@ -261,20 +266,8 @@ def place(
     if wanted_LE.min() < 1:
         layer, expert = np.argwhere(wanted_LE < 1)[0]
         raise ProblemError("replicas", f"layer {layer}, expert {expert}: must be at least 1")
-    capacity_LG = np.asarray(capacity_LG)
-    if capacity_LG.ndim != 2 or len(capacity_LG) != layers or capacity_LG.size == 0:
-        raise ProblemError("capacity", f"must be [{layers} layers, gpus], got shape {capacity_LG.shape}")
-    room_LG = _broadcast("capacity", capacity_LG, capacity_LG.shape)
-    if room_LG.min() < 0:
-        raise ProblemError("capacity", f"must not be negative, got {room_LG.min()}")
+    room_LG = _checked_room(capacity_LG, wanted_LE)
     gpus = room_LG.shape[1]
-    short_L = wanted_LE.sum(axis=1) - room_LG.sum(axis=1)
-    if short_L.max() > 0:
-        layer = int(short_L.argmax())
-        raise InfeasibleError(
-            f"layer {layer}: {wanted_LE[layer].sum()} replicas wanted, {room_LG[layer].sum()} slots: "
-            f"{short_L[layer]} too few"
-        )
     speed = np.ones(gpus) if speed_G is None else np.asarray(speed_G, dtype=np.float64)
     if speed.shape != (gpus,) or not (speed > 0).all():
         raise ProblemError("speed", f"must be [{gpus} gpus], each > 0")
@@ -290,6 +283,25 @@ def place(
         for layer in np.flatnonzero(pending_LK[:, k]):
             board.put_by_exchange(int(layer), k)
     return board.result(warm_LEG)
+
+
+def _checked_room(capacity_LG: ArrayLike, wanted_LE: IntArray) -> IntArray:
+    """Slots of each GPU, enough for what each layer wants, shape [layers, gpus]."""
+    layers = len(wanted_LE)
+    given = np.asarray(capacity_LG)
+    if given.ndim != 2 or len(given) != layers or given.size == 0:
+        raise ProblemError("capacity", f"must be [{layers} layers, gpus], got shape {given.shape}")
+    room_LG = _broadcast("capacity", given, given.shape)
+    if room_LG.min() < 0:
+        raise ProblemError("capacity", f"must not be negative, got {room_LG.min()}")
+    short_L = wanted_LE.sum(axis=1) - room_LG.sum(axis=1)
+    if short_L.max() > 0:
+        layer = int(short_L.argmax())
+        raise InfeasibleError(
+            f"layer {layer}: {wanted_LE[layer].sum()} replicas wanted, {room_LG[layer].sum()} slots: "
+            f"{short_L[layer]} too few"
+        )
+    return room_LG
 
 
 class _Board:
