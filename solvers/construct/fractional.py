@@ -27,7 +27,6 @@ replicas placed for balance alone leave many GPUs linked to nobody.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -186,8 +185,7 @@ def connect(
     speed_G : float array [GPUs]
         Relative speeds.
     backend : {"auto", "numpy", "numba"}
-        Which of the two twins does the work; the result is the same. "auto" is Numba once
-        `moeless_opt.solvers.pack._link_kernels` is imported.
+        Which of the two twins does the work; the result is the same (see `pack.fast.choose`).
 
     Returns
     -------
@@ -210,26 +208,14 @@ def connect(
     uniform = bool((capacity_LG > 0).all()) and bool((speed_G == speed_G[0]).all())
     head = int(min(G, linked_L.min())) if uniform else 0
     wave = max(1, 3 * G // 4)  # a whole wave at once is nearly LPT, for a fraction of the steps
-    if _choose(backend) == "numba":
-        from moeless_opt.solvers.pack._link_kernels import connect_layers
-
-        slots = np.full((L, G, int(capacity_LG.max(initial=1))), -1, dtype=np.int32)
-        ok_L = np.ones(L, dtype=bool)
-        pace_G = 1.0 / speed_G
-        connect_layers(order, pieces, replicas, capacity_LG, pace_G, same_L, head, wave, _NEVER, slots, ok_L)
-        return slots, ok_L
+    if fast.choose(backend) == "numba":
+        limits = {"head": head, "wave": wave, "never": _NEVER}
+        return fast.connect(order, pieces, replicas, capacity_LG, speed_G, same_L, **limits)
     state = _Packing(L, G, capacity_LG, speed_G)
     _place_links(state, order, pieces, replicas, linked_L, same_L, head)
     _place_rest(state, order, pieces, (replicas > 1).sum(axis=1), wave)
     state.slots[~state.ok_L] = -1
     return state.slots, state.ok_L
-
-
-def _choose(backend: str) -> str:
-    """Numba where it is asked for, or loaded already ("auto"); the placements are the same."""
-    if backend == "auto":
-        return "numba" if "moeless_opt.solvers.pack._link_kernels" in sys.modules else "numpy"
-    return fast.choose(backend)
 
 
 class _Packing:

@@ -1,36 +1,35 @@
-"""Compiled twin of `fractional.connect`: the same placement, bit for bit, in a fraction of the time.
-
-Importing this module imports Numba, which compiles at the first call in an installation and later loads its
-cache.
-"""
+"""The compiled kernel of `fast.connect`; importing this module imports Numba."""
 
 # mypy: disable-error-code="untyped-decorator"
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
-__all__ = ["connect_layers"]
+__all__ = ["Links", "connect_layers"]
+
+
+class Links(NamedTuple):
+    """What is to be placed."""
+
+    order_LE: Any  # experts, most replicas first
+    piece_LE: Any  # tokens of a replica, in that order; so are the replicas
+    replicas_LE: Any
+    capacity_LG: Any
+    pace_G: Any  # 1 / speed
+    same_L: Any  # what it costs to link GPUs that are linked already
+    head: int  # replicas that go to GPUs 0, 1, ... without search
+    wave: int  # single experts placed between two looks at the times
+    never: float  # time of a full GPU
 
 
 @njit(cache=True)
-def connect_layers(
-    order_LE: Any,
-    piece_LE: Any,
-    replicas_LE: Any,
-    capacity_LG: Any,
-    pace_G: Any,
-    same_L: Any,
-    head: int,
-    wave: int,
-    never: float,
-    slots_LGC: Any,
-    ok_L: Any,
-) -> None:  # pragma: no cover
-    """Place links, then the rest, layer by layer; `head` replicas go to GPUs 0, 1, ... without search."""
+def connect_layers(links: Links, slots_LGC: Any, ok_L: Any) -> None:  # pragma: no cover
+    """Place links, then the rest, layer by layer."""
+    order_LE, piece_LE, replicas_LE, capacity_LG, pace_G, same_L, head, wave, never = links
     L, E = order_LE.shape
     G = capacity_LG.shape[1]
     time = np.empty(G)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 
-__all__ = ["available", "choose", "difference", "hand_out", "loaded", "swap_rounds", "warm"]
+__all__ = ["available", "choose", "connect", "difference", "hand_out", "loaded", "swap_rounds", "warm"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -54,7 +55,9 @@ def warm() -> bool:
     hand_out(weight, ones.copy(), ones, np.zeros(1, dtype=np.int64), 0.0)
     usable, one, goal = ones, np.ones(2), np.zeros(1)
     swap_rounds(slots, np.ones(shape), np.ones((1, 2)), usable, one, goal, 2, 1, 1)
-    importlib.import_module("moeless_opt.solvers.pack._link_kernels")
+    row = np.zeros((1, 1), dtype=np.int64)
+    one_each = np.ones((1, 1), dtype=np.int32)
+    connect(row, np.ones((1, 1)), one_each, row + 1, np.ones(1), np.ones(1), head=0, wave=1, never=1e300)
     return True
 
 
@@ -87,7 +90,7 @@ def choose(backend: str) -> str:
 
 
 def hand_out(load_LE: Floats, replicas: Ints, high: Ints, left: Ints, lean: float) -> None:
-    """Twin of `sizing._hand_out`; changes the replicas in place."""
+    """Twin of `counts._hand_out`; changes the replicas in place."""
     _kernels().hand_out(load_LE, replicas, np.ascontiguousarray(high), left, float(lean))
 
 
@@ -110,13 +113,36 @@ def swap_rounds(
     rounds: int,
     focus: int,
 ) -> None:
-    """Twin of the rounds of `search.improve`; changes slots, weight and time in place."""
+    """Twin of the rounds of `swaps.improve`; changes slots, weight and time in place."""
     _kernels().swap_rounds(slots, weight, time, usable, inverse_G, goal, E, rounds, focus)
+
+
+def connect(
+    order_LE: Ints,
+    piece_LE: Floats,
+    replicas_LE: Ints,
+    capacity_LG: Ints,
+    speed_G: Floats,
+    same_L: Floats,
+    *,
+    head: int,
+    wave: int,
+    never: float,
+) -> tuple[Int32s, NDArray[np.bool_]]:
+    """Twin of the work of `fractional.connect`."""
+    kernels = _kernels()
+    slots = np.full((*capacity_LG.shape, int(capacity_LG.max(initial=1))), -1, dtype=np.int32)
+    ok_L = np.ones(len(slots), dtype=bool)
+    pace_G = 1.0 / speed_G
+    links = kernels.Links(order_LE, piece_LE, replicas_LE, capacity_LG, pace_G, same_L, head, wave, never)
+    kernels.connect_layers(links, slots, ok_L)
+    return slots, ok_L
 
 
 @functools.cache
 def _kernels() -> Any:
     """Declare the kernels (Numba compiles each at its first call, or loads it from its cache)."""
-    import moeless_opt.solvers.pack._kernels as kernels
+    from moeless_opt.solvers.pack import _kernels as kernels
+    from moeless_opt.solvers.pack import _link_kernels as links
 
-    return kernels
+    return SimpleNamespace(**vars(kernels) | vars(links))

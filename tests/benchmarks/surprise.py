@@ -10,8 +10,6 @@ Run it as a script: ``python tests/benchmarks/surprise.py --data deepseek_v3_cou
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import statistics
 import sys
 import time
@@ -24,6 +22,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.solvers.construct.alias import alias_pack
 from moeless_opt.solvers.construct.fractional import construct_fractional
+from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.swaps import improve
@@ -240,8 +239,7 @@ def speed_table(instances: list[Instance], planned: Instance) -> list[tuple[str,
         rows.append((f"{name}: shares, descent alone (gap {short:.1e})", *milliseconds(by_descent)))
         rows.append((f"{name}: shares, persistent GLOP", *milliseconds(by_lp, 5)))
         rows.append((f"{name}: construct_fractional, NumPy", *milliseconds(construct)))
-    if importlib.util.find_spec("numba") is not None:
-        importlib.import_module("moeless_opt.solvers.pack._link_kernels")
+    if fast.warm():
 
         def compiled(load_LE: Floats = planned.load_LE) -> object:
             return construct_fractional(load_LE, capacity_LG, speed_G)
