@@ -298,6 +298,7 @@ class _Layer:
     target: float
     rng: np.random.Generator
     reached: bool = True
+    cut: bool = False
 
     def state(self, content: Content, time: float) -> EqualState:
         room_G = self.speed_G * time * (1.0 + 1e-12)
@@ -353,6 +354,7 @@ def replan_equal(task: ReplanTask, wish: ReplanWish | None = None, *, stop: Stop
         bound_L=bound,
         target_L=(1.0 + wish.tolerance) * bound,
         least_moves_L=np.array(least, dtype=np.int64),
+        cut_L=np.array([one.cut for one in layers]),
     )
 
 
@@ -369,7 +371,7 @@ def _begin(task: ReplanTask, layer: int, mean: float, target: float, wish: Repla
 def _plan_layer(one: _Layer, stop: Stop) -> None:
     """Reach the wanted time; else bisect for one that is within reach."""
     if stop():
-        one.reached = False
+        one.reached, one.cut = False, True
         return
     state = one.state(one.start, one.target)
     one.reached = fill_equal(state, stop=stop)
@@ -379,6 +381,7 @@ def _plan_layer(one: _Layer, stop: Stop) -> None:
     low, high = one.target, best
     for _ in range(0 if one.reached else _TRIES):
         if stop():
+            one.cut = True
             break
         middle = 0.5 * (low + high)
         state = one.state(one.start, middle)

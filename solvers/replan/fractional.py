@@ -54,6 +54,7 @@ class _Layer:
     target: float
     least: int = 0
     reached: bool = True
+    cut: bool = False
     shaker: Shaker | None = None
 
     def room(self, time: float) -> list[int]:
@@ -121,6 +122,7 @@ def replan_fractional(
         bound_L=bound,
         target_L=(1.0 + wish.tolerance) * bound,
         least_moves_L=np.array([one.least for one in layers], dtype=np.int64),
+        cut_L=np.array([one.cut for one in layers]),
     )
 
 
@@ -139,7 +141,7 @@ def _begin(task: ReplanTask, layer: int, mean: float, repair: bool) -> _Layer:
 def _plan_layer(one: _Layer, search: Search, stop: Stop) -> None:
     """Reach the wanted time with few moves; else the least time that is found."""
     if stop():
-        one.reached, one.least = False, count_moves(one.live, one.start)
+        one.reached, one.cut, one.least = False, True, count_moves(one.live, one.start)
         return
     if len(one.capacity) > MANY:
         _plan_wide(one, search, stop)
@@ -172,7 +174,7 @@ def _plan_layer(one: _Layer, search: Search, stop: Stop) -> None:
         if high - low < 1e-4 * high:
             break
     if stop():
-        _stay_unless_quicker(one, high)
+        _cut(one, high)
 
 
 def _plan_wide(one: _Layer, search: Search, stop: Stop) -> None:
@@ -187,11 +189,12 @@ def _plan_wide(one: _Layer, search: Search, stop: Stop) -> None:
     one.reached = fill_overflow(state, search, stop=stop) <= 0
     one.content = state.content
     if not one.reached and stop():
-        _stay_unless_quicker(one, least_time(state, one.speed))
+        _cut(one, least_time(state, one.speed))
 
 
-def _stay_unless_quicker(one: _Layer, time: float) -> None:
+def _cut(one: _Layer, time: float) -> None:
     """Take the moves of a search that was cut short back, where they do not pay yet."""
+    one.cut = True
     if time >= least_time(one.state(one.target), one.speed) * (1.0 - 1e-9):
         one.content = one.start
 

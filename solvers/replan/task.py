@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.solvers.core.knapsack import choose_points
 from moeless_opt.solvers.replan.live import Content
@@ -156,6 +156,8 @@ class Replanned:
         Wanted time, ``(1 + tolerance) * bound``.
     least_moves_L : int array [layers]
         Proven least number of moves that any plan within the wanted time needs.
+    cut_L : bool array [layers]
+        Layers that the search was stopped before or in the middle of.
     """
 
     slots_LGC: SlotArray
@@ -166,6 +168,7 @@ class Replanned:
     bound_L: FloatArray
     target_L: FloatArray
     least_moves_L: IntArray
+    cut_L: BoolArray
 
 
 def seated(task: ReplanTask, contents: Sequence[Content]) -> SlotArray:

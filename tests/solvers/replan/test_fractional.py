@@ -315,7 +315,9 @@ def test_whenever_it_is_stopped_the_plan_is_valid_and_no_worse(budget: int | Non
         assert (plan.time_L <= stay * (1 + 1e-6)).all()
         assert budget is None or plan.moves_L.sum() <= budget
         counts.append(int(plan.moves_L.sum()))
+        assert asks or plan.cut_L.all()
     assert counts[0] == 0
+    assert not plan.cut_L.any()
     assert counts[-1] > 0
     np.testing.assert_array_equal(plan.slots_LGC, whole.slots_LGC)
 
