@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.solvers.construct.fractional import connect, construct_fractional, level
+from moeless_opt.solvers.construct.fractional import construct_fractional
 from moeless_opt.solvers.construct.pools import group_pack
 from moeless_opt.solvers.construct.small import join_layer
 from moeless_opt.solvers.pack.counts import apportion, trim
@@ -181,37 +181,6 @@ def test_small_layers_in_plain_python_agree_with_the_arrays() -> None:
         assert time_L[0] == pytest.approx(load_LE.sum() / 8, rel=1e-9)
 
 
-def test_links_join_all_gpus() -> None:
-    load_LE = lognormal(6, 64, 1.0, 3)
-    capacity_LG, speed_G = np.full((6, 8), 10), np.ones(8)
-    replicas_LE = apportion(load_LE, np.full(6, 80), 8, lean=0.5)
-    slots_LGC, ok_L = connect(load_LE, replicas_LE, capacity_LG, speed_G)
-    assert ok_L.all()
-    for slots_GC in slots_LGC:
-        reached, frontier = {0}, [0]
-        while frontier:
-            held = set(slots_GC[frontier.pop()].tolist()) - {-1}
-            for gpu in range(8):
-                if gpu not in reached and held & set(slots_GC[gpu].tolist()):
-                    reached.add(gpu)
-                    frontier.append(gpu)
-        assert reached == set(range(8))
-
-
-def test_levelling_never_makes_it_worse() -> None:
-    load_LE = lognormal(12, 24, 1.5, 9)
-    capacity_LG, speed_G = np.full((12, 8), 4), np.ones(8)
-    replicas_LE = trim(load_LE, apportion(load_LE, np.full(12, 32), 8), capacity_LG)
-    slots_LGC = pack(load_LE, replicas_LE, capacity_LG, speed_G)
-    share_LGC, time_L = level(load_LE, slots_LGC, speed_G, replicas_LE)
-    np.testing.assert_allclose(
-        largest(load_LE, slots_LGC, share_LGC, capacity_LG, speed_G), time_L, rtol=1e-9
-    )
-    even_LGC = np.where(slots_LGC >= 0, 1.0 / replicas_LE[np.arange(12)[:, None, None], slots_LGC], 0.0)
-    even_L = largest(load_LE, slots_LGC, even_LGC, capacity_LG, speed_G)
-    assert (time_L <= even_L * (1.0 + 1e-9)).all()
-
-
 def test_thorough_is_no_worse_and_repeatable() -> None:
     load_LE = lognormal(6, 32, 1.0, 4)
     capacity_LG, speed_G = np.full((6, 8), 5), np.ones(8)
@@ -246,23 +215,3 @@ def test_too_few_slots_to_join_all() -> None:
         ours.append((solve_shares(actual_LE, slots_LGC).time_L / actual_LE.sum(axis=1)).mean())
         mark.append((solve_shares(actual_LE, balanced_LGC).time_L / actual_LE.sum(axis=1)).mean())
     assert np.mean(ours) <= np.mean(mark)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_compiled_twin_places_alike(seed: int) -> None:
-    pytest.importorskip("numba")
-    rng = np.random.default_rng(seed)
-    layers, gpus = int(rng.integers(1, 6)), int(rng.integers(1, 20))
-    capacity_LG = np.tile(rng.integers(seed % 2, 7, gpus) if seed % 3 else np.full(gpus, 4), (layers, 1))
-    capacity_LG[:, 0] = 6
-    speed_G = rng.uniform(0.5, 2.0, gpus) if seed % 5 == 0 else np.ones(gpus)
-    experts = int(rng.integers(1, capacity_LG[0].sum() + 1))
-    load_LE = np.round(lognormal(layers, experts, 1.5, seed), 0 if seed % 2 else 6)
-    load_LE[rng.random(load_LE.shape) < 0.2] = 0.0
-    total_L = np.minimum(capacity_LG, experts).sum(axis=1)
-    cap = (capacity_LG > 0).sum(axis=1)[:, None]
-    replicas_LE = trim(load_LE, apportion(load_LE, total_L, cap, lean=0.5), capacity_LG)
-    one = connect(load_LE, replicas_LE, capacity_LG, speed_G, backend="numpy")
-    two = connect(load_LE, replicas_LE, capacity_LG, speed_G, backend="numba")
-    np.testing.assert_array_equal(one[0], two[0])
-    np.testing.assert_array_equal(one[1], two[1])
