@@ -5,17 +5,9 @@ apportionment), the replicas that must exist are placed by augmenting paths, so 
 leaves an expert out while a placement exists, further ones go where they balance best (warm GPUs first where
 moves matter), and swaps that respect all limits even out the rest. Token shares, where they are free, are
 then solved exactly.
-
-References
-----------
-Augmenting paths for assignment: Kuhn (1955). The placing order is longest processing time first: Graham
-(1969).
 """
 
 from __future__ import annotations
-
-from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,14 +18,13 @@ from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.options import NoOptions
 from moeless_opt.solvers.core.solver import Heuristic, Task
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
 from moeless_opt.solvers.pack.counts import apportion
 from moeless_opt.solvers.shares.best import best_shares
+from moeless_opt.solvers.sizing.board import Board
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv
 
 __all__ = ["Constrained", "count_replicas", "place_within"]
-
-SWAPS = 400
-"""Swaps tried per layer at most."""
 
 
 def count_replicas(problem: Problem) -> IntArray:
@@ -100,121 +91,7 @@ def _allowed(problem: Problem) -> BoolArray:
     return ~problem.pairs_LEG("forbidden") & (problem.capacity_LG > 0)[:, None, :]
 
 
-@dataclass(slots=True)
-class _Layer:
-    """One layer while it is being filled."""
-
-    piece: list[float]
-    allowed: BoolArray
-    capacity: list[int]
-    speed: list[float]
-    domain: list[int]
-    spread: int
-    content: list[set[int]]
-    fixed: list[set[int]]
-    load: list[float]
-
-    def can_take(self, expert: int, gpu: int) -> bool:
-        return bool(self.allowed[expert, gpu]) and expert not in self.content[gpu]
-
-    def put(self, expert: int, gpu: int) -> None:
-        self.content[gpu].add(expert)
-        self.load[gpu] += self.piece[expert]
-
-    def take(self, expert: int, gpu: int) -> None:
-        self.content[gpu].remove(expert)
-        self.load[gpu] -= self.piece[expert]
-
-    def domains(self, expert: int) -> set[int]:
-        return {self.domain[g] for g, held in enumerate(self.content) if expert in held}
-
-    def choose(self, expert: int, warm: set[int], needed: bool) -> int | None:
-        """The GPU for one more replica: with room, in a new domain if one is missing, warm, least loaded."""
-        free = [
-            g
-            for g in range(len(self.content))
-            if len(self.content[g]) < self.capacity[g] and self.can_take(expert, g)
-        ]
-        if needed and self.spread > 1:
-            reached = self.domains(expert)
-            if len(reached) < self.spread:
-                free = [g for g in free if self.domain[g] not in reached]
-        if not free:
-            return None
-        return min(
-            free, key=lambda g: (g not in warm, (self.load[g] + self.piece[expert]) / self.speed[g], g)
-        )
-
-    def force(self, expert: int) -> bool:
-        """Place a replica that must exist by moving others along a shortest augmenting path."""
-        reached = self.domains(expert)
-        new_domain = self.spread > 1 and len(reached) < self.spread
-        starts = [
-            g
-            for g in range(len(self.content))
-            if self.can_take(expert, g)
-            and not (new_domain and self.domain[g] in reached)
-            and self.capacity[g] > 0
-        ]
-        came: dict[int, tuple[int, int] | None] = dict.fromkeys(starts)
-        queue = deque(starts)
-        while queue:
-            gpu = queue.popleft()
-            if len(self.content[gpu]) < self.capacity[gpu]:
-                self._shift(expert, gpu, came)
-                return True
-            for other in sorted(self.content[gpu] - self.fixed[gpu]):
-                for to in range(len(self.content)):
-                    if to not in came and self.can_take(other, to) and self._keeps_spread(other, gpu, to):
-                        came[to] = (gpu, other)
-                        queue.append(to)
-        return False
-
-    def _shift(self, expert: int, gpu: int, came: dict[int, tuple[int, int] | None]) -> None:
-        while (step := came[gpu]) is not None:
-            back, moved = step
-            self.take(moved, back)
-            self.put(moved, gpu)
-            gpu = back
-        self.put(expert, gpu)
-
-    def _keeps_spread(self, expert: int, gpu: int, to: int) -> bool:
-        if self.spread <= 1 or self.domain[gpu] == self.domain[to]:
-            return True
-        held = [g for g, content in enumerate(self.content) if expert in content and g != gpu]
-        return len({self.domain[g] for g in held} | {self.domain[to]}) >= min(self.spread, len(held) + 1)
-
-    def even_out(self) -> None:
-        """Swap replicas of the busiest GPU while the largest time falls."""
-        gpus = range(len(self.content))
-        for _ in range(SWAPS):
-            time = [self.load[g] / self.speed[g] for g in gpus]
-            worst = max(gpus, key=lambda g: (time[g], -g))
-            best: tuple[float, int, int, int] | None = None
-            for a in sorted(self.content[worst] - self.fixed[worst]):
-                for g in gpus:
-                    if g == worst or not self.can_take(a, g) or not self._keeps_spread(a, worst, g):
-                        continue
-                    others = [b for b in sorted(self.content[g] - self.fixed[g]) if self.can_take(b, worst)]
-                    room = [-1] if len(self.content[g]) < self.capacity[g] else []
-                    for b in [*room, *others]:
-                        shift = self.piece[a] - (self.piece[b] if b >= 0 else 0.0)
-                        if shift <= 0 or (b >= 0 and not self._keeps_spread(b, g, worst)):
-                            continue
-                        after = max(time[worst] - shift / self.speed[worst], time[g] + shift / self.speed[g])
-                        if after < time[worst] * (1 - 1e-9) and (best is None or after < best[0]):
-                            best = (after, a, g, b)
-            if best is None:
-                return
-            _, a, g, b = best
-            self.take(a, worst)
-            if b >= 0:
-                self.take(b, g)
-                self.put(b, worst)
-            self.put(a, g)
-
-
-def place_within(problem: Problem, counts_LE: IntArray) -> SlotArray:
+def place_within(problem: Problem, counts_LE: IntArray, *, stop: Stop | None = None) -> SlotArray:
     """Place replicas within all limits, shape [L, G, C].
 
     Parameters
@@ -223,12 +100,36 @@ def place_within(problem: Problem, counts_LE: IntArray) -> SlotArray:
         Limits, GPUs, live placement.
     counts_LE : array of int, shape [L, E]
         Replicas wanted; those beyond the least number are left out where they do not fit.
+    stop : Stop, optional
+        When to end: then the replicas that must exist are there, others as far as it came.
 
     Raises
     ------
     InfeasibleError
         If a replica that must exist finds no place.
     """
+    stop = NeverStop() if stop is None else stop
+    boards = _boards(problem, counts_LE)
+    for board in boards:
+        board.place_needed()
+    for board in boards:
+        if not stop():
+            board.place_wanted()
+    for board in boards:
+        if not stop():
+            board.even_out(stop)
+    width = int(problem.capacity_LG.max())
+    slots_LGC = np.full((len(boards), problem.topology.gpus, width), -1, dtype=np.int32)
+    for layer, board in enumerate(boards):
+        for gpu, held_E in enumerate(board.held_EG.T):
+            kept = [] if problem.current is None else problem.current.slots_LGC[layer, gpu].tolist()
+            content = np.flatnonzero(held_E).tolist()
+            slots_LGC[layer, gpu, : len(content)] = _in_order(set(content), kept)
+    return slots_LGC
+
+
+def _boards(problem: Problem, counts_LE: IntArray) -> list[Board]:
+    """The layers, still empty."""
     layers, experts = counts_LE.shape
     topology, limits = problem.topology, problem.limits
     pinned_LEG, allowed_LEG = problem.pairs_LEG("pinned"), _allowed(problem)
@@ -236,75 +137,22 @@ def place_within(problem: Problem, counts_LE: IntArray) -> SlotArray:
     warm_LGE = np.zeros((layers, topology.gpus, experts), dtype=np.bool_)
     if problem.current is not None and "moves" in problem.objective.priorities:
         warm_LGE = held_LGE(problem.current.slots_LGC, experts)
-    width = int(problem.capacity_LG.max())
-    slots_LGC = np.full((layers, topology.gpus, width), -1, dtype=np.int32)
-    for layer in range(layers):
-        board = _Layer(
-            piece=(problem.load_LE[layer] / counts_LE[layer]).tolist(),
-            allowed=allowed_LEG[layer],
-            capacity=problem.capacity_LG[layer].tolist(),
-            speed=topology.speed_G.tolist(),
-            domain=topology.failure_domain_G.tolist(),
+    return [
+        Board(
+            number=problem.loads.layers[row],
+            piece_E=problem.load_LE[row] / counts_LE[row],
+            count_E=counts_LE[row],
+            least_E=least_LE[row],
+            allowed_EG=allowed_LEG[row],
+            pinned_EG=pinned_LEG[row],
+            warm_EG=warm_LGE[row].T,
+            capacity_G=problem.capacity_LG[row],
+            domain_G=topology.failure_domain_G,
+            speed_G=topology.speed_G,
             spread=limits.spread,
-            content=[set() for _ in range(topology.gpus)],
-            fixed=[set() for _ in range(topology.gpus)],
-            load=[0.0] * topology.gpus,
         )
-        _fill(
-            board,
-            problem.loads.layers[layer],
-            counts_LE[layer],
-            least_LE[layer],
-            pinned_LEG[layer],
-            warm_LGE[layer],
-        )
-        for gpu, content in enumerate(board.content):
-            kept = [] if problem.current is None else problem.current.slots_LGC[layer, gpu].tolist()
-            slots_LGC[layer, gpu, : len(content)] = _in_order(content, kept)
-    return slots_LGC
-
-
-def _fill(
-    board: _Layer,
-    layer: int,
-    count_E: IntArray,
-    least_E: IntArray,
-    pinned_EG: BoolArray,
-    warm_GE: BoolArray,
-) -> None:
-    for expert, gpu in np.argwhere(pinned_EG):
-        if len(board.content[gpu]) >= board.capacity[gpu]:
-            raise InfeasibleError(
-                f"limits.pinned: layer {layer}, GPU {gpu} has {board.capacity[gpu]} slots, "
-                "more experts are pinned to it"
-            )
-        board.put(int(expert), int(gpu))
-        board.fixed[gpu].add(int(expert))
-    placed_E = pinned_EG.sum(1)
-    warm = [set(np.flatnonzero(warm_GE[:, e]).tolist()) for e in range(len(count_E))]
-    heavy_first = sorted(range(len(count_E)), key=lambda e: (-board.piece[e], e))
-    for needed in (True, False):
-        goal_E = least_E if needed else count_E
-        for expert in heavy_first:
-            while placed_E[expert] < goal_E[expert]:
-                gpu = board.choose(expert, warm[expert], needed)
-                if gpu is not None:
-                    board.put(expert, gpu)
-                elif not needed:
-                    break
-                elif not board.force(expert):
-                    raise InfeasibleError(
-                        f"limits: layer {layer}: no GPU was found for replica {placed_E[expert] + 1} of "
-                        f"{goal_E[expert]} of expert {expert} (slots, pins, bans, failure domains)"
-                    )
-                placed_E[expert] += 1
-    # Pieces of experts that got fewer replicas than counted are larger now.
-    held = [sum(e in content for content in board.content) for e in range(len(count_E))]
-    total = [piece * int(count) for piece, count in zip(board.piece, count_E, strict=True)]
-    board.piece = [one / max(number, 1) for one, number in zip(total, held, strict=True)]
-    board.load = [sum(board.piece[e] for e in sorted(content)) for content in board.content]
-    if not any(warm):
-        board.even_out()
+        for row in range(layers)
+    ]
 
 
 def _in_order(content: set[int], kept: list[int]) -> list[int]:
@@ -322,5 +170,5 @@ class Constrained(Heuristic):
     def build(self, task: Task[NoOptions]) -> Built:
         """Count, place, even out, share."""
         problem = task.problem
-        slots_LGC = place_within(problem, count_replicas(problem))
+        slots_LGC = place_within(problem, count_replicas(problem), stop=task.stop)
         return Built(slots_LGC=slots_LGC, share_LGC=best_shares(problem, slots_LGC))

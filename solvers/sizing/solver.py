@@ -14,6 +14,7 @@ from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.options import NoOptions
 from moeless_opt.solvers.core.solver import Heuristic, Task
+from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.shares.best import best_shares
 from moeless_opt.solvers.sizing.budget import plan_budget
 from moeless_opt.solvers.sizing.minimal import fewest_for_time
@@ -36,12 +37,12 @@ class Sized(Heuristic):
             raise ProblemError(
                 "sizing.policy", f"is {policy!r}; solver {self.name!r} takes 'makespan' and 'memory'"
             )
-        slots_LGC, message = size(problem)
+        slots_LGC, message = size(problem, task.stop)
         share_LGC = best_shares(problem, slots_LGC)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, message=message, proof=message)
 
 
-def _few_replicas(problem: Problem) -> tuple[SlotArray, str]:
+def _few_replicas(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
     wanted = problem.sizing.imbalance
     speed_G = problem.topology.speed_G
     mean_L = problem.load_LE.sum(1) / speed_G.sum()
@@ -51,6 +52,7 @@ def _few_replicas(problem: Problem) -> tuple[SlotArray, str]:
         speed_G,
         wanted * mean_L,
         "equal" if problem.split == "equal" else "fractional",
+        stop=stop,
     )
     if not found.met_L.all():
         missed = [problem.loads.layers[i] for i in np.flatnonzero(~found.met_L)]
@@ -62,7 +64,7 @@ def _few_replicas(problem: Problem) -> tuple[SlotArray, str]:
     return found.slots_LGC, f"{few} replicas for an imbalance of {wanted}; no plan has fewer than {least}"
 
 
-def _shared_memory(problem: Problem) -> tuple[SlotArray, str]:
+def _shared_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
     topology, bytes_L = problem.topology, problem.bytes_L
     if topology.memory_G is None or not bytes_L.any():
         raise ProblemError(

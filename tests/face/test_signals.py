@@ -74,14 +74,10 @@ def problem_for(solver: str) -> mo.Problem:
         split = "fractional" if solver == "min-moves" else "equal"
         before = load_LE * rng.lognormal(0, 0.5, load_LE.shape)
         asked["current"] = mo.plan(before, topology, split=split, solver="construct")
-    if solver == "constrained":
-        asked["limits"] = mo.Limits(max_replicas=6)
     return make_problem(load_LE, topology, split=split, **asked)
 
 
-LATE = {"constrained"}
-"""Solvers with a loop that does not ask yet."""
-LONG = sorted({"replan", "min-moves", "constrained", "patterns", "cpsat", "milp", "portfolio", "auto"} - LATE)
+LONG = ["replan", "min-moves", "patterns", "cpsat", "milp", "portfolio", "auto"]
 
 
 def run(*arguments: str) -> tuple[dict[str, Any], str]:

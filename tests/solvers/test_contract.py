@@ -344,7 +344,7 @@ def test_stopped_anywhere_it_returns_a_valid_plan_or_says_that_there_is_none(nam
         assert (result.plan is None) == (result.status is mo.Status.NO_SOLUTION)
 
 
-LATE = {"constrained", "activation"}
+LATE = {"activation"}
 """Solvers with a loop that does not ask yet."""
 
 
