@@ -120,7 +120,7 @@ def swap_rounds(
 def connect(
     order_LE: Ints,
     piece_LE: Floats,
-    replicas_LE: Ints,
+    replicas_LE: NDArray[Any],
     capacity_LG: Ints,
     speed_G: Floats,
     same_L: Floats,
