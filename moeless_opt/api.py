@@ -344,12 +344,12 @@ def recommend_redundancy(
         Per total: where the replicas go (``spare_L``), their memory, the imbalance with an equal split, the
         least that any spending could have, and the imbalance if every layer got the same number.
     """
-    from moeless_opt.solvers.sizing.budget import recommend_redundancy as recommend
+    from moeless_opt.solvers.sizing.budget import redundancy_rows
 
     problem = make_problem(loads, topology, model=model)
     sized = problem.bytes_L if problem.bytes_L.any() else None
     wanted = None if totals is None else list(totals)
-    return recommend(problem.load_LE, problem.topology.speed_G, bytes_L=sized, totals=wanted)
+    return redundancy_rows(problem.load_LE, problem.topology.speed_G, bytes_L=sized, totals=wanted)
 
 
 def export_model(problem: Problem, path: str | PathLike[str], *, layer: int | None = None) -> None:

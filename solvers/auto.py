@@ -12,7 +12,7 @@ from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.core.features import FEATURES, required_features
 from moeless_opt.solvers.core.options import option_names
-from moeless_opt.solvers.core.registry import BUILT_IN
+from moeless_opt.solvers.core.registry import SOLVERS
 from moeless_opt.solvers.core.solver import Heuristic
 from moeless_opt.solvers.core.stopping import Stop
 
@@ -93,7 +93,7 @@ class Auto:
             If no one method takes all of the problem.
         """
         chosen = choose(problem, limited=stop.remaining < float("inf"))
-        module, _, attribute = BUILT_IN[chosen].partition(":")
+        module, _, attribute = SOLVERS[chosen].partition(":")
         solver: Heuristic = getattr(importlib.import_module(module), attribute)(self.name)
         names = option_names(solver.Options)
         unknown = [name for name in options if name not in names]

@@ -35,7 +35,7 @@ from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.plan.verify import check_slots
 from moeless_opt.runtime.control.backend import Backend, LayerBackend, LoadWindow
 from moeless_opt.runtime.control.decision import Decision, LayerDecision, same_replicas, stacked
-from moeless_opt.runtime.control.foreseer import Foreseen, Foreseer
+from moeless_opt.runtime.control.foreseer import Foreseen, LayerForeseer
 from moeless_opt.runtime.control.planner import PlanLayer
 
 __all__ = ["Controller"]
@@ -91,7 +91,7 @@ class Controller:
         self.decisions: list[Decision] = []
         #: The newest decisions of the per-layer mode.
         self.layer_decisions: deque[LayerDecision] = deque(maxlen=REMEMBERED)
-        self._foreseer: Foreseer | None = None
+        self._foreseer: LayerForeseer | None = None
         self._due = self.every
         self._pending: tuple[int, int, Future[tuple[Plan, float]]] | None = None
         self._worker = ThreadPoolExecutor(1, "moeless-planner") if self.lag else None
@@ -186,7 +186,7 @@ class Controller:
                 self._foreseer.give_up()
                 self._foreseer = None
             if self._foreseer is None:
-                self._foreseer = Foreseer(self.backend, self._of_layer, self.layer_decisions.append)
+                self._foreseer = LayerForeseer(self.backend, self._of_layer, self.layer_decisions.append)
             self._foreseer.take(ticket, layer, predicted, summed)
         return None
 

@@ -14,7 +14,7 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.runtime.control.backend import LayerBackend
 from moeless_opt.runtime.control.decision import LayerDecision, same_replicas
 
-__all__ = ["Counted", "Foreseen", "Foreseer"]
+__all__ = ["Counted", "Foreseen", "LayerForeseer"]
 
 
 class Foreseen(Protocol):
@@ -36,7 +36,7 @@ class Counted:
         return self._load_E
 
 
-class Foreseer:
+class LayerForeseer:
     """The thread of the per-layer mode: reads predictions, sums them over the ranks, plans, offers.
 
     The threads of all ranks take the same tickets in the same order, because tickets are opened so.

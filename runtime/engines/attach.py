@@ -13,7 +13,7 @@ from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
 from moeless_opt.runtime.live.adopt import AttachOptions, Engine
 from moeless_opt.runtime.live.model import LiveModel
 
-__all__ = ["ENTRY_POINTS", "attach"]
+__all__ = ["attach"]
 
 #: Adapters of this package, asked in this order after those of others. One line each.
 BUILT_IN = ("transformers", "megatron")

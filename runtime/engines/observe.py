@@ -32,7 +32,7 @@ __all__ = [
     "HiddenTap",
     "TraceRecorder",
     "moe_blocks",
-    "record_routes",
+    "record_traces",
     "replay_gate",
     "replay_routes",
     "save_token_traces",
@@ -56,7 +56,7 @@ def save_token_traces(traces: TokenTraces, path: str | Path) -> None:
 
 
 class TraceRecorder:
-    """Collects the routes of this rank's tokens, forward by forward; made by `record_routes`."""
+    """Collects the routes of this rank's tokens, forward by forward; made by `record_traces`."""
 
     def __init__(self, live: LiveModel) -> None:
         self._experts = live.experts
@@ -107,7 +107,7 @@ class TraceRecorder:
 
 
 @contextlib.contextmanager
-def record_routes(live: LiveModel, batch_size: int = 1) -> Iterator[TraceRecorder]:
+def record_traces(live: LiveModel, batch_size: int = 1) -> Iterator[TraceRecorder]:
     """Record the routes of all forward passes in this context; tokens masked by `real_tokens` are left out.
 
     Parameters

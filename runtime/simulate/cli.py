@@ -18,10 +18,10 @@ from moeless_opt.plots import need_matplotlib
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
 from moeless_opt.progress import Display
 from moeless_opt.report import table
-from moeless_opt.runtime.simulate.drawing import Drawn, distributions, save
+from moeless_opt.runtime.simulate.drawing import Drawn, distributions, save_drawing
 from moeless_opt.runtime.simulate.figures import FIGURES, PAPER_MODELS, Figure
 from moeless_opt.runtime.simulate.options import option_of, unknown
-from moeless_opt.runtime.simulate.policies import BUILT_IN, Policy, list_policies
+from moeless_opt.runtime.simulate.policies import POLICIES, Policy, list_policies
 from moeless_opt.runtime.simulate.report import SimRow
 from moeless_opt.runtime.simulate.run import LEGEND, simulate
 from moeless_opt.runtime.simulate.scenario import Scenario
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="moeless-simulate",
         description="Compare policies on simulated GPUs: MoE-layer latency, cost, replicas, bytes moved.",
         epilog="Policies (others by --list-policies): "
-        + "; ".join(f"{policy.name}: {policy.summary}" for policy in BUILT_IN.values()),
+        + "; ".join(f"{policy.name}: {policy.summary}" for policy in POLICIES.values()),
     )
     add = parser.add_argument
     add("--figure", metavar="NAME", help=f"a figure of the paper, and its drawing: {', '.join(FIGURES)}")
@@ -200,9 +200,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         drawn = Drawn(rows, policies)
         if figure is not None:
-            save(figure.draw, drawn, options.plot, size=figure.size)
+            save_drawing(figure.draw, drawn, options.plot, size=figure.size)
         else:
-            save(distributions, drawn, options.plot)
+            save_drawing(distributions, drawn, options.plot)
     if options.json:
         json.dump(rows, sys.stdout, indent=1)
         print()

@@ -31,7 +31,7 @@ __all__ = [
     "latency",
     "lines",
     "predictors",
-    "save",
+    "save_drawing",
     "table_bars",
 ]
 
@@ -94,7 +94,9 @@ Drawing = Callable[[Any, Drawn], None]
 """Draws axes into a matplotlib figure."""
 
 
-def save(drawing: Drawing, drawn: Drawn, path: Path, *, size: tuple[float, float] | None = None) -> None:
+def save_drawing(
+    drawing: Drawing, drawn: Drawn, path: Path, *, size: tuple[float, float] | None = None
+) -> None:
     """Draw rows into a file (.png, .svg, ...); `size` in inches, by default as wide as there are panels."""
     from matplotlib.figure import Figure as Canvas
 

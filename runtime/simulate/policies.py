@@ -34,9 +34,8 @@ __all__ = [
     "ABLATION",
     "BASELINE",
     "BOUND",
-    "BUILT_IN",
     "DEFAULT",
-    "ENTRY_POINTS",
+    "POLICIES",
     "SYSTEM",
     "Policy",
     "Run",
@@ -364,7 +363,7 @@ _OURS = (
     ),
 )
 
-BUILT_IN: dict[str, Policy] = {policy.name: policy for policy in _OURS}
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in _OURS}
 """The policies that ship with the package."""
 
 DEFAULT = ("static", "eplb", "oracle", "moeless", "ours-windowed", "ours")
@@ -382,12 +381,12 @@ _UNUSABLE = "cannot be used: "
 
 def _plugged() -> dict[str, EntryPoint]:
     found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-    return {name: found[name] for name in sorted(found) if name not in BUILT_IN}
+    return {name: found[name] for name in sorted(found) if name not in POLICIES}
 
 
 def policy_names() -> list[str]:
     """Names of all policies, ours first; of others whether they can be used or not."""
-    return [*BUILT_IN, *_plugged()]
+    return [*POLICIES, *_plugged()]
 
 
 def get_policy(name: str) -> Policy:
@@ -400,8 +399,8 @@ def get_policy(name: str) -> Policy:
     SolverUnavailableError
         If it comes from another package and cannot be used.
     """
-    if name in BUILT_IN:
-        return BUILT_IN[name]
+    if name in POLICIES:
+        return POLICIES[name]
     entry = _plugged().get(name)
     if entry is None:
         raise unknown("policies", name, policy_names())

@@ -15,7 +15,7 @@ from moeless_opt.plots import need_matplotlib
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.report import table
 from moeless_opt.runtime.pool.cost import RULES
-from moeless_opt.runtime.simulate.drawing import Drawn, distributions, save
+from moeless_opt.runtime.simulate.drawing import Drawn, distributions, save_drawing
 from moeless_opt.runtime.simulate.drive import drive
 from moeless_opt.runtime.simulate.foresight import Judged, foreseer
 from moeless_opt.runtime.simulate.policies import BASELINE, Policy, Run
@@ -124,7 +124,7 @@ class Simulation:
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the distributions of the latency into a file (.png, .svg, ...); needs the extra ``plot``."""
         need_matplotlib()
-        save(distributions, Drawn(self.rows, self.policies), Path(path))
+        save_drawing(distributions, Drawn(self.rows, self.policies), Path(path))
 
 
 def _cost(row: SimRow, baseline: SimRow | None, rule: str) -> str:

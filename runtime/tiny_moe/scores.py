@@ -24,7 +24,7 @@ from moeless_opt.runtime.predict.measures import count_loads, load_distance, tok
 from moeless_opt.runtime.predict.predictor import Context, Predictor, TokenPredictor
 from moeless_opt.runtime.tiny_moe import model as tiny_moe
 
-__all__ = ["Scores", "TokenRecord", "decode_batches", "evaluate", "prefill_batches", "record_requests"]
+__all__ = ["Scores", "TokenRecord", "decode_batches", "prefill_batches", "record_requests", "score_predictor"]
 
 Rows = IntArray
 
@@ -228,7 +228,7 @@ def actual_loads(recording: TokenRecord, batches: Sequence[Rows]) -> FloatArray:
     return np.stack([count_loads(recording.experts_TLK[rows], recording.experts) for rows in batches])
 
 
-def evaluate(
+def score_predictor(
     predictor: Predictor,
     recording: TokenRecord,
     batches: Sequence[Rows],

@@ -70,7 +70,7 @@ def byte_losses(model: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: Any, corpora: dict[str, Corpus], windows: int = 64) -> dict[str, float]:
+def held_out_losses(model: Any, corpora: dict[str, Corpus], windows: int = 64) -> dict[str, float]:
     """Return the mean held-out loss of every domain, in nats per byte, over evenly spaced windows."""
     was_training = model.training
     model.eval()
@@ -91,7 +91,7 @@ def evaluate(model: Any, corpora: dict[str, Corpus], windows: int = 64) -> dict[
 def expert_skew(model: Any, corpora: dict[str, Corpus]) -> FloatArray:
     """Return max / mean of the expert loads of every layer, on held-out text of all domains."""
     with tiny_moe.record_routes(model) as routes:
-        evaluate(model, corpora, windows=16)
+        held_out_losses(model, corpora, windows=16)
     chosen_TLK = routes.concatenate()
     load_LE = np.stack(
         [np.bincount(x.ravel(), minlength=tiny_moe.EXPERTS) for x in chosen_TLK.swapaxes(0, 1)]
@@ -158,7 +158,7 @@ def train(corpora: dict[str, Corpus], steps: int, folder: Path, every: int = 250
             print(f"{done} loss {recent / 50:.4f} {time.monotonic() - began:.0f}s", flush=True)
             recent = 0.0
         if done % every == 0 or done == steps:
-            held_out = evaluate(model, corpora, windows=32)
+            held_out = held_out_losses(model, corpora, windows=32)
             line = {
                 "step": done,
                 "seconds": round(time.monotonic() - began),
@@ -189,7 +189,7 @@ def request_lengths(rng: np.random.Generator, count: int) -> tuple[IntArray, Int
 
 
 @torch.no_grad()
-def record_traces(model: Any, corpora: dict[str, Corpus]) -> dict[str, NDArray[Any]]:
+def route_texts(model: Any, corpora: dict[str, Corpus]) -> dict[str, NDArray[Any]]:
     """Route held-out texts as requests; return the arrays of `problems.tiny_moe_traces`."""
     rng = np.random.default_rng(SEED)
     experts, lengths, prompts = [], [], []
@@ -249,7 +249,7 @@ def counted_bits(corpus: Corpus, belief: float = 16.0) -> float:
 
 def report(corpora: dict[str, Corpus], steps: int, folder: Path) -> dict[str, Any]:
     """Measure the weights and traces as shipped; return the record of the training."""
-    losses = evaluate(tiny_moe.load(), corpora, windows=128)
+    losses = held_out_losses(tiny_moe.load(), corpora, windows=128)
     traces = tiny_moe_traces()
     load_LE, skew_DL, drift_DD = traces.load_LE(), traces.skew_DL(), traces.drift_DD()
     between = drift_DD[~np.eye(len(DOMAINS), dtype=bool)]
@@ -310,7 +310,7 @@ def main() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     tiny_moe.save(model, tiny_moe.data_file(tiny_moe.WEIGHTS))
     shipped = tiny_moe.load()  # what users get: rounded to bfloat16
-    write_traces(record_traces(shipped, corpora), tiny_moe_traces_file())
+    write_traces(route_texts(shipped, corpora), tiny_moe_traces_file())
     record = json.dumps(report(corpora, args.steps, args.cache), indent=1)
     record = re.sub(r"\[[^][]*\]", lambda row: re.sub(r"\s+", " ", row.group()), record)  # rows on one line
     tiny_moe.data_file(tiny_moe.CARD).write_text(record + "\n")

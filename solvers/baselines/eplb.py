@@ -34,9 +34,9 @@ from numpy.typing import ArrayLike, NDArray
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 
-__all__ = ["Policy", "Rebalanced", "balanced_packing", "merge_duplicates", "rebalance", "replicate"]
+__all__ = ["EplbPolicy", "Rebalanced", "balanced_packing", "merge_duplicates", "rebalance", "replicate"]
 
-Policy = Literal["auto", "global", "hierarchical"]
+EplbPolicy = Literal["auto", "global", "hierarchical"]
 Singles = NDArray[np.float32]
 
 _LARGEST = 1e38  # the arithmetic is float32
@@ -84,7 +84,7 @@ def rebalance(
     nodes: int,
     gpus: int,
     *,
-    policy: Policy = "auto",
+    policy: EplbPolicy = "auto",
 ) -> Rebalanced:
     """Replicate and place the experts of all layers as EPLB does.
 

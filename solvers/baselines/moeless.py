@@ -32,14 +32,14 @@ from numpy.typing import ArrayLike
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 
-__all__ = ["Placed", "place", "replica_cv", "scale", "slots_for_bytes"]
+__all__ = ["MoelessPlacement", "place", "replica_cv", "scale", "slots_for_bytes"]
 
 
 _ROUNDING = 1e-12  # a CV this close above the threshold (relative to the mean) has met it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placed:
+class MoelessPlacement:
     """Where the placer put the replicas.
 
     Parameters
@@ -219,7 +219,7 @@ def place(
     previous_LGC: ArrayLike | None = None,
     *,
     speed_G: ArrayLike | None = None,
-) -> Placed:
+) -> MoelessPlacement:
     """Place replicas by MoEless's rule: warm ones first, then the heaviest to the least loaded GPU.
 
     Parameters
@@ -238,7 +238,7 @@ def place(
 
     Returns
     -------
-    Placed
+    MoelessPlacement
         Slots, shares, and how many replicas were reused or dropped.
 
     Raises
@@ -416,7 +416,7 @@ class _Board:
         self.piece_LE[layer, expert] = after
         self.dropped_L[layer] += 1
 
-    def result(self, warm_LEG: BoolArray) -> Placed:
+    def result(self, warm_LEG: BoolArray) -> MoelessPlacement:
         """Read the slots off the board: on each GPU the experts in ascending order."""
         replicas_LE = self.holds_LEG.sum(axis=2)
         width = int(self.capacity_LG.max())
@@ -430,7 +430,7 @@ class _Board:
         slots_LGC[layer, gpu, place] = expert
         share_LGC = np.zeros(slots_LGC.shape)
         share_LGC[layer, gpu, place] = 1.0 / replicas_LE[layer, expert]
-        return Placed(
+        return MoelessPlacement(
             slots_LGC=slots_LGC,
             share_LGC=share_LGC,
             replicas_LE=replicas_LE.astype(np.int32),

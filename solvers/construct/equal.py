@@ -145,7 +145,7 @@ def construct_equal(
         raise ProblemError("effort", f"is {effort!r}; it can be " + ", ".join(map(repr, EFFORTS)))
     E = load_LE.shape[1]
     G = capacity.shape[1]
-    backend = fast.choose(backend)
+    backend = fast.choose_backend(backend)
     same_speed = bool((speed == speed[0]).all())
     if same_speed and E <= 2 * G and E <= 32 and G > 1 and (capacity == 2).all():
         return _two_slots(load_LE, G, EFFORTS[effort])

@@ -41,7 +41,7 @@ def connect(
     speed_G : float array [GPUs]
         Relative speeds.
     backend : {"auto", "numpy", "numba"}
-        Which of the two twins does the work; the result is the same (see `pack.fast.choose`).
+        Which of the two twins does the work; the result is the same (see `pack.fast.choose_backend`).
 
     Returns
     -------
@@ -64,9 +64,9 @@ def connect(
     uniform = bool((capacity_LG > 0).all()) and bool((speed_G == speed_G[0]).all())
     head = int(min(G, linked_L.min())) if uniform else 0
     wave = max(1, 3 * G // 4)  # a whole wave at once is nearly LPT, for a fraction of the steps
-    if fast.choose(backend) == "numba":
+    if fast.choose_backend(backend) == "numba":
         limits = {"head": head, "wave": wave, "never": _NEVER}
-        return fast.connect(order, pieces, replicas, capacity_LG, speed_G, same_L, **limits)
+        return fast.join_layers(order, pieces, replicas, capacity_LG, speed_G, same_L, **limits)
     state = _Packing(L, G, capacity_LG, speed_G)
     _place_links(state, order, pieces, replicas, linked_L, same_L, head)
     _place_rest(state, order, pieces, (replicas > 1).sum(axis=1), wave)

@@ -36,7 +36,7 @@ class ConstructOptions:
     effort : {"quick", "normal", "thorough"}
         How long to search; with a fractional split "quick" is "normal".
     backend : {"auto", "numpy", "numba"}
-        Whose kernels an equal split uses; the plans are the same (see `pack.fast.choose`).
+        Whose kernels an equal split uses; the plans are the same (see `pack.fast.choose_backend`).
     """
 
     effort: str = "normal"

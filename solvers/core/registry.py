@@ -16,11 +16,11 @@ from moeless_opt.solvers.core.features import FEATURES, Feature, required_featur
 from moeless_opt.solvers.core.options import option_names
 from moeless_opt.solvers.core.solver import Solver
 
-__all__ = ["BUILT_IN", "SolverInfo", "contract_gaps", "get_solver", "list_solvers", "require", "solver_names"]
+__all__ = ["SOLVERS", "SolverInfo", "contract_gaps", "get_solver", "list_solvers", "require", "solver_names"]
 
 ENTRY_POINTS = "moeless_opt.solvers"
 
-BUILT_IN: dict[str, str] = {
+SOLVERS: dict[str, str] = {
     "auto": "moeless_opt.solvers.auto:Auto",
     "construct": "moeless_opt.solvers.construct.solver:Construct",
     "replan": "moeless_opt.solvers.replan.solver:Replan",
@@ -43,8 +43,8 @@ BUILT_IN: dict[str, str] = {
 
 def solver_names() -> list[str]:
     """Names of all solvers, ours first."""
-    others = sorted({entry.name for entry in entry_points(group=ENTRY_POINTS)} - set(BUILT_IN))
-    return [*BUILT_IN, *others]
+    others = sorted({entry.name for entry in entry_points(group=ENTRY_POINTS)} - set(SOLVERS))
+    return [*SOLVERS, *others]
 
 
 def get_solver(name: str) -> Solver:
@@ -55,7 +55,7 @@ def get_solver(name: str) -> Solver:
     SolverUnavailableError
         If there is none of that name, its package is missing, or it does not keep the contract.
     """
-    target = BUILT_IN.get(name)
+    target = SOLVERS.get(name)
     if target is None:
         found = [entry for entry in entry_points(group=ENTRY_POINTS) if entry.name == name]
         if not found:

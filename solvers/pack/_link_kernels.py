@@ -1,4 +1,4 @@
-"""The compiled kernel of `fast.connect`; importing this module imports Numba."""
+"""The compiled kernel of `fast.join_layers`; importing this module imports Numba."""
 
 # mypy: disable-error-code="untyped-decorator"
 

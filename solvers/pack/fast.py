@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 
-__all__ = ["available", "choose", "connect", "difference", "hand_out", "loaded", "swap_rounds", "warm"]
+__all__ = [
+    "available",
+    "choose_backend",
+    "difference",
+    "hand_out",
+    "join_layers",
+    "loaded",
+    "swap_rounds",
+    "warm",
+]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -57,11 +66,11 @@ def warm() -> bool:
     swap_rounds(slots, np.ones(shape), np.ones((1, 2)), usable, one, goal, 2, 1, 1)
     row = np.zeros((1, 1), dtype=np.int64)
     one_each = np.ones((1, 1), dtype=np.int32)
-    connect(row, np.ones((1, 1)), one_each, row + 1, np.ones(1), np.ones(1), head=0, wave=1, never=1e300)
+    join_layers(row, np.ones((1, 1)), one_each, row + 1, np.ones(1), np.ones(1), head=0, wave=1, never=1e300)
     return True
 
 
-def choose(backend: str) -> str:
+def choose_backend(backend: str) -> str:
     """Which twin a backend's name stands for.
 
     Parameters
@@ -117,7 +126,7 @@ def swap_rounds(
     _kernels().swap_rounds(slots, weight, time, usable, inverse_G, goal, E, rounds, focus)
 
 
-def connect(
+def join_layers(
     order_LE: Ints,
     piece_LE: Floats,
     replicas_LE: NDArray[Any],
@@ -129,7 +138,7 @@ def connect(
     wave: int,
     never: float,
 ) -> tuple[Int32s, NDArray[np.bool_]]:
-    """Twin of the work of `fractional.connect`."""
+    """Twin of the work of `join.connect`."""
     kernels = _kernels()
     slots = np.full((*capacity_LG.shape, int(capacity_LG.max(initial=1))), -1, dtype=np.int32)
     ok_L = np.ones(len(slots), dtype=bool)

@@ -29,7 +29,7 @@ from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.plan.bounds import best_bound
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
-from moeless_opt.solvers.replan.live import Content, count_moves, mend_content
+from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
 from moeless_opt.solvers.replan.shake import put_back
 from moeless_opt.solvers.replan.task import (
     Point,
@@ -333,7 +333,7 @@ def replan_equal(task: ReplanTask, wish: ReplanWish | None = None, *, stop: Stop
     for layer in range(L):
         target = (1.0 + wish.tolerance) * float(bound[layer] / mean_L[layer])
         layers.append(_begin(task, layer, mean_L[layer], target, wish))
-    forced_L = np.array([count_moves(one.live, one.start) for one in layers], dtype=np.int64)
+    forced_L = np.array([moves_between(one.live, one.start) for one in layers], dtype=np.int64)
     wish.check_budget(forced_L)
     time = [one.time(one.start) for one in layers]
     least = [int(now > one.target * (1.0 + 1e-9)) for now, one in zip(time, layers, strict=True)]
@@ -349,7 +349,7 @@ def replan_equal(task: ReplanTask, wish: ReplanWish | None = None, *, stop: Stop
         slots_LGC=new,
         share_LGC=equal_shares(new, E),
         time_L=np.array([one.time(one.content) for one in layers]) * mean_L * (load.sum(axis=1) > 0.0),
-        moves_L=np.array([count_moves(one.live, one.content) for one in layers], dtype=np.int64),
+        moves_L=np.array([moves_between(one.live, one.content) for one in layers], dtype=np.int64),
         forced_L=forced_L,
         bound_L=bound,
         target_L=(1.0 + wish.tolerance) * bound,
@@ -413,7 +413,7 @@ def _shake(one: _Layer, stop: Stop) -> None:
     ]
     if not changed:
         return
-    moves = count_moves(one.live, one.content)
+    moves = moves_between(one.live, one.content)
     size = int(one.rng.integers(1, min(len(changed), _MOST_BACK) + 1))
     chosen = one.rng.choice(changed, size=size, replace=False).tolist()
     state = one.state(put_back(one.live, one.content, chosen, len(one.load_E)), one.target)
@@ -422,7 +422,7 @@ def _shake(one: _Layer, stop: Stop) -> None:
 
 
 def _keep_to_budget(layers: list[_Layer], price: list[int], budget: int, stop: Stop) -> None:
-    spent = sum(by * count_moves(one.live, one.content) for one, by in zip(layers, price, strict=True))
+    spent = sum(by * moves_between(one.live, one.content) for one, by in zip(layers, price, strict=True))
     if spent <= budget:
         return
     fronts = [_frontier(one, stop) for one in layers]
@@ -436,7 +436,7 @@ def _frontier(one: _Layer, stop: Stop) -> list[Point]:
     points: list[Point] = []
 
     def note(content: Content) -> None:
-        points.append((count_moves(one.live, content), max(one.time(content), one.target), content))
+        points.append((moves_between(one.live, content), max(one.time(content), one.target), content))
 
     note(one.start)
     note(one.content)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
-from moeless_opt.solvers.replan.flow import Cut, LayerFlow, Pair
+from moeless_opt.solvers.replan.flow import Cut, ExpertGpu, LayerFlow
 
 __all__ = ["QUICK", "WIDE", "Change", "Search", "fill_overflow"]
 
@@ -34,8 +34,8 @@ class Change:
     """Pairs added and pairs dropped together, and the overflow that this leaves."""
 
     overflow: int
-    adds: tuple[Pair, ...]
-    drops: tuple[Pair, ...]
+    adds: tuple[ExpertGpu, ...]
+    drops: tuple[ExpertGpu, ...]
 
 
 @dataclass(frozen=True, slots=True)

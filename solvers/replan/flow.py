@@ -31,10 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.graph.python.max_flow import SimpleMaxFlow
 
-__all__ = ["UNIT", "Cut", "LayerFlow", "Pair", "least_time"]
+__all__ = ["UNIT", "Cut", "ExpertGpu", "LayerFlow", "least_time"]
 
 UNIT = 1 << 30  # integer tokens that stand for one mean GPU load
-Pair = tuple[int, int]  # (expert, GPU)
+ExpertGpu = tuple[int, int]  # (expert, GPU)
 
 _SOURCE, _SINK, _FIRST_GPU = 0, 1, 2
 
@@ -131,7 +131,7 @@ class LayerFlow:
         tail = [_SOURCE] * gpus + nodes
         head = nodes + [_SINK] * gpus
         cap = self.fixed + self.room
-        self.arcs: dict[Pair, int] = {}
+        self.arcs: dict[ExpertGpu, int] = {}
         for expert in self.replicated:
             load = self.load[expert]
             node = self._node[expert] = first_expert + len(self._node)
@@ -158,7 +158,7 @@ class LayerFlow:
         size = self._size
         self._net = SimpleMaxFlow()
         self._net.add_arcs_with_capacity(self._tail[:size], self._head[:size], self._cap[:size])
-        self._trial_arc: dict[Pair, int] = {}
+        self._trial_arc: dict[ExpertGpu, int] = {}
 
     def set_room(self, room: list[int]) -> None:
         """Change the tokens that each GPU may serve."""
@@ -182,15 +182,15 @@ class LayerFlow:
     # -- changes -------------------------------------------------------------------------------------
 
     def _edits(
-        self, adds: Sequence[Pair], drops: Sequence[Pair]
-    ) -> tuple[list[tuple[Pair, int]], dict[int, int]]:
+        self, adds: Sequence[ExpertGpu], drops: Sequence[ExpertGpu]
+    ) -> tuple[list[tuple[ExpertGpu, int]], dict[int, int]]:
         """Capacities that change when pairs are added and then others dropped."""
         home: dict[int, list[int]] = {}
         for expert, gpu in adds:
             home.setdefault(expert, list(self.home[expert])).append(gpu)
         for expert, gpu in drops:
             home.setdefault(expert, list(self.home[expert])).remove(gpu)
-        arcs: list[tuple[Pair, int]] = []
+        arcs: list[tuple[ExpertGpu, int]] = []
         shift: dict[int, int] = {}
         for expert, new in home.items():
             load, old = self.load[expert], self.home[expert]
@@ -206,7 +206,7 @@ class LayerFlow:
                 arcs += [((expert, gpu), load) for gpu in new]
         return arcs, shift
 
-    def trial(self, adds: Sequence[Pair], drops: Sequence[Pair]) -> int:
+    def trial(self, adds: Sequence[ExpertGpu], drops: Sequence[ExpertGpu]) -> int:
         """Overflow after a change, which is then taken back."""
         arcs, shift = self._edits(adds, drops)
         net = self._net
@@ -235,7 +235,7 @@ class LayerFlow:
             net.set_arc_capacity(arc, cap)
         return overflow
 
-    def apply(self, adds: Sequence[Pair], drops: Sequence[Pair]) -> None:
+    def apply(self, adds: Sequence[ExpertGpu], drops: Sequence[ExpertGpu]) -> None:
         """Make a change for good; call `solve` before reading the cut."""
         arcs, shift = self._edits(adds, drops)
         for pair, cap in arcs:

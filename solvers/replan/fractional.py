@@ -20,7 +20,7 @@ from moeless_opt.problems.plan.bounds import best_bound
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
 from moeless_opt.solvers.replan.fill import QUICK, Search, fill_overflow
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
-from moeless_opt.solvers.replan.live import Content, count_moves, mend_content
+from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
 from moeless_opt.solvers.replan.min_moves import flow_moves_bound
 from moeless_opt.solvers.replan.shake import Shaker
 from moeless_opt.solvers.replan.task import (
@@ -32,7 +32,7 @@ from moeless_opt.solvers.replan.task import (
     seated,
     spread_budget,
 )
-from moeless_opt.solvers.replan.wide import MANY, fill_wide
+from moeless_opt.solvers.replan.wide import MANY_GPUS, fill_wide
 from moeless_opt.solvers.shares.flow import solve_shares
 
 __all__ = ["replan_fractional"]
@@ -104,7 +104,7 @@ def replan_fractional(
     for layer in range(len(load)):
         layers.append(_begin(task, layer, mean_L[layer], wish.repair))
         layers[layer].target = (1.0 + wish.tolerance) * float(bound[layer] / (mean_L[layer] or 1.0))
-    forced_L = np.array([count_moves(one.live, one.start) for one in layers], dtype=np.int64)
+    forced_L = np.array([moves_between(one.live, one.start) for one in layers], dtype=np.int64)
     wish.check_budget(forced_L)
     for one in layers:
         _plan_layer(one, search, stop)
@@ -117,7 +117,7 @@ def replan_fractional(
         slots_LGC=new,
         share_LGC=shares.share_LGC,
         time_L=shares.time_L,
-        moves_L=np.array([count_moves(one.live, one.content) for one in layers], dtype=np.int64),
+        moves_L=np.array([moves_between(one.live, one.content) for one in layers], dtype=np.int64),
         forced_L=forced_L,
         bound_L=bound,
         target_L=(1.0 + wish.tolerance) * bound,
@@ -141,14 +141,14 @@ def _begin(task: ReplanTask, layer: int, mean: float, repair: bool) -> _Layer:
 def _plan_layer(one: _Layer, search: Search, stop: Stop) -> None:
     """Reach the wanted time with few moves; else the least time that is found."""
     if stop():
-        one.reached, one.cut, one.least = False, True, count_moves(one.live, one.start)
+        one.reached, one.cut, one.least = False, True, moves_between(one.live, one.start)
         return
-    if len(one.capacity) > MANY:
+    if len(one.capacity) > MANY_GPUS:
         _plan_wide(one, search, stop)
         return
     state = one.state(one.target)
     overflow = state.solve()
-    one.least = forced = count_moves(one.live, one.start)
+    one.least = forced = moves_between(one.live, one.start)
     if overflow <= 0:
         return
     if forced == 0:  # the bound counts from a placement that is live
@@ -179,7 +179,7 @@ def _plan_layer(one: _Layer, search: Search, stop: Stop) -> None:
 
 def _plan_wide(one: _Layer, search: Search, stop: Stop) -> None:
     """The same over many GPUs: many changes at once, then single ones where those end."""
-    forced = count_moves(one.live, one.start)
+    forced = moves_between(one.live, one.start)
     room = one.room(one.target)
     one.content, overflow = fill_wide(one.load, one.start, one.capacity, room, stop=stop)
     one.least = max(forced, int(one.content != one.start))
@@ -229,7 +229,7 @@ def _improve(layers: list[_Layer], rounds: float, seed: int, stop: Stop) -> None
 
 def _keep_to_budget(layers: list[_Layer], price: list[int], budget: int, search: Search, stop: Stop) -> None:
     """Where all wanted moves cost more than the budget, stop each layer where the whole gains most."""
-    spent = sum(by * count_moves(one.live, one.content) for one, by in zip(layers, price, strict=True))
+    spent = sum(by * moves_between(one.live, one.content) for one, by in zip(layers, price, strict=True))
     if spent <= budget:
         return
     fronts = [_frontier(one, search, stop) for one in layers]
@@ -246,7 +246,7 @@ def _frontier(one: _Layer, search: Search, stop: Stop) -> list[Point]:
         content = [list(row) for row in state.content]
         probe = LayerFlow(one.load, content, one.capacity, state.room)
         time = max(least_time(probe, one.speed), one.target)
-        points.append((count_moves(one.live, content), time, content))
+        points.append((moves_between(one.live, content), time, content))
 
     note(one.state(one.target))
     if points[0][1] <= one.target:

@@ -15,12 +15,12 @@ from moeless_opt.solvers.shares.flow import solve_shares
 
 __all__ = [
     "Content",
-    "count_moves",
     "layer_moves",
     "layer_problem",
     "layer_times",
     "live_slots",
     "mend_content",
+    "moves_between",
 ]
 
 Content = list[list[int]]
@@ -67,7 +67,7 @@ def layer_problem(problem: Problem, layer: int) -> Problem:
     )
 
 
-def count_moves(live: Sequence[frozenset[int]], content: Sequence[Sequence[int]]) -> int:
+def moves_between(live: Sequence[frozenset[int]], content: Sequence[Sequence[int]]) -> int:
     """Count replicas that a GPU does not hold live."""
     return sum(expert not in held for held, row in zip(live, content, strict=True) for expert in row)
 

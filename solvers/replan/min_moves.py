@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.solvers.core.linear import LinearModel, solve_linear
 from moeless_opt.solvers.core.stopping import MaxTime, Stop
-from moeless_opt.solvers.replan.flow import UNIT, Cut, LayerFlow, Pair
+from moeless_opt.solvers.replan.flow import UNIT, Cut, ExpertGpu, LayerFlow
 
 __all__ = ["FewestMoves", "flow_moves_bound", "min_moves", "min_moves_bound"]
 
@@ -166,7 +166,7 @@ def _state(
 class _Moves(LinearModel):
     """The programme, and the variable of each pair of expert and GPU."""
 
-    pair: dict[Pair, int] = field(default_factory=dict)
+    pair: dict[ExpertGpu, int] = field(default_factory=dict)
 
 
 def _build(
@@ -186,7 +186,7 @@ def _build(
         for expert in row:
             home[expert].add(gpu)
     model = _Moves()
-    serve: dict[Pair, int] = {}
+    serve: dict[ExpertGpu, int] = {}
     by_expert: list[list[int]] = [[] for _ in experts]
     by_gpu: list[list[int]] = [[] for _ in gpus]
     for expert in experts:

@@ -20,7 +20,7 @@ import numpy as np
 from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.replan.fill import QUICK, fill_overflow
 from moeless_opt.solvers.replan.flow import LayerFlow
-from moeless_opt.solvers.replan.live import count_moves
+from moeless_opt.solvers.replan.live import moves_between
 
 __all__ = ["Shaker", "put_back"]
 
@@ -84,7 +84,7 @@ class Shaker:
         self._live, self._least = live, least
         self._rng = np.random.default_rng(seed)
         self.content = [list(row) for row in content]
-        self.moves = count_moves(live, self.content)
+        self.moves = moves_between(live, self.content)
 
     @property
     def done(self) -> bool:
@@ -103,12 +103,12 @@ class Shaker:
         state = LayerFlow(self._load, trial, self._capacity, self._room)
         if rng.random() < _KICK and state.solve() > 0:
             self._kick(state)
-        kept = count_moves(live, state.content)
+        kept = moves_between(live, state.content)
         if kept > self.moves:
             return
         if fill_overflow(state, QUICK, rng=rng, budget=self.moves - kept, stop=stop) > 0:
             return
-        found = count_moves(live, state.content)
+        found = moves_between(live, state.content)
         if found <= self.moves:
             self.content, self.moves = state.content, found
 

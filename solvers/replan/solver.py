@@ -31,7 +31,7 @@ from moeless_opt.solvers.replan.live import layer_moves, layer_problem, layer_ti
 from moeless_opt.solvers.replan.min_moves import min_moves_bound
 from moeless_opt.solvers.replan.relabel import relabel
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, front_of
-from moeless_opt.solvers.replan.wide import MANY
+from moeless_opt.solvers.replan.wide import MANY_GPUS
 from moeless_opt.solvers.shares.best import best_shares
 
 __all__ = ["Frontier", "Replan", "ReplanOptions", "frontier", "replan_within"]
@@ -397,7 +397,7 @@ def _best_of_scratch(
     time_L = layer_times(problem, slots_LGC) if time_L is None else time_L
     filled_L = (slots_LGC >= 0).sum((1, 2))
     # Over many GPUs the look takes long, and what only fills free slots is no reason for it.
-    fills_L = filled_L - (live_LGC >= 0).sum((1, 2)) if problem.topology.gpus > MANY else 0
+    fills_L = filled_L - (live_LGC >= 0).sum((1, 2)) if problem.topology.gpus > MANY_GPUS else 0
     doubtful = ((time_L > wanted_L) & ~cut_L) | (moves_L - fills_L > SCRATCH_FROM * filled_L)
     if not doubtful.any() or task.stop():
         return slots_LGC

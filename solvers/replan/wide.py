@@ -27,10 +27,10 @@ from ortools.graph.python.max_flow import SimpleMaxFlow
 from moeless_opt.problems.arrays import BoolArray, IntArray
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
 
-__all__ = ["MANY", "fill_wide"]
+__all__ = ["MANY_GPUS", "fill_wide"]
 
 
-MANY = 256
+MANY_GPUS = 256
 """More GPUs than this are re-planned so."""
 
 _SHARE = 64  # GPUs for each change, with an expert that yields, that a round may begin with

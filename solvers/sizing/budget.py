@@ -38,7 +38,7 @@ __all__ = [
     "bound_curves",
     "fewest_bytes",
     "plan_budget",
-    "recommend_redundancy",
+    "redundancy_rows",
     "spare_budget",
     "spend",
 ]
@@ -404,7 +404,7 @@ def _slots_by_memory(total_L: Int, size_L: Int, memory: Int, experts: int) -> In
     return capacity
 
 
-def recommend_redundancy(
+def redundancy_rows(
     load_LE: ArrayLike,
     speed_G: ArrayLike,
     *,

@@ -36,8 +36,8 @@ from moeless_opt.runtime.tiny_moe.scores import (
     TokenRecord,
     actual_loads,
     decode_batches,
-    evaluate,
     prefill_batches,
+    score_predictor,
 )
 from moeless_opt.solvers.shares.flow import solve_shares
 
@@ -252,7 +252,7 @@ def print_domains(made: TokenRecord, gates: list[PlainGate], part: np.ndarray, a
         *adapted.values(),
         GatePredictor(gates, all_tuned, name="gate tuned on all domains"),
     ):
-        s = evaluate(p, made, batches, distances=(1,), warm_up=WARM_UP)
+        s = score_predictor(p, made, batches, distances=(1,), warm_up=WARM_UP)
         print(row(s.name, [float(mean(x, (0, 1, 2))) for x in (s.distance_DBL, s.top_DBL, s.token_DBL)]))
 
 
@@ -287,7 +287,9 @@ def main() -> None:
         ("decode, 64 tokens", decode_batches(made, test, 4 * args.batches)),
         ("prefill, 8 requests", prefill_batches(made, test, args.batches)),
     ):
-        scores = [evaluate(p, made, batches, distances=DISTANCES, warm_up=WARM_UP) for p in predictors()]
+        scores = [
+            score_predictor(p, made, batches, distances=DISTANCES, warm_up=WARM_UP) for p in predictors()
+        ]
         print_by_distance(title, scores)
         static_LE = np.stack([np.bincount(x.ravel(), minlength=made.experts) for x in routes.swapaxes(0, 1)])
         print_imbalance(

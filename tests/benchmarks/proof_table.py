@@ -30,7 +30,7 @@ from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.exact.solver import Portfolio
 from moeless_opt.solvers.pack.counts import apportion
 from moeless_opt.solvers.pack.packing import pack
-from moeless_opt.solvers.sizing.budget import plan_budget, recommend_redundancy
+from moeless_opt.solvers.sizing.budget import plan_budget, redundancy_rows
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv
 from moeless_opt.solvers.timed.activation import fewest_activated
 
@@ -198,7 +198,7 @@ def budget() -> None:
         for gpus in (32, 64):
             for total in (58, 116, 232, 464, 928, 1856):
                 seconds, plan = timed(plan_budget, load, np.ones(gpus), total)
-                row = recommend_redundancy(load, np.ones(gpus), totals=[total])[0]
+                row = redundancy_rows(load, np.ones(gpus), totals=[total])[0]
                 print(
                     f"{name} on {gpus} GPUs, {total:4} spare: imbalance {row.imbalance:.5f} "
                     f"(bound {row.bound:.5f}, uniform {row.uniform:.5f}), "

@@ -241,7 +241,7 @@ class Liar:
 
 def test_no_solver_is_believed(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "liars", SimpleNamespace(Liar=Liar))
-    monkeypatch.setitem(registry.BUILT_IN, "liar", "liars:Liar")
+    monkeypatch.setitem(registry.SOLVERS, "liar", "liars:Liar")
     with pytest.raises(mo.InvalidPlanError, match=r"lower bound .* is above the plan's own"):
         mo.plan(LOAD, GPUS, solver="liar")
 
@@ -260,7 +260,7 @@ def test_no_plan_is_an_error_of_plan_and_a_result_of_solve(monkeypatch: Any) -> 
     assert result.plan is None
     assert result.status is mo.Status.NO_SOLUTION
     monkeypatch.setitem(sys.modules, "nothings", SimpleNamespace(Nothing=Nothing))
-    monkeypatch.setitem(registry.BUILT_IN, "nothing", "nothings:Nothing")
+    monkeypatch.setitem(registry.SOLVERS, "nothing", "nothings:Nothing")
     with pytest.raises(mo.InfeasibleError, match="no idea"):
         mo.plan(LOAD, GPUS, solver="nothing")
 

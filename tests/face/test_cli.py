@@ -442,7 +442,7 @@ def test_a_failed_solve_leaves_the_old_plan(saved: mo.Problem, capsys: Any) -> N
 
 
 def test_a_missing_package_is_exit_3(saved: mo.Problem, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setitem(registry.BUILT_IN, "needy", "no_such_package_at_all:Solver")
+    monkeypatch.setitem(registry.SOLVERS, "needy", "no_such_package_at_all:Solver")
     line = refused(capsys, "problem.json", "--solver", "needy", "--quiet", code=3)
     assert line.startswith(
         "solver: 'needy' needs a package that is missing: No module named 'no_such_package"
@@ -513,8 +513,8 @@ class Deaf(Slow):
         while True:
             time.sleep(0.01)
 
-registry.BUILT_IN["slow"] = "__main__:Slow"
-registry.BUILT_IN["deaf"] = "__main__:Deaf"
+registry.SOLVERS["slow"] = "__main__:Slow"
+registry.SOLVERS["deaf"] = "__main__:Deaf"
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -18,7 +18,7 @@ from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.runtime.control.backend import Backend, LoadWindow
 from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.engines.observe import (
-    record_routes,
+    record_traces,
     replay_gate,
     replay_routes,
     save_token_traces,
@@ -242,7 +242,7 @@ def observation(w: World, live: LiveModel) -> dict[str, float]:
     """Loads are exactly what was routed; padding does not count; time is measured."""
     assert isinstance(live, Backend)
     live.observe()
-    with record_routes(live, batch_size=2) as recorder:
+    with record_traces(live, batch_size=2) as recorder:
         w.same()
     trace = recorder.trace()
     seen = live.observe()
@@ -261,7 +261,7 @@ def observation(w: World, live: LiveModel) -> dict[str, float]:
     # Megatron's tokens are sequence-major: position s of sequence b is token s * batch + b.
     valid = torch.ones(w.x.size(1), w.x.size(0), dtype=torch.bool)
     valid[20:] = False
-    with live.real_tokens(valid), record_routes(live) as recorder:
+    with live.real_tokens(valid), record_traces(live) as recorder:
         w.same()
     half = live.observe()
     assert half.load_LE.sum() == LAYERS * 2 * valid.sum().item() * w.size

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import FormatError
-from moeless_opt.problems.io.recordings.source import LARGEST, Source, cut, kind_text, mib, shape_text
+from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Source, cut, kind_text, mib, shape_text
 
 __all__ = ["Array", "NpzArray", "Value", "npy_array", "plain_numbers"]
 
@@ -242,7 +242,7 @@ def _numbers(source: Source, rows: list[Any], where: list[str]) -> NDArray[Any]:
         try:
             arrays.append(np.array(row, dtype=np.float64))
         except OverflowError:
-            raise source.error(f"{at} has a number that is too large, must be at most {LARGEST:g}") from None
+            raise source.error(f"{at} has too large a number, must be at most {LARGEST_LOAD:g}") from None
     return np.stack(arrays)
 
 

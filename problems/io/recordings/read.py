@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import FormatError, SolverUnavailableError
 from moeless_opt.problems.io.recordings.arrays import Array, NpzArray, Value, npy_array, plain_numbers
-from moeless_opt.problems.io.recordings.source import LARGEST, Found, Source, cut, mib, shape_text
+from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Found, Source, cut, mib, shape_text
 from moeless_opt.problems.io.recordings.tables import TableReader
 from moeless_opt.problems.spec.loads import Loads
 
@@ -559,12 +559,12 @@ class _Reader:
 
     def _check_values(self, load: Floats) -> None:
         least, most = float(load.min()), float(load.max())
-        if least >= 0 and most <= LARGEST:  # NaN fails the first
+        if least >= 0 and most <= LARGEST_LOAD:  # NaN fails the first
             return
-        at = tuple(int(i) for i in np.argwhere(~((load >= 0) & (load <= LARGEST)))[0])
+        at = tuple(int(i) for i in np.argwhere(~((load >= 0) & (load <= LARGEST_LOAD)))[0])
         names = ("scenario", "layer", "expert")[-load.ndim :]
         where = ", ".join(f"{name} {i}" for name, i in zip(names, at, strict=True))
-        raise self.error(f"{where}: the load is {load[at]:g}, must be a number from 0 to {LARGEST:g}")
+        raise self.error(f"{where}: the load is {load[at]:g}, must be a number from 0 to {LARGEST_LOAD:g}")
 
     def _scenario(self, wanted: str | int, names: tuple[str, ...], count: int) -> int:
         if wanted in names:

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import FormatError
 
-__all__ = ["LARGEST", "Found", "Source", "cut", "kind_text", "mib", "shape_text"]
+__all__ = ["LARGEST_LOAD", "Found", "Source", "cut", "kind_text", "mib", "shape_text"]
 
-LARGEST = 1e200  # sums and products of loads must stay finite
+LARGEST_LOAD = 1e200  # sums and products of loads must stay finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

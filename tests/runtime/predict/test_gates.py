@@ -28,9 +28,9 @@ from moeless_opt.runtime.tiny_moe.corpus import arithmetic_text
 from moeless_opt.runtime.tiny_moe.scores import (
     TokenRecord,
     decode_batches,
-    evaluate,
     prefill_batches,
     record_requests,
+    score_predictor,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:megatron")
@@ -169,7 +169,7 @@ def test_fine_tuning_helps_on_other_requests(model: Any, made: TokenRecord, spli
     """Scored on requests that it was not trained on: tokens, and loads."""
     batches = prefill_batches(made, split[1], 10, size=4)
     plain, better = (
-        evaluate(p, made, batches, distances=(1,))
+        score_predictor(p, made, batches, distances=(1,))
         for p in (GatePredictor(plain_gates(model)), GatePredictor(plain_gates(model), tuned))
     )
     layers = [layer + d for layer, d in tuned]
@@ -258,7 +258,7 @@ class Oracle:
 def test_an_oracle_scores_best(made: TokenRecord) -> None:
     oracle = Oracle(made)
     batches = [made.rows([i]) for i in (3, 30)]
-    scores = evaluate(oracle, made, batches, distances=(1, 3))
+    scores = score_predictor(oracle, made, batches, distances=(1, 3))
     assert oracle.asked == 2 * (5 + 3)
     assert np.nanmax(scores.distance_DBL) == 0
     assert np.nanmin(scores.top_DBL) == 1
@@ -292,10 +292,10 @@ def test_traffic_dwells_on_one_domain_then_moves_on(made: TokenRecord) -> None:
 def test_gates_are_predictors(model: Any, made: TokenRecord) -> None:
     predictor = GatePredictor(plain_gates(model))
     assert isinstance(predictor, TokenPredictor)
-    scores = evaluate(Calibrated(predictor), made, [made.rows([0])], distances=(1,))
+    scores = score_predictor(Calibrated(predictor), made, [made.rows([0])], distances=(1,))
     assert scores.name == "gate calibrated"
     assert np.isfinite(scores.distance_DBL[0, 0, 1:]).all()
-    assert evaluate(LastWindow(), made, [made.rows([0])], distances=(1,), warm_up=1).name == "last"
+    assert score_predictor(LastWindow(), made, [made.rows([0])], distances=(1,), warm_up=1).name == "last"
 
 
 @pytest.mark.parametrize("distance", [6, -1])

@@ -25,7 +25,7 @@ from moeless_opt.runtime.simulate.cli import main
 from moeless_opt.runtime.simulate.drive import drive
 from moeless_opt.runtime.simulate.foresight import Assumed, Online, predicted
 from moeless_opt.runtime.simulate.machine import Machine, expert_curve
-from moeless_opt.runtime.simulate.policies import BUILT_IN
+from moeless_opt.runtime.simulate.policies import POLICIES
 from moeless_opt.runtime.simulate.report import SimReport
 from moeless_opt.runtime.simulate.settings import Settings
 from moeless_opt.runtime.simulate.traffic import (
@@ -397,7 +397,7 @@ def test_figures_for_programs_and_plot(tmp_path: Path, capsys: pytest.CaptureFix
     assert target.read_text().startswith("<?xml")
 
 
-@pytest.mark.parametrize("name", list(BUILT_IN))
+@pytest.mark.parametrize("name", list(POLICIES))
 def test_every_policy_runs_and_repeats_itself(name: str) -> None:
     topology = Topology.preset("8xA6000", slots=2)
     model = model_preset("Mixtral-8x7B").replace(layers=2)
@@ -407,7 +407,7 @@ def test_every_policy_runs_and_repeats_itself(name: str) -> None:
     arrivals = poisson_arrivals(4, 12, seed=3)
     ends = []
     for _ in range(2):
-        run = BUILT_IN[name].build(machine, topology, Settings(every=4))
+        run = POLICIES[name].build(machine, topology, Settings(every=4))
         foresight = Online(LastWindow(), 1) if run.policy.predictor == "last" else Assumed(0.1)
         report = drive(
             run.backend,

@@ -14,7 +14,7 @@ from moeless_opt.runtime.simulate.cli import _parser, _scenarios, main
 from moeless_opt.runtime.simulate.figures import FIGURES, PAPER_MODELS
 from moeless_opt.runtime.simulate.foresight import NAMES
 from moeless_opt.runtime.simulate.options import option_of
-from moeless_opt.runtime.simulate.policies import BUILT_IN
+from moeless_opt.runtime.simulate.policies import POLICIES
 from moeless_opt.runtime.simulate.scenario import Scenario
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
@@ -130,8 +130,8 @@ def test_what_a_figure_would_leave_idle_gives_way(tmp_path: Path) -> None:
 def test_figures_are_scenarios() -> None:
     for name, figure in FIGURES.items():
         assert len(scenarios("--figure", name)) == max(len(figure.variants), 1) * max(len(figure.models), 1)
-    looks = {(policy.colour, policy.marker) for policy in BUILT_IN.values()}
-    assert len(looks) == len(BUILT_IN)
+    looks = {(policy.colour, policy.marker) for policy in POLICIES.values()}
+    assert len(looks) == len(POLICIES)
 
 
 def test_the_command_line_is_made_from_the_fields() -> None:

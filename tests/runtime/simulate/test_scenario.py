@@ -16,7 +16,7 @@ from moeless_opt.runtime.control.planner import Planner
 from moeless_opt.runtime.simulate import policies
 from moeless_opt.runtime.simulate.cli import main
 from moeless_opt.runtime.simulate.options import option_of
-from moeless_opt.runtime.simulate.policies import BUILT_IN, Policy, get_policy, list_policies, policy_names
+from moeless_opt.runtime.simulate.policies import POLICIES, Policy, get_policy, list_policies, policy_names
 from moeless_opt.runtime.simulate.run import simulate
 from moeless_opt.runtime.simulate.scenario import Scenario, ignored
 from moeless_opt.runtime.simulate.shares import BalancedRule, EqualRule
@@ -141,7 +141,7 @@ def test_a_result_prints_draws_and_repeats_itself(tmp_path: Path) -> None:
 
 GOLDEN: dict[str, tuple[Scenario, dict[str, tuple[float, ...]]]] = {
     "reading": (
-        Scenario(model="Mixtral-8x7B", seconds=6, every=2, policies=tuple(BUILT_IN)),
+        Scenario(model="Mixtral-8x7B", seconds=6, every=2, policies=tuple(POLICIES)),
         {
             "static": (7.75413349, 18.1723484, 2.47140203, 256, 0, 173.966003),
             "eplb": (7.11005089, 18.1723484, 2.10981676, 403.609672, 189, 234.387288),
@@ -281,9 +281,9 @@ def test_policies_of_others_come_by_entry_point(
         renamed="others:REBUILT",
         static="others:REBUILT",
     )
-    assert policy_names() == [*BUILT_IN, "broken", "missing", "odd", "rebuilt", "renamed"]
+    assert policy_names() == [*POLICIES, "broken", "missing", "odd", "rebuilt", "renamed"]
     assert get_policy("rebuilt") is REBUILT
-    assert get_policy("static") is BUILT_IN["static"]
+    assert get_policy("static") is POLICIES["static"]
     reasons = {"missing": "No module named 'no_such_package'", "broken": "RuntimeError: no licence"}
     reasons |= {"odd": "TypeError", "renamed": "calls itself 'rebuilt'"}
     for name, why in reasons.items():

@@ -365,7 +365,7 @@ def test_recorded_traces_have_the_shipped_form(
     model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(train_tiny_moe, "REQUESTS_PER_DOMAIN", 2)
-    arrays = train_tiny_moe.record_traces(model, small_corpora())
+    arrays = train_tiny_moe.route_texts(model, small_corpora())
     with np.load(tiny_moe_traces_file()) as shipped:
         assert {k: (v.dtype, v.shape[1:]) for k, v in arrays.items()} == {
             k: (shipped[k].dtype, shipped[k].shape[1:]) for k in shipped.files

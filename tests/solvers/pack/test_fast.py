@@ -105,9 +105,9 @@ def test_auto_does_not_import_numba():
 def test_auto_uses_kernels_that_are_loaded():
     run(
         "from moeless_opt.solvers.pack import fast\n"
-        "assert fast.choose('auto') == 'numpy'\n"
+        "assert fast.choose_backend('auto') == 'numpy'\n"
         "assert fast.warm() and fast.loaded()\n"
-        "assert fast.choose('auto') == 'numba'"
+        "assert fast.choose_backend('auto') == 'numba'"
     )
 
 
@@ -115,6 +115,6 @@ def test_missing_numba_is_named(monkeypatch):
     monkeypatch.setattr(fast, "available", lambda: False)
     assert not fast.warm()
     with pytest.raises(SolverUnavailableError, match=r"moeless-opt\[fast\]"):
-        fast.choose("numba")
+        fast.choose_backend("numba")
     with pytest.raises(ProblemError, match="'cupy'"):
-        fast.choose("cupy")
+        fast.choose_backend("cupy")

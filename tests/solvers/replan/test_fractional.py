@@ -18,7 +18,7 @@ from moeless_opt.solvers.core.stopping import MaxTime, NeverStop, Stop
 from moeless_opt.solvers.replan.fill import fill_overflow
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
 from moeless_opt.solvers.replan.fractional import replan_fractional
-from moeless_opt.solvers.replan.live import count_moves, mend_content
+from moeless_opt.solvers.replan.live import mend_content, moves_between
 from moeless_opt.solvers.replan.shake import Shaker
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish
 from moeless_opt.solvers.shares.flow import solve_shares
@@ -241,7 +241,7 @@ def test_shaking_takes_back_a_needless_move() -> None:
         if not shaker.done:
             shaker.round()
     assert shaker.moves == 0
-    assert count_moves(live, shaker.content) == 0
+    assert moves_between(live, shaker.content) == 0
 
 
 def test_fill_respects_a_budget_of_pairs() -> None:
@@ -251,7 +251,7 @@ def test_fill_respects_a_budget_of_pairs() -> None:
     room = [int(1.01 * sum(load) / 6)] * 6
     state = LayerFlow(load, content, [6] * 6, room)
     fill_overflow(state, budget=2)
-    assert count_moves([frozenset(row) for row in content], state.content) <= 2
+    assert moves_between([frozenset(row) for row in content], state.content) <= 2
 
 
 # -- budgets -------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_a_wide_replan_is_as_good_as_the_greedy(
     drift_LE = load_LE * rng.lognormal(0.0, 0.3, load_LE.shape)
     moves, gaps = {}, {}
     for many in (10**9, 0):
-        monkeypatch.setattr(replan, "MANY", many)
+        monkeypatch.setattr(replan, "MANY_GPUS", many)
         monkeypatch.setattr(relabel, "MANY", many)
         live = mo.plan(load_LE, topology, current=start, balance_tolerance=0.1)
         then = mo.plan(drift_LE, topology, current=live, balance_tolerance=0.1)

@@ -16,7 +16,7 @@ from moeless_opt.solvers.sizing.budget import (
     bound_curves,
     fewest_bytes,
     plan_budget,
-    recommend_redundancy,
+    redundancy_rows,
     spare_budget,
     spend,
 )
@@ -107,7 +107,7 @@ def test_plan_is_valid_and_beats_uniform(budget: int) -> None:
     plan = plan_budget(load, np.ones(8), budget)
     check_plan(plan, load, np.ones(8))
     assert plan.spare_L.sum() <= budget
-    rows = recommend_redundancy(load, np.ones(8), totals=[0, 20])
+    rows = redundancy_rows(load, np.ones(8), totals=[0, 20])
     assert rows[0].imbalance >= rows[1].imbalance >= rows[1].bound - 1e-9
     assert rows[1].imbalance <= rows[1].uniform
 

@@ -535,7 +535,7 @@ def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
         ({"counts": [[1, 2], [True, 2]]}, r"counts\[1\]\[0\] is a boolean"),
         ({"counts": [[1, "2"]]}, r"counts\[0\]\[1\] is a string"),
         ({"counts": [[1, [2]]]}, r"counts\[0\]\[1\] is a list"),
-        ({"counts": [[1, 10**400]]}, r"counts\[0\] has a number that is too large"),
+        ({"counts": [[1, 10**400]]}, r"counts\[0\] has too large a number"),
         ({"counts": [[1, 1e300]]}, "layer 0, expert 1: the load is 1e"),
         ({"counts": "none"}, "counts is a string, must be an array"),
         ([[1, float("nan")]], "layer 0, expert 1: the load is nan, must be a number from 0"),
