@@ -137,6 +137,8 @@ def _boards(problem: Problem, counts_LE: IntArray) -> list[Board]:
     warm_LGE = np.zeros((layers, topology.gpus, experts), dtype=np.bool_)
     if problem.current is not None and "moves" in problem.objective.priorities:
         warm_LGE = held_LGE(problem.current.slots_LGC, experts)
+    # Domains by rank: their own numbers may be large.
+    domain_G = np.unique(topology.failure_domain_G, return_inverse=True)[1].reshape(-1)
     return [
         Board(
             number=problem.loads.layers[row],
@@ -147,7 +149,7 @@ def _boards(problem: Problem, counts_LE: IntArray) -> list[Board]:
             pinned_EG=pinned_LEG[row],
             warm_EG=warm_LGE[row].T,
             capacity_G=problem.capacity_LG[row],
-            domain_G=topology.failure_domain_G,
+            domain_G=domain_G,
             speed_G=topology.speed_G,
             spread=limits.spread,
         )
