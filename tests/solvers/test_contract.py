@@ -16,7 +16,7 @@ from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.solver import Heuristic
 from moeless_opt.solvers.core.stopping import FirstOf, Interrupt, MaxTime, NeverStop
 
-NAMES = list(registry.BUILT_IN)
+NAMES = list(registry.SOLVERS)
 PUBLISHED = {"static", "eplb", "eplb-hierarchical", "moeless"}
 LIVE = {"replan", "min-moves", "stay"}
 """They start from a live placement, and need one."""

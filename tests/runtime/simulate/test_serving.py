@@ -20,7 +20,7 @@ from moeless_opt.runtime.simulate.cli import main
 from moeless_opt.runtime.simulate.drive import drive
 from moeless_opt.runtime.simulate.foresight import Assumed
 from moeless_opt.runtime.simulate.machine import Machine
-from moeless_opt.runtime.simulate.policies import BUILT_IN
+from moeless_opt.runtime.simulate.policies import POLICIES
 from moeless_opt.runtime.simulate.serving import ClosedLoop
 from moeless_opt.runtime.simulate.settings import Settings
 from moeless_opt.runtime.simulate.traffic import RoutingModel
@@ -169,7 +169,7 @@ def test_every_policy_serves_the_same_requests() -> None:
         rng.integers(1, 10, 20).tolist(),
     )
     for name in ("static", "eplb", "oracle", "moeless", "ours-windowed", "stay"):
-        policy = BUILT_IN[name]
+        policy = POLICIES[name]
         made = policy.build(MACHINE, TOPOLOGY, Settings(every=4))
         loop = ClosedLoop(made.backend, ROUTING, arrivals, memory=1e9)
         drive(made.backend, loop, made.controller, foresight=Assumed(0.1) if policy.per_pass else None)
