@@ -21,7 +21,9 @@ __all__ = [
     "FloatArray",
     "IntArray",
     "Record",
+    "SingleArray",
     "SlotArray",
+    "WordArray",
     "floats",
     "frozen",
     "integers",
@@ -33,6 +35,8 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 SlotArray = NDArray[np.int32]
 BoolArray = NDArray[np.bool_]
+WordArray = NDArray[np.uint64]
+SingleArray = NDArray[np.float32]
 
 
 def frozen(array: NDArray[Any]) -> NDArray[Any]:

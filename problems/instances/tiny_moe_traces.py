@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
 
 __all__ = ["TinyMoeTraces", "tiny_moe_traces", "tiny_moe_traces_file"]
@@ -43,8 +44,8 @@ class TinyMoeTraces:
     """
 
     experts_TLK: NDArray[np.uint8]
-    offsets: NDArray[np.int64]
-    prompt_tokens: NDArray[np.int64]
+    offsets: IntArray
+    prompt_tokens: IntArray
     domain: NDArray[np.uint8]
     domains: tuple[str, ...]
     experts: int = 16
@@ -58,7 +59,7 @@ class TinyMoeTraces:
         """Return the routing of request `i`, [its tokens, layers, top-k]."""
         return self.experts_TLK[self.offsets[i] : self.offsets[i + 1]]
 
-    def of_domain(self, name: str) -> NDArray[np.int64]:
+    def of_domain(self, name: str) -> IntArray:
         """Return the indices of a domain's requests.
 
         Raises
@@ -70,7 +71,7 @@ class TinyMoeTraces:
             raise ProblemError("domain", f"{name!r} is not one of {', '.join(self.domains)}")
         return np.flatnonzero(self.domain == self.domains.index(name))
 
-    def load_LE(self, requests: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+    def load_LE(self, requests: IntArray | None = None) -> FloatArray:
         """Count the token-expert pairs of some requests (of all by default), [layers, experts]."""
         layers = self.experts_TLK.shape[1]
         load_LE = np.zeros((layers, self.experts))
@@ -80,16 +81,16 @@ class TinyMoeTraces:
                 load_LE[layer] += np.bincount(self.request(i)[:, layer].ravel(), minlength=self.experts)
         return load_LE
 
-    def load_DLE(self) -> NDArray[np.float64]:
+    def load_DLE(self) -> FloatArray:
         """Count the token-expert pairs of every domain, [domains, layers, experts]."""
         return np.stack([self.load_LE(self.of_domain(name)) for name in self.domains])
 
-    def skew_DL(self) -> NDArray[np.float64]:
+    def skew_DL(self) -> FloatArray:
         """Return max / mean of the expert loads, for every domain and layer."""
         load_DLE = self.load_DLE()
         return np.asarray(load_DLE.max(2) / load_DLE.mean(2))
 
-    def drift_DD(self) -> NDArray[np.float64]:
+    def drift_DD(self) -> FloatArray:
         """Return how far the domains' loads lie apart: total-variation distance, mean over the layers.
 
         0 means the same distribution over the experts, 1 that no expert is used by both. The diagonal is the
@@ -101,12 +102,12 @@ class TinyMoeTraces:
         np.fill_diagonal(drift_DD, [_total_variation(even, odd) for even, odd in halves])
         return drift_DD
 
-    def _split(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _split(self, name: str) -> tuple[FloatArray, FloatArray]:
         requests = self.of_domain(name)
         return self.load_LE(requests[::2]), self.load_LE(requests[1::2])
 
 
-def _total_variation(a_LE: NDArray[np.float64], b_LE: NDArray[np.float64]) -> float:
+def _total_variation(a_LE: FloatArray, b_LE: FloatArray) -> float:
     """Half the summed difference of the two distributions of each layer, mean over the layers."""
     p_LE, q_LE = (x / x.sum(1, keepdims=True) for x in (a_LE, b_LE))
     return float(0.5 * np.abs(p_LE - q_LE).sum(1).mean())

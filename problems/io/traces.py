@@ -31,11 +31,11 @@ class RoutedRequests(Protocol):
         """Experts of every token, [tokens, layers, top-k]."""
 
     @property
-    def offsets(self) -> NDArray[np.int64]:
+    def offsets(self) -> IntArray:
         """Request i is ``experts_TLK[offsets[i]:offsets[i + 1]]``, [requests + 1]."""
 
     @property
-    def prompt_tokens(self) -> NDArray[np.int64]:
+    def prompt_tokens(self) -> IntArray:
         """How many of a request's tokens are its prompt, [requests]."""
 
 

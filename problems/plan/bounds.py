@@ -32,6 +32,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.scarce_bounds import scarce_bound
 from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
@@ -49,9 +50,6 @@ __all__ = [
     "tau_star",
 ]
 
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
-
 
 def best_bound(
     load_LE: ArrayLike,
@@ -63,7 +61,7 @@ def best_bound(
     min_replicas: ArrayLike | None = None,
     replicas_L: ArrayLike | None = None,
     time: TimeModel = TOKENS,
-) -> tuple[Float, NDArray[np.str_]]:
+) -> tuple[FloatArray, NDArray[np.str_]]:
     """Return the best of all bounds on the largest GPU time of every layer, and which one it is.
 
     Parameters
@@ -122,7 +120,7 @@ def _is_tokens(time: TimeModel) -> bool:
 
 def mean_bound(
     load_LE: ArrayLike, capacity_LG: ArrayLike, speed_G: ArrayLike | None = None, *, time: TimeModel = TOKENS
-) -> Float:
+) -> FloatArray:
     """Return the time at which all GPUs that have a slot finish together (see `best_bound`)."""
     return _mean(_Layers.make(load_LE, capacity_LG, speed_G), time)
 
@@ -137,7 +135,7 @@ def tau_star(
     min_replicas: ArrayLike | None = None,
     replicas_L: ArrayLike | None = None,
     time: TimeModel = TOKENS,
-) -> Float:
+) -> FloatArray:
     """Return the least time at which the replicas that each expert needs fit the slots, exactly.
 
     With equal speeds an expert of w tokens needs ``ceil(w / T)`` replicas to end within T. With unequal
@@ -163,7 +161,7 @@ def tau_curve(
     *,
     max_replicas: int | None = None,
     time: TimeModel = TOKENS,
-) -> Float:
+) -> FloatArray:
     """Return `tau_star` for every number of spare replicas at once: what each one can buy at best.
 
     Parameters
@@ -197,7 +195,7 @@ def tau_curve(
 
 def slots_bound(
     load_LE: ArrayLike, capacity_LG: ArrayLike, speed_G: ArrayLike | None = None, *, time: TimeModel = TOKENS
-) -> Float:
+) -> FloatArray:
     """Return the least T with ``sum over g of min(T * speed_g, load of the C_g heaviest experts) >= total``.
 
     It exceeds the mean only where GPUs differ: a fast GPU with few slots cannot be filled.
@@ -212,7 +210,7 @@ def packing_bound(
     *,
     replicas_L: ArrayLike | None = None,
     time: TimeModel = TOKENS,
-) -> Float:
+) -> FloatArray:
     """Return the pigeonhole bound on the experts that must stay whole.
 
     With d spare slots at most d experts have two replicas or more. The rest is easiest to pack when those
@@ -231,7 +229,7 @@ def replicas_needed(
     split: str = Split.EQUAL,
     *,
     time: TimeModel = TOKENS,
-) -> Int:
+) -> IntArray:
     """Return the fewest replicas with which each expert can end in time, if it had the fastest GPUs.
 
     Parameters
@@ -263,7 +261,7 @@ def replicas_needed(
 
 def density_bound(
     load_LE: ArrayLike, slots_LGC: ArrayLike, share_LGC: ArrayLike, speed_G: ArrayLike | None = None
-) -> Float:
+) -> FloatArray:
     """Return a bound on the time of a *given placement* over all token shares: it certifies shares.
 
     Parameters
@@ -282,13 +280,13 @@ def density_bound(
         sets that the shares suggest: the slowest GPUs, and those that the slowest can hand tokens on to.
     """
     inside_LR, speed_LR = _dense_sets(load_LE, slots_LGC, share_LGC, speed_G)
-    density_L: Float = (inside_LR / speed_LR).max(axis=1)
+    density_L: FloatArray = (inside_LR / speed_LR).max(axis=1)
     return density_L
 
 
 def _dense_sets(
     load_LE: ArrayLike, slots_LGC: ArrayLike, share_LGC: ArrayLike, speed_G: ArrayLike | None
-) -> tuple[Float, Float]:
+) -> tuple[FloatArray, FloatArray]:
     """Return the load that cannot leave each set R of `density_bound`, and R's speed, both (L, G + 1)."""
     load = np.asarray(load_LE, dtype=np.float64)
     slots, share = np.asarray(slots_LGC), np.asarray(share_LGC, dtype=np.float64)
@@ -333,15 +331,15 @@ def _dense_sets(
 class _Layers:
     """The arguments of a bound, checked once, with what several bounds need."""
 
-    load_LE: Float
-    heavy_LE: Float  # descending
-    total_L: Float
-    capacity_LG: Int
-    speed_G: Float
+    load_LE: FloatArray
+    heavy_LE: FloatArray  # descending
+    total_L: FloatArray
+    capacity_LG: IntArray
+    speed_G: FloatArray
     alike: bool  # every GPU has the same speed, and the same slots within a layer
-    max_LE: Int | None
-    min_LE: Int | None
-    replicas_L: Int | None
+    max_LE: IntArray | None
+    min_LE: IntArray | None
+    replicas_L: IntArray | None
 
     @classmethod
     def make(
@@ -371,7 +369,7 @@ class _Layers:
             None if replicas_L is None else np.broadcast_to(np.asarray(replicas_L), (L,)),
         )
 
-    def groups(self) -> list[tuple[Int | slice, Int, int | None]]:
+    def groups(self) -> list[tuple[IntArray | slice, IntArray, int | None]]:
         """Layers with the same slots and the same limit on replicas: (their indices, capacity_G, limit)."""
         if len(self.capacity_LG) == 1 or (
             self.replicas_L is None and bool((self.capacity_LG == self.capacity_LG[0]).all())
@@ -390,10 +388,10 @@ class _Layers:
         ]
 
 
-def _mean(layers: _Layers, time: TimeModel) -> Float:
+def _mean(layers: _Layers, time: TimeModel) -> FloatArray:
     if layers.alike:
         speed_L = (layers.capacity_LG[:, 0] > 0) * layers.speed_G.sum()
-        gpus_L: Float | int = layers.capacity_LG.shape[1]
+        gpus_L: FloatArray | int = layers.capacity_LG.shape[1]
     else:
         speed_L = (layers.capacity_LG > 0) @ layers.speed_G
         gpus_L = (layers.capacity_LG > 0).sum(axis=1)
@@ -402,13 +400,13 @@ def _mean(layers: _Layers, time: TimeModel) -> Float:
         active_L = (layers.load_LE > 0).sum(axis=1)
         work_L = time.launch * gpus_L + time.activation_cost * active_L + time.token_cost * work_L
     if speed_L.all():
-        mean_L: Float = work_L / speed_L
+        mean_L: FloatArray = work_L / speed_L
         return mean_L
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(speed_L > 0, work_L / speed_L, np.inf)
 
 
-def _tau(layers: _Layers, split: str, time: TimeModel) -> Float:
+def _tau(layers: _Layers, split: str, time: TimeModel) -> FloatArray:
     E = layers.load_LE.shape[1]
     tau_L = np.zeros(len(layers.load_LE))
     for index, capacity_G, limit in layers.groups():
@@ -435,7 +433,9 @@ def _tau(layers: _Layers, split: str, time: TimeModel) -> Float:
     return tau_L
 
 
-def _tau_alike(heavy_LE: Float, speed_G: Float, spare: int, split: str, time: TimeModel) -> Float:
+def _tau_alike(
+    heavy_LE: FloatArray, speed_G: FloatArray, spare: int, split: str, time: TimeModel
+) -> FloatArray:
     """Return the (spare + 1)-th largest ``Q(e, r)``; at least what the heaviest needs on all G GPUs."""
     G = len(speed_G)
     tau_L = _quotient(heavy_LE[:, :1], np.array([G]), speed_G, split, time)[:, 0]
@@ -448,12 +448,12 @@ def _tau_alike(heavy_LE: Float, speed_G: Float, spare: int, split: str, time: Ti
 
 
 def _tau_floors(
-    load_LE: Float, least_LE: Int, speed_G: Float, slots: int, split: str, time: TimeModel
-) -> Float:
+    load_LE: FloatArray, least_LE: IntArray, speed_G: FloatArray, slots: int, split: str, time: TimeModel
+) -> FloatArray:
     """`_tau_alike` where experts start from a least number of replicas: all candidates are looked at."""
     L = len(load_LE)
     G = len(speed_G)
-    tau_L: Float = _quotient(load_LE, np.array(G), speed_G, split, time).max(axis=1)
+    tau_L: FloatArray = _quotient(load_LE, np.array(G), speed_G, split, time).max(axis=1)
     count_R = np.arange(1, G)
     for layer in range(L):
         least_E = np.maximum(least_LE[layer], 1)
@@ -469,8 +469,13 @@ def _tau_floors(
 
 
 def _tau_distinct(
-    tau_L: Float, load_LE: Float, capacity_G: Int, speed_G: Float, split: str, time: TimeModel
-) -> Float:
+    tau_L: FloatArray,
+    load_LE: FloatArray,
+    capacity_G: IntArray,
+    speed_G: FloatArray,
+    split: str,
+    time: TimeModel,
+) -> FloatArray:
     """Raise tau until its replicas fit GPUs of *different* slots without two of one expert on a GPU.
 
     Gale-Ryser: replicas r_e can be placed on distinct GPUs iff for every k the k most replicated experts
@@ -496,11 +501,13 @@ def _tau_distinct(
     return result_L
 
 
-def _quotient(load: Float, count: Int, speed_G: Float, split: str, time: TimeModel) -> Float:
+def _quotient(
+    load: FloatArray, count: IntArray, speed_G: FloatArray, split: str, time: TimeModel
+) -> FloatArray:
     """Least time of an expert with at most ``count`` replicas on the fastest GPUs (``speed_G`` descends)."""
     start = time.launch + time.activation_cost
     if speed_G[0] == speed_G[-1] and (start == 0 or split == "equal"):
-        quotient: Float = load / count
+        quotient: FloatArray = load / count
         if not _is_tokens(time):
             quotient = np.where(load > 0, start + time.token_cost * quotient, 0.0)
         return quotient if speed_G[0] == 1.0 else quotient / speed_G[0]
@@ -519,7 +526,7 @@ def _quotient(load: Float, count: Int, speed_G: Float, split: str, time: TimeMod
 
 
 @lru_cache(maxsize=256)
-def apportionment_pairs(experts: int, most: int, wanted: int) -> tuple[Int, Int]:
+def apportionment_pairs(experts: int, most: int, wanted: int) -> tuple[IntArray, IntArray]:
     """Return all (rank, replicas) that can be among the ``wanted`` largest quotients of an apportionment.
 
     Quotients fall in the replicas and in the rank by load, so ``(rank + 1) * replicas - 1`` others are at
@@ -544,7 +551,7 @@ def apportionment_pairs(experts: int, most: int, wanted: int) -> tuple[Int, Int]
     return array[:, 0].copy(), array[:, 1].copy()
 
 
-def _slots(layers: _Layers, time: TimeModel) -> Float:
+def _slots(layers: _Layers, time: TimeModel) -> FloatArray:
     """Return the root of ``sum over g of min(T * speed_g, most_g) - total``, which is concave in T."""
     bound_L = np.zeros(len(layers.load_LE))
     E = layers.load_LE.shape[1]
@@ -572,9 +579,9 @@ def _slots(layers: _Layers, time: TimeModel) -> Float:
     return bound_L if _is_tokens(time) else time.token_cost * bound_L
 
 
-def _packing(layers: _Layers, time: TimeModel) -> Float | None:
+def _packing(layers: _Layers, time: TimeModel) -> FloatArray | None:
     L, E = layers.load_LE.shape
-    bound_L: Float | None = None
+    bound_L: FloatArray | None = None
     for index, capacity_G, limit in layers.groups():
         used_G = capacity_G > 0
         G = int(used_G.sum())
@@ -600,7 +607,7 @@ def _packing(layers: _Layers, time: TimeModel) -> Float | None:
     return bound_L
 
 
-def _fillers(layers: _Layers, known_L: Float, split: str, time: TimeModel) -> Float:
+def _fillers(layers: _Layers, known_L: FloatArray, split: str, time: TimeModel) -> FloatArray:
     """Return `scarce_bound` of the layers that are possible at all; it counts tokens only."""
     bound_L = known_L.copy()
     if time.token_cost <= 0:

@@ -31,12 +31,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+
+from moeless_opt.problems.arrays import FloatArray, IntArray
 
 __all__ = ["scarce_bound"]
 
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
 
 _HOPELESS = (
     0.9  # of the bound so far: an expert that ends this early with the lightest fillers bounds nothing
@@ -45,8 +44,12 @@ _MOST_CROWDS = 24  # spare slots up to which the crowds of unequal GPUs are look
 
 
 def scarce_bound(
-    heavy_LE: Float, capacity_G: Int, speed_G: Float, known_L: Float, split: str = "fractional"
-) -> Float:
+    heavy_LE: FloatArray,
+    capacity_G: IntArray,
+    speed_G: FloatArray,
+    known_L: FloatArray,
+    split: str = "fractional",
+) -> FloatArray:
     """Return the bound of every layer, or `known_L` where that is larger.
 
     Parameters
@@ -62,7 +65,7 @@ def scarce_bound(
     split : {"fractional", "equal"}
         With an equal split, what holds for free shares does, too.
     """
-    bound_L: Float = known_L.astype(np.float64).copy()
+    bound_L: FloatArray = known_L.astype(np.float64).copy()
     shape = _Shape.make(heavy_LE.shape[1], capacity_G, speed_G)
     E, G, d = heavy_LE.shape[1], len(shape.slots_K) - 1, shape.spare
     if d < 0 or G == 0 or (d > G and shape.alike):
@@ -93,16 +96,16 @@ class _Shape:
     Also slots and speed of the K GPUs with most slots for their speed.
     """
 
-    slots_K: Int
-    speed_K: Float
-    full_K: Int
-    slow_K: Float
+    slots_K: IntArray
+    speed_K: FloatArray
+    full_K: IntArray
+    slow_K: FloatArray
     spare: int
     alike: bool
     kinds: tuple[tuple[int, float], ...]
 
     @classmethod
-    def make(cls, experts: int, capacity_G: Int, speed_G: Float) -> _Shape:
+    def make(cls, experts: int, capacity_G: IntArray, speed_G: FloatArray) -> _Shape:
         used_G = capacity_G > 0
         slots_G, speed_G = np.minimum(capacity_G[used_G], experts), speed_G[used_G]
         kinds = tuple(sorted({(int(c), float(s)) for c, s in zip(slots_G, speed_G, strict=True)}))
@@ -117,13 +120,13 @@ class _Shape:
             kinds,
         )
 
-    def alone(self, heavy_LE: Float, light_LE: Float) -> Float:
+    def alone(self, heavy_LE: FloatArray, light_LE: FloatArray) -> FloatArray:
         """Least time of a full GPU that holds the expert and the lightest others."""
         times = [(heavy_LE + light_LE[:, min(c - 1, heavy_LE.shape[1])][:, None]) / s for c, s in self.kinds]
         return np.asarray(np.min(times, axis=0))
 
 
-def _bound(top_LE: Float, light_LE: Float, shape: _Shape, k: int) -> Float:
+def _bound(top_LE: FloatArray, light_LE: FloatArray, shape: _Shape, k: int) -> FloatArray:
     """What the k heaviest experts prove."""
     d, G = shape.spare, len(shape.slots_K) - 1
     most = min(G, k + d)
@@ -141,13 +144,13 @@ def _bound(top_LE: Float, light_LE: Float, shape: _Shape, k: int) -> Float:
     return bound_L
 
 
-def _lightest(light_LE: Float, count: Int) -> Float:
+def _lightest(light_LE: FloatArray, count: IntArray) -> FloatArray:
     """Load of so many of the lightest experts."""
-    found: Float = light_LE[:, np.clip(count, 0, light_LE.shape[1] - 1)]
+    found: FloatArray = light_LE[:, np.clip(count, 0, light_LE.shape[1] - 1)]
     return found
 
 
-def _undivided(top_LE: Float, light_LE: Float, shape: _Shape, k: int) -> Float:
+def _undivided(top_LE: FloatArray, light_LE: FloatArray, shape: _Shape, k: int) -> FloatArray:
     """What whole experts prove for an equal split if x of the k heaviest are divided, for the easiest x <= d.
 
     Beside the whole ones there may be up to d slots that are empty or hold a piece of an expert that is
@@ -164,7 +167,9 @@ def _undivided(top_LE: Float, light_LE: Float, shape: _Shape, k: int) -> Float:
     return np.asarray(np.where(top_L1 >= 2 * heaviest_LX, some_LX, fewest_LX).min(axis=1))
 
 
-def _whole(top_LE: Float, light_LE: Float, shape: _Shape, k: int, x: Int, lighter: Int | int = 0) -> Float:
+def _whole(
+    top_LE: FloatArray, light_LE: FloatArray, shape: _Shape, k: int, x: IntArray, lighter: IntArray | int = 0
+) -> FloatArray:
     """Least time of the GPUs that hold all but x of the k heaviest experts: K of them, K <= k - x.
 
     All their slots but `lighter` ones are taken by whole experts.
@@ -187,7 +192,7 @@ def _whole(top_LE: Float, light_LE: Float, shape: _Shape, k: int, x: Int, lighte
     return np.where(n > 0, result, 0.0)
 
 
-def _crowd(top_LE: Float, light_LE: Float, shape: _Shape, k: int) -> Float:
+def _crowd(top_LE: FloatArray, light_LE: FloatArray, shape: _Shape, k: int) -> FloatArray:
     """Least time of a group of cost q with q + 1 of the k heaviest experts, for the easiest q."""
     d, G = shape.spare, len(shape.slots_K) - 1
     q = np.arange(1, min(d, k - 1) + 1)

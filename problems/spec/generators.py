@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.errors import FormatError, ProblemError
 
 __all__ = ["ar1_drift", "domain_switches", "from_recipe", "lognormal", "surprise", "zipf"]
 
-Floats = NDArray[np.float64]
 
 # Numbers of the streams. Never renumber: recorded seeds would give other loads.
 _RANKS, _JITTER, _LOGNORMAL, _AR1, _SWITCHES, _SURPRISE, _WOBBLE = range(7)
@@ -35,7 +35,7 @@ _RANKS, _JITTER, _LOGNORMAL, _AR1, _SWITCHES, _SURPRISE, _WOBBLE = range(7)
 
 def zipf(
     layers: int, experts: int, *, tokens: int = 65536, alpha: float = 1.2, jitter: float = 0.1, seed: int = 0
-) -> Floats:
+) -> FloatArray:
     """Draw loads whose k-th busiest expert gets about 1 / k^alpha, a different order in every layer.
 
     Parameters
@@ -70,7 +70,9 @@ def zipf(
     return _whole(rank_LE ** -float(alpha) * factor_LE, tokens)
 
 
-def lognormal(layers: int, experts: int, *, tokens: int = 65536, sigma: float = 1.0, seed: int = 0) -> Floats:
+def lognormal(
+    layers: int, experts: int, *, tokens: int = 65536, sigma: float = 1.0, seed: int = 0
+) -> FloatArray:
     """Draw loads whose logarithms are normal.
 
     Parameters
@@ -96,7 +98,7 @@ def lognormal(layers: int, experts: int, *, tokens: int = 65536, sigma: float = 
 
 def ar1_drift(
     load_LE: ArrayLike, steps: int, *, sigma: float = 0.1, rho: float = 0.7, seed: int = 0
-) -> Floats:
+) -> FloatArray:
     """Let loads drift: their logarithms follow an AR(1) process around where they started.
 
     Parameters
@@ -135,7 +137,7 @@ def ar1_drift(
 
 def domain_switches(
     load_DLE: ArrayLike, steps: int, *, switch: float = 0.1, sigma: float = 0.0, seed: int = 0
-) -> tuple[Floats, NDArray[np.int64]]:
+) -> tuple[FloatArray, IntArray]:
     """Let the traffic jump between domains: each step stays, or turns to another domain.
 
     Parameters
@@ -172,7 +174,7 @@ def domain_switches(
     return _whole(load_DLE[domain_T] * noise_TLE, np.rint(load_DLE.sum(axis=2))[domain_T]), domain_T
 
 
-def surprise(load: ArrayLike, sigma: float, *, seed: int = 0) -> Floats:
+def surprise(load: ArrayLike, sigma: float, *, seed: int = 0) -> FloatArray:
     """Multiply every load by lognormal noise of its own: what a prediction got wrong.
 
     Parameters
@@ -194,7 +196,7 @@ def surprise(load: ArrayLike, sigma: float, *, seed: int = 0) -> Floats:
     return np.asarray(load * np.exp(sigma * _normal(load.shape, seed, _SURPRISE)))
 
 
-def from_recipe(recipe: Mapping[str, Any], where: str = "recipe") -> Floats:
+def from_recipe(recipe: Mapping[str, Any], where: str = "recipe") -> FloatArray:
     """Draw the loads that a JSON recipe describes.
 
     Parameters
@@ -224,7 +226,7 @@ def from_recipe(recipe: Mapping[str, Any], where: str = "recipe") -> Floats:
     """
     options, kind = _entries(recipe, where, ("zipf", "lognormal"))
     drift = options.pop("drift", None)
-    draw: Callable[..., Floats] = zipf if kind == "zipf" else lognormal
+    draw: Callable[..., FloatArray] = zipf if kind == "zipf" else lognormal
     allowed = {"layers", "experts", "tokens", "seed"} | ({"alpha", "jitter"} if kind == "zipf" else {"sigma"})
     _refuse_unknown(options, where, allowed | {"drift"}, {"layers", "experts"})
     load_LE = _call(where, draw, options)
@@ -240,7 +242,7 @@ def from_recipe(recipe: Mapping[str, Any], where: str = "recipe") -> Floats:
     domains = more.pop("domains")
     seed = options.pop("seed", 0)
 
-    def switching(**kw: Any) -> Floats:
+    def switching(**kw: Any) -> FloatArray:
         _check_count("domains", domains, 1)
         return domain_switches(np.stack([draw(**options, seed=seed + d) for d in range(domains)]), **kw)[0]
 
@@ -250,7 +252,7 @@ def from_recipe(recipe: Mapping[str, Any], where: str = "recipe") -> Floats:
 # --- streams -----------------------------------------------------------------------------------------------
 
 
-def _uniform(shape: tuple[int, ...], seed: int, stream: int) -> Floats:
+def _uniform(shape: tuple[int, ...], seed: int, stream: int) -> FloatArray:
     """Uniform numbers in [0, 1): the top 53 bits of PCG64's raw output."""
     _check_count("seed", seed, 0)
     bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream,)))
@@ -258,13 +260,13 @@ def _uniform(shape: tuple[int, ...], seed: int, stream: int) -> Floats:
     return np.asarray((raw >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
 
-def _normal(shape: tuple[int, ...], seed: int, stream: int) -> Floats:
+def _normal(shape: tuple[int, ...], seed: int, stream: int) -> FloatArray:
     """Standard normal numbers by Box and Muller's formula, one from each pair of uniform ones."""
     radius, turn = _uniform((2, *shape), seed, stream)
     return np.asarray(np.sqrt(-2.0 * np.log1p(-radius)) * np.cos(2.0 * np.pi * turn), dtype=np.float64)
 
 
-def _whole(weight: Floats, tokens: ArrayLike) -> Floats:
+def _whole(weight: FloatArray, tokens: ArrayLike) -> FloatArray:
     """Round weights [..., E] to whole tokens that sum to `tokens` [...] exactly: largest remainders go up."""
     total = weight.sum(axis=-1, keepdims=True)
     want = np.broadcast_to(np.asarray(tokens, dtype=np.float64), weight.shape[:-1])[..., None]
@@ -274,7 +276,7 @@ def _whole(weight: Floats, tokens: ArrayLike) -> Floats:
     # Weights of zero never get a token: their remainder counts as the lowest.
     remainder = np.where(weight > 0, exact - floor, -1.0)
     place = np.argsort(np.argsort(-remainder, axis=-1, kind="stable"), axis=-1)
-    whole: Floats = floor + (place < short)
+    whole: FloatArray = floor + (place < short)
     return whole
 
 
@@ -301,7 +303,7 @@ def _check(name: str, value: object, low: float, high: float, *, closed: bool = 
         )
 
 
-def _loads(load: ArrayLike, axes: int | None) -> Floats:
+def _loads(load: ArrayLike, axes: int | None) -> FloatArray:
     array = np.asarray(load, dtype=np.float64)
     if array.size == 0 or (axes is not None and array.ndim != axes):
         names = {2: "[layers, experts]", 3: "[domains, layers, experts]"}.get(axes or 0, "array")
@@ -331,7 +333,7 @@ def _refuse_unknown(options: dict[str, Any], where: str, allowed: set[str], need
         raise FormatError(f"{where}.{key}", "is missing")
 
 
-def _call(where: str, function: Callable[..., Floats], options: dict[str, Any]) -> Floats:
+def _call(where: str, function: Callable[..., FloatArray], options: dict[str, Any]) -> FloatArray:
     """Call a generator with a recipe's options; its errors name the JSON path."""
     try:
         return function(**options)

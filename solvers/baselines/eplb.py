@@ -29,15 +29,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SingleArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 
 __all__ = ["EplbPolicy", "Rebalanced", "balanced_packing", "merge_duplicates", "rebalance", "replicate"]
 
 EplbPolicy = Literal["auto", "global", "hierarchical"]
-Singles = NDArray[np.float32]
 
 _LARGEST = 1e38  # the arithmetic is float32
 
@@ -308,7 +307,7 @@ def merge_duplicates(slots_LGC: ArrayLike, replicas_LE: ArrayLike) -> tuple[Slot
     )
 
 
-def _experts_by_node(weight_LE: Singles, groups: int, nodes: int) -> IntArray:
+def _experts_by_node(weight_LE: SingleArray, groups: int, nodes: int) -> IntArray:
     """List the experts node by node, whole groups at a time, groups balanced over the nodes."""
     layers, experts = weight_LE.shape
     size, per_node = experts // groups, groups // nodes
@@ -328,7 +327,7 @@ def _scatter(value_XN: IntArray, to_XN: IntArray) -> IntArray:
     return out_XN
 
 
-def _checked_loads(load_LE: Any) -> Singles:
+def _checked_loads(load_LE: Any) -> SingleArray:
     exact_LE = np.asarray(load_LE, dtype=np.float64)
     if exact_LE.ndim != 2 or exact_LE.size == 0:
         raise ProblemError(

@@ -8,14 +8,15 @@ i mod E, so the spare slots repeat the first experts.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from moeless_opt.problems.arrays import SlotArray
 from moeless_opt.problems.spec.placement import checked_capacity
 
 __all__ = ["wrapped"]
 
 
-def wrapped(experts: int, capacity_LG: ArrayLike) -> NDArray[np.int32]:
+def wrapped(experts: int, capacity_LG: ArrayLike) -> SlotArray:
     """Fill the slots GPU by GPU with experts 0, 1, ..., E-1, 0, 1, ...: the engines' layout at start.
 
     Parameters

@@ -25,15 +25,14 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
 
 __all__ = ["Choice", "choose_points", "hull_steps", "lower_hull"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _MOST_CELLS = 60_000_000  # of the dynamic programme: points x budget
 
@@ -51,7 +50,7 @@ class Choice(NamedTuple):
         Whether no other choice within the budget has a smaller value.
     """
 
-    point_L: Ints
+    point_L: IntArray
     value: float
     cost: int
     exact: bool
@@ -92,7 +91,7 @@ def choose_points(
     if fewest > most or not all(np.isfinite(row[at]) for row, at in zip(values, first, strict=True)):
         raise InfeasibleError(f"budget: {budget} units are not enough for any choice")
     exact = True
-    found: list[Ints | None] = [_largest_steps(units, values, most)]
+    found: list[IntArray | None] = [_largest_steps(units, values, most)]
     if found[0] is None:
         cells = sum(len(row) for row in units) * (most + 1)
         exact = cells <= _MOST_CELLS
@@ -105,18 +104,18 @@ def choose_points(
     return min(choices, key=lambda choice: choice.value)
 
 
-def _divisor(cost_K: Ints) -> int:
+def _divisor(cost_K: IntArray) -> int:
     """The greatest common divisor; of evenly spaced costs two are enough."""
     even = len(cost_K) > 1 and bool((np.diff(cost_K) == cost_K[1] - cost_K[0]).all())
     return int(np.gcd.reduce(cost_K[:2] if even else cost_K))
 
 
-def _choice(point_L: Ints, costs: list[Ints], values: list[Floats], exact: bool) -> Choice:
+def _choice(point_L: IntArray, costs: list[IntArray], values: list[FloatArray], exact: bool) -> Choice:
     value = float(sum(row[at] for row, at in zip(values, point_L, strict=True)))
     return Choice(point_L, value, sum(int(row[at]) for row, at in zip(costs, point_L, strict=True)), exact)
 
 
-def _largest_steps(units: list[Ints], values: list[Floats], most: int) -> Ints | None:
+def _largest_steps(units: list[IntArray], values: list[FloatArray], most: int) -> IntArray | None:
     """Take the largest drops of value anywhere; None where steps cost differently or grow."""
     step = next((int(row[1]) for row in units if len(row) > 1), 0)
     if step <= 0 or any(row[0] != 0 or (np.diff(row) != step).any() for row in units):
@@ -131,7 +130,7 @@ def _largest_steps(units: list[Ints], values: list[Floats], most: int) -> Ints |
     return np.bincount(layer[taken[drop[taken] > 0]], minlength=len(values))
 
 
-def _programme(units: list[Ints], values: list[Floats], most: int, stop: Stop) -> Ints | None:
+def _programme(units: list[IntArray], values: list[FloatArray], most: int, stop: Stop) -> IntArray | None:
     """Best value of the layers so far for every part of the budget; None if nothing fits, or told to stop."""
     best_B = np.zeros(most + 1)
     pick_LB = np.zeros((len(units), most + 1), dtype=np.int32)
@@ -149,7 +148,7 @@ def _programme(units: list[Ints], values: list[Floats], most: int, stop: Stop) -
     return point_L
 
 
-def _with_layer(best_B: Floats, units_K: Ints, value_K: Floats) -> tuple[Floats, Ints]:
+def _with_layer(best_B: FloatArray, units_K: IntArray, value_K: FloatArray) -> tuple[FloatArray, IntArray]:
     """One layer more: the best value for every part of the budget, and the (first) point that gives it."""
     most = len(best_B) - 1
     units_K = units_K[units_K <= most]
@@ -169,7 +168,7 @@ def _with_layer(best_B: Floats, units_K: Ints, value_K: Floats) -> tuple[Floats,
     return next_B, pick_B
 
 
-def _along_hulls(units: list[Ints], values: list[Floats], most: int) -> Ints:
+def _along_hulls(units: list[IntArray], values: list[FloatArray], most: int) -> IntArray:
     """Steps along the hulls while they fit, then single better points while those do."""
     point_L, steps = hull_steps(units, values)
     left = most - sum(int(row[at]) for row, at in zip(units, point_L, strict=True))
@@ -196,7 +195,9 @@ def _along_hulls(units: list[Ints], values: list[Floats], most: int) -> Ints:
         point_L[layer] = point
 
 
-def hull_steps(cost: Sequence[ArrayLike], value: Sequence[ArrayLike]) -> tuple[Ints, list[tuple[int, int]]]:
+def hull_steps(
+    cost: Sequence[ArrayLike], value: Sequence[ArrayLike]
+) -> tuple[IntArray, list[tuple[int, int]]]:
     """Merge the layers' lower convex hulls: where they start, and steps (layer, point), steepest first.
 
     Parameters
@@ -223,7 +224,7 @@ def hull_steps(cost: Sequence[ArrayLike], value: Sequence[ArrayLike]) -> tuple[I
     return start_L, [(layer, point) for _, layer, _, point in sorted(ranked)]
 
 
-def lower_hull(cost_K: Floats, value_K: Floats) -> list[int]:
+def lower_hull(cost_K: FloatArray, value_K: FloatArray) -> list[int]:
     """Indices of the lower convex hull of points, from the least cost to the least value."""
     hull: list[int] = []
     for i in np.lexsort((value_K, cost_K)):

@@ -35,8 +35,8 @@ from os import PathLike, fspath
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.solvers.core import _engines
@@ -44,7 +44,6 @@ from moeless_opt.solvers.core.stopping import NeverStop, Stop
 
 __all__ = ["GAP", "LinearAnswer", "LinearModel", "solve_linear", "write_linear"]
 
-Floats = NDArray[np.float64]
 
 GAP = 1e-7
 """Relative gap asked of the engines; below what is claimed as proven."""
@@ -111,7 +110,7 @@ class LinearAnswer:
     """
 
     status: Literal["optimal", "feasible", "infeasible", "no_solution"]
-    value_V: Floats | None
+    value_V: FloatArray | None
     bound: float
     stopped_by: StoppedBy
     message: str

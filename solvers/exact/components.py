@@ -17,14 +17,12 @@ Axes: E experts, M subsets of them as bit masks.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
 
 __all__ = ["MOST_EXPERTS", "component_bound"]
 
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
 
 MOST_EXPERTS = 13
 """Beyond, 3^E steps are too many."""
@@ -33,7 +31,7 @@ _OFTEN = 256  # subsets between two looks at `stop`
 
 
 def component_bound(
-    load_E: Float, gpus: int, slots: int, *, upper: float = np.inf, stop: Stop | None = None
+    load_E: FloatArray, gpus: int, slots: int, *, upper: float = np.inf, stop: Stop | None = None
 ) -> float:
     """Return a lower bound on the time of any plan with fractional split on equal GPUs.
 
@@ -75,7 +73,7 @@ def component_bound(
     levels = np.unique((sum_M[1:, None] / np.arange(1, gpus + 1)).ravel())
     levels = np.append(mean, levels[(levels > mean * (1 + 1e-12)) & (levels <= upper * (1 + 1e-12))])
     stop = NeverStop() if stop is None else stop
-    splits: list[Int] = []
+    splits: list[IntArray] = []
     low, high = -1, len(levels) - 1  # not possible; taken to be possible
     try:
         for m in range(1, 1 << E):
@@ -102,7 +100,7 @@ class _StoppedError(Exception):
     """Told to stop in the middle of a question."""
 
 
-def _halves(mask: int) -> Int:
+def _halves(mask: int) -> IntArray:
     """Return all subsets of a mask that contain its highest bit."""
     top = 1 << (mask.bit_length() - 1)
     rest = mask ^ top
@@ -114,7 +112,9 @@ def _halves(mask: int) -> Int:
     return some | top
 
 
-def _fits(time: float, sum_M: Float, shape_M: Int, splits: list[Int], gpus: int, stop: Stop) -> bool:
+def _fits(
+    time: float, sum_M: FloatArray, shape_M: IntArray, splits: list[IntArray], gpus: int, stop: Stop
+) -> bool:
     """Whether some partition of the experts needs no more GPUs than there are."""
     need_M = np.maximum(shape_M, np.ceil(sum_M / time * (1 - 1e-12)).astype(np.int64))
     least_M = np.zeros(len(sum_M), dtype=np.int64)

@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import best_bound, replicas_needed
 from moeless_opt.problems.plan.evaluate import gpu_times
@@ -39,8 +40,6 @@ from moeless_opt.solvers.core.stopping import Stop
 
 __all__ = ["ExactLayer", "ExactResult", "LayerModel", "build", "layer_of", "read_back", "result_of"]
 
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
 Split = Literal["equal", "fractional"]
 
 
@@ -64,8 +63,8 @@ class ExactResult:
     """
 
     status: Status
-    slots_GC: NDArray[np.int32] | None
-    share_GC: Float | None
+    slots_GC: SlotArray | None
+    share_GC: FloatArray | None
     value: float
     bound: float
     improved: bool
@@ -76,16 +75,16 @@ class ExactResult:
 class ExactLayer:
     """One layer, checked and scaled, and the plan to beat."""
 
-    load_E: Float
-    capacity_G: Int
-    speed_G: Float
+    load_E: FloatArray
+    capacity_G: IntArray
+    speed_G: FloatArray
     split: Split
-    least_E: Int
-    most_E: Int
+    least_E: IntArray
+    most_E: IntArray
     scale: float  # tokens per unit of the model
     bound: float
-    slots_GC: NDArray[np.int32] | None
-    share_GC: Float | None
+    slots_GC: SlotArray | None
+    share_GC: FloatArray | None
     value: float
     alike: list[list[int]]  # GPUs that could be permuted, by class
 
@@ -96,8 +95,8 @@ def layer_of(
     speed_G: ArrayLike | None = None,
     split: Split = "equal",
     *,
-    slots_GC: NDArray[np.int32] | None = None,
-    share_GC: Float | None = None,
+    slots_GC: SlotArray | None = None,
+    share_GC: FloatArray | None = None,
     max_replicas: int | None = None,
     min_replicas: int = 1,
     bound: float = 0.0,
@@ -220,7 +219,7 @@ def _equal_expert(
     layer: ExactLayer,
     e: int,
     gpus: list[int],
-    known: tuple[NDArray[np.bool_], Float] | None,
+    known: tuple[BoolArray, FloatArray] | None,
 ) -> None:
     counts = range(int(layer.least_E[e]), int(layer.most_E[e]) + 1)
     held = known[0][e] if known is not None else np.zeros(len(layer.capacity_G), dtype=bool)
@@ -244,7 +243,7 @@ def _fractional_expert(
     layer: ExactLayer,
     e: int,
     gpus: list[int],
-    known: tuple[NDArray[np.bool_], Float] | None,
+    known: tuple[BoolArray, FloatArray] | None,
 ) -> None:
     load = float(layer.load_E[e]) / layer.scale
     upper = layer.value / layer.scale
@@ -262,7 +261,7 @@ def _fractional_expert(
     model.row(tokens, load, load, name=f"served_{e}")
 
 
-def _start(layer: ExactLayer) -> tuple[NDArray[np.bool_], Float] | None:
+def _start(layer: ExactLayer) -> tuple[BoolArray, FloatArray] | None:
     """Return the known plan as (held, tokens) by expert and GPU, alike GPUs in the order of the rows."""
     if layer.slots_GC is None or layer.share_GC is None:
         return None
@@ -280,7 +279,7 @@ def _start(layer: ExactLayer) -> tuple[NDArray[np.bool_], Float] | None:
     return held[:, source], tokens[:, source]
 
 
-def read_back(layer: ExactLayer, model: LayerModel, value_V: Float) -> tuple[NDArray[np.int32], Float]:
+def read_back(layer: ExactLayer, model: LayerModel, value_V: FloatArray) -> tuple[SlotArray, FloatArray]:
     """Turn a solution into slots and shares."""
     G, C = len(layer.capacity_G), int(layer.capacity_G.max())
     slots = np.full((G, C), -1, dtype=np.int32)
@@ -306,7 +305,7 @@ def read_back(layer: ExactLayer, model: LayerModel, value_V: Float) -> tuple[NDA
 
 def result_of(
     layer: ExactLayer,
-    plan: tuple[NDArray[np.int32], Float] | None,
+    plan: tuple[SlotArray, FloatArray] | None,
     bound: float,
     message: str,
     *,

@@ -24,27 +24,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.solvers.pack import fast
 
 __all__ = ["apportion", "hostable", "largest_piece", "trim"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Int32s = NDArray[np.int32]
-
 
 def apportion(
-    load_LE: Floats,
+    load_LE: FloatArray,
     total_L: Any,
     cap: Any = None,
     *,
     least: Any = 1,
     lean: float = 0.0,
     backend: str = "numpy",
-) -> Int32s:
+) -> SlotArray:
     """Share out each layer's slots so that the largest piece ``load / replicas`` is as small as it can be.
 
     Parameters
@@ -94,7 +90,7 @@ def apportion(
     return replicas.astype(np.int32)
 
 
-def _hand_out(load_LE: Floats, replicas: Ints, high: Ints, left: Ints, lean: float) -> None:
+def _hand_out(load_LE: FloatArray, replicas: IntArray, high: IntArray, left: IntArray, lean: float) -> None:
     """Give the slots that are left, one in every layer at a time; changes the replicas in place."""
     key = np.where(replicas < high, load_LE / (replicas + lean), -1.0)
     rows = np.arange(len(key))
@@ -108,7 +104,7 @@ def _hand_out(load_LE: Floats, replicas: Ints, high: Ints, left: Ints, lean: flo
         key[rows, pick] = np.where(grown < high[rows, pick], load_LE[rows, pick] / (grown + lean), -1.0)
 
 
-def _enter(load_LE: Floats, spare: Ints, low: Ints, high: Ints, lean: float) -> Ints:
+def _enter(load_LE: FloatArray, spare: IntArray, low: IntArray, high: IntArray, lean: float) -> IntArray:
     """Where the greedy stands once no key is above ``total load / spare slots`` and a hair."""
     threshold = load_LE.sum(axis=1) * (1.0 + 1e-9) / np.maximum(spare, 1)
     enter = (spare > 0) & (threshold > 0.0)
@@ -117,7 +113,7 @@ def _enter(load_LE: Floats, spare: Ints, low: Ints, high: Ints, lean: float) -> 
     return np.clip(wanted, low, high)
 
 
-def largest_piece(load_LE: Floats, replicas_LE: Any) -> Floats:
+def largest_piece(load_LE: FloatArray, replicas_LE: Any) -> FloatArray:
     """The largest piece ``load / replicas`` of each layer, a lower bound on its fullest GPU's tokens.
 
     Parameters
@@ -129,11 +125,11 @@ def largest_piece(load_LE: Floats, replicas_LE: Any) -> Floats:
     -------
     float64 [L]
     """
-    piece: Floats = (load_LE / replicas_LE).max(axis=1, initial=0.0)
+    piece: FloatArray = (load_LE / replicas_LE).max(axis=1, initial=0.0)
     return piece
 
 
-def hostable(replicas_LE: Any, capacity_LG: Any) -> NDArray[np.bool_]:
+def hostable(replicas_LE: Any, capacity_LG: Any) -> BoolArray:
     """Whether the replicas can be placed with no GPU holding an expert twice (the Gale-Ryser condition).
 
     Parameters
@@ -151,7 +147,7 @@ def hostable(replicas_LE: Any, capacity_LG: Any) -> NDArray[np.bool_]:
     return np.asarray((replicas.cumsum(axis=1) <= places).all(axis=1), dtype=np.bool_)
 
 
-def _places(capacity_LG: Ints, E: int) -> Ints:
+def _places(capacity_LG: IntArray, E: int) -> IntArray:
     """Places that any k experts find together, for k = 1..E: ``sum_g min(slots_g, k)``."""
     L = len(capacity_LG)
     places = np.zeros((L, E), dtype=np.int64)
@@ -160,7 +156,7 @@ def _places(capacity_LG: Ints, E: int) -> Ints:
     return places
 
 
-def trim(load_LE: Floats, replicas_LE: Any, capacity_LG: Any) -> Int32s:
+def trim(load_LE: FloatArray, replicas_LE: Any, capacity_LG: Any) -> SlotArray:
     """Replace counts that unequal GPUs can't host by the best counts that they can.
 
     Parameters
@@ -181,7 +177,7 @@ def trim(load_LE: Floats, replicas_LE: Any, capacity_LG: Any) -> Int32s:
     InfeasibleError
         Where not even one replica of each expert can be hosted.
     """
-    counts: Int32s = np.array(replicas_LE, dtype=np.int32)
+    counts: SlotArray = np.array(replicas_LE, dtype=np.int32)
     capacity = np.asarray(capacity_LG, dtype=np.int64)
     if (capacity == capacity[:, :1]).all() and (counts <= capacity.shape[1]).all():
         return counts  # equal GPUs host any counts up to one per GPU
@@ -191,7 +187,7 @@ def trim(load_LE: Floats, replicas_LE: Any, capacity_LG: Any) -> Int32s:
     return counts
 
 
-def _greedy_within(load_E: Floats, total: int, places_E: Ints) -> Ints:
+def _greedy_within(load_E: FloatArray, total: int, places_E: IntArray) -> IntArray:
     """Adams' greedy, without the steps after which some k experts need more than ``places_E[k-1]``."""
     E = len(load_E)
     replicas = np.ones(E, dtype=np.int64)

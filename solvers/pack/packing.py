@@ -24,23 +24,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.plan.evaluate import slot_sums
 from moeless_opt.solvers.pack import fast
 
 __all__ = ["empties_last", "pack"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Int32s = NDArray[np.int32]
-Bools = NDArray[np.bool_]
-
 
 def pack(
-    load_LE: Floats, replicas_LE: Any, capacity_LG: Any, speed_G: Any, *, backend: str = "numpy"
-) -> Int32s:
+    load_LE: FloatArray, replicas_LE: Any, capacity_LG: Any, speed_G: Any, *, backend: str = "numpy"
+) -> SlotArray:
     """Place the replicas of every layer so that the GPUs finish close together, split equally.
 
     Parameters
@@ -82,7 +77,9 @@ def pack(
     return empties_last(slots)
 
 
-def _start(piece_LE: Floats, replicas: Ints, capacity: Ints, speed: Floats, backend: str) -> Int32s:
+def _start(
+    piece_LE: FloatArray, replicas: IntArray, capacity: IntArray, speed: FloatArray, backend: str
+) -> SlotArray:
     """A first packing: differencing for the layers of equal GPUs, LPT for the others."""
     L, G = capacity.shape
     size_L = capacity[:, 0]
@@ -102,7 +99,7 @@ def _start(piece_LE: Floats, replicas: Ints, capacity: Ints, speed: Floats, back
     return slots
 
 
-def _sequence(piece_LE: Floats, replicas_LE: Ints, length: int) -> tuple[Ints, Floats]:
+def _sequence(piece_LE: FloatArray, replicas_LE: IntArray, length: int) -> tuple[IntArray, FloatArray]:
     """Each layer's replicas, largest piece first (then lowest expert), filled up with -1 to `length`."""
     L, E = piece_LE.shape
     order = np.empty((L, E + 1), dtype=np.int64)
@@ -117,7 +114,7 @@ def _sequence(piece_LE: Floats, replicas_LE: Ints, length: int) -> tuple[Ints, F
     return expert_LS, padded[np.arange(L)[:, None], expert_LS]
 
 
-def _difference(expert_LS: Ints, weight_LS: Floats, G: int, C: int) -> Int32s:
+def _difference(expert_LS: IntArray, weight_LS: FloatArray, G: int, C: int) -> SlotArray:
     """Balanced largest differencing of sorted pieces, on G equal GPUs of C slots."""
     L = len(expert_LS)
     rows = np.arange(L)
@@ -144,7 +141,9 @@ def _difference(expert_LS: Ints, weight_LS: Floats, G: int, C: int) -> Int32s:
     return np.ascontiguousarray(expert_LCG.transpose(0, 2, 1), dtype=np.int32)
 
 
-def _lpt(piece_LE: Floats, replicas_LE: Ints, capacity_LG: Ints, speed_G: Floats, C: int) -> Int32s:
+def _lpt(
+    piece_LE: FloatArray, replicas_LE: IntArray, capacity_LG: IntArray, speed_G: FloatArray, C: int
+) -> SlotArray:
     """Largest piece first, to the GPU done with it first among those with room and without that expert.
 
     A replica that finds no GPU is left out, for the repair.
@@ -171,7 +170,7 @@ def _lpt(piece_LE: Floats, replicas_LE: Ints, capacity_LG: Ints, speed_G: Floats
     return slots
 
 
-def _faulty(slots_LGC: Int32s, replicas_LE: Ints) -> Ints:
+def _faulty(slots_LGC: SlotArray, replicas_LE: IntArray) -> IntArray:
     """Layers with an expert twice on a GPU, or with a replica left out."""
     ordered = np.sort(slots_LGC, axis=2)
     twice = ((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)).any(axis=(1, 2))
@@ -180,8 +179,13 @@ def _faulty(slots_LGC: Int32s, replicas_LE: Ints) -> Ints:
 
 
 def _mend(
-    slots_LGC: Int32s, piece_LE: Floats, replicas_LE: Ints, capacity_LG: Ints, speed_G: Floats, layers: Ints
-) -> Int32s:
+    slots_LGC: SlotArray,
+    piece_LE: FloatArray,
+    replicas_LE: IntArray,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
+    layers: IntArray,
+) -> SlotArray:
     """Layers without duplicates and complete: by swaps, or packed anew by room."""
     stuck = _swap_apart(slots_LGC, piece_LE, capacity_LG, speed_G)
     stuck |= (slots_LGC >= 0).sum(axis=(1, 2)) < replicas_LE.sum(axis=1)
@@ -191,7 +195,9 @@ def _mend(
     return slots_LGC
 
 
-def _swap_apart(slots_LGC: Int32s, piece_LE: Floats, capacity_LG: Ints, speed_G: Floats) -> Bools:
+def _swap_apart(
+    slots_LGC: SlotArray, piece_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray
+) -> BoolArray:
     """Swap every second replica of an expert on a GPU away, one in every layer at a time, in place.
 
     Each goes where the two GPUs' later finish is earliest (first such slot). Returns where a layer got stuck.
@@ -232,8 +238,8 @@ def _swap_apart(slots_LGC: Int32s, piece_LE: Floats, capacity_LG: Ints, speed_G:
 
 
 def _by_room(
-    piece_E: Floats, replicas_E: Ints, capacity_G: Ints, speed_G: Floats, C: int, layer: int
-) -> Int32s:
+    piece_E: FloatArray, replicas_E: IntArray, capacity_G: IntArray, speed_G: FloatArray, C: int, layer: int
+) -> SlotArray:
     """Each expert, largest piece first, to the GPUs with most room (then least time, then lowest index)."""
     G = len(capacity_G)
     slots = np.full((G, C), -1, dtype=np.int32)
@@ -253,7 +259,7 @@ def _by_room(
     return slots
 
 
-def empties_last(slots_LGC: Int32s) -> Int32s:
+def empties_last(slots_LGC: SlotArray) -> SlotArray:
     """Move the empty slots of every GPU behind the others, which keep their order."""
     empty = slots_LGC < 0
     if not (empty[:, :, :-1] & ~empty[:, :, 1:]).any():

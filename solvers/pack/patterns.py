@@ -26,15 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, WordArray
 from moeless_opt.problems.plan.bounds import best_bound
 from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
 
 __all__ = ["PatternResult", "fewest_replicas", "solve_patterns"]
 
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
-Word = NDArray[np.uint64]
 
 _CHUNK = 1 << 14  # states expanded together
 _BEAM = 2000  # states kept per depth by the beam search
@@ -63,15 +61,15 @@ class PatternResult:
 
     lower: float
     upper: float
-    slots_GC: NDArray[np.int32] | None
+    slots_GC: SlotArray | None
     proven: bool
     states: int
 
 
 def solve_patterns(
-    load_E: Float,
-    capacity_G: Int,
-    speed_G: Float | None = None,
+    load_E: FloatArray,
+    capacity_G: IntArray,
+    speed_G: FloatArray | None = None,
     *,
     upper: float = np.inf,
     lower: float = 0.0,
@@ -157,15 +155,15 @@ def solve_patterns(
 
 
 def fewest_replicas(
-    load_E: Float,
-    capacity_G: Int,
-    speed_G: Float | None = None,
+    load_E: FloatArray,
+    capacity_G: IntArray,
+    speed_G: FloatArray | None = None,
     *,
     limit: float,
     most: int | None = None,
     time: TimeModel = TOKENS,
     stop: Stop | None = None,
-) -> tuple[int, NDArray[np.int32] | None]:
+) -> tuple[int, SlotArray | None]:
     """Find the fewest replicas with which a layer with equal split can be placed within a time, proven.
 
     Parameters
@@ -207,24 +205,24 @@ def fewest_replicas(
 class _Layer:
     """The layer, its GPUs in classes of equal slots and speed."""
 
-    load_E: Float
-    cost_E: Float  # what one more replica adds to the work in all
-    order_E: Int  # heaviest first
+    load_E: FloatArray
+    cost_E: FloatArray  # what one more replica adds to the work in all
+    order_E: IntArray  # heaviest first
     token: float
     launch: float
-    class_G: Int
-    size_K: Int
-    slots_K: Int
-    speed_K: Float
+    class_G: IntArray
+    size_K: IntArray
+    slots_K: IntArray
+    speed_K: FloatArray
     most_replicas: int
     min_replicas: int
 
     @classmethod
     def make(
         cls,
-        load_E: Float,
-        capacity_G: Int,
-        speed_G: Float,
+        load_E: FloatArray,
+        capacity_G: IntArray,
+        speed_G: FloatArray,
         max_replicas: int | None,
         min_replicas: int,
         time: TimeModel,
@@ -254,11 +252,11 @@ class _Layer:
 class _Types:
     """All (expert, replicas) pairs that a plan within the limit can have, heaviest expert first."""
 
-    expert_Y: Int
-    count_Y: Int
-    weight_Y: Float
-    extra_Y: Int  # replicas beyond the fewest that the expert needs
-    lost_Y: Float  # work that those extra replicas add
+    expert_Y: IntArray
+    count_Y: IntArray
+    weight_Y: FloatArray
+    extra_Y: IntArray  # replicas beyond the fewest that the expert needs
+    lost_Y: FloatArray  # work that those extra replicas add
     spare: int  # slots beyond the fewest replicas of all experts
     budget: int  # replicas that may be added to those
     slack: float  # work that the GPUs can do within the limit beyond what must be done
@@ -268,12 +266,12 @@ class _Types:
 class _Patterns:
     """All sets of types that a GPU of some class can hold without wasting more than the slack."""
 
-    types_MC: Int  # -1 pads
-    class_M: Int
-    weight_M: Float
-    waste_M: Float
+    types_MC: IntArray  # -1 pads
+    class_M: IntArray
+    weight_M: FloatArray
+    waste_M: FloatArray
     empty_M: NDArray[np.int16]  # slots left empty
-    mask_MW: Word
+    mask_MW: WordArray
 
 
 @dataclass(slots=True)
@@ -281,17 +279,17 @@ class _States:
     """States of one depth, by columns, with the way back to the root."""
 
     parent: _States | None
-    origin_N: Int  # row in the parent
-    pattern_N: Int  # pattern that led here
-    allowed_NW: Word  # types that later GPUs may still take
+    origin_N: IntArray  # row in the parent
+    pattern_N: IntArray  # pattern that led here
+    allowed_NW: WordArray  # types that later GPUs may still take
     decided_NE: NDArray[np.uint8]  # replicas of each expert, 0 if undecided
     left_NE: NDArray[np.uint8]  # of those, still to be placed
     gpus_NK: NDArray[np.int16]
-    slack_N: Float
+    slack_N: FloatArray
     spare_N: NDArray[np.int16]
     budget_N: NDArray[np.int16]
-    worst_N: Float  # largest time of the GPUs filled so far
-    hash_N: Word
+    worst_N: FloatArray  # largest time of the GPUs filled so far
+    hash_N: WordArray
 
     def take(self, index: Any) -> _States:
         columns = (getattr(self, f.name)[index] for f in fields(self)[1:])
@@ -344,7 +342,7 @@ def _patterns(layer: _Layer, types: _Types, limit: float, stop: Stop) -> _Patter
     # The heaviest type from y on: what a set whose last type is y - 1 could still add.
     later_Y = np.append(np.maximum.accumulate(types.weight_Y[::-1])[::-1], 0.0)
     sets_MC, weight_M = np.arange(Y)[:, None], types.weight_Y
-    found: list[tuple[Int, int, Float]] = []
+    found: list[tuple[IntArray, int, FloatArray]] = []
     for size in range(1, most + 1):
         reach_M = weight_M + (most - size) * later_Y[sets_MC[:, -1] + 1]
         hopeful = (weight_M <= largest + slop) & (reach_M >= smallest - types.slack - slop)
@@ -389,8 +387,8 @@ def _patterns(layer: _Layer, types: _Types, limit: float, stop: Stop) -> _Patter
     return _Patterns(types_MC, class_M, weight_M, room_K[class_M] - weight_M, empty_M, mask_MW)
 
 
-def _bit(type_: Int) -> Word:
-    bit: Word = np.uint64(1) << (type_ % 64).astype(np.uint64)
+def _bit(type_: IntArray) -> WordArray:
+    bit: WordArray = np.uint64(1) << (type_ % 64).astype(np.uint64)
     return bit
 
 
@@ -409,7 +407,7 @@ class _Search:
         self.states = 0
         self.slop = _ROUND * limit * float(layer.speed_K.max()) * len(layer.class_G)
 
-    def run(self) -> tuple[tuple[float, NDArray[np.int32]] | None, bool]:
+    def run(self) -> tuple[tuple[float, SlotArray] | None, bool]:
         """Return the best plan within the limit, or None, and whether that is certain."""
         types = _types(self.layer, self.limit, self.total)
         if types is None:
@@ -458,7 +456,7 @@ class _Search:
             np.zeros(1, dtype=np.uint64),
         )
 
-    def _descend(self) -> tuple[tuple[float, NDArray[np.int32]] | None, bool]:
+    def _descend(self) -> tuple[tuple[float, SlotArray] | None, bool]:
         """Expand chunks of states, deepest first, until none is left or time is up."""
         best, leaf = np.inf, None
         complete = True
@@ -502,12 +500,12 @@ class _Search:
         """Time of a GPU that does nothing."""
         return float((self.layer.launch / self.layer.speed_K).max())
 
-    def _pivots(self, states: _States) -> Int:
+    def _pivots(self, states: _States) -> IntArray:
         """Return the heaviest expert that is undecided or has replicas left, -1 if all are done."""
         open_NE = ((states.decided_NE == 0) | (states.left_NE > 0))[:, self.layer.order_E]
         return np.where(open_NE.any(axis=1), self.layer.order_E[open_NE.argmax(axis=1)], -1)
 
-    def _matches(self, states: _States, pivot_N: Int, best: float) -> tuple[Int, Int]:
+    def _matches(self, states: _States, pivot_N: IntArray, best: float) -> tuple[IntArray, IntArray]:
         """Return all (state, pattern) pairs in which the pattern holds the pivot and fits the state."""
         patterns, parts = self.patterns, [np.zeros((2, 0), dtype=np.int64)]
         decided_N = states.decided_NE[np.arange(len(states)), pivot_N].astype(np.int64)
@@ -531,7 +529,7 @@ class _Search:
         both = np.concatenate(parts, axis=1)
         return both[0], both[1]
 
-    def _children(self, states: _States, origin_N: Int, pattern_N: Int) -> _States:
+    def _children(self, states: _States, origin_N: IntArray, pattern_N: IntArray) -> _States:
         """Apply the patterns, drop what has no slots or slack left, and merge equal states."""
         types, patterns, layer = self.types, self.patterns, self.layer
         types_CN = patterns.types_MC[pattern_N].T
@@ -570,7 +568,7 @@ class _Search:
             self._place(child, np.flatnonzero(type_N >= 0), type_N)
         return _merge(child)
 
-    def _place(self, child: _States, row: Int, type_N: Int) -> None:
+    def _place(self, child: _States, row: IntArray, type_N: IntArray) -> None:
         """Put one replica of each row's type down, deciding its expert's replicas if that is still open."""
         types = self.types
         placed = type_N[row]
@@ -587,7 +585,7 @@ class _Search:
         last = child.left_NE[row, expert] == 0
         child.allowed_NW[row[last]] &= ~self.one_YW[placed[last]]
 
-    def _rebuild(self, states: _States, row: int) -> NDArray[np.int32]:
+    def _rebuild(self, states: _States, row: int) -> SlotArray:
         layer, patterns = self.layer, self.patterns
         slots_GC = np.full((len(layer.class_G), int(layer.slots_K.max())), -1, dtype=np.int32)
         free = [list(np.flatnonzero(layer.class_G == k)) for k in range(len(layer.size_K))]

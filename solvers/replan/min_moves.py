@@ -31,8 +31,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.solvers.core.linear import LinearModel, solve_linear
 from moeless_opt.solvers.core.stopping import MaxTime, Stop
@@ -117,7 +117,7 @@ def _fewest(sizes: Iterable[int], wanted: int) -> int:
     return count
 
 
-def min_moves_bound(load_LE: Any, slots_LGC: Any, speed_G: Any, time_L: Any) -> NDArray[np.int64]:
+def min_moves_bound(load_LE: Any, slots_LGC: Any, speed_G: Any, time_L: Any) -> IntArray:
     """`flow_moves_bound` of every layer.
 
     Parameters
@@ -145,9 +145,9 @@ def min_moves_bound(load_LE: Any, slots_LGC: Any, speed_G: Any, time_L: Any) -> 
 
 
 def _state(
-    load_E: NDArray[np.float64],
+    load_E: FloatArray,
     content: Iterable[Iterable[int]],
-    speed_G: NDArray[np.float64],
+    speed_G: FloatArray,
     time: float,
     capacity: list[int] | None,
     slack: float = 1e-10,
@@ -176,7 +176,7 @@ def _build(
     room: list[float],
     limits: tuple[int, int | None],
     sets: Iterable[frozenset[int]],
-    allowed: NDArray[np.bool_] | None,
+    allowed: BoolArray | None,
     stop: Stop,
 ) -> _Moves | None:
     """Write the programme in units of the mean GPU load; `limits`: least moves, and fewer than so many."""
@@ -324,7 +324,7 @@ def _moves(held: Sequence[frozenset[int]], content: Sequence[Sequence[int]]) -> 
     return sum(expert not in row for row, now in zip(held, content, strict=True) for expert in now)
 
 
-def _content(model: _Moves, value_V: NDArray[np.float64], gpus: int) -> list[list[int]]:
+def _content(model: _Moves, value_V: FloatArray, gpus: int) -> list[list[int]]:
     content: list[list[int]] = [[] for _ in range(gpus)]
     for (expert, gpu), column in model.pair.items():
         if value_V[column] > 0.5:
@@ -341,9 +341,9 @@ def _hot_sets(state: LayerFlow, cut: Cut) -> list[frozenset[int]]:
 
 
 def _check(
-    load_E: NDArray[np.float64],
+    load_E: FloatArray,
     content: list[list[int]],
-    speed_G: NDArray[np.float64],
+    speed_G: FloatArray,
     time: float,
     capacity: list[int],
     where: str,

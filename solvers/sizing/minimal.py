@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import apportionment_pairs, replicas_needed
 from moeless_opt.problems.plan.evaluate import gpu_times
@@ -40,8 +41,6 @@ from moeless_opt.solvers.pack.swaps import improve
 
 __all__ = ["CvSizing", "TimeSizing", "fewest_for_cv", "fewest_for_time"]
 
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
 
 _ROUND = 1e-12  # relative slop of the threshold
 _EXTRAS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 1 << 40)  # beyond the bound
@@ -61,9 +60,9 @@ class CvSizing:
         Whether the threshold is met. Where it is not, no counts within the caps meet it: these come closest.
     """
 
-    replicas_LE: NDArray[np.int32]
-    cv_L: Float
-    met_L: NDArray[np.bool_]
+    replicas_LE: SlotArray
+    cv_L: FloatArray
+    met_L: BoolArray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,11 +81,11 @@ class TimeSizing:
         Whether the time is met. Where it is not, all slots are in use; no plan may exist.
     """
 
-    slots_LGC: NDArray[np.int32]
-    share_LGC: Float
-    replicas_L: Int
-    bound_L: Int
-    met_L: NDArray[np.bool_]
+    slots_LGC: SlotArray
+    share_LGC: FloatArray
+    replicas_L: IntArray
+    bound_L: IntArray
+    met_L: BoolArray
 
 
 def fewest_for_time(
@@ -162,8 +161,14 @@ def fewest_for_time(
 
 
 def _few(
-    load: Float, capacity: Int, speed: Float, bound_L: Int, target_L: Float, split: str, stop: Stop
-) -> tuple[NDArray[np.int32], Float, NDArray[np.bool_]]:
+    load: FloatArray,
+    capacity: IntArray,
+    speed: FloatArray,
+    bound_L: IntArray,
+    target_L: FloatArray,
+    split: str,
+    stop: Stop,
+) -> tuple[SlotArray, FloatArray, BoolArray]:
     """Place ever more replicas until every layer is in time or has all slots: (slots, shares, in time)."""
     most_L = capacity.sum(axis=1)
     slots_LGC = np.full((*capacity.shape, int(capacity.max())), -1, dtype=np.int32)
@@ -183,8 +188,13 @@ def _few(
 
 
 def _built(
-    load: Float, capacity: Int, speed: Float, total_L: Int, target_L: Float, split: str
-) -> tuple[NDArray[np.int32], Float, Float]:
+    load: FloatArray,
+    capacity: IntArray,
+    speed: FloatArray,
+    total_L: IntArray,
+    target_L: FloatArray,
+    split: str,
+) -> tuple[SlotArray, FloatArray, FloatArray]:
     """Place so many replicas by the fast constructions: (slots, shares, largest GPU times)."""
     L, E = load.shape
     if split == "equal":
@@ -284,7 +294,9 @@ def fewest_for_cv(
     return CvSizing(replicas_LE=replicas_LE, cv_L=cv_L, met_L=met_L)
 
 
-def _sized(load_LE: Float, spare_L: Int, most: int, cv: float, ddof: int, count_idle: bool) -> CvSizing:
+def _sized(
+    load_LE: FloatArray, spare_L: IntArray, most: int, cv: float, ddof: int, count_idle: bool
+) -> CvSizing:
     """Size layers with at most ``spare_L`` replicas beyond one per expert."""
     L, E = load_LE.shape
     order_LE = np.argsort(-load_LE, axis=1, kind="stable")
@@ -310,8 +322,8 @@ def _sized(load_LE: Float, spare_L: Int, most: int, cv: float, ddof: int, count_
     # Replicas of an expert without load cannot be meant: they would only fill up the mean.
     allowed_LN = np.arange(given_LP.shape[1] + 1) <= spare_L[:, None]
     allowed_LN[:, 1:] &= given_LP > 0
-    meets_LN: NDArray[np.bool_] = allowed_LN & (variance_LN <= cv * cv * (1 + _ROUND) + 1e-24)
-    met_L: NDArray[np.bool_] = np.logical_or.reduce(meets_LN, axis=1)
+    meets_LN: BoolArray = allowed_LN & (variance_LN <= cv * cv * (1 + _ROUND) + 1e-24)
+    met_L: BoolArray = np.logical_or.reduce(meets_LN, axis=1)
     closest_L = np.where(allowed_LN, variance_LN, np.inf).argmin(axis=1)
     spare_used_L = np.where(met_L, meets_LN.argmax(axis=1), closest_L)
 

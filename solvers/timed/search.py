@@ -22,9 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.placement import held_LGE
 
@@ -60,7 +59,7 @@ def kicks_for(experts: int) -> int:
 
 def _search(
     load_RE: FloatArray,
-    held_REG: NDArray[np.bool_],
+    held_REG: BoolArray,
     room_RG: IntArray,
     speed_G: FloatArray,
     table: TimeTable,
@@ -226,7 +225,7 @@ def timed_plan(
 def _slots(
     load_LE: FloatArray,
     y_LEG: FloatArray,
-    held_LEG: NDArray[np.bool_],
+    held_LEG: BoolArray,
     home_LE: IntArray,
     capacity_LG: IntArray,
 ) -> SlotArray:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import FormatError
 from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Source, cut, kind_text, mib, shape_text
 
@@ -246,7 +247,7 @@ def _numbers(source: Source, rows: list[Any], where: list[str]) -> NDArray[Any]:
     return np.stack(arrays)
 
 
-def plain_numbers(source: Source, what: str, array: NDArray[Any]) -> NDArray[np.float64]:
+def plain_numbers(source: Source, what: str, array: NDArray[Any]) -> FloatArray:
     """Return an array as float64, or say why it is none."""
     if array.dtype.kind not in "iuf":
         raise source.error(f"{what} has type {array.dtype}, must be numbers")

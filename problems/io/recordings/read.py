@@ -45,6 +45,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray
 from moeless_opt.problems.errors import FormatError, SolverUnavailableError
 from moeless_opt.problems.io.recordings.arrays import Array, NpzArray, Value, npy_array, plain_numbers
 from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Found, Source, cut, mib, shape_text
@@ -53,7 +54,6 @@ from moeless_opt.problems.spec.loads import Loads
 
 __all__ = ["DEFAULT_MAX_BYTES", "Recording", "read_loads", "read_recording"]
 
-Floats = NDArray[np.float64]
 
 DEFAULT_MAX_BYTES = 256 * 2**20
 
@@ -107,7 +107,7 @@ class Recording:
         What was assumed, summed or left out, in plain words.
     """
 
-    load_TLE: Floats
+    load_TLE: FloatArray
     layers: tuple[int, ...]
     skipped: tuple[int, ...]
     scenarios: tuple[str, ...]
@@ -448,7 +448,7 @@ class _Reader:
 
     def _to_logical(
         self, physical: NDArray[Any], to_logical: NDArray[Any], name: str, map_name: str
-    ) -> NDArray[np.float64]:
+    ) -> FloatArray:
         """Sum loads [..., layers, physical] to logical experts by the map [layers, physical] (-1: unused)."""
         if physical.ndim not in (2, 3):
             raise self.error(
@@ -521,7 +521,7 @@ class _Reader:
         load_TLE = load if load.ndim == 3 else load[None]
         scenarios, notes = found.scenarios, list(found.notes)
         if found.axis == "steps" and len(load_TLE) > 1:
-            live: NDArray[np.bool_] = np.asarray(load_TLE.any(axis=(1, 2)))
+            live: BoolArray = np.asarray(load_TLE.any(axis=(1, 2)))
             if steps == "sum":
                 notes.append(f"{int(live.sum())} steps summed")
                 load_TLE, scenarios = load_TLE.sum(axis=0, keepdims=True), ()
@@ -538,7 +538,7 @@ class _Reader:
             at = self._scenario(scenario, scenarios, len(load_TLE))
             load_TLE = load_TLE[at : at + 1]
             scenarios = scenarios[at : at + 1]
-        busy_L: NDArray[np.bool_] = np.asarray(load_TLE.any(axis=(0, 2)))
+        busy_L: BoolArray = np.asarray(load_TLE.any(axis=(0, 2)))
         if not busy_L.any():
             raise self.error("has no load at all: every count is 0")
         layers = found.layers or tuple(range(load_TLE.shape[1]))
@@ -557,7 +557,7 @@ class _Reader:
             notes=tuple(notes),
         )
 
-    def _check_values(self, load: Floats) -> None:
+    def _check_values(self, load: FloatArray) -> None:
         least, most = float(load.min()), float(load.max())
         if least >= 0 and most <= LARGEST_LOAD:  # NaN fails the first
             return
