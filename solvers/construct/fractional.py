@@ -197,7 +197,9 @@ def _retry(
         slots_O, share_O, time_O = build(load_LE[open_L], capacity_LG[open_L], goal_L[open_L])
         better = time_O < time_L[open_L] * (1.0 - 1e-12)
         layers = open_L[better]
-        slots[layers], share[layers], time_L[layers] = slots_O[better], share_O[better], time_O[better]
+        width = slots_O.shape[2]  # of the layers that are open: others may have more slots
+        slots[layers], share[layers], time_L[layers] = -1, 0.0, time_O[better]
+        slots[layers, :, :width], share[layers, :, :width] = slots_O[better], share_O[better]
 
 
 _Build = Callable[[FloatArray, IntArray, FloatArray], Built]

@@ -80,7 +80,9 @@ def pack_groups(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray,
         found = _grouped(load_LE[rows], capacity_LG[rows], speed_G, aim_L[rows], goal_L[rows])
         better = found[2] < time_L[rows] * (1.0 - _EXACT)
         where = rows[better]
-        slots[where], share[where], time_L[where] = found[0][better], found[1][better], found[2][better]
+        width = found[0].shape[2]
+        slots[where], share[where], time_L[where] = -1, 0.0, found[2][better]
+        slots[where, :, :width], share[where, :, :width] = found[0][better], found[1][better]
         open_L = time_L[rows] > goal_L[rows] * (1.0 + _CLOSE)
         rows = rows[open_L & (better if again else np.isfinite(time_L[rows]))]
         aim_L = time_L if again == 0 else (goal_L + time_L) / 2.0

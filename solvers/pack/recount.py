@@ -78,6 +78,7 @@ def resize(
         capacity_LG=np.asarray(capacity_LG, dtype=np.int64),
         speed_G=speed_G,
         goal_L=mean_L if goal_L is None else goal_L,
+        width=slots.shape[2],
         swaps={"rounds": rounds, "focus": focus, "backend": backend},
     )
     counts = _count(slots, E)
@@ -137,6 +138,7 @@ class _Bench:
     capacity_LG: Ints
     speed_G: Floats
     goal_L: Floats
+    width: int  # slots of the widest GPU of all layers
     swaps: dict[str, Any]
     seen: set[tuple[int, bytes]] = field(default_factory=set)
 
@@ -155,11 +157,12 @@ class _Bench:
             self.seen.add(key)
         base, counts = base[keep], counts[keep]
         if not len(base):
-            shape = (0, self.capacity_LG.shape[1], int(self.capacity_LG.max(initial=1)))
+            shape = (0, self.capacity_LG.shape[1], self.width)
             return _Trial(base, counts, np.empty(shape, dtype=np.int32), np.empty(0), np.empty(0))
         load, capacity = self.load_LE[base], self.capacity_LG[base]
         slots = pack(load, counts, capacity, self.speed_G, backend=self.swaps["backend"])
         slots = improve(load, slots, capacity, self.speed_G, goal_L=self.goal_L[base], **self.swaps)
+        slots = np.pad(slots, ((0, 0), (0, 0), (0, self.width - slots.shape[2])), constant_values=-1)
         return _Trial(base, counts, slots, *self.score(base, slots))
 
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeless_opt.problems.arrays import SlotArray
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.plan.evaluate import gpu_times
+from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.construct.fractional import construct_fractional
 from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.options import NoOptions
 from moeless_opt.solvers.core.solver import Heuristic, Task
 from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.shares.best import best_shares
 from moeless_opt.solvers.sizing.budget import plan_budget
+from moeless_opt.solvers.sizing.memory import share_slots, slots_for_one_each
 from moeless_opt.solvers.sizing.minimal import fewest_for_time
 
 __all__ = ["Sized"]
@@ -74,12 +79,31 @@ def _shared_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
         raise ProblemError(
             "topology.slots", "cannot be given with sizing 'memory': there bytes are the only limit"
         )
-    budget = int(topology.memory_G.sum()) - problem.experts * int(bytes_L.sum())
-    found = plan_budget(
-        problem.load_LE, topology.speed_G, budget, bytes_L=bytes_L, memory_G=topology.memory_G
-    )
-    mean = float(problem.load_LE.sum() / topology.speed_G.sum()) or 1.0
-    return found.slots_LGC, (
-        f"{found.spare_L.sum()} spare replicas, {found.spare_L.min()} to {found.spare_L.max()} a layer; "
-        f"no spending of {budget} bytes has a mean imbalance below {found.bound / mean:.5f}"
+    load_LE, speed_G, memory_G = problem.load_LE, topology.speed_G, topology.memory_G
+    starts = [slots_for_one_each(bytes_L, memory_G, problem.experts, stop)]
+    budget = int(memory_G.sum()) - problem.experts * int(bytes_L.sum())
+    mean_L = load_LE.sum(1) / speed_G.sum()
+    bound = float(mean_L.sum())
+    try:
+        found = plan_budget(load_LE, speed_G, budget, bytes_L=bytes_L, memory_G=memory_G, stop=stop)
+    except InfeasibleError:
+        pass  # its slots, shared out layer by layer, missed a way that there is
+    else:
+        bound = found.bound
+        starts.insert(0, (found.slots_LGC >= 0).sum(2))
+
+    def build(load_LE: FloatArray, slots_LG: IntArray) -> tuple[SlotArray, FloatArray]:
+        if problem.split == "equal":
+            slots_LGC = construct_equal(load_LE, slots_LG, speed_G)
+            share_LGC = equal_shares(slots_LGC, problem.experts)
+        else:
+            slots_LGC, share_LGC = construct_fractional(load_LE, slots_LG, speed_G)
+        return slots_LGC, gpu_times(load_LE, slots_LGC, share_LGC, speed_G).max(1)
+
+    slots_LGC = share_slots(load_LE, mean_L, bytes_L, memory_G, starts, build, stop)
+    spare_L = (slots_LGC >= 0).sum((1, 2)) - problem.experts
+    mean = float(mean_L.sum()) or 1.0
+    return slots_LGC, (
+        f"{spare_L.sum()} spare replicas, {spare_L.min()} to {spare_L.max()} a layer; "
+        f"no spending of {budget} bytes has a mean imbalance below {bound / mean:.5f}"
     )

@@ -124,3 +124,17 @@ def test_groups_are_sturdy() -> None:
         ours += (solve_shares(actual_LE, slots_LGC).time_L / actual_LE.sum(axis=1)).mean()
         mark += (solve_shares(actual_LE, equal_LGC).time_L / actual_LE.sum(axis=1)).mean()
     assert ours < mark
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_layers_may_differ_in_slots(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    gpus, experts = int(rng.integers(2, 9)), int(rng.integers(4, 20))
+    load_LE = rng.lognormal(0, 1, (5, experts))
+    capacity_LG = rng.integers(0, 4, (5, gpus)) + -(-experts // gpus)
+    speed_G = np.ones(gpus)
+    slots_LGC, share_LGC = construct_fractional(load_LE, capacity_LG, speed_G)
+    time_L = check(load_LE, capacity_LG, speed_G, slots_LGC, share_LGC)
+    equal_LGC = construct_equal(load_LE, capacity_LG, speed_G)
+    equal_L = check(load_LE, capacity_LG, speed_G, equal_LGC, equal_shares(equal_LGC, experts))
+    assert (time_L <= equal_L * (1 + 1e-9)).all()
