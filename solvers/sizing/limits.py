@@ -33,8 +33,7 @@ def count_replicas(problem: Problem) -> IntArray:
     layers, experts = load_LE.shape
     allowed_LEG = _allowed(problem)
     reach_LE = allowed_LEG.sum(2)
-    pins_LE = problem.pairs_LEG("pinned").sum(2)
-    least_LE = np.maximum(max(limits.min_replicas, limits.spread), pins_LE)
+    least_LE = _least(problem)
     most_LE = reach_LE if limits.max_replicas is None else np.minimum(reach_LE, limits.max_replicas)
     short = np.argwhere(least_LE > most_LE)
     if short.size:
@@ -86,6 +85,18 @@ def _trim(
         spent -= int(cost_L[layer])
 
 
+def _least(problem: Problem) -> IntArray:
+    """Replicas that an expert must have: pins, and as many more as failure domains are missing among them."""
+    limits = problem.limits
+    pinned_LEG = problem.pairs_LEG("pinned")
+    domains = np.unique(problem.topology.failure_domain_G, return_inverse=True)[1].reshape(-1)
+    reached_LE = np.zeros(pinned_LEG.shape[:2], dtype=np.int64)
+    for domain in range(int(domains.max()) + 1):
+        reached_LE += pinned_LEG[:, :, domains == domain].any(axis=2)
+    needed_LE = pinned_LEG.sum(2) + np.maximum(limits.spread - reached_LE, 0)
+    return np.asarray(np.maximum(limits.min_replicas, needed_LE), dtype=np.int64)
+
+
 def _allowed(problem: Problem) -> BoolArray:
     """Pairs that no limit rules out, shape [L, E, G]."""
     return ~problem.pairs_LEG("forbidden") & (problem.capacity_LG > 0)[:, None, :]
@@ -133,7 +144,7 @@ def _boards(problem: Problem, counts_LE: IntArray) -> list[Board]:
     layers, experts = counts_LE.shape
     topology, limits = problem.topology, problem.limits
     pinned_LEG, allowed_LEG = problem.pairs_LEG("pinned"), _allowed(problem)
-    least_LE = np.maximum(max(limits.min_replicas, limits.spread), pinned_LEG.sum(2))
+    least_LE = _least(problem)
     warm_LGE = np.zeros((layers, topology.gpus, experts), dtype=np.bool_)
     if problem.current is not None and "moves" in problem.objective.priorities:
         warm_LGE = held_LGE(problem.current.slots_LGC, experts)

@@ -47,6 +47,18 @@ def test_pins_bans_and_domains() -> None:
         assert len({g // 2 for g in wide.gpus_of(0, expert)}) >= 2
 
 
+def test_pins_in_one_domain_do_not_count_for_its_spread() -> None:
+    gpus = [{"node": 0, "slots": s, "domain": d} for s, d in ((1, 0), (2, 0), (2, 0), (3, 1))]
+    topology = mo.Topology.from_dict({"kind": "explicit", "gpus": gpus})
+    plan = mo.plan([[16.0, 5.0]], topology, limits=mo.Limits(pinned=((0, 1, 0), (0, 1, 1)), spread=2))
+    assert plan.gpus_of(0, 1) == [0, 1, 3]
+    assert 3 in plan.gpus_of(0, 0)
+    with pytest.raises(mo.InfeasibleError):  # two pins and a third replica are one too many
+        mo.plan(
+            [[16.0, 5.0]], topology, limits=mo.Limits(pinned=((0, 1, 0), (0, 1, 1)), spread=2, max_replicas=2)
+        )
+
+
 def test_equal_split_and_live_replicas() -> None:
     live = mo.plan(LOAD, TOPOLOGY)
     again = mo.plan(LOAD, TOPOLOGY, current=live, split="equal", limits=mo.Limits(max_replicas=3))
