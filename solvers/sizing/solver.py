@@ -85,7 +85,7 @@ def _shared_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
     mean_L = load_LE.sum(1) / speed_G.sum()
     bound = float(mean_L.sum())
     try:
-        found = plan_budget(load_LE, speed_G, budget, bytes_L=bytes_L, memory_G=memory_G, stop=stop)
+        found = plan_budget(load_LE, speed_G, budget, bytes_L=bytes_L, memory_G=memory_G)
     except InfeasibleError:
         pass  # its slots, shared out layer by layer, missed a way that there is
     else:
