@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moeless_opt.problems.arrays import IntArray, Record, SlotArray
+from moeless_opt.problems.arrays import BoolArray, IntArray, Record, SlotArray
 from moeless_opt.problems.spec.placement import held_LGE
 from moeless_opt.problems.spec.topology import Topology
 
@@ -190,57 +190,71 @@ def migration_violations(
         Bytes that a GPU can hold at any moment; unlimited if not given.
     """
     size_L = np.ones(len(before_LGC), dtype=np.int64) if bytes_L is None or not np.any(bytes_L) else bytes_L
-    held = held_LGE(before_LGC, experts).copy()
-    found: list[str] = []
-    used_G = (held.sum(2).T * size_L).sum(1)
-    peak_G = used_G.copy()
-
-    def drop(where: str, gone: Drop) -> None:
-        if not held[gone.layer, gone.gpu, gone.expert]:
-            found.append(f"{where}: GPU {gone.gpu} does not hold expert {gone.expert} of layer {gone.layer}")
-            return
-        held[gone.layer, gone.gpu, gone.expert] = False
-        used_G[gone.gpu] -= size_L[gone.layer]
-        if not held[gone.layer, :, gone.expert].any():
-            found.append(f"{where}: expert {gone.expert} of layer {gone.layer} has no live replica")
-
+    replay = _Replay(topology, size_L, held_LGE(before_LGC, experts).copy())
     for number, step in enumerate(migration.steps):
-        where = f"step {number}"
-        for gone in step.drops_before:
-            drop(where, gone)
-        ports: set[tuple[str, str, int]] = set()
-        slowest = 0.0
-        for move in step.transfers:
-            if move.source != HOST and not held[move.layer, move.source, move.expert]:
-                found.append(f"{where}: GPU {move.source} sends expert {move.expert}, which it does not hold")
-            if held[move.layer, move.target, move.expert]:
-                found.append(f"{where}: GPU {move.target} already holds expert {move.expert}")
-            kind = port_kind(topology, move.source, move.target)
-            for end, gpu in (("out", move.source), ("in", move.target)):
-                if gpu != HOST and (kind, end, gpu) in ports:
-                    found.append(f"{where}: GPU {gpu} uses its {kind} port ({end}) twice")
-                ports.add((kind, end, gpu))
-            slowest = max(slowest, transfer_seconds(topology, move.source, move.target, move.bytes))
-        for move in step.transfers:
-            held[move.layer, move.target, move.expert] = True
-            used_G[move.target] += size_L[move.layer]
-        np.maximum(peak_G, used_G, out=peak_G)
-        if abs(slowest - step.seconds) > 1e-9 + 1e-6 * slowest:
-            found.append(f"{where}: claims {step.seconds} s, takes {slowest} s")
-        for gone in step.drops_after:
-            drop(where, gone)
-    if not np.array_equal(held, held_LGE(after_LGC, experts)):
+        replay.run(f"step {number}", step)
+    found = replay.found
+    if not np.array_equal(replay.held, held_LGE(after_LGC, experts)):
         found.append("the schedule does not end in the new placement")
-    if limit_G is not None and (peak_G > limit_G).any():
-        gpu = int(np.argmax(peak_G - limit_G))
-        found.append(f"GPU {gpu} would hold {peak_G[gpu]} at its peak, its limit is {limit_G[gpu]}")
-    if not np.array_equal(peak_G, migration.peak_G):
+    if limit_G is not None and (replay.peak_G > limit_G).any():
+        gpu = int(np.argmax(replay.peak_G - limit_G))
+        found.append(f"GPU {gpu} would hold {replay.peak_G[gpu]} at its peak, its limit is {limit_G[gpu]}")
+    if not np.array_equal(replay.peak_G, migration.peak_G):
         found.append("the claimed peak memory is not that of the schedule")
     if migration.seconds < migration.lower_bound * (1 - 1e-9):
         found.append("the schedule claims to be quicker than its lower bound")
-    if (
-        abs(migration.seconds - sum(step.seconds for step in migration.steps))
-        > 1e-9 + 1e-6 * migration.seconds
-    ):
+    total = sum(step.seconds for step in migration.steps)
+    if abs(migration.seconds - total) > 1e-9 + 1e-6 * migration.seconds:
         found.append("the steps' times do not add up")
     return found
+
+
+class _Replay:
+    """What every GPU holds while the steps run, and the rules that they break."""
+
+    def __init__(self, topology: Topology, size_L: IntArray, held_LGE: BoolArray) -> None:
+        self.topology, self.size_L, self.held = topology, size_L, held_LGE
+        self.used_G = (self.held.sum(2).T * size_L).sum(1)
+        self.peak_G = self.used_G.copy()
+        self.found: list[str] = []
+
+    def run(self, where: str, step: Step) -> None:
+        for gone in step.drops_before:
+            self._drop(where, gone)
+        ports: set[tuple[str, str, int]] = set()
+        slowest = 0.0
+        for move in step.transfers:
+            self._check(where, move, ports)
+            slowest = max(slowest, transfer_seconds(self.topology, move.source, move.target, move.bytes))
+        for move in step.transfers:
+            self.held[move.layer, move.target, move.expert] = True
+            self.used_G[move.target] += self.size_L[move.layer]
+        np.maximum(self.peak_G, self.used_G, out=self.peak_G)
+        if abs(slowest - step.seconds) > 1e-9 + 1e-6 * slowest:
+            self.found.append(f"{where}: claims {step.seconds} s, takes {slowest} s")
+        for gone in step.drops_after:
+            self._drop(where, gone)
+
+    def _check(self, where: str, move: Transfer, ports: set[tuple[str, str, int]]) -> None:
+        if move.source != HOST and not self.held[move.layer, move.source, move.expert]:
+            self.found.append(
+                f"{where}: GPU {move.source} sends expert {move.expert}, which it does not hold"
+            )
+        if self.held[move.layer, move.target, move.expert]:
+            self.found.append(f"{where}: GPU {move.target} already holds expert {move.expert}")
+        kind = port_kind(self.topology, move.source, move.target)
+        for end, gpu in (("out", move.source), ("in", move.target)):
+            if gpu != HOST and (kind, end, gpu) in ports:
+                self.found.append(f"{where}: GPU {gpu} uses its {kind} port ({end}) twice")
+            ports.add((kind, end, gpu))
+
+    def _drop(self, where: str, gone: Drop) -> None:
+        if not self.held[gone.layer, gone.gpu, gone.expert]:
+            self.found.append(
+                f"{where}: GPU {gone.gpu} does not hold expert {gone.expert} of row {gone.layer}"
+            )
+            return
+        self.held[gone.layer, gone.gpu, gone.expert] = False
+        self.used_G[gone.gpu] -= self.size_L[gone.layer]
+        if not self.held[gone.layer, :, gone.expert].any():
+            self.found.append(f"{where}: expert {gone.expert} of row {gone.layer} has no live replica")
