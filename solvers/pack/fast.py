@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 
 __all__ = [
@@ -32,9 +33,6 @@ __all__ = [
     "warm",
 ]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Int32s = NDArray[np.int32]
 
 
 @functools.cache
@@ -98,26 +96,26 @@ def choose_backend(backend: str) -> str:
     return backend
 
 
-def hand_out(load_LE: Floats, replicas: Ints, high: Ints, left: Ints, lean: float) -> None:
+def hand_out(load_LE: FloatArray, replicas: IntArray, high: IntArray, left: IntArray, lean: float) -> None:
     """Twin of `counts._hand_out`; changes the replicas in place."""
     _kernels().hand_out(load_LE, replicas, np.ascontiguousarray(high), left, float(lean))
 
 
-def difference(expert_LS: Ints, weight_LS: Floats, G: int, C: int) -> Int32s:
+def difference(expert_LS: IntArray, weight_LS: FloatArray, G: int, C: int) -> SlotArray:
     """Twin of `packing._difference`."""
-    slots: Int32s = _kernels().difference(
+    slots: SlotArray = _kernels().difference(
         np.ascontiguousarray(expert_LS), np.ascontiguousarray(weight_LS), G, C
     )
     return slots
 
 
 def swap_rounds(
-    slots: Int32s,
-    weight: Floats,
-    time: Floats,
-    usable: Ints,
-    inverse_G: Floats,
-    goal: Floats,
+    slots: SlotArray,
+    weight: FloatArray,
+    time: FloatArray,
+    usable: IntArray,
+    inverse_G: FloatArray,
+    goal: FloatArray,
     E: int,
     rounds: int,
     focus: int,
@@ -127,17 +125,17 @@ def swap_rounds(
 
 
 def join_layers(
-    order_LE: Ints,
-    piece_LE: Floats,
+    order_LE: IntArray,
+    piece_LE: FloatArray,
     replicas_LE: NDArray[Any],
-    capacity_LG: Ints,
-    speed_G: Floats,
-    same_L: Floats,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
+    same_L: FloatArray,
     *,
     head: int,
     wave: int,
     never: float,
-) -> tuple[Int32s, NDArray[np.bool_]]:
+) -> tuple[SlotArray, BoolArray]:
     """Twin of the work of `join.connect`."""
     kernels = _kernels()
     slots = np.full((*capacity_LG.shape, int(capacity_LG.max(initial=1))), -1, dtype=np.int32)

@@ -181,7 +181,7 @@ def _best_step(
         return None
     flat = [change for step in steps for change in step]
     after = layers.times(flat)
-    saved: NDArray[np.float64] = time_L[[layer for layer, _ in flat]] - after
+    saved: FloatArray = time_L[[layer for layer, _ in flat]] - after
     ends = np.cumsum([len(step) for step in steps])
     saved_S = np.add.reduceat(saved, np.concatenate([[0], ends[:-1]]))
     pick = int(saved_S.argmax())
