@@ -66,26 +66,26 @@ def best_bound(
 
     Parameters
     ----------
-    load_LE : array_like of float, shape (L, E)
+    load_LE : array of float, shape [L, E]
         Tokens of each expert, at least 0.
-    capacity_LG : array_like of int, shape (L, G)
+    capacity_LG : array of int, shape [L, G]
         Slots of each GPU in each layer.
-    speed_G : array_like of float, shape (G,), optional
+    speed_G : array of float, shape [G], optional
         Relative speeds, above 0 (default 1).
     split : Split or str
         Whether an expert's tokens are divided evenly over its replicas or freely.
-    max_replicas, min_replicas : int or array_like of int, shape (E,) or (L, E), optional
+    max_replicas, min_replicas : int or array of int, shape [E] or [L, E], optional
         Limits on the replicas of an expert (default: 1 to the number of GPUs).
-    replicas_L : array_like of int, shape (L,), optional
+    replicas_L : array of int, shape [L], optional
         Limit on the replicas of a layer in all (default: its slots).
     time : TimeModel
         A linear time model (default: time is tokens).
 
     Returns
     -------
-    bound_L : ndarray of float, shape (L,)
+    bound_L : array of float, shape [L]
         No plan is faster than this. Infinite where even one replica of each expert does not fit.
-    name_L : ndarray of str, shape (L,)
+    name_L : array of str, shape [L]
         ``"mean"``, ``"tau"``, ``"slots"``, ``"packing"`` or ``"fillers"``; the simplest one of equal ones.
     """
     layers = _Layers.make(load_LE, capacity_LG, speed_G, max_replicas, min_replicas, replicas_L)
@@ -168,7 +168,7 @@ def tau_curve(
     ----------
     load_LE, split, time
         As in `best_bound`.
-    speed_G : array_like of float, shape (G,)
+    speed_G : array of float, shape [G]
         Speeds of the GPUs that hold the layer.
     most : int
         Largest number of spare replicas.
@@ -177,7 +177,7 @@ def tau_curve(
 
     Returns
     -------
-    ndarray of float, shape (L, most + 1)
+    array of float, shape [L, most + 1]
         The bound with 0, 1, ..., `most` replicas beyond one per expert; it never rises.
     """
     load = np.asarray(load_LE, dtype=np.float64)
@@ -236,12 +236,12 @@ def replicas_needed(
     ----------
     load_LE, speed_G, split, time
         As in `best_bound`.
-    time_L : array_like of float, shape (L,)
+    time_L : array of float, shape [L]
         The time wanted for each layer.
 
     Returns
     -------
-    ndarray of int, shape (L, E)
+    array of int, shape [L, E]
         At least 1; G + 1 where not even all GPUs are enough.
     """
     load_LE = np.atleast_2d(np.asarray(load_LE, dtype=np.float64))
@@ -268,14 +268,14 @@ def density_bound(
     ----------
     load_LE, speed_G
         As in `best_bound`.
-    slots_LGC : array_like of int, shape (L, G, C)
+    slots_LGC : array of int, shape [L, G, C]
         Expert in each slot, -1 where empty.
-    share_LGC : array_like of float, shape (L, G, C)
+    share_LGC : array of float, shape [L, G, C]
         Shares whose quality is in question. With optimal shares the bound equals their largest GPU time.
 
     Returns
     -------
-    ndarray of float, shape (L,)
+    array of float, shape [L]
         ``max over sets R of GPUs (load of the experts with all replicas in R) / (speed of R)``, over the
         sets that the shares suggest: the slowest GPUs, and those that the slowest can hand tokens on to.
     """
@@ -539,7 +539,7 @@ def apportionment_pairs(experts: int, most: int, wanted: int) -> tuple[IntArray,
 
     Returns
     -------
-    rank_P, count_P : ndarray of int, shape (P,)
+    rank_P, count_P : array of int, shape [P]
         Rank from 0 (heaviest) and replicas from 1.
     """
     pairs = [

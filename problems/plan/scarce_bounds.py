@@ -54,13 +54,13 @@ def scarce_bound(
 
     Parameters
     ----------
-    heavy_LE : ndarray of float, shape (L, E)
+    heavy_LE : array of float, shape [L, E]
         Tokens, heaviest expert first.
-    capacity_G : ndarray of int, shape (G,)
+    capacity_G : array of int, shape [G]
         Slots, the same in all these layers; at least E in all.
-    speed_G : ndarray of float, shape (G,)
+    speed_G : array of float, shape [G]
         Relative speeds.
-    known_L : ndarray of float, shape (L,)
+    known_L : array of float, shape [L]
         A bound that is known, for instance the mean.
     split : {"fractional", "equal"}
         With an equal split, what holds for free shares does, too.

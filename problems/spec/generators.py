@@ -53,7 +53,7 @@ def zipf(
 
     Returns
     -------
-    float64 [layers, experts]
+    array of float, shape [L, E]
         Whole tokens; each layer sums to `tokens`.
 
     Examples
@@ -88,7 +88,7 @@ def lognormal(
 
     Returns
     -------
-    float64 [layers, experts]
+    array of float, shape [L, E]
         Whole tokens; each layer sums to `tokens`.
     """
     _check_shape(layers, experts, tokens, seed)
@@ -116,7 +116,7 @@ def ar1_drift(
 
     Returns
     -------
-    float64 [steps, layers, experts]
+    array of float, shape [T, L, E]
         Whole tokens; every step of a layer sums to that layer's rounded total.
     """
     load_LE = _loads(load_LE, 2)
@@ -155,9 +155,9 @@ def domain_switches(
 
     Returns
     -------
-    load_TLE : float64 [steps, layers, experts]
+    load_TLE : array of float, shape [T, L, E]
         Whole tokens; every step of a layer sums to its domain's rounded total.
-    domain_T : int64 [steps]
+    domain_T : array of int, shape [T]
         Domain of each step.
     """
     load_DLE = _loads(load_DLE, 3)
@@ -211,7 +211,7 @@ def from_recipe(recipe: Mapping[str, Any], where: str = "recipe") -> FloatArray:
 
     Returns
     -------
-    float64 [layers, experts], or [steps, layers, experts] with drift
+    array of float, shape [L, E], or [steps, layers, experts] with drift
         Whole tokens.
 
     Raises

@@ -68,12 +68,12 @@ def contiguous(experts: int, capacity_LG: ArrayLike) -> SlotArray:
     ----------
     experts : int
         Experts of a layer. Need not be a multiple of the number of GPUs.
-    capacity_LG : int [layers, gpus]
+    capacity_LG : array of int, shape [L, G]
         Slots of each GPU. A GPU with fewer slots than an equal block gets what fits.
 
     Returns
     -------
-    slots_LGC : int32 [layers, gpus, largest capacity]
+    slots_LGC : array of int32, shape [L, G, C]
         Expert of each slot, ascending; -1 where empty, empty slots last.
 
     Raises
@@ -111,12 +111,12 @@ def _block_sizes(experts: int, capacity_LG: IntArray) -> IntArray:
     ----------
     experts : int
         Experts of a layer, at most the slots of each layer.
-    capacity_LG : int64 [layers, gpus]
+    capacity_LG : array of int, shape [L, G]
         Slots of each GPU.
 
     Returns
     -------
-    int64 [layers, gpus]
+    array of int, shape [L, G]
         Experts of each GPU; each layer sums to `experts`.
     """
     level_K = np.arange(int(capacity_LG.max()) + 1)

@@ -47,12 +47,12 @@ class Rebalanced:
 
     Parameters
     ----------
-    slots_LGC : int32 [layers, gpus, slots of a GPU]
+    slots_LGC : array of int32, shape [L, G, C]
         Expert in each slot, never empty. One GPU may hold the same expert twice. Flattened to
         [layers, slots] it is the source's ``phy2log``.
-    rank_LGC : int32 [layers, gpus, slots of a GPU]
+    rank_LGC : array of int32, shape [L, G, C]
         Which of the expert's replicas that is (0 is the first), the source's replica rank.
-    replicas_LE : int32 [layers, experts]
+    replicas_LE : array of int32, shape [L, E]
         Slots given to each expert, the source's ``logcnt``.
     policy : {"global", "hierarchical"}
         The policy that was run.
@@ -271,18 +271,18 @@ def merge_duplicates(slots_LGC: ArrayLike, replicas_LE: ArrayLike) -> tuple[Slot
 
     Parameters
     ----------
-    slots_LGC : int [layers, gpus, slots of a GPU]
+    slots_LGC : array of int, shape [L, G, C]
         Expert of each slot, -1 where empty.
-    replicas_LE : int [layers, experts]
+    replicas_LE : array of int, shape [L, E]
         Slots of each expert over all GPUs, duplicates counted.
 
     Returns
     -------
-    slots_LGC : int32 [layers, gpus, slots of a GPU]
+    slots_LGC : array of int32, shape [L, G, C]
         The first slot of each expert on a GPU, in the order given, empty slots (-1) last.
-    share_LGC : float64 [layers, gpus, slots of a GPU]
+    share_LGC : array of float, shape [L, G, C]
         Fraction of the expert's tokens that the slot serves; 0 where empty.
-    wasted_L : int64 [layers]
+    wasted_L : array of int, shape [L]
         Slots that held a duplicate and are empty now.
     """
     slots_LGC = np.asarray(slots_LGC, dtype=np.int32)

@@ -44,15 +44,15 @@ class MoelessPlacement:
 
     Parameters
     ----------
-    slots_LGC : int32 [layers, gpus, largest capacity]
+    slots_LGC : array of int32, shape [L, G, C]
         Expert of each slot; -1 where empty, empty slots last.
-    share_LGC : float64 [layers, gpus, largest capacity]
+    share_LGC : array of float, shape [L, G, C]
         Fraction of the expert's tokens that the slot serves: one over the expert's replicas; 0 where empty.
-    replicas_LE : int32 [layers, experts]
+    replicas_LE : array of int32, shape [L, E]
         Replicas of each expert as placed.
-    reused_L : int64 [layers]
+    reused_L : array of int, shape [L]
         Replicas that use a warm one.
-    dropped_L : int64 [layers]
+    dropped_L : array of int, shape [L]
         Wanted replicas that no GPU could take without holding the expert twice. Every expert keeps at least
         one.
     """
@@ -98,7 +98,7 @@ def scale(
 
     Returns
     -------
-    int32 [layers, experts]
+    array of int32, shape [L, E]
         Replicas, at least one each. A layer without load keeps one each.
 
     Raises
@@ -163,7 +163,7 @@ def replica_cv(
     ----------
     load_LE : float [layers, experts]
         Tokens of each expert, spread evenly over its replicas.
-    replicas_LE : int [layers, experts]
+    replicas_LE : array of int, shape [L, E]
         Replicas of each expert, at least one.
     ddof : {0, 1}
         0 for the population's standard deviation, 1 for the sample's.
@@ -172,7 +172,7 @@ def replica_cv(
 
     Returns
     -------
-    float64 [layers]
+    array of float, shape [L]
         Standard deviation over mean; 0 for a layer without load.
     """
     load_LE = np.asarray(load_LE, dtype=np.float64)
@@ -226,11 +226,11 @@ def place(
     ----------
     load_LE : float [layers, experts]
         Predicted tokens of each expert.
-    replicas_LE : int [layers, experts]
+    replicas_LE : array of int, shape [L, E]
         Replicas wanted of each expert, at least one each.
-    capacity_LG : int [layers, gpus]
+    capacity_LG : array of int, shape [L, G]
         Slots of each GPU.
-    previous_LGC : int [layers, gpus, any], optional
+    previous_LGC : array of int, shape [L, G, C], optional
         Experts warm on each GPU (-1 for none), such as the slots of the previous placement. Default: none.
     speed_G : float [gpus], optional
         Relative speed of each GPU, > 0. The least loaded GPU is then the one that would finish first. The

@@ -23,12 +23,12 @@ def wrapped(experts: int, capacity_LG: ArrayLike) -> SlotArray:
     ----------
     experts : int
         Experts of a layer.
-    capacity_LG : int [layers, gpus]
+    capacity_LG : array of int, shape [L, G]
         Slots of each GPU. Slots beyond one of each expert stay empty.
 
     Returns
     -------
-    slots_LGC : int32 [layers, gpus, largest capacity]
+    slots_LGC : array of int32, shape [L, G, C]
         Expert of each slot; -1 where empty, empty slots last.
 
     Raises

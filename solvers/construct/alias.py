@@ -43,11 +43,11 @@ def alias_pack(load_E: FloatArray, capacity_G: Any, speed_G: Any) -> tuple[SlotA
 
     Parameters
     ----------
-    load_E : float array [experts]
+    load_E : array of float, shape [E]
         Tokens.
-    capacity_G : int array [GPUs]
+    capacity_G : array of int, shape [G]
         Slots.
-    speed_G : float array [GPUs]
+    speed_G : array of float, shape [G]
         Relative speeds.
 
     Returns

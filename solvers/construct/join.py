@@ -32,22 +32,22 @@ def connect(
 
     Parameters
     ----------
-    load_LE : float array [layers, experts]
+    load_LE : array of float, shape [L, E]
         Tokens.
-    replicas_LE : int array [layers, experts]
+    replicas_LE : array of int, shape [L, E]
         Replicas of each expert.
-    capacity_LG : int array [layers, GPUs]
+    capacity_LG : array of int, shape [L, G]
         Slots.
-    speed_G : float array [GPUs]
+    speed_G : array of float, shape [G]
         Relative speeds.
     backend : {"auto", "numpy", "numba"}
         Which of the two twins does the work; the result is the same (see `pack.fast.choose_backend`).
 
     Returns
     -------
-    slots_LGC : int32 array [layers, GPUs, slots]
+    slots_LGC : array of int32, shape [L, G, C]
         Placement.
-    ok_L : bool array [layers]
+    ok_L : array of bool, shape [L]
         Whether every replica found a GPU; the other layers are empty.
     """
     L, _ = load_LE.shape

@@ -28,20 +28,20 @@ def level(
 
     Parameters
     ----------
-    load_LE : float array [layers, experts]
+    load_LE : array of float, shape [L, E]
         Tokens.
-    slots_LGC : int array [layers, GPUs, slots]
+    slots_LGC : array of int, shape [L, G, C]
         Placement.
-    speed_G : float array [GPUs]
+    speed_G : array of float, shape [G]
         Relative speeds.
-    replicas_LE : int array [layers, experts]
+    replicas_LE : array of int, shape [L, E]
         Replicas of each expert in the placement.
 
     Returns
     -------
-    share_LGC : float array [layers, GPUs, slots]
+    share_LGC : array of float, shape [L, G, C]
         Shares; the equal split in layers where levelling would make one negative.
-    time_L : float array [layers]
+    time_L : array of float, shape [L]
         Largest GPU times under them.
     """
     L, G, _ = slots_LGC.shape

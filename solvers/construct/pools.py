@@ -35,7 +35,7 @@ def group_pack(
 
     Parameters
     ----------
-    load_E : float array [experts]
+    load_E : array of float, shape [E]
         Tokens.
     gpus, slots : int
         Number of GPUs, slots of each.

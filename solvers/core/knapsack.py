@@ -42,7 +42,7 @@ class Choice(NamedTuple):
 
     Parameters
     ----------
-    point_L : ndarray of int, shape (L,)
+    point_L : array of int, shape [L]
         Its index.
     value, cost : float, int
         Sums over the layers.
@@ -63,7 +63,7 @@ def choose_points(
 
     Parameters
     ----------
-    cost, value : per layer, array_like of int and of float, shape (K,) each
+    cost, value : per layer, array of int and of float, shape [K] each
         The points, costs ascending from 0 or more; a value may be infinite: not to be had.
     budget : int
         Summed cost that is allowed.
@@ -202,12 +202,12 @@ def hull_steps(
 
     Parameters
     ----------
-    cost, value : per layer, array_like of float, shape (K,) each
+    cost, value : per layer, array of float, shape [K] each
         The points.
 
     Returns
     -------
-    start_L : ndarray of int, shape (L,)
+    start_L : array of int, shape [L]
         The cheapest point of each hull.
     steps : list of (int, int)
         The value falls most per cost in the first; each layer's in the order of its hull.

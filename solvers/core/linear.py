@@ -99,7 +99,7 @@ class LinearAnswer:
     ----------
     status : {"optimal", "feasible", "infeasible", "no_solution"}
         Only what was proven is called optimal or infeasible.
-    value_V : ndarray of float, shape (V,), or None
+    value_V : array of float, shape [V], or None
         The solution.
     bound : float
         No solution costs less; minus infinity if nothing is proven.

@@ -37,7 +37,7 @@ def component_bound(
 
     Parameters
     ----------
-    load_E : ndarray of float, shape (E,)
+    load_E : array of float, shape [E]
         Tokens of each expert, E at most `MOST_EXPERTS`.
     gpus, slots : int
         Number of GPUs, and slots of each.

@@ -52,7 +52,7 @@ class ExactResult:
     status : Status
         OPTIMAL if ``value <= bound * (1 + PROVEN)``, else FEASIBLE; INFEASIBLE only if proven; NO_SOLUTION if
         there was no plan to start from and none was found.
-    slots_GC, share_GC : ndarray, shape (G, C), or None
+    slots_GC, share_GC : array, shape [G, C], or None
         The plan.
     value, bound : float
         Its largest GPU time, and the proven lower bound.
@@ -105,15 +105,15 @@ def layer_of(
 
     Parameters
     ----------
-    load_E : array_like of float, shape (E,)
+    load_E : array of float, shape [E]
         Tokens of each expert.
-    capacity_G : array_like of int, shape (G,)
+    capacity_G : array of int, shape [G]
         Slots of each GPU.
-    speed_G : array_like of float, shape (G,), optional
+    speed_G : array of float, shape [G], optional
         Relative speeds (default 1).
     split : {"equal", "fractional"}
         How tokens are divided.
-    slots_GC, share_GC : ndarray, optional
+    slots_GC, share_GC : array, optional
         A known plan (for the fractional split with its shares); it cuts the search and is returned if nothing
         better turns up.
     max_replicas, min_replicas : int, optional

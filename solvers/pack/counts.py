@@ -45,7 +45,7 @@ def apportion(
 
     Parameters
     ----------
-    load_LE : float64 [L, E]
+    load_LE : array of float, shape [L, E]
         Tokens of each expert, not negative.
     total_L : int or int [L]
         Slots to share out in each layer.
@@ -62,7 +62,7 @@ def apportion(
 
     Returns
     -------
-    int32 [L, E]
+    array of int32, shape [L, E]
         Replicas. They sum to ``total_L``, or to the sum of the caps where that is less. Ties go to the expert
         with the lower index.
 
@@ -118,12 +118,12 @@ def largest_piece(load_LE: FloatArray, replicas_LE: Any) -> FloatArray:
 
     Parameters
     ----------
-    load_LE : float64 [L, E]
-    replicas_LE : int [L, E]
+    load_LE : array of float, shape [L, E]
+    replicas_LE : array of int, shape [L, E]
 
     Returns
     -------
-    float64 [L]
+    array of float, shape [L]
     """
     piece: FloatArray = (load_LE / replicas_LE).max(axis=1, initial=0.0)
     return piece
@@ -134,13 +134,13 @@ def hostable(replicas_LE: Any, capacity_LG: Any) -> BoolArray:
 
     Parameters
     ----------
-    replicas_LE : int [L, E]
-    capacity_LG : int [L, G]
+    replicas_LE : array of int, shape [L, E]
+    capacity_LG : array of int, shape [L, G]
         Slots of each GPU.
 
     Returns
     -------
-    bool [L]
+    array of bool, shape [L]
     """
     replicas = -np.sort(-np.asarray(replicas_LE, dtype=np.int64), axis=1)
     places = _places(np.asarray(capacity_LG, dtype=np.int64), replicas.shape[1])
@@ -161,14 +161,14 @@ def trim(load_LE: FloatArray, replicas_LE: Any, capacity_LG: Any) -> SlotArray:
 
     Parameters
     ----------
-    load_LE : float64 [L, E]
-    replicas_LE : int [L, E]
+    load_LE : array of float, shape [L, E]
+    replicas_LE : array of int, shape [L, E]
         Replicas, for instance from `apportion`.
-    capacity_LG : int [L, G]
+    capacity_LG : array of int, shape [L, G]
 
     Returns
     -------
-    int32 [L, E]
+    array of int32, shape [L, E]
         Layers that can be hosted are unchanged. The others are apportioned again under the Gale-Ryser bound,
         with no more slots than before.
 

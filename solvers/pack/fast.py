@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 
-
 @functools.cache
 def available() -> bool:
     """Whether Numba is installed (looked up, not imported)."""

@@ -40,20 +40,20 @@ def pack(
 
     Parameters
     ----------
-    load_LE : float64 [L, E]
+    load_LE : array of float, shape [L, E]
         Tokens of each expert.
-    replicas_LE : int [L, E]
+    replicas_LE : array of int, shape [L, E]
         Replicas of each expert, at least 1.
-    capacity_LG : int [L, G]
+    capacity_LG : array of int, shape [L, G]
         Slots of each GPU.
-    speed_G : float64 [G]
+    speed_G : array of float, shape [G]
         Relative speeds.
     backend : {"numpy", "numba"}
         Which of the two twins does the work; the result is the same.
 
     Returns
     -------
-    int32 [L, G, C]
+    array of int32, shape [L, G, C]
         Expert in each slot, -1 (last) where empty; C is the largest capacity. No GPU holds an expert twice.
 
     Raises

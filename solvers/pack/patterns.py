@@ -51,7 +51,7 @@ class PatternResult:
     ----------
     lower, upper : float
         Bounds on the least largest GPU time; ``upper`` is infinite if nothing is known.
-    slots_GC : ndarray of int32, shape (G, C), or None
+    slots_GC : array of int32, shape [G, C], or None
         The plan of time ``upper``, -1 in empty slots; None if ``upper`` is the caller's.
     proven : bool
         Whether the two meet (within the gap asked for).
@@ -83,11 +83,11 @@ def solve_patterns(
 
     Parameters
     ----------
-    load_E : ndarray of float, shape (E,)
+    load_E : array of float, shape [E]
         Tokens of each expert.
-    capacity_G : ndarray of int, shape (G,)
+    capacity_G : array of int, shape [G]
         Slots of each GPU.
-    speed_G : ndarray of float, shape (G,), optional
+    speed_G : array of float, shape [G], optional
         Relative speeds (default 1).
     upper : float
         Largest GPU time of a plan that is known already; only better ones are looked for.
@@ -179,7 +179,7 @@ def fewest_replicas(
     -------
     bound : int
         No plan within the limit has fewer replicas; ``most`` if there is none with fewer than that.
-    slots_GC : ndarray of int32, shape (G, C), or None
+    slots_GC : array of int32, shape [G, C], or None
         A plan with ``bound`` replicas; None if there is none below ``most``, or time ran out.
     """
     stop = NeverStop() if stop is None else stop

@@ -56,15 +56,15 @@ class EqualState:
 
     Parameters
     ----------
-    load_E : float array [experts]
+    load_E : array of float, shape [E]
         Loads.
     content : list of list of int
         Experts on each GPU; each has a replica.
-    capacity_G : int array [GPUs]
+    capacity_G : array of int, shape [G]
         Slots.
-    room_G : float array [GPUs]
+    room_G : array of float, shape [G]
         Load that each GPU may carry.
-    live_EG : bool array [experts, GPUs]
+    live_EG : array of bool, shape [E, G]
         Where each expert is live: placing it there is no move.
     """
 

@@ -122,18 +122,18 @@ def min_moves_bound(load_LE: Any, slots_LGC: Any, speed_G: Any, time_L: Any) -> 
 
     Parameters
     ----------
-    load_LE : float array [layers, experts]
+    load_LE : array of float, shape [L, E]
         Tokens.
-    slots_LGC : int array [layers, GPUs, slots]
+    slots_LGC : array of int, shape [L, G, C]
         Live placement; every expert has a replica.
-    speed_G : float array [GPUs]
+    speed_G : array of float, shape [G]
         Relative speeds.
-    time_L : float array [layers]
+    time_L : array of float, shape [L]
         Wanted times.
 
     Returns
     -------
-    int array [layers]
+    array of int, shape [L]
         No plan within the wanted time moves fewer replicas.
     """
     load_LE, speed = np.asarray(load_LE, dtype=np.float64), np.asarray(speed_G, dtype=np.float64)
@@ -244,13 +244,13 @@ def min_moves(
 
     Parameters
     ----------
-    load_E : float array [experts]
+    load_E : array of float, shape [E]
         Tokens.
-    slots_GC : int array [GPUs, slots]
+    slots_GC : array of int, shape [G, C]
         Live placement, -1 where empty; an expert may lack a replica.
-    capacity_G : int array [GPUs]
+    capacity_G : array of int, shape [G]
         Slots.
-    speed_G : float array [GPUs]
+    speed_G : array of float, shape [G]
         Relative speeds.
     time : float
         Wanted largest GPU time, in tokens per speed.
@@ -260,7 +260,7 @@ def min_moves(
         When to stop; after a minute where none is given.
     engine : str
         ``"highs"``, ``"pulp"``, ...: see `core.linear.solve_linear`.
-    allowed_EG : bool array [experts, GPUs], optional
+    allowed_EG : array of bool, shape [E, G], optional
         New pairs that may be used. With it the result is a plan, not a proof: the bound then holds only
         among plans of these pairs.
 

@@ -42,20 +42,20 @@ def relabel(
 
     Parameters
     ----------
-    live_LGC, new_LGC : int array [layers, GPUs, slots]
+    live_LGC, new_LGC : array of int, shape [L, G, C]
         Placements, -1 where empty.
     experts : int
         Number of experts.
-    speed_G : float array [GPUs], optional
+    speed_G : array of float, shape [G], optional
         Relative speeds; only GPUs of equal speed trade contents.
-    capacity_LG : int array [layers, GPUs], optional
+    capacity_LG : array of int, shape [L, G], optional
         SlotArray; only GPUs of equal slots trade contents.
-    node_G : int array [GPUs], optional
+    node_G : array of int, shape [G], optional
         Node of each GPU: the second criterion.
 
     Returns
     -------
-    int32 array [layers, GPUs, slots]
+    array of int32, shape [L, G, C]
         The new placement with its GPUs permuted in each layer and every kept replica in its slot.
 
     Examples

@@ -23,13 +23,13 @@ class ReplanTask:
 
     Parameters
     ----------
-    load_LE : float array [layers, experts]
+    load_LE : array of float, shape [L, E]
         Tokens, not negative.
-    live_LGC : int array [layers, GPUs, slots]
+    live_LGC : array of int, shape [L, G, C]
         Live placement, -1 where empty.
-    capacity_LG : int array [layers, GPUs]
+    capacity_LG : array of int, shape [L, G]
         Slots of each GPU (0 for a GPU that is lost).
-    speed_G : float array [GPUs], optional
+    speed_G : array of float, shape [G], optional
         Relative speeds, ones by default.
 
     Raises
@@ -83,7 +83,7 @@ class ReplanWish:
         made least within it; no layer is balanced further than wanted.
     cost_L : sequence of int, optional
         Cost of a move in each layer, e.g. bytes of a replica. Ones by default.
-    bound_L : float array [layers], optional
+    bound_L : array of float, shape [L], optional
         Lower bound to measure against; by default the best known (`problems.plan.bounds.best_bound`).
     rounds : int, optional
         Rounds of destroying and repairing per layer after the first descent. By default 0 with a fractional
@@ -140,23 +140,23 @@ class Replanned:
 
     Attributes
     ----------
-    slots_LGC : int32 array [layers, GPUs, slots]
+    slots_LGC : array of int32, shape [L, G, C]
         New placement. What stays keeps its slot wherever no empty slot would stand between full ones.
-    share_LGC : float array [layers, GPUs, slots]
+    share_LGC : array of float, shape [L, G, C]
         Optimal token shares.
-    time_L : float array [layers]
+    time_L : array of float, shape [L]
         Largest GPU time (tokens over speed).
-    moves_L : int array [layers]
+    moves_L : array of int, shape [L]
         Replicas to be shipped.
-    forced_L : int array [layers]
+    forced_L : array of int, shape [L]
         Those of them without which some expert would have no replica.
-    bound_L : float array [layers]
+    bound_L : array of float, shape [L]
         Lower bound on the time of any placement.
-    target_L : float array [layers]
+    target_L : array of float, shape [L]
         Wanted time, ``(1 + tolerance) * bound``.
-    least_moves_L : int array [layers]
+    least_moves_L : array of int, shape [L]
         Proven least number of moves that any plan within the wanted time needs.
-    cut_L : bool array [layers]
+    cut_L : array of bool, shape [L]
         Layers that the search was stopped before or in the middle of.
     """
 

@@ -42,13 +42,13 @@ class Shares:
 
     Attributes
     ----------
-    share_LGC : float array [layers, GPUs, slots]
+    share_LGC : array of float, shape [L, G, C]
         Fraction of its expert's tokens that a slot serves.
-    time_LG : float array [layers, GPUs]
+    time_LG : array of float, shape [L, G]
         GPU times (tokens over speed).
-    bound_L : float array [layers]
+    bound_L : array of float, shape [L]
         Lower bound on the largest time of each layer, whatever the shares.
-    critical_LG : bool array [layers, GPUs]
+    critical_LG : array of bool, shape [L, G]
         GPU set whose density is the bound (see `problems.plan.bounds.density_bound`).
     """
 
@@ -83,11 +83,11 @@ def solve_shares(
 
     Parameters
     ----------
-    load_LE : float array [layers, experts]
+    load_LE : array of float, shape [L, E]
         Tokens.
-    slots_LGC : int array [layers, GPUs, slots] or ReplicaGraph
+    slots_LGC : array of int, shape [L, G, C] or ReplicaGraph
         Placement; pass a `ReplicaGraph` to prepare it once for many loads.
-    speed_G : float array [GPUs], optional
+    speed_G : array of float, shape [G], optional
         Relative speeds; ones by default. Ignored with a graph, which has them.
     tolerance : float
         Descent alone: stop once every layer is proven within this relative gap.

@@ -39,20 +39,20 @@ class ReplicaGraph:
 
     Parameters
     ----------
-    slots_LGC : int array [layers, GPUs, slots]
+    slots_LGC : array of int, shape [L, G, C]
         Expert in each slot, -1 where empty.
-    speed_G : float array [GPUs]
+    speed_G : array of float, shape [G]
         Relative speeds, positive.
     experts : int
         Experts per layer.
 
     Attributes
     ----------
-    expert_LX : int array [layers, X]
+    expert_LX : array of int, shape [L, X]
         Replicated experts of each layer, most replicas first; `experts` where padded.
-    gpu_LXR : int array [layers, X, R]
+    gpu_LXR : array of int, shape [L, X, R]
         GPUs of their replicas, ascending; the number of GPUs where padded.
-    slot_LXR : int array [layers, X, R]
+    slot_LXR : array of int, shape [L, X, R]
         Flat position of the replica in `slots_LGC`; its size where padded.
     colours : list of ColourClass
         The order of a sweep.

@@ -27,7 +27,7 @@ def round_tokens(exact_P: FloatArray, expert_P: IntArray, count_E: IntArray) -> 
         Tokens of each replica before rounding; those of an expert sum to its count.
     expert_P : int array [replicas]
         Whose replica it is; they may come in any order.
-    count_E : int array [experts]
+    count_E : array of int, shape [E]
         Tokens, whole.
 
     Returns
@@ -69,13 +69,13 @@ def round_shares(
 
     Parameters
     ----------
-    count_LE : int array [layers, experts]
+    count_LE : array of int, shape [L, E]
         Tokens, whole.
-    slots_LGC : int array [layers, GPUs, slots]
+    slots_LGC : array of int, shape [L, G, C]
         Placement, -1 where empty.
-    share_LGC : float array [layers, GPUs, slots]
+    share_LGC : array of float, shape [L, G, C]
         Shares to round; an expert's sum to 1.
-    speed_G : float array [GPUs], optional
+    speed_G : array of float, shape [G], optional
         Relative speeds; ones by default.
 
     Returns

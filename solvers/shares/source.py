@@ -32,14 +32,14 @@ class SourceShares:
 
     Attributes
     ----------
-    share_LNGC : float array [layers, nodes, GPUs, slots]
+    share_LNGC : array of float, shape [L, N, G, C]
         Fraction of a node's tokens for the slot's expert that go to the slot; over an expert's slots they
         sum to 1.
-    time_LG : float array [layers, GPUs]
+    time_LG : array of float, shape [L, G]
         GPU times.
-    bound_L : float array [layers]
+    bound_L : array of float, shape [L]
         Lower bound on the largest time.
-    crossing_L : float array [layers]
+    crossing_L : array of float, shape [L]
         Tokens that leave their node: the fewest possible within the time.
     """
 
@@ -62,13 +62,13 @@ def solve_source_shares(
 
     Parameters
     ----------
-    load_LSE : float array [layers, sources, experts]
+    load_LSE : array of float, shape [L, sources, E]
         Tokens by source: a node, or a rank with `node_S`.
-    slots_LGC : int array [layers, GPUs, slots]
+    slots_LGC : array of int, shape [L, G, C]
         Placement, -1 where empty.
-    node_G : int array [GPUs]
+    node_G : array of int, shape [G]
         Node of each GPU, 0..N-1.
-    speed_G : float array [GPUs], optional
+    speed_G : array of float, shape [G], optional
         Relative speeds; ones by default.
     node_S : int array [sources], optional
         Node of each source; by default source n is node n.

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
@@ -125,13 +124,13 @@ def share_slots(
 
     Parameters
     ----------
-    load_LE : ndarray of float, shape (L, E)
+    load_LE : array of float, shape [L, E]
         Tokens.
-    floor_L : ndarray of float, shape (L,)
+    floor_L : array of float, shape [L]
         Times that no layer can beat: one that is there asks for nothing.
-    size_L, memory_G : ndarray of int
+    size_L, memory_G : array of int
         Bytes of a replica of each layer, and of each GPU.
-    starts : list of ndarray of int, shape (L, G)
+    starts : list of array of int, shape [L, G]
         Slots within the bytes.
     build : Build
         Places layers.
@@ -140,7 +139,7 @@ def share_slots(
 
     Returns
     -------
-    ndarray of int32, shape (L, G, C)
+    array of int32, shape [L, G, C]
         Placement.
     """
     layers = _Layers(load_LE, build)

@@ -53,10 +53,10 @@ class CvSizing:
 
     Parameters
     ----------
-    replicas_LE : ndarray of int32, shape (L, E)
-    cv_L : ndarray of float, shape (L,)
+    replicas_LE : array of int32, shape [L, E]
+    cv_L : array of float, shape [L]
         Coefficient of variation of the loads of all replicas of the layer.
-    met_L : ndarray of bool, shape (L,)
+    met_L : array of bool, shape [L]
         Whether the threshold is met. Where it is not, no counts within the caps meet it: these come closest.
     """
 
@@ -71,13 +71,13 @@ class TimeSizing:
 
     Parameters
     ----------
-    slots_LGC : ndarray of int32, shape (L, G, C)
+    slots_LGC : array of int32, shape [L, G, C]
         The placement, -1 in empty slots.
-    share_LGC : ndarray of float, shape (L, G, C)
+    share_LGC : array of float, shape [L, G, C]
         Shares of the experts' tokens.
-    replicas_L, bound_L : ndarray of int, shape (L,)
+    replicas_L, bound_L : array of int, shape [L]
         Replicas of each layer, and the fewest that any plan within the time could have.
-    met_L : ndarray of bool, shape (L,)
+    met_L : array of bool, shape [L]
         Whether the time is met. Where it is not, all slots are in use; no plan may exist.
     """
 
@@ -102,13 +102,13 @@ def fewest_for_time(
 
     Parameters
     ----------
-    load_LE : array_like of float, shape (L, E)
+    load_LE : array of float, shape [L, E]
         Tokens of each expert.
-    capacity_LG : array_like of int, shape (L, G)
+    capacity_LG : array of int, shape [L, G]
         Slots.
-    speed_G : array_like of float, shape (G,)
+    speed_G : array of float, shape [G]
         Relative speeds.
-    time_L : array_like of float, shape (L,)
+    time_L : array of float, shape [L]
         Largest GPU time wanted; for an imbalance x that is x times total load over total speed.
     split : {"equal", "fractional"}
         How tokens are divided.
@@ -230,11 +230,11 @@ def fewest_for_cv(
 
     Parameters
     ----------
-    load_LE : array_like of float, shape (L, E)
+    load_LE : array of float, shape [L, E]
         Tokens of each expert.
     cv : float
         The threshold, at least 0.
-    cap : int or array_like of int, shape (L,), optional
+    cap : int or array of int, shape [L], optional
         Most replicas of a layer in all, at least one per expert (default: what `max_replicas` allows, or 64
         per expert). For a cap in bytes divide them by the bytes of a replica.
     max_replicas : int, optional

@@ -47,11 +47,11 @@ class Activation:
 
     Parameters
     ----------
-    gpu_E : ndarray of int, shape (E,)
+    gpu_E : array of int, shape [E]
         The GPU that serves each expert, -1 if it has no tokens.
-    activated_G : ndarray of int, shape (G,)
+    activated_G : array of int, shape [G]
         Experts activated on each GPU.
-    proof_G : ndarray of bool, shape (G,)
+    proof_G : array of bool, shape [G]
         GPUs that hold, alone, more experts with tokens than they could activate below
         ``max(activated / speed)``: the proof that no choice of replicas does better.
     """
@@ -68,11 +68,11 @@ def fewest_activated(
 
     Parameters
     ----------
-    load_E : array_like of float, shape (E,)
+    load_E : array of float, shape [E]
         Tokens of each expert; an expert without tokens is not activated.
-    slots_GC : array_like of int, shape (G, C)
+    slots_GC : array of int, shape [G, C]
         The placement, -1 in empty slots.
-    speed_G : array_like of float, shape (G,), optional
+    speed_G : array of float, shape [G], optional
         Relative speeds (default 1).
     tokens : bool
         Whether to bring the largest token load down among the best choices.
@@ -240,16 +240,16 @@ def shares_of_one(load_LE: ArrayLike, slots_LGC: ArrayLike, speed_G: ArrayLike |
 
     Parameters
     ----------
-    load_LE : array_like of float, shape (L, E)
+    load_LE : array of float, shape [L, E]
         Tokens of each expert; one without tokens is served somewhere, too.
-    slots_LGC : array_like of int, shape (L, G, C)
+    slots_LGC : array of int, shape [L, G, C]
         The placement, -1 in empty slots.
-    speed_G : array_like of float, shape (G,), optional
+    speed_G : array of float, shape [G], optional
         Relative speeds (default 1).
 
     Returns
     -------
-    ndarray of float, shape (L, G, C)
+    array of float, shape [L, G, C]
         1 where an expert is served, 0 elsewhere.
     """
     load, slots = np.asarray(load_LE, dtype=np.float64), np.asarray(slots_LGC)
@@ -268,20 +268,20 @@ def worthwhile_replicas(
 
     Parameters
     ----------
-    load_LE : array_like of float, shape (L, E)
+    load_LE : array of float, shape [L, E]
         Tokens of each expert.
-    capacity_LG : array_like of int, shape (L, G)
+    capacity_LG : array of int, shape [L, G]
         Slots.
-    speed_G : array_like of float, shape (G,)
+    speed_G : array of float, shape [G]
         Relative speeds.
     time : TimeModel
         The time model, with a token cost above 0.
 
     Returns
     -------
-    slots_LGC : ndarray of int32, shape (L, G, C)
+    slots_LGC : array of int32, shape [L, G, C]
         The best placement found over all totals of replicas.
-    time_L : ndarray of float, shape (L,)
+    time_L : array of float, shape [L]
         Its largest GPU time.
 
     Notes

@@ -91,7 +91,7 @@ class Recording:
 
     Parameters
     ----------
-    load_TLE : float64 [scenarios, layers, experts]
+    load_TLE : array of float, shape [T, L, E]
         Token-expert pairs; finite, >= 0, every layer with some load in some scenario. Read-only.
     layers : tuple of int
         The recording's own index of each layer.
