@@ -1,4 +1,4 @@
-"""What a person sees while a solver works, and how Ctrl-C reaches it."""
+"""What a person sees while a solver works."""
 
 from __future__ import annotations
 
