@@ -16,7 +16,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.evaluate import even_times
-from moeless_opt.solvers.core.stopping import MaxTime
+from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, Stop
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.counts import apportion, largest_piece, trim
 from moeless_opt.solvers.pack.packing import pack
@@ -106,6 +106,7 @@ def construct_equal(
     seed: int = 0,
     effort: str = "normal",
     backend: str = "auto",
+    stop: Stop | None = None,
 ) -> SlotArray:
     """Place replicas for an equal split of each expert's tokens over its replicas.
 
@@ -126,6 +127,8 @@ def construct_equal(
     backend : {"auto", "numpy", "numba"}
         The plan is the same, bit for bit. "auto" uses the compiled kernels once they are in the process
         (after `fast.warm` or a call with "numba"): loading them takes longer than most plans do.
+    stop : Stop, optional
+        When to be content with what is found.
 
     Returns
     -------
@@ -148,28 +151,30 @@ def construct_equal(
     backend = fast.choose_backend(backend)
     same_speed = bool((speed == speed[0]).all())
     if same_speed and E <= 2 * G and E <= 32 and G > 1 and (capacity == 2).all():
-        return _two_slots(load_LE, G, EFFORTS[effort])
-    slots = _general(load_LE, capacity, speed, EFFORTS[effort], backend)
+        return _two_slots(load_LE, G, EFFORTS[effort], stop)
+    slots = _general(load_LE, capacity, speed, EFFORTS[effort], backend, stop)
     if EFFORTS[effort].tiny >= E * G:
-        return _proven(load_LE, capacity, speed, slots)
+        return _proven(load_LE, capacity, speed, slots, stop)
     if same_speed and E <= 2 * G and E <= 32 and G > 1 and slots.shape[2] >= 2:
         rows = np.flatnonzero((capacity == 2).all(axis=1))
         if len(rows):
-            slots[rows, :, :2] = _two_slots(load_LE[rows], G, EFFORTS[effort])
+            slots[rows, :, :2] = _two_slots(load_LE[rows], G, EFFORTS[effort], stop)
     return slots
 
 
-def _two_slots(load_LE: FloatArray, G: int, effort: Effort) -> SlotArray:
+def _two_slots(load_LE: FloatArray, G: int, effort: Effort, stop: Stop | None) -> SlotArray:
     """Layers of two slots on equal GPUs, by folding."""
     if effort.ways == 0:
         pairs = [quick_fold(load_E, G, target=effort.target) for load_E in load_LE.tolist()]
         return np.array(pairs, dtype=np.int32).reshape(len(pairs), G, 2)
     counts = apportion(load_LE, 2 * G, G).astype(np.int64)
-    counts, _ = best_counts(load_LE, counts, G, target=effort.target, ways=effort.ways)
+    counts, _ = best_counts(load_LE, counts, G, target=effort.target, ways=effort.ways, stop=stop)
     return fold(load_LE, counts, G)
 
 
-def _proven(load_LE: FloatArray, capacity: IntArray, speed: FloatArray, slots: SlotArray) -> SlotArray:
+def _proven(
+    load_LE: FloatArray, capacity: IntArray, speed: FloatArray, slots: SlotArray, stop: Stop | None
+) -> SlotArray:
     """Tiny layers to optimality by dynamic programming, where the search left a gap."""
     value_L = even_times(load_LE, slots, speed).max(axis=1)
     for layer in np.flatnonzero(value_L > load_LE.sum(axis=1) / speed.sum() * (1.0 + 1e-9)):
@@ -179,7 +184,7 @@ def _proven(load_LE: FloatArray, capacity: IntArray, speed: FloatArray, slots: S
             speed,
             upper=float(value_L[layer]),
             gap=1e-9,
-            stop=MaxTime(_TINY_SECONDS),
+            stop=MaxTime(_TINY_SECONDS) if stop is None else FirstOf(stop, MaxTime(_TINY_SECONDS)),
         ).slots_GC
         if found is not None and even_times(load_LE[layer][None], found[None], speed).max() < value_L[layer]:
             slots[layer] = -1
@@ -188,7 +193,12 @@ def _proven(load_LE: FloatArray, capacity: IntArray, speed: FloatArray, slots: S
 
 
 def _general(
-    load_LE: FloatArray, capacity: IntArray, speed: FloatArray, effort: Effort, backend: str
+    load_LE: FloatArray,
+    capacity: IntArray,
+    speed: FloatArray,
+    effort: Effort,
+    backend: str,
+    stop: Stop | None,
 ) -> SlotArray:
     """Any layer: counts, packing, swaps, and other counts where these end far above the bound."""
     E = load_LE.shape[1]
@@ -196,7 +206,7 @@ def _general(
     greedy = apportion(load_LE, total, (capacity > 0).sum(axis=1)[:, None], backend=backend)
     bound = np.maximum(load_LE.sum(axis=1) / speed.sum(), largest_piece(load_LE, greedy) / speed.max())
     slots = pack(load_LE, trim(load_LE, greedy, capacity), capacity, speed, backend=backend)
-    swaps: dict[str, Any] = {"rounds": effort.rounds, "focus": effort.focus, "backend": backend}
+    swaps: dict[str, Any] = {"rounds": effort.rounds, "focus": effort.focus, "backend": backend, "stop": stop}
     slots = improve(load_LE, slots, capacity, speed, target=effort.target, **swaps)
     if not effort.steps:
         return slots
@@ -217,6 +227,7 @@ def _general(
         steps=effort.steps,
         width=effort.width,
         backend=backend,
+        stop=stop,
     )
     better = improve(load, better, room, speed, target=effort.target, **swaps)
     gains = even_times(load, better, speed).max(axis=1) < even_times(load, slots[rows], speed).max(axis=1)

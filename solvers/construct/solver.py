@@ -80,6 +80,7 @@ class Construct(Heuristic):
                 seed=task.seed,
                 effort=options.effort,
                 backend=options.backend,
+                stop=task.stop,
             )
             return slots_LGC, equal_shares(slots_LGC, problem.experts)
         effort = "normal" if options.effort == "quick" else options.effort

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.plan.evaluate import even_times
+from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.pack.counts import apportion, hostable
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.swaps import improve
@@ -38,9 +39,8 @@ def resize(
     goal_L: Floats | None = None,
     steps: int = 8,
     width: int = 32,
-    rounds: int = 3,
-    focus: int = 2,
     backend: str = "numpy",
+    stop: Stop | None = None,
 ) -> Int32s:
     """Try other replica counts for the layers above the target.
 
@@ -60,10 +60,10 @@ def resize(
         Most steps of each layer.
     width : int
         Replica counts tried in each step.
-    rounds, focus : int
-        Swap rounds for each, as in `search.improve`.
     backend : {"numpy", "numba"}
         Which of the twins does the work; the result is the same.
+    stop : Stop, optional
+        When to be content with what is found.
 
     Returns
     -------
@@ -79,7 +79,7 @@ def resize(
         speed_G=speed_G,
         goal_L=mean_L if goal_L is None else goal_L,
         width=slots.shape[2],
-        swaps={"rounds": rounds, "focus": focus, "backend": backend},
+        swaps={"rounds": 3, "focus": 2, "backend": backend},
     )
     counts = _count(slots, E)
     top, excess = bench.score(np.arange(len(slots)), slots)
@@ -88,7 +88,7 @@ def resize(
     live = counts  # where the search stands: by excess, so not always at the best so far
     rows = np.flatnonzero(top > bench.goal_L)
     for step in range(steps):
-        if not len(rows):
+        if not len(rows) or (stop is not None and stop()):
             break
         if step == 0:
             base, tried = _leaning(load_LE, live, cap_L, rows)

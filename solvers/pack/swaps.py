@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.plan.evaluate import even_pieces, slot_sums
+from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.packing import empties_last
 
@@ -40,6 +41,7 @@ def improve(
     rounds: int = 8,
     focus: int = 16,
     backend: str = "numpy",
+    stop: Stop | None = None,
 ) -> Int32s:
     """Swap replicas between GPUs until the slowest GPU is close to the bound, or no swap helps.
 
@@ -66,6 +68,8 @@ def improve(
         Most focused rounds after them.
     backend : {"numpy", "numba"}
         Which of the two twins does the work; the result is the same.
+    stop : Stop, optional
+        When to be content with what is found. The compiled twin is done before it could ask.
 
     Returns
     -------
@@ -89,10 +93,10 @@ def improve(
         return empties_last(slots)
     state = _State(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1])
     for step in range(rounds):
-        if not state.settle() or not state.pair_round(step):
+        if not state.settle() or not state.pair_round(step) or (stop is not None and stop()):
             break
     for _ in range(focus):
-        if not state.settle():
+        if not state.settle() or (stop is not None and stop()):
             break
         state.focus_round()
     return empties_last(state.result())

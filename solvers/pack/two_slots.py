@@ -22,6 +22,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from moeless_opt.solvers.core.stopping import Stop
+
 __all__ = ["best_counts", "fold", "fold_value", "quick_fold"]
 
 Floats = NDArray[np.float64]
@@ -111,7 +113,13 @@ def _ways(slots: int, experts: int) -> Ints:
 
 
 def best_counts(
-    load_LE: Floats, counts_LE: Ints, G: int, *, target: float = 1.0, ways: int = 20_000
+    load_LE: Floats,
+    counts_LE: Ints,
+    G: int,
+    *,
+    target: float = 1.0,
+    ways: int = 20_000,
+    stop: Stop | None = None,
 ) -> tuple[Ints, NDArray[np.bool_]]:
     """The replica counts with the lowest `fold_value`, from given ones on.
 
@@ -127,6 +135,8 @@ def best_counts(
         Enough: a largest load of `target` times the mean.
     ways : int
         Most ways of handing out a layer's free slots that are all tried.
+    stop : Stop, optional
+        When to be content with what is found.
 
     Returns
     -------
@@ -140,6 +150,8 @@ def best_counts(
     value = fold_value(load_LE, counts, G)
     goal = target * load_LE.sum(axis=1) / G
     for layer in np.flatnonzero(value > goal):
+        if stop is not None and stop():
+            break
         value[layer] = _descend(load_LE[layer], counts[layer], value[layer], G)
         if value[layer] <= goal[layer]:
             continue

@@ -36,10 +36,8 @@ __all__ = [
     "Redundancy",
     "Spending",
     "bound_curves",
-    "fewest_bytes",
     "plan_budget",
     "redundancy_rows",
-    "spare_budget",
     "spend",
 ]
 
@@ -164,50 +162,6 @@ def spend(
     return Spending(spare_L, float(chosen_L.sum()), int(cost @ spare_L), found.exact)
 
 
-def fewest_bytes(value_LK: Float, target: float, cost_L: ArrayLike | None = None) -> Spending:
-    """Choose one k per layer so that ``sum of cost * k`` is least and the values' sum is at most ``target``.
-
-    Parameters
-    ----------
-    value_LK, cost_L
-        As in `spend`.
-    target : float
-        Largest sum of values (for instance seconds of a forward pass).
-
-    Returns
-    -------
-    Spending
-
-    Raises
-    ------
-    InfeasibleError
-        If even the best values are above the target.
-    """
-    L, K1 = value_LK.shape
-    cost = np.ones(L, dtype=np.int64) if cost_L is None else np.asarray(cost_L, dtype=np.int64)
-    lowest_LK = np.minimum.accumulate(value_LK, axis=1)
-    best = float(lowest_LK[:, -1].sum())
-    if best > target * (1 + 1e-12):
-        raise InfeasibleError(
-            f"target: {target:g} cannot be met, the best with all spare replicas is {best:g}"
-        )
-    unit = int(np.gcd.reduce(cost))
-    low, high = -1, int(cost.sum()) * (K1 - 1) // unit
-    found = spend(value_LK, high * unit, cost)
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            trial = spend(value_LK, middle * unit, cost)
-        except InfeasibleError:
-            low = middle
-            continue
-        if trial.value <= target * (1 + 1e-12):
-            high, found = middle, trial
-        else:
-            low = middle
-    return found
-
-
 def bound_curves(load_LE: ArrayLike, speed_G: ArrayLike, most: int) -> Float:
     """Return the best time each layer could have with 0 to ``most`` spare replicas, shape (L, most + 1)."""
     load = np.asarray(load_LE, dtype=np.float64)
@@ -215,40 +169,6 @@ def bound_curves(load_LE: ArrayLike, speed_G: ArrayLike, most: int) -> Float:
     mean_L1 = load.sum(axis=1, keepdims=True) / speed.sum()
     curve_LK: Float = np.maximum(tau_curve(load, speed, most, "fractional"), mean_L1)
     return curve_LK
-
-
-def spare_budget(
-    memory_G: ArrayLike, bytes_L: ArrayLike, experts: int, *, reserve_G: ArrayLike = 0, other_G: ArrayLike = 0
-) -> int:
-    """Return the bytes left for spare replicas on all GPUs.
-
-    Parameters
-    ----------
-    memory_G : array_like of int, shape (G,)
-        Bytes of each GPU.
-    bytes_L : array_like of int, shape (L,)
-        Bytes of one replica in each layer.
-    experts : int
-        Experts of a layer, each of which needs one replica.
-    reserve_G, other_G : int or array_like of int, shape (G,)
-        Bytes kept for the KV cache, and those that other weights take.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    InfeasibleError
-        If not even one replica of each expert fits.
-    """
-    free = int((np.asarray(memory_G, dtype=np.int64) - np.asarray(reserve_G) - np.asarray(other_G)).sum())
-    spare = free - experts * int(np.asarray(bytes_L, dtype=np.int64).sum())
-    if spare < 0:
-        raise InfeasibleError(
-            f"memory: one replica of every expert needs {-spare} bytes more than the GPUs have"
-        )
-    return spare
 
 
 def plan_budget(
@@ -260,6 +180,7 @@ def plan_budget(
     memory_G: ArrayLike | None = None,
     rounds: int = _ROUNDS,
     tolerance: float = 5e-4,
+    stop: Stop | None = None,
 ) -> BudgetPlan:
     """Spend one budget of spare replicas over all layers, and place them all.
 
@@ -280,6 +201,8 @@ def plan_budget(
         Most runs of the knapsack.
     tolerance : float
         Stop once the sum of times is within this share of its bound.
+    stop : Stop, optional
+        When to be content with what is placed; one spending is in any case.
 
     Returns
     -------
@@ -295,14 +218,11 @@ def plan_budget(
     (L, E), G = load.shape, len(speed)
     size_L = np.ones(L, dtype=np.int64) if bytes_L is None else np.asarray(bytes_L, dtype=np.int64)
     most = int(min(E * (G - 1), 4 * E, budget // int(size_L.min())))
-    value_LK = bound_curves(load, speed, most)
-    # Beyond the first k without gain nothing is to be had, but packing may like a few more to choose from.
-    useful = int((value_LK > value_LK[:, -1:] * (1 + 1e-12)).sum(axis=1).max()) + G
-    value_LK = value_LK[:, : max(useful, budget // int(size_L.sum())) + 1].copy()
+    value_LK = _useful(bound_curves(load, speed, most), G, budget // int(size_L.sum()))
     measured_LK = np.full(value_LK.shape, np.inf)
     memory = None if memory_G is None else np.asarray(memory_G, dtype=np.int64)
     kept: dict[tuple[int, int], Int32] = {}
-    choice = spend(value_LK, budget, size_L)
+    choice = spend(value_LK, budget, size_L, stop=stop)
     bound = choice.value if choice.exact else float(value_LK.min(axis=1).sum())
     everything = np.minimum(budget // int(size_L.sum()), value_LK.shape[1] - 1)
     run = 0
@@ -316,12 +236,18 @@ def plan_budget(
                 kept[int(layer), int(spare_L[layer])] = slots[layer]
             measured_LK[np.arange(L), spare_L] = np.minimum(measured_LK[np.arange(L), spare_L], time_L)
             value_LK[np.arange(L), spare_L] = np.maximum(time_L, value_LK[np.arange(L), spare_L])
-        best = spend(measured_LK, budget, size_L)
-        if best.value <= bound * (1 + tolerance) or not fresh_L.any():
+        best = spend(measured_LK, budget, size_L, stop=stop)
+        if best.value <= bound * (1 + tolerance) or not fresh_L.any() or (stop is not None and stop()):
             break
-        choice = spend(value_LK, budget, size_L)
+        choice = spend(value_LK, budget, size_L, stop=stop)
     slots, time_L = _assembled(load, speed, best.spare_L, kept, size_L, memory)
     return BudgetPlan(best.spare_L, slots, time_L, bound, run)
+
+
+def _useful(value_LK: Float, more: int, most: int) -> Float:
+    """The curves as far as they fall, and a little on: packing may like a few more to choose from."""
+    useful = int((value_LK > value_LK[:, -1:] * (1 + 1e-12)).sum(axis=1).max()) + more
+    return value_LK[:, : max(useful, most) + 1].copy()
 
 
 def _place(load: Float, speed: Float, spare_L: Int, size_L: Int, memory: Int | None) -> tuple[Int32, Float]:

@@ -63,7 +63,7 @@ def _few_replicas(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
         missed = [problem.loads.layers[i] for i in np.flatnonzero(~found.met_L)]
         raise InfeasibleError(
             f"sizing.imbalance: {wanted} was not reached in {len(missed)} layer(s), first {missed[0]}; "
-            "more slots or a larger imbalance would do"
+            f"{'more time, ' if stop() else ''}more slots or a larger imbalance would do"
         )
     few, least = int(found.replicas_L.sum()), int(found.bound_L.sum())
     return found.slots_LGC, f"{few} replicas for an imbalance of {wanted}; no plan has fewer than {least}"
@@ -85,7 +85,7 @@ def _shared_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
     mean_L = load_LE.sum(1) / speed_G.sum()
     bound = float(mean_L.sum())
     try:
-        found = plan_budget(load_LE, speed_G, budget, bytes_L=bytes_L, memory_G=memory_G)
+        found = plan_budget(load_LE, speed_G, budget, bytes_L=bytes_L, memory_G=memory_G, stop=stop)
     except InfeasibleError:
         pass  # its slots, shared out layer by layer, missed a way that there is
     else:
@@ -94,7 +94,7 @@ def _shared_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
 
     def build(load_LE: FloatArray, slots_LG: IntArray) -> tuple[SlotArray, FloatArray]:
         if problem.split == "equal":
-            slots_LGC = construct_equal(load_LE, slots_LG, speed_G)
+            slots_LGC = construct_equal(load_LE, slots_LG, speed_G, stop=stop)
             share_LGC = equal_shares(slots_LGC, problem.experts)
         else:
             slots_LGC, share_LGC = construct_fractional(load_LE, slots_LG, speed_G)

@@ -15,6 +15,7 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError, SolverUna
 from moeless_opt.problems.plan.bounds import density_bound
 from moeless_opt.problems.plan.evaluate import gpu_times
 from moeless_opt.problems.plan.plan import Status
+from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.exact.components import component_bound
 from moeless_opt.solvers.exact.layer import layer_of
@@ -161,3 +162,22 @@ def test_published_examples_are_settled(load: Any, best: float) -> None:
         assert density_bound([load], result.slots_GC[None], result.share_GC[None])[0] <= result.value * (
             1 + 1e-9
         )
+
+
+def test_a_stopped_component_bound_is_still_a_bound() -> None:
+    class After(MaxTime):
+        """Stop at the n-th question."""
+
+        def __init__(self, asks: int) -> None:
+            super().__init__(100.0)
+            self.asks = asks
+
+        def __call__(self, best: float = np.inf, bound: float = 0.0) -> StoppedBy:
+            self.asks -= 1
+            return StoppedBy.NOTHING if self.asks >= 0 else StoppedBy.CALLER
+
+    load = np.array([20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27.0])
+    bounds = [component_bound(load, 8, 2, stop=After(asks)) for asks in (*range(0, 250, 25), 10**9)]
+    assert load.sum() / 8 == bounds[0] < bounds[-1] == pytest.approx(146.0)
+    assert all(bound <= bounds[-1] for bound in bounds)
+    assert len(set(bounds)) > 2

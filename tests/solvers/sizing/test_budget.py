@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import best_bound
+from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.sizing.budget import (
     bound_curves,
-    fewest_bytes,
     plan_budget,
     redundancy_rows,
-    spare_budget,
     spend,
 )
 
@@ -46,24 +45,6 @@ def test_spend_against_enumeration(rows: Any, budget: int, costs: Any, alike: bo
     assert found.value == pytest.approx(best)
     assert value[np.arange(len(value)), found.spare_L].sum() == pytest.approx(best)
     assert found.spent == cost @ found.spare_L <= budget
-
-
-@given(curves, st.integers(0, 60), st.lists(st.integers(1, 4), min_size=4, max_size=4))
-@settings(max_examples=300, deadline=None)
-def test_fewest_bytes_against_enumeration(rows: Any, target: int, costs: Any) -> None:
-    value, cost = np.array(rows, dtype=float), np.array(costs[: len(rows)])
-    good = [
-        int(cost @ c)
-        for c in itertools.product(range(value.shape[1]), repeat=len(value))
-        if value[np.arange(len(value)), c].sum() <= target
-    ]
-    if not good:
-        with pytest.raises(InfeasibleError):
-            fewest_bytes(value, target, cost)
-        return
-    found = fewest_bytes(value, target, cost)
-    assert found.value <= target
-    assert found.spent == min(good)
 
 
 def test_convex_curves_take_the_shortcut_to_the_same_value() -> None:
@@ -125,8 +106,7 @@ def test_no_gpu_exceeds_its_bytes(alike: bool) -> None:
     load = rng.lognormal(0, 1, (6, 16))
     size = np.array([3, 3, 3, 5, 5, 5])
     memory = np.full(4, 110) if alike else np.array([150, 110, 110, 70])
-    budget = spare_budget(memory, size, 16)
-    assert budget == memory.sum() - 16 * size.sum()
+    budget = int(memory.sum() - 16 * size.sum())
     plan = plan_budget(load, np.ones(4), budget - 10, bytes_L=size, memory_G=memory)
     check_plan(plan, load, np.ones(4))
     used = ((plan.slots_LGC >= 0).sum(axis=2) * size[:, None]).sum(axis=0)
@@ -135,8 +115,16 @@ def test_no_gpu_exceeds_its_bytes(alike: bool) -> None:
 
 
 def test_wrong_budgets() -> None:
-    with pytest.raises(InfeasibleError, match="needs 16 bytes more"):
-        spare_budget([10, 10], [3, 3], 6)
-    assert spare_budget([30, 20], [3, 3], 6, reserve_G=[1, 0], other_G=2) == 50 - 1 - 4 - 36
+    with pytest.raises(InfeasibleError, match="budget: 2 units"):
+        spend(np.array([[np.inf, np.inf, np.inf, 1.0]]), 2)
     with pytest.raises(ProblemError, match="cost_L"):
         spend(np.zeros((1, 2)), 3, [0])
+
+
+def test_stopped_at_once_it_still_places_within_the_budget() -> None:
+    load = np.random.default_rng(3).lognormal(0, 1, (6, 16))
+    for speed in (np.ones(8), np.array([1.0, 2.0] * 4)):
+        plan = plan_budget(load, speed, 30, stop=MaxTime(0.0))
+        check_plan(plan, load, speed)
+        assert plan.spare_L.sum() <= 30
+        assert plan.bound <= plan_budget(load, speed, 30).time_L.sum() * (1 + 1e-12)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.solvers.baselines.moeless import replica_cv, scale
+from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv, fewest_for_time
 
 
@@ -144,3 +145,15 @@ def test_fewest_for_an_imbalance_on_many_experts(split: Any) -> None:
     held = sized.slots_LGC >= 0
     tokens = np.where(held, load[np.arange(4)[:, None, None], sized.slots_LGC] * sized.share_LGC, 0.0)
     assert (tokens.sum(axis=2).max(axis=1) <= time * (1 + 1e-8)).all()
+
+
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+def test_stopped_at_once_it_takes_all_slots_where_fewer_might_do(split: Any) -> None:
+    load = np.random.default_rng(3).lognormal(0, 1, (4, 16))
+    capacity, wanted_L = np.full((4, 8), 3), 1.4 * load.sum(axis=1) / 8
+    sized = fewest_for_time(load, capacity, np.ones(8), wanted_L, split, stop=MaxTime(0.0))
+    assert sized.met_L.all()
+    unhurried = fewest_for_time(load, capacity, np.ones(8), wanted_L, split)
+    assert (sized.replicas_L == 24).all()
+    assert (sized.bound_L <= unhurried.replicas_L).all()
+    assert (unhurried.replicas_L < 24).any()
