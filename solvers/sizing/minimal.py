@@ -43,6 +43,7 @@ __all__ = ["CvSizing", "TimeSizing", "fewest_for_cv", "fewest_for_time"]
 
 
 _ROUND = 1e-12  # relative slop of the threshold
+_EVEN = 1e-14  # a variance of no more than rounding makes: as even as can be
 _EXTRAS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 1 << 40)  # beyond the bound
 _PROVE_EXPERTS = 16
 
@@ -322,7 +323,7 @@ def _sized(
     # Replicas of an expert without load cannot be meant: they would only fill up the mean.
     allowed_LN = np.arange(given_LP.shape[1] + 1) <= spare_L[:, None]
     allowed_LN[:, 1:] &= given_LP > 0
-    meets_LN: BoolArray = allowed_LN & (variance_LN <= cv * cv * (1 + _ROUND) + 1e-24)
+    meets_LN: BoolArray = allowed_LN & (variance_LN <= cv * cv * (1 + _ROUND) + _EVEN)
     met_L: BoolArray = np.logical_or.reduce(meets_LN, axis=1)
     closest_L = np.where(allowed_LN, variance_LN, np.inf).argmin(axis=1)
     spare_used_L = np.where(met_L, meets_LN.argmax(axis=1), closest_L)

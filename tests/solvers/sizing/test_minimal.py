@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
@@ -31,6 +31,7 @@ def variation(load: Any, counts: Any, ddof: int, idle: str) -> float:
     ddof=st.integers(0, 1),
     idle=st.sampled_from(["count", "ignore"]),
 )
+@example(load=[12, 16], cv=0.0, extra=5, most=4, ddof=0, idle="count")  # even but for rounding
 @settings(max_examples=1000, deadline=None)
 def test_minimal_against_enumeration(
     load: Any, cv: float, extra: int, most: int, ddof: int, idle: str
