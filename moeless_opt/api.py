@@ -380,7 +380,7 @@ def export_model(problem: Problem, path: str | PathLike[str], *, layer: int | No
         problem.load_LE[row],
         problem.capacity_LG[row],
         problem.topology.speed_G,
-        "equal" if problem.split == "equal" else "fractional",
+        problem.split,
         max_replicas=problem.limits.max_replicas,
         min_replicas=problem.limits.min_replicas,
     )

@@ -71,7 +71,7 @@ def lower_bound(problem: Problem, split: str | None = None) -> Bound:
         problem.load_LE,
         problem.capacity_LG,
         problem.topology.speed_G,
-        "equal" if (split or problem.split) == "equal" else "fractional",
+        split or problem.split,
         max_replicas=limits.max_replicas,
         min_replicas=limits.min_replicas if limits.min_replicas > 1 else None,
         replicas_L=None

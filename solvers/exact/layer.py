@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -39,8 +38,6 @@ from moeless_opt.solvers.core.linear import LinearModel
 from moeless_opt.solvers.core.stopping import Stop
 
 __all__ = ["ExactLayer", "ExactResult", "LayerModel", "build", "layer_of", "read_back", "result_of"]
-
-Split = Literal["equal", "fractional"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +75,7 @@ class ExactLayer:
     load_E: FloatArray
     capacity_G: IntArray
     speed_G: FloatArray
-    split: Split
+    split: str
     least_E: IntArray
     most_E: IntArray
     scale: float  # tokens per unit of the model
@@ -93,7 +90,7 @@ def layer_of(
     load_E: ArrayLike,
     capacity_G: ArrayLike,
     speed_G: ArrayLike | None = None,
-    split: Split = "equal",
+    split: str = "equal",
     *,
     slots_GC: SlotArray | None = None,
     share_GC: FloatArray | None = None,

@@ -145,7 +145,7 @@ class _Exact(Heuristic):
                 problem.load_LE[i],
                 problem.capacity_LG[i],
                 speed_G,
-                "equal" if problem.split == "equal" else "fractional",
+                problem.split,
                 slots_GC=slots_LGC[i],
                 share_GC=share_LGC[i],
                 bound=float(bound_L[i]),

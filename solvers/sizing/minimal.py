@@ -22,7 +22,6 @@ E. V. Huntington, "The apportionment of representatives in Congress", Trans. Ame
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -94,7 +93,7 @@ def fewest_for_time(
     capacity_LG: ArrayLike,
     speed_G: ArrayLike,
     time_L: ArrayLike,
-    split: Literal["equal", "fractional"] = "equal",
+    split: str = "equal",
     *,
     seconds: float = 0.5,
     stop: Stop | None = None,
