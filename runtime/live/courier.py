@@ -14,14 +14,34 @@ from moeless_opt.problems.errors import MoelessError
 from moeless_opt.runtime.live.experts import Weights
 from moeless_opt.runtime.live.groups import ExpertGroup
 
-__all__ = ["DAMAGED", "LOST", "NO_MEMORY", "OK", "REASON", "Courier", "DamagedError", "Flight"]
+__all__ = [
+    "DAMAGED",
+    "LOST",
+    "NO_MEMORY",
+    "OK",
+    "REASON",
+    "UNREADABLE",
+    "Courier",
+    "DamagedError",
+    "Flight",
+    "UnreadableError",
+]
 
-OK, DAMAGED, NO_MEMORY, LOST = range(4)
-REASON = {DAMAGED: "checksum mismatch", NO_MEMORY: "no memory for an arrival", LOST: "a transfer failed"}
+OK, DAMAGED, NO_MEMORY, LOST, UNREADABLE = range(5)
+REASON = {
+    DAMAGED: "checksum mismatch",
+    NO_MEMORY: "no memory for an arrival",
+    LOST: "a transfer failed",
+    UNREADABLE: "a home copy could not be read",
+}
 
 
 class DamagedError(Exception):
     """A checksum does not match."""
+
+
+class UnreadableError(Exception):
+    """A home copy cannot be read on a rank that should have it."""
 
 
 class Flight:
@@ -118,6 +138,8 @@ class Courier:
                         event.synchronize()
             except DamagedError as error:
                 flight.fault, flight.error = DAMAGED, str(error)
+            except UnreadableError as error:
+                flight.fault, flight.error = UNREADABLE, str(error)
             except Exception as error:  # whatever it was, the other ranks must hear of it
                 flight.fault, flight.error = LOST, f"{type(error).__name__}: {error}"
             # Let go of the weights before anybody hears of it: what is done must not hold memory.

@@ -28,6 +28,9 @@ from moeless_opt.runtime.live.repair import repair_slots
 __all__ = ["EvictedError", "Guard", "Recovery"]
 
 T = TypeVar("T")
+
+#: Attempts to recover with the same ranks.
+ATTEMPTS = 3
 Replan = Callable[[list[list[list[int]]], FloatArray | None], SlotArray]
 
 
@@ -115,6 +118,8 @@ class Guard:
             If the others went on without this rank.
         InfeasibleError
             If those left cannot hold the experts.
+        MoelessError
+            If a home copy that is needed cannot be read or is damaged, or recovering fails again and again.
         """
         while True:
             try:
@@ -137,12 +142,19 @@ class Guard:
         cause = str(error)
         before = self.live.group.ranks
         migrating = not self.live.migrator.idle
+        alike, left = 0, before
         while True:
             try:
                 self._attempt(cause, began, before, migrating)
                 return
             except RankLostError as again:
                 cause = str(again)
+            alike = alike + 1 if self.live.group.ranks == left else 0
+            left = self.live.group.ranks
+            if alike >= ATTEMPTS:
+                raise MoelessError(
+                    f"recovering failed {alike + 1} times though ranks {list(left)} were there: {cause}"
+                )
 
     def _attempt(self, cause: str, began: float, before: tuple[int, ...], migrating: bool) -> None:
         live = self.live

@@ -229,6 +229,12 @@ class ExpertGroup:
             works += [group.recv([t], peer, tag) for t, peer, tag in receives]
             return [group._end_coalescing(self.device)] if self.device.type == "cuda" else works
 
+    def wait(self, works: Sequence[Any]) -> None:
+        """Wait for what `exchange` started."""
+        with _losses():
+            for work in works:
+                work.wait()
+
     def close(self) -> None:
         """Give both groups up, without waiting for anybody.
 

@@ -75,41 +75,56 @@ class PinnedHome:
         The first copy is made on a rank that serves the expert, the next ones on the ranks that follow it: a
         rank's own host memory is lost with the rank.
         """
+        self.learn(group, banks)
         copies = min(self.copies, group.size)
-        self._members = group.ranks
+        more: dict[tuple[int, int], list[int]] = {}
         for layer, bank in enumerate(banks):
             sends: list[tuple[torch.Tensor, int, int]] = []
             receives: list[tuple[torch.Tensor, int, int]] = []
-            arrivals: list[tuple[int, Weights]] = []
-            keep: list[Weights] = []
             holders: dict[int, list[int]] = {}
             for g, row in enumerate(rows_LG[layer]):
                 for e in row:
                     holders.setdefault(e, []).append(g)
+            arrivals: list[tuple[int, Weights]] = []
             for e in sorted(holders):
                 have = list(self.ranks(layer, e))
                 source = holders[e][0]
                 wanted = [(source + k) % group.size for k in range(group.size)]
                 for g in [g for g in wanted if g not in have][: max(0, copies - len(have))]:
-                    have.append(g)
-                    self._holders.setdefault((layer, e), []).append(group.ranks[g])
+                    more.setdefault((layer, e), []).append(group.ranks[g])
                     if group.rank == g and e in bank.resident:
                         self._mine[layer, e] = [host_copy(t) for t in bank.resident[e]]
                     elif g in holders[e]:
                         continue
                     elif group.rank == g:
-                        room = bank.allocate()
+                        # On its way to host memory: no expert of the device's, so no limit counts it.
+                        room = [torch.empty(s, dtype=d, device=bank.device) for s, d in bank.shapes]
                         arrivals.append((e, room))
-                        receives += [(t.data, source, 16 * e + k) for k, t in enumerate(room)]
+                        receives += [(t, source, 16 * e + k) for k, t in enumerate(room)]
                     elif group.rank == source:
                         # NCCL matches by order and gloo by tag: both agree here.
-                        weights = bank.resident[e]
-                        keep.append(weights)
-                        sends += [(t.data, g, 16 * e + k) for k, t in enumerate(weights)]
-            for work in group.exchange(sends, receives):
-                work.wait()
+                        sends += [(t.data, g, 16 * e + k) for k, t in enumerate(bank.resident[e])]
+            group.wait(group.exchange(sends, receives))
             for e, room in arrivals:
-                self._mine[layer, e] = [host_copy(t) for t in room]
+                self._mine[layer, e] = [host_copy(t) if t.is_cuda else t for t in room]
+        # Only now: a rank that fails above is not taken for one that has copies.
+        for key, ranks in more.items():
+            self._holders[key] = [*self._holders.get(key, ()), *ranks]
+
+    def learn(self, group: ExpertGroup, banks: Sequence[SlotBank]) -> None:
+        """Hear from everybody which copies it has; all ranks call it.
+
+        A loss may come at any moment: while copies travel some ranks have theirs and others never get them.
+        """
+        experts = 1 + max((e for bank in banks for e in (*bank.resident, *bank.staged)), default=-1)
+        experts = max(experts, 1 + max((e for _, e in self._mine), default=-1))
+        experts = max(row[0] for row in group.gather_ints([experts]))
+        keys = [(layer, e) for layer in range(len(banks)) for e in range(experts)]
+        rows = group.gather_ints([int(key in self._mine) for key in keys])
+        self._members = group.ranks
+        self._holders = {
+            key: [r for r, row in zip(group.ranks, rows, strict=True) if row[i]] for i, key in enumerate(keys)
+        }
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:

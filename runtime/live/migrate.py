@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
@@ -37,6 +38,7 @@ from moeless_opt.runtime.live.courier import (
     Courier,
     DamagedError,
     Flight,
+    UnreadableError,
 )
 from moeless_opt.runtime.live.experts import SlotBank, Weights, checksum
 from moeless_opt.runtime.live.groups import ExpertGroup, RankLostError
@@ -436,6 +438,7 @@ class Migrator:
         receives: list[tuple[Weights, int, int]] = []
         loads: list[tuple[Shipment, Weights]] = []
         arrived: list[tuple[Shipment, Weights]] = []
+        unread: list[UnreadableError] = []
         for k, t in enumerate(step):
             bank = self.banks[t.layer]
             if t.destination == me:
@@ -447,12 +450,19 @@ class Migrator:
                     receives.append((place, t.source, first_tag + k))
                 bank.staged[t.expert] = place
             elif t.source == me:
-                sends.append((self._outgoing(t, bank), t.destination, first_tag + k))
+                try:
+                    weights = self._outgoing(t, bank)
+                except UnreadableError as error:
+                    # Something must go out all the same, or the receiver waits; nobody will use it.
+                    unread.append(error)
+                    weights = [torch.zeros(s, dtype=d, device=bank.device) for s, d in bank.shapes]
+                sends.append((weights, t.destination, first_tag + k))
 
         def finish() -> None:
+            if unread:
+                raise unread[0]
             for t, place in loads:
-                assert self.home is not None
-                for mine, theirs in zip(place, self.home.read(t.layer, t.expert), strict=True):
+                for mine, theirs in zip(place, self._copy(t), strict=True):
                     mine.data.copy_(theirs, non_blocking=True)
             if self.sums_LE is not None:
                 for t, place in arrived:
@@ -463,11 +473,21 @@ class Migrator:
 
         return self.courier.post(sends, receives, finish)
 
+    def _copy(self, t: Shipment) -> Weights:
+        """The home copy that is to be sent or loaded."""
+        assert self.home is not None
+        try:
+            return self.home.read(t.layer, t.expert)
+        except Exception as error:  # whatever a store may raise: the ranks must hear of it, not one alone
+            raise UnreadableError(
+                f"expert {t.expert} of layer {self.banks[t.layer].layer}, rank {self.group.ranks[t.source]}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
     def _outgoing(self, t: Shipment, bank: SlotBank) -> Weights:
         if not t.from_home:
             return bank.weights(t.expert)
-        assert self.home is not None
-        copy = self.home.read(t.layer, t.expert)
+        copy = self._copy(t)
         if self.courier.stream is None:
             return copy
         with self.courier.on_stream():
@@ -625,10 +645,13 @@ class Migrator:
             self._post(step)
             self.courier.wait(self._flights[s], timeout)
             fault = self._flights[s].fault if self._flights[s].done.is_set() else LOST
-            worst = max(row[0] for row in self.group.gather_ints([fault]))
-            if worst != OK:
+            faults = {row[0] for row in self.group.gather_ints([fault])} - {OK}
+            if faults:
+                # What is lost can be tried again with those who are left; what is damaged stays so.
+                worst = LOST if LOST in faults else max(faults)
                 failed = RankLostError if worst == LOST else MoelessError
-                raise failed(f"restoring failed: {REASON[worst]} {self._flights[s].error}")
+                here = f": {self._flights[s].error}" if self._flights[s].error else ""
+                raise failed(f"restoring failed: {REASON[worst]}{here}")
             while stages and stages[0].last_step <= s:
                 stage = stages.pop(0)
                 self.banks[stage.layer].install([int(e) for e in stage.slots_GC[self.group.rank] if e >= 0])

@@ -404,6 +404,8 @@ class LiveModel:
             dispatcher.load_E = None
         if self.home is not None:
             self.home.regroup(group.ranks)
+        if isinstance(self.home, PinnedHome):
+            self.home.learn(group, self.banks)
         self.migrator.reset(group)
         self.lanes.reset()
         self._unhook()

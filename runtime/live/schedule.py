@@ -248,57 +248,92 @@ def build_schedule(
     carried out; tighter than that only what first frees memory can move.
     """
     target = np.asarray(target_LGC)
-    layers, gpus = target.shape[:2]
-    router = Router(node_G if node_G is not None else [0] * gpus, home, links)
-    goal_LG = [[[int(e) for e in row if e >= 0] for row in layer] for layer in target]
-    held = [[list(row) for row in layer] for layer in have_LG]
-    before_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(layers)), np.zeros(gpus, np.int64))
-    after_G = sum((table_bytes(goal_LG[i], bytes_L[i]) for i in range(layers)), np.zeros(gpus, np.int64))
-    # Copies that are staged already count as held from the start.
-    extra = 2**62 if max_extra_bytes is None else int(max_extra_bytes)
-    limit_G = np.maximum(before_G, after_G) + extra
-    staged_G = np.zeros(gpus, np.int64)
-    for layer, _, g in staged:
-        staged_G[g] += bytes_L[layer]
-    now_G = before_G + staged_G
-    steps: list[tuple[Shipment, ...]] = []
-    stages: list[Stage] = []
-    todo = [i for i in (order if order is not None else range(layers)) if held[i] != goal_LG[i]]
+    router = Router(node_G if node_G is not None else [0] * target.shape[1], home, links)
+    work = _Work(have_LG, target, bytes_L, router, staged, max_step_bytes, max_extra_bytes)
+    todo = [i for i in (order if order is not None else range(len(target))) if not work.there(i)]
     while todo:
         progressed = False
         for layer in list(todo):
-            size = bytes_L[layer]
-            while held[layer] != goal_LG[layer]:
-                ready = {(e, g) for (at, e, g) in staged if at == layer}
-                room_G = [int((limit_G[g] - now_G[g]) // size) if size else 2**31 for g in range(gpus)]
-                rows, arrivals = _next_rows(held[layer], goal_LG[layer], room_G, ready)
-                same = [sorted(a) for a in rows] == [sorted(b) for b in held[layer]]
-                if same and [sorted(a) for a in rows] != [sorted(b) for b in goal_LG[layer]]:
-                    break
-                if [sorted(a) for a in rows] == [sorted(b) for b in goal_LG[layer]]:
-                    rows = [list(row) for row in goal_LG[layer]]
-                moves = [
-                    router.source(layer, e, [g for g in range(gpus) if e in held[layer][g]], to, size)
-                    for e, to in arrivals
-                    if (e, to) not in ready
-                ]
-                steps += _pack(moves, max_step_bytes, gpus)
-                now_G = now_G + table_bytes(rows, size) - table_bytes(held[layer], size)
-                for _, g in [(e, g) for e, g in arrivals if (e, g) in ready]:
-                    now_G[g] -= size
-                held[layer] = rows
-                stages.append(Stage(layer, rows_to_slots(rows), len(steps) - 1))
+            while not work.there(layer) and work.stage(layer):
                 progressed = True
-            if held[layer] == goal_LG[layer]:
+            if work.there(layer):
                 todo.remove(layer)
         if todo and not progressed:
-            worst = int(np.argmin(limit_G - now_G))
+            spare_G = work.limit_G - work.now_G
+            worst = int(np.argmin(spare_G))
             raise InfeasibleError(
-                f"migration: {len(todo)} layers do not fit: rank {worst} has "
-                f"{int(limit_G[worst] - now_G[worst])} bytes to spare and one expert takes "
-                f"{bytes_L[todo[0]]}; max_extra_bytes must be at least that"
+                f"migration: {len(todo)} layers do not fit: rank {worst} has {int(spare_G[worst])} bytes to "
+                f"spare and one expert takes {bytes_L[todo[0]]}; max_extra_bytes must be at least that"
             )
-    return Schedule(tuple(steps), tuple(stages), limit_G)
+    return Schedule(tuple(work.steps), tuple(work.stages), work.limit_G)
+
+
+class _Work:
+    """A schedule being built: what ranks hold so far, and what was posted for it."""
+
+    def __init__(
+        self,
+        have_LG: Sequence[Sequence[Sequence[int]]],
+        target_LGC: SlotArray,
+        bytes_L: Sequence[int],
+        router: Router,
+        staged: frozenset[tuple[int, int, int]],
+        max_step_bytes: int | None,
+        max_extra_bytes: int | None,
+    ) -> None:
+        self.goal_LG = [[[int(e) for e in row if e >= 0] for row in layer] for layer in target_LGC]
+        self.held = [[list(row) for row in layer] for layer in have_LG]
+        self.bytes_L, self.router, self.staged = bytes_L, router, staged
+        self.max_step_bytes = max_step_bytes
+        self.steps: list[tuple[Shipment, ...]] = []
+        self.stages: list[Stage] = []
+        before_G = _all_bytes(self.held, bytes_L)
+        extra = 2**62 if max_extra_bytes is None else int(max_extra_bytes)
+        self.limit_G = np.maximum(before_G, _all_bytes(self.goal_LG, bytes_L)) + extra
+        # Copies that are staged already count as held from the start.
+        self.now_G = before_G.copy()
+        for layer, _, g in staged:
+            self.now_G[g] += bytes_L[layer]
+
+    def there(self, layer: int) -> bool:
+        """Whether the layer stands as it shall, slot by slot."""
+        return self.held[layer] == self.goal_LG[layer]
+
+    def stage(self, layer: int) -> bool:
+        """Add one stage of a layer; False if nothing can move."""
+        size, gpus = self.bytes_L[layer], len(self.limit_G)
+        held, goal = self.held[layer], self.goal_LG[layer]
+        ready = {(e, g) for (at, e, g) in self.staged if at == layer}
+        room_G = [int((self.limit_G[g] - self.now_G[g]) // size) if size else 2**31 for g in range(gpus)]
+        rows, arrivals = _next_rows(held, goal, room_G, ready)
+        reached = _sorted(rows) == _sorted(goal)
+        if not reached and _sorted(rows) == _sorted(held):
+            return False
+        if reached:
+            rows = [list(row) for row in goal]
+        moves = [
+            self.router.source(layer, e, [g for g in range(gpus) if e in held[g]], to, size)
+            for e, to in arrivals
+            if (e, to) not in ready
+        ]
+        self.steps += _pack(moves, self.max_step_bytes, gpus)
+        self.now_G = self.now_G + table_bytes(rows, size) - table_bytes(held, size)
+        for e, g in arrivals:
+            if (e, g) in ready:
+                self.now_G[g] -= size
+        self.held[layer] = rows
+        self.stages.append(Stage(layer, rows_to_slots(rows), len(self.steps) - 1))
+        return True
+
+
+def _sorted(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [sorted(row) for row in rows]
+
+
+def _all_bytes(rows_LG: Sequence[Sequence[Sequence[int]]], bytes_L: Sequence[int]) -> IntArray:
+    """Bytes of each rank's experts of all layers."""
+    bytes_LG = [table_bytes(rows, size) for rows, size in zip(rows_LG, bytes_L, strict=True)]
+    return np.asarray(np.sum(bytes_LG, axis=0), dtype=np.int64)
 
 
 def follow_schedule(
@@ -335,9 +370,9 @@ def follow_schedule(
     given = list(getattr(steps, "steps", steps))
     explicit = any(hasattr(step, "transfers") for step in given)
     last_L = {int(t.layer): s for s, step in enumerate(given) for t in getattr(step, "transfers", step)}
-    before_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(layers)), np.zeros(gpus, np.int64))
-    after_G = sum((table_bytes(goal_LG[i], bytes_L[i]) for i in range(layers)), np.zeros(gpus, np.int64))
-    limit_G = np.maximum(before_G, after_G) + (2**62 if max_extra_bytes is None else int(max_extra_bytes))
+    limit_G = np.maximum(_all_bytes(held, bytes_L), _all_bytes(goal_LG, bytes_L)) + (
+        2**62 if max_extra_bytes is None else int(max_extra_bytes)
+    )
     done: list[tuple[Shipment, ...]] = []
     stages: list[Stage] = []
 
@@ -353,7 +388,7 @@ def follow_schedule(
         for t in row:
             held[t.layer][t.destination].append(t.expert)
         done.append(row)
-        now_G = sum((table_bytes(held[i], bytes_L[i]) for i in range(layers)), np.zeros(gpus, np.int64))
+        now_G = _all_bytes(held, bytes_L)
         if (now_G > limit_G).any():
             g = int(np.argmax(now_G - limit_G))
             over = int(now_G[g] - limit_G[g])

@@ -211,7 +211,6 @@ def test_no_imports_in_a_circle() -> None:
 LONGEST = 80
 LONG = {
     "moeless_opt.api.plan",
-    "moeless_opt.runtime.live.schedule.build_schedule",
     "moeless_opt.solvers.pack.patterns.solve_patterns",
     "moeless_opt.solvers.replan.live.mend_content",
     "moeless_opt.solvers.replan.min_moves.min_moves",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,10 @@ from worlds import batch, forward, join, report, tiny_model
 from moeless_opt.problems.errors import MoelessError
 from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.live.agreement import OutOfStepError
+from moeless_opt.runtime.live.faults import Guard
+from moeless_opt.runtime.live.groups import ExpertGroup
+from moeless_opt.runtime.live.home import PinnedHome
+from moeless_opt.runtime.live.model import LiveModel
 from moeless_opt.runtime.live.slots import static_slots
 
 LAYERS, PASSES = 4, 4
@@ -82,7 +88,53 @@ def detached() -> Any:
     return {"changed": [n for n in before if before[n] != after[n]], "same": same}
 
 
+def guarded(home: PinnedHome, prepare: Callable[[int, LiveModel], None] = lambda rank, live: None) -> Any:
+    """Rank 2 is killed in the second pass, the others go on under a guard."""
+    rank, _ = join(timeout=30.0)
+    model, x = tiny_model(layers=3, exact=True), batch(rank)
+    live = attach(model, home=home, timeout=8)
+    want = forward(model, x)
+    prepare(rank, live)
+    guard = Guard(live, grace=0.5, slots=8)
+
+    def work() -> Any:
+        if rank == 2 and step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(model, x)
+
+    worst = 0.0
+    for step in range(4):
+        try:
+            worst = max(worst, (guard.run(work) - want).abs().max().item())
+        except MoelessError as error:
+            return {"step": step, "error": f"{type(error).__name__}: {error}"}
+    copies = [home.ranks(layer, expert) for layer in range(3) for expert in range(8)]
+    return {"worst": worst, "ranks": list(live.group.ranks), "copies": sorted(map(len, copies))}
+
+
+class Unreadable(PinnedHome):
+    """Has copies and cannot read them, as a damaged disk."""
+
+    def read(self, layer: int, expert: int) -> Any:
+        raise OSError(5, "Input/output error")
+
+
+def refill() -> Any:
+    """A second rank dies while the recovery from the first death refills home copies."""
+
+    def prepare(rank: int, live: LiveModel) -> None:
+        if rank == 3:
+            # Its copies are posted, some ranks have theirs.
+            ExpertGroup.wait = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment]
+
+    return guarded(PinnedHome(3), prepare)
+
+
 if __name__ == "__main__":
-    cases: dict[str, Callable[[], Any]] = {"detached": detached}
+    cases: dict[str, Callable[[], Any]] = {
+        "detached": detached,
+        "unreadable": lambda: guarded(Unreadable(3)),
+        "refill": refill,
+    }
     what = sys.argv[1]
     report(cases[what]() if what in cases else early(what))

@@ -102,6 +102,23 @@ def test_a_pass_that_ends_early_on_one_rank_never_gives_wrong_outputs(run_world:
         assert "RankLostError" in second["seen"]
 
 
+def test_a_home_copy_that_cannot_be_read_ends_a_recovery_with_one_error(run_world: World) -> None:
+    """On all survivors, and not in endless attempts."""
+    results = run_world("worker_edges.py", 4, "unreadable", expect_killed=1)
+    for rank in (0, 1, 3):
+        assert results[rank]["step"] == 1
+        assert results[rank]["error"].startswith(
+            "MoelessError: restoring failed: a home copy could not be read"
+        )
+    assert any("Input/output error" in result["error"] for result in results if result)
+
+
+def test_a_death_while_home_copies_are_refilled(run_world: World) -> None:
+    results = run_world("worker_edges.py", 4, "refill", expect_killed=2)
+    for result in results[:2]:
+        assert result == {"worst": 0.0, "ranks": [0, 1], "copies": [2] * 24}
+
+
 def test_detach_gives_parameters_back_as_they_were(run_world: World) -> None:
     for result in run_world("worker_edges.py", 2, "detached"):
         assert result == {"changed": [], "same": True}
