@@ -57,6 +57,11 @@ class Flight:
         self.held: list[Any] = []
 
 
+def _wait(works: list[Any]) -> None:
+    for work in works:
+        work.wait()
+
+
 class Courier:
     """Posts transfers of one rank and watches them from a thread.
 
@@ -129,8 +134,9 @@ class Courier:
             try:
                 with self.on_stream(), torch.no_grad():
                     if self.stream is None:
-                        for work in works:
-                            work.wait()
+                        # Not here: a variable of this thread would keep the last one, and with it the
+                        # group's connections, open after the group was closed.
+                        _wait(works)
                     finish()
                     if self.stream is not None:
                         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

@@ -95,7 +95,7 @@ def guarded(home: PinnedHome, prepare: Callable[[int, LiveModel], None] = lambda
     live = attach(model, home=home, timeout=8)
     want = forward(model, x)
     prepare(rank, live)
-    guard = Guard(live, grace=0.5, slots=8)
+    guard = Guard(live, grace=5, slots=8)
 
     def work() -> Any:
         if rank == 2 and step == 1:
