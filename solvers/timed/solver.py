@@ -23,7 +23,7 @@ from moeless_opt.solvers.core.solver import Heuristic, Task
 from moeless_opt.solvers.replan.live import live_slots
 from moeless_opt.solvers.replan.solver import Replan
 from moeless_opt.solvers.timed.activation import shares_of_one, worthwhile_replicas
-from moeless_opt.solvers.timed.search import kicks_for, timed_plan
+from moeless_opt.solvers.timed.search import Timed, kicks_for, timed_plan
 
 __all__ = ["ActivationAware", "ActivationOptions"]
 
@@ -62,8 +62,7 @@ class ActivationAware(Heuristic):
         fresh = Replan() if problem.current is not None else Construct()
         base = fresh.placed(task, problem.replace(time=TOKENS, known=None))
         if problem.split == "fractional":
-            kicks = 4 * kicks_for(problem.experts) if task.options.kicks is None else task.options.kicks
-            candidates = self._by_time(problem, base, kicks)
+            candidates = _by_time(task, base)
         else:
             placements = [base.slots_LGC]
             if problem.current is None:
@@ -77,41 +76,56 @@ class ActivationAware(Heuristic):
         slots_LGC, share_LGC = _best(problem, candidates)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
 
-    @staticmethod
-    def _by_time(problem: Problem, base: Built, kicks: int) -> list[tuple[SlotArray, FloatArray]]:
-        """From the balanced placement and from what is live; there a move has to pay or to be needed."""
-        load_LE, capacity_LG, speed_G = problem.load_LE, problem.capacity_LG, problem.topology.speed_G
-        table = TimeTable.of(problem.time, min(int(capacity_LG.max()), problem.experts))
-        free_G = np.zeros(len(speed_G))
-        fresh = timed_plan(load_LE, base.slots_LGC, capacity_LG, speed_G, table, load_G=free_G, kicks=kicks)
-        if problem.current is None or problem.current.partial:
-            alone_LGC = shares_of_one(load_LE, fresh.slots_LGC, speed_G)
-            return [
-                (base.slots_LGC, base.shares_LGC),
-                (fresh.slots_LGC, fresh.share_LGC),
-                (fresh.slots_LGC, alone_LGC),
-            ]
-        live_LGC = live_slots(problem)
-        objective, links = problem.objective, problem.topology.links
-        if objective.horizon is not None and problem.time.unit == "s":
-            slowest = links.inter_node if problem.topology.nodes > 1 else links.intra_node
-            price_L = (links.latency + problem.bytes_L / slowest) / objective.horizon
-            paid = timed_plan(
-                load_LE, live_LGC, capacity_LG, speed_G, table, load_G=free_G, price_L=price_L, kicks=kicks
-            )
-            return [(paid.slots_LGC, paid.share_LGC)]
-        near = timed_plan(load_LE, live_LGC, capacity_LG, speed_G, table, load_G=free_G, kicks=kicks)
-        found = [(base.slots_LGC, base.shares_LGC)]
-        found += [(plan.slots_LGC, plan.share_LGC) for plan in (fresh, near)]
-        found.append((live_LGC, shares_of_one(load_LE, live_LGC, speed_G)))
-        best_L = np.minimum(fresh.value_L, near.value_L)
-        for part in (0.1, 1.0):
-            price_L = part * objective.balance_tolerance * best_L
-            priced = timed_plan(
-                load_LE, live_LGC, capacity_LG, speed_G, table, load_G=free_G, price_L=price_L, kicks=kicks
-            )
-            found.append((priced.slots_LGC, priced.share_LGC))
-        return found
+
+def _by_time(task: Task[ActivationOptions], base: Built) -> list[tuple[SlotArray, FloatArray]]:
+    """From the balanced placement and from what is live; there a move has to pay or to be needed."""
+    problem, stop = task.problem, task.stop
+    load_LE, capacity_LG, speed_G = problem.load_LE, problem.capacity_LG, problem.topology.speed_G
+    kicks = 4 * kicks_for(problem.experts) if task.options.kicks is None else task.options.kicks
+    table = TimeTable.of(problem.time, min(int(capacity_LG.max()), problem.experts))
+    free_G = np.zeros(len(speed_G))
+
+    def planned(slots_LGC: SlotArray, price_L: FloatArray | None = None) -> Timed:
+        # Told to stop, it still descends, but is not shaken.
+        return timed_plan(
+            load_LE,
+            slots_LGC,
+            capacity_LG,
+            speed_G,
+            table,
+            load_G=free_G,
+            price_L=price_L,
+            kicks=0 if stop() else kicks,
+        )
+
+    objective, links = problem.objective, problem.topology.links
+    if problem.current is None or problem.current.partial:
+        fresh = planned(base.slots_LGC)
+        alone_LGC = shares_of_one(load_LE, fresh.slots_LGC, speed_G)
+        return [
+            (base.slots_LGC, base.shares_LGC),
+            (fresh.slots_LGC, fresh.share_LGC),
+            (fresh.slots_LGC, alone_LGC),
+        ]
+    live_LGC = live_slots(problem)
+    if objective.horizon is not None and problem.time.unit == "s":
+        slowest = links.inter_node if problem.topology.nodes > 1 else links.intra_node
+        paid = planned(live_LGC, (links.latency + problem.bytes_L / slowest) / objective.horizon)
+        return [(paid.slots_LGC, paid.share_LGC)]
+    found = [(base.slots_LGC, base.shares_LGC), (live_LGC, shares_of_one(load_LE, live_LGC, speed_G))]
+    best_L = np.full(problem.layers, np.inf)
+    for start_LGC in (base.slots_LGC, live_LGC):
+        if stop():
+            return found
+        plan = planned(start_LGC)
+        best_L = np.minimum(best_L, plan.value_L)
+        found.insert(len(found) - 1, (plan.slots_LGC, plan.share_LGC))
+    for part in (0.1, 1.0):
+        if stop():
+            break
+        priced = planned(live_LGC, part * objective.balance_tolerance * best_L)
+        found.append((priced.slots_LGC, priced.share_LGC))
+    return found
 
 
 def _linear(problem: Problem) -> TimeModel:

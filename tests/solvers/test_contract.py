@@ -344,10 +344,6 @@ def test_stopped_anywhere_it_returns_a_valid_plan_or_says_that_there_is_none(nam
         assert (result.plan is None) == (result.status is mo.Status.NO_SOLUTION)
 
 
-LATE = {"activation"}
-"""Solvers with a loop that does not ask yet."""
-
-
 def solved_within(problem: mo.Problem, name: str, seconds: float) -> mo.Result:
     """Solve, and hold the solver to its limit, 20 % and 0.2 s beyond it."""
     wall, busy = clock.perf_counter(), clock.process_time()
@@ -360,7 +356,7 @@ def solved_within(problem: mo.Problem, name: str, seconds: float) -> mo.Result:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpus", "seconds"), [(32, 0.3), (32, 1.0), (64, 0.3), (64, 1.0), (64, 5.0)])
-@pytest.mark.parametrize("name", sorted(set(NAMES) - PUBLISHED - LATE))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - PUBLISHED))
 def test_a_time_limit_is_kept(name: str, gpus: int, seconds: float) -> None:
     result = solved_within(large(name, gpus=gpus), name, seconds)
     assert result.plan is not None or result.stopped_by == "time"
@@ -368,7 +364,7 @@ def test_a_time_limit_is_kept(name: str, gpus: int, seconds: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 5.0])
-@pytest.mark.parametrize("name", sorted({n for n in NAMES if Feature.CERTIFIES in FEATURES[n]} - LATE))
+@pytest.mark.parametrize("name", [name for name in NAMES if Feature.CERTIFIES in FEATURES[name]])
 def test_a_time_limit_is_kept_on_one_exact_layer(name: str, seconds: float) -> None:
     result = solved_within(large(name, layers=1), name, seconds)
     assert result.plan is not None
