@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +20,7 @@ from moeless_opt.progress import Display
 from moeless_opt.report import table
 from moeless_opt.runtime.simulate.drawing import Drawn, distributions, save_drawing
 from moeless_opt.runtime.simulate.figures import FIGURES, PAPER_MODELS, Figure
-from moeless_opt.runtime.simulate.options import option_of, unknown
+from moeless_opt.runtime.simulate.options import by_default, in_unit, option_of, unknown
 from moeless_opt.runtime.simulate.policies import POLICIES, Policy, list_policies
 from moeless_opt.runtime.simulate.report import SimRow
 from moeless_opt.runtime.simulate.run import LEGEND, simulate
@@ -104,17 +104,9 @@ def _order(part: Field[Any]) -> bool:
 def _argument(part: Field[Any]) -> dict[str, Any]:
     """What argparse is told of a field; nothing is set that is not on the command line."""
     option = option_of(part)
-    text, default = option.text, part.default
-    assert default is not MISSING, part.name
-    if option.unit:
-        text += f", in {option.unit}"
-    shown = option.shown
+    told = f"{option.text}{in_unit(option)}{by_default(part)}"
     if part.name == "model":
-        shown = ", ".join(PAPER_MODELS)
-        text += "; may be given several times"
-    elif shown is None and option.parse is not None and default is not None:
-        shown = f"{default:g}" if isinstance(default, float) else str(default)
-    told = text + (f" (default {shown})" if shown else "")
+        told = f"{option.text}; may be given several times (default {', '.join(PAPER_MODELS)})"
     rest: dict[str, Any] = {"default": argparse.SUPPRESS, "help": told.replace("%", "%%")}
     if option.parse is None:
         return {**rest, "action": "store_true"}
@@ -214,18 +206,21 @@ def _tables(runs: Sequence[tuple[str, Scenario]], out: TextIO, *, quiet: bool) -
     rows: list[SimRow] = []
     said: set[str] = set()
     for label, scenario in runs:
+        if label:
+            print(f"== {label}", file=out)
+
+        def say(line: str) -> None:
+            if line not in said:  # of a sweep, only what changes
+                print(line, file=out, flush=True)
+                said.add(line)
+
         with Display(quiet=quiet) as display:
             found = simulate(
                 scenario,
                 variant=label,
+                say=say,
                 progress=lambda name, now, end: display.reached(name, now, end, unit="s simulated"),
             )
-        if label:
-            print(f"== {label}", file=out)
-        for line in found.notes():
-            if line not in said:  # of a sweep, only what changes
-                print(line, file=out)
-                said.add(line)
         print(f"{found.table()}\n", file=out, flush=True)
         rows += found.rows
     return rows

@@ -10,17 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moeless_opt.problems.arrays import number, whole
 from moeless_opt.problems.errors import ProblemError
 
 __all__ = [
     "Option",
+    "by_default",
     "check_fields",
     "checked",
+    "documented",
     "file",
     "flag",
+    "in_unit",
     "name_of",
     "option",
     "option_of",
@@ -30,6 +33,7 @@ __all__ = [
 ]
 
 Check = Callable[[str, Any], Any]
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,30 @@ def option_of(part: Field[Any]) -> Option:
     """The option of a field."""
     found: Option = part.metadata["option"]
     return found
+
+
+def documented(kind: type[Kind]) -> type[Kind]:
+    """Append to a dataclass's docstring what its options say, in numpydoc form."""
+    lines = [(kind.__doc__ or "").rstrip(), "", "    Parameters", "    ----------"]
+    for part in fields(kind):  # type: ignore[arg-type]
+        told = option_of(part)
+        lines += [f"    {part.name} : {part.type}", f"        {told.text}{in_unit(told)}{by_default(part)}"]
+    kind.__doc__ = "\n".join([*lines, "    "])
+    return kind
+
+
+def in_unit(told: Option) -> str:
+    """The unit of an option as the end of a phrase."""
+    return f", in {told.unit}" if told.unit else ""
+
+
+def by_default(part: Field[Any]) -> str:
+    """The default of a field in brackets; nothing for a switch, or where None says it all."""
+    told, default = option_of(part), part.default
+    shown = told.shown
+    if shown is None and told.parse is not None and default is not None:
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+    return f" (default {shown})" if shown else ""
 
 
 def checked(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Simulation:
 
     def notes(self) -> list[str]:
         """What the figures are of and rest on, line by line."""
-        return [*self.text, *(f"{kind}: {'; '.join(lines)}" for kind, lines in self.basis.items() if lines)]
+        return _notes(self.text, self.basis)
 
     def table(self) -> str:
         """The figures; in the closed loop, those of the requests below."""
@@ -127,12 +127,22 @@ class Simulation:
         save_drawing(distributions, Drawn(self.rows, self.policies), Path(path))
 
 
+def _notes(text: tuple[str, ...], basis: Mapping[str, tuple[str, ...]]) -> list[str]:
+    return [*text, *(f"{kind}: {'; '.join(lines)}" for kind, lines in basis.items() if lines)]
+
+
 def _cost(row: SimRow, baseline: SimRow | None, rule: str) -> str:
     value = row["cost"][rule]
     return f"{value:,.0f}" + ("" if baseline is None else f" {value / baseline['cost'][rule] - 1:+.1%}")
 
 
-def simulate(scenario: Scenario, *, variant: str = "", progress: Told | None = None) -> Simulation:
+def simulate(
+    scenario: Scenario,
+    *,
+    variant: str = "",
+    say: Callable[[str], None] | None = None,
+    progress: Told | None = None,
+) -> Simulation:
     """Run every policy of a scenario over the same traffic.
 
     Parameters
@@ -141,6 +151,8 @@ def simulate(scenario: Scenario, *, variant: str = "", progress: Told | None = N
         What to simulate.
     variant : str
         A label for the rows.
+    say : callable, optional
+        Told the result's `Simulation.notes` line by line, before anything runs.
     progress : callable, optional
         Told a policy's name, how far simulated time has come, and where it ends, in seconds.
 
@@ -156,7 +168,11 @@ def simulate(scenario: Scenario, *, variant: str = "", progress: Told | None = N
     """
     here = scene(scenario)
     policies = scenario.chosen
+    text = (*here.text, f"settings: {scenario.text}")
     basis = _basis(here, scenario, policies)
+    if say is not None:
+        for line in _notes(text, basis):
+            say(line)
     rows = []
     for policy in policies:
         figures = _run(policy, here, scenario, progress)
@@ -166,7 +182,7 @@ def simulate(scenario: Scenario, *, variant: str = "", progress: Told | None = N
     return Simulation(
         scenario=scenario,
         rows=tuple(rows),
-        text=(*here.text, f"settings: {scenario.text}"),
+        text=text,
         basis=basis,
         policies=policies,
     )

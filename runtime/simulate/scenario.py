@@ -21,6 +21,7 @@ from moeless_opt.runtime.simulate.foresight import NAMES, TINY_MOE
 from moeless_opt.runtime.simulate.machine import GPUS
 from moeless_opt.runtime.simulate.options import (
     check_fields,
+    documented,
     file,
     flag,
     name_of,
@@ -112,11 +113,10 @@ def _policies(where: str, value: Any) -> tuple[str | Policy, ...]:
     return found
 
 
+@documented
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scenario(Settings):
     """What is simulated.
-
-    What each field means, its unit and default: the fields themselves, and ``moeless-simulate --help``.
 
     Raises
     ------

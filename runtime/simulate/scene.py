@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -293,7 +294,7 @@ class _Setup:
     def routing(self) -> tuple[RoutingModel, bool]:
         """Popularity measured for this very model where there is some, else drawn like the tiny model's."""
         scenario, model = self.scenario, self.model
-        own = RoutingModel.fit(tiny_moe_traces(), affinity=scenario.affinity)
+        own = _spreads(scenario.affinity)
         popularity = self.at(scenario.popularity, _POPULARITY)
         prefix = model.name.split("-")[0].lower() + "__expert_counts__"
         asked = scenario.popularity is not None
@@ -352,6 +353,12 @@ class _Setup:
             "the KV cache, which spreads evenly; a request reserves its whole length and is never preempted "
             "(assumed). Passes differ from policy to policy"
         )
+
+
+@cache
+def _spreads(affinity: bool) -> RoutingModel:
+    """Routing as the tiny MoE's: the spreads that generated routing has."""
+    return RoutingModel.fit(tiny_moe_traces(), affinity=affinity)
 
 
 def _none() -> Iterator[Passes]:

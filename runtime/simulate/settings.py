@@ -8,7 +8,7 @@ from typing import Any
 from moeless_opt.problems.arrays import Record, number
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.runtime.pool.keep_alive import AdaptiveKeepAlive, KeepAlive
-from moeless_opt.runtime.simulate.options import check_fields, flag, option, real, whole_number
+from moeless_opt.runtime.simulate.options import check_fields, documented, flag, option, real, whole_number
 
 __all__ = ["Settings"]
 
@@ -27,12 +27,10 @@ def _seconds(text: str) -> float | str:
     return text if text == "adaptive" else float(text)
 
 
+@documented
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Settings(Record):
-    """What a policy may look at; every value is printed with the results.
-
-    What each field means, its unit and default: the fields themselves, and ``moeless-simulate --help``.
-    """
+    """What a policy may look at; every value is printed with the results."""
 
     cv: float = option(0.2, real(), "threshold of MoEless's scaler", group=_POLICIES)
     distance: int = option(

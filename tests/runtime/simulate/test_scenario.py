@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import FrozenInstanceError, fields
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -22,6 +23,7 @@ from moeless_opt.runtime.simulate.scenario import Scenario, ignored
 from moeless_opt.runtime.simulate.shares import BalancedRule, EqualRule
 
 QUICK = Scenario(model="tiny-moe", seconds=3)
+SMALL = ModelSpec(name="small", layers=2, experts=8, top_k=2, hidden=2048, ffn=1024)
 REBUILT = Policy(
     name="rebuilt",
     summary="the best balance per window",
@@ -29,6 +31,12 @@ REBUILT = Policy(
     planner=lambda site: Planner(topology=site.topology, solver="construct"),
     colour="#7700AA",
 )
+
+
+def figures_of(scenario: Scenario) -> list[dict[str, Any]]:
+    """Rows without the times of this machine."""
+    own = ("seconds", "plan_ms", "basis")
+    return [{k: v for k, v in row.items() if k not in own} for row in simulate(scenario).rows]
 
 
 # ------------------------------------------------------------------------------------------- scenarios
@@ -51,6 +59,7 @@ def test_every_field_has_an_option_of_its_kind() -> None:
         option = option_of(part)
         assert option.text
         assert option.group
+        assert f"    {part.name} : {part.type}\n        {option.text}" in (Scenario.__doc__ or "")
         assert option.check(part.name, part.default) == part.default
         if option.parse is not None and isinstance(part.default, int | float | str):
             assert option.check(part.name, option.parse(str(part.default))) == part.default
@@ -96,13 +105,56 @@ def test_errors_name_the_field(field: str, value: Any) -> None:
     assert caught.value.where == field
 
 
-def test_what_is_idle_is_what_changes_nothing() -> None:
-    """Of a field that the scenario calls idle, another value gives the same figures; else it may not."""
-    values = {part.name: getattr(QUICK, part.name) for part in fields(Scenario)} | {"policies": ("eplb",)}
-    other = {"cv": 0.9, "distance": 2, "gain": 0.3, "period": 0.2, "tolerance": 0.5, "error": 0.3, "every": 2}
-    idle = ignored({**values, **other})
-    assert set(idle) == set(other) - {"every"}
-    assert "no policy of eplb reads it" in idle["cv"]
+MODES = {
+    "seconds": {"model": SMALL},
+    "writing": {"model": SMALL, "decode_every": 32, "policies": ("static", "moeless", "ours")},
+    "continuous": {"model": SMALL, "batching": "continuous"},
+    "closed": {"model": SMALL, "batching": "closed", "policies": ("static",), "seconds": 0.3, "rate": 30},
+    "tiny": {"model": "tiny-moe", "predictor": "last"},
+    "no policy per pass": {"model": SMALL, "policies": ("static", "eplb"), "every": 2},
+    "no policy in windows": {"model": SMALL, "policies": ("moeless", "moeless-no-predictor")},
+    "topology": {"model": SMALL, "topology": Topology.uniform(1, 4, slots=3)},
+}
+OTHER = {
+    "cv": 0.9,
+    "distance": 2,
+    "error": 0.4,
+    "decide_ms": 0.3,
+    "contention": True,
+    "keep_alive": 0.5,
+    "tolerance": 0.6,
+    "gain": 0.5,
+    "every": 3,
+    "slots": 2,
+    "spare": 2,
+    "period": 0.02,
+    "decode_every": 4,
+    "memory": 40.0,
+    "most_tokens": 300,
+    "most_requests": 2,
+    "stay": 0.1,
+    "affinity": True,
+    "bank": 2,
+    "predictor": "ewma",
+}
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_what_is_called_idle_changes_no_figure(mode: str) -> None:
+    """Put into the scenario past the checks. What is not called idle can change some."""
+    base = Scenario(**{"seconds": 3, "rate": 3, **MODES[mode]})  # type: ignore[arg-type]
+    values = {part.name: getattr(base, part.name) for part in fields(Scenario)}
+    want = figures_of(base)
+    idle = [name for name in OTHER if name in ignored({**values, name: OTHER[name]})]
+    for name in idle:
+        forced = copy.copy(base)
+        object.__setattr__(forced, name, OTHER[name])
+        assert figures_of(forced) == want, name
+        with pytest.raises(ProblemError, match=f"^{name}: is set to "):
+            base.replace(**{name: OTHER[name]})
+    others = [name for name in OTHER if name not in idle]
+    changed = [name for name in others if figures_of(base.replace(**{name: OTHER[name]})) != want]
+    assert changed
 
 
 def test_model_and_topology_of_ones_own() -> None:
@@ -120,20 +172,17 @@ def test_model_and_topology_of_ones_own() -> None:
 
 def test_a_result_prints_draws_and_repeats_itself(tmp_path: Path) -> None:
     told: list[tuple[str, float, float]] = []
-    found = simulate(
-        QUICK.replace(policies=("static", "oracle")), progress=lambda *report: told.append(report)
-    )
+    said: list[str] = []
+    scenario = QUICK.replace(policies=("static", "oracle"))
+    found = simulate(scenario, say=said.append, progress=lambda *report: told.append(report))
+    assert said == found.notes()
     assert {name for name, _, _ in told} == {"static", "oracle"}
     assert all(now >= 0 for _, now, _ in told)
     text = str(found)
     for part in ("measured: ", "assumed: ", "settings: cv 0.2", "vs static", "vs oracle", "-------"):
         assert part in text
     assert "vs eplb" not in text
-    again = simulate(QUICK.replace(policies=("static", "oracle")))
-    own = ("seconds", "plan_ms")
-    assert [{k: v for k, v in row.items() if k not in own} for row in found.rows] == [
-        {k: v for k, v in row.items() if k not in own} for row in again.rows
-    ]
+    assert figures_of(found.scenario) == figures_of(QUICK.replace(policies=("static", "oracle")))
     pytest.importorskip("matplotlib")
     found.plot(tmp_path / "latency.png")
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
