@@ -15,7 +15,9 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.plan.bounds import best_bound
 from moeless_opt.problems.plan.evaluate import even_times
+from moeless_opt.solvers.construct.groups import pack_whole
 from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, Stop
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.counts import apportion, largest_piece, trim
@@ -211,6 +213,13 @@ def _general(
     if not effort.steps:
         return slots
     over = even_times(load_LE, slots, speed).max(axis=1) / np.where(bound > 0.0, bound, 1.0)
+    suspects = np.flatnonzero(over > effort.suspect)
+    if len(suspects):
+        known, _ = best_bound(load_LE[suspects], capacity[suspects], speed)
+        bound[suspects] = np.maximum(bound[suspects], known)
+        _undivided(load_LE, capacity, speed, slots, bound, suspects)
+        time = even_times(load_LE[suspects], slots[suspects], speed).max(axis=1)
+        over[suspects] = time / np.where(bound[suspects] > 0.0, bound[suspects], 1.0)
     few = effort.worst if load_LE.shape[1] * len(speed) <= effort.pairs else 0
     worst = np.argsort(-over, kind="stable")[:few]
     rows = np.union1d(np.flatnonzero(over > effort.suspect), worst[over[worst] > effort.target + _NEAR])
@@ -233,3 +242,24 @@ def _general(
     gains = even_times(load, better, speed).max(axis=1) < even_times(load, slots[rows], speed).max(axis=1)
     slots[rows[gains]] = better[gains]
     return slots
+
+
+def _undivided(
+    load_LE: FloatArray,
+    capacity: IntArray,
+    speed: FloatArray,
+    slots: SlotArray,
+    bound: FloatArray,
+    rows: IntArray,
+) -> None:
+    """Where few slots are spare, or GPUs unlike, empty slots may do better than replicas; in place."""
+    spare = np.minimum(capacity[rows], load_LE.shape[1]).sum(axis=1) - load_LE.shape[1]
+    unlike = (capacity[rows] != capacity[rows, :1]).any(axis=1) | bool((speed != speed[0]).any())
+    rows = rows[unlike | (spare <= capacity.shape[1])]
+    if not len(rows):
+        return
+    load = load_LE[rows]
+    whole, time = pack_whole(load, capacity[rows], speed, bound[rows])
+    gains = time < even_times(load, slots[rows], speed).max(axis=1) * (1.0 - 1e-12)
+    slots[rows[gains]] = -1
+    slots[rows[gains], :, : whole.shape[2]] = whole[gains]

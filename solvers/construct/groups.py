@@ -31,13 +31,14 @@ from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArr
 from moeless_opt.solvers.construct.alias import alias_pack
 from moeless_opt.solvers.construct.small import join_layer
 
-__all__ = ["pack_groups"]
+__all__ = ["pack_groups", "pack_whole"]
 
 Built = tuple[SlotArray, FloatArray, FloatArray]
 
 _ROUNDS = 24  # of swaps between half of the groups and the other half
 _FOCUS = 96  # of swaps between the slowest group and any other
 _AGAIN = 3  # times that a layer is grouped for another goal
+_UNLIKE_PARTS = (1.0, 1.0, 0.0, 0.0, 0.5, 0.5)  # of the joins: unlike GPUs may do better with empty slots
 _CLOSE = 2e-4  # relative distance from the goal at which a layer is left alone
 _EXACT = 1e-9
 _COMFORT = 0.9  # of the mean tokens per slot: groups that may take such experts need no partner
@@ -74,19 +75,37 @@ def pack_groups(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray,
     goal_L = np.maximum(goal_L, 1e-300)
     aim_L = goal_L
     rows = np.flatnonzero(np.minimum(capacity_LG, load_LE.shape[1]).sum(axis=1) >= load_LE.shape[1])
-    for again in range(_AGAIN + 1):
+    alike = bool((capacity_LG == capacity_LG[:, :1]).all() and (speed_G == speed_G[0]).all())
+    parts = (1.0,) * (_AGAIN + 1) if alike else _UNLIKE_PARTS
+    for number, part in enumerate(parts):
         if not len(rows):
             break
-        found = _grouped(load_LE[rows], capacity_LG[rows], speed_G, aim_L[rows], goal_L[rows])
+        found = _grouped(load_LE[rows], capacity_LG[rows], speed_G, aim_L[rows], goal_L[rows], part)
         better = found[2] < time_L[rows] * (1.0 - _EXACT)
         where = rows[better]
         width = found[0].shape[2]
         slots[where], share[where], time_L[where] = -1, 0.0, found[2][better]
         slots[where, :, :width], share[where, :, :width] = found[0][better], found[1][better]
         open_L = time_L[rows] > goal_L[rows] * (1.0 + _CLOSE)
-        rows = rows[open_L & (better if again else np.isfinite(time_L[rows]))]
-        aim_L = time_L if again == 0 else (goal_L + time_L) / 2.0
+        # Equal GPUs gain nothing from what did not help once.
+        rows = rows[open_L & (better | (number == 0) | (not alike))]
+        reached_L = np.where(np.isfinite(time_L), time_L, goal_L)
+        if alike:
+            aim_L = reached_L if number == 0 else (goal_L + reached_L) / 2.0
+        else:
+            aim_L = goal_L if number % 2 else reached_L
     return slots, share, time_L
+
+
+def pack_whole(
+    load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, goal_L: FloatArray
+) -> tuple[SlotArray, FloatArray]:
+    """One replica of each expert, slots that are spare left empty: placement and largest times, as above."""
+    slots, _, time_L = _grouped(load_LE, capacity_LG, speed_G, goal_L, goal_L, 0.0)
+    again, _, again_L = _grouped(load_LE, capacity_LG, speed_G, time_L, goal_L, 0.0)
+    better = again_L < time_L
+    slots[better] = again[better]
+    return slots, np.minimum(time_L, again_L)
 
 
 @dataclass(slots=True)
@@ -99,16 +118,23 @@ class _Groups:
 
 
 def _grouped(
-    load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, aim_L: FloatArray, goal_L: FloatArray
+    load_LE: FloatArray,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
+    aim_L: FloatArray,
+    goal_L: FloatArray,
+    part: float,
 ) -> Built:
     """Group for the times `aim_L`, fill for them, spread."""
-    groups = _join(load_LE, capacity_LG, speed_G, aim_L)
+    groups = _join(load_LE, capacity_LG, speed_G, aim_L, part)
     expert_LMN = _Filling(load_LE, groups, aim_L).swap(goal_L)
     return _spread(load_LE, capacity_LG, speed_G, groups.label_LG, expert_LMN)
 
 
-def _join(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, aim_L: FloatArray) -> _Groups:
-    """Step 1: as many joins as slots are spare."""
+def _join(
+    load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, aim_L: FloatArray, part: float
+) -> _Groups:
+    """Step 1: a part of the joins that the spare slots allow; slots that no join takes stay empty."""
     L, G = capacity_LG.shape
     E = load_LE.shape[1]
     rows = np.arange(L)
@@ -116,7 +142,8 @@ def _join(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, aim_L
     alive = room > 0
     speed = np.where(alive, speed_G, 0.0)
     size = alive.astype(np.int64)
-    joins_L = np.minimum((room.sum(axis=1) - E).astype(np.int64), alive.sum(axis=1) - 1)
+    most_L = np.minimum(room.sum(axis=1) - E, alive.sum(axis=1) - 1.0)
+    joins_L = np.floor(part * most_L).astype(np.int64)
     # The heaviest experts lie on the fastest GPUs, one each.
     heavy = np.zeros((L, G))
     heavy[:, : min(E, G)] = -np.sort(-load_LE, axis=1)[:, :G]

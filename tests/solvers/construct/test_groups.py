@@ -138,3 +138,19 @@ def test_layers_may_differ_in_slots(seed: int) -> None:
     equal_LGC = construct_equal(load_LE, capacity_LG, speed_G)
     equal_L = check(load_LE, capacity_LG, speed_G, equal_LGC, equal_shares(equal_LGC, experts))
     assert (time_L <= equal_L * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+def test_slow_gpus_may_stay_half_empty(split: str) -> None:
+    """The spare slots are worth most where they stay empty: on the slow GPUs."""
+    load_LE = np.random.default_rng(3).lognormal(0, 1, (4, 64))
+    slots_G, speed_G = np.full(8, 10), np.array([0.25, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0])
+    capacity_LG = np.tile(slots_G, (4, 1))
+    if split == "equal":
+        slots_LGC = construct_equal(load_LE, capacity_LG, speed_G)
+        share_LGC = equal_shares(slots_LGC, 64)
+    else:
+        slots_LGC, share_LGC = construct_fractional(load_LE, capacity_LG, speed_G)
+    time_L = check(load_LE, capacity_LG, speed_G, slots_LGC, share_LGC)
+    bound_L, _ = best_bound(load_LE, capacity_LG, speed_G, "equal" if split == "equal" else "fractional")
+    assert (time_L <= 1.02 * bound_L).all()
