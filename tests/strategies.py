@@ -1,4 +1,4 @@
-"""Hypothesis strategies for instances, plans made without any solver, and a slow oracle of time."""
+"""Hypothesis strategies for instances, plans made without any solver, a slow oracle of time, a stop."""
 
 from __future__ import annotations
 
@@ -11,16 +11,29 @@ from hypothesis import strategies as st
 from moeless_opt.problems.io.traces import TokenTraces
 from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
 from moeless_opt.problems.plan.plan import Certificate, Payback, Plan, count_moves
+from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.placement import Placement, equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
+from moeless_opt.solvers.core.stopping import NeverStop
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 SPEEDS = (0.5, 0.75, 1.0, 1.5, 2.0)
+
+
+class After(NeverStop):
+    """Stop at the n-th question."""
+
+    def __init__(self, asks: int) -> None:
+        self.asks = asks
+
+    def __call__(self, best: float = float("inf"), bound: float = 0.0) -> StoppedBy:
+        self.asks -= 1
+        return StoppedBy.TIME if self.asks < 0 else StoppedBy.NOTHING
 
 
 @st.composite

@@ -42,6 +42,7 @@ from moeless_opt.solvers.construct.join import connect
 from moeless_opt.solvers.construct.level import PERFECT, level
 from moeless_opt.solvers.construct.pools import group_pack
 from moeless_opt.solvers.construct.small import join_layer
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
 from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.shares.flow import solve_shares
 from moeless_opt.solvers.shares.graph import ReplicaGraph
@@ -65,6 +66,7 @@ def construct_fractional(
     *,
     seed: int = 0,
     effort: str = "normal",
+    stop: Stop | None = None,
 ) -> tuple[SlotArray, FloatArray]:
     """Place the replicas of every layer, and split the tokens, for the least largest GPU time.
 
@@ -81,6 +83,8 @@ def construct_fractional(
     effort : {"normal", "thorough"}
         Thorough also builds every variant and keeps, among those at the best time, the one that fares best on
         loads with lognormal noise, shares re-solved.
+    stop : Stop, optional
+        When to end with the best that was built; every layer is built once in any case.
 
     Returns
     -------
@@ -110,11 +114,11 @@ def construct_fractional(
         small = _small(load, capacity, speed)
         if small is not None:
             return small
-    mean_L = load.sum(axis=1) / speed.sum()
     slots, share, time_L = _joined(load, capacity, speed, LEAN)
-    _retry(load, capacity, speed, mean_L, slots, share, time_L, seed)
+    stop = stop or NeverStop()
+    _retry(load, capacity, speed, (slots, share, time_L), seed, stop)
     if effort == "thorough":
-        _sturdiest(load, capacity, speed, slots, share, time_L, seed)
+        _sturdiest(load, capacity, speed, (slots, share, time_L), seed, stop)
     return slots, share
 
 
@@ -165,26 +169,26 @@ def _retry(
     load_LE: FloatArray,
     capacity_LG: IntArray,
     speed_G: FloatArray,
-    mean_L: FloatArray,
-    slots: SlotArray,
-    share: FloatArray,
-    time_L: FloatArray,
+    best: Built,
     seed: int,
+    stop: Stop,
 ) -> None:
     """Other constructions for the layers that miss the mean, in place, until one is as good as can be.
 
     The equal-split construction comes last, its shares re-solved: an equal split is a choice of shares, too.
     """
+    slots, share, time_L = best
+    mean_L = load_LE.sum(axis=1) / speed_G.sum()
     pairs = load_LE.shape[1] * len(speed_G)
-    builds: list[_Build] = [lambda load, capacity, _: _aliased(load, capacity, speed_G)]
+    builds: list[_Build] = [lambda load, capacity, _: _aliased(load, capacity, speed_G, stop)]
     # Where slots are too few to join all GPUs in some layer, no tree will do.
     if load_LE.shape[1] <= int(np.maximum(capacity_LG - 1, 0).sum(axis=1).min()):
         builds = [*(_lean(speed_G, lean) for lean in OTHER_LEANS), *builds]
     hard = len(builds)
-    builds.append(lambda load, capacity, goal_L: pack_groups(load, capacity, speed_G, goal_L))
+    builds.append(lambda load, capacity, goal_L: pack_groups(load, capacity, speed_G, goal_L, stop=stop))
     if pairs <= _SEARCH_PAIRS:
-        builds.append(lambda load, capacity, _: _pooled(load, capacity, speed_G, seed))
-    builds.append(lambda load, capacity, _: _evenly(load, capacity, speed_G))
+        builds.append(lambda load, capacity, _: _pooled(load, capacity, speed_G, seed, stop))
+    builds.append(lambda load, capacity, _: _evenly(load, capacity, speed_G, stop))
     goal_L = mean_L
     for number, build in enumerate(builds):
         open_L = np.flatnonzero(time_L > goal_L * (1.0 + PERFECT))
@@ -192,6 +196,9 @@ def _retry(
             goal_L = mean_L.copy()
             goal_L[open_L], _ = best_bound(load_LE[open_L], capacity_LG[open_L], speed_G, "fractional")
             open_L = np.flatnonzero(time_L > goal_L * (1.0 + PERFECT))
+        last = bool(stop())
+        if last:  # what could not be packed so far needs a placement all the same
+            open_L, build = np.flatnonzero(np.isinf(time_L)), builds[-1]
         if not len(open_L):
             return
         slots_O, share_O, time_O = build(load_LE[open_L], capacity_LG[open_L], goal_L[open_L])
@@ -200,6 +207,8 @@ def _retry(
         width = slots_O.shape[2]  # of the layers that are open: others may have more slots
         slots[layers], share[layers], time_L[layers] = -1, 0.0, time_O[better]
         slots[layers, :, :width], share[layers, :, :width] = slots_O[better], share_O[better]
+        if last:
+            return
 
 
 _Build = Callable[[FloatArray, IntArray, FloatArray], Built]
@@ -210,12 +219,14 @@ def _lean(speed_G: FloatArray, lean: float) -> _Build:
     return lambda load, capacity, _: _joined(load, capacity, speed_G, lean)
 
 
-def _aliased(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray) -> Built:
+def _aliased(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, stop: Stop) -> Built:
     """Alias packing of every layer that it can do."""
-    return _each(load_LE, capacity_LG, speed_G, lambda load, capacity: alias_pack(load, capacity, speed_G))
+    return _each(
+        load_LE, capacity_LG, speed_G, lambda load, capacity: alias_pack(load, capacity, speed_G), stop
+    )
 
 
-def _pooled(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, seed: int) -> Built:
+def _pooled(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, seed: int, stop: Stop) -> Built:
     """The best pools of every layer with equal GPUs; see `pools`."""
 
     def one(load_E: FloatArray, capacity_G: IntArray) -> tuple[SlotArray, FloatArray] | None:
@@ -223,7 +234,7 @@ def _pooled(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, see
             return None
         return group_pack(load_E, len(capacity_G), int(capacity_G[0]), seed=seed)
 
-    return _each(load_LE, capacity_LG, speed_G, one)
+    return _each(load_LE, capacity_LG, speed_G, one, stop)
 
 
 def _each(
@@ -231,13 +242,16 @@ def _each(
     capacity_LG: IntArray,
     speed_G: FloatArray,
     build: Callable[[FloatArray, IntArray], tuple[SlotArray, FloatArray] | None],
+    stop: Stop,
 ) -> Built:
-    """A construction of single layers over all of them; infinite time where it found nothing."""
+    """A construction of single layers over all of them; infinite time where it found nothing in time."""
     L, G = capacity_LG.shape
     C = int(capacity_LG.max(initial=1))
     slots = np.full((L, G, C), -1, dtype=np.int32)
     share, time_L = np.zeros((L, G, C)), np.full(L, np.inf)
     for layer in range(L):
+        if stop():
+            break
         found = build(load_LE[layer], capacity_LG[layer])
         if found is not None:
             c = found[0].shape[1]
@@ -247,9 +261,9 @@ def _each(
     return slots, share, time_L
 
 
-def _evenly(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray) -> Built:
+def _evenly(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, stop: Stop) -> Built:
     """The equal-split construction with its shares re-solved."""
-    slots = construct_equal(load_LE, capacity_LG, speed_G)
+    slots = construct_equal(load_LE, capacity_LG, speed_G, stop=stop)
     found = solve_shares(load_LE, slots, speed_G)
     return slots, found.share_LGC, found.time_L
 
@@ -258,12 +272,12 @@ def _sturdiest(
     load_LE: FloatArray,
     capacity_LG: IntArray,
     speed_G: FloatArray,
-    slots: SlotArray,
-    share: FloatArray,
-    time_L: FloatArray,
+    best: Built,
     seed: int,
+    stop: Stop,
 ) -> None:
     """Among placements of equal time, the one that fares best when the loads turn out different; in place."""
+    slots, share, time_L = best
     rng = np.random.default_rng(seed)
     noise = [np.exp(rng.normal(0.0, NOISE, load_LE.shape)) for _ in range(SCENARIOS)]
 
@@ -274,8 +288,12 @@ def _sturdiest(
         total: FloatArray = sum(time / m for time, m in zip(times, mean, strict=True)) / len(noise)
         return total
 
+    if stop():
+        return
     score_L = fares(slots)
     for lean in THOROUGH_LEANS:
+        if stop():
+            return
         new_slots, new_share, new_time = _joined(load_LE, capacity_LG, speed_G, lean)
         level_L = np.flatnonzero(new_time <= time_L * (1.0 + PERFECT))
         if not len(level_L):

@@ -30,6 +30,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.solvers.construct.alias import alias_pack
 from moeless_opt.solvers.construct.small import join_layer
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
 
 __all__ = ["pack_groups", "pack_whole"]
 
@@ -46,7 +47,14 @@ _LEAN = 0.5  # see `counts.apportion`
 _BARRED = 1e300
 
 
-def pack_groups(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, goal_L: FloatArray) -> Built:
+def pack_groups(
+    load_LE: FloatArray,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
+    goal_L: FloatArray,
+    *,
+    stop: Stop | None = None,
+) -> Built:
     """Place and share out all layers, with few spare slots, for the least largest GPU time.
 
     Parameters
@@ -59,6 +67,8 @@ def pack_groups(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray,
         Relative speeds.
     goal_L : float array [layers]
         Times that would be perfect, for instance lower bounds.
+    stop : Stop, optional
+        Asked in every round.
 
     Returns
     -------
@@ -77,10 +87,11 @@ def pack_groups(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray,
     rows = np.flatnonzero(np.minimum(capacity_LG, load_LE.shape[1]).sum(axis=1) >= load_LE.shape[1])
     alike = bool((capacity_LG == capacity_LG[:, :1]).all() and (speed_G == speed_G[0]).all())
     parts = (1.0,) * (_AGAIN + 1) if alike else _UNLIKE_PARTS
+    stop = stop or NeverStop()
     for number, part in enumerate(parts):
-        if not len(rows):
+        if not len(rows) or (number and stop()):
             break
-        found = _grouped(load_LE[rows], capacity_LG[rows], speed_G, aim_L[rows], goal_L[rows], part)
+        found = _grouped(load_LE[rows], capacity_LG[rows], speed_G, aim_L[rows], goal_L[rows], part, stop)
         better = found[2] < time_L[rows] * (1.0 - _EXACT)
         where = rows[better]
         width = found[0].shape[2]
@@ -124,10 +135,11 @@ def _grouped(
     aim_L: FloatArray,
     goal_L: FloatArray,
     part: float,
+    stop: Stop,
 ) -> Built:
     """Group for the times `aim_L`, fill for them, spread."""
     groups = _join(load_LE, capacity_LG, speed_G, aim_L, part)
-    expert_LMN = _Filling(load_LE, groups, aim_L).swap(goal_L)
+    expert_LMN = _Filling(load_LE, groups, aim_L).swap(goal_L, stop)
     return _spread(load_LE, capacity_LG, speed_G, groups.label_LG, expert_LMN)
 
 
@@ -209,7 +221,7 @@ class _Filling:
             left[rows, group] -= 1.0
         self.token = self.weight.sum(axis=2)
 
-    def swap(self, goal_L: FloatArray) -> IntArray:
+    def swap(self, goal_L: FloatArray, stop: Stop) -> IntArray:
         """Swap until each layer is at its goal or no swap helps; returns the experts, shape [L, M, N]."""
         result = self.expert.copy()
         goal, layer = goal_L * (1.0 + _EXACT), np.arange(len(goal_L))
@@ -231,7 +243,7 @@ class _Filling:
                 for name in ("inverse", "expert", "weight", "barred", "token"):
                     setattr(self, name, getattr(self, name)[~done])
                 goal, layer, stale, time = goal[~done], layer[~done], stale[~done], time[~done]
-            if not len(goal):
+            if not len(goal) or stop():
                 break
             if focus:
                 slow = np.repeat(time.argmax(axis=1)[:, None], M, axis=1)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.plan.evaluate import even_times
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.core.stopping import NeverStop, Stop
 from moeless_opt.solvers.pack.counts import apportion, hostable
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.swaps import improve
@@ -27,6 +27,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Int32s = NDArray[np.int32]
 
+_CASES = 1024  # packed at a time: more are no quicker, and stop is asked between them
 LEANS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
@@ -70,6 +71,7 @@ def resize(
     int32 [L, G, C]
         No layer's slowest GPU is slower than before.
     """
+    stop = stop or NeverStop()
     slots = np.array(slots_LGC, dtype=np.int32)
     E = load_LE.shape[1]
     mean_L = load_LE.sum(axis=1) / speed_G.sum()
@@ -80,6 +82,7 @@ def resize(
         goal_L=mean_L if goal_L is None else goal_L,
         width=slots.shape[2],
         swaps={"rounds": 3, "focus": 2, "backend": backend},
+        stop=stop,
     )
     counts = _count(slots, E)
     top, excess = bench.score(np.arange(len(slots)), slots)
@@ -88,7 +91,7 @@ def resize(
     live = counts  # where the search stands: by excess, so not always at the best so far
     rows = np.flatnonzero(top > bench.goal_L)
     for step in range(steps):
-        if not len(rows) or (stop is not None and stop()):
+        if not len(rows) or stop():
             break
         if step == 0:
             base, tried = _leaning(load_LE, live, cap_L, rows)
@@ -140,6 +143,7 @@ class _Bench:
     goal_L: Floats
     width: int  # slots of the widest GPU of all layers
     swaps: dict[str, Any]
+    stop: Stop
     seen: set[tuple[int, bytes]] = field(default_factory=set)
 
     def score(self, base: Ints, slots: Int32s) -> tuple[Floats, Floats]:
@@ -156,9 +160,17 @@ class _Bench:
             keep[case] = key not in self.seen
             self.seen.add(key)
         base, counts = base[keep], counts[keep]
-        if not len(base):
-            shape = (0, self.capacity_LG.shape[1], self.width)
-            return _Trial(base, counts, np.empty(shape, dtype=np.int32), np.empty(0), np.empty(0))
+        shape = (0, self.capacity_LG.shape[1], self.width)
+        trial = _Trial(base[:0], counts[:0], np.empty(shape, dtype=np.int32), np.empty(0), np.empty(0))
+        for start in range(0, len(base), _CASES):
+            if start and self.stop():
+                break
+            part = slice(start, start + _CASES)
+            trial = trial.joined(self._packed(base[part], counts[part]))
+        return trial
+
+    def _packed(self, base: Ints, counts: Ints) -> _Trial:
+        """Pack and swap cases."""
         load, capacity = self.load_LE[base], self.capacity_LG[base]
         slots = pack(load, counts, capacity, self.speed_G, backend=self.swaps["backend"])
         slots = improve(load, slots, capacity, self.speed_G, goal_L=self.goal_L[base], **self.swaps)

@@ -17,6 +17,7 @@ from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.swaps import improve
 from moeless_opt.solvers.shares.flow import solve_shares
+from tests.strategies import After
 
 
 def largest(
@@ -190,6 +191,19 @@ def test_thorough_is_no_worse_and_repeatable() -> None:
     np.testing.assert_array_equal(one[1], two[1])
     time_L = largest(load_LE, *one, capacity_LG, speed_G)
     np.testing.assert_allclose(time_L, load_LE.sum(axis=1) / 8, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(24, 4), (28, 4), (32, 4), (31, 4)])
+@pytest.mark.parametrize("effort", ["normal", "thorough"])
+def test_stopped_at_any_time_every_layer_is_placed(experts: int, slots: int, effort: str) -> None:
+    load_LE = lognormal(4, experts, 1.5, 5)
+    capacity_LG, speed_G = np.full((4, 8), slots), np.linspace(1.0, 2.0, 8)
+    free = construct_fractional(load_LE, capacity_LG, speed_G, effort=effort)
+    for asks in (0, 1, 2, 4, 8, 20, 10**6):
+        found = construct_fractional(load_LE, capacity_LG, speed_G, effort=effort, stop=After(asks))
+        time_L = largest(load_LE, *found, capacity_LG, speed_G)
+        assert (time_L >= largest(load_LE, *free, capacity_LG, speed_G) * (1 - 1e-9)).all()
+    np.testing.assert_array_equal(found[0], free[0])
 
 
 def test_too_few_slots() -> None:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.solvers.construct.equal import construct_equal
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
+from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.replan.equal import EqualState, fill_equal, replan_equal
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish
+from tests.strategies import After
 
 
 def replanned(
@@ -112,17 +112,6 @@ def test_more_rounds_never_move_more_and_budgets_hold() -> None:
         assert plan.moves_L.sum() <= budget
         assert plan.time_L.sum() <= last * 1.03
         last = plan.time_L.sum()
-
-
-class After(NeverStop):
-    """Stop at the n-th question."""
-
-    def __init__(self, asks: int) -> None:
-        self.asks = asks
-
-    def __call__(self, best: float = float("inf"), bound: float = 0.0) -> StoppedBy:
-        self.asks -= 1
-        return StoppedBy.TIME if self.asks < 0 else StoppedBy.NOTHING
 
 
 @pytest.mark.parametrize("budget", [None, 9])

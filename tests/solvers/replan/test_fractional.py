@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.solvers.construct.equal import construct_equal
-from moeless_opt.solvers.core.stopping import MaxTime, NeverStop, Stop
+from moeless_opt.solvers.core.stopping import MaxTime, Stop
 from moeless_opt.solvers.replan.fill import fill_overflow
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
 from moeless_opt.solvers.replan.fractional import replan_fractional
@@ -22,6 +21,7 @@ from moeless_opt.solvers.replan.live import mend_content, moves_between
 from moeless_opt.solvers.replan.shake import Shaker
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish
 from moeless_opt.solvers.shares.flow import solve_shares
+from tests.strategies import After
 
 
 def replanned(
@@ -286,17 +286,6 @@ def test_a_budget_counts_the_cost_of_each_layer() -> None:
     plan = replanned(after, live, capacity, max_moves=900, cost_L=cost)
     assert (plan.moves_L * cost).sum() <= 900
     assert plan.moves_L[0] == 0
-
-
-class After(NeverStop):
-    """Stop at the n-th question."""
-
-    def __init__(self, asks: int) -> None:
-        self.asks = asks
-
-    def __call__(self, best: float = float("inf"), bound: float = 0.0) -> StoppedBy:
-        self.asks -= 1
-        return StoppedBy.TIME if self.asks < 0 else StoppedBy.NOTHING
 
 
 @pytest.mark.parametrize("budget", [None, 9])

@@ -11,7 +11,7 @@ from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.problems.spec.generators import lognormal, surprise
 from moeless_opt.problems.spec.placement import replica_counts
 from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.core.stopping import NeverStop
+from tests.strategies import After
 
 TOPOLOGY = mo.uniform(2, 4, slots=5, links=mo.Links(intra_node=1e9, inter_node=1e8, host=1e8, latency=0.0))
 
@@ -139,17 +139,6 @@ def test_a_lost_gpu_and_too_few_seconds_are_infeasible() -> None:
 def test_a_horizon_needs_seconds() -> None:
     with pytest.raises(mo.ProblemError, match=r"objective\.horizon: needs times in seconds"):
         mo.solve(drifted(objective=mo.Objective(horizon=10.0)))
-
-
-class After(NeverStop):
-    """Stop at the n-th question."""
-
-    def __init__(self, asks: int) -> None:
-        self.asks = asks
-
-    def __call__(self, best: float = float("inf"), bound: float = 0.0) -> StoppedBy:
-        self.asks -= 1
-        return StoppedBy.TIME if self.asks < 0 else StoppedBy.NOTHING
 
 
 @pytest.mark.parametrize("split", ["fractional", "equal"])
