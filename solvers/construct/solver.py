@@ -84,7 +84,9 @@ class Construct(Heuristic):
             )
             return slots_LGC, equal_shares(slots_LGC, problem.experts)
         effort = "normal" if options.effort == "quick" else options.effort
-        return construct_fractional(load_LE, capacity_LG, speed_G, seed=task.seed, effort=effort, stop=task.stop)
+        return construct_fractional(
+            load_LE, capacity_LG, speed_G, seed=task.seed, effort=effort, stop=task.stop
+        )
 
     def _over_scenarios(
         self, task: Task[ConstructOptions], slots_LGC: SlotArray
