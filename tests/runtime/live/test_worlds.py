@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,13 @@ def test_outputs_are_those_of_static_expert_parallelism(run_world: World) -> Non
         assert case["detached"] == 0.0
         assert case["bytes"] > 0
         assert case["waits"] == 0
+
+
+def test_the_python_of_the_runtimes_page_runs(run_world: World) -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "runtime.md"
+    if not page.is_file():
+        pytest.skip("the documentation is not here")
+    assert run_world("worker_docs.py", 1) == [page.read_text(encoding="utf-8").count("```py\n")]
 
 
 def test_two_expert_parallel_groups_plan_for_themselves(run_world: World) -> None:
