@@ -210,14 +210,14 @@ def _general(
     slots = pack(load_LE, trim(load_LE, greedy, capacity), capacity, speed, backend=backend)
     swaps: dict[str, Any] = {"rounds": effort.rounds, "focus": effort.focus, "backend": backend, "stop": stop}
     slots = improve(load_LE, slots, capacity, speed, target=effort.target, **swaps)
-    if not effort.steps:
+    if not effort.steps or (stop is not None and stop()):
         return slots
     over = even_times(load_LE, slots, speed).max(axis=1) / np.where(bound > 0.0, bound, 1.0)
     suspects = np.flatnonzero(over > effort.suspect)
     if len(suspects):
         known, _ = best_bound(load_LE[suspects], capacity[suspects], speed)
         bound[suspects] = np.maximum(bound[suspects], known)
-        _undivided(load_LE, capacity, speed, slots, bound, suspects)
+        _undivided(load_LE, capacity, speed, slots, bound, suspects, stop)
         time = even_times(load_LE[suspects], slots[suspects], speed).max(axis=1)
         over[suspects] = time / np.where(bound[suspects] > 0.0, bound[suspects], 1.0)
     few = effort.worst if load_LE.shape[1] * len(speed) <= effort.pairs else 0
@@ -251,6 +251,7 @@ def _undivided(
     slots: SlotArray,
     bound: FloatArray,
     rows: IntArray,
+    stop: Stop | None,
 ) -> None:
     """Where few slots are spare, or GPUs unlike, empty slots may do better than replicas; in place."""
     spare = np.minimum(capacity[rows], load_LE.shape[1]).sum(axis=1) - load_LE.shape[1]
@@ -259,7 +260,7 @@ def _undivided(
     if not len(rows):
         return
     load = load_LE[rows]
-    whole, time = pack_whole(load, capacity[rows], speed, bound[rows])
+    whole, time = pack_whole(load, capacity[rows], speed, bound[rows], stop=stop)
     gains = time < even_times(load, slots[rows], speed).max(axis=1) * (1.0 - 1e-12)
     slots[rows[gains]] = -1
     slots[rows[gains], :, : whole.shape[2]] = whole[gains]

@@ -109,11 +109,19 @@ def pack_groups(
 
 
 def pack_whole(
-    load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, goal_L: FloatArray
+    load_LE: FloatArray,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
+    goal_L: FloatArray,
+    *,
+    stop: Stop | None = None,
 ) -> tuple[SlotArray, FloatArray]:
     """One replica of each expert, slots that are spare left empty: placement and largest times, as above."""
-    slots, _, time_L = _grouped(load_LE, capacity_LG, speed_G, goal_L, goal_L, 0.0)
-    again, _, again_L = _grouped(load_LE, capacity_LG, speed_G, time_L, goal_L, 0.0)
+    stop = stop or NeverStop()
+    slots, _, time_L = _grouped(load_LE, capacity_LG, speed_G, goal_L, goal_L, 0.0, stop)
+    if stop():
+        return slots, time_L
+    again, _, again_L = _grouped(load_LE, capacity_LG, speed_G, time_L, goal_L, 0.0, stop)
     better = again_L < time_L
     slots[better] = again[better]
     return slots, np.minimum(time_L, again_L)
