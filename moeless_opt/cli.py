@@ -45,6 +45,7 @@ from moeless_opt.signals import Killed, Signals
 from moeless_opt.solvers.core.features import required_features
 from moeless_opt.solvers.core.finish import lower_bound
 from moeless_opt.solvers.core.registry import get_solver, list_solvers, require, solver_names
+from moeless_opt.solvers.core.stopping import MaxTime
 
 __all__ = ["main"]
 
@@ -458,7 +459,8 @@ def _bounds(problem: Problem, args: argparse.Namespace) -> int:
 def _pareto(problem: Problem, args: argparse.Namespace) -> int:
     from moeless_opt.fronts import pareto
 
-    front = pareto(problem, ("balance", args.pareto), seed=args.seed)
+    stop = None if args.time is None else MaxTime(args.time)
+    front = pareto(problem, ("balance", args.pareto), seed=args.seed, stop=stop)
     if args.output:
         save_plan(front.plans[-1], args.output)
     if args.plot:

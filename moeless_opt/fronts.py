@@ -22,7 +22,7 @@ from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
 from moeless_opt.solvers.core.finish import Built, finish
 from moeless_opt.solvers.core.knapsack import hull_steps
-from moeless_opt.solvers.core.stopping import Clock
+from moeless_opt.solvers.core.stopping import Clock, Stop
 from moeless_opt.solvers.migration.schedule import schedule_migration, staging_limit
 from moeless_opt.solvers.replan.solver import frontier
 from moeless_opt.solvers.shares.best import best_shares
@@ -100,7 +100,12 @@ class ParetoFront:
 
 
 def pareto(
-    problem: Problem, objectives: Sequence[str] = ("balance", "moves"), *, points: int = 12, seed: int = 0
+    problem: Problem,
+    objectives: Sequence[str] = ("balance", "moves"),
+    *,
+    points: int = 12,
+    seed: int = 0,
+    stop: Stop | None = None,
 ) -> ParetoFront:
     """Trade balance against moves, or against memory.
 
@@ -118,6 +123,8 @@ def pareto(
         Plans wanted, at most.
     seed : int
         Random seed.
+    stop : Stop, optional
+        When to be content with the points found.
 
     Returns
     -------
@@ -150,10 +157,10 @@ def pareto(
     if names[1] == "moves":
         if problem.current is None:
             raise ProblemError("current", "is missing: without a live placement every replica moves")
-        found = frontier(problem, seed=seed)
+        found = frontier(problem, seed=seed, stop=stop)
         slots_KLGC, time_KL, count_KL = found.slots_KLGC, found.time_KL, found.moves_KL
     else:
-        slots_KLGC, time_KL = _by_size(problem, seed)
+        slots_KLGC, time_KL = _by_size(problem, seed, stop)
         count_KL = (slots_KLGC >= 0).sum((2, 3))
     unit_L = problem.bytes_L if problem.bytes_L.any() else np.ones(problem.layers, dtype=np.int64)
     chosen = _merge(time_KL, np.asarray(count_KL * unit_L, dtype=np.float64), points)
@@ -219,17 +226,20 @@ def migration(
     return schedule.named(problem.loads.layers)
 
 
-def _by_size(problem: Problem, seed: int) -> tuple[SlotArray, FloatArray]:
+def _by_size(problem: Problem, seed: int, stop: Stop | None) -> tuple[SlotArray, FloatArray]:
     """Constructions with from one to all slots' replicas, and their largest times: [K, L, G, C], [K, L]."""
     load_LE, speed_G, capacity_LG = problem.load_LE, problem.topology.speed_G, problem.capacity_LG
     wide = int(capacity_LG.max())
-    slots, times = [], []
+    slots: list[SlotArray] = []
+    times: list[FloatArray] = []
     room_L = np.minimum(capacity_LG, problem.experts).sum(1)
     for part in np.linspace(0.0, 1.0, SIZES):
+        if slots and stop is not None and stop():
+            break
         want_L = np.rint(problem.experts + part * (room_L - problem.experts)).astype(np.int64)
         less_LG = _shrink(capacity_LG, want_L)
         if problem.split == "equal":
-            one = construct_equal(load_LE, less_LG, speed_G, seed=seed)
+            one = construct_equal(load_LE, less_LG, speed_G, seed=seed, stop=stop)
             share = equal_shares(one, problem.experts)
         else:
             one, share = construct_fractional(load_LE, less_LG, speed_G, seed=seed)

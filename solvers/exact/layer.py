@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.errors import InfeasibleError, InvalidPlanError, ProblemError
 from moeless_opt.problems.plan.bounds import best_bound, replicas_needed
 from moeless_opt.problems.plan.evaluate import gpu_times
 from moeless_opt.problems.plan.plan import PROVEN, Status
@@ -38,6 +38,8 @@ from moeless_opt.solvers.core.linear import LinearModel
 from moeless_opt.solvers.core.stopping import Stop
 
 __all__ = ["ExactLayer", "ExactResult", "LayerModel", "build", "layer_of", "read_back", "result_of"]
+
+_TOLERANCE = 1e-5  # by how much solvers may miss their rows, relative
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,7 +335,11 @@ def result_of(
             slots, share, value, improved = plan[0], plan[1], now, now < value * (1 - 1e-9)
     if infeasible and np.isfinite(value):
         bound = value
-    # A solver's bound may exceed the value by its tolerance; it never counts for more than the value.
+    if bound > value * (1 + _TOLERANCE):
+        raise InvalidPlanError(
+            [f"{message}: lower bound {bound:.9g} is above {value:.9g}, the time of a plan that there is"]
+        )
+    # Within the solvers' tolerance it may be; it never counts for more than the value.
     bound = min(max(layer.bound, bound), value)
     if slots is None:
         status = Status.INFEASIBLE if infeasible else Status.NO_SOLUTION

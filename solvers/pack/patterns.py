@@ -128,6 +128,13 @@ def solve_patterns(
     base = max(lower, float(bound_L[0]))
     result = PatternResult(base, upper, None, base == np.inf, 0)
     layer = _Layer.make(load, capacity, speed, max_replicas, min_replicas, time)
+    _rise(layer, result, gap, stop)
+    return result
+
+
+def _rise(layer: _Layer, result: PatternResult, gap: float, stop: Stop) -> None:
+    """Raise the limit from the lower bound in growing steps until the bounds meet, or `stop` says so."""
+    base = result.lower
     step, hard = 2.0**-13, _HARD
     while not result.proven:
         # The last step before a known plan asks for anything better than it.
@@ -151,7 +158,6 @@ def solve_patterns(
             hard = hard * 4 if plan is None else 1 << 62
         # States grow with a high power of the step: stride while they are few, walk once they are many.
         step *= 4.0 if search.states < 100 else 2.0 if search.states < 1000 else 1.35
-    return result
 
 
 def fewest_replicas(

@@ -279,49 +279,60 @@ def min_moves(
     started = clock.monotonic()
     stop = MaxTime(60.0) if stop is None else stop
     load, speed = np.asarray(load_E, dtype=np.float64), np.asarray(speed_G, dtype=np.float64)
-    capacity = [int(slots) for slots in capacity_G]
+    capacity = np.asarray(capacity_G).tolist()
     live = [[int(expert) for expert in row if expert >= 0] for row in np.asarray(slots_GC)]
-    held = [frozenset(row) for row in live]
-    moves = None
-    best = None if known is None else [list(row) for row in known]
+    best, moves = None if known is None else [list(row) for row in known], None
     if best is not None:
         _check(load, best, speed, time, capacity, "known")
-        moves = _moves(held, best)
-    bound, sets = 0, [frozenset([gpu]) for gpu in range(len(live))]
-    if len(set().union(*live)) == len(load):
-        state = _state(load, live, speed, time, None)
-        if state.solve() > 0:
-            cut = state.cut()
-            bound = flow_moves_bound(state, cut)
-            sets += _hot_sets(state, cut)
-        elif all(len(row) <= slots for row, slots in zip(live, capacity, strict=True)):
-            best, moves = live, 0
+        moves = _moves(live, best)
+    bound, sets, stays = _at_once(load, live, speed, time)
+    if stays and all(len(row) <= slots for row, slots in zip(live, capacity, strict=True)):
+        best, moves = live, 0
     status: Status = "no_solution" if moves is None else "feasible"
     if moves is None or moves > bound:
         unit = float(load.sum() / speed.sum()) or 1.0
-        room = (speed * (time / unit)).tolist()
-        allowed = None if allowed_EG is None else np.asarray(allowed_EG, dtype=bool)
-        model = _build((load / unit).tolist(), live, capacity, room, (bound, moves), sets, allowed, stop)
+        allow = None if allowed_EG is None else np.asarray(allowed_EG, dtype=bool)
+        units, room = (load / unit).tolist(), (speed * (time / unit)).tolist()
+        model = _build(units, live, capacity, room, (bound, moves), sets, allow, stop)
         answer = None if model is None else solve_linear(model, engine, stop=stop)
         if model is not None and answer is not None:
             if answer.value_V is not None:
                 best = _content(model, answer.value_V, len(live))
                 _check(load, best, speed, time, capacity, "solution")
-                moves = _moves(held, best)
+                moves = _moves(live, best)
             if answer.status == "infeasible":
                 bound, status = (bound, "infeasible") if moves is None else (moves, status)
             elif math.isfinite(answer.bound):
                 bound = max(bound, math.ceil(answer.bound - 1e-6 * max(1.0, answer.bound)))
+    return _told(status, moves, bound, best, started)
+
+
+def _told(
+    status: Status, moves: int | None, bound: int, content: list[list[int]] | None, started: float
+) -> FewestMoves:
     if moves is not None:
         bound = min(bound, moves)
         status = "optimal" if bound == moves else "feasible"
-    return FewestMoves(
-        status=status, moves=moves, bound=bound, content=best, seconds=clock.monotonic() - started
-    )
+    seconds = clock.monotonic() - started
+    return FewestMoves(status=status, moves=moves, bound=bound, content=content, seconds=seconds)
 
 
-def _moves(held: Sequence[frozenset[int]], content: Sequence[Sequence[int]]) -> int:
-    return sum(expert not in row for row, now in zip(held, content, strict=True) for expert in now)
+def _at_once(
+    load_E: FloatArray, live: list[list[int]], speed_G: FloatArray, time: float
+) -> tuple[int, list[frozenset[int]], bool]:
+    """What one maximum flow tells: a bound, GPU sets to cut on, and whether the live placement will do."""
+    sets = [frozenset([gpu]) for gpu in range(len(live))]
+    if len(set().union(*live)) < len(load_E):
+        return 0, sets, False
+    state = _state(load_E, live, speed_G, time, None)
+    if state.solve() == 0:
+        return 0, sets, True
+    cut = state.cut()
+    return flow_moves_bound(state, cut), sets + _hot_sets(state, cut), False
+
+
+def _moves(live: Sequence[Sequence[int]], content: Sequence[Sequence[int]]) -> int:
+    return sum(expert not in row for row, now in zip(live, content, strict=True) for expert in now)
 
 
 def _content(model: _Moves, value_V: FloatArray, gpus: int) -> list[list[int]]:

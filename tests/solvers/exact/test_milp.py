@@ -11,14 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.errors import InfeasibleError, ProblemError, SolverUnavailableError
+from moeless_opt.problems.errors import (
+    InfeasibleError,
+    InvalidPlanError,
+    ProblemError,
+    SolverUnavailableError,
+)
 from moeless_opt.problems.plan.bounds import density_bound
 from moeless_opt.problems.plan.evaluate import gpu_times
 from moeless_opt.problems.plan.plan import Status
 from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.exact.components import component_bound
-from moeless_opt.solvers.exact.layer import layer_of
+from moeless_opt.solvers.exact.layer import layer_of, result_of
 from moeless_opt.solvers.exact.milp import solve_milp, write_model
 
 
@@ -181,3 +186,11 @@ def test_a_stopped_component_bound_is_still_a_bound() -> None:
     assert load.sum() / 8 == bounds[0] < bounds[-1] == pytest.approx(146.0)
     assert all(bound <= bounds[-1] for bound in bounds)
     assert len(set(bounds)) > 2
+
+
+def test_a_bound_above_a_plan_is_a_bug_and_told() -> None:
+    known = np.array([[0], [1]], dtype=np.int32)
+    layer = layer_of([3.0, 2.0], [1, 1], None, "equal", slots_GC=known)
+    assert result_of(layer, None, 3.0 * (1 + 1e-7), "x").bound == 3.0
+    with pytest.raises(InvalidPlanError, match=r"x: lower bound 3\.1 is above 3"):
+        result_of(layer, None, 3.1, "x")
