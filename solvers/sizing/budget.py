@@ -20,8 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import tau_curve
 from moeless_opt.problems.plan.evaluate import even_times
@@ -41,9 +42,6 @@ __all__ = [
     "spend",
 ]
 
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
-Int32 = NDArray[np.int32]
 
 _ROUNDS = 6
 
@@ -54,7 +52,7 @@ class Spending:
 
     Parameters
     ----------
-    spare_L : ndarray of int, shape (L,)
+    spare_L : array of int, shape [L]
         Choice of each layer: its spare replicas.
     value : float
         Sum of the chosen values.
@@ -64,7 +62,7 @@ class Spending:
         Whether no other spending is better (False only if the budget had to be counted in coarse units).
     """
 
-    spare_L: Int
+    spare_L: IntArray
     value: float
     spent: int
     exact: bool
@@ -76,11 +74,11 @@ class BudgetPlan:
 
     Parameters
     ----------
-    spare_L : ndarray of int, shape (L,)
+    spare_L : array of int, shape [L]
         Replicas of each layer beyond one per expert.
-    slots_LGC : ndarray of int32, shape (L, G, C)
+    slots_LGC : array of int32, shape [L, G, C]
         The placement, -1 in empty slots.
-    time_L : ndarray of float, shape (L,)
+    time_L : array of float, shape [L]
         Largest GPU time of each layer with equal split.
     bound : float
         No placement within the budget has a smaller sum of `time_L`.
@@ -88,9 +86,9 @@ class BudgetPlan:
         Runs of the knapsack.
     """
 
-    spare_L: Int
-    slots_LGC: Int32
-    time_L: Float
+    spare_L: IntArray
+    slots_LGC: SlotArray
+    time_L: FloatArray
     bound: float
     rounds: int
 
@@ -103,7 +101,7 @@ class Redundancy:
     ----------
     spare : int
         Spare replicas over all layers.
-    spare_L : ndarray of int, shape (L,)
+    spare_L : array of int, shape [L]
         Where they go.
     gib : float
         Their memory in GiB, over all GPUs.
@@ -116,7 +114,7 @@ class Redundancy:
     """
 
     spare: int
-    spare_L: Int
+    spare_L: IntArray
     gib: float
     imbalance: float
     bound: float
@@ -124,18 +122,18 @@ class Redundancy:
 
 
 def spend(
-    value_LK: Float, budget: int, cost_L: ArrayLike | None = None, *, stop: Stop | None = None
+    value_LK: FloatArray, budget: int, cost_L: ArrayLike | None = None, *, stop: Stop | None = None
 ) -> Spending:
     """Choose one k per layer: the least sum of values with ``sum of cost * k`` within the budget.
 
     Parameters
     ----------
-    value_LK : ndarray of float, shape (L, K + 1)
+    value_LK : array of float, shape [L, K + 1]
         Value of each layer with 0 to K spare replicas; infinite where impossible. More is no worse: a value
         above one to its left counts as that one.
     budget : int
         Units in all (replicas, or bytes).
-    cost_L : array_like of int, shape (L,), optional
+    cost_L : array of int, shape [L], optional
         Units per replica of each layer (default 1).
     stop : Stop, optional
         When to be content with a good spending.
@@ -162,12 +160,12 @@ def spend(
     return Spending(spare_L, float(chosen_L.sum()), int(cost @ spare_L), found.exact)
 
 
-def bound_curves(load_LE: ArrayLike, speed_G: ArrayLike, most: int) -> Float:
-    """Return the best time each layer could have with 0 to ``most`` spare replicas, shape (L, most + 1)."""
+def bound_curves(load_LE: ArrayLike, speed_G: ArrayLike, most: int) -> FloatArray:
+    """Return the best time each layer could have with 0 to ``most`` spare replicas, shape [L, most + 1]."""
     load = np.asarray(load_LE, dtype=np.float64)
     speed = np.asarray(speed_G, dtype=np.float64)
     mean_L1 = load.sum(axis=1, keepdims=True) / speed.sum()
-    curve_LK: Float = np.maximum(tau_curve(load, speed, most, "fractional"), mean_L1)
+    curve_LK: FloatArray = np.maximum(tau_curve(load, speed, most, "fractional"), mean_L1)
     return curve_LK
 
 
@@ -186,15 +184,15 @@ def plan_budget(
 
     Parameters
     ----------
-    load_LE : array_like of float, shape (L, E)
+    load_LE : array of float, shape [L, E]
         Tokens.
-    speed_G : array_like of float, shape (G,)
+    speed_G : array of float, shape [G]
         Relative speeds.
     budget : int
         Spare replicas in all, or bytes of them if `bytes_L` is given.
-    bytes_L : array_like of int, shape (L,), optional
+    bytes_L : array of int, shape [L], optional
         Bytes of one replica in each layer.
-    memory_G : array_like of int, shape (G,), optional
+    memory_G : array of int, shape [G], optional
         Bytes of each GPU for all its replicas (after weights of other parts and the KV reserve). Without it
         each GPU gets its even part of the replicas.
     rounds : int
@@ -221,7 +219,7 @@ def plan_budget(
     value_LK = _useful(bound_curves(load, speed, most), G, budget // int(size_L.sum()))
     measured_LK = np.full(value_LK.shape, np.inf)
     memory = None if memory_G is None else np.asarray(memory_G, dtype=np.int64)
-    kept: dict[tuple[int, int], Int32] = {}
+    kept: dict[tuple[int, int], SlotArray] = {}
     choice = spend(value_LK, budget, size_L, stop=stop)
     bound = choice.value if choice.exact else float(value_LK.min(axis=1).sum())
     everything = np.minimum(budget // int(size_L.sum()), value_LK.shape[1] - 1)
@@ -244,13 +242,15 @@ def plan_budget(
     return BudgetPlan(best.spare_L, slots, time_L, bound, run)
 
 
-def _useful(value_LK: Float, more: int, most: int) -> Float:
+def _useful(value_LK: FloatArray, more: int, most: int) -> FloatArray:
     """The curves as far as they fall, and a little on: packing may like a few more to choose from."""
     useful = int((value_LK > value_LK[:, -1:] * (1 + 1e-12)).sum(axis=1).max()) + more
     return value_LK[:, : max(useful, most) + 1].copy()
 
 
-def _place(load: Float, speed: Float, spare_L: Int, size_L: Int, memory: Int | None) -> tuple[Int32, Float]:
+def _place(
+    load: FloatArray, speed: FloatArray, spare_L: IntArray, size_L: IntArray, memory: IntArray | None
+) -> tuple[SlotArray, FloatArray]:
     """Pack all layers with so many spare replicas, and keep every GPU within its bytes."""
     (L, E), G = load.shape, len(speed)
     total_L = E + spare_L
@@ -268,13 +268,13 @@ def _place(load: Float, speed: Float, spare_L: Int, size_L: Int, memory: Int | N
 
 
 def _assembled(
-    load: Float,
-    speed: Float,
-    spare_L: Int,
-    kept: dict[tuple[int, int], Int32],
-    size_L: Int,
-    memory: Int | None,
-) -> tuple[Int32, Float]:
+    load: FloatArray,
+    speed: FloatArray,
+    spare_L: IntArray,
+    kept: dict[tuple[int, int], SlotArray],
+    size_L: IntArray,
+    memory: IntArray | None,
+) -> tuple[SlotArray, FloatArray]:
     """Put the chosen layers of several runs together; pack anew if their bytes do not fit that way."""
     L, G = len(load), len(speed)
     chosen = [kept[layer, int(k)] for layer, k in enumerate(spare_L)]
@@ -290,13 +290,13 @@ def _assembled(
     return slots, even_times(load, slots, speed).max(axis=1)
 
 
-def _packed(load: Float, total_L: Int, capacity: Int, speed: Float) -> Int32:
+def _packed(load: FloatArray, total_L: IntArray, capacity: IntArray, speed: FloatArray) -> SlotArray:
     replicas = trim(load, apportion(load, total_L, (capacity > 0).sum(axis=1)[:, None]), capacity)
     slots = pack(load, replicas, capacity, speed)
     return improve(load, slots, capacity, speed, target=1.0005)
 
 
-def _relabelled(slots: Int32, size_L: Int) -> Int32:
+def _relabelled(slots: SlotArray, size_L: IntArray) -> SlotArray:
     """Permute the (equal) GPUs of each layer so that their bytes over all layers are even."""
     used_LG = (slots >= 0).sum(axis=2)
     total_G = np.zeros(used_LG.shape[1], dtype=np.int64)
@@ -309,7 +309,7 @@ def _relabelled(slots: Int32, size_L: Int) -> Int32:
     return result
 
 
-def _slots_by_memory(total_L: Int, size_L: Int, memory: Int, experts: int) -> Int:
+def _slots_by_memory(total_L: IntArray, size_L: IntArray, memory: IntArray, experts: int) -> IntArray:
     """Share the slots of each layer out by the bytes that the GPUs have left, largest replicas first."""
     L, G = len(total_L), len(memory)
     left_G = memory.astype(np.float64).copy()
@@ -342,13 +342,13 @@ def redundancy_rows(
 
     Parameters
     ----------
-    load_LE : array_like of float, shape (L, E)
+    load_LE : array of float, shape [L, E]
         Tokens.
-    speed_G : array_like of float, shape (G,)
+    speed_G : array of float, shape [G]
         Relative speeds.
-    bytes_L : array_like of int, shape (L,), optional
+    bytes_L : array of int, shape [L], optional
         Bytes of one replica in each layer, for the memory column. All layers alike count replicas.
-    totals : array_like of int, optional
+    totals : array of int, optional
         Totals of spare replicas to look at (default: 0, then half a replica per layer, doubling up to one
         per expert).
     uniform : bool
