@@ -114,11 +114,11 @@ def construct_equal(
 
     Parameters
     ----------
-    load_LE : float64 [L, E]
+    load_LE : array of float, shape [L, E]
         Tokens of each expert, not negative.
-    capacity_LG : int [L, G]
+    capacity_LG : array of int, shape [L, G]
         Slots of each GPU in each layer; GPUs and layers may differ.
-    speed_G : float64 [G]
+    speed_G : array of float, shape [G]
         Relative speeds.
     seed : int
         Taken so that all constructions can be called alike; this one draws nothing at random.
@@ -134,7 +134,7 @@ def construct_equal(
 
     Returns
     -------
-    int32 [L, G, C]
+    array of int32, shape [L, G, C]
         Expert in each slot, -1 (last) where empty; C is the largest capacity. No GPU holds an expert twice,
         and every expert has a replica.
 

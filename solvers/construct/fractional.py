@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan.bounds import best_bound
+from moeless_opt.problems.plan.evaluate import gpu_times
 from moeless_opt.solvers.construct.alias import alias_pack
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.groups import pack_groups
@@ -72,11 +73,11 @@ def construct_fractional(
 
     Parameters
     ----------
-    load_LE : float array [layers, experts]
+    load_LE : array of float, shape [L, E]
         Tokens, not negative.
-    capacity_LG : int array [layers, GPUs]
+    capacity_LG : array of int, shape [L, G]
         Slots.
-    speed_G : float array [GPUs]
+    speed_G : array of float, shape [G]
         Relative speeds.
     seed : int
         For the scenarios of ``effort="thorough"``; otherwise nothing is random.
@@ -88,9 +89,9 @@ def construct_fractional(
 
     Returns
     -------
-    slots_LGC : int32 array [layers, GPUs, slots]
+    slots_LGC : array of int32, shape [L, G, C]
         Expert in each slot, -1 (last) where empty; no expert twice on a GPU.
-    share_LGC : float array [layers, GPUs, slots]
+    share_LGC : array of float, shape [L, G, C]
         Fraction of its expert's tokens served by the slot; they sum to 1 per expert.
 
     Raises
@@ -256,8 +257,8 @@ def _each(
         if found is not None:
             c = found[0].shape[1]
             slots[layer, :, :c], share[layer, :, :c] = found
-            token = np.where(found[0] >= 0, load_LE[layer][found[0]] * found[1], 0.0)
-            time_L[layer] = (token.sum(axis=1) / speed_G).max()
+            one = found[0][None], found[1][None]
+            time_L[layer] = gpu_times(load_LE[layer][None], *one, speed_G).max()
     return slots, share, time_L
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan.evaluate import even_times
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
 from moeless_opt.solvers.pack.counts import apportion, hostable
@@ -23,39 +23,36 @@ from moeless_opt.solvers.pack.swaps import improve
 
 __all__ = ["resize"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Int32s = NDArray[np.int32]
 
 _CASES = 1024  # packed at a time: more are no quicker, and stop is asked between them
 LEANS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
 def resize(
-    load_LE: Floats,
-    slots_LGC: Int32s,
-    capacity_LG: Ints,
-    speed_G: Floats,
+    load_LE: FloatArray,
+    slots_LGC: SlotArray,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
     *,
-    goal_L: Floats | None = None,
+    goal_L: FloatArray | None = None,
     steps: int = 8,
     width: int = 32,
     backend: str = "numpy",
     stop: Stop | None = None,
-) -> Int32s:
+) -> SlotArray:
     """Try other replica counts for the layers above the target.
 
     Parameters
     ----------
-    load_LE : float64 [L, E]
+    load_LE : array of float, shape [L, E]
         Tokens of each expert.
-    slots_LGC : int32 [L, G, C]
+    slots_LGC : array of int32, shape [L, G, C]
         Placement to start from. Not changed.
-    capacity_LG : int64 [L, G]
+    capacity_LG : array of int, shape [L, G]
         Slots of each GPU.
-    speed_G : float64 [G]
+    speed_G : array of float, shape [G]
         Relative speeds.
-    goal_L : float64 [L], optional
+    goal_L : array of float, shape [L], optional
         Enough: a slowest GPU's time of at most this. Default: the mean, total load over total speed.
     steps : int
         Most steps of each layer.
@@ -68,7 +65,7 @@ def resize(
 
     Returns
     -------
-    int32 [L, G, C]
+    array of int32, shape [L, G, C]
         No layer's slowest GPU is slower than before.
     """
     stop = stop or NeverStop()
@@ -116,18 +113,18 @@ def resize(
 class _Trial(NamedTuple):
     """Cases that were packed: layer, counts, placement, slowest GPU's time, and excess of all GPUs."""
 
-    base: Ints
-    counts: Ints
-    slots: Int32s
-    top: Floats
-    excess: Floats
+    base: IntArray
+    counts: IntArray
+    slots: SlotArray
+    top: FloatArray
+    excess: FloatArray
 
     def joined(self, other: _Trial) -> _Trial:
         """Both."""
         fields: Any = zip(self, other, strict=True)
         return _Trial(*(np.concatenate(pair) for pair in fields))
 
-    def least(self, value: Floats) -> Ints:
+    def least(self, value: FloatArray) -> IntArray:
         """The case of least value of each layer."""
         order = np.lexsort((value, self.base))
         return order[np.unique(self.base[order], return_index=True)[1]]
@@ -137,22 +134,22 @@ class _Trial(NamedTuple):
 class _Bench:
     """Packs and swaps cases, each a layer with some counts, as if they were layers of one problem."""
 
-    load_LE: Floats
-    capacity_LG: Ints
-    speed_G: Floats
-    goal_L: Floats
+    load_LE: FloatArray
+    capacity_LG: IntArray
+    speed_G: FloatArray
+    goal_L: FloatArray
     width: int  # slots of the widest GPU of all layers
     swaps: dict[str, Any]
     stop: Stop
     seen: set[tuple[int, bytes]] = field(default_factory=set)
 
-    def score(self, base: Ints, slots: Int32s) -> tuple[Floats, Floats]:
+    def score(self, base: IntArray, slots: SlotArray) -> tuple[FloatArray, FloatArray]:
         """Time of the slowest GPU, and sum over the GPUs of the squared time above the goal."""
         time = even_times(self.load_LE[base], slots, self.speed_G)
         over = np.maximum(time - self.goal_L[base, None], 0.0)
         return time.max(axis=1), (over * over).sum(axis=1)
 
-    def run(self, base: Ints, counts: Ints) -> _Trial:
+    def run(self, base: IntArray, counts: IntArray) -> _Trial:
         """Pack the cases that are new and can be hosted."""
         keep = hostable(counts, self.capacity_LG[base])
         for case in np.flatnonzero(keep):
@@ -169,7 +166,7 @@ class _Bench:
             trial = trial.joined(self._packed(base[part], counts[part]))
         return trial
 
-    def _packed(self, base: Ints, counts: Ints) -> _Trial:
+    def _packed(self, base: IntArray, counts: IntArray) -> _Trial:
         """Pack and swap cases."""
         load, capacity = self.load_LE[base], self.capacity_LG[base]
         slots = pack(load, counts, capacity, self.speed_G, backend=self.swaps["backend"])
@@ -178,14 +175,16 @@ class _Bench:
         return _Trial(base, counts, slots, *self.score(base, slots))
 
 
-def _count(slots_LGC: Int32s, E: int) -> Ints:
+def _count(slots_LGC: SlotArray, E: int) -> IntArray:
     """Replicas of each expert."""
     L, G, C = slots_LGC.shape
     flat = slots_LGC.reshape(L, G * C) % (E + 1) + np.arange(L)[:, None] * (E + 1)
     return np.bincount(flat.ravel(), minlength=L * (E + 1)).reshape(L, E + 1)[:, :E]
 
 
-def _leaning(load_LE: Floats, counts_LE: Ints, cap_L: Ints, rows: Ints) -> tuple[Ints, Ints]:
+def _leaning(
+    load_LE: FloatArray, counts_LE: IntArray, cap_L: IntArray, rows: IntArray
+) -> tuple[IntArray, IntArray]:
     """Cases: the counts of the greedy's variants."""
     total = counts_LE[rows].sum(axis=1)
     cap = cap_L[rows, None]
@@ -194,8 +193,8 @@ def _leaning(load_LE: Floats, counts_LE: Ints, cap_L: Ints, rows: Ints) -> tuple
 
 
 def _shifted(
-    load_LE: Floats, counts_LE: Ints, cap_L: Ints, total_L: Ints, rows: Ints, width: int
-) -> tuple[Ints, Ints]:
+    load_LE: FloatArray, counts_LE: IntArray, cap_L: IntArray, total_L: IntArray, rows: IntArray, width: int
+) -> tuple[IntArray, IntArray]:
     """Cases: one replica moved from an expert to another, left out, or added."""
     tried = []
     for layer in rows:
@@ -205,7 +204,7 @@ def _shifted(
     return np.repeat(rows, [len(cases) for cases in tried]), np.concatenate(tried)
 
 
-def _combined(trial: _Trial, counts_LE: Ints) -> tuple[Ints, Ints]:
+def _combined(trial: _Trial, counts_LE: IntArray) -> tuple[IntArray, IntArray]:
     """Cases: the best 2, 4, 8 ... moves of a layer's trial at once, no expert in two of them."""
     base, tried = [], []
     order = np.lexsort((trial.excess, trial.base))
@@ -227,13 +226,13 @@ def _combined(trial: _Trial, counts_LE: Ints) -> tuple[Ints, Ints]:
     return np.array(base, dtype=np.int64), np.array(tried, dtype=np.int64).reshape(len(base), E)
 
 
-def _runs(key: Ints, value: Ints) -> tuple[list[int], list[Ints]]:
+def _runs(key: IntArray, value: IntArray) -> tuple[list[int], list[IntArray]]:
     """Split `value` where the sorted `key` changes."""
     keys, starts = np.unique(key, return_index=True)
     return [int(k) for k in keys], np.split(value, starts[1:]) if len(keys) else []
 
 
-def _shifts(load_E: Floats, counts_E: Ints, cap: int, empty: int, width: int) -> Ints:
+def _shifts(load_E: FloatArray, counts_E: IntArray, cap: int, empty: int, width: int) -> IntArray:
     """Up to `width` ways to move a replica, first those with the smallest new and the largest old pieces.
 
     An expert without load, the last, stands for the empty slots.

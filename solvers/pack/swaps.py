@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan.evaluate import even_pieces, slot_sums
 from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.pack import fast
@@ -21,46 +21,42 @@ from moeless_opt.solvers.pack.packing import empties_last
 
 __all__ = ["improve"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Int32s = NDArray[np.int32]
-Bools = NDArray[np.bool_]
 
 # Stands for "may not be swapped": larger than any load, and far enough from overflow to be added up.
 BARRED = 1e300
 
 
 def improve(
-    load_LE: Floats,
+    load_LE: FloatArray,
     slots_LGC: Any,
     capacity_LG: Any,
     speed_G: Any,
     *,
     target: float = 1.0,
-    goal_L: Floats | None = None,
+    goal_L: FloatArray | None = None,
     rounds: int = 8,
     focus: int = 16,
     backend: str = "numpy",
     stop: Stop | None = None,
-) -> Int32s:
+) -> SlotArray:
     """Swap replicas between GPUs until the slowest GPU is close to the bound, or no swap helps.
 
     The replicas of each expert stay as many as they are, and an equal split of the tokens is assumed.
 
     Parameters
     ----------
-    load_LE : float64 [L, E]
+    load_LE : array of float, shape [L, E]
         Tokens of each expert.
-    slots_LGC : int [L, G, C]
+    slots_LGC : array of int, shape [L, G, C]
         Placement to start from, no expert twice on a GPU; -1 is an empty slot. Not changed.
-    capacity_LG : int [L, G]
+    capacity_LG : array of int, shape [L, G]
         Slots of each GPU.
-    speed_G : float64 [G]
+    speed_G : array of float, shape [G]
         Relative speeds.
     target : float
         A layer is done when its slowest GPU's time is at most `target` times the mean (total load over total
         speed) or the largest piece on the fastest GPU, whichever is larger.
-    goal_L : float64 [L], optional
+    goal_L : array of float, shape [L], optional
         The times at which the layers are done, instead.
     rounds : int
         Most paired rounds.
@@ -73,7 +69,7 @@ def improve(
 
     Returns
     -------
-    int32 [L, G, C]
+    array of int32, shape [L, G, C]
         No layer's slowest GPU is slower than before.
     """
     load_LE = np.ascontiguousarray(load_LE, dtype=np.float64)
@@ -107,12 +103,12 @@ class _State:
 
     def __init__(
         self,
-        slots: Int32s,
-        weight: Floats,
-        time: Floats,
-        usable: Ints,
-        inverse_G: Floats,
-        goal: Floats,
+        slots: SlotArray,
+        weight: FloatArray,
+        time: FloatArray,
+        usable: IntArray,
+        inverse_G: FloatArray,
+        goal: FloatArray,
         E: int,
     ) -> None:
         L, G, C = slots.shape
@@ -124,7 +120,7 @@ class _State:
         self.time = time
         self.goal = goal
         beyond = np.arange(C) >= usable[:, :, None]
-        self.barred: Bools | None = beyond if beyond.any() else None
+        self.barred: BoolArray | None = beyond if beyond.any() else None
         self.held = np.zeros((L, G, E + 1), dtype=bool)
         self.held[np.arange(L)[:, None, None], np.arange(G)[:, None], slots] = True
         self.held[:, :, E] = False  # index -1: an empty slot clashes with nothing
@@ -143,7 +139,7 @@ class _State:
             self.barred = self.barred[open_A]
         return bool(open_A.any())
 
-    def result(self) -> Int32s:
+    def result(self) -> SlotArray:
         """All layers."""
         self.done[self.layer_A] = self.expert
         return self.done
@@ -167,7 +163,7 @@ class _State:
         fast = np.tile(np.arange(G), (A, 1))
         self._swap(slow, fast, only_best=True)
 
-    def _swap(self, slow: Ints, fast: Ints, only_best: bool = False) -> Bools:
+    def _swap(self, slow: IntArray, fast: IntArray, only_best: bool = False) -> BoolArray:
         """Make the best swap of each pair (or of the layer's best pair); returns where there was one."""
         A, P = slow.shape
         C = self.expert.shape[2]
@@ -193,7 +189,7 @@ class _State:
         new_a, new_b = time_a - shift * inv_a, time_b + shift * inv_b
         later = np.maximum(new_a, new_b)
         later[bar_a[rows, pairs, i] | bar_b[rows, pairs, j]] = np.inf
-        gained: Bools = later < time_a
+        gained: BoolArray = later < time_a
         if only_best:
             pick = later.argmin(axis=1)
             self.stuck = ~gained[np.arange(A), pick]

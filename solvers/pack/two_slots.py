@@ -20,35 +20,31 @@ import functools
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.solvers.core.stopping import Stop
 
 __all__ = ["best_counts", "fold", "fold_value", "quick_fold"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Int32s = NDArray[np.int32]
 
-
-def fold_value(load_NE: Floats, counts_NE: Ints, G: int) -> Floats:
+def fold_value(load_NE: FloatArray, counts_NE: IntArray, G: int) -> FloatArray:
     """The lowest possible largest GPU load, for given replica counts, on G equal GPUs of two slots.
 
     Parameters
     ----------
-    load_NE : float64 [N, E]
+    load_NE : array of float, shape [N, E]
         Tokens of each expert, in N cases.
-    counts_NE : int [N, E]
+    counts_NE : array of int, shape [N, E]
         Replicas, from 1 to G each and at most 2 G in all.
     G : int
         GPUs.
 
     Returns
     -------
-    float64 [N]
+    array of float, shape [N]
     """
     expert, weight = _line_up(load_NE, counts_NE, G)
-    top: Floats = (weight[:, :G] + weight[:, : G - 1 : -1]).max(axis=1)
+    top: FloatArray = (weight[:, :G] + weight[:, : G - 1 : -1]).max(axis=1)
     rows = np.flatnonzero((expert[:, G - 1] == expert[:, G]) & (expert[:, G] >= 0))
     middle = expert[rows, G]
     apart = weight[rows, G] + weight[rows, G - counts_NE[rows, middle]]
@@ -56,18 +52,18 @@ def fold_value(load_NE: Floats, counts_NE: Ints, G: int) -> Floats:
     return top
 
 
-def fold(load_LE: Floats, counts_LE: Ints, G: int) -> Int32s:
+def fold(load_LE: FloatArray, counts_LE: IntArray, G: int) -> SlotArray:
     """The packing that attains `fold_value`.
 
     Parameters
     ----------
-    load_LE : float64 [L, E]
-    counts_LE : int [L, E]
+    load_LE : array of float, shape [L, E]
+    counts_LE : array of int, shape [L, E]
     G : int
 
     Returns
     -------
-    int32 [L, G, 2]
+    array of int32, shape [L, G, 2]
         Expert in each slot, -1 (last) where empty.
     """
     expert, _ = _line_up(load_LE, counts_LE, G)
@@ -83,7 +79,7 @@ def fold(load_LE: Floats, counts_LE: Ints, G: int) -> Int32s:
     return slots
 
 
-def _line_up(load_NE: Floats, counts_NE: Ints, G: int) -> tuple[Ints, Floats]:
+def _line_up(load_NE: FloatArray, counts_NE: IntArray, G: int) -> tuple[IntArray, FloatArray]:
     """All pieces of each case, largest first, with their experts; empty slots (-1) behind."""
     N, E = load_NE.shape
     piece = np.zeros((N, E + 1))
@@ -99,7 +95,7 @@ def _line_up(load_NE: Floats, counts_NE: Ints, G: int) -> tuple[Ints, Floats]:
 
 
 @functools.lru_cache(maxsize=64)
-def _ways(slots: int, experts: int) -> Ints:
+def _ways(slots: int, experts: int) -> IntArray:
     """All ways of handing out at most `slots` slots to the experts, one per row."""
     if experts == 1:
         return np.arange(slots + 1, dtype=np.int64)[:, None]
@@ -113,21 +109,21 @@ def _ways(slots: int, experts: int) -> Ints:
 
 
 def best_counts(
-    load_LE: Floats,
-    counts_LE: Ints,
+    load_LE: FloatArray,
+    counts_LE: IntArray,
     G: int,
     *,
     target: float = 1.0,
     ways: int = 20_000,
     stop: Stop | None = None,
-) -> tuple[Ints, NDArray[np.bool_]]:
+) -> tuple[IntArray, BoolArray]:
     """The replica counts with the lowest `fold_value`, from given ones on.
 
     Parameters
     ----------
-    load_LE : float64 [L, E]
+    load_LE : array of float, shape [L, E]
         Tokens of each expert.
-    counts_LE : int [L, E]
+    counts_LE : array of int, shape [L, E]
         Counts to start from.
     G : int
         GPUs.
@@ -140,8 +136,8 @@ def best_counts(
 
     Returns
     -------
-    counts_LE : int [L, E]
-    proven : bool [L]
+    counts_LE : array of int, shape [L, E]
+    proven : array of bool, shape [L]
         Layers whose counts are proven to be optimal.
     """
     L, E = load_LE.shape
@@ -172,7 +168,7 @@ def best_counts(
     return counts, proven
 
 
-def _descend(load_E: Floats, counts_E: Ints, value: float, G: int) -> float:
+def _descend(load_E: FloatArray, counts_E: IntArray, value: float, G: int) -> float:
     """Move one replica at a time from an expert to another, the best such move, while it helps."""
     E = len(load_E)
     giver, taker = np.nonzero(~np.eye(E, dtype=bool))

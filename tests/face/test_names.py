@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,6 +12,17 @@ import moeless_opt as mo
 PACKAGE = Path(mo.__file__).resolve().parent
 CONTRACTS = {"accepts", "adopt", "main"}
 """What every file of a kind has by contract: engines' `accepts` and `adopt`, commands' `main`."""
+
+
+def sources() -> list[tuple[str, Path]]:
+    """Every file of the package by its name in it."""
+    found = []
+    for folder in (PACKAGE, *((PACKAGE / name).resolve() for name in ("problems", "solvers", "runtime"))):
+        for path in sorted(folder.rglob("*.py")):
+            inside = path.relative_to(folder)
+            if folder != PACKAGE or len(inside.parts) == 1:
+                found.append((f"{folder.name}/{inside.as_posix()}", path))
+    return found
 
 
 def public(tree: ast.Module) -> list[str]:
@@ -26,14 +38,18 @@ def public(tree: ast.Module) -> list[str]:
 
 def test_no_two_public_names_are_alike() -> None:
     where: dict[str, list[str]] = defaultdict(list)
-    folders = [PACKAGE, *((PACKAGE / name).resolve() for name in ("problems", "solvers", "runtime"))]
-    for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
-            inside = path.relative_to(folder)
-            if path.name.startswith("_") or (folder == PACKAGE and len(inside.parts) > 1):
-                continue  # a face shows what stands in the files below it; _files are private
+    for title, path in sources():
+        if not path.name.startswith(
+            "_"
+        ):  # a face shows what stands in the files below it; _files are private
             for name in public(ast.parse(path.read_text(encoding="utf-8"))):
-                where[name].append(f"{folder.name}/{inside.as_posix()}")
+                where[name].append(title)
     assert len(where) > 300
     twins = {name: files for name, files in where.items() if len(files) > 1 and name not in CONTRACTS}
     assert not twins, "\n".join(f"{name}: {', '.join(files)}" for name, files in sorted(twins.items()))
+
+
+def test_array_types_are_named_in_one_place() -> None:
+    alias = re.compile(r"^\w+ = NDArray\[", re.MULTILINE)
+    found = [title for title, path in sources() if alias.search(path.read_text(encoding="utf-8"))]
+    assert found == ["problems/arrays.py"]
