@@ -13,6 +13,7 @@ from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
 from moeless_opt.solvers.construct.groups import pack_groups
+from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.shares.flow import solve_shares
 
 
@@ -154,3 +155,10 @@ def test_slow_gpus_may_stay_half_empty(split: str) -> None:
     time_L = check(load_LE, capacity_LG, speed_G, slots_LGC, share_LGC)
     bound_L, _ = best_bound(load_LE, capacity_LG, speed_G, "equal" if split == "equal" else "fractional")
     assert (time_L <= 1.02 * bound_L).all()
+
+
+def test_a_stop_ends_the_constructions_with_a_plan() -> None:
+    load_LE = np.random.default_rng(0).lognormal(0, 1, (6, 128))
+    capacity_LG, speed_G = np.full((6, 64), 2), np.ones(64)
+    slots_LGC, share_LGC = construct_fractional(load_LE, capacity_LG, speed_G, stop=MaxTime(0.0))
+    check(load_LE, capacity_LG, speed_G, slots_LGC, share_LGC)
