@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,8 +63,9 @@ class LayerDecision:
     error: str = ""
 
 
-def stacked(rows: Sequence[SlotArray]) -> SlotArray:
+def stacked(layers: Iterable[SlotArray]) -> SlotArray:
     """Slots of layers, [G, C] each, as one array [L, G, C]; narrow ones are filled with -1."""
+    rows = list(layers)
     width = max(slots_GC.shape[1] for slots_GC in rows)
     out = np.full((len(rows), rows[0].shape[0], width), -1, dtype=np.int32)
     for layer, slots_GC in enumerate(rows):

@@ -25,10 +25,10 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.runtime.control.decision import stacked
 from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
 from moeless_opt.runtime.live.experts import SlotBank
 from moeless_opt.runtime.live.groups import ExpertGroup
-from moeless_opt.runtime.live.slots import whole_model
 from moeless_opt.runtime.pool.cost import CostMeter
 from moeless_opt.runtime.pool.keep_alive import KeepAlive
 from moeless_opt.runtime.pool.warm import WarmPool
@@ -308,7 +308,7 @@ def become_elastic(
     if any(row[0] != asked for row in rows):
         raise ProblemError("elastic", "was called with different arguments on different ranks")
     return Elastic(
-        whole_model(d.table.slots() for d in dispatchers),
+        stacked(d.table.slots() for d in dispatchers),
         experts,
         capacity_LG=np.broadcast_to(kept_G.astype(np.int64), (layers, group.size)),
         bytes_L=np.array([bank.expert_bytes for bank in banks], dtype=np.int64),

@@ -32,11 +32,12 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
 from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.runtime.control.decision import stacked
 from moeless_opt.runtime.live.courier import OK, REASON
 from moeless_opt.runtime.live.elastic import Elastic
 from moeless_opt.runtime.live.migrate import Migrator
 from moeless_opt.runtime.live.schedule import Router, Shipment
-from moeless_opt.runtime.live.slots import SlotTable, whole_model
+from moeless_opt.runtime.live.slots import SlotTable
 from moeless_opt.runtime.live.ticket import REFUSED, UNPLANNED, Ticket
 
 __all__ = ["LaneHeader", "Lanes"]
@@ -434,7 +435,7 @@ class Lanes:
         self._opened, self._adopted, self.passes = (max(column) for column in zip(*numbers, strict=True))
 
     def _slots_LGC(self) -> SlotArray:
-        return whole_model(table.slots() for table in self.migrator.tables)
+        return stacked(table.slots() for table in self.migrator.tables)
 
     def find(self, number: int) -> Ticket:
         """A ticket by its number, while it is remembered."""

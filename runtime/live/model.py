@@ -16,6 +16,7 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import MoelessError, ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.runtime.control.backend import MemoryReport, Observation
+from moeless_opt.runtime.control.decision import stacked
 from moeless_opt.runtime.live import watch
 from moeless_opt.runtime.live.adopt import Adopted, AttachOptions
 from moeless_opt.runtime.live.agreement import Agreement
@@ -28,7 +29,7 @@ from moeless_opt.runtime.live.lanes import Lanes
 from moeless_opt.runtime.live.layer_plans import LayerPlans
 from moeless_opt.runtime.live.migrate import MigrationReport, Migrator, TransferLimits
 from moeless_opt.runtime.live.rows import RowBlock, default_row_block
-from moeless_opt.runtime.live.slots import SlotTable, one_each, slots_of, static_slots, whole_model
+from moeless_opt.runtime.live.slots import SlotTable, one_each, slots_of, static_slots
 from moeless_opt.runtime.live.ticket import Ticket
 from moeless_opt.runtime.pool.keep_alive import KeepAlive
 
@@ -121,7 +122,7 @@ class LiveModel:
     @property
     def slots_LGC(self) -> SlotArray:
         """The placement in force, padded with -1."""
-        return whole_model(table.slots() for table in self.migrator.tables)
+        return stacked(table.slots() for table in self.migrator.tables)
 
     @property
     def target_LGC(self) -> SlotArray:
@@ -317,7 +318,7 @@ class LiveModel:
         int
             For `migration`.
         """
-        return self.apply(whole_model(one_each(t.rows, self.experts) for t in self.migrator.tables))
+        return self.apply(stacked(one_each(t.rows, self.experts) for t in self.migrator.tables))
 
     def _unhook(self) -> None:
         for hook in self._hooks:

@@ -7,7 +7,7 @@ expert id or -1); a model's is ``slots_LGC``. Ranks may have any number of slots
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 
-__all__ = ["SlotTable", "one_each", "rows_to_slots", "slots_of", "static_slots", "table_bytes", "whole_model"]
+__all__ = ["SlotTable", "one_each", "rows_to_slots", "slots_of", "static_slots", "table_bytes"]
 
 EMPTY = -1
 
@@ -83,16 +83,6 @@ def rows_to_slots(rows: Sequence[Sequence[int]], width: int | None = None) -> Sl
     for g, row in enumerate(rows):
         slots_GC[g, : len(row)] = row
     return slots_GC
-
-
-def whole_model(layers: Iterable[SlotArray]) -> SlotArray:
-    """Slots of layers [G, C], of any widths, as one array [L, G, C] filled up with -1."""
-    rows = list(layers)
-    width = max(slots_GC.shape[1] for slots_GC in rows)
-    out = np.full((len(rows), rows[0].shape[0], width), EMPTY, dtype=np.int32)
-    for index, slots_GC in enumerate(rows):
-        out[index, :, : slots_GC.shape[1]] = slots_GC
-    return out
 
 
 def table_bytes(rows: Sequence[Sequence[int]], expert_bytes: int) -> IntArray:
