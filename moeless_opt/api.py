@@ -25,8 +25,9 @@ from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Topology
-from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
+from moeless_opt.problems.spec.wishes import PRIORITIES, Limits, Objective, Sizing
 from moeless_opt.report import BOUND_ROW, Comparison, bound_row, row_of
+from moeless_opt.solvers.core.features import PUBLISHED
 from moeless_opt.solvers.core.registry import get_solver, require
 from moeless_opt.solvers.core.solver import Solver
 from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, NeverStop, Stop
@@ -312,7 +313,10 @@ def compare(
             rows.append(bound_row(problem))
             continue
         try:
-            result = solve(problem, name, time_limit=time_limit, stop=stop, seed=seed, progress=progress)
+            asked = _without_order(problem) if name in PUBLISHED else problem
+            result = solve(asked, name, time_limit=time_limit, stop=stop, seed=seed, progress=progress)
+            if asked is not problem and result.plan is not None:
+                result = result.replace(problem=problem, plan=result.plan.replace(made_for=problem))
         except (UnsupportedFeatureError, SolverUnavailableError) as error:
             result = Result(
                 problem=problem, plan=None, status=Status.NO_SOLUTION, solver=name, message=str(error)
@@ -320,6 +324,13 @@ def compare(
         results[name] = result
         rows.append(row_of(result))
     return Comparison(problem=problem, rows=tuple(rows), results=results)
+
+
+def _without_order(problem: Problem) -> Problem:
+    """The problem for a published method: refused any order elsewhere, it is here to be held against."""
+    if problem.objective.priorities == PRIORITIES:
+        return problem
+    return problem.replace(objective=problem.objective.replace(priorities=PRIORITIES))
 
 
 def recommend_redundancy(

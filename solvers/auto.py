@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
+from moeless_opt.problems.plan.objective import order_of, usual_order
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.plan.result import ProgressCallback, Result
 from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.wishes import PRIORITIES
 from moeless_opt.solvers.core.features import FEATURES, required_features
 from moeless_opt.solvers.core.options import option_names
 from moeless_opt.solvers.core.registry import SOLVERS
@@ -23,6 +25,14 @@ def _is_live(problem: Problem, limited: bool) -> bool:
     return problem.current is not None and "moves" in problem.objective.priorities
 
 
+def _orders(problem: Problem, limited: bool) -> bool:
+    """An order of its own: neither the default nor balance alone, nor one that a horizon weighs."""
+    wish = problem.objective
+    if usual_order(problem) and wish.horizon is not None:
+        return False
+    return wish.priorities != PRIORITIES and order_of(problem) != ("balance",)
+
+
 def _has_time_to_prove(problem: Problem, limited: bool) -> bool:
     return limited and not _is_live(problem, limited)
 
@@ -32,6 +42,7 @@ def _always(problem: Problem, limited: bool) -> bool:
 
 
 CHAIN: tuple[tuple[str, Callable[[Problem, bool], bool]], ...] = (
+    ("lexicographic", _orders),
     ("replan", _is_live),
     ("portfolio", _has_time_to_prove),
     ("construct", _always),

@@ -129,9 +129,10 @@ def order_of(problem: Problem) -> tuple[str, ...]:
     """The problem's priorities without those in which no two of its plans differ.
 
     Where nothing is live every replica is loaded, whatever the plan: moves say no more than memory. On one
-    node nothing leaves it.
+    node nothing leaves it. Where nothing is left, balance is.
     """
-    return tuple(name for name in problem.objective.priorities if TERMS[name].matters(problem))
+    order = tuple(name for name in problem.objective.priorities if TERMS[name].matters(problem))
+    return order or ("balance",)
 
 
 def usual_order(problem: Problem) -> bool:

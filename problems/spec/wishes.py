@@ -75,10 +75,10 @@ class Objective(Record):
     Parameters
     ----------
     priorities : tuple of Priority or str
-        From ``balance``, ``moves``, ``traffic``, ``memory``; the first weighs most.
+        From ``balance``, ``moves``, ``traffic``, ``memory``, in any order; the first weighs most. See
+        ``docs/formulation.md`` for who minimises which order how well.
     balance_tolerance : float
-        A layer's largest GPU time may be this share above its lower bound where a later
-        priority gains by it.
+        A layer's largest GPU time may be this share above its least where a later priority gains by it.
     horizon : float, optional
         Forward passes until the next plan. With it a replica moves only if the time that it saves
         over the horizon exceeds the time of its transfer.

@@ -9,8 +9,6 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan.evaluate import gpu_times
-from moeless_opt.problems.plan.objective import risk
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.equal import construct_equal
@@ -19,12 +17,9 @@ from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.options import NoOptions, one_of
 from moeless_opt.solvers.core.solver import Heuristic, Task
 from moeless_opt.solvers.shares.best import best_shares
-from moeless_opt.solvers.shares.flow import solve_shares
+from moeless_opt.solvers.shares.scenarios import best_over_scenarios
 
 __all__ = ["Construct", "ConstructOptions", "Stay"]
-
-MOST_SCENARIOS = 8
-"""Scenarios that a placement of their own is made for, the heaviest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +56,15 @@ class Construct(Heuristic):
     def build(self, task: Task[ConstructOptions]) -> Built:
         """Construct a placement for the expected loads, or the best of several where there are scenarios."""
         problem = task.problem
-        slots_LGC, share_LGC = self._construct(task, problem.load_LE)
         if problem.loads.shape[0] > 1:
-            slots_LGC, share_LGC = self._over_scenarios(task, slots_LGC)
-        elif problem.loads.load_TLNE is not None:
+            slots_LGC = best_over_scenarios(
+                problem, lambda guise: self._construct(task, guise.load_LE)[0], stop=task.stop
+            )
             share_LGC = best_shares(problem, slots_LGC)
+        else:
+            slots_LGC, share_LGC = self._construct(task, problem.load_LE)
+            if problem.loads.load_TLNE is not None:
+                share_LGC = best_shares(problem, slots_LGC)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
 
     @staticmethod
@@ -87,41 +86,6 @@ class Construct(Heuristic):
         return construct_fractional(
             load_LE, capacity_LG, speed_G, seed=task.seed, effort=effort, stop=task.stop
         )
-
-    def _over_scenarios(
-        self, task: Task[ConstructOptions], slots_LGC: SlotArray
-    ) -> tuple[SlotArray, FloatArray]:
-        """Per layer, the best placement among those made for the mean, the envelope, and each scenario.
-
-        Shares follow the traffic, so a placement is judged by its best shares in every scenario.
-        """
-        problem = task.problem
-        loads = problem.loads
-        weight_T = np.ones(loads.shape[0]) if loads.weight_T is None else loads.weight_T
-        heaviest = np.argsort(-weight_T, kind="stable")[:MOST_SCENARIOS]
-        best_L = self._risk_L(problem, slots_LGC)
-        slots_LGC = slots_LGC.copy()
-        for load_LE in (loads.load_TLE.max(0), *(loads.load_TLE[t] for t in heaviest)):
-            if task.stop():
-                break
-            other_LGC, _ = self._construct(task, np.asarray(load_LE))
-            risk_L = self._risk_L(problem, other_LGC)
-            better_L = risk_L < best_L * (1 - 1e-9)
-            best_L = np.minimum(best_L, risk_L)
-            slots_LGC[better_L] = other_LGC[better_L]
-        return slots_LGC, best_shares(problem, slots_LGC)
-
-    @staticmethod
-    def _risk_L(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
-        speed_G = problem.topology.speed_G
-        even_LGC = equal_shares(slots_LGC, problem.experts)
-        top_TL = []
-        for load_LE in problem.loads.load_TLE:
-            if problem.split == "equal":
-                top_TL.append(gpu_times(load_LE, slots_LGC, even_LGC, speed_G).max(1))
-            else:
-                top_TL.append(solve_shares(load_LE, slots_LGC, speed_G).time_L)
-        return risk(np.array(top_TL), problem.loads.weight_T, problem.objective)
 
 
 class Stay(Heuristic):

@@ -3,7 +3,8 @@
 A layer's rank is a list of figures, the first weighs most; smaller is better. A sizing policy that wants few
 replicas comes before all: whether its target is met, then how many there are. Then, where something is live
 and moves matter, a time within the balance tolerance of the bound is good enough and fewer moves win; the
-time itself decides between equals.
+time itself decides between equals. An order of priorities that is not among the usual ones is followed as it
+stands.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray
-from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
-from moeless_opt.problems.plan.objective import risk
+from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas, node_traffic
+from moeless_opt.problems.plan.objective import order_of, risk, usual_order
 from moeless_opt.problems.plan.verify import violations
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.core.finish import Built, finish, lower_bound
@@ -57,6 +58,31 @@ def ranks(problem: Problem, built: Built) -> list[FloatArray]:
     return [*order, value_L]
 
 
+def _in_order(problem: Problem, found: Built, other: Built) -> tuple[list[FloatArray], list[FloatArray]]:
+    """Ranks of two by an order of the problem's own; a time in the tolerance of the better one is enough."""
+    topology, order = problem.topology, order_of(problem)
+    pair: list[list[FloatArray]] = []
+    for built in (found, other):
+        figures = {
+            "balance": layer_values(problem, built),
+            "memory": np.count_nonzero(built.slots_LGC >= 0, axis=(1, 2)).astype(np.float64),
+            "traffic": node_traffic(
+                problem.load_LE, built.slots_LGC, built.shares_LGC, topology.node_G, problem.loads.load_LNE
+            ),
+        }
+        if problem.current is not None:
+            new = new_replicas(built.slots_LGC, problem.current.slots_LGC, problem.experts)
+            figures["moves"] = new.sum((1, 2)).astype(np.float64)
+        pair.append([figures[name] for name in order])
+    if "balance" in order[:-1]:
+        place = order.index("balance")
+        best_L = np.maximum(np.minimum(pair[0][place], pair[1][place]), lower_bound(problem)[0])
+        enough_L = best_L * (1 + problem.objective.balance_tolerance)
+        for figure in pair:
+            figure[place] = np.maximum(figure[place], enough_L)
+    return pair[0], pair[1]
+
+
 def better_L(new: list[FloatArray], old: list[FloatArray]) -> BoolArray:
     """Layers whose new rank comes before the old one, shape [L]."""
     better = np.zeros(len(new[0]), dtype=np.bool_)
@@ -72,7 +98,10 @@ def best_of(problem: Problem, found: Built, other: Built) -> Built:
 
     Both must be valid plans of the problem. Of equals the first stays.
     """
-    found_rank, other_rank = ranks(problem, found), ranks(problem, other)
+    if usual_order(problem):
+        found_rank, other_rank = ranks(problem, found), ranks(problem, other)
+    else:
+        found_rank, other_rank = _in_order(problem, found, other)
     take_L = better_L(other_rank, found_rank)
     if not take_L.any():
         return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 
+from moeless_opt.problems.plan.objective import usual_order
 from moeless_opt.problems.spec.problem import Problem
 
-__all__ = ["FEATURES", "Feature", "required_features"]
+__all__ = ["FEATURES", "PUBLISHED", "Feature", "required_features"]
 
 
 class Feature(enum.StrEnum):
@@ -27,6 +28,7 @@ class Feature(enum.StrEnum):
     SIZING_CV = "cv sizing"
     SIZING_MAKESPAN = "makespan sizing"
     SIZING_MEMORY = "memory sizing"
+    PRIORITIES = "this order of priorities"
     CERTIFIES = "proofs of optimality"
 
 
@@ -47,6 +49,12 @@ _CONSTRAINED = _CONSTRUCT | {
 }
 _SIZED = _CONSTRUCT | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
 _ACTIVATION = _CONSTRUCT | {Feature.TIME_MODEL}
+_LEXICOGRAPHIC = _CONSTRUCT | {
+    Feature.PRIORITIES,
+    Feature.REPLICA_LIMITS,
+    Feature.PAIRS,
+    Feature.SPREAD,
+}
 _EXACT = _SPLITS | {Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
 # The published methods ignore the live placement and all but the expected loads; their plans are valid and
 # pay for it.
@@ -58,8 +66,11 @@ _PUBLISHED = _SPLITS | {
     Feature.TIME_MODEL,
 }
 
+PUBLISHED = frozenset({"static", "eplb", "eplb-hierarchical", "moeless"})
+"""Methods as published: they know balance and nothing else, so `compare` shows them as they are."""
+
 FEATURES: dict[str, frozenset[Feature]] = {
-    "auto": _REPLAN | _CONSTRAINED | _SIZED | _ACTIVATION,
+    "auto": _REPLAN | _CONSTRAINED | _SIZED | _ACTIVATION | {Feature.PRIORITIES},
     "construct": _CONSTRUCT,
     "replan": _REPLAN,
     "min-moves": frozenset(
@@ -74,6 +85,7 @@ FEATURES: dict[str, frozenset[Feature]] = {
     "constrained": _CONSTRAINED,
     "sized": _SIZED,
     "activation": _ACTIVATION,
+    "lexicographic": _LEXICOGRAPHIC,
     "stay": _REPLAN,
     "static": _PUBLISHED | {Feature.HETEROGENEOUS},
     "eplb": _PUBLISHED,
@@ -109,6 +121,8 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         needs.add(Feature.TIME_MODEL)
     if problem.sizing.policy != "slots":
         needs.add(_SIZING[problem.sizing.policy])
+    if not usual_order(problem):
+        needs.add(Feature.PRIORITIES)
     if limits is _NO_LIMITS:
         return frozenset(needs)
     if limits.bounds_moves:

@@ -28,6 +28,7 @@ SOLVERS: dict[str, str] = {
     "constrained": "moeless_opt.solvers.sizing.limits:Constrained",
     "sized": "moeless_opt.solvers.sizing.solver:Sized",
     "activation": "moeless_opt.solvers.timed.solver:ActivationAware",
+    "lexicographic": "moeless_opt.solvers.lexicographic.solver:Lexicographic",
     "stay": "moeless_opt.solvers.construct.solver:Stay",
     "static": "moeless_opt.solvers.baselines.solver:Static",
     "eplb": "moeless_opt.solvers.baselines.solver:Eplb",

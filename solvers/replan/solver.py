@@ -33,6 +33,7 @@ from moeless_opt.solvers.replan.relabel import relabel
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, front_of
 from moeless_opt.solvers.replan.wide import MANY_GPUS
 from moeless_opt.solvers.shares.best import best_shares
+from moeless_opt.solvers.shares.scenarios import best_over_scenarios
 
 __all__ = ["Frontier", "Replan", "ReplanOptions", "frontier", "replan_within"]
 
@@ -141,7 +142,12 @@ class Replan(Heuristic):
         if horizon is not None:
             slots_LGC = self._while_it_pays(task, live_LGC, horizon)
         else:
-            slots_LGC = self._within_limits(task, live_LGC)
+            slots_LGC = best_over_scenarios(
+                problem,
+                lambda guise: self._within_limits(replace(task, problem=guise), live_LGC),
+                stop=task.stop,
+                moves=True,
+            )
         share_LGC = best_shares(problem, slots_LGC)
         proof = _moves_proof(problem, live_LGC, slots_LGC, share_LGC)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, proof=proof)

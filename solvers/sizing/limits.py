@@ -15,12 +15,16 @@ from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArr
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.spec.placement import held_LGE
 from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.construct.fractional import construct_fractional
 from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.options import NoOptions
+from moeless_opt.solvers.core.placing import keeps_limits, widened
 from moeless_opt.solvers.core.solver import Heuristic, Task
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
 from moeless_opt.solvers.pack.counts import apportion
 from moeless_opt.solvers.shares.best import best_shares
+from moeless_opt.solvers.shares.scenarios import best_over_scenarios, risk_L
 from moeless_opt.solvers.sizing.board import Board
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv
 
@@ -174,6 +178,60 @@ def _in_order(content: set[int], kept: list[int]) -> list[int]:
     return stay + sorted(content.difference(stay))
 
 
+def _or_free(problem: Problem, slots_LGC: SlotArray, seed: int) -> SlotArray:
+    """A placement under limits, or in layers where it happens to keep them and is faster, a free one.
+
+    One scenario; limits on all layers together cannot be looked at by the layer.
+    """
+    limits, speed_G = problem.limits, problem.topology.speed_G
+    if limits.max_total_replicas is not None or limits.max_total_bytes is not None:
+        return slots_LGC
+    if problem.split == "equal":
+        free_LGC = construct_equal(problem.load_LE, problem.capacity_LG, speed_G, seed=seed)
+    else:
+        free_LGC, _ = construct_fractional(problem.load_LE, problem.capacity_LG, speed_G, seed=seed)
+    free_LGC = _around_pairs(problem, widened(free_LGC, slots_LGC.shape[2]))
+    better_L = keeps_limits(problem, free_LGC) & (risk_L(problem, free_LGC) < risk_L(problem, slots_LGC))
+    return np.where(better_L[:, None, None], free_LGC, slots_LGC)
+
+
+def _around_pairs(problem: Problem, slots_LGC: SlotArray) -> SlotArray:
+    """A placement with the contents of like GPUs permuted so that pinned and forbidden pairs are kept, if so.
+
+    Which content may go where is a bipartite graph, and the permutation a perfect matching in it.
+    """
+    limits, speed_G = problem.limits, problem.topology.speed_G
+    if not (limits.pinned or limits.forbidden):
+        return slots_LGC
+    held_LGE_ = held_LGE(slots_LGC, problem.experts)
+    pinned_LEG, forbidden_LEG = problem.pairs_LEG("pinned"), problem.pairs_LEG("forbidden")
+    out_LGC = slots_LGC.copy()
+    for layer in np.flatnonzero(~keeps_limits(problem, slots_LGC)):
+        capacity_G, held_GE = problem.capacity_LG[layer], held_LGE_[layer].astype(np.int64)
+        fits = (capacity_G[:, None] == capacity_G) & (speed_G[:, None] == speed_G)  # [content, GPU]
+        fits &= held_GE @ forbidden_LEG[layer] == 0
+        fits &= (1 - held_GE) @ pinned_LEG[layer] == 0
+        if (seat_G := _matching(fits)) is not None:
+            out_LGC[layer] = slots_LGC[layer, seat_G]
+    return out_LGC
+
+
+def _matching(fits: BoolArray) -> list[int] | None:
+    """For every column a row of its own that fits; None if there is no such matching."""
+    row_of: list[int] = [-1] * fits.shape[1]
+
+    def seat(row: int, seen: set[int]) -> bool:
+        for column in np.flatnonzero(fits[row]).tolist():
+            if column not in seen:
+                seen.add(column)
+                if row_of[column] < 0 or seat(row_of[column], seen):
+                    row_of[column] = row
+                    return True
+        return False
+
+    return row_of if all(seat(row, set()) for row in range(len(fits))) else None
+
+
 class Constrained(Heuristic):
     """Every limit honoured: replica limits, pins, bans, failure domains, the cv sizing."""
 
@@ -183,5 +241,17 @@ class Constrained(Heuristic):
     def build(self, task: Task[NoOptions]) -> Built:
         """Count, place, even out, share."""
         problem = task.problem
-        slots_LGC = place_within(problem, count_replicas(problem), stop=task.stop)
+        # The rule of cv counts replicas for the expected loads, whatever the scenarios.
+        fixed_LE = count_replicas(problem) if problem.sizing.policy == "cv" else None
+
+        moves = "moves" in problem.objective.priorities
+
+        def placed(guise: Problem) -> SlotArray:
+            counts_LE = count_replicas(guise) if fixed_LE is None else fixed_LE
+            slots_LGC = place_within(guise, counts_LE, stop=task.stop)
+            if fixed_LE is not None or task.stop() or (moves and problem.current is not None):
+                return slots_LGC
+            return _or_free(guise, slots_LGC, task.seed)
+
+        slots_LGC = best_over_scenarios(problem, placed, stop=task.stop, moves=moves)
         return Built(slots_LGC=slots_LGC, share_LGC=best_shares(problem, slots_LGC))

@@ -11,6 +11,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.evaluate import gpu_times
+from moeless_opt.problems.plan.objective import risk
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.solvers.construct.equal import construct_equal
@@ -20,11 +21,17 @@ from moeless_opt.solvers.core.options import NoOptions
 from moeless_opt.solvers.core.solver import Heuristic, Task
 from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.shares.best import best_shares
+from moeless_opt.solvers.shares.scenarios import best_over_scenarios, guises, risk_L
 from moeless_opt.solvers.sizing.budget import plan_budget
 from moeless_opt.solvers.sizing.memory import share_slots, slots_for_one_each
-from moeless_opt.solvers.sizing.minimal import fewest_for_time
+from moeless_opt.solvers.sizing.minimal import TimeSizing, fewest_for_time
 
 __all__ = ["Sized"]
+
+TIGHTER = (1.0, 0.97, 0.93, 0.88, 0.8, 0.7)
+"""Shares of the wanted time that are asked for of one scenario, so that the others are in time, too."""
+
+EQUAL = 1e-9
 
 
 class Sized(Heuristic):
@@ -49,16 +56,19 @@ class Sized(Heuristic):
 
 def _few_replicas(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
     wanted = problem.sizing.imbalance
-    speed_G = problem.topology.speed_G
-    mean_L = problem.load_LE.sum(1) / speed_G.sum()
+    speed_G, loads = problem.topology.speed_G, problem.loads
+    mean_TL = loads.load_TLE.sum(2) / speed_G.sum()
+    target_L = wanted * risk(mean_TL, loads.weight_T, problem.objective)
     found = fewest_for_time(
         problem.load_LE,
         problem.capacity_LG,
         speed_G,
-        wanted * mean_L,
+        target_L,
         "equal" if problem.split == "equal" else "fractional",
         stop=stop,
     )
+    if loads.shape[0] > 1:
+        found = _in_every_scenario(problem, found, target_L, stop)
     if not found.met_L.all():
         missed = [problem.loads.layers[i] for i in np.flatnonzero(~found.met_L)]
         raise InfeasibleError(
@@ -67,6 +77,43 @@ def _few_replicas(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
         )
     few, least = int(found.replicas_L.sum()), int(found.bound_L.sum())
     return found.slots_LGC, f"{few} replicas for an imbalance of {wanted}; no plan has fewer than {least}"
+
+
+def _in_every_scenario(problem: Problem, found: TimeSizing, target_L: FloatArray, stop: Stop) -> TimeSizing:
+    """Fewest replicas whose risk over the scenarios is within the time, of those made for each by itself.
+
+    What suffices for one scenario may be too slow in another, so ever shorter times are asked for. Nothing
+    has fewer replicas than the bound for the expected loads: their least time is no more than any risk.
+    """
+    slots_LGC = found.slots_LGC.copy()
+    met_L = risk_L(problem, slots_LGC) <= target_L * (1 + EQUAL)
+    count_L = np.where(met_L, found.replicas_L, np.iinfo(np.int64).max)
+    for part in TIGHTER:
+        for guise in guises(problem):
+            if stop():
+                break
+            mean_L = guise.load_LE.sum(1) / problem.topology.speed_G.sum()
+            other = fewest_for_time(
+                guise.load_LE,
+                problem.capacity_LG,
+                problem.topology.speed_G,
+                np.maximum(part * target_L, mean_L),
+                "equal" if problem.split == "equal" else "fractional",
+                seconds=0,
+                stop=stop,
+            )
+            good_L = (risk_L(problem, other.slots_LGC) <= target_L * (1 + EQUAL)) & (
+                other.replicas_L < count_L
+            )
+            slots_LGC[good_L], count_L[good_L] = other.slots_LGC[good_L], other.replicas_L[good_L]
+            met_L |= good_L
+    return TimeSizing(
+        slots_LGC=slots_LGC,
+        share_LGC=equal_shares(slots_LGC, problem.experts),
+        replicas_L=(slots_LGC >= 0).sum((1, 2)),
+        bound_L=found.bound_L,
+        met_L=met_L,
+    )
 
 
 def _shared_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
@@ -79,7 +126,18 @@ def _shared_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
         raise ProblemError(
             "topology.slots", "cannot be given with sizing 'memory': there bytes are the only limit"
         )
-    load_LE, speed_G, memory_G = problem.load_LE, topology.speed_G, topology.memory_G
+    if problem.loads.shape[0] == 1:
+        return _spend_memory(problem, stop)
+    slots_LGC = best_over_scenarios(problem, lambda guise: _spend_memory(guise, stop)[0], stop=stop)
+    spare_L = (slots_LGC >= 0).sum((1, 2)) - problem.experts
+    return slots_LGC, f"{spare_L.sum()} spare replicas, {spare_L.min()} to {spare_L.max()} a layer"
+
+
+def _spend_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
+    """Share the GPUs' memory out for one scenario, and tell what was bought."""
+    load_LE, speed_G, bytes_L = problem.load_LE, problem.topology.speed_G, problem.bytes_L
+    memory_G = problem.topology.memory_G
+    assert memory_G is not None
     starts = [slots_for_one_each(bytes_L, memory_G, problem.experts, stop)]
     budget = int(memory_G.sum()) - problem.experts * int(bytes_L.sum())
     mean_L = load_LE.sum(1) / speed_G.sum()

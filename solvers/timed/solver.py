@@ -7,12 +7,13 @@ decode.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray, whole
 from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
+from moeless_opt.problems.plan.objective import risk
 from moeless_opt.problems.plan.time_bounds import TimeTable
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
@@ -22,8 +23,9 @@ from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.solver import Heuristic, Task
 from moeless_opt.solvers.replan.live import live_slots
 from moeless_opt.solvers.replan.solver import Replan
+from moeless_opt.solvers.shares.scenarios import guises
 from moeless_opt.solvers.timed.activation import shares_of_one, worthwhile_replicas
-from moeless_opt.solvers.timed.search import Timed, kicks_for, timed_plan
+from moeless_opt.solvers.timed.search import Timed, kicks_for, timed_plan, timed_shares
 
 __all__ = ["ActivationAware", "ActivationOptions"]
 
@@ -59,22 +61,31 @@ class ActivationAware(Heuristic):
     def build(self, task: Task[ActivationOptions]) -> Built:
         """Per layer the fastest, by the problem's own time model, of lean and balanced placements."""
         problem = task.problem
+        candidates: list[tuple[SlotArray, FloatArray]] = []
+        for guise in guises(problem):
+            if candidates and task.stop():
+                break
+            candidates += self._candidates(task, guise)
+        slots_LGC, share_LGC = _best(problem, candidates)
+        return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
+
+    def _candidates(
+        self, task: Task[ActivationOptions], problem: Problem
+    ) -> list[tuple[SlotArray, FloatArray]]:
+        """Placements with shares for a problem of one scenario."""
         fresh = Replan() if problem.current is not None else Construct()
         base = fresh.placed(task, problem.replace(time=TOKENS, known=None))
         if problem.split == "fractional":
-            candidates = _by_time(task, base)
-        else:
-            placements = [base.slots_LGC]
-            if problem.current is None:
-                lean, _ = worthwhile_replicas(
-                    problem.load_LE, problem.capacity_LG, problem.topology.speed_G, _linear(problem)
-                )
-                placements.append(lean)
-            elif not problem.current.partial:
-                placements.append(live_slots(problem))
-            candidates = [(slots_LGC, equal_shares(slots_LGC, problem.experts)) for slots_LGC in placements]
-        slots_LGC, share_LGC = _best(problem, candidates)
-        return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
+            return _by_time(replace(task, problem=problem), base)
+        placements = [base.slots_LGC]
+        if problem.current is None:
+            lean, _ = worthwhile_replicas(
+                problem.load_LE, problem.capacity_LG, problem.topology.speed_G, _linear(problem)
+            )
+            placements.append(lean)
+        elif not problem.current.partial:
+            placements.append(live_slots(problem))
+        return [(slots_LGC, equal_shares(slots_LGC, problem.experts)) for slots_LGC in placements]
 
 
 def _by_time(task: Task[ActivationOptions], base: Built) -> list[tuple[SlotArray, FloatArray]]:
@@ -138,10 +149,8 @@ def _best(problem: Problem, candidates: list[tuple[SlotArray, FloatArray]]) -> t
     """Per layer the fastest candidate; where something is live, of those within the tolerance the nearest."""
     wide = max(slots.shape[2] for slots, _ in candidates)
     shape = (*candidates[0][0].shape[:2], wide)
-    speed_G, current = problem.topology.speed_G, problem.current
-    time_XL = np.array(
-        [gpu_times(problem.load_LE, *candidate, speed_G, problem.time).max(1) for candidate in candidates]
-    )
+    current = problem.current
+    time_XL = np.array([_risk_L(problem, *candidate) for candidate in candidates])
     rank_XL = time_XL
     if current is not None and "moves" in problem.objective.priorities:
         moves_XL = np.array(
@@ -156,4 +165,27 @@ def _best(problem: Problem, candidates: list[tuple[SlotArray, FloatArray]]) -> t
         slots_LGC, share_LGC = candidates[x]
         best_LGC[layer, :, : slots_LGC.shape[2]] = slots_LGC[layer]
         best_share[layer, :, : slots_LGC.shape[2]] = share_LGC[layer]
+    if problem.loads.shape[0] > 1:  # a candidate's shares are for the scenario that it was made for
+        best_share = _shares(problem, problem.load_LE, best_LGC)[0]
     return best_LGC, best_share
+
+
+def _risk_L(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray) -> FloatArray:
+    """Largest GPU time of a candidate, shape [L]; over several scenarios with shares of their own."""
+    loads = problem.loads
+    if loads.shape[0] == 1:
+        speed_G = problem.topology.speed_G
+        return np.asarray(gpu_times(problem.load_LE, slots_LGC, share_LGC, speed_G, problem.time).max(1))
+    top_TL = np.array([_shares(problem, load_LE, slots_LGC)[1] for load_LE in loads.load_TLE])
+    return risk(top_TL, loads.weight_T, problem.objective)
+
+
+def _shares(problem: Problem, load_LE: FloatArray, slots_LGC: SlotArray) -> tuple[FloatArray, FloatArray]:
+    """The shares of some loads on a placement, by the problem's time model, and the largest times [L]."""
+    speed_G = problem.topology.speed_G
+    if problem.split == "fractional":
+        table = TimeTable.of(problem.time, min(int(problem.capacity_LG.max()), problem.experts))
+        share_LGC, _ = timed_shares(load_LE, slots_LGC, speed_G, table)
+    else:
+        share_LGC = equal_shares(slots_LGC, problem.experts)
+    return share_LGC, np.asarray(gpu_times(load_LE, slots_LGC, share_LGC, speed_G, problem.time).max(1))

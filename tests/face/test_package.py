@@ -78,7 +78,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("shares", "pack", "migration"),
         ("construct", "baselines"),
         ("sizing", "replan", "exact"),
-        ("timed",),
+        ("timed", "lexicographic"),
         ("auto",),
     ),
     "runtime": (

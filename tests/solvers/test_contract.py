@@ -11,13 +11,12 @@ import pytest
 import moeless_opt as mo
 from moeless_opt.solvers.core import registry
 from moeless_opt.solvers.core.compare import better_L, ranks
-from moeless_opt.solvers.core.features import FEATURES, Feature, required_features
+from moeless_opt.solvers.core.features import FEATURES, PUBLISHED, Feature, required_features
 from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.solver import Heuristic
 from moeless_opt.solvers.core.stopping import FirstOf, Interrupt, MaxTime, NeverStop
 
 NAMES = list(registry.SOLVERS)
-PUBLISHED = {"static", "eplb", "eplb-hierarchical", "moeless"}
 LIVE = {"replan", "min-moves", "stay"}
 """They start from a live placement, and need one."""
 
@@ -42,6 +41,7 @@ WANTED: dict[Feature, dict[str, Any]] = {
         "limits": mo.Limits(spread=2),
         "topology": mo.uniform(2, 2, slots=4).replace(domain_G=[0, 0, 1, 1]),
     },
+    Feature.PRIORITIES: {"objective": mo.Objective(priorities=("memory", "balance"))},
     Feature.SIZING_CV: {"sizing": mo.Sizing(policy="cv", cv=0.5)},
     Feature.SIZING_MAKESPAN: {"sizing": mo.Sizing(policy="makespan", imbalance=2.0)},
     Feature.SIZING_MEMORY: {

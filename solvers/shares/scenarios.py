@@ -1,0 +1,180 @@
+"""Several load scenarios: what a placement is worth over all of them, and the best of several placements.
+
+Shares follow the traffic, and move no weights: a placement is judged by the best shares in every scenario,
+and the times are taken together by the problem's risk measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
+from moeless_opt.problems.plan.objective import risk
+from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.core.placing import keeps_limits, random_change
+from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.shares.flow import solve_shares
+
+__all__ = ["MOST_SCENARIOS", "best_over_scenarios", "guises", "risk_L"]
+
+MOST_SCENARIOS = 8
+"""Scenarios that a placement of their own is made for, the heaviest first."""
+
+SMALL = 128
+"""Experts x GPUs of a layer up to which the risk itself is searched."""
+STEPS = {"fractional": 300, "equal": 600}
+"""Changes tried of each such layer: shares that are free take longer to find."""
+THRESHOLD = 0.2
+"""Share by which a first change may raise the risk."""
+
+ALL = slice(None)
+_NEAR = 1e-3
+_EQUAL = 1e-9
+
+
+def risk_L(problem: Problem, slots_LGC: SlotArray, rows: IntArray | slice = ALL) -> FloatArray:
+    """Largest tokens over speed with the best shares in every scenario, by the problem's risk, shape [L].
+
+    Parameters
+    ----------
+    problem : Problem
+        Loads, speeds, split and risk.
+    slots_LGC : array of int32, shape [L, G, C]
+        A placement of some of its layers.
+    rows : array of int or slice
+        Which ones; all by default.
+    """
+    speed_G = problem.topology.speed_G
+    top_TL = []
+    for load_LE in problem.loads.load_TLE[:, rows]:
+        if problem.split == "equal":
+            even_LGC = equal_shares(slots_LGC, problem.experts)
+            top_TL.append(gpu_times(load_LE, slots_LGC, even_LGC, speed_G).max(1))
+        else:
+            top_TL.append(solve_shares(load_LE, slots_LGC, speed_G).time_L)
+    return risk(np.array(top_TL), problem.loads.weight_T, problem.objective)
+
+
+def guises(problem: Problem) -> Iterator[Problem]:
+    """The problem with one scenario at a time: expected loads, the envelope, then the heaviest ones.
+
+    A problem of one scenario is its own guise.
+    """
+    loads = problem.loads
+    if loads.shape[0] == 1:
+        yield problem
+        return
+    weight_T = np.ones(loads.shape[0]) if loads.weight_T is None else loads.weight_T
+    heaviest = np.argsort(-weight_T, kind="stable")[:MOST_SCENARIOS]
+    for load_LE in (loads.load_LE, loads.load_TLE.max(0), *(loads.load_TLE[t] for t in heaviest)):
+        if load_LE.any():
+            one = Loads(load_TLE=load_LE[None], layers=loads.layers, skipped=loads.skipped)
+            yield problem.replace(loads=one, known=None)
+
+
+def best_over_scenarios(
+    problem: Problem, build: Callable[[Problem], SlotArray], *, stop: Stop, moves: bool = False
+) -> SlotArray:
+    """The best, by the problem's risk, of the placements that are built for each of its guises.
+
+    Parameters
+    ----------
+    problem : Problem
+        With one scenario or several; of one, what is built is returned.
+    build : callable
+        Guise -> placement, shape [L, G, C]; where it is infeasible for a guise it is passed over.
+    stop : Stop
+        Asked between guises.
+    moves : bool
+        Whether, within the balance tolerance of the best, fewer moves from what is live are better.
+
+    Returns
+    -------
+    array of int32, shape [L, G, C]
+        Per layer the best; where limits tie the layers together, the one that is best as a whole.
+    """
+    tables: list[SlotArray] = []
+    for guise in guises(problem):
+        if tables and stop():
+            break
+        try:
+            tables.append(build(guise))
+        except InfeasibleError:
+            if not tables:
+                raise
+    if problem.loads.shape[0] == 1:
+        return tables[0]
+    wide = max(table.shape[2] for table in tables)
+    slots_XLGC = np.stack(
+        [np.pad(table, ((0, 0), (0, 0), (0, wide - table.shape[2])), constant_values=-1) for table in tables]
+    )
+    value_XL = np.stack([risk_L(problem, slots_LGC) for slots_LGC in slots_XLGC])
+    live = problem.current if moves else None
+    moved_XL = np.zeros(value_XL.shape)
+    if live is not None:
+        moved_XL = np.stack(
+            [new_replicas(one, live.slots_LGC, problem.experts).sum((1, 2)) for one in slots_XLGC]
+        )
+    if _coupled(problem):
+        value_XL, moved_XL = value_XL.sum(1, keepdims=True), moved_XL.sum(1, keepdims=True)
+    allowed_L = value_XL.min(0) * (1 + (0.0 if live is None else problem.objective.balance_tolerance))
+    enough_XL = value_XL <= allowed_L * (1 + _EQUAL)
+    rank_XL = np.where(enough_XL, moved_XL, np.inf)
+    # Of equals the fastest, and of those the first: it is made for the expected loads.
+    fastest_L = np.where(rank_XL == rank_XL.min(0), value_XL, np.inf).min(0)
+    index_L = ((rank_XL == rank_XL.min(0)) & (value_XL <= fastest_L * (1 + _EQUAL))).argmax(0)
+    slots_LGC = np.asarray(slots_XLGC[index_L, np.arange(problem.layers)])
+    if live is None and not _coupled(problem) and problem.sizing.policy == "slots":
+        _settle(problem, slots_LGC, stop)
+    return slots_LGC
+
+
+def _settle(problem: Problem, slots_LGC: SlotArray, stop: Stop) -> None:
+    """Random changes of small layers, in place, that lower the risk itself: threshold accepting.
+
+    A change may raise the risk by a share that falls to nothing on the way; the best that was seen is kept
+    (Dueck and Scheuer 1990).
+    """
+    if problem.experts * problem.topology.gpus > SMALL:
+        return
+    rng = np.random.default_rng(0)
+    loads = problem.loads
+    mean_TL = loads.load_TLE.sum(2) / problem.topology.speed_G.sum()
+    floor_L = risk(mean_TL, loads.weight_T, problem.objective)
+    best_L = risk_L(problem, slots_LGC)
+    now_LGC, now_L = slots_LGC.copy(), best_L.copy()
+    steps = STEPS[problem.split]
+    for step in range(steps):
+        open_L = best_L > floor_L * (1 + _NEAR)
+        if stop() or not open_L.any():
+            return
+        trial = now_LGC.copy()
+        for layer in np.flatnonzero(open_L):
+            random_change(rng, trial[layer], problem.capacity_LG[layer], problem.experts)
+        rows = np.flatnonzero((trial != now_LGC).any((1, 2)) & keeps_limits(problem, trial))
+        if not len(rows):
+            continue
+        value_R = risk_L(problem, trial[rows], rows)
+        taken_R = value_R <= now_L[rows] * (1 + THRESHOLD * (1 - step / steps) ** 2)
+        now_LGC[rows[taken_R]], now_L[rows[taken_R]] = trial[rows[taken_R]], value_R[taken_R]
+        better_R = value_R < best_L[rows] * (1 - _EQUAL)
+        slots_LGC[rows[better_R]], best_L[rows[better_R]] = trial[rows[better_R]], value_R[better_R]
+
+
+def _coupled(problem: Problem) -> bool:
+    """Whether something ties the layers together, so that layers of two plans cannot be mixed."""
+    limits = problem.limits
+    ties = (
+        limits.max_total_replicas,
+        limits.max_total_bytes,
+        limits.max_moves,
+        limits.max_move_bytes,
+        limits.max_move_seconds,
+    )
+    return problem.sizing.policy == "memory" or any(tie is not None for tie in ties)

@@ -1,0 +1,219 @@
+"""Answers by enumeration, for layers so small that all placements can be looked at.
+
+Nothing here uses a solver of the package, nor its evaluation: times of a fractional split come from the
+densities of GPU sets, traffic within a time from a linear programme of its own.
+
+Axes: P placements, T scenarios, E experts, G GPUs, N nodes, S sets of GPUs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeless_opt.problems.arrays import BoolArray, FloatArray
+from moeless_opt.problems.spec.problem import Problem
+
+TIGHT = 1e-9
+
+
+def placements(capacity_G: list[int], experts: int, allowed_EG: BoolArray | None = None) -> BoolArray:
+    """All placements of one layer that hold every expert, shape [P, E, G]."""
+    contents = []
+    for gpu, room in enumerate(capacity_G):
+        fits = [e for e in range(experts) if allowed_EG is None or allowed_EG[e, gpu]]
+        rows = [c for size in range(min(room, len(fits)) + 1) for c in itertools.combinations(fits, size)]
+        held = np.zeros((len(rows), experts), dtype=np.bool_)
+        for i, row in enumerate(rows):
+            held[i, list(row)] = True
+        contents.append(held)
+    index = np.stack([i.ravel() for i in np.meshgrid(*(np.arange(len(c)) for c in contents), indexing="ij")])
+    found = np.stack([held[i] for held, i in zip(contents, index, strict=True)], axis=2)
+    return np.asarray(found[found.any(2).all(1)])
+
+
+def set_times(held_PEG: BoolArray, load_E: FloatArray, speed_G: FloatArray) -> FloatArray:
+    """Least largest GPU time of every placement with free shares, shape [P].
+
+    The largest, over the sets of GPUs, of the tokens that can go nowhere else over the speed of the set.
+    """
+    gpus = held_PEG.shape[2]
+    best_P = np.zeros(len(held_PEG))
+    for members in range(1, 1 << gpus):
+        inside_G = np.array([members >> g & 1 for g in range(gpus)], dtype=np.bool_)
+        captive_PE = ~held_PEG[:, :, ~inside_G].any(2)
+        best_P = np.maximum(best_P, captive_PE @ load_E / speed_G[inside_G].sum())
+    return best_P
+
+
+def even_times(held_PEG: BoolArray, load_E: FloatArray, speed_G: FloatArray) -> FloatArray:
+    """Largest GPU time of every placement with even shares, shape [P]."""
+    piece_PE = load_E / held_PEG.sum(2)
+    return np.asarray((np.einsum("peg,pe->pg", held_PEG.astype(float), piece_PE) / speed_G).max(1))
+
+
+def risk_of(value_TP: FloatArray, weight_T: FloatArray, kind: str, alpha: float) -> FloatArray:
+    """The risk measure by its definition; CVaR as the least of Rockafellar and Uryasev's function."""
+    if kind == "worst":
+        return np.asarray(value_TP.max(0))
+    if kind == "expected":
+        return np.asarray((weight_T[:, None] * value_TP).sum(0))
+    levels = [
+        eta + (weight_T[:, None] * np.maximum(value_TP - eta, 0)).sum(0) / (1 - alpha) for eta in value_TP
+    ]
+    return np.asarray(np.min(levels, axis=0))
+
+
+@dataclass(slots=True)
+class Stage:
+    """One priority: its name, the least value that those before it leave, and what is allowed of it."""
+
+    name: str
+    best: float
+    allowed: float
+
+
+class Enumeration:
+    """All plans of a problem of one layer, ranked by any order of priorities.
+
+    Parameters
+    ----------
+    problem : Problem
+        One layer, times in tokens, no limits but replicas, pins and bans.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        assert problem.layers == 1
+        self.problem = problem
+        self.node_G = problem.topology.node_G
+        self.nodes = int(self.node_G.max()) + 1
+        self.speed_G = problem.topology.speed_G
+        self.load_TE = problem.loads.load_TLE[:, 0]
+        count = len(self.load_TE)
+        given = problem.loads.weight_T
+        self.weight_T = np.full(count, 1 / count) if given is None else given / given.sum()
+        self.load_E = self.weight_T @ self.load_TE
+        by_node = problem.loads.load_TLNE
+        if by_node is None:
+            self.source_NE = np.tile(self.load_E / self.nodes, (self.nodes, 1))
+        else:
+            self.source_NE = np.einsum("t,tne->ne", self.weight_T, by_node[:, 0])
+        self.held_PEG = self._allowed(placements(problem.capacity_LG[0].tolist(), problem.experts))
+        self.equal = problem.split == "equal"
+        time = even_times if self.equal else set_times
+        time_TP = np.array([time(self.held_PEG, load_E, self.speed_G) for load_E in self.load_TE])
+        wish = problem.objective
+        self.time_P = risk_of(time_TP, self.weight_T, wish.risk, wish.cvar_alpha)
+
+    def _allowed(self, held_PEG: BoolArray) -> BoolArray:
+        limits, count_PE = self.problem.limits, held_PEG.sum(2)
+        good = (count_PE >= limits.min_replicas).all(1)
+        if limits.max_replicas is not None:
+            good &= (count_PE <= limits.max_replicas).all(1)
+        if limits.max_layer_replicas is not None:
+            good &= count_PE.sum(1) <= limits.max_layer_replicas
+        for _, expert, gpu in limits.pinned:
+            good &= held_PEG[:, expert, gpu]
+        for _, expert, gpu in limits.forbidden:
+            good &= ~held_PEG[:, expert, gpu]
+        return np.asarray(held_PEG[good])
+
+    def best_time(self) -> float:
+        """Least risk of the largest GPU time."""
+        return float(self.time_P.min())
+
+    def order(self, priorities: tuple[str, ...], tolerance: float) -> list[Stage]:
+        """The least value of every priority, one after the other, and what a right plan may have of it."""
+        alive = np.arange(len(self.held_PEG))
+        limit, first_traffic = np.inf, False
+        stages = []
+        for place, name in enumerate(priorities):
+            value = self._value(name, alive, limit, first_traffic)
+            best = float(value.min())
+            last = place == len(priorities) - 1
+            allowed = best * (1 + (0.0 if last or name != "balance" else tolerance))
+            stages.append(Stage(name, best, allowed))
+            alive = alive[value <= allowed * (1 + TIGHT) + TIGHT]
+            if name == "balance":
+                limit = allowed
+            first_traffic |= name == "traffic" and not np.isfinite(limit)
+        return stages
+
+    def _value(self, name: str, alive: np.ndarray, limit: float, first_traffic: bool) -> FloatArray:
+        held = self.held_PEG[alive]
+        if name == "memory":
+            return np.asarray(held.sum((1, 2)), dtype=np.float64)
+        if name == "moves":
+            current = self.problem.current
+            live_EG = np.zeros(held.shape[1:], dtype=np.bool_)
+            if current is not None:
+                for gpu, row in enumerate(current.slots_LGC[0].tolist()):
+                    live_EG[[e for e in row if e >= 0], gpu] = True
+            return np.asarray((held & ~live_EG).sum((1, 2)), dtype=np.float64)
+        if name == "balance":
+            if first_traffic and not self.equal:
+                return self._time_near(held)
+            return np.asarray(self.time_P[alive])
+        if self.equal:
+            return self._even_traffic(held)
+        if not np.isfinite(limit):
+            return self._least_traffic(held)
+        return np.array([self._traffic_within(one, limit) for one in held])
+
+    def _on_node(self, held_PEG: BoolArray) -> BoolArray:
+        return np.stack([held_PEG[:, :, self.node_G == n].any(2) for n in range(self.nodes)], axis=1)
+
+    def _even_traffic(self, held_PEG: BoolArray) -> FloatArray:
+        piece_PE = self.load_E / held_PEG.sum(2)
+        served = np.stack(
+            [held_PEG[:, :, self.node_G == n].sum(2) * piece_PE for n in range(self.nodes)], axis=1
+        )
+        return np.asarray(self.load_E.sum() - np.minimum(served, self.source_NE).sum((1, 2)))
+
+    def _least_traffic(self, held_PEG: BoolArray) -> FloatArray:
+        """Every node that has a replica serves all of its own tokens; the others' leave."""
+        return np.asarray((~self._on_node(held_PEG) * self.source_NE).sum((1, 2)))
+
+    def _time_near(self, held_PEG: BoolArray) -> FloatArray:
+        """Least largest time where every node serves its own tokens, wherever it can."""
+        on_PNE = self._on_node(held_PEG)
+        count, _, gpus = held_PEG.shape
+        parts = [held_PEG & (self.node_G == n) for n in range(self.nodes)]  # own tokens: on their own node
+        value = np.zeros(count)
+        for i in range(count):  # the loads differ from placement to placement
+            own_NE = on_PNE[i] * self.source_NE
+            rest_E = self.load_E - own_NE.sum(0)
+            held = np.concatenate([*(part[i] for part in parts), held_PEG[i]])
+            load = np.concatenate([*own_NE, rest_E])
+            some = load > 0
+            value[i] = set_times(held[some].reshape(1, -1, gpus), load[some], self.speed_G)[0]
+        return value
+
+    def _traffic_within(self, held_EG: BoolArray, limit: float) -> float:
+        """Least traffic of one placement with times up to a limit, by a linear programme."""
+        from ortools.linear_solver import pywraplp
+
+        solver = pywraplp.Solver.CreateSolver("GLOP")
+        experts, gpus = held_EG.shape
+        flow = {
+            (e, g): solver.NumVar(0, 1e30, "") for e in range(experts) for g in range(gpus) if held_EG[e, g]
+        }
+        for e in range(experts):
+            solver.Add(sum(v for (x, _), v in flow.items() if x == e) == float(self.load_E[e]))
+        for g in range(gpus):
+            work = [v for (_, x), v in flow.items() if x == g]
+            if work:
+                solver.Add(sum(work) <= float(limit * self.speed_G[g] * (1 + TIGHT)))
+        stays = []
+        for n in range(self.nodes):
+            for e in range(experts):
+                near = [v for (x, g), v in flow.items() if x == e and self.node_G[g] == n]
+                if near:
+                    kept = solver.NumVar(0, float(self.source_NE[n, e]), "")
+                    solver.Add(kept <= sum(near))
+                    stays.append(kept)
+        solver.Maximize(sum(stays))
+        assert solver.Solve() == pywraplp.Solver.OPTIMAL
+        return float(self.load_E.sum() - solver.Objective().Value())
