@@ -11,7 +11,7 @@ Axes: E experts, G GPUs, W places in a GPU's list of the experts that it serves,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ except ImportError:  # the extra "fast" is not installed
         return lambda function: function
 
 
-__all__ = ["reserve", "rows"]
+__all__ = ["Costs", "reserve", "rows"]
 
 TRIES = 8
 CLOSE = 1e-4
@@ -32,6 +32,58 @@ TINY = 1e-9
 STEPS = 1000
 ASKED = 8
 SMALL = 128
+
+
+class Costs(NamedTuple):
+    """What time things take, for all layers alike.
+
+    speed_G: relative speeds; load_G: seconds until a GPU has loaded a replica; may_load: whether any may be;
+    knot_K, table_AK: the time table.
+    """
+
+    speed_G: Any
+    load_G: Any
+    may_load: bool
+    knot_K: Any
+    table_AK: Any
+
+
+class State(NamedTuple):
+    """A layer while it is searched: what is given, what is served now, and the best so far.
+
+    Parameters
+    ----------
+    held_EG : bool, shape [E, G]
+        Where a replica is held.
+    room_G : int, shape [G]
+        How many experts a GPU may serve.
+    lead, price : float
+        Time in which loading is hidden, and what a load must save at least.
+    y_EG : float, shape [E, G]
+        Tokens that are served.
+    on_GW, a_G : int, shapes [G, W], [G]
+        The experts that a GPU serves, and how many they are.
+    n_G, t_G : float, shape [G]
+        Tokens and time of a GPU.
+    new_G : int, shape [G]
+        Replicas that a GPU must load.
+    best_on_GW, best_y_GW, best_a_G : int, float, int; shapes [G, W], [G, W], [G]
+        The best so far, GPU by GPU.
+    """
+
+    held_EG: Any
+    room_G: Any
+    lead: float
+    price: float
+    y_EG: Any
+    on_GW: Any
+    a_G: Any
+    n_G: Any
+    t_G: Any
+    new_G: Any
+    best_on_GW: Any
+    best_y_GW: Any
+    best_a_G: Any
 
 
 @njit(cache=True)
@@ -93,119 +145,6 @@ def _part(
 
 
 @njit(cache=True)
-def _relieve(
-    g: int,
-    y_EG: Any,
-    on_GW: Any,
-    n_G: Any,
-    a_G: Any,
-    t_G: Any,
-    held_EG: Any,
-    new_G: Any,
-    room_G: Any,
-    speed_G: Any,
-    load_G: Any,
-    lead: float,
-    price: float,
-    may_load: bool,
-    knot_K: Any,
-    table_AK: Any,
-) -> bool:
-    """Take work off GPU g by the best single step; False if none helps.
-
-    A step moves an expert's tokens from g, all or part, to a GPU that serves it, that holds it, or that
-    loads it. Where no such step helps, or in small layers, an expert of g may change places with one of a
-    quick GPU.
-    """
-    G = len(n_G)
-    best, step_e, step_h, step_f, step_amount = t_G[g] * (1 - 1e-6), -1, -1, -1, 0.0
-    waits = 0.0
-    for h in range(G):
-        waits = max(waits, new_G[h] * load_G[h] - lead)
-    for i in range(a_G[g]):
-        e = on_GW[g, i]
-        amount = y_EG[e, g]
-        without = seconds(n_G[g] - amount, a_G[g] - 1, speed_G[g], knot_K, table_AK)
-        for h in range(G):
-            if h == g or t_G[h] >= best:
-                continue
-            opens = y_EG[e, h] <= 0.0
-            extra = 0.0
-            if opens:
-                if a_G[h] >= room_G[h]:
-                    continue
-                if not held_EG[e, h]:
-                    if not may_load:
-                        continue
-                    extra = price + max((new_G[h] + 1) * load_G[h] - lead - waits, 0.0)
-            a_h = a_G[h] + 1 if opens else a_G[h]
-            if t_G[h] + extra >= best:
-                continue
-            if opens and extra + seconds(n_G[h], a_h, speed_G[h], knot_K, table_AK) >= best:
-                continue
-            whole = extra + max(without, seconds(n_G[h] + amount, a_h, speed_G[h], knot_K, table_AK))
-            if whole < best:
-                best, step_e, step_h, step_f, step_amount = whole, e, h, -1, amount
-            part, value = _part(
-                amount, n_G[g], a_G[g], speed_G[g], n_G[h], a_h, speed_G[h], knot_K, table_AK
-            )  # fmt: skip
-            if value + extra < best:
-                best, step_e, step_h, step_f, step_amount = value + extra, e, h, -1, part
-    if step_e < 0 or on_GW.size <= SMALL:
-        # Whole pieces change places; the quickest GPUs are asked, one after the other.
-        asked, last, last_h = 0, -1.0, -1
-        while asked < ASKED:
-            h = -1
-            for x in range(G):
-                later = t_G[x] > last or (t_G[x] == last and x > last_h)
-                if later and (h < 0 or t_G[x] < t_G[h]):
-                    h = x
-            if h < 0 or t_G[h] >= best:
-                break
-            asked, last, last_h = asked + 1, t_G[h], h
-            for i in range(a_G[g]):
-                e = on_GW[g, i]
-                amount = y_EG[e, g]
-                if y_EG[e, h] > 0.0 or not (held_EG[e, h] or may_load):
-                    continue
-                for j in range(a_G[h]):
-                    f = on_GW[h, j]
-                    other = y_EG[f, h]
-                    if other >= amount or y_EG[f, g] > 0.0 or not (held_EG[f, g] or may_load):
-                        continue
-                    extra, worst = 0.0, waits
-                    if not held_EG[e, h]:
-                        extra += price
-                        worst = max(worst, (new_G[h] + 1) * load_G[h] - lead)
-                    if not held_EG[f, g]:
-                        extra += price
-                        worst = max(worst, (new_G[g] + 1) * load_G[g] - lead)
-                    extra += worst - waits
-                    change = amount - other
-                    after = extra + seconds(n_G[h] + change, a_G[h], speed_G[h], knot_K, table_AK)
-                    if after < best:
-                        t_g = seconds(n_G[g] - change, a_G[g], speed_G[g], knot_K, table_AK)
-                        after = max(after, t_g + extra)
-                        if after < best:
-                            best, step_e, step_h, step_f, step_amount = after, e, h, f, amount
-    if step_e < 0:
-        return False
-    h = step_h
-    if step_f >= 0:
-        # Both first leave: the lists have room for what fits, no more.
-        other = y_EG[step_f, h]
-        _leave(step_e, g, y_EG, on_GW, n_G, a_G, held_EG, new_G)
-        _leave(step_f, h, y_EG, on_GW, n_G, a_G, held_EG, new_G)
-        _join(step_e, h, step_amount, y_EG, on_GW, n_G, a_G, held_EG, new_G)
-        _join(step_f, g, other, y_EG, on_GW, n_G, a_G, held_EG, new_G)
-    else:
-        _move(step_e, g, h, step_amount, y_EG, on_GW, n_G, a_G, held_EG, new_G)
-    for x in (g, h):
-        t_G[x] = seconds(n_G[x], a_G[x], speed_G[x], knot_K, table_AK)
-    return True
-
-
-@njit(cache=True)
 def _join(
     e: int, h: int, amount: float, y_EG: Any, on_GW: Any, n_G: Any, a_G: Any, held_EG: Any, new_G: Any
 ) -> None:
@@ -248,25 +187,16 @@ def _move(
 
 
 @njit(cache=True)
-def _start(
-    load_E: Any,
-    held_EG: Any,
-    speed_G: Any,
-    knot_K: Any,
-    table_AK: Any,
-    y_EG: Any,
-    on_GW: Any,
-    n_G: Any,
-    a_G: Any,
-    new_G: Any,
-) -> None:
+def _start(costs: Costs, state: State, load_E: Any) -> None:
     """Every expert whole on the holder that ends soonest with it, heavy experts first."""
-    G = len(n_G)
+    speed_G, knot_K, table_AK = costs.speed_G, costs.knot_K, costs.table_AK
+    y_EG, on_GW, n_G, a_G, new_G = state.y_EG, state.on_GW, state.n_G, state.a_G, state.new_G
+    held_EG = state.held_EG
     for e in np.argsort(-load_E, kind="mergesort"):
         if load_E[e] <= 0.0:
             break
         at, least = -1, np.inf
-        for g in range(G):
+        for g in range(len(n_G)):
             if held_EG[e, g]:
                 t = seconds(n_G[g] + load_E[e], a_G[g] + 1, speed_G[g], knot_K, table_AK)
                 if t < least:
@@ -275,84 +205,145 @@ def _start(
 
 
 @njit(cache=True)
-def _shake(
-    state: Any,
-    y_EG: Any,
-    on_GW: Any,
-    n_G: Any,
-    a_G: Any,
-    t_G: Any,
-    held_EG: Any,
-    new_G: Any,
-    room_G: Any,
-    may_load: bool,
-) -> Any:
+def _shake(state: State, may_load: bool, draw: Any) -> Any:
     """Hand a piece of the slowest GPU, then of any, to wherever it may go; returns the generator's state."""
-    G = len(n_G)
+    y_EG, on_GW, n_G, a_G, t_G, new_G = state.y_EG, state.on_GW, state.n_G, state.a_G, state.t_G, state.new_G
+    held_EG, room_G = state.held_EG, state.room_G
+    G = len(a_G)
     for push in range(2):
         g = t_G.argmax()
         if push == 1:
-            state = _next(state)
-            g = int(state >> np.uint64(33)) % G
+            draw = _next(draw)
+            g = int(draw >> np.uint64(33)) % G
         if a_G[g] == 0:
             continue
-        state = _next(state)
-        e = on_GW[g, int(state >> np.uint64(33)) % a_G[g]]
-        state = _next(state)
-        h = int(state >> np.uint64(33)) % G
-        if h == g or not (held_EG[e, h] or may_load) or (y_EG[e, h] <= 0.0 and a_G[h] >= room_G[h]):
+        draw = _next(draw)
+        e = on_GW[g, int(draw >> np.uint64(33)) % a_G[g]]
+        draw = _next(draw)
+        h = int(draw >> np.uint64(33)) % G
+        full = y_EG[e, h] <= 0.0 and a_G[h] >= room_G[h]
+        if h == g or not (held_EG[e, h] or may_load) or full:
             continue
         _move(e, g, h, y_EG[e, g], y_EG, on_GW, n_G, a_G, held_EG, new_G)
-    return state
+    return draw
 
 
 @njit(cache=True)
-def _descend(
-    best: float,
-    best_on_GW: Any,
-    best_y_GW: Any,
-    best_a_G: Any,
-    y_EG: Any,
-    on_GW: Any,
-    n_G: Any,
-    a_G: Any,
-    t_G: Any,
-    held_EG: Any,
-    new_G: Any,
-    room_G: Any,
-    speed_G: Any,
-    load_G: Any,
-    lead: float,
-    price: float,
-    may_load: bool,
-    knot_K: Any,
-    table_AK: Any,
-) -> float:
-    """Relieve the slowest GPU until nothing helps; keeps the best state on the way if it is a new best."""
+def _descend(costs: Costs, state: State, best: float) -> float:
+    """Relieve the slowest GPU until nothing helps; keeps the best state on the way if it is a new best.
+
+    A step moves an expert's tokens from the slowest GPU, all or part, to a GPU that serves it, that holds it,
+    or that loads it. Where no such step helps, or in small layers, an expert of it may change places with one
+    of a quick GPU. Taking an array out of a record counts a reference: once for a descent, not at each step.
+    """
+    speed_G, load_G, may_load, knot_K, table_AK = costs
+    y_EG, on_GW, n_G, a_G, t_G, new_G = state.y_EG, state.on_GW, state.n_G, state.a_G, state.t_G, state.new_G
+    held_EG, room_G, lead, price = state.held_EG, state.room_G, state.lead, state.price
+    best_on_GW, best_y_GW, best_a_G = state.best_on_GW, state.best_y_GW, state.best_a_G
     G = len(t_G)
     for g in range(G):
         t_G[g] = seconds(n_G[g], a_G[g], speed_G[g], knot_K, table_AK)
     for _ in range(STEPS):
-        slowest = t_G.argmax()
-        value = _value(t_G[slowest], new_G, load_G, lead, price)
+        g = t_G.argmax()
+        value = _value(t_G[g], new_G, load_G, lead, price)
         if value < best * (1 - TINY):
             best = value
-            for g in range(G):
-                best_a_G[g] = a_G[g]
+            for x in range(G):
+                best_a_G[x] = a_G[x]
+                for i in range(a_G[x]):
+                    best_on_GW[x, i] = on_GW[x, i]
+                    best_y_GW[x, i] = y_EG[on_GW[x, i], x]
+        soon, step_e, step_h, step_f, step_amount = t_G[g] * (1 - 1e-6), -1, -1, -1, 0.0
+        waits = 0.0
+        for h in range(G):
+            waits = max(waits, new_G[h] * load_G[h] - lead)
+        for i in range(a_G[g]):
+            e = on_GW[g, i]
+            amount = y_EG[e, g]
+            without = seconds(n_G[g] - amount, a_G[g] - 1, speed_G[g], knot_K, table_AK)
+            for h in range(G):
+                if h == g or t_G[h] >= soon:
+                    continue
+                opens = y_EG[e, h] <= 0.0
+                extra = 0.0
+                if opens:
+                    if a_G[h] >= room_G[h]:
+                        continue
+                    if not held_EG[e, h]:
+                        if not may_load:
+                            continue
+                        extra = price + max((new_G[h] + 1) * load_G[h] - lead - waits, 0.0)
+                a_h = a_G[h] + 1 if opens else a_G[h]
+                if t_G[h] + extra >= soon:
+                    continue
+                if opens and extra + seconds(n_G[h], a_h, speed_G[h], knot_K, table_AK) >= soon:
+                    continue
+                whole = extra + max(without, seconds(n_G[h] + amount, a_h, speed_G[h], knot_K, table_AK))
+                if whole < soon:
+                    soon, step_e, step_h, step_f, step_amount = whole, e, h, -1, amount
+                part, ends = _part(
+                    amount, n_G[g], a_G[g], speed_G[g], n_G[h], a_h, speed_G[h], knot_K, table_AK
+                )  # fmt: skip
+                if ends + extra < soon:
+                    soon, step_e, step_h, step_f, step_amount = ends + extra, e, h, -1, part
+        if step_e < 0 or on_GW.size <= SMALL:
+            # Whole pieces change places; the quickest GPUs are asked, one after the other.
+            asked, last, last_h = 0, -1.0, -1
+            while asked < ASKED:
+                h = -1
+                for x in range(G):
+                    later = t_G[x] > last or (t_G[x] == last and x > last_h)
+                    if later and (h < 0 or t_G[x] < t_G[h]):
+                        h = x
+                if h < 0 or t_G[h] >= soon:
+                    break
+                asked, last, last_h = asked + 1, t_G[h], h
                 for i in range(a_G[g]):
-                    best_on_GW[g, i] = on_GW[g, i]
-                    best_y_GW[g, i] = y_EG[on_GW[g, i], g]
-        if not _relieve(
-            slowest, y_EG, on_GW, n_G, a_G, t_G, held_EG, new_G, room_G, speed_G, load_G, lead, price,
-            may_load, knot_K, table_AK,
-        ):  # fmt: skip
+                    e = on_GW[g, i]
+                    amount = y_EG[e, g]
+                    if y_EG[e, h] > 0.0 or not (held_EG[e, h] or may_load):
+                        continue
+                    for j in range(a_G[h]):
+                        f = on_GW[h, j]
+                        other = y_EG[f, h]
+                        if other >= amount or y_EG[f, g] > 0.0 or not (held_EG[f, g] or may_load):
+                            continue
+                        extra, worst = 0.0, waits
+                        if not held_EG[e, h]:
+                            extra += price
+                            worst = max(worst, (new_G[h] + 1) * load_G[h] - lead)
+                        if not held_EG[f, g]:
+                            extra += price
+                            worst = max(worst, (new_G[g] + 1) * load_G[g] - lead)
+                        extra += worst - waits
+                        change = amount - other
+                        after = extra + seconds(n_G[h] + change, a_G[h], speed_G[h], knot_K, table_AK)
+                        if after < soon:
+                            t_g = seconds(n_G[g] - change, a_G[g], speed_G[g], knot_K, table_AK)
+                            after = max(after, t_g + extra)
+                            if after < soon:
+                                soon, step_e, step_h, step_f, step_amount = after, e, h, f, amount
+        if step_e < 0:
             break
+        h = step_h
+        if step_f >= 0:
+            # Both first leave: the lists have room for what fits, no more.
+            other = y_EG[step_f, h]
+            _leave(step_e, g, y_EG, on_GW, n_G, a_G, held_EG, new_G)
+            _leave(step_f, h, y_EG, on_GW, n_G, a_G, held_EG, new_G)
+            _join(step_e, h, step_amount, y_EG, on_GW, n_G, a_G, held_EG, new_G)
+            _join(step_f, g, other, y_EG, on_GW, n_G, a_G, held_EG, new_G)
+        else:
+            _move(step_e, g, h, step_amount, y_EG, on_GW, n_G, a_G, held_EG, new_G)
+        for x in (g, h):
+            t_G[x] = seconds(n_G[x], a_G[x], speed_G[x], knot_K, table_AK)
     return best
 
 
 @njit(cache=True)
-def _clear(y_EG: Any, on_GW: Any, n_G: Any, a_G: Any, new_G: Any) -> None:
+def _clear(state: State) -> None:
     """Serve nothing."""
+    y_EG, on_GW, n_G, a_G, new_G = state.y_EG, state.on_GW, state.n_G, state.a_G, state.new_G
     for g in range(len(n_G)):
         for i in range(a_G[g]):
             y_EG[on_GW[g, i], g] = 0.0
@@ -360,36 +351,25 @@ def _clear(y_EG: Any, on_GW: Any, n_G: Any, a_G: Any, new_G: Any) -> None:
 
 
 @njit(cache=True)
-def _restore(
-    best_on_GW: Any,
-    best_y_GW: Any,
-    best_a_G: Any,
-    y_EG: Any,
-    on_GW: Any,
-    n_G: Any,
-    a_G: Any,
-    held_EG: Any,
-    new_G: Any,
-) -> None:
-    """Go back to a state."""
-    _clear(y_EG, on_GW, n_G, a_G, new_G)
+def _restore(costs: Costs, state: State) -> None:
+    """Go back to the best."""
+    y_EG, on_GW, n_G, a_G, t_G, new_G = state.y_EG, state.on_GW, state.n_G, state.a_G, state.t_G, state.new_G
+    held_EG, best_on_GW, best_y_GW = state.held_EG, state.best_on_GW, state.best_y_GW
+    _clear(state)
     for g in range(len(n_G)):
-        for i in range(best_a_G[g]):
+        for i in range(state.best_a_G[g]):
             _join(best_on_GW[g, i], g, best_y_GW[g, i], y_EG, on_GW, n_G, a_G, held_EG, new_G)
+        t_G[g] = seconds(n_G[g], a_G[g], costs.speed_G[g], costs.knot_K, costs.table_AK)
 
 
 @njit(cache=True)
 def layer(
+    costs: Costs,
     load_E: Any,
     held_EG: Any,
     room_G: Any,
-    speed_G: Any,
-    load_G: Any,
     lead: float,
     price: float,
-    may_load: bool,
-    knot_K: Any,
-    table_AK: Any,
     kicks: int,
     start_EG: Any,
     y_EG: Any,
@@ -403,36 +383,29 @@ def layer(
     width = 1
     for g in range(G):
         width = max(width, room_G[g])
-    on_GW, best_on_GW = np.zeros((G, width), dtype=np.int64), np.zeros((G, width), dtype=np.int64)
-    best_y_GW, best_a_G = np.zeros((G, width)), np.zeros(G, dtype=np.int64)
-    n_G, a_G, new_G, t_G = np.zeros(G), np.zeros(G, dtype=np.int64), np.zeros(G, dtype=np.int64), np.zeros(G)
+    on_GW, a_G, n_G = np.zeros((G, width), dtype=np.int64), np.zeros(G, dtype=np.int64), np.zeros(G)
+    t_G, new_G = np.zeros(G), np.zeros(G, dtype=np.int64)
+    best_on_GW, best_y_GW = np.zeros((G, width), dtype=np.int64), np.zeros((G, width))
+    best_a_G = np.zeros(G, dtype=np.int64)
+    state = State(
+        held_EG, room_G, lead, price, y_EG, on_GW, a_G, n_G, t_G, new_G, best_on_GW, best_y_GW, best_a_G
+    )
     y_EG[:] = 0.0
-    _start(load_E, held_EG, speed_G, knot_K, table_AK, y_EG, on_GW, n_G, a_G, new_G)
-    best = _descend(
-        np.inf, best_on_GW, best_y_GW, best_a_G, y_EG, on_GW, n_G, a_G, t_G, held_EG, new_G, room_G, speed_G,
-        load_G, lead, price, may_load, knot_K, table_AK,
-    )  # fmt: skip
+    _start(costs, state, load_E)
+    best = _descend(costs, state, np.inf)
     if len(start_EG) > 0:
-        _clear(y_EG, on_GW, n_G, a_G, new_G)
+        _clear(state)
         for e in range(E):
             for g in range(G):
                 if load_E[e] * start_EG[e, g] > 0.0:
                     _join(e, g, load_E[e] * start_EG[e, g], y_EG, on_GW, n_G, a_G, held_EG, new_G)
-        best = _descend(
-            best, best_on_GW, best_y_GW, best_a_G, y_EG, on_GW, n_G, a_G, t_G, held_EG, new_G, room_G,
-            speed_G, load_G, lead, price, may_load, knot_K, table_AK,
-        )  # fmt: skip
-    state = np.uint64(88172645463325252)
+        best = _descend(costs, state, best)
+    draw = np.uint64(88172645463325252)
     for _ in range(kicks):
-        _restore(best_on_GW, best_y_GW, best_a_G, y_EG, on_GW, n_G, a_G, held_EG, new_G)
-        for g in range(G):
-            t_G[g] = seconds(n_G[g], a_G[g], speed_G[g], knot_K, table_AK)
-        state = _shake(state, y_EG, on_GW, n_G, a_G, t_G, held_EG, new_G, room_G, may_load)
-        best = _descend(
-            best, best_on_GW, best_y_GW, best_a_G, y_EG, on_GW, n_G, a_G, t_G, held_EG, new_G, room_G,
-            speed_G, load_G, lead, price, may_load, knot_K, table_AK,
-        )  # fmt: skip
-    _restore(best_on_GW, best_y_GW, best_a_G, y_EG, on_GW, n_G, a_G, held_EG, new_G)
+        _restore(costs, state)
+        draw = _shake(state, costs.may_load, draw)
+        best = _descend(costs, state, best)
+    _restore(costs, state)
     return best
 
 
@@ -457,16 +430,12 @@ def _value(worst: float, new_G: Any, load_G: Any, lead: float, price: float) -> 
 
 @njit(cache=True)
 def rows(
+    costs: Costs,
     load_RE: Any,
     held_REG: Any,
     room_RG: Any,
-    speed_G: Any,
-    load_G: Any,
     lead_R: Any,
     price_R: Any,
-    may_load: bool,
-    knot_K: Any,
-    table_AK: Any,
     kicks: int,
     start_REG: Any,
     y_REG: Any,
@@ -475,10 +444,10 @@ def rows(
     """`layer` for many rows of loads; fewer placements than rows are taken in turn."""
     repeats = len(held_REG)
     for r in range(len(load_RE)):
+        held_EG, room_G, start_EG = held_REG[r % repeats], room_RG[r % repeats], start_REG[r % len(start_REG)]
         value_R[r] = layer(
-            load_RE[r], held_REG[r % repeats], room_RG[r % repeats], speed_G, load_G, lead_R[r], price_R[r],
-            may_load, knot_K, table_AK, kicks, start_REG[r % len(start_REG)], y_REG[r],
-        )  # fmt: skip
+            costs, load_RE[r], held_EG, room_G, lead_R[r], price_R[r], kicks, start_EG, y_REG[r]
+        )
 
 
 @njit(cache=True)

@@ -76,17 +76,20 @@ def _search(
     rows, experts = load_RE.shape
     y_REG = np.zeros((rows, experts, len(speed_G)))
     value_R, none_R = np.zeros(rows), np.zeros(rows)
+    costs = kernels.Costs(
+        speed_G=np.ascontiguousarray(speed_G, dtype=np.float64),
+        load_G=np.zeros(len(speed_G)) if load_G is None else load_G,
+        may_load=load_G is not None,
+        knot_K=table.knot_K,
+        table_AK=table.table_AK,
+    )
     kernels.rows(
+        costs,
         np.ascontiguousarray(load_RE, dtype=np.float64),
         np.ascontiguousarray(held_REG),
         np.ascontiguousarray(room_RG, dtype=np.int64),
-        np.ascontiguousarray(speed_G, dtype=np.float64),
-        np.zeros(len(speed_G)) if load_G is None else load_G,
         none_R if lead_R is None else lead_R,
         none_R if price_R is None else price_R,
-        load_G is not None,
-        table.knot_K,
-        table.table_AK,
         kicks_for(experts) if kicks is None else kicks,
         np.zeros((1, 0, 0)) if start_LEG is None else start_LEG,
         y_REG,
