@@ -24,7 +24,7 @@ from moeless_opt.solvers.pack.swaps import improve
 __all__ = ["resize"]
 
 
-_CASES = 1024  # packed at a time: more are no quicker, and stop is asked between them
+_CASES = 256  # packed at a time: more are no quicker, and stop is asked between them
 LEANS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
@@ -170,7 +170,9 @@ class _Bench:
         """Pack and swap cases."""
         load, capacity = self.load_LE[base], self.capacity_LG[base]
         slots = pack(load, counts, capacity, self.speed_G, backend=self.swaps["backend"])
-        slots = improve(load, slots, capacity, self.speed_G, goal_L=self.goal_L[base], **self.swaps)
+        slots = improve(
+            load, slots, capacity, self.speed_G, goal_L=self.goal_L[base], stop=self.stop, **self.swaps
+        )
         slots = np.pad(slots, ((0, 0), (0, 0), (0, self.width - slots.shape[2])), constant_values=-1)
         return _Trial(base, counts, slots, *self.score(base, slots))
 

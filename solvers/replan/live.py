@@ -11,6 +11,7 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
 from moeless_opt.problems.spec.placement import equal_shares
 from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.core.mending import mended
 from moeless_opt.solvers.shares.flow import solve_shares
 
 __all__ = [
@@ -89,15 +90,14 @@ def mend_content(
     slots : list of list of int
         Experts on each GPU; entries below 0 are empty.
     capacity : list of int
-        SlotArray of each GPU.
+        Slots of each GPU.
     speed : list of float
         Speeds, to place what is missing on the GPU that is least busy for its speed.
     layer : int
         For messages.
     repair : bool
-        Mend instead of refusing. Unknown experts and duplicates are dropped; a GPU over its slots drops
-        replicas that others have, then its lightest experts; each expert left without a replica gets one,
-        on a free slot or that of a replica that others have.
+        Mend instead of refusing: unknown experts and duplicates are dropped, the rest as
+        `core.mending.mended` says.
 
     Returns
     -------
@@ -106,7 +106,6 @@ def mend_content(
     """
     experts = len(load)
     content: Content = []
-    count = [0] * experts
     for gpu, row in enumerate(slots):
         kept: list[int] = []
         for expert in row:
@@ -122,50 +121,23 @@ def mend_content(
                     f"would need distinct experts below {experts} (or repair=True)",
                 )
         content.append(kept)
-        for expert in kept:
-            count[expert] += 1
-    for gpu, row in enumerate(content):
-        if len(row) > capacity[gpu] and not repair:
+    if not repair:
+        for gpu, row in enumerate(content):
+            if len(row) > capacity[gpu]:
+                raise ProblemError(
+                    f"live_LGC[{layer}, {gpu}]",
+                    f"holds {len(row)} experts, "
+                    f"would need at most its {capacity[gpu]} slots (or repair=True)",
+                )
+        missing = set(range(experts)).difference(*content)
+        if missing:
             raise ProblemError(
-                f"live_LGC[{layer}, {gpu}]",
-                f"holds {len(row)} experts, would need at most its {capacity[gpu]} slots (or repair=True)",
+                f"live_LGC[{layer}]",
+                f"expert {min(missing)} has no replica, would need one (or repair=True)",
             )
-        while len(row) > capacity[gpu]:
-            yields = min(row, key=lambda expert: (count[expert] == 1, load[expert] / count[expert], expert))
-            row.remove(yields)
-            count[yields] -= 1
-    missing = [expert for expert in range(experts) if count[expert] == 0]
-    if missing and not repair:
-        raise ProblemError(
-            f"live_LGC[{layer}]", f"expert {missing[0]} has no replica, would need one (or repair=True)"
-        )
     if sum(min(slot, experts) for slot in capacity) < experts:
         raise InfeasibleError(
             f"capacity_LG[{layer}]: {sum(capacity)} slots in all cannot hold {experts} experts, "
             f"{experts - sum(capacity)} more would"
         )
-    if not missing:
-        return content
-    busy = [
-        sum(load[expert] / count[expert] for expert in row) / by
-        for row, by in zip(content, speed, strict=True)
-    ]
-    for expert in sorted(missing, key=lambda expert: (-load[expert], expert)):
-        gpu = min(
-            (gpu for gpu in range(len(content)) if _has_place(content[gpu], capacity[gpu], count)),
-            key=lambda gpu: (busy[gpu], gpu),
-        )
-        if len(content[gpu]) == capacity[gpu]:
-            spare = [other for other in content[gpu] if count[other] > 1]
-            yields = min(spare, key=lambda other: (load[other] / count[other], other))
-            content[gpu].remove(yields)
-            count[yields] -= 1
-            busy[gpu] -= load[yields] / (count[yields] + 1) / speed[gpu]
-        content[gpu].append(expert)
-        count[expert] = 1
-        busy[gpu] += load[expert] / speed[gpu]
-    return content
-
-
-def _has_place(row: list[int], capacity: int, count: list[int]) -> bool:
-    return len(row) < capacity or any(count[expert] > 1 for expert in row)
+    return mended(load, content, capacity, speed)
