@@ -18,29 +18,33 @@ from moeless_opt.problems.errors import (
     SolverUnavailableError,
     UnsupportedFeatureError,
 )
-from moeless_opt.problems.instances.library import instance_names, load_instance
-from moeless_opt.problems.io.documents import load_problem, save_problem
-from moeless_opt.problems.io.plans import load_plan, save_plan
-from moeless_opt.problems.io.recordings.read import read_loads
-from moeless_opt.problems.plan.plan import Certificate, Payback, Plan, Status
-from moeless_opt.problems.plan.result import Progress, Result
+from moeless_opt.problems.instances import instance_names, load_instance
+from moeless_opt.problems.io import load_plan, load_problem, save_plan, save_problem
+from moeless_opt.problems.io.recordings import read_loads
+from moeless_opt.problems.plan import Certificate, Payback, Plan, Progress, Result, Status
 from moeless_opt.problems.plan.verify import verify, violations
-from moeless_opt.problems.spec.architecture import MODEL_PRESETS, ModelSpec, model_preset
-from moeless_opt.problems.spec.loads import Loads
-from moeless_opt.problems.spec.placement import Placement
-from moeless_opt.problems.spec.problem import Known, Problem
-from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Links, Topology, uniform
-from moeless_opt.problems.spec.wishes import (
+from moeless_opt.problems.spec import (
+    MODEL_PRESETS,
+    TOPOLOGY_PRESETS,
+    Known,
     Limits,
+    Links,
+    Loads,
+    ModelSpec,
     Objective,
+    Placement,
     Priority,
+    Problem,
     Risk,
     Sizing,
     SizingPolicy,
     Split,
+    TimeModel,
+    Topology,
+    model_preset,
+    uniform,
 )
-from moeless_opt.solvers.core.registry import get_solver, list_solvers, solver_names
+from moeless_opt.solvers.core import get_solver, list_solvers, solver_names
 
 if TYPE_CHECKING:
     from moeless_opt.fronts import ParetoFront, migration, pareto

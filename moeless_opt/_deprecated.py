@@ -6,10 +6,10 @@ import warnings
 from os import PathLike
 from typing import Any
 
-from moeless_opt.problems.io.plans import load_plan, save_plan
-from moeless_opt.problems.io.recordings.read import read_loads
-from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.io import load_plan, save_plan
+from moeless_opt.problems.io.recordings import read_loads
+from moeless_opt.problems.plan import Plan
+from moeless_opt.problems.spec import Loads
 
 __all__ = ["attach"]
 

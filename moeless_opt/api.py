@@ -15,25 +15,27 @@ from moeless_opt.problems.errors import (
     SolverUnavailableError,
     UnsupportedFeatureError,
 )
-from moeless_opt.problems.io.recordings.read import read_loads
-from moeless_opt.problems.plan.plan import Plan, Status
-from moeless_opt.problems.plan.result import ProgressCallback, Result
+from moeless_opt.problems.io.recordings import read_loads
+from moeless_opt.problems.plan import Plan, ProgressCallback, Result, Status
 from moeless_opt.problems.plan.verify import verify
-from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
-from moeless_opt.problems.spec.loads import Loads
-from moeless_opt.problems.spec.placement import Placement
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.problems.spec.topology import Topology
-from moeless_opt.problems.spec.wishes import PRIORITIES, Limits, Objective, Sizing
+from moeless_opt.problems.spec import (
+    PRIORITIES,
+    Limits,
+    Loads,
+    ModelSpec,
+    Objective,
+    Placement,
+    Problem,
+    Sizing,
+    TimeModel,
+    Topology,
+    model_preset,
+)
 from moeless_opt.report import BOUND_ROW, Comparison, bound_row, row_of
-from moeless_opt.solvers.core.features import PUBLISHED
-from moeless_opt.solvers.core.registry import get_solver, require
-from moeless_opt.solvers.core.solver import Solver
-from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, NeverStop, Stop
+from moeless_opt.solvers.core import PUBLISHED, FirstOf, MaxTime, NeverStop, Solver, Stop, get_solver, require
 
 if TYPE_CHECKING:
-    from moeless_opt.solvers.sizing.budget import Redundancy
+    from moeless_opt.solvers.sizing import Redundancy
 
 __all__ = ["as_loads", "compare", "export_model", "make_problem", "plan", "recommend_redundancy", "solve"]
 
@@ -355,7 +357,7 @@ def recommend_redundancy(
         Per total: where the replicas go (``spare_L``), their memory, the imbalance with an equal split, the
         least that any spending could have, and the imbalance if every layer got the same number.
     """
-    from moeless_opt.solvers.sizing.budget import redundancy_rows
+    from moeless_opt.solvers.sizing import redundancy_rows
 
     problem = make_problem(loads, topology, model=model)
     sized = problem.bytes_L if problem.bytes_L.any() else None
@@ -380,8 +382,7 @@ def export_model(problem: Problem, path: str | PathLike[str], *, layer: int | No
     ProblemError
         If there is no such layer, or the suffix is neither.
     """
-    from moeless_opt.solvers.exact.layer import layer_of
-    from moeless_opt.solvers.exact.milp import write_model
+    from moeless_opt.solvers.exact import layer_of, write_model
 
     layers = problem.loads.layers
     if layer is not None and layer not in layers:

@@ -28,24 +28,23 @@ from moeless_opt.problems.errors import (
     SolverUnavailableError,
     UnsupportedFeatureError,
 )
-from moeless_opt.problems.instances.library import instance_names, instance_summary, load_instance
-from moeless_opt.problems.io.documents import load_problem
-from moeless_opt.problems.io.files import atomic_write, read_json
-from moeless_opt.problems.io.plans import load_plan, plan_to_json, save_plan
-from moeless_opt.problems.io.recordings.read import read_loads
-from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.plan.verify import violations
-from moeless_opt.problems.spec.placement import Placement
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
-from moeless_opt.problems.spec.wishes import SPLITS, Limits, Sizing
+from moeless_opt.problems.instances import instance_names, instance_summary, load_instance
+from moeless_opt.problems.io import atomic_write, load_plan, load_problem, plan_to_json, read_json, save_plan
+from moeless_opt.problems.io.recordings import read_loads
+from moeless_opt.problems.plan import Plan, violations
+from moeless_opt.problems.spec import SPLITS, TOPOLOGY_PRESETS, Limits, Placement, Problem, Sizing, Topology
 from moeless_opt.progress import Display
 from moeless_opt.report import BOUND_ROW, Comparison, row_of, table, worst_layers
 from moeless_opt.signals import Killed, Signals
-from moeless_opt.solvers.core.features import required_features
-from moeless_opt.solvers.core.finish import lower_bound
-from moeless_opt.solvers.core.registry import get_solver, list_solvers, require, solver_names
-from moeless_opt.solvers.core.stopping import MaxTime
+from moeless_opt.solvers.core import (
+    MaxTime,
+    get_solver,
+    list_solvers,
+    lower_bound,
+    require,
+    required_features,
+    solver_names,
+)
 
 __all__ = ["main"]
 

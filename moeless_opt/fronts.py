@@ -9,23 +9,16 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InvalidPlanError, ProblemError, UnsupportedFeatureError
-from moeless_opt.problems.plan.evaluate import gpu_times
-from moeless_opt.problems.plan.migration import Migration, migration_violations
-from moeless_opt.problems.plan.objective import objective_vector
-from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan import Migration, Plan, gpu_times, migration_violations, objective_vector
 from moeless_opt.problems.plan.verify import verify
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.problems.spec.wishes import PRIORITIES
+from moeless_opt.problems.spec import PRIORITIES, Problem, equal_shares
 from moeless_opt.report import bytes_text, table
-from moeless_opt.solvers.construct.equal import construct_equal
-from moeless_opt.solvers.construct.fractional import construct_fractional
+from moeless_opt.solvers.construct import construct_equal, construct_fractional
+from moeless_opt.solvers.core import Clock, Stop, hull_steps
 from moeless_opt.solvers.core.finish import Built, finish
-from moeless_opt.solvers.core.knapsack import hull_steps
-from moeless_opt.solvers.core.stopping import Clock, Stop
-from moeless_opt.solvers.migration.schedule import schedule_migration, staging_limit
-from moeless_opt.solvers.replan.solver import frontier
-from moeless_opt.solvers.shares.best import best_shares
+from moeless_opt.solvers.migration import schedule_migration, staging_limit
+from moeless_opt.solvers.replan import frontier
+from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["ParetoFront", "migration", "pareto"]
 

@@ -9,10 +9,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import SolverUnavailableError
-from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
-from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.plan import Plan, gpu_times, imbalance
+from moeless_opt.problems.spec import Problem, equal_shares
 
 __all__ = ["need_matplotlib", "plot_loads"]
 
@@ -75,7 +73,7 @@ def _before(problem: Problem) -> tuple[FloatArray, str]:
     if problem.current is not None:
         slots_LGC, title = problem.current.slots_LGC, "live placement, equal shares"
     else:
-        from moeless_opt.problems.spec.placement import contiguous
+        from moeless_opt.problems.spec import contiguous
 
         slots_LGC, title = contiguous(problem.experts, problem.capacity_LG), "static, one replica each"
     share_LGC = equal_shares(slots_LGC, problem.experts)

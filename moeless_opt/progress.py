@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from moeless_opt.problems.plan.result import Progress
+from moeless_opt.problems.plan import Progress
 
 __all__ = ["Display"]
 

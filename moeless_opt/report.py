@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.plan.result import Result, StoppedBy
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.plan import Plan, Result, StoppedBy
+from moeless_opt.problems.spec import Problem
 
 __all__ = [
     "BOUND_ROW",

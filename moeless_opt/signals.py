@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from moeless_opt.solvers.core.stopping import Interrupt
+from moeless_opt.solvers.core import Interrupt
 
 __all__ = ["Killed", "Signals"]
 

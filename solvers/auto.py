@@ -7,16 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
-from moeless_opt.problems.plan.objective import order_of, usual_order
-from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.plan.result import ProgressCallback, Result
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.problems.spec.wishes import PRIORITIES
-from moeless_opt.solvers.core.features import FEATURES, required_features
-from moeless_opt.solvers.core.options import option_names
-from moeless_opt.solvers.core.registry import SOLVERS
-from moeless_opt.solvers.core.solver import Heuristic
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.problems.plan import Plan, ProgressCallback, Result, order_of, usual_order
+from moeless_opt.problems.spec import PRIORITIES, Problem
+from moeless_opt.solvers.core import FEATURES, SOLVERS, Heuristic, Stop, option_names, required_features
 
 __all__ = ["CHAIN", "Auto", "choose"]
 

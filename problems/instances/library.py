@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.io.documents import load_problem
-from moeless_opt.problems.plan.plan import PROVEN
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.io import load_problem
+from moeless_opt.problems.plan import PROVEN
+from moeless_opt.problems.spec import Problem
 
 __all__ = ["INSTANCES", "instance_names", "instance_path", "instance_summary", "load_instance"]
 

@@ -29,15 +29,21 @@ from moeless_opt.problems.io.files import (
     read_json,
 )
 from moeless_opt.problems.io.plans import load_plan
-from moeless_opt.problems.io.recordings.read import read_loads
-from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
-from moeless_opt.problems.spec.generators import from_recipe
-from moeless_opt.problems.spec.loads import Loads
-from moeless_opt.problems.spec.placement import Placement
-from moeless_opt.problems.spec.problem import Known, Problem
-from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.problems.spec.topology import Topology
-from moeless_opt.problems.spec.wishes import Limits, Objective, Sizing
+from moeless_opt.problems.io.recordings import read_loads
+from moeless_opt.problems.spec import (
+    Known,
+    Limits,
+    Loads,
+    ModelSpec,
+    Objective,
+    Placement,
+    Problem,
+    Sizing,
+    TimeModel,
+    Topology,
+    from_recipe,
+    model_preset,
+)
 
 __all__ = ["load_problem", "problem_from_json", "problem_to_json", "save_problem"]
 

@@ -22,9 +22,8 @@ from moeless_opt.problems.io.files import (
     json_bytes,
     read_json,
 )
-from moeless_opt.problems.plan.plan import Certificate, Moves, Payback, Plan
-from moeless_opt.problems.spec.placement import Placement
-from moeless_opt.problems.spec.wishes import SPLITS, Split
+from moeless_opt.problems.plan import Certificate, Moves, Payback, Plan
+from moeless_opt.problems.spec import SPLITS, Placement, Split
 
 __all__ = ["load_plan", "plan_from_json", "plan_to_json", "save_plan"]
 

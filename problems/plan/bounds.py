@@ -35,8 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.scarce_bounds import scarce_bound
-from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
-from moeless_opt.problems.spec.wishes import Split
+from moeless_opt.problems.spec import TOKENS, Split, TimeModel
 
 __all__ = [
     "apportionment_pairs",

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.spec.placement import held_LGE, replica_counts
-from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.problems.spec import TimeModel, Topology, held_LGE, replica_counts
 
 __all__ = [
     "activated",

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, IntArray, Record, SlotArray
-from moeless_opt.problems.spec.placement import held_LGE
-from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.problems.spec import Topology, held_LGE
 
 __all__ = [
     "HOST",

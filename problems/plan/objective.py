@@ -14,8 +14,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.plan.evaluate import gpu_times, node_traffic
 from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.problems.spec.wishes import PRIORITIES, Objective
+from moeless_opt.problems.spec import PRIORITIES, Objective, Problem
 
 __all__ = ["TERMS", "Term", "objective_vector", "order_of", "risk", "scenario_value", "usual_order"]
 

@@ -11,9 +11,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, SlotArray, frozen, number
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.evaluate import new_replicas
-from moeless_opt.problems.spec.loads import span
-from moeless_opt.problems.spec.placement import Placement, replica_counts
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec import Placement, Problem, replica_counts, span
 
 __all__ = ["PROVEN", "Certificate", "Moves", "Payback", "Plan", "Status", "count_moves"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from moeless_opt.problems.arrays import Record
 from moeless_opt.problems.plan.objective import objective_vector
 from moeless_opt.problems.plan.plan import Plan, Status
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec import Problem
 
 __all__ = ["Progress", "ProgressCallback", "Result", "StoppedBy"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
-from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec import TimeModel
 
 __all__ = ["TimeTable", "timed_bound"]
 

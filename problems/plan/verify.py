@@ -13,8 +13,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InvalidPlanError
 from moeless_opt.problems.plan.plan import PROVEN, Plan
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec import Problem, TimeModel
 
 __all__ = ["check_slots", "verify", "violations"]
 

@@ -31,8 +31,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.plan.verify import check_slots
+from moeless_opt.problems.plan import Plan, check_slots
 from moeless_opt.runtime.control.backend import Backend, LayerBackend, LoadWindow
 from moeless_opt.runtime.control.decision import Decision, LayerDecision, same_replicas, stacked
 from moeless_opt.runtime.control.foreseer import Foreseen, LayerForeseer

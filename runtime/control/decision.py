@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.plan.plan import Plan
+from moeless_opt.problems.plan import Plan
 
 __all__ = ["Decision", "LayerDecision", "same_replicas", "stacked"]
 

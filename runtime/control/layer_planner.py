@@ -15,18 +15,12 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.plan.time_bounds import TimeTable
+from moeless_opt.problems.plan import Plan, TimeTable
 from moeless_opt.problems.plan.verify import check_slots, verify
-from moeless_opt.problems.spec.architecture import ModelSpec
-from moeless_opt.problems.spec.loads import Loads
-from moeless_opt.problems.spec.placement import Placement
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.problems.spec import Loads, ModelSpec, Placement, Problem, TimeModel, Topology
+from moeless_opt.solvers.core import Clock
 from moeless_opt.solvers.core.finish import Built, finish
-from moeless_opt.solvers.core.stopping import Clock
-from moeless_opt.solvers.timed.search import timed_plan
+from moeless_opt.solvers.timed import timed_plan
 
 __all__ = ["LayerPlanner"]
 

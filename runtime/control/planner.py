@@ -10,9 +10,8 @@ import numpy as np
 
 from moeless_opt.api import plan as make_plan
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.spec.placement import Placement
-from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.problems.plan import Plan
+from moeless_opt.problems.spec import Placement, Topology
 
 __all__ = ["PlanLayer", "Planner"]
 

@@ -10,8 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
-from moeless_opt.runtime.live.adopt import AttachOptions, Engine
-from moeless_opt.runtime.live.model import LiveModel
+from moeless_opt.runtime.live import AttachOptions, Engine, LiveModel
 
 __all__ = ["attach"]
 

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.runtime.live.adopt import Adopted, AttachOptions
-from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher, chosen_experts
-from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, SlotExperts, meta_shell
+from moeless_opt.runtime.live import Adopted, AttachOptions, MemoryMeter, SlotBank, SlotExperts, meta_shell
+from moeless_opt.runtime.live.dispatch import SlotDispatcher, chosen_experts
 
 with warnings.catch_warnings():
     # Megatron-core announces at import every accelerator package that it did not find.

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
-from moeless_opt.problems.io.traces import TokenTraces
+from moeless_opt.problems.io import TokenTraces
 from moeless_opt.runtime.engines.megatron import unwrap
-from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
-from moeless_opt.runtime.live.model import LiveModel
+from moeless_opt.runtime.live import LiveModel
+from moeless_opt.runtime.live.dispatch import SlotDispatcher
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

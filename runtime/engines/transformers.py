@@ -19,12 +19,17 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.runtime.live.adopt import Adopted, AttachOptions
-from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
-from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, Weights
-from moeless_opt.runtime.live.home import host_copy
-from moeless_opt.runtime.live.rows import pieces
-from moeless_opt.runtime.live.slots import static_slots
+from moeless_opt.runtime.live import (
+    Adopted,
+    AttachOptions,
+    MemoryMeter,
+    SlotBank,
+    Weights,
+    host_copy,
+    pieces,
+    static_slots,
+)
+from moeless_opt.runtime.live.dispatch import SlotDispatcher
 
 __all__ = ["StackedHome", "accepts", "adopt", "moe_parts", "route"]
 

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from moeless_opt.problems.arrays import IntArray
-from moeless_opt.problems.spec.topology import Links
-from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
-from moeless_opt.runtime.live.dispatch.shares import SharePolicy
+from moeless_opt.problems.spec import Links
+from moeless_opt.runtime.live.dispatch import SharePolicy, SlotDispatcher
 from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.home import HomeStore

@@ -14,7 +14,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import IntArray
 from moeless_opt.problems.errors import MoelessError
-from moeless_opt.runtime.live.dispatch.shares import SharePolicy, share_policy
+from moeless_opt.runtime.live.dispatch import SharePolicy, share_policy
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.lanes import LaneHeader, Lanes
 from moeless_opt.runtime.live.migrate import Header, Migrator

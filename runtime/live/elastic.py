@@ -25,13 +25,11 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime.control.decision import stacked
-from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
+from moeless_opt.runtime.control import stacked
+from moeless_opt.runtime.live.dispatch import SlotDispatcher
 from moeless_opt.runtime.live.experts import SlotBank
 from moeless_opt.runtime.live.groups import ExpertGroup
-from moeless_opt.runtime.pool.cost import CostMeter
-from moeless_opt.runtime.pool.keep_alive import KeepAlive
-from moeless_opt.runtime.pool.warm import WarmPool
+from moeless_opt.runtime.pool import CostMeter, KeepAlive, WarmPool
 
 __all__ = ["CLOCKS", "Elastic", "ElasticReport", "become_elastic"]
 

@@ -31,8 +31,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
-from moeless_opt.problems.spec.placement import held_LGE
-from moeless_opt.runtime.control.decision import stacked
+from moeless_opt.problems.spec import held_LGE
+from moeless_opt.runtime.control import stacked
 from moeless_opt.runtime.live.courier import OK, REASON
 from moeless_opt.runtime.live.elastic import Elastic
 from moeless_opt.runtime.live.migrate import Migrator

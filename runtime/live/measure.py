@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, integers, number, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec import TimeModel
 
 __all__ = ["in_turn", "measure_experts"]
 

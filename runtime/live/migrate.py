@@ -29,7 +29,7 @@ import torch
 
 from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
-from moeless_opt.problems.spec.topology import Links
+from moeless_opt.problems.spec import Links
 from moeless_opt.runtime.live.courier import (
     LOST,
     NO_MEMORY,

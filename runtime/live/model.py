@@ -14,14 +14,12 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import MoelessError, ProblemError, UnsupportedFeatureError
-from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.runtime.control.backend import MemoryReport, Observation
-from moeless_opt.runtime.control.decision import stacked
+from moeless_opt.problems.spec import TimeModel
+from moeless_opt.runtime.control import MemoryReport, Observation, stacked
 from moeless_opt.runtime.live import watch
 from moeless_opt.runtime.live.adopt import Adopted, AttachOptions
 from moeless_opt.runtime.live.agreement import Agreement
-from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
-from moeless_opt.runtime.live.dispatch.shares import PlannedShares, SharePolicy, share_policy
+from moeless_opt.runtime.live.dispatch import PlannedShares, SharePolicy, SlotDispatcher, share_policy
 from moeless_opt.runtime.live.elastic import Elastic, become_elastic
 from moeless_opt.runtime.live.groups import ExpertGroup, SideGroup
 from moeless_opt.runtime.live.home import HomeStore, PinnedHome, save_experts
@@ -31,7 +29,7 @@ from moeless_opt.runtime.live.migrate import MigrationReport, Migrator, Transfer
 from moeless_opt.runtime.live.rows import RowBlock, default_row_block
 from moeless_opt.runtime.live.slots import SlotTable, one_each, slots_of, static_slots
 from moeless_opt.runtime.live.ticket import Ticket
-from moeless_opt.runtime.pool.keep_alive import KeepAlive
+from moeless_opt.runtime.pool import KeepAlive
 
 __all__ = ["LiveModel"]
 

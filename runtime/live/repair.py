@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from moeless_opt.problems.arrays import SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.runtime.live.slots import rows_to_slots
-from moeless_opt.solvers.core.mending import mended
+from moeless_opt.solvers.core import mended
 
 __all__ = ["repair_slots"]
 

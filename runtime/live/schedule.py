@@ -15,7 +15,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.spec.topology import Links
+from moeless_opt.problems.spec import Links
 from moeless_opt.runtime.live.slots import rows_to_slots, table_bytes
 
 __all__ = ["Router", "Schedule", "Shipment", "Stage", "build_schedule", "follow_schedule"]

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import IntArray
-from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.runtime.control.backend import MemoryReport, Observation
+from moeless_opt.problems.spec import TimeModel
+from moeless_opt.runtime.control import MemoryReport, Observation
 from moeless_opt.runtime.live.adopt import Adopted
-from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
+from moeless_opt.runtime.live.dispatch import SlotDispatcher
 from moeless_opt.runtime.live.experts import checksum
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.measure import measure_experts

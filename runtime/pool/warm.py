@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.spec.placement import replica_keys
+from moeless_opt.problems.spec import replica_keys
 from moeless_opt.runtime.pool.keep_alive import FixedKeepAlive, KeepAlive
 
 __all__ = ["Use", "WarmPool"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import FloatArray, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime.engines.observe import HiddenTap, tap_hidden
+from moeless_opt.runtime.engines import HiddenTap, tap_hidden
 from moeless_opt.runtime.predict.gates import Pair, PlainGate, TunedGate
 from moeless_opt.runtime.predict.predictor import Context
 

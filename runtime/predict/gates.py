@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from moeless_opt.problems.arrays import whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime.engines.observe import moe_blocks
-from moeless_opt.runtime.engines.transformers import moe_parts, route
+from moeless_opt.runtime.engines import moe_blocks, moe_parts, route
 
 __all__ = ["LARGEST", "Pair", "PlainGate", "RouterGate", "TunedGate", "plain_gates"]
 

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime.control.controller import Controller
-from moeless_opt.runtime.control.foreseer import Counted
-from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
-from moeless_opt.runtime.live.model import LiveModel
+from moeless_opt.runtime.control import Controller, Counted
+from moeless_opt.runtime.live import LiveModel
+from moeless_opt.runtime.live.dispatch import SlotDispatcher
 from moeless_opt.runtime.predict.foresight import Foresight, GatePredictor, Pending
 
 __all__ = ["PerLayer"]

@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray, number, whole
-from moeless_opt.problems.plan.time_bounds import TimeTable
-from moeless_opt.runtime.control.backend import MemoryReport, Observation
-from moeless_opt.runtime.pool.cost import CostMeter
-from moeless_opt.runtime.pool.keep_alive import KeepAlive
-from moeless_opt.runtime.pool.warm import WarmPool
+from moeless_opt.problems.plan import TimeTable
+from moeless_opt.runtime.control import MemoryReport, Observation
+from moeless_opt.runtime.pool import CostMeter, KeepAlive, WarmPool
 from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
 from moeless_opt.runtime.simulate.report import SimReport
 from moeless_opt.runtime.simulate.shares import Placed, ShareRule, share_rule

@@ -19,8 +19,7 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, integers, number, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.io.arrivals import Arrivals
-from moeless_opt.problems.io.traces import RoutedRequests, loads_by_step
+from moeless_opt.problems.io import Arrivals, RoutedRequests, loads_by_step
 
 __all__ = [
     "COMPOSITION",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from moeless_opt.problems.arrays import FloatArray
-from moeless_opt.runtime.control.controller import Controller
+from moeless_opt.runtime.control import Controller
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.report import SimReport
 from moeless_opt.runtime.simulate.traffic import Passes

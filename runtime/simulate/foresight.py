@@ -32,12 +32,9 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, whole
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.io.arrivals import Arrivals
-from moeless_opt.problems.io.traces import RoutedRequests, TokenTraces, loads_by_step, read_token_traces
-from moeless_opt.problems.spec.architecture import ModelSpec
-from moeless_opt.runtime.predict.affinity import Affinity
-from moeless_opt.runtime.predict.history import AutoRegressive, Ewma, LastWindow
-from moeless_opt.runtime.predict.predictor import Context, Predictor
+from moeless_opt.problems.io import Arrivals, RoutedRequests, TokenTraces, loads_by_step, read_token_traces
+from moeless_opt.problems.spec import ModelSpec
+from moeless_opt.runtime.predict import Affinity, AutoRegressive, Context, Ewma, LastWindow, Predictor
 from moeless_opt.runtime.simulate.compose import StepTokens, compose_reads, compose_tokens, draw_requests
 from moeless_opt.runtime.simulate.traffic import Passes
 

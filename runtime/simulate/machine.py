@@ -26,10 +26,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, number
 from moeless_opt.problems.errors import FormatError
-from moeless_opt.problems.plan.evaluate import activated, gpu_tokens
-from moeless_opt.problems.spec.architecture import ModelSpec
-from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.problems.plan import activated, gpu_tokens
+from moeless_opt.problems.spec import ModelSpec, TimeModel, Topology
 from moeless_opt.runtime.simulate.options import unknown
 
 __all__ = ["GPUS", "DataSheet", "LayerTimes", "Machine", "expert_curve"]

@@ -16,13 +16,9 @@ import numpy as np
 from moeless_opt.api import plan
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
-from moeless_opt.problems.plan.plan import Plan
-from moeless_opt.problems.spec.placement import contiguous
-from moeless_opt.problems.spec.topology import Topology
-from moeless_opt.problems.spec.wishes import Objective, Sizing
-from moeless_opt.runtime.control.controller import Controller
-from moeless_opt.runtime.control.layer_planner import LayerPlanner
-from moeless_opt.runtime.control.planner import Planner
+from moeless_opt.problems.plan import Plan
+from moeless_opt.problems.spec import Objective, Sizing, Topology, contiguous
+from moeless_opt.runtime.control import Controller, LayerPlanner, Planner
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.options import unknown

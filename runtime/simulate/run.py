@@ -14,7 +14,7 @@ import numpy as np
 from moeless_opt.plots import need_matplotlib
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.report import table
-from moeless_opt.runtime.pool.cost import RULES
+from moeless_opt.runtime.pool import RULES
 from moeless_opt.runtime.simulate.drawing import Drawn, distributions, save_drawing
 from moeless_opt.runtime.simulate.drive import drive
 from moeless_opt.runtime.simulate.foresight import Judged, foreseer

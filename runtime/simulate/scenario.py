@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.spec.architecture import MODEL_PRESETS, ModelSpec, model_preset
-from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
+from moeless_opt.problems.spec import MODEL_PRESETS, TOPOLOGY_PRESETS, ModelSpec, Topology, model_preset
 from moeless_opt.runtime.simulate.foresight import NAMES, TINY_MOE
 from moeless_opt.runtime.simulate.machine import GPUS
 from moeless_opt.runtime.simulate.options import (

@@ -16,9 +16,15 @@ import numpy as np
 from moeless_opt.problems.arrays import IntArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces
-from moeless_opt.problems.io.arrivals import Arrivals, poisson_arrivals, read_arrivals, read_lengths
-from moeless_opt.problems.io.traces import TokenTraces, read_token_traces
-from moeless_opt.problems.spec.topology import TOPOLOGY_PRESETS, Topology
+from moeless_opt.problems.io import (
+    Arrivals,
+    TokenTraces,
+    poisson_arrivals,
+    read_arrivals,
+    read_lengths,
+    read_token_traces,
+)
+from moeless_opt.problems.spec import TOPOLOGY_PRESETS, Topology
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.foresight import (
     Composition,

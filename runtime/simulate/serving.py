@@ -29,7 +29,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, number, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.io.arrivals import Arrivals
+from moeless_opt.problems.io import Arrivals
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.traffic import Passes, RoutingModel
 

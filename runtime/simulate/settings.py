@@ -7,7 +7,7 @@ from typing import Any
 
 from moeless_opt.problems.arrays import Record, number
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime.pool.keep_alive import AdaptiveKeepAlive, KeepAlive
+from moeless_opt.runtime.pool import AdaptiveKeepAlive, KeepAlive
 from moeless_opt.runtime.simulate.options import check_fields, documented, flag, option, real, whole_number
 
 __all__ = ["Settings"]

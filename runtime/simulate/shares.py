@@ -13,15 +13,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.plan.time_bounds import TimeTable
-from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.problems.plan import TimeTable
+from moeless_opt.problems.spec import equal_shares
 from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
 from moeless_opt.runtime.simulate.options import unknown
 from moeless_opt.runtime.simulate.wide import MANY, WideShares
-from moeless_opt.solvers.shares.flow import solve_shares
-from moeless_opt.solvers.shares.graph import ReplicaGraph
-from moeless_opt.solvers.timed.activation import shares_of_one
-from moeless_opt.solvers.timed.search import timed_shares
+from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
+from moeless_opt.solvers.timed import shares_of_one, timed_shares
 
 __all__ = [
     "SHARES",

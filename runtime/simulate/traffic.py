@@ -28,9 +28,8 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, floats, number, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.io.arrivals import Arrivals
-from moeless_opt.problems.io.traces import RoutedRequests, TokenTraces, loads_by_step
-from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.io import Arrivals, RoutedRequests, TokenTraces, loads_by_step
+from moeless_opt.problems.spec import ModelSpec
 from moeless_opt.runtime.simulate.affinity import LayerAffinity, transitions
 from moeless_opt.runtime.simulate.compose import compose_steps
 

@@ -15,11 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
-from moeless_opt.runtime.pool.warm import WarmPool
+from moeless_opt.runtime.pool import WarmPool
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.options import unknown
 from moeless_opt.runtime.simulate.waits import stretched
-from moeless_opt.solvers.migration.schedule import schedule_migration
+from moeless_opt.solvers.migration import schedule_migration
 
 __all__ = ["TRANSFERS", "Arrival", "Exposed", "Move", "Overlapped", "PerPass", "Transfers", "transfers_of"]
 

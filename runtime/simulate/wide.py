@@ -11,9 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.solvers.shares.flow import descend
-from moeless_opt.solvers.shares.graph import ReplicaGraph
+from moeless_opt.problems.spec import equal_shares
+from moeless_opt.solvers.shares import ReplicaGraph, descend
 
 __all__ = ["MANY", "WideShares"]
 

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.runtime.checkpoint.files import SafetensorsFolder
-from moeless_opt.runtime.checkpoint.parts import (
+from moeless_opt.runtime.checkpoint import (
     GPTModel,
+    SafetensorsFolder,
     TransformerConfig,
     build_gpt,
     causal_positions,

@@ -23,11 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import IntArray
-from moeless_opt.runtime.predict.affinity import Affinity
-from moeless_opt.runtime.predict.foresight import GatePredictor
-from moeless_opt.runtime.predict.gates import plain_gates
-from moeless_opt.runtime.predict.tuning import fine_tune
-from moeless_opt.runtime.simulate.foresight import tiny_moe_predictions_file
+from moeless_opt.runtime.predict import Affinity, GatePredictor, fine_tune, plain_gates
+from moeless_opt.runtime.simulate import tiny_moe_predictions_file
 from moeless_opt.runtime.tiny_moe import model as tiny_moe
 from moeless_opt.runtime.tiny_moe.corpus import DOMAINS, build_corpora
 from moeless_opt.runtime.tiny_moe.scores import TokenRecord, record_requests

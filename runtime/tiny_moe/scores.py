@@ -18,10 +18,17 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime.checkpoint.parts import causal_positions, moe_layers
-from moeless_opt.runtime.engines.observe import tap_hidden
-from moeless_opt.runtime.predict.measures import count_loads, load_distance, token_hits, top_load_hits
-from moeless_opt.runtime.predict.predictor import Context, Predictor, TokenPredictor
+from moeless_opt.runtime.checkpoint import causal_positions, moe_layers
+from moeless_opt.runtime.engines import tap_hidden
+from moeless_opt.runtime.predict import (
+    Context,
+    Predictor,
+    TokenPredictor,
+    count_loads,
+    load_distance,
+    token_hits,
+    top_load_hits,
+)
 from moeless_opt.runtime.tiny_moe import model as tiny_moe
 
 __all__ = ["Scores", "TokenRecord", "decode_batches", "prefill_batches", "record_requests", "score_predictor"]

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces, tiny_moe_traces_file
-from moeless_opt.runtime.checkpoint.parts import causal_positions
+from moeless_opt.runtime.checkpoint import causal_positions
 from moeless_opt.runtime.tiny_moe import model as tiny_moe
 from moeless_opt.runtime.tiny_moe.corpus import DOMAINS, Corpus, build_corpora
 

@@ -9,11 +9,9 @@ import numpy as np
 
 from moeless_opt.problems.arrays import whole
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.problems.spec.placement import contiguous
+from moeless_opt.problems.spec import contiguous
 from moeless_opt.solvers.baselines import eplb, moeless
-from moeless_opt.solvers.core.finish import Built
-from moeless_opt.solvers.core.options import NoOptions
-from moeless_opt.solvers.core.solver import Heuristic, Task
+from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task
 
 __all__ = ["Eplb", "EplbHierarchical", "EplbOptions", "MoEless", "Static"]
 

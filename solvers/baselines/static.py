@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import SlotArray
-from moeless_opt.problems.spec.placement import checked_capacity
+from moeless_opt.problems.spec import checked_capacity
 
 __all__ = ["wrapped"]
 

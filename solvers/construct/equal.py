@@ -15,17 +15,22 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.plan.bounds import best_bound
-from moeless_opt.problems.plan.evaluate import even_times
+from moeless_opt.problems.plan import best_bound, even_times
 from moeless_opt.solvers.construct.groups import pack_whole
-from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, Stop
-from moeless_opt.solvers.pack import fast
-from moeless_opt.solvers.pack.counts import apportion, largest_piece, trim
-from moeless_opt.solvers.pack.packing import pack
-from moeless_opt.solvers.pack.patterns import solve_patterns
-from moeless_opt.solvers.pack.recount import resize
-from moeless_opt.solvers.pack.swaps import improve
-from moeless_opt.solvers.pack.two_slots import best_counts, fold, quick_fold
+from moeless_opt.solvers.core import FirstOf, MaxTime, Stop
+from moeless_opt.solvers.pack import (
+    apportion,
+    best_counts,
+    fast,
+    fold,
+    improve,
+    largest_piece,
+    pack,
+    quick_fold,
+    resize,
+    solve_patterns,
+    trim,
+)
 
 __all__ = ["EFFORTS", "Effort", "construct_equal"]
 

@@ -34,8 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.plan.bounds import best_bound
-from moeless_opt.problems.plan.evaluate import gpu_times
+from moeless_opt.problems.plan import best_bound, gpu_times
 from moeless_opt.solvers.construct.alias import alias_pack
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.groups import pack_groups
@@ -43,10 +42,9 @@ from moeless_opt.solvers.construct.join import connect
 from moeless_opt.solvers.construct.level import PERFECT, level
 from moeless_opt.solvers.construct.pools import group_pack
 from moeless_opt.solvers.construct.small import join_layer
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
-from moeless_opt.solvers.pack.counts import apportion, trim
-from moeless_opt.solvers.shares.flow import solve_shares
-from moeless_opt.solvers.shares.graph import ReplicaGraph
+from moeless_opt.solvers.core import NeverStop, Stop
+from moeless_opt.solvers.pack import apportion, trim
+from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
 
 __all__ = ["construct_fractional"]
 

@@ -30,7 +30,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.solvers.construct.alias import alias_pack
 from moeless_opt.solvers.construct.small import join_layer
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
+from moeless_opt.solvers.core import NeverStop, Stop
 
 __all__ = ["pack_groups", "pack_whole"]
 

@@ -9,15 +9,11 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec import Problem, equal_shares
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
-from moeless_opt.solvers.core.finish import Built
-from moeless_opt.solvers.core.options import NoOptions, one_of
-from moeless_opt.solvers.core.solver import Heuristic, Task
-from moeless_opt.solvers.shares.best import best_shares
-from moeless_opt.solvers.shares.scenarios import best_over_scenarios
+from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, one_of
+from moeless_opt.solvers.shares import best_over_scenarios, best_shares
 
 __all__ = ["Construct", "ConstructOptions", "Stay"]
 

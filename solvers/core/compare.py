@@ -14,10 +14,16 @@ from dataclasses import replace
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray
-from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas, node_traffic
-from moeless_opt.problems.plan.objective import order_of, risk, usual_order
-from moeless_opt.problems.plan.verify import violations
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.plan import (
+    gpu_times,
+    new_replicas,
+    node_traffic,
+    order_of,
+    risk,
+    usual_order,
+    violations,
+)
+from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core.finish import Built, finish, lower_bound
 from moeless_opt.solvers.core.stopping import Clock
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 
-from moeless_opt.problems.plan.objective import usual_order
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.plan import usual_order
+from moeless_opt.problems.spec import Problem
 
 __all__ = ["FEATURES", "PUBLISHED", "Feature", "required_features"]
 

@@ -8,13 +8,19 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import InvalidPlanError
-from moeless_opt.problems.plan.bounds import best_bound
-from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
-from moeless_opt.problems.plan.plan import PROVEN, Certificate, Plan, count_moves
-from moeless_opt.problems.plan.result import StoppedBy
-from moeless_opt.problems.plan.time_bounds import TimeTable, timed_bound
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.plan import (
+    PROVEN,
+    Certificate,
+    Plan,
+    StoppedBy,
+    TimeTable,
+    best_bound,
+    count_moves,
+    gpu_times,
+    imbalance,
+    timed_bound,
+)
+from moeless_opt.problems.spec import Problem, equal_shares
 from moeless_opt.solvers.core.stopping import Clock
 
 __all__ = ["Bound", "Built", "finish", "in_time", "lower_bound", "token_bound"]

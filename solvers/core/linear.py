@@ -38,7 +38,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
-from moeless_opt.problems.plan.result import StoppedBy
+from moeless_opt.problems.plan import StoppedBy
 from moeless_opt.solvers.core import _engines
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
 

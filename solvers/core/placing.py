@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, IntArray, SlotArray
-from moeless_opt.problems.spec.placement import held_LGE, replica_counts
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec import Problem, held_LGE, replica_counts
 
 __all__ = ["keeps_limits", "random_change", "widened"]
 

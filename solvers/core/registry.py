@@ -11,7 +11,7 @@ from dataclasses import dataclass, is_dataclass
 from importlib.metadata import entry_points
 
 from moeless_opt.problems.errors import SolverUnavailableError, UnsupportedFeatureError
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core.features import FEATURES, Feature, required_features
 from moeless_opt.solvers.core.options import option_names
 from moeless_opt.solvers.core.solver import Solver

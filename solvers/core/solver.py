@@ -25,11 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.plan.plan import Plan, Status
-from moeless_opt.problems.plan.result import Progress, ProgressCallback, Result, StoppedBy
-from moeless_opt.problems.plan.verify import violations
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.plan import Plan, Progress, ProgressCallback, Result, Status, StoppedBy, violations
+from moeless_opt.problems.spec import Problem, equal_shares
 from moeless_opt.solvers.core.compare import best_of
 from moeless_opt.solvers.core.features import FEATURES, Feature
 from moeless_opt.solvers.core.finish import Built, finish

@@ -7,7 +7,7 @@ import time as clock
 from dataclasses import dataclass
 from typing import Protocol
 
-from moeless_opt.problems.plan.result import StoppedBy
+from moeless_opt.problems.plan import StoppedBy
 
 __all__ = ["Clock", "FirstOf", "Interrupt", "MaxGap", "MaxTime", "NeverStop", "Stop", "part_of"]
 

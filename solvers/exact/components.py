@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
+from moeless_opt.solvers.core import NeverStop, Stop
 
 __all__ = ["MOST_EXPERTS", "component_bound"]
 

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.solvers.core.cp import solve_cp
-from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, NeverStop, Stop
+from moeless_opt.solvers.core import FirstOf, MaxTime, NeverStop, Stop, solve_cp
 from moeless_opt.solvers.exact.layer import ExactLayer, ExactResult, LayerModel, build, read_back, result_of
 
 __all__ = ["solve_cpsat"]

@@ -30,12 +30,9 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, InvalidPlanError, ProblemError
-from moeless_opt.problems.plan.bounds import best_bound, replicas_needed
-from moeless_opt.problems.plan.evaluate import gpu_times
-from moeless_opt.problems.plan.plan import PROVEN, Status
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.solvers.core.linear import LinearModel
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.problems.plan import PROVEN, Status, best_bound, gpu_times, replicas_needed
+from moeless_opt.problems.spec import equal_shares
+from moeless_opt.solvers.core import LinearModel, Stop
 
 __all__ = ["ExactLayer", "ExactResult", "LayerModel", "build", "layer_of", "read_back", "result_of"]
 

@@ -6,8 +6,7 @@ from os import PathLike
 
 import numpy as np
 
-from moeless_opt.solvers.core.linear import GAP, solve_linear, write_linear
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.core import GAP, Stop, solve_linear, write_linear
 from moeless_opt.solvers.exact.layer import ExactLayer, ExactResult, build, read_back, result_of
 
 __all__ = ["solve_milp", "write_model"]

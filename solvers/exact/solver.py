@@ -19,18 +19,23 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.plan.evaluate import gpu_times
-from moeless_opt.problems.plan.plan import PROVEN
-from moeless_opt.problems.plan.result import StoppedBy
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.construct.solver import Construct, ConstructOptions
-from moeless_opt.solvers.core.finish import Built, in_time, lower_bound, token_bound
-from moeless_opt.solvers.core.solver import Heuristic, Task
-from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, Stop
+from moeless_opt.problems.plan import PROVEN, StoppedBy, gpu_times
+from moeless_opt.problems.spec import Problem, equal_shares
+from moeless_opt.solvers.construct import Construct, ConstructOptions
+from moeless_opt.solvers.core import (
+    Built,
+    FirstOf,
+    Heuristic,
+    MaxTime,
+    Stop,
+    Task,
+    in_time,
+    lower_bound,
+    token_bound,
+)
 from moeless_opt.solvers.exact.components import MOST_EXPERTS, component_bound
 from moeless_opt.solvers.exact.layer import ExactLayer, ExactResult, layer_of, result_of
-from moeless_opt.solvers.pack.patterns import solve_patterns
+from moeless_opt.solvers.pack import solve_patterns
 
 __all__ = [
     "CpSat",

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, SlotArray
-from moeless_opt.problems.spec.placement import held_LGE
-from moeless_opt.solvers.core.placing import keeps_limits, random_change
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.problems.spec import held_LGE
+from moeless_opt.solvers.core import Stop, keeps_limits, random_change
 from moeless_opt.solvers.lexicographic.figures import EQUAL, Figures
 
 __all__ = ["Chosen", "best_by_order", "lower_in_turn"]

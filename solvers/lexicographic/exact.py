@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.core.linear import LinearModel, solve_linear
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.problems.spec import Problem
+from moeless_opt.solvers.core import LinearModel, Stop, solve_linear
 
 __all__ = ["Exact", "OrderedLayer", "ordered_layer", "size_of", "solve_in_order"]
 

@@ -16,13 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
-from moeless_opt.problems.plan.evaluate import new_replicas, node_traffic
-from moeless_opt.problems.plan.objective import order_of, risk
-from moeless_opt.problems.spec.placement import equal_shares, held_LGE
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.shares.flow import solve_shares
-from moeless_opt.solvers.shares.scenarios import risk_L
-from moeless_opt.solvers.shares.source import pooled_shares, solve_source_shares
+from moeless_opt.problems.plan import new_replicas, node_traffic, order_of, risk
+from moeless_opt.problems.spec import Problem, equal_shares, held_LGE
+from moeless_opt.solvers.shares import pooled_shares, risk_L, solve_shares, solve_source_shares
 
 __all__ = ["EQUAL", "Figures"]
 

@@ -8,19 +8,15 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, UnsupportedFeatureError
-from moeless_opt.problems.plan.result import StoppedBy
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.core.finish import Built
-from moeless_opt.solvers.core.placing import keeps_limits, widened
-from moeless_opt.solvers.core.solver import Heuristic, Task
-from moeless_opt.solvers.core.stopping import FirstOf, MaxTime
+from moeless_opt.problems.plan import StoppedBy
+from moeless_opt.problems.spec import Problem
+from moeless_opt.solvers.core import Built, FirstOf, Heuristic, MaxTime, Task, keeps_limits, widened
 from moeless_opt.solvers.lexicographic.descend import Chosen, best_by_order, lower_in_turn
 from moeless_opt.solvers.lexicographic.exact import Exact, ordered_layer, size_of, solve_in_order
 from moeless_opt.solvers.lexicographic.figures import Figures
 from moeless_opt.solvers.lexicographic.starts import lean_starts, starts
-from moeless_opt.solvers.replan.live import live_slots
-from moeless_opt.solvers.replan.relabel import seat
-from moeless_opt.solvers.shares.best import best_shares
+from moeless_opt.solvers.replan import live_slots, seat
+from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["Lexicographic"]
 

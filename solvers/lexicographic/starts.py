@@ -17,21 +17,14 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.spec.placement import held_LGE
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.construct.equal import construct_equal
-from moeless_opt.solvers.construct.fractional import construct_fractional
-from moeless_opt.solvers.core.placing import widened
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.problems.spec import Problem, held_LGE
+from moeless_opt.solvers.construct import construct_equal, construct_fractional
+from moeless_opt.solvers.core import Stop, widened
 from moeless_opt.solvers.lexicographic.figures import Figures
-from moeless_opt.solvers.pack.packing import pack
-from moeless_opt.solvers.pack.swaps import improve
-from moeless_opt.solvers.replan.live import live_slots
+from moeless_opt.solvers.pack import improve, pack
+from moeless_opt.solvers.replan import ReplanWish, live_slots, replan_within
 from moeless_opt.solvers.replan.relabel import relabel
-from moeless_opt.solvers.replan.solver import replan_within
-from moeless_opt.solvers.replan.task import ReplanWish
-from moeless_opt.solvers.sizing.limits import count_replicas, place_within
-from moeless_opt.solvers.sizing.minimal import fewest_for_time
+from moeless_opt.solvers.sizing import count_replicas, fewest_for_time, place_within
 
 __all__ = ["lean_starts", "starts"]
 

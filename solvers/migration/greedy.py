@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, IntArray, SlotArray
-from moeless_opt.problems.plan.migration import HOST, Drop, Migration, Step, Transfer
-from moeless_opt.problems.spec.placement import replica_keys
-from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.problems.plan import HOST, Drop, Migration, Step, Transfer
+from moeless_opt.problems.spec import Topology, replica_keys
 
 __all__ = ["schedule_greedily"]
 

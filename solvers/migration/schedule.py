@@ -22,18 +22,17 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan.evaluate import new_replicas
-from moeless_opt.problems.plan.migration import (
+from moeless_opt.problems.plan import (
     HOST,
     Drop,
     Migration,
     Step,
     Transfer,
+    new_replicas,
     port_kind,
     transfer_seconds,
 )
-from moeless_opt.problems.spec.placement import held_LGE
-from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.problems.spec import Topology, held_LGE
 from moeless_opt.solvers.migration.greedy import schedule_greedily
 
 __all__ = ["migration_bound", "migration_graph", "schedule_migration", "staging_limit"]

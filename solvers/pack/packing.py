@@ -27,7 +27,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.plan.evaluate import slot_sums
+from moeless_opt.problems.plan import slot_sums
 from moeless_opt.solvers.pack import fast
 
 __all__ = ["empties_last", "pack"]

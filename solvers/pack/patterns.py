@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, WordArray
-from moeless_opt.problems.plan.bounds import best_bound
-from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
+from moeless_opt.problems.plan import best_bound
+from moeless_opt.problems.spec import TOKENS, TimeModel
+from moeless_opt.solvers.core import NeverStop, Stop
 
 __all__ = ["PatternResult", "fewest_replicas", "solve_patterns"]
 

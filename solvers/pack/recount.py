@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
-from moeless_opt.problems.plan.evaluate import even_times
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
+from moeless_opt.problems.plan import even_times
+from moeless_opt.solvers.core import NeverStop, Stop
 from moeless_opt.solvers.pack.counts import apportion, hostable
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.swaps import improve

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.plan.evaluate import even_pieces, slot_sums
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.problems.plan import even_pieces, slot_sums
+from moeless_opt.solvers.core import Stop
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.packing import empties_last
 

@@ -22,7 +22,7 @@ import math
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.core import Stop
 
 __all__ = ["best_counts", "fold", "fold_value", "quick_fold"]
 

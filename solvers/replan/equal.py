@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
-from moeless_opt.problems.plan.bounds import best_bound
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
+from moeless_opt.problems.plan import best_bound
+from moeless_opt.problems.spec import equal_shares
+from moeless_opt.solvers.core import NeverStop, Stop
 from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
 from moeless_opt.solvers.replan.shake import put_back
 from moeless_opt.solvers.replan.task import (

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
+from moeless_opt.solvers.core import NeverStop, Stop
 from moeless_opt.solvers.replan.flow import Cut, ExpertGpu, LayerFlow
 
 __all__ = ["QUICK", "WIDE", "Change", "Search", "fill_overflow"]

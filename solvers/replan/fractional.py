@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless_opt.problems.plan.bounds import best_bound
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
+from moeless_opt.problems.plan import best_bound
+from moeless_opt.solvers.core import NeverStop, Stop
 from moeless_opt.solvers.replan.fill import QUICK, Search, fill_overflow
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
 from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
@@ -33,7 +33,7 @@ from moeless_opt.solvers.replan.task import (
     spread_budget,
 )
 from moeless_opt.solvers.replan.wide import MANY_GPUS, fill_wide
-from moeless_opt.solvers.shares.flow import solve_shares
+from moeless_opt.solvers.shares import solve_shares
 
 __all__ = ["replan_fractional"]
 

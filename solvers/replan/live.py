@@ -8,11 +8,10 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.core.mending import mended
-from moeless_opt.solvers.shares.flow import solve_shares
+from moeless_opt.problems.plan import gpu_times, new_replicas
+from moeless_opt.problems.spec import Problem, equal_shares
+from moeless_opt.solvers.core import mended
+from moeless_opt.solvers.shares import solve_shares
 
 __all__ = [
     "Content",

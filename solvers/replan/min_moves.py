@@ -34,8 +34,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers.core.linear import LinearModel, solve_linear
-from moeless_opt.solvers.core.stopping import MaxTime, Stop
+from moeless_opt.solvers.core import LinearModel, MaxTime, Stop, solve_linear
 from moeless_opt.solvers.replan.flow import UNIT, Cut, ExpertGpu, LayerFlow
 
 __all__ = ["FewestMoves", "flow_moves_bound", "min_moves", "min_moves_bound"]

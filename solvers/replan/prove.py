@@ -8,17 +8,14 @@ from typing import Literal
 import numpy as np
 
 from moeless_opt.problems.arrays import IntArray, SlotArray
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.core.finish import Built, token_bound
-from moeless_opt.solvers.core.options import one_of
-from moeless_opt.solvers.core.solver import Heuristic, Task
-from moeless_opt.solvers.core.stopping import part_of
+from moeless_opt.problems.spec import Problem
+from moeless_opt.solvers.core import Built, Heuristic, Task, one_of, part_of, token_bound
 from moeless_opt.solvers.replan.live import layer_moves, layer_times, live_slots
 from moeless_opt.solvers.replan.min_moves import min_moves, min_moves_bound
 from moeless_opt.solvers.replan.relabel import seat
 from moeless_opt.solvers.replan.solver import replan_within
 from moeless_opt.solvers.replan.task import ReplanWish
-from moeless_opt.solvers.shares.best import best_shares
+from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["MinMoves", "MinMovesOptions"]
 

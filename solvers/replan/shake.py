@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.core import Stop
 from moeless_opt.solvers.replan.fill import QUICK, fill_overflow
 from moeless_opt.solvers.replan.flow import LayerFlow
 from moeless_opt.solvers.replan.live import moves_between

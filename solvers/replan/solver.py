@@ -16,15 +16,20 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan.evaluate import gpu_times, move_seconds
-from moeless_opt.problems.plan.plan import Payback, Plan
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.construct.solver import Construct
-from moeless_opt.solvers.core.finish import Built, token_bound
-from moeless_opt.solvers.core.knapsack import choose_points
-from moeless_opt.solvers.core.solver import Heuristic, Task
-from moeless_opt.solvers.core.stopping import NeverStop, Stop, part_of
-from moeless_opt.solvers.migration.schedule import schedule_migration
+from moeless_opt.problems.plan import Payback, Plan, gpu_times, move_seconds
+from moeless_opt.problems.spec import Problem
+from moeless_opt.solvers.construct import Construct
+from moeless_opt.solvers.core import (
+    Built,
+    Heuristic,
+    NeverStop,
+    Stop,
+    Task,
+    choose_points,
+    part_of,
+    token_bound,
+)
+from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import replan_fractional
 from moeless_opt.solvers.replan.live import layer_moves, layer_problem, layer_times, live_slots
@@ -32,8 +37,7 @@ from moeless_opt.solvers.replan.min_moves import min_moves_bound
 from moeless_opt.solvers.replan.relabel import relabel
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, front_of
 from moeless_opt.solvers.replan.wide import MANY_GPUS
-from moeless_opt.solvers.shares.best import best_shares
-from moeless_opt.solvers.shares.scenarios import best_over_scenarios
+from moeless_opt.solvers.shares import best_over_scenarios, best_shares
 
 __all__ = ["Frontier", "Replan", "ReplanOptions", "frontier", "replan_within"]
 

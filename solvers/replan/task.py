@@ -10,7 +10,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.solvers.core.knapsack import choose_points
+from moeless_opt.solvers.core import choose_points
 from moeless_opt.solvers.replan.live import Content
 from moeless_opt.solvers.replan.relabel import seat_all
 

@@ -25,7 +25,7 @@ import numpy as np
 from ortools.graph.python.max_flow import SimpleMaxFlow
 
 from moeless_opt.problems.arrays import BoolArray, IntArray
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
+from moeless_opt.solvers.core import NeverStop, Stop
 
 __all__ = ["MANY_GPUS", "fill_wide"]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec import Problem, equal_shares
 from moeless_opt.solvers.shares.flow import solve_shares
 
 __all__ = ["best_shares"]

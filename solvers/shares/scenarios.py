@@ -12,13 +12,9 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
-from moeless_opt.problems.plan.objective import risk
-from moeless_opt.problems.spec.loads import Loads
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.core.placing import keeps_limits, random_change
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.problems.plan import gpu_times, new_replicas, risk
+from moeless_opt.problems.spec import Loads, Problem, equal_shares
+from moeless_opt.solvers.core import Stop, keeps_limits, random_change
 from moeless_opt.solvers.shares.flow import solve_shares
 
 __all__ = ["MOST_SCENARIOS", "best_over_scenarios", "guises", "risk_L"]

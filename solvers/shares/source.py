@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.spec.placement import equal_shares
+from moeless_opt.problems.spec import equal_shares
 from moeless_opt.solvers.shares.flow import solve_shares
 from moeless_opt.solvers.shares.graph import ReplicaGraph
 

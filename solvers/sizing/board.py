@@ -15,7 +15,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.core import Stop
 
 __all__ = ["Board"]
 

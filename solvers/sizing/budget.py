@@ -24,13 +24,9 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan.bounds import tau_curve
-from moeless_opt.problems.plan.evaluate import even_times
-from moeless_opt.solvers.core.knapsack import choose_points
-from moeless_opt.solvers.core.stopping import Stop
-from moeless_opt.solvers.pack.counts import apportion, trim
-from moeless_opt.solvers.pack.packing import pack
-from moeless_opt.solvers.pack.swaps import improve
+from moeless_opt.problems.plan import even_times, tau_curve
+from moeless_opt.solvers.core import Stop, choose_points
+from moeless_opt.solvers.pack import apportion, improve, pack, trim
 
 __all__ = [
     "BudgetPlan",

@@ -13,18 +13,11 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.spec.placement import held_LGE
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.construct.equal import construct_equal
-from moeless_opt.solvers.construct.fractional import construct_fractional
-from moeless_opt.solvers.core.finish import Built
-from moeless_opt.solvers.core.options import NoOptions
-from moeless_opt.solvers.core.placing import keeps_limits, widened
-from moeless_opt.solvers.core.solver import Heuristic, Task
-from moeless_opt.solvers.core.stopping import NeverStop, Stop
-from moeless_opt.solvers.pack.counts import apportion
-from moeless_opt.solvers.shares.best import best_shares
-from moeless_opt.solvers.shares.scenarios import best_over_scenarios, risk_L
+from moeless_opt.problems.spec import Problem, held_LGE
+from moeless_opt.solvers.construct import construct_equal, construct_fractional
+from moeless_opt.solvers.core import Built, Heuristic, NeverStop, NoOptions, Stop, Task, keeps_limits, widened
+from moeless_opt.solvers.pack import apportion
+from moeless_opt.solvers.shares import best_over_scenarios, best_shares, risk_L
 from moeless_opt.solvers.sizing.board import Board
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv
 

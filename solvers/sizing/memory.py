@@ -18,8 +18,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.solvers.core.linear import LinearModel, solve_linear
-from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.core import LinearModel, Stop, solve_linear
 
 __all__ = ["Build", "share_slots", "slots_for_one_each"]
 

@@ -28,15 +28,11 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan.bounds import apportionment_pairs, replicas_needed
-from moeless_opt.problems.plan.evaluate import gpu_times
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.solvers.construct.fractional import construct_fractional
-from moeless_opt.solvers.core.stopping import FirstOf, MaxTime, NeverStop, Stop
-from moeless_opt.solvers.pack.counts import apportion, trim
-from moeless_opt.solvers.pack.packing import pack
-from moeless_opt.solvers.pack.patterns import fewest_replicas
-from moeless_opt.solvers.pack.swaps import improve
+from moeless_opt.problems.plan import apportionment_pairs, gpu_times, replicas_needed
+from moeless_opt.problems.spec import equal_shares
+from moeless_opt.solvers.construct import construct_fractional
+from moeless_opt.solvers.core import FirstOf, MaxTime, NeverStop, Stop
+from moeless_opt.solvers.pack import apportion, fewest_replicas, improve, pack, trim
 
 __all__ = ["CvSizing", "TimeSizing", "fewest_for_cv", "fewest_for_time"]
 

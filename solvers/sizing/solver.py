@@ -10,18 +10,11 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan.evaluate import gpu_times
-from moeless_opt.problems.plan.objective import risk
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.solvers.construct.equal import construct_equal
-from moeless_opt.solvers.construct.fractional import construct_fractional
-from moeless_opt.solvers.core.finish import Built
-from moeless_opt.solvers.core.options import NoOptions
-from moeless_opt.solvers.core.solver import Heuristic, Task
-from moeless_opt.solvers.core.stopping import Stop
-from moeless_opt.solvers.shares.best import best_shares
-from moeless_opt.solvers.shares.scenarios import best_over_scenarios, guises, risk_L
+from moeless_opt.problems.plan import gpu_times, risk
+from moeless_opt.problems.spec import Problem, equal_shares
+from moeless_opt.solvers.construct import construct_equal, construct_fractional
+from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Stop, Task
+from moeless_opt.solvers.shares import best_over_scenarios, best_shares, guises, risk_L
 from moeless_opt.solvers.sizing.budget import plan_budget
 from moeless_opt.solvers.sizing.memory import share_slots, slots_for_one_each
 from moeless_opt.solvers.sizing.minimal import TimeSizing, fewest_for_time

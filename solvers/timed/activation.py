@@ -34,9 +34,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.plan.evaluate import gpu_times
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.plan import gpu_times
+from moeless_opt.problems.spec import TimeModel, equal_shares
 
 __all__ = ["Activation", "fewest_activated", "shares_of_one", "worthwhile_replicas"]
 
@@ -289,8 +288,7 @@ def worthwhile_replicas(
     A replica of expert e with r of them weighs ``activation + token * w_e / r``, which is the token cost
     of an expert with ``w_e + r * activation / token`` tokens: the packing for tokens packs this too.
     """
-    from moeless_opt.solvers.pack.counts import apportion, trim
-    from moeless_opt.solvers.pack.packing import pack
+    from moeless_opt.solvers.pack import apportion, pack, trim
 
     load = np.atleast_2d(np.asarray(load_LE, dtype=np.float64))
     capacity = np.asarray(capacity_LG, dtype=np.int64)

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.plan.time_bounds import TimeTable
-from moeless_opt.problems.spec.placement import held_LGE
+from moeless_opt.problems.plan import TimeTable
+from moeless_opt.problems.spec import held_LGE
 
 __all__ = ["Timed", "kicks_for", "timed_plan", "timed_shares"]
 

@@ -12,18 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray, whole
-from moeless_opt.problems.plan.evaluate import gpu_times, new_replicas
-from moeless_opt.problems.plan.objective import risk
-from moeless_opt.problems.plan.time_bounds import TimeTable
-from moeless_opt.problems.spec.placement import equal_shares
-from moeless_opt.problems.spec.problem import Problem
-from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
-from moeless_opt.solvers.construct.solver import Construct
-from moeless_opt.solvers.core.finish import Built
-from moeless_opt.solvers.core.solver import Heuristic, Task
-from moeless_opt.solvers.replan.live import live_slots
-from moeless_opt.solvers.replan.solver import Replan
-from moeless_opt.solvers.shares.scenarios import guises
+from moeless_opt.problems.plan import TimeTable, gpu_times, new_replicas, risk
+from moeless_opt.problems.spec import TOKENS, Problem, TimeModel, equal_shares
+from moeless_opt.solvers.construct import Construct
+from moeless_opt.solvers.core import Built, Heuristic, Task
+from moeless_opt.solvers.replan import Replan, live_slots
+from moeless_opt.solvers.shares import guises
 from moeless_opt.solvers.timed.activation import shares_of_one, worthwhile_replicas
 from moeless_opt.solvers.timed.search import Timed, kicks_for, timed_plan, timed_shares
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -112,6 +113,25 @@ def all_sources() -> dict[str, Path]:
 SOURCES = all_sources()
 
 
+def public_names() -> dict[str, dict[str, str]]:
+    """Room -> public name -> module that it lives in, as the stub of the room's face says."""
+    faces = {}
+    for module, path in SOURCES.items():
+        stub = path.with_suffix(".pyi")
+        if path.name == "__init__.py" and stub.exists():
+            names = {}
+            for node in ast.parse(stub.read_text(encoding="utf-8")).body:
+                assert isinstance(node, ast.ImportFrom)
+                assert node.level == 1
+                for alias in node.names:
+                    names[alias.name] = f"{module}.{node.module or alias.name}"
+            faces[module] = names
+    return faces
+
+
+FACES = public_names()
+
+
 @cache
 def imports_of(path: Path) -> frozenset[str]:
     """Modules that a file names in its imports, wherever they stand: inside functions, for types alone."""
@@ -120,7 +140,9 @@ def imports_of(path: Path) -> frozenset[str]:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports by dots"
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (whole & SOURCES.keys()) or {node.module or ""}
+            behind = FACES.get(node.module or "", {})
+            homes = {behind[alias.name] for alias in node.names if alias.name in behind}
+            found |= homes | (whole & SOURCES.keys()) or {node.module or ""}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return frozenset(found)
@@ -174,6 +196,34 @@ def test_imports_run_one_way_between_rooms(folder: str) -> None:
         for name in imports_of(path):
             other = room_of(name) if name.startswith(f"moeless_opt.{folder}.") else room
             assert other == room or floor[other] < floor[room], f"{module} imports {name}"
+
+
+def test_rooms_use_each_other_by_their_faces() -> None:
+    """A file is private to its room unless the room's face names it, or the name that is imported."""
+    for module, path in SOURCES.items():
+        home = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.module not in SOURCES:
+                continue
+            target = SOURCES[node.module]
+            room = node.module if target.name == "__init__.py" else node.module.rpartition(".")[0]
+            if room == home or room not in FACES or home == "moeless_opt.runtime":
+                continue
+            names = {alias.name for alias in node.names}
+            public = node.module in FACES[room].values() and node.module.rpartition(".")[2] in FACES[room]
+            fine = public if node.module != room else names <= FACES[room].keys()
+            assert fine, f"{module} imports {sorted(names)} of {node.module}: not in the face of its room"
+
+
+def test_every_room_has_a_face_that_keeps_its_word() -> None:
+    assert len(FACES) >= 20
+    for room, names in FACES.items():
+        face = importlib.import_module(room)
+        assert face.__doc__, room
+        assert sorted(face.__all__) == sorted(names), room
+        if not room.startswith("moeless_opt.runtime"):  # its parts need torch
+            for name in names:
+                assert getattr(face, name) is not None
 
 
 def test_the_runtime_uses_of_the_solvers_what_it_may() -> None:
@@ -249,7 +299,7 @@ def data_files() -> set[str]:
             inside = path.relative_to(root)
             if (
                 path.is_file()
-                and path.suffix in (".py", ".json", ".npz", ".typed")
+                and path.suffix in (".py", ".pyi", ".json", ".npz", ".typed")
                 and "__pycache__" not in path.parts
             ):
                 if folder == "." and inside.parts[0] in NAMES:

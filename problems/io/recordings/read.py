@@ -50,7 +50,7 @@ from moeless_opt.problems.errors import FormatError, SolverUnavailableError
 from moeless_opt.problems.io.recordings.arrays import Array, NpzArray, Value, npy_array, plain_numbers
 from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Found, Source, cut, mib, shape_text
 from moeless_opt.problems.io.recordings.tables import TableReader
-from moeless_opt.problems.spec.loads import Loads
+from moeless_opt.problems.spec import Loads
 
 __all__ = ["DEFAULT_MAX_BYTES", "Recording", "read_loads", "read_recording"]
 

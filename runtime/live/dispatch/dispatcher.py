@@ -30,10 +30,9 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import IntArray
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
+from moeless_opt.runtime.live import ExpertGroup, SlotTable
 from moeless_opt.runtime.live.dispatch.routes import source_aware
 from moeless_opt.runtime.live.dispatch.shares import SharePolicy
-from moeless_opt.runtime.live.groups import ExpertGroup
-from moeless_opt.runtime.live.slots import SlotTable
 
 __all__ = ["SlotDispatcher", "chosen_experts"]
 

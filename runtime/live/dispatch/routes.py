@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, IntArray
-from moeless_opt.runtime.live.slots import SlotTable
+from moeless_opt.runtime.live import SlotTable
 
 __all__ = ["source_aware"]
 

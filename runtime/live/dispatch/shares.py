@@ -9,8 +9,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime.live.slots import SlotTable
-from moeless_opt.solvers.shares.rounding import round_tokens
+from moeless_opt.runtime.live import SlotTable
+from moeless_opt.solvers.shares import round_tokens
 
 __all__ = [
     "BalancedShares",

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import FloatArray, IntArray
-from moeless_opt.problems.plan.time_bounds import TimeTable
-from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.plan import TimeTable
+from moeless_opt.problems.spec import TimeModel
+from moeless_opt.runtime.live import SlotTable
 from moeless_opt.runtime.live.dispatch.shares import BalancedShares
-from moeless_opt.runtime.live.slots import SlotTable
-from moeless_opt.solvers.shares.rounding import round_tokens
-from moeless_opt.solvers.timed.search import timed_shares
+from moeless_opt.solvers.shares import round_tokens
+from moeless_opt.solvers.timed import timed_shares
 
 __all__ = ["TimedShares"]
 

@@ -1,0 +1,17 @@
+from .arrivals import Arrivals as Arrivals
+from .arrivals import poisson_arrivals as poisson_arrivals
+from .arrivals import read_arrivals as read_arrivals
+from .arrivals import read_lengths as read_lengths
+from .documents import load_problem as load_problem
+from .documents import problem_from_json as problem_from_json
+from .documents import problem_to_json as problem_to_json
+from .documents import save_problem as save_problem
+from .files import atomic_write as atomic_write
+from .files import read_json as read_json
+from .plans import load_plan as load_plan
+from .plans import plan_to_json as plan_to_json
+from .plans import save_plan as save_plan
+from .traces import RoutedRequests as RoutedRequests
+from .traces import TokenTraces as TokenTraces
+from .traces import loads_by_step as loads_by_step
+from .traces import read_token_traces as read_token_traces

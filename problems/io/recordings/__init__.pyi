@@ -1,0 +1,1 @@
+from .read import read_loads as read_loads

@@ -1,0 +1,10 @@
+from .files import SafetensorsFolder as SafetensorsFolder
+from .parts import GPTModel as GPTModel
+from .parts import TransformerConfig as TransformerConfig
+from .parts import build_gpt as build_gpt
+from .parts import causal_positions as causal_positions
+from .parts import ensure_model_parallel as ensure_model_parallel
+from .parts import moe_layers as moe_layers
+from .parts import neutral_config_fields as neutral_config_fields
+from .parts import parallel_state as parallel_state
+from .parts import quiet_config as quiet_config

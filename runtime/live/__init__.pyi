@@ -1,0 +1,17 @@
+from .adopt import Adopted as Adopted
+from .adopt import AttachOptions as AttachOptions
+from .adopt import Engine as Engine
+from .experts import MemoryMeter as MemoryMeter
+from .experts import SlotBank as SlotBank
+from .experts import SlotExperts as SlotExperts
+from .experts import Weights as Weights
+from .experts import meta_shell as meta_shell
+from .faults import Guard as Guard
+from .groups import ExpertGroup as ExpertGroup
+from .home import MappedHome as MappedHome
+from .home import PinnedHome as PinnedHome
+from .home import host_copy as host_copy
+from .model import LiveModel as LiveModel
+from .rows import pieces as pieces
+from .slots import SlotTable as SlotTable
+from .slots import static_slots as static_slots

@@ -1,0 +1,12 @@
+from . import fast as fast
+from .counts import apportion as apportion
+from .counts import largest_piece as largest_piece
+from .counts import trim as trim
+from .packing import pack as pack
+from .patterns import fewest_replicas as fewest_replicas
+from .patterns import solve_patterns as solve_patterns
+from .recount import resize as resize
+from .swaps import improve as improve
+from .two_slots import best_counts as best_counts
+from .two_slots import fold as fold
+from .two_slots import quick_fold as quick_fold
