@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from moeless_opt.problems.arrays import number
 from moeless_opt.problems.errors import (
     InfeasibleError,
     ProblemError,
@@ -260,13 +261,19 @@ def solve(
         raise ProblemError("problem", f"is {type(problem).__name__}, must be a Problem")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ProblemError("seed", f"is {seed!r}, must be a whole number of at least 0")
-    chosen = get_solver(solver) if isinstance(solver, str) else solver
+    chosen = _solver_of(solver)
+    if stop is not None and not (callable(stop) and hasattr(stop, "remaining")):
+        raise ProblemError("stop", f"is {type(stop).__name__}, must be a Stop: callable, with `remaining`")
+    if progress is not None and not callable(progress):
+        raise ProblemError("progress", f"is {type(progress).__name__}, must be callable")
+    if time_limit is not None:
+        time_limit = number("time_limit", time_limit, open_low=True)
+    if problem.limits.bounds_moves and problem.current is None:
+        raise ProblemError("limits", "bound moves, but nothing is live to move from: give `current`")
     require(chosen, problem)
     problem.check_feasible()
     stops: list[Stop] = [] if stop is None else [stop]
     if time_limit is not None:
-        if not time_limit > 0:
-            raise ProblemError("time_limit", f"is {time_limit!r}, must be above 0 (seconds)")
         stops.append(MaxTime(time_limit))
     until: Stop = stops[0] if len(stops) == 1 else FirstOf(*stops) if stops else NeverStop()
     result = chosen.solve(problem, stop=until, seed=int(seed), initial=initial, progress=progress, **options)
@@ -275,9 +282,17 @@ def solve(
     return result
 
 
+def _solver_of(solver: str | Solver) -> Solver:
+    if isinstance(solver, str):
+        return get_solver(solver)
+    if isinstance(solver, type) or not isinstance(solver, Solver):
+        raise ProblemError("solver", f"is {solver!r}, must be a name of `solver_names()` or a Solver object")
+    return solver
+
+
 def compare(
     problem: Problem,
-    solvers: Iterable[str] = ("static", "eplb", "moeless", "auto", BOUND_ROW),
+    solvers: Iterable[str | Solver] = ("static", "eplb", "moeless", "auto", BOUND_ROW),
     *,
     time_limit: float | None = None,
     stop: Stop | None = None,
@@ -292,8 +307,9 @@ def compare(
     ----------
     problem : Problem
         What to solve.
-    solvers : iterable of str
-        Names in the registry; ``"oracle"`` for a row of perfect balance, which is a bound and no plan.
+    solvers : iterable of str or Solver
+        Names in the registry, or solvers themselves; ``"oracle"`` for a row of perfect balance, which is a
+        bound and no plan.
     time_limit : float, optional
         Seconds for each.
     stop, seed, progress
@@ -304,22 +320,23 @@ def compare(
     Comparison
         Prints as a table; ``.rows`` has the figures, ``.results`` the Results by name.
     """
-    names = list(solvers)
-    for name in names:
-        if name != BOUND_ROW:
-            get_solver(name)  # a wrong name is an error of the caller, not a row
+    asked_for = list(solvers)
+    for one in asked_for:
+        if one != BOUND_ROW:
+            _solver_of(one)  # a wrong name is an error of the caller, not a row
     results: dict[str, Result] = {}
     rows = []
-    for name in names:
+    for one in asked_for:
+        name = one if isinstance(one, str) else one.name
         if name == BOUND_ROW:
             rows.append(bound_row(problem))
             continue
         try:
             asked = _without_order(problem) if name in PUBLISHED else problem
-            result = solve(asked, name, time_limit=time_limit, stop=stop, seed=seed, progress=progress)
+            result = solve(asked, one, time_limit=time_limit, stop=stop, seed=seed, progress=progress)
             if asked is not problem and result.plan is not None:
                 result = result.replace(problem=problem, plan=result.plan.replace(made_for=problem))
-        except (UnsupportedFeatureError, SolverUnavailableError) as error:
+        except (UnsupportedFeatureError, SolverUnavailableError, ProblemError) as error:
             result = Result(
                 problem=problem, plan=None, status=Status.NO_SOLUTION, solver=name, message=str(error)
             )

@@ -66,6 +66,7 @@ def construct_fractional(
     seed: int = 0,
     effort: str = "normal",
     stop: Stop | None = None,
+    enough_L: FloatArray | None = None,
 ) -> tuple[SlotArray, FloatArray]:
     """Place the replicas of every layer, and split the tokens, for the least largest GPU time.
 
@@ -84,6 +85,9 @@ def construct_fractional(
         loads with lognormal noise, shares re-solved.
     stop : Stop, optional
         When to end with the best that was built; every layer is built once in any case.
+    enough_L : array of float, shape [L], optional
+        Times that will do: layers that keep them are spared the slower constructions, and the slowest of all,
+        an equal split, only places what nothing else could.
 
     Returns
     -------
@@ -115,7 +119,7 @@ def construct_fractional(
             return small
     slots, share, time_L = _joined(load, capacity, speed, LEAN)
     stop = stop or NeverStop()
-    _retry(load, capacity, speed, (slots, share, time_L), seed, stop)
+    _retry(load, capacity, speed, (slots, share, time_L), seed, stop, enough_L)
     if effort == "thorough":
         _sturdiest(load, capacity, speed, (slots, share, time_L), seed, stop)
     return slots, share
@@ -171,6 +175,7 @@ def _retry(
     best: Built,
     seed: int,
     stop: Stop,
+    enough_L: FloatArray | None,
 ) -> None:
     """Other constructions for the layers that miss the mean, in place, until one is as good as can be.
 
@@ -194,8 +199,10 @@ def _retry(
         if number == hard and len(open_L):
             goal_L = mean_L.copy()
             goal_L[open_L], _ = best_bound(load_LE[open_L], capacity_LG[open_L], speed_G, "fractional")
+            if enough_L is not None:
+                goal_L = np.maximum(goal_L, enough_L)
             open_L = np.flatnonzero(time_L > goal_L * (1.0 + PERFECT))
-        last = bool(stop())
+        last = bool(stop()) or (enough_L is not None and number == len(builds) - 1)
         if last:  # what could not be packed so far needs a placement all the same
             open_L, build = np.flatnonzero(np.isinf(time_L)), builds[-1]
         if not len(open_L):

@@ -12,6 +12,7 @@ from .knapsack import choose_points as choose_points
 from .knapsack import hull_steps as hull_steps
 from .linear import GAP as GAP
 from .linear import LinearModel as LinearModel
+from .linear import check_engine as check_engine
 from .linear import solve_linear as solve_linear
 from .linear import write_linear as write_linear
 from .mending import mended as mended

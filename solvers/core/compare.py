@@ -61,7 +61,8 @@ def ranks(problem: Problem, built: Built) -> list[FloatArray]:
         enough_L = lower_bound(problem)[0] * (1 + problem.objective.balance_tolerance)
         moved = new_replicas(built.slots_LGC, current.slots_LGC, problem.experts).sum((1, 2))
         order += [np.maximum(value_L, enough_L), np.asarray(moved, dtype=np.float64)]
-    return [*order, value_L]
+    order.append(value_L)
+    return [*order, held_L] if "memory" in problem.objective.priorities else order
 
 
 def _in_order(problem: Problem, found: Built, other: Built) -> tuple[list[FloatArray], list[FloatArray]]:

@@ -15,6 +15,7 @@ from moeless_opt.problems.plan import (
     StoppedBy,
     TimeTable,
     best_bound,
+    check_slots,
     count_moves,
     gpu_times,
     imbalance,
@@ -137,7 +138,12 @@ def finish(problem: Problem, built: Built, *, solver: str, began: Clock, certify
     speed_G = problem.topology.speed_G
     time_LG = gpu_times(problem.load_LE, slots_LGC, share_LGC, speed_G, problem.time)
     value_L = time_LG.max(1)
-    bound_L, names = _certified(problem, value_L, built.bound, certify)
+    try:
+        bound_L, names = _certified(problem, value_L, built.bound, certify)
+    except InvalidPlanError:
+        for slots_GC, capacity_G in zip(slots_LGC, problem.capacity_LG, strict=True):
+            check_slots(slots_GC, problem.experts, capacity_G)  # what breaks a rule may be below any bound
+        raise
     current = None if problem.current is None else problem.current.slots_LGC
     return Plan(
         slots_LGC=slots_LGC,

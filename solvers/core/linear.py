@@ -42,7 +42,14 @@ from moeless_opt.problems.plan import StoppedBy
 from moeless_opt.solvers.core import _engines
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
 
-__all__ = ["GAP", "LinearAnswer", "LinearModel", "solve_linear", "write_linear"]
+__all__ = [
+    "GAP",
+    "LinearAnswer",
+    "LinearModel",
+    "check_engine",
+    "solve_linear",
+    "write_linear",
+]
 
 
 GAP = 1e-7
@@ -114,6 +121,24 @@ class LinearAnswer:
     bound: float
     stopped_by: StoppedBy
     message: str
+
+
+ENGINES = ("highs", "gscip", "glop", "cp_sat", "pdlp", "pulp")
+
+
+def check_engine(engine: object) -> None:
+    """Refuse a name that cannot be an engine's.
+
+    Raises
+    ------
+    ProblemError
+        Saying which there are.
+    """
+    family, _, solver = engine.partition(":") if isinstance(engine, str) else ("", "", "")
+    if family not in ENGINES or (
+        isinstance(engine, str) and ":" in engine and (family != "pulp" or not solver)
+    ):
+        raise ProblemError("engine", f"is {engine!r}, must be like 'highs', 'gscip', 'pulp' or 'pulp:CBC'")
 
 
 def solve_linear(

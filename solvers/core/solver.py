@@ -20,11 +20,13 @@ anything was built says so: a Result without a plan.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
-from moeless_opt.problems.errors import ProblemError
+import numpy as np
+
+from moeless_opt.problems.errors import InvalidPlanError, ProblemError
 from moeless_opt.problems.plan import Plan, Progress, ProgressCallback, Result, Status, StoppedBy, violations
 from moeless_opt.problems.spec import Problem, equal_shares
 from moeless_opt.solvers.core.compare import best_of
@@ -236,16 +238,33 @@ class Heuristic(ABC):
     def _best(self, task: Task[Any]) -> tuple[Built | None, StoppedBy]:
         """The best of what is built, and what cut that short."""
         best, stopped_by = None, StoppedBy.NOTHING
-        built = self.build(task)
-        for one in [built] if isinstance(built, Built) else built:
+        for one in self._checked(task):
             best = one if best is None else best_of(task.problem, one, best)
             stopped_by = one.stopped_by or task.stop()
             if stopped_by:
                 break
-        return best, stopped_by
+        return best, stopped_by if best is not None else task.stop()
+
+    def _checked(self, task: Task[Any]) -> Iterator[Built]:
+        """What `build` gives, one by one, if it is what the contract wants.
+
+        Raises
+        ------
+        InvalidPlanError
+            Naming the solver, and what it gave instead.
+        """
+        built = self.build(task)
+        if not isinstance(built, Built | Iterable):
+            raise InvalidPlanError([f"solver {self.name!r} built {type(built).__name__}, must be Built"])
+        for one in [built] if isinstance(built, Built) else built:
+            if wrong := _malformed(task.problem, one):
+                raise InvalidPlanError([f"solver {self.name!r} built {wrong}"])
+            yield one
 
     def _start(self, problem: Problem, initial: Plan) -> Built | None:
         """What was given to start from, for this problem; None if it breaks a rule."""
+        if not isinstance(initial, Plan):
+            raise ProblemError("initial", f"is {type(initial).__name__}, must be a Plan")
         if self.refuses_initial:
             raise ProblemError("initial", f"is not taken by solver {self.name!r}: {self.refuses_initial}")
         have = (*initial.slots_LGC.shape[:2], initial.experts)
@@ -258,8 +277,24 @@ class Heuristic(ABC):
                 ),
             )
         share_LGC = initial.share_LGC
-        if problem.split == "equal" and initial.split != "equal":
+        if problem.split == "equal":  # even over the replicas, whatever was merged there
             share_LGC = equal_shares(initial.slots_LGC, problem.experts)
         built = Built(slots_LGC=initial.slots_LGC, share_LGC=share_LGC)
         plan = finish(problem, built, solver=self.name, began=Clock.begin(), certify=False)
         return None if violations(problem, plan) else built
+
+
+def _malformed(problem: Problem, built: object) -> str:
+    """What is wrong with the form of something built; whether it is a good plan is the verifier's to say."""
+    if not isinstance(built, Built):
+        return f"{type(built).__name__}, must be Built"
+    slots: object = built.slots_LGC
+    layers, gpus, experts = problem.layers, problem.topology.gpus, problem.experts
+    if not isinstance(slots, np.ndarray) or slots.dtype.kind != "i":
+        return f"slots_LGC as {getattr(slots, 'dtype', type(slots).__name__)}, must be an array of integers"
+    if slots.ndim != 3 or slots.shape[:2] != (layers, gpus) or not slots.size:
+        return f"slots_LGC of shape {list(slots.shape)}, must be [{layers}, {gpus}, slots]"
+    low, high = int(slots.min()), int(slots.max())
+    if low < -1 or not 0 <= high < experts:
+        return f"slots with experts {low} to {high}, must be 0 to {experts - 1}, or -1 where empty"
+    return ""

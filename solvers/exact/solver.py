@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray, whole
-from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import PROVEN, StoppedBy, gpu_times
 from moeless_opt.problems.spec import Problem, equal_shares
 from moeless_opt.solvers.construct import Construct, ConstructOptions
@@ -29,6 +28,7 @@ from moeless_opt.solvers.core import (
     MaxTime,
     Stop,
     Task,
+    check_engine,
     in_time,
     lower_bound,
     token_bound,
@@ -93,8 +93,7 @@ class MilpOptions(CpSatOptions):
 
     def __post_init__(self) -> None:
         super(MilpOptions, self).__post_init__()
-        if not isinstance(self.engine, str) or not self.engine:
-            raise ProblemError("engine", f"is {self.engine!r}, must be like 'highs', 'pulp' or 'pulp:CBC'")
+        check_engine(self.engine)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.spec import Problem
-from moeless_opt.solvers.core import Built, Heuristic, Task, one_of, part_of, token_bound
+from moeless_opt.solvers.core import Built, Heuristic, Task, check_engine, part_of, token_bound
 from moeless_opt.solvers.replan.live import layer_moves, layer_times, live_slots
 from moeless_opt.solvers.replan.min_moves import min_moves, min_moves_bound
 from moeless_opt.solvers.replan.relabel import seat
@@ -26,14 +25,15 @@ class MinMovesOptions:
 
     Parameters
     ----------
-    engine : {"highs", "pulp"}
+    engine : str
+        "highs", "pulp", or "pulp:NAME" for one of PuLP's solvers.
         HiGHS through ortools, or PuLP's first available solver.
     """
 
-    engine: Literal["highs", "pulp"] = "highs"
+    engine: str = "highs"
 
     def __post_init__(self) -> None:
-        one_of("engine", self.engine, ("highs", "pulp"))
+        check_engine(self.engine)
 
 
 class MinMoves(Heuristic):

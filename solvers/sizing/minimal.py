@@ -205,7 +205,7 @@ def _built(
             fewer[layer] = capacity[layer]
             while fewer[layer].sum() > total_L[layer]:
                 fewer[layer, int(fewer[layer].argmax())] -= 1
-        slots, share = construct_fractional(load, fewer, speed)
+        slots, share = construct_fractional(load, fewer, speed, enough_L=target_L)
     width = int(capacity.max())
     slots, share = slots[:, :, :width], share[:, :, :width]
     pad = ((0, 0), (0, 0), (0, width - slots.shape[2]))

@@ -6,6 +6,8 @@ layers share the GPUs' bytes, replicas go where they buy most).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
@@ -33,7 +35,7 @@ class Sized(Heuristic):
     name = "sized"
     summary = "fewest replicas for a wanted imbalance, or one budget of bytes over all layers"
 
-    def build(self, task: Task[NoOptions]) -> Built:
+    def build(self, task: Task[NoOptions]) -> Built | Iterable[Built]:
         """Size, place, share."""
         problem = task.problem
         policy = problem.sizing.policy
@@ -42,12 +44,16 @@ class Sized(Heuristic):
             raise ProblemError(
                 "sizing.policy", f"is {policy!r}; solver {self.name!r} takes 'makespan' and 'memory'"
             )
-        slots_LGC, message = size(problem, task.stop)
+        sized = size(problem, task.stop)
+        if sized is None:
+            return ()
+        slots_LGC, message = sized
         share_LGC = best_shares(problem, slots_LGC)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, message=message, proof=message)
 
 
-def _few_replicas(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
+def _few_replicas(problem: Problem, stop: Stop) -> tuple[SlotArray, str] | None:
+    """Slots and what is to be said of them; None where the time was too short to reach the target."""
     wanted = problem.sizing.imbalance
     speed_G, loads = problem.topology.speed_G, problem.loads
     mean_TL = loads.load_TLE.sum(2) / speed_G.sum()
@@ -62,11 +68,13 @@ def _few_replicas(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
     )
     if loads.shape[0] > 1:
         found = _in_every_scenario(problem, found, target_L, stop)
+    if not found.met_L.all() and stop():
+        return None
     if not found.met_L.all():
         missed = [problem.loads.layers[i] for i in np.flatnonzero(~found.met_L)]
         raise InfeasibleError(
             f"sizing.imbalance: {wanted} was not reached in {len(missed)} layer(s), first {missed[0]}; "
-            f"{'more time, ' if stop() else ''}more slots or a larger imbalance would do"
+            "more slots or a larger imbalance would do"
         )
     few, least = int(found.replicas_L.sum()), int(found.bound_L.sum())
     return found.slots_LGC, f"{few} replicas for an imbalance of {wanted}; no plan has fewer than {least}"
