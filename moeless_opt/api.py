@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import number
 from moeless_opt.problems.errors import (
     InfeasibleError,
     ProblemError,
@@ -259,15 +258,8 @@ def solve(
     """
     if not isinstance(problem, Problem):
         raise ProblemError("problem", f"is {type(problem).__name__}, must be a Problem")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ProblemError("seed", f"is {seed!r}, must be a whole number of at least 0")
+    _check_run(time_limit, stop, seed, progress)
     chosen = _solver_of(solver)
-    if stop is not None and not (callable(stop) and hasattr(stop, "remaining")):
-        raise ProblemError("stop", f"is {type(stop).__name__}, must be a Stop: callable, with `remaining`")
-    if progress is not None and not callable(progress):
-        raise ProblemError("progress", f"is {type(progress).__name__}, must be callable")
-    if time_limit is not None:
-        time_limit = number("time_limit", time_limit, open_low=True)
     if problem.limits.bounds_moves and problem.current is None:
         raise ProblemError("limits", "bound moves, but nothing is live to move from: give `current`")
     require(chosen, problem)
@@ -280,6 +272,19 @@ def solve(
     if result.plan is not None:
         verify(problem, result.plan)
     return result
+
+
+def _check_run(time_limit: object, stop: object, seed: object, progress: object) -> None:
+    """Refuse arguments of a solve that are of another kind."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ProblemError("seed", f"is {seed!r}, must be a whole number of at least 0")
+    good = isinstance(time_limit, int | float | np.integer | np.floating) and not isinstance(time_limit, bool)
+    if time_limit is not None and not (good and time_limit > 0):  # type: ignore[operator]
+        raise ProblemError("time_limit", f"is {time_limit!r}, must be above 0 (seconds)")
+    if stop is not None and not (callable(stop) and hasattr(stop, "remaining")):
+        raise ProblemError("stop", f"is {type(stop).__name__}, must be a Stop: callable, with `remaining`")
+    if progress is not None and not callable(progress):
+        raise ProblemError("progress", f"is {type(progress).__name__}, must be callable")
 
 
 def _solver_of(solver: str | Solver) -> Solver:
@@ -320,6 +325,7 @@ def compare(
     Comparison
         Prints as a table; ``.rows`` has the figures, ``.results`` the Results by name.
     """
+    _check_run(time_limit, stop, seed, progress)
     asked_for = list(solvers)
     for one in asked_for:
         if one != BOUND_ROW:

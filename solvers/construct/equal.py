@@ -261,7 +261,7 @@ def _undivided(
     """Where few slots are spare, or GPUs unlike, empty slots may do better than replicas; in place."""
     spare = np.minimum(capacity[rows], load_LE.shape[1]).sum(axis=1) - load_LE.shape[1]
     unlike = (capacity[rows] != capacity[rows, :1]).any(axis=1) | bool((speed != speed[0]).any())
-    rows = rows[unlike | (spare <= capacity.shape[1])]
+    rows = rows[unlike | (spare < capacity.shape[1])]
     if not len(rows):
         return
     load = load_LE[rows]
