@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray
+from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.problems.spec.time_model import TimeModel
 
 TIGHT = 1e-9
 
@@ -39,10 +41,8 @@ def set_times(held_PEG: BoolArray, load_E: FloatArray, speed_G: FloatArray) -> F
 
     The largest, over the sets of GPUs, of the tokens that can go nowhere else over the speed of the set.
     """
-    gpus = held_PEG.shape[2]
     best_P = np.zeros(len(held_PEG))
-    for members in range(1, 1 << gpus):
-        inside_G = np.array([members >> g & 1 for g in range(gpus)], dtype=np.bool_)
+    for inside_G in _sets(held_PEG.shape[2]):
         captive_PE = ~held_PEG[:, :, ~inside_G].any(2)
         best_P = np.maximum(best_P, captive_PE @ load_E / speed_G[inside_G].sum())
     return best_P
@@ -52,6 +52,64 @@ def even_times(held_PEG: BoolArray, load_E: FloatArray, speed_G: FloatArray) -> 
     """Largest GPU time of every placement with even shares, shape [P]."""
     piece_PE = load_E / held_PEG.sum(2)
     return np.asarray((np.einsum("peg,pe->pg", held_PEG.astype(float), piece_PE) / speed_G).max(1))
+
+
+def clock_times(held_PEG: BoolArray, load_E: FloatArray, speed_G: FloatArray, time: TimeModel) -> FloatArray:
+    """Least largest GPU time of every placement by a linear time model, all its replicas in use, shape [P].
+
+    Replicas that are not in use are another placement's matter: take the least over all placements.
+    """
+    active_E = load_E > 0
+    start_PG = time.launch + time.activation_cost * (held_PEG & active_E[:, None]).sum(1)
+    best_P = np.zeros(len(held_PEG))
+    for inside_G in _sets(len(speed_G)):
+        captive_PE = ~held_PEG[:, :, ~inside_G].any(2)
+        work_P = start_PG[:, inside_G].sum(1) + time.token_cost * (captive_PE @ load_E)
+        best_P = np.maximum(best_P, work_P / speed_G[inside_G].sum())
+    return best_P
+
+
+def curve_time(held_PEG: BoolArray, load_E: FloatArray, speed_G: FloatArray, time: TimeModel) -> float:
+    """Least largest GPU time over these placements by a measured curve that rises with both, by halving."""
+    assert time.curve_tokens is not None
+    total = float(load_E.sum())
+    knots = np.unique(np.concatenate([[0.0, total], time.curve_tokens[time.curve_tokens < total]]))
+    used_PG = (held_PEG & (load_E > 0)[:, None]).sum(1)
+    rows = time.time(knots, np.arange(int(used_PG.max()) + 1)[:, None], 1.0)
+    sets = _sets(len(speed_G))
+    captive_PS = np.stack([~held_PEG[:, :, ~inside_G].any(2) @ load_E for inside_G in sets], axis=1)
+
+    def fits(limit: float) -> bool:
+        room = np.full((len(rows), len(speed_G)), -np.inf)
+        for used, row in enumerate(rows):
+            room[used] = np.interp(limit * speed_G, row, knots, left=-np.inf)
+            if used == 0:
+                room[used] = np.where(limit * speed_G >= row[0], 0.0, -np.inf)
+        room_PG = room[used_PG, np.arange(len(speed_G))]
+        good_P = (room_PG >= 0).all(1)
+        for number, inside_G in enumerate(sets):
+            good_P &= captive_PS[:, number] <= room_PG[:, inside_G].sum(1) * (1 + 1e-12)
+        return bool(good_P.any())
+
+    low, high = 0.0, float(rows.max() / speed_G.min())
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def even_clock(held_PEG: BoolArray, load_E: FloatArray, speed_G: FloatArray, time: TimeModel) -> FloatArray:
+    """Largest GPU time of every placement with even shares, by any time model, shape [P]."""
+    token_PG = np.einsum("peg,pe->pg", held_PEG.astype(float), load_E / held_PEG.sum(2))
+    used_PG = (held_PEG & (load_E > 0)[:, None]).sum(1)
+    return np.asarray(time.time(token_PG, used_PG, speed_G).max(1))
+
+
+def _sets(gpus: int) -> list[BoolArray]:
+    """All sets of GPUs but the empty one."""
+    return [
+        np.array([members >> g & 1 for g in range(gpus)], dtype=np.bool_) for members in range(1, 1 << gpus)
+    ]
 
 
 def risk_of(value_TP: FloatArray, weight_T: FloatArray, kind: str, alpha: float) -> FloatArray:
@@ -102,10 +160,20 @@ class Enumeration:
             self.source_NE = np.einsum("t,tne->ne", self.weight_T, by_node[:, 0])
         self.held_PEG = self._allowed(placements(problem.capacity_LG[0].tolist(), problem.experts))
         self.equal = problem.split == "equal"
+        self.time_P = self._risk_P(self.held_PEG)
+
+    def _risk_P(self, held_PEG: BoolArray) -> FloatArray:
         time = even_times if self.equal else set_times
-        time_TP = np.array([time(self.held_PEG, load_E, self.speed_G) for load_E in self.load_TE])
-        wish = problem.objective
-        self.time_P = risk_of(time_TP, self.weight_T, wish.risk, wish.cvar_alpha)
+        time_TP = np.array([time(held_PEG, load_E, self.speed_G) for load_E in self.load_TE])
+        wish = self.problem.objective
+        return risk_of(time_TP, self.weight_T, wish.risk, wish.cvar_alpha)
+
+    def risk_of_plan(self, plan: Plan) -> float:
+        """Risk of a plan's largest GPU time, with the best shares in every scenario."""
+        held_EG = np.zeros((self.problem.experts, len(self.speed_G)), dtype=np.bool_)
+        for gpu, row in enumerate(plan.slots_LGC[0].tolist()):
+            held_EG[[e for e in row if e >= 0], gpu] = True
+        return float(self._risk_P(held_EG[None])[0])
 
     def _allowed(self, held_PEG: BoolArray) -> BoolArray:
         limits, count_PE = self.problem.limits, held_PEG.sum(2)
