@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.spec import TimeModel, Topology, held_LGE, replica_counts
+from moeless_opt.problems.spec import TimeModel, Topology, replica_counts
 
 __all__ = [
     "activated",
@@ -104,9 +104,12 @@ def imbalance(time_LG: FloatArray, speed_G: FloatArray) -> FloatArray:
 
 def new_replicas(slots_LGC: SlotArray, before_LGC: SlotArray, experts: int) -> BoolArray:
     """Slots whose expert the GPU did not hold before, shape [L, G, C]."""
-    had_LGE = held_LGE(before_LGC, experts)
-    kept = np.take_along_axis(had_LGE, np.maximum(slots_LGC, 0).astype(np.int64), axis=2)
-    return (slots_LGC >= 0) & ~kept
+    gpus = np.arange(slots_LGC.shape[0] * slots_LGC.shape[1]).reshape(*slots_LGC.shape[:2], 1) * experts
+    had_P = (gpus + before_LGC)[before_LGC >= 0]
+    filled_LGC = slots_LGC >= 0
+    new_LGC = np.zeros(slots_LGC.shape, dtype=np.bool_)
+    new_LGC[filled_LGC] = np.isin((gpus + slots_LGC)[filled_LGC], had_P, invert=True)
+    return new_LGC
 
 
 def move_seconds(
@@ -116,11 +119,11 @@ def move_seconds(
 
     A replica comes from its own node if that held the expert, else from another node, else from the host.
     """
-    had_LGE = held_LGE(before_LGC, experts)
-    new_LGC = new_replicas(slots_LGC, before_LGC, experts)
-    layer, gpu, slot = np.nonzero(new_LGC)
+    layer, gpu, slot = np.nonzero(new_replicas(slots_LGC, before_LGC, experts))
     expert = slots_LGC[layer, gpu, slot]
-    in_node_LNE = np.stack([had_LGE[:, topology.node_G == n].any(1) for n in range(topology.nodes)], axis=1)
+    in_node_LNE = np.zeros((len(slots_LGC), topology.nodes, experts), dtype=np.bool_)
+    x, g, c = np.nonzero(before_LGC >= 0)
+    in_node_LNE[x, topology.node_G[g], before_LGC[x, g, c]] = True
     near = in_node_LNE[layer, topology.node_G[gpu], expert]
     anywhere = in_node_LNE[layer, :, expert].any(1)
     links = topology.links

@@ -1,7 +1,8 @@
 """The verifier: recomputes everything about a plan from the problem alone.
 
-It shares no code with the solvers nor with ``evaluate``: where those gather along slots, this scatters
-into dense (expert, GPU) tables. A plan that it accepts is valid whatever found it.
+It shares no code with the solvers nor with ``evaluate``: where those gather along slots, this makes one list
+of the (layer, GPU, expert) triples that hold a replica and sums over that. A plan that it accepts is valid
+whatever found it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ __all__ = ["check_slots", "verify", "violations"]
 
 TOLERANCE = 1e-6
 _MOST = 5  # examples listed of each kind
-_CELLS = 1 << 21  # entries of a table, 16 MB of floats: much more does not stay in the processor's cache
 
 
 def verify(problem: Problem, plan: Plan) -> None:
@@ -50,172 +50,177 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
         return [f"shares have shape {share.shape}, the slots {slots.shape}"]
     if slots.size == 0 or int(slots.min()) < -1 or int(slots.max()) >= experts:
         return [f"slots hold an expert outside -1..{experts - 1}"]
-    # Tables of (layer, GPU, expert) are made for a few layers at a time; limits look at all layers at once.
-    step = layers if problem.limits is not _NO_LIMITS else max(_CELLS // (gpus * (experts + 1)), 1)
-    parts = [_Tables.of(problem, plan, low, min(low + step, layers)) for low in range(0, layers, step)]
-    found = [text for part in parts for text in part.found]
-    if any(part.hopeless for part in parts):
+    held = _Held.of(problem, plan)
+    found = _rules(problem, plan, held)
+    if found and found[-1] == _NOT_SHARES:
         return found
-    used = np.concatenate([part.used for part in parts])
-    found += _memory(problem, used)
+    found += _memory(problem, held)
     if plan.split != problem.split:
         found.append(f"plan has a {plan.split} split, the problem asks for {problem.split}")
     if problem.limits is not _NO_LIMITS:
-        found += _limits(problem, parts[0].count > 0, np.asarray(parts[0].count.sum(1)))
-    found += _moves(problem, plan, parts, used)
-    return found + _claims(problem, plan, parts)
+        found += _limits(problem, held)
+    found += _moves(problem, plan, held)
+    return found + _claims(problem, plan, held)
 
 
 @dataclass(slots=True)
-class _Tables:
-    """What dense tables of some layers say.
+class _Held:
+    """Every expert that a GPU holds, one entry each, ordered by layer, GPU and expert.
 
     Parameters
     ----------
-    found : list of str
-        Rules broken.
-    used : array, shape [L, G]
-        Filled slots.
-    tokens, active : arrays, shape [L, G]
-        Tokens served, and replicas that serve any.
-    moved_L : array, shape [L]
-        Replicas that were not live.
-    count : array, shape [L, G, E]
-        Replicas; empty unless limits need it.
-    new : array of bool, shape [L, G, E]
-        Those of them that move; likewise.
-    hopeless : bool
-        Whether shares are so wrong that there is no point in going on.
+    layer_P, gpu_P, expert_P : arrays of int, shape [P]
+        Where (the layer as a row of the problem), and which expert.
+    slots_P : array of int, shape [P]
+        Slots of the GPU that hold it; in a valid plan 1.
+    share_P : array, shape [P]
+        Share of its tokens that the GPU serves.
+    key_P : array of int, shape [P]
+        Layer, GPU and expert as one number, ascending.
+    replicas_LE, used_LG : arrays of int
+        Filled slots, by expert and by GPU.
     """
 
-    found: list[str]
-    used: IntArray
-    tokens: FloatArray
-    active: IntArray
-    moved_L: IntArray
-    count: IntArray
-    new: BoolArray
-    hopeless: bool = False
+    layer_P: IntArray
+    gpu_P: IntArray
+    expert_P: IntArray
+    slots_P: IntArray
+    share_P: FloatArray
+    key_P: IntArray
+    replicas_LE: IntArray
+    used_LG: IntArray
 
     @classmethod
-    def of(cls, problem: Problem, plan: Plan, low: int, high: int) -> _Tables:
-        """Check layers `low` to `high`, without the last."""
-        slots, share = plan.slots_LGC[low:high], plan.share_LGC[low:high]
-        layers, experts, gpus = problem.loads.layers[low:high], problem.experts, problem.topology.gpus
-        found: list[str] = []
-        # One cell per (layer, GPU, expert); an empty slot (-1) falls into a column of its own.
-        size = len(slots) * gpus * (experts + 1)
-        cell = (slots + np.arange(1, size, experts + 1).reshape(-1, gpus, 1)).ravel()
-        count = np.bincount(cell, minlength=size).reshape(-1, gpus, experts + 1)[:, :, 1:]
-        if int(count.max()) > 1:
-            found += [
-                f"layer {layers[x]} GPU {g}: expert {e} sits there {count[x, g, e]} times"
-                for x, g, e in np.argwhere(count > 1)[:_MOST]
-            ]
-        replicas = count.sum(1)
-        if int(replicas.min()) < problem.limits.min_replicas:
-            short = np.argwhere(replicas < problem.limits.min_replicas)
-            found += [
-                f"layer {layers[x]}: expert {e} has {replicas[x, e]} replicas, "
-                f"needs {problem.limits.min_replicas}"
-                for x, e in short[:_MOST]
-            ]
-        used = count.sum(2)
-        capacity = problem.capacity_LG[low:high]
-        if (used > capacity).any():
-            found += [
-                f"layer {layers[x]} GPU {g}: {used[x, g]} replicas, room for {capacity[x, g]}"
-                for x, g in np.argwhere(used > capacity)[:_MOST]
-            ]
-        if not (float(share.min()) >= -TOLERANCE and float(share.max()) < np.inf):
-            found.append("shares must be finite and at least 0")
-            nothing = np.zeros(0)
-            return cls(found, used, nothing, nothing.astype(int), nothing.astype(int), count, count > 0, True)
-        scattered = np.asarray(np.bincount(cell, weights=share.ravel(), minlength=size), dtype=np.float64)
-        part = scattered.reshape(-1, gpus, experts + 1)
-        if part[:, :, 0].any():
-            found.append("an empty slot has a token share")
-        part = part[:, :, 1:]
-        off = np.abs(part.sum(1) - 1.0)
-        if float(off.max()) > TOLERANCE:
-            found += [
-                f"layer {layers[x]}: the shares of expert {e} sum to {part[x, :, e].sum():.9g}, not 1"
-                for x, e in np.argwhere(off > TOLERANCE)[:_MOST]
-            ]
-        if problem.split == "equal":
-            found += _uneven(slots, part, count, replicas, capacity, layers)
-        new = count > 0
-        if problem.current is not None:
-            x, g, c = np.nonzero(problem.current.slots_LGC[low:high] >= 0)
-            new[x, g, problem.current.slots_LGC[low:high][x, g, c]] = False
-        served = part * problem.load_LE[low:high, None, :]
-        tokens = served.sum(2)
-        needs_active = not problem.time.counts_tokens_only
-        active = ((served > 0) & (count > 0)).sum(2) if needs_active else np.zeros_like(used)
-        moved_L = new.sum((1, 2))
-        if problem.limits is _NO_LIMITS:  # nobody asks for the tables
-            count, new = count[:0].copy(), new[:0].copy()
-        return cls(found, used, tokens, active, moved_L, count, new)
+    def of(cls, problem: Problem, plan: Plan) -> _Held:
+        """All layers of a plan whose shapes and experts are in order."""
+        layers, gpus, slots = plan.slots_LGC.shape
+        experts = problem.experts
+        order = np.argsort(plan.slots_LGC, axis=2)
+        expert = np.take_along_axis(plan.slots_LGC, order, axis=2).astype(np.int64).ravel()
+        share = np.take_along_axis(plan.share_LGC, order, axis=2).ravel()
+        filled = np.flatnonzero(expert >= 0)
+        row, expert, share = filled // slots, expert[filled], share[filled]
+        count = np.ones(len(row), dtype=np.int64)
+        again = (row[1:] == row[:-1]) & (expert[1:] == expert[:-1])
+        if again.any():
+            first = np.flatnonzero(np.concatenate([[True], ~again]))
+            count = np.diff(np.append(first, len(row)))
+            row, expert, share = row[first], expert[first], np.add.reduceat(share, first)
+        layer, gpu = np.divmod(row, gpus)
+        return cls(
+            layer,
+            gpu,
+            expert,
+            count,
+            share,
+            row * experts + expert,
+            _summed(layer * experts + expert, count, (layers, experts)).astype(np.int64),
+            _summed(row, count, (layers, gpus)).astype(np.int64),
+        )
+
+    def at(self, layer: int, gpu: int, expert: int) -> bool:
+        """Whether a GPU holds an expert."""
+        key = (layer * self.used_LG.shape[1] + gpu) * self.replicas_LE.shape[1] + expert
+        place = int(np.searchsorted(self.key_P, key))
+        return place < len(self.key_P) and bool(self.key_P[place] == key)
+
+    def by_expert(self, value_P: FloatArray | IntArray | BoolArray) -> FloatArray:
+        """Sums over the GPUs, shape [L, E]."""
+        shape = self.replicas_LE.shape
+        return _summed(self.layer_P * shape[1] + self.expert_P, value_P, shape)
+
+    def by_gpu(self, value_P: FloatArray | IntArray | BoolArray) -> FloatArray:
+        """Sums over the experts, shape [L, G]."""
+        shape = self.used_LG.shape
+        return _summed(self.layer_P * shape[1] + self.gpu_P, value_P, shape)
 
 
-def _uneven(
-    slots: SlotArray,
-    part: FloatArray,
-    count: IntArray,
-    replicas: IntArray,
-    capacity: IntArray,
-    layers: tuple[int, ...],
-) -> list[str]:
+def _summed(key: IntArray, value: FloatArray | IntArray | BoolArray, shape: tuple[int, ...]) -> FloatArray:
+    """Sums of the values of each key, in a table of this shape."""
+    total = np.bincount(key, weights=value, minlength=shape[0] * shape[1])
+    return np.asarray(total, dtype=np.float64).reshape(shape)
+
+
+def _rules(problem: Problem, plan: Plan, held: _Held) -> list[str]:
+    """What holds for every plan: no expert twice on a GPU, all there, slots, and shares."""
+    layers, found = problem.loads.layers, []
+    for p in np.flatnonzero(held.slots_P > 1)[:_MOST]:
+        place = f"layer {layers[held.layer_P[p]]} GPU {held.gpu_P[p]}"
+        found.append(f"{place}: expert {held.expert_P[p]} sits there {held.slots_P[p]} times")
+    found += [
+        f"layer {layers[x]}: expert {e} has {held.replicas_LE[x, e]} replicas, "
+        f"needs {problem.limits.min_replicas}"
+        for x, e in np.argwhere(held.replicas_LE < problem.limits.min_replicas)[:_MOST]
+    ]
+    capacity_LG, used_LG = problem.capacity_LG, held.used_LG
+    found += [
+        f"layer {layers[x]} GPU {g}: {used_LG[x, g]} replicas, room for {capacity_LG[x, g]}"
+        for x, g in np.argwhere(used_LG > capacity_LG)[:_MOST]
+    ]
+    share = plan.share_LGC
+    if not (float(share.min()) >= -TOLERANCE and float(share.max()) < np.inf):
+        return [*found, _NOT_SHARES]
+    if ((plan.slots_LGC < 0) & (share != 0)).any():
+        found.append("an empty slot has a token share")
+    total_LE = held.by_expert(held.share_P)
+    found += [
+        f"layer {layers[x]}: the shares of expert {e} sum to {total_LE[x, e]:.9g}, not 1"
+        for x, e in np.argwhere(np.abs(total_LE - 1.0) > TOLERANCE)[:_MOST]
+    ]
+    if problem.split == "equal":
+        found += _uneven(problem, held)
+    return found
+
+
+def _uneven(problem: Problem, held: _Held) -> list[str]:
     """Where an equal split is not equal."""
-    layer, gpu, slot = np.nonzero(slots >= 0)
-    expert = slots[layer, gpu, slot]
-    even = count[layer, gpu, expert] / np.maximum(replicas, 1)[layer, expert]
-    off = np.abs(part[layer, gpu, expert] - even)
-    uneven = np.zeros(replicas.shape, dtype=np.bool_)
-    np.logical_or.at(uneven, (layer, expert), off > TOLERANCE)
-    if not uneven.any() or _even_over_slots(part, uneven, replicas, capacity):
+    even_P = held.slots_P / held.replicas_LE[held.layer_P, held.expert_P]
+    off_P = np.abs(held.share_P - even_P)
+    uneven_LE = held.by_expert(off_P > TOLERANCE) > 0
+    if not uneven_LE.any() or _even_over_slots(problem, held, uneven_LE):
         return []
-    worst = int(off.argmax())
-    x, g, e = layer[worst], gpu[worst], expert[worst]
+    worst = int(off_P.argmax())
+    place = f"layer {problem.loads.layers[held.layer_P[worst]]} GPU {held.gpu_P[worst]}"
     return [
-        f"layer {layers[x]} GPU {g}: expert {e} has share {part[x, g, e]:.6g}, "
-        f"an equal split gives {even[worst]:.6g}"
+        f"{place}: expert {held.expert_P[worst]} has share {held.share_P[worst]:.6g}, "
+        f"an equal split gives {even_P[worst]:.6g}"
     ]
 
 
-def _even_over_slots(part: FloatArray, uneven: BoolArray, replicas: IntArray, capacity: IntArray) -> bool:
+def _even_over_slots(problem: Problem, held: _Held, uneven_LE: BoolArray) -> bool:
     """Whether uneven shares are an even split over slots, several of which are one copy on one GPU.
 
     EPLB may fill two slots of a GPU with one expert. Its tokens are divided over the slots, so that GPU gets
     2/r of them, from the single copy that it needs. Such shares are multiples of 1/r, and the slots suffice.
     """
-    slots: IntArray = (part > 0).astype(np.int64)  # [L, G, E]
-    for x, e in np.argwhere(uneven):
-        gpus = np.flatnonzero(part[x, :, e])
-        if len(gpus) < replicas[x, e]:
+    slots_P: IntArray = (held.share_P > 0).astype(np.int64)
+    for x, e in np.argwhere(uneven_LE):
+        pairs = np.flatnonzero((held.layer_P == x) & (held.expert_P == e) & (held.share_P != 0))
+        if len(pairs) < held.replicas_LE[x, e]:
             return False
-        shares = part[x, gpus, e]
-        counts = np.arange(replicas[x, e], capacity[x].sum() + 1)
+        shares = held.share_P[pairs]
+        counts = np.arange(held.replicas_LE[x, e], problem.capacity_LG[x].sum() + 1)
         whole = np.abs(shares * counts[:, None] - np.rint(shares * counts[:, None])).max(1) < 1e-9
         if not whole.any():
             return False
-        slots[x, gpus, e] = np.rint(shares * counts[int(whole.argmax())])
-    return bool((slots.sum(2) <= capacity).all())
+        slots_P[pairs] = np.rint(shares * counts[int(whole.argmax())])
+    return bool((held.by_gpu(slots_P) <= problem.capacity_LG).all())
 
 
-def _memory(problem: Problem, used: IntArray) -> list[str]:
+def _memory(problem: Problem, held: _Held) -> list[str]:
     memory = problem.topology.memory_G
     if memory is None:
         return []
-    need = problem.bytes_L @ used
+    need = problem.bytes_L @ held.used_LG
     return [
         f"GPU {g}: {int(need[g])} bytes of experts, room for {int(memory[g])}"
         for g in np.flatnonzero(need > memory)
     ]
 
 
-def _limits(problem: Problem, has: BoolArray, replicas: IntArray) -> list[str]:
-    limits, found = problem.limits, []
+def _limits(problem: Problem, held: _Held) -> list[str]:
+    limits, replicas = problem.limits, held.replicas_LE
+    found = []
     if limits.max_replicas is not None and replicas.max() > limits.max_replicas:
         found.append(f"an expert has {replicas.max()} replicas, at most {limits.max_replicas} are allowed")
     if limits.max_layer_replicas is not None and replicas.sum(1).max() > limits.max_layer_replicas:
@@ -229,8 +234,11 @@ def _limits(problem: Problem, has: BoolArray, replicas: IntArray) -> list[str]:
             f"{replicas.sum(1) @ problem.bytes_L} bytes in all, at most {limits.max_total_bytes} are allowed"
         )
     if limits.spread > 1:
-        domain = problem.topology.failure_domain_G
-        reach = np.stack([has[:, domain == d].any(1) for d in np.unique(domain)]).sum(0)
+        domain = np.unique(problem.topology.failure_domain_G, return_inverse=True)[1].reshape(-1)
+        row_P = held.layer_P * problem.experts + held.expert_P
+        domains = int(domain.max()) + 1
+        reached = np.unique(row_P * domains + domain[held.gpu_P]) // domains
+        reach = np.bincount(reached, minlength=replicas.size).reshape(replicas.shape)
         found += [
             f"layer {problem.loads.layers[x]}: expert {e} is in {reach[x, e]} failure domains, "
             f"must be in {limits.spread}"
@@ -238,18 +246,29 @@ def _limits(problem: Problem, has: BoolArray, replicas: IntArray) -> list[str]:
         ]
     for layer, expert, gpu in limits.pinned:
         for x, number in enumerate(problem.loads.layers):
-            if layer in (-1, number) and not has[x, gpu, expert]:
+            if layer in (-1, number) and not held.at(x, gpu, expert):
                 found.append(f"layer {number}: expert {expert} is pinned to GPU {gpu} and is not there")
     for layer, expert, gpu in limits.forbidden:
         for x, number in enumerate(problem.loads.layers):
-            if layer in (-1, number) and has[x, gpu, expert]:
+            if layer in (-1, number) and held.at(x, gpu, expert):
                 found.append(f"layer {number}: expert {expert} is forbidden on GPU {gpu} and is there")
     return found
 
 
-def _moves(problem: Problem, plan: Plan, parts: list[_Tables], used: IntArray) -> list[str]:
+def _new(problem: Problem, held: _Held) -> BoolArray:
+    """Which of what the GPUs hold was not live there, shape [P]."""
+    if problem.current is None:
+        return np.ones(len(held.layer_P), dtype=np.bool_)
+    x, g, c = np.nonzero(problem.current.slots_LGC >= 0)
+    live = (x * problem.topology.gpus + g) * problem.experts + problem.current.slots_LGC[x, g, c]
+    return np.isin(held.key_P, live, invert=True)
+
+
+def _moves(problem: Problem, plan: Plan, held: _Held) -> list[str]:
     claimed = plan.moves
-    count_L = np.concatenate([part.moved_L for part in parts])
+    new_P = _new(problem, held)
+    count_L = np.bincount(held.layer_P[new_P], minlength=problem.layers)
+    used = held.used_LG
     moved, size = int(count_L.sum()), int(count_L @ problem.bytes_L)
     found = []
     if (claimed.count, claimed.bytes) != (moved, size):
@@ -273,7 +292,7 @@ def _moves(problem: Problem, plan: Plan, parts: list[_Tables], used: IntArray) -
         if limits.max_layer_moves is not None and count_L.max() > limits.max_layer_moves:
             found.append(f"{count_L.max()} replicas move in one layer, at most {limits.max_layer_moves} may")
         if limits.max_move_seconds is not None:
-            least = _least_seconds(problem, parts[0].new)
+            least = _least_seconds(problem, held, new_P)
             if least > limits.max_move_seconds * (1 + TOLERANCE):
                 found.append(
                     f"moves take {least:.6g} s at least, at most {limits.max_move_seconds:.6g} s are allowed"
@@ -281,17 +300,17 @@ def _moves(problem: Problem, plan: Plan, parts: list[_Tables], used: IntArray) -
     return found
 
 
-def _least_seconds(problem: Problem, new: BoolArray) -> float:
+def _least_seconds(problem: Problem, held: _Held, new_P: BoolArray) -> float:
     """Seconds that no schedule of the moves can beat: the busiest receiver's bytes over all its links."""
     links = problem.topology.links
-    bytes_G = (new.sum(2) * problem.bytes_L[:, None]).sum(0)
+    bytes_G = problem.bytes_L @ held.by_gpu(new_P)
     return float(bytes_G.max()) / (links.intra_node + links.inter_node + links.host)
 
 
-def _claims(problem: Problem, plan: Plan, parts: list[_Tables]) -> list[str]:
+def _claims(problem: Problem, plan: Plan, held: _Held) -> list[str]:
     """Compare the plan's own figures with the recomputed ones."""
-    tokens = np.concatenate([part.tokens for part in parts])
-    active = np.concatenate([part.active for part in parts])
+    served_P = held.share_P * problem.load_LE[held.layer_P, held.expert_P]
+    tokens, active = held.by_gpu(served_P), held.by_gpu(served_P > 0).astype(np.int64)
     model: TimeModel = problem.time
     speed = problem.topology.speed_G
     time = np.asarray(model.time(tokens, tokens if model.counts_tokens_only else active, speed))
@@ -318,6 +337,7 @@ def _claims(problem: Problem, plan: Plan, parts: list[_Tables]) -> list[str]:
     return found
 
 
+_NOT_SHARES = "shares must be finite and at least 0"
 _NO_LIMITS = Problem.__dataclass_fields__["limits"].default
 
 
@@ -331,15 +351,14 @@ def check_slots(slots_GC: SlotArray, experts: int, capacity_G: IntArray) -> None
     """
     if slots_GC.size == 0 or int(slots_GC.min()) < -1 or int(slots_GC.max()) >= experts:
         raise InvalidPlanError([f"slots hold an expert outside -1..{experts - 1}"])
-    gpus = len(slots_GC)
-    cell = (slots_GC + 1 + np.arange(gpus)[:, None] * (experts + 1)).ravel()
-    count_GE = np.bincount(cell, minlength=gpus * (experts + 1)).reshape(gpus, experts + 1)[:, 1:]
     found = []
-    if count_GE.max() > 1:
+    ordered = np.sort(slots_GC, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         found.append("an expert sits on a GPU twice")
-    if not count_GE.any(0).all():
-        found.append(f"expert {int(count_GE.any(0).argmin())} has no replica")
-    if (count_GE.sum(1) > capacity_G).any():
+    count_E = np.bincount(slots_GC.ravel() + 1, minlength=experts + 1)[1:]
+    if not count_E.all():
+        found.append(f"expert {int((count_E > 0).argmin())} has no replica")
+    if ((slots_GC >= 0).sum(1) > capacity_G).any():
         found.append("a GPU holds more replicas than fit")
     if found:
         raise InvalidPlanError(found)

@@ -20,6 +20,7 @@ same argument for pooled slots.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any
 
 import numpy as np
@@ -90,11 +91,17 @@ def _whole_experts(
     load = [0.0] * len(capacity)
     order = np.argsort(-load_E, kind="stable").tolist()
     sure = sum(max(c - 1, 0) for c in capacity)
+    tokens_E = load_E.tolist()
+    # The GPU that would finish first, of those with room: each is in the heap once.
+    room = [(0.0, g) for g in range(len(capacity)) if capacity[g] > 1]
     for expert in order[:sure]:
-        room = [g for g in range(len(capacity)) if len(tokens[g]) < capacity[g] - 1]
-        gpu = min(room, key=lambda g: (load[g] / speed[g], g))
-        tokens[gpu][expert] = float(load_E[expert])
-        load[gpu] += tokens[gpu][expert]
+        gpu = room[0][1]
+        tokens[gpu][expert] = tokens_E[expert]
+        load[gpu] += tokens_E[expert]
+        if len(tokens[gpu]) < capacity[gpu] - 1:
+            heapreplace(room, (load[gpu] / speed[gpu], gpu))
+        else:
+            heappop(room)
     if len(order) <= sure:
         yield tokens
         return
@@ -110,15 +117,19 @@ def _level(tokens: list[dict[int, float]], capacity: list[int], speed: list[floa
     mean = total / sum(speed)
     over = [sum(held.values()) - mean * s for held, s in zip(tokens, speed, strict=True)]
     tiny = _TINY * total
+    poor_first = [(lack, g) for g, lack in enumerate(over)]
+    rich_first = [(-more, g) for g, more in enumerate(over) if more > tiny]
+    heapify(poor_first)
+    heapify(rich_first)
     for _ in range(2 * len(tokens)):
-        poor = min(range(len(over)), key=lambda g: (over[g], g))
-        if -over[poor] <= tiny:
+        while over[poor_first[0][1]] != poor_first[0][0]:  # has changed since
+            heappop(poor_first)
+        lack, poor = -poor_first[0][0], poor_first[0][1]
+        if lack <= tiny:
             return True
         if len(tokens[poor]) >= capacity[poor]:
             return False
-        rich = sorted((g for g in range(len(over)) if over[g] > tiny), key=lambda g: (-over[g], g))
-        lack = -over[poor]
-        donor = _donor(tokens, rich, poor, lack)
+        donor = _donor(tokens, over, rich_first, poor, lack)
         if donor is None:
             return False
         gpu, expert = donor
@@ -126,13 +137,36 @@ def _level(tokens: list[dict[int, float]], capacity: list[int], speed: list[floa
         tokens[poor][expert] = lack
         over[gpu] -= lack
         over[poor] = 0.0
+        heappush(poor_first, (over[gpu], gpu))
+        heappush(poor_first, (0.0, poor))
+        if over[gpu] > tiny:
+            heappush(rich_first, (-over[gpu], gpu))
     return False
 
 
-def _donor(tokens: list[dict[int, float]], rich: list[int], poor: int, lack: float) -> tuple[int, int] | None:
-    """The fullest GPU with an expert of at least `lack` tokens that `poor` does not hold: its largest."""
-    for gpu in rich:
+def _donor(
+    tokens: list[dict[int, float]],
+    over: list[float],
+    rich_first: list[tuple[float, int]],
+    poor: int,
+    lack: float,
+) -> tuple[int, int] | None:
+    """The fullest GPU with an expert of at least `lack` tokens that `poor` does not hold: its largest.
+
+    Leaves the heap with all GPUs above the mean, and perhaps entries of before.
+    """
+    passed: list[tuple[float, int]] = []
+    found = None
+    while rich_first and found is None:
+        entry = heappop(rich_first)
+        gpu = entry[1]
+        if over[gpu] != -entry[0]:
+            continue
         fitting = [e for e, amount in tokens[gpu].items() if amount >= lack and e not in tokens[poor]]
         if fitting:
-            return gpu, max(fitting, key=lambda e: (tokens[gpu][e], -e))
-    return None
+            found = gpu, max(fitting, key=lambda e: (tokens[gpu][e], -e))
+        else:
+            passed.append(entry)
+    for entry in passed:
+        heappush(rich_first, entry)
+    return found

@@ -150,10 +150,11 @@ def hostable(replicas_LE: Any, capacity_LG: Any) -> BoolArray:
 def _places(capacity_LG: IntArray, E: int) -> IntArray:
     """Places that any k experts find together, for k = 1..E: ``sum_g min(slots_g, k)``."""
     L = len(capacity_LG)
-    places = np.zeros((L, E), dtype=np.int64)
-    for k in range(1, E + 1):
-        places[:, k - 1] = np.minimum(capacity_LG, k).sum(axis=1)
-    return places
+    key = np.minimum(capacity_LG, E) + np.arange(L)[:, None] * (E + 1)
+    equal_LK = np.bincount(key.ravel(), minlength=L * (E + 1)).reshape(L, E + 1)
+    # The k-th expert finds one more place on every GPU of k slots or more.
+    more_LK = equal_LK[:, ::-1].cumsum(axis=1)[:, ::-1]
+    return np.asarray(more_LK[:, 1:].cumsum(axis=1))
 
 
 def trim(load_LE: FloatArray, replicas_LE: Any, capacity_LG: Any) -> SlotArray:
