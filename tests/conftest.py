@@ -6,10 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # Where checks gate a change the same examples run every time; elsewhere new ones are explored.
 settings.register_profile("ci", derandomize=True)
+# For benchmarks/mutants.py: that a test fails is enough, its smallest example is not looked for.
+settings.register_profile(
+    "mutants", derandomize=True, database=None, deadline=None, phases=[Phase.explicit, Phase.generate]
+)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
