@@ -1,10 +1,9 @@
 """What the tests notice: ``python tests/benchmarks/mutants.py --room problems/plan --sample 30 --seed 1``.
 
 Changes one operator, number, loop or extremum of one file at a time (the operators are cosmic-ray's, of the
-extra ``mutants``), in a copy of the tree, and runs the tests that mirror the file, quickest to tell first, until
-one fails. Prints what was caught, what survived and how; ``--list`` only counts. Mutants that change nothing a
-test could see stand with the reason in ``mutants.toml`` beside this file, with the tests of files that are
-mirrored by none.
+extra ``mutants``), in a copy of the tree, and runs the tests that mirror the file, its own first, until one
+fails. Prints what was caught, what survived and how. Mutants that change nothing which a test could see stand
+with the reason in ``mutants.toml`` beside this file, with the tests of files that are mirrored by none.
 
 A place is drawn first, then one change of it, so that rich operators weigh no more than poor ones.
 """
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import os
 import random
 import resource
@@ -40,19 +40,19 @@ ROOT = Path(__file__).resolve().parents[2]
 KNOWN = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 MEMORY = 12 << 30  # bytes of addresses that a run of tests may take
 
-_SWAPPED = (
-    "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Div Mod_FloorDiv Pow_Mul BitAnd_BitOr BitOr_BitAnd BitXor_BitOr "
-    "LShift_RShift RShift_LShift"
-)
-_COMPARED = (
-    "Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Eq_NotEq Eq_GtE Eq_LtE NotEq_Eq NotEq_Gt NotEq_Lt "
-    "Is_IsNot IsNot_Is"
-)
-_OTHERS = (
-    "ReplaceUnaryOperator_USub_UAdd ReplaceUnaryOperator_Delete_Invert ReplaceUnaryOperator_Delete_Not AddNot "
-    "ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue "
-    "ReplaceContinueWithBreak ExceptionReplacer NumberReplacer ZeroIterationForLoop"
-)
+_SWAPPED = """
+    Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Div Mod_FloorDiv Pow_Mul BitAnd_BitOr BitOr_BitAnd BitXor_BitOr
+    LShift_RShift RShift_LShift
+"""
+_COMPARED = """
+    Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Eq_NotEq Eq_GtE Eq_LtE NotEq_Eq NotEq_Gt NotEq_Lt
+    Is_IsNot IsNot_Is
+"""
+_OTHERS = """
+    ReplaceUnaryOperator_USub_UAdd ReplaceUnaryOperator_Delete_Invert ReplaceUnaryOperator_Delete_Not AddNot
+    ReplaceTrueWithFalse ReplaceFalseWithTrue ReplaceAndWithOr ReplaceOrWithAnd ReplaceBreakWithContinue
+    ReplaceContinueWithBreak ExceptionReplacer NumberReplacer ZeroIterationForLoop
+"""
 _TWINS = [("max", "min"), ("maximum", "minimum"), ("any", "all"), ("argmax", "argmin"), ("floor", "ceil")]
 TWIN = dict(_TWINS) | {there: here for here, there in _TWINS}
 
@@ -78,12 +78,13 @@ class Extremum(Operator):
         return ()
 
 
-OPERATORS: dict[str, Operator] = {
-    **{f"ReplaceBinaryOperator_{name}": None for name in _SWAPPED.split()},
-    **{f"ReplaceComparisonOperator_{name}": None for name in _COMPARED.split()},
-    **dict.fromkeys(_OTHERS.split()),
-}
-OPERATORS = {name: get_operator(f"core/{name}")() for name in OPERATORS} | {"Extremum": Extremum()}
+NAMES = [
+    *(f"ReplaceBinaryOperator_{name}" for name in _SWAPPED.split()),
+    *(f"ReplaceComparisonOperator_{name}" for name in _COMPARED.split()),
+    *_OTHERS.split(),
+]
+OPERATORS: dict[str, Operator] = {name: get_operator(f"core/{name}")() for name in NAMES}
+OPERATORS["Extremum"] = Extremum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,10 +248,8 @@ class Copy:
         except subprocess.TimeoutExpired:
             code, output = -1, ""
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             child.wait()
             if fresh:
                 shutil.rmtree(kernels, ignore_errors=True)
@@ -301,16 +300,15 @@ def main() -> int:
                     print(f"{mutant.file}:{mutant.line} {mutant.operator}: {difference}")
                 continue
             rows.append((room, _try(copies, drawn)))
-    print(
-        f"\n{'room':42}{'mutants':>8}{'caught':>8}{'late':>6}{'survived':>10}{'equivalent':>12}{'caught':>9}"
-    )
+    heads = ("mutants", "caught", "late", "survived", "equivalent")
+    print("\n" + f"{'room':42}" + "".join(f"{head:>12}" for head in heads) + f"{'caught':>9}")
     short = False
     for room, ends in rows:
         told = sum(ends.values()) - ends["equivalent"]
         rate = 100 * (ends["caught"] + ends["late"]) / max(told, 1)
         short |= rate < args.wanted
-        cells = f"{sum(ends.values()):8}{ends['caught']:8}{ends['late']:6}{ends['survived']:10}{ends['equivalent']:12}"
-        print(f"{room:42}{cells}{rate:8.1f}%")
+        counts = [sum(ends.values()), *(ends[head] for head in heads[1:])]
+        print(f"{room:42}" + "".join(f"{count:12}" for count in counts) + f"{rate:8.1f}%")
     return int(short)
 
 

@@ -1,4 +1,4 @@
-"""The verifier against a second one, replica by replica in plain Python: the same words for the same plans."""
+"""The verifier against a second one, replica by replica in plain Python: the same words for a plan."""
 
 from __future__ import annotations
 
@@ -248,7 +248,8 @@ class Judge:
             if low > value * (1 + SLACK):
                 name = proof.bound_L[x] if x < len(proof.bound_L) else "unnamed"
                 said.append(
-                    f"layer {self.layer[x]}: lower bound {low:.9g} ({name}) is above the plan's own {value:.9g}"
+                    f"layer {self.layer[x]}: lower bound {low:.9g} ({name}) "
+                    f"is above the plan's own {value:.9g}"
                 )
                 break
         return said
