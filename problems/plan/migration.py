@@ -221,26 +221,36 @@ class _Replay:
         for gone in step.drops_before:
             self._drop(where, gone)
         ports: set[tuple[str, str, int]] = set()
+        coming: set[tuple[int, int, int]] = set()
         slowest = 0.0
         for move in step.transfers:
-            self._check(where, move, ports)
+            self._check(where, move, ports, coming)
             slowest = max(slowest, transfer_seconds(self.topology, move.source, move.target, move.bytes))
-        for move in step.transfers:
-            self.held[move.layer, move.target, move.expert] = True
-            self.used_G[move.target] += self.size_L[move.layer]
+        for layer, gpu, expert in coming:
+            self.held[layer, gpu, expert] = True
+            self.used_G[gpu] += self.size_L[layer]
         np.maximum(self.peak_G, self.used_G, out=self.peak_G)
         if abs(slowest - step.seconds) > 1e-9 + 1e-6 * slowest:
             self.found.append(f"{where}: claims {step.seconds} s, takes {slowest} s")
         for gone in step.drops_after:
             self._drop(where, gone)
 
-    def _check(self, where: str, move: Transfer, ports: set[tuple[str, str, int]]) -> None:
+    def _check(
+        self,
+        where: str,
+        move: Transfer,
+        ports: set[tuple[str, str, int]],
+        coming: set[tuple[int, int, int]],
+    ) -> None:
         if move.source != HOST and not self.held[move.layer, move.source, move.expert]:
             self.found.append(
                 f"{where}: GPU {move.source} sends expert {move.expert}, which it does not hold"
             )
-        if self.held[move.layer, move.target, move.expert]:
+        key = (move.layer, move.target, move.expert)
+        if self.held[key] or key in coming:
             self.found.append(f"{where}: GPU {move.target} already holds expert {move.expert}")
+        else:
+            coming.add(key)
         kind = port_kind(self.topology, move.source, move.target)
         for end, gpu in (("out", move.source), ("in", move.target)):
             if gpu != HOST and (kind, end, gpu) in ports:

@@ -99,7 +99,9 @@ class Mutant:
     def code(self, source: str) -> str | None:
         """The file with the change; None if it is no change of what runs."""
         changed = mutate_code(source, OPERATORS[self.operator], self.occurrence)
-        return changed if changed is not None and _same_code(source) != _same_code(changed) else None
+        if changed is None or _same_code(source) == _same_code(changed):
+            return None
+        return None if _ranked_texts(changed) > _ranked_texts(source) else changed
 
 
 class _Plain(ast.NodeTransformer):
@@ -121,6 +123,20 @@ def _same_code(source: str) -> str:
         return ast.dump(_Plain().visit(ast.parse(source)))
     except SyntaxError:
         return ""
+
+
+def _ranked_texts(source: str) -> int:
+    """How often a text is asked whether it comes before another: names are equal or not."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError:
+        return 0
+    return sum(
+        isinstance(node, ast.Compare)
+        and any(isinstance(op, ast.Lt | ast.LtE | ast.Gt | ast.GtE) for op in node.ops)
+        and any(isinstance(one, ast.Constant) and isinstance(one.value, str) for one in node.comparators)
+        for node in nodes
+    )
 
 
 def mutants_of(file: str, source: str) -> dict[tuple[int, int], list[Mutant]]:

@@ -74,7 +74,7 @@ def test_tokens_and_times(drawn: Any) -> None:
 
 
 @few
-@given(planned(plain=True))
+@given(planned())
 def test_the_quick_times_of_an_equal_split_are_the_same(drawn: Any) -> None:
     problem, plan = drawn
     slots_LGC, speed_G = plan.slots_LGC, problem.topology.speed_G

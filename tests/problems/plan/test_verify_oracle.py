@@ -402,11 +402,13 @@ def broken(rng: Any, problem: Problem, plan: Plan) -> Plan:
     if kind == 7:
         return plan.replace(imbalance_L=nudged(plan.imbalance_L, 1 / plan.imbalance_L.max()))
     if kind == 8:
+        one = np.arange(problem.layers) == rng.integers(problem.layers)
+        one = one.astype(np.int64)
         return plan.replace(
             moves=[
                 moves.replace(count=moves.count + 1),
                 moves.replace(bytes=moves.bytes + 1),
-                moves.replace(count_L=np.roll(moves.count_L, 1)),
+                moves.replace(count_L=moves.count_L + one - np.roll(one, 1)),
                 moves.replace(cold=not moves.cold),
                 moves.replace(fraction=moves.fraction + float(rng.choice([5e-7, -5e-7, 3e-6, -3e-6]))),
             ][rng.integers(5)]
