@@ -403,7 +403,7 @@ def export_model(problem: Problem, path: str | PathLike[str], *, layer: int | No
     Raises
     ------
     ProblemError
-        If there is no such layer, or the suffix is neither.
+        If there is no such layer, the suffix is neither, or the file cannot be written.
     """
     from moeless_opt.solvers.exact import layer_of, write_model
 

@@ -28,8 +28,9 @@ from moeless_opt.problems.errors import (
     SolverUnavailableError,
     UnsupportedFeatureError,
 )
+from moeless_opt.problems.files import atomic_write
 from moeless_opt.problems.instances import instance_names, instance_summary, load_instance
-from moeless_opt.problems.io import atomic_write, load_plan, load_problem, plan_to_json, read_json, save_plan
+from moeless_opt.problems.io import load_plan, load_problem, plan_to_json, read_json, save_plan
 from moeless_opt.problems.io.recordings import read_loads
 from moeless_opt.problems.plan import Plan, violations
 from moeless_opt.problems.spec import SPLITS, TOPOLOGY_PRESETS, Limits, Placement, Problem, Sizing, Topology

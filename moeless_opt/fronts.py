@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeless_opt.plots import picture, plain_title
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InvalidPlanError, ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.plan import Migration, Plan, gpu_times, migration_violations, objective_vector
@@ -64,16 +65,19 @@ class ParetoFront:
     def _cost_text(self, cost: float) -> str:
         return bytes_text(cost) if self.problem.bytes_L.any() else f"{cost:.0f} replicas"
 
-    def plot(self) -> bytes:
+    def plot(self, *, form: str = "png") -> bytes:
         """Draw the front.
+
+        Parameters
+        ----------
+        form : {"png", "svg", "pdf"}
+            Format of the picture.
 
         Returns
         -------
         bytes
-            A PNG.
+            The picture.
         """
-        import io
-
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4), layout="constrained")
@@ -85,11 +89,9 @@ class ParetoFront:
         )
         axes.set_xlabel(f"{self.objectives[1]} ({'GB' if sized else 'replicas'})")
         axes.set_ylabel("imbalance (max/mean, mean over layers)")
-        axes.set_title(self.problem.name or "balance against " + self.objectives[1])
+        axes.set_title(plain_title(self.problem.name) or "balance against " + self.objectives[1])
         axes.grid(alpha=0.3)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120)
-        return buffer.getvalue()
+        return picture(figure, form, dpi=120)
 
 
 def pareto(

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
+import warnings
 from importlib.util import find_spec
+from os import PathLike
+from typing import Any
 
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray
-from moeless_opt.problems.errors import SolverUnavailableError
+from moeless_opt.problems.errors import SolverUnavailableError, printable
+from moeless_opt.problems.files import format_of
 from moeless_opt.problems.plan import Plan, gpu_times, imbalance
 from moeless_opt.problems.spec import Problem, equal_shares
 
-__all__ = ["need_matplotlib", "plot_loads"]
+__all__ = ["need_matplotlib", "picture", "picture_format", "plain_title", "plot_loads"]
+
+_UNDATED: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+"""Formats of pictures, and what keeps the time of drawing out of them."""
 
 
 def need_matplotlib() -> None:
@@ -29,22 +36,56 @@ def need_matplotlib() -> None:
         )
 
 
-def plot_loads(problem: Problem, plan: Plan) -> bytes:
+def picture_format(path: str | PathLike[str]) -> str:
+    """The format of a picture by its file's name, in any case: ``png``, ``svg`` or ``pdf``.
+
+    Raises
+    ------
+    FormatError
+        If the suffix is another. Where there is none (``/dev/stdout``) it is ``png``.
+    """
+    return format_of(path, [f".{known}" for known in _UNDATED], default=".png")[1:]
+
+
+def picture(figure: Any, form: str, *, dpi: float | None = None) -> bytes:
+    """A figure of matplotlib as a picture of that format."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of letters in names that the font lacks
+        figure.savefig(buffer, format=form, dpi=dpi or figure.dpi, metadata=_UNDATED[form])
+    return buffer.getvalue()
+
+
+def plain_title(name: str) -> str:
+    """A name as a picture shows it: no mathematics, nothing that cannot be printed."""
+    return printable(name).replace("$", r"\$")
+
+
+def plot_loads(problem: Problem, plan: Plan, *, form: str = "png") -> bytes:
     """Draw each GPU's time in every layer as a heat map, before and after, on one scale.
 
     Before is the live placement with equal shares, or static expert parallelism where nothing is live.
 
+    Parameters
+    ----------
+    problem : Problem
+        With the live placement, if there is one.
+    plan : Plan
+        What comes after.
+    form : {"png", "svg", "pdf"}
+        Format of the picture.
+
     Returns
     -------
     bytes
-        A PNG.
+        The picture.
     """
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
 
     before_LG, title = _before(problem)
     speed_G = problem.topology.speed_G
-    panels = [(before_LG, title), (plan.time_LG, f"{plan.certificate.solver}")]
+    panels = [(before_LG, title), (plan.time_LG, plain_title(plan.certificate.solver))]
     relative = [_relative(time_LG, speed_G) for time_LG, _ in panels]
     # Blue is idle, white the mean, red a straggler; the few worst must not wash out the rest.
     limit = max(1.2, float(np.percentile(relative, 99.5)))
@@ -63,10 +104,8 @@ def plot_loads(problem: Problem, plan: Plan) -> bytes:
         axes.set_xticks(range(0, gpus, max(1, gpus // 8)))
     figure.axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=figure.axes, label="GPU time / mean of the layer", extend="max")
-    figure.suptitle(problem.name or "GPU time per layer")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    figure.suptitle(plain_title(problem.name) or "GPU time per layer")
+    return picture(figure, form, dpi=120)
 
 
 def _before(problem: Problem) -> tuple[FloatArray, str]:

@@ -10,11 +10,30 @@ __all__ = [
     "ProblemError",
     "SolverUnavailableError",
     "UnsupportedFeatureError",
+    "printable",
 ]
+
+_LONGEST = 2000
+
+
+def printable(text: str) -> str:
+    """A text with what would command a terminal (escapes, line ends, direction marks) spelled out."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+
+
+def _told(text: str) -> str:
+    """A message for people: of one line, and of a length that can be read."""
+    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 200]} ... {text[-195:]}"
+    return printable(" ".join(text.split()))
 
 
 class MoelessError(Exception):
-    """Base of every error that the package raises on purpose."""
+    """Base of every error that the package raises on purpose; its text is one line that is safe to print."""
+
+    def __str__(self) -> str:
+        return _told(super().__str__())
 
 
 class ProblemError(MoelessError, ValueError):

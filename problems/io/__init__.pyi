@@ -6,9 +6,11 @@ from .documents import load_problem as load_problem
 from .documents import problem_from_json as problem_from_json
 from .documents import problem_to_json as problem_to_json
 from .documents import save_problem as save_problem
-from .files import atomic_write as atomic_write
+from .files import parse_json as parse_json
+from .files import read_arrays as read_arrays
 from .files import read_json as read_json
 from .plans import load_plan as load_plan
+from .plans import plan_format as plan_format
 from .plans import plan_to_json as plan_to_json
 from .plans import save_plan as save_plan
 from .traces import RoutedRequests as RoutedRequests

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import csv
 import datetime
-import gzip
-import io
 import json
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, floats, integers, number, whole
 from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.problems.files import named, read_text
 
 __all__ = ["Arrivals", "Lengths", "poisson_arrivals", "read_arrivals", "read_lengths"]
+
+
+_MOST_TOKENS = 10**12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -157,17 +158,20 @@ def read_arrivals(path: str | PathLike[str]) -> Arrivals:
     FormatError
         If the file is neither, with the line that does not fit.
     """
-    with _text(path) as file:
-        lines = file.read().splitlines()
+    lines = read_text(path).splitlines()
     if not lines:
         raise FormatError(str(path), "is empty")
     parse = _mooncake if lines[0].lstrip().startswith("{") else _azure
     rows = parse(str(path), lines)
     rows.sort(key=lambda row: row[0])
     time, prompt, output = (np.array(column) for column in zip(*rows, strict=True))
-    return Arrivals(
-        time_R=time - time[0], prompt_R=prompt, output_R=np.maximum(output, 1), source=Path(path).name
-    )
+    with named(path):
+        return Arrivals(
+            time_R=time - time[0],
+            prompt_R=prompt,
+            output_R=np.maximum(output, 1),
+            source=Path(path).name,
+        )
 
 
 def read_lengths(path: str | PathLike[str]) -> Lengths:
@@ -178,34 +182,27 @@ def read_lengths(path: str | PathLike[str]) -> Lengths:
     FormatError
         If a column is missing or a line does not fit.
     """
-    with _text(path) as file:
-        lines = file.read().splitlines()
+    lines = read_text(path).splitlines()
     rows = _columns(str(path), lines, ("num_prefill_tokens", "num_decode_tokens"))
     pairs = [(_int(path, n, a), max(_int(path, n, b), 1)) for n, (a, b) in rows]
     prompt, output = (np.array(column) for column in zip(*pairs, strict=True))
-    return Lengths(prompt_R=prompt, output_R=output, source=Path(path).name)
-
-
-def _text(path: str | PathLike[str]) -> TextIO:
-    try:
-        data = Path(path).read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        return io.StringIO(data.decode("utf-8-sig"))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise FormatError(str(path), f"cannot be read ({error})") from None
+    with named(path):
+        return Lengths(prompt_R=prompt, output_R=output, source=Path(path).name)
 
 
 def _columns(path: str, lines: list[str], names: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
     """Line number and the named columns of every line that is not blank."""
-    reader = csv.reader(lines)
-    head = next(reader, [])
+    try:
+        table = list(csv.reader(lines))
+    except csv.Error as error:
+        raise FormatError(path, f"is no readable table ({error})") from None
+    head = table[0] if table else []
     missing = [name for name in names if name not in head]
     if missing:
         raise FormatError(path, f"has no column {missing[0]!r}; it has {', '.join(head) or 'none'}")
     at = [head.index(name) for name in names]
     rows = []
-    for number_, row in enumerate(reader, start=2):
+    for number_, row in enumerate(table[1:], start=2):
         if not row:
             continue
         if len(row) <= max(at):
@@ -221,8 +218,12 @@ def _int(path: str | PathLike[str], line: int, text: str) -> int:
         value = int(text)
     except ValueError:
         raise FormatError(f"{path}, line {line}", f"{text!r} is no whole number") from None
-    if value < 0:
-        raise FormatError(f"{path}, line {line}", f"{value} tokens, must be at least 0")
+    return _tokens(f"{path}, line {line}", value)
+
+
+def _tokens(where: str, value: int) -> int:
+    if not 0 <= value <= _MOST_TOKENS:
+        raise FormatError(where, f"{value} tokens, must be from 0 to {_MOST_TOKENS}")
     return value
 
 
@@ -233,7 +234,7 @@ def _azure(path: str, lines: list[str]) -> list[tuple[float, int, int]]:
             whole_seconds, _, part = stamp.partition(".")
             moment = datetime.datetime.fromisoformat(whole_seconds).replace(tzinfo=datetime.UTC)
             seconds = moment.timestamp() + (float("0." + part) if part else 0.0)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise FormatError(f"{path}, line {n}", f"{stamp!r} is no time stamp") from None
         found.append((seconds, _int(path, n, read), _int(path, n, written)))
     return found
@@ -246,9 +247,14 @@ def _mooncake(path: str, lines: list[str]) -> list[tuple[float, int, int]]:
             continue
         try:
             entry = json.loads(line)
-            found.append(
-                (float(entry["timestamp"]) / 1e3, int(entry["input_length"]), int(entry["output_length"]))
-            )
-        except (ValueError, KeyError, TypeError) as error:
+            moment = float(entry["timestamp"]) / 1e3
+            read, written = int(entry["input_length"]), int(entry["output_length"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise FormatError(f"{path}, line {n}", f"is no request ({error!r})") from None
+        if not abs(moment) < np.inf:
+            raise FormatError(f"{path}, line {n}", f"timestamp is {moment:g}, must be a finite number")
+        where = f"{path}, line {n}"
+        found.append((moment, _tokens(where, read), _tokens(where, written)))
+    if not found:
+        raise FormatError(path, "holds no requests")
     return found

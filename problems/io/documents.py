@@ -7,27 +7,18 @@ arrays may lie in an .npz beside the JSON, with its hash.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
+import os
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moeless_opt.problems.arrays import floats, integers
 from moeless_opt.problems.codec import Fields, moved, plain_fields, read_record
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.io.files import (
-    MAX_UNPACKED,
-    VERSION,
-    atomic_write,
-    check_header,
-    check_unpacked,
-    json_bytes,
-    read_json,
-)
+from moeless_opt.problems.files import STDIN, atomic_write, named, read_bytes, read_limit
+from moeless_opt.problems.io.files import VERSION, check_header, json_bytes, parse_json, read_arrays
 from moeless_opt.problems.io.plans import load_plan
 from moeless_opt.problems.io.recordings import read_loads
 from moeless_opt.problems.spec import (
@@ -52,12 +43,13 @@ def _loads(data: object, where: str, folder: Path) -> Loads:
     entry = Fields(data, where)
     kind = entry.take("kind", str, "inline")
     if kind == "recording":
-        path = folder / entry.take("path", str)
+        path = _beside(folder, entry)
         kinds: dict[str, Any] = {"key": str, "scenario": (str, int)}
         options = {key: entry.take(key, kind) for key, kind in kinds.items() if key in entry.data}
         entry.asked += kinds
         entry.done()
-        return read_loads(path, **options)
+        with named(entry.path("path")):
+            return read_loads(path, **options)
     if kind == "inline":
         load: Any = entry.take("load", list)
     elif kind == "npz":
@@ -86,28 +78,27 @@ def _loads(data: object, where: str, folder: Path) -> Loads:
         raise moved(error, "loads", f"{where}.load" if error.where.startswith("loads[") else where) from None
 
 
+def _beside(folder: Path, entry: Fields) -> str:
+    """The file that an entry names, looked up in the document's folder; never standard input."""
+    path = str(folder / entry.take("path", str))
+    return os.path.join(".", path) if path == STDIN else path
+
+
 def _npz_array(entry: Fields, folder: Path) -> Any:
-    path = folder / entry.take("path", str)
+    path = _beside(folder, entry)
     key = entry.take("key", str, "load")
     want = entry.take("sha256", str)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise FormatError(entry.path("path"), f"{path} cannot be read: {error.strerror}") from None
+    with named(entry.path("path")):
+        raw = read_bytes(path)
     if (found := hashlib.sha256(raw).hexdigest()) != want:
         raise FormatError(
             entry.path("sha256"), f"{path} has hash {found[:12]}..., the problem names {want[:12]}..."
         )
-    try:
-        check_unpacked(io.BytesIO(raw), str(path))
-        with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
-            if key not in archive:
-                raise FormatError(entry.path("key"), f"{path} has no array {key!r}; it has {sorted(archive)}")
-            return archive[key]
-    except ProblemError:
-        raise
-    except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged archives
-        raise FormatError(entry.path("path"), f"{path} is no .npz archive: {error}") from None
+    with named(entry.path("path")):
+        arrays = read_arrays(path, raw)
+    if key not in arrays:
+        raise FormatError(entry.path("key"), f"{path} has no array {key!r}; it has {sorted(arrays)}")
+    return arrays[key]
 
 
 def _generated(entry: Fields) -> Any:
@@ -116,9 +107,9 @@ def _generated(entry: Fields) -> Any:
     sizes = [recipe.get("layers"), recipe.get("experts")]
     sizes += [drift.get("steps"), drift.get("domains")] if isinstance(drift, Mapping) else []
     cells = math.prod(size for size in sizes if isinstance(size, int) and size > 0)
-    if cells > MAX_UNPACKED // 8:
+    if cells > read_limit() // 8:
         raise FormatError(
-            entry.path("recipe"), f"asks for {cells} loads; up to {MAX_UNPACKED // 8} are generated"
+            entry.path("recipe"), f"asks for {cells} loads; up to {read_limit() // 8} are generated"
         )
     return from_recipe(recipe, entry.path("recipe"))
 
@@ -136,7 +127,9 @@ def _current(data: object, where: str, folder: Path, problem: Problem) -> Placem
     if kind == "inline":
         slots: Any = entry.take("slots", list)
     elif kind == "plan":
-        slots = load_plan(folder / entry.take("path", str)).slots_LGC
+        path = _beside(folder, entry)
+        with named(entry.path("path")):
+            slots = load_plan(path).slots_LGC
     else:
         raise FormatError(entry.path("kind"), f"is {kind!r}, must be 'inline' or 'plan'")
     repair = entry.take("repair", bool, False)
@@ -272,14 +265,15 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
 
 
 def load_problem(path: str | PathLike[str]) -> Problem:
-    """Read a problem from a JSON file.
+    """Read a problem from a JSON file, a pipe or standard input (``-``).
 
     Raises
     ------
     FormatError, ProblemError
-        Naming the file or the JSON path.
+        Naming the file, and the JSON path in it.
     """
-    return problem_from_json(read_json(path), folder=Path(path).parent)
+    with named(path):
+        return problem_from_json(parse_json(read_bytes(path), str(path)), folder=Path(path).parent)
 
 
 def save_problem(problem: Problem, path: str | PathLike[str]) -> None:

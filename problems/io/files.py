@@ -1,61 +1,61 @@
-"""Documents as files: read within limits, written whole or not at all, in the envelope that all have.
-
-A document names its ``format`` and ``version``. Files are written aside and renamed, so that a reader never
-sees half of one.
-"""
+"""Documents: parsed within limits, in the envelope that all have: a ``format`` and a ``version``."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import tempfile
-import zipfile
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moeless_opt.problems.codec import Fields
 from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.problems.files import check_archive, gunzipped, read_bytes, size_text, text_limit
 
 __all__ = [
-    "MAX_BYTES",
-    "MAX_UNPACKED",
     "VERSION",
-    "atomic_write",
     "check_header",
-    "check_unpacked",
     "json_bytes",
+    "parse_json",
+    "read_arrays",
     "read_json",
     "schema",
 ]
 
 VERSION = 1
-MAX_BYTES = 256 * 2**20
-"""Largest JSON document that is read; larger arrays belong into an .npz beside it."""
-MAX_UNPACKED = 2**30
-"""Largest .npz archive that is read, in bytes after decompression."""
 
 
-def read_json(path: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> Any:
-    """Parse a JSON file, refusing what is too large, not JSON, or holds NaN.
+def read_json(path: str | PathLike[str]) -> Any:
+    """Parse a JSON file (a pipe, ``-``), refusing what is too large, not JSON, or holds NaN.
 
     Raises
     ------
     FormatError
         Naming the file and what would be right.
     """
-    name = os.fspath(path)
+    return parse_json(read_bytes(path), str(path))
+
+
+def parse_json(raw: bytes, name: str) -> Any:
+    """Parse the bytes of a JSON file, gzipped or not; errors name the file.
+
+    Raises
+    ------
+    FormatError
+        If it is too large, not JSON, or holds NaN or a key twice.
+    """
+    raw = gunzipped(raw, name)
+    if len(raw) > text_limit():
+        raise FormatError(
+            name,
+            f"is JSON of {size_text(len(raw))}; up to {size_text(text_limit())} are read: keep large arrays "
+            "in an .npz, or raise MOELESS_MAX_READ to four times its size",
+        )
     try:
-        size = os.stat(name).st_size
-        if size > max_bytes:
-            raise FormatError(
-                name,
-                f"is {size / 2**20:.0f} MiB; JSON is read up to {max_bytes / 2**20:.0f} MiB: "
-                "keep large arrays in an .npz",
-            )
-        text = Path(name).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise FormatError(name, f"cannot be read: {error.strerror}") from None
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise FormatError(name, "is not JSON: not even UTF-8 text") from None
 
@@ -65,8 +65,8 @@ def read_json(path: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise FormatError(name, f"has the key {twice!r} twice in one object; once is enough")
         return found
 
@@ -84,25 +84,35 @@ def read_json(path: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> Any:
         raise FormatError(name, f"holds a number that cannot be read: {error}") from None
 
 
-def atomic_write(path: str | PathLike[str], data: bytes) -> None:
-    """Write a file aside and rename it, so that it is there whole or not at all."""
-    target = Path(path)
+def read_arrays(path: str | PathLike[str], raw: bytes | None = None) -> dict[str, NDArray[Any]]:
+    """All arrays of an .npz archive, within the limit; no Python objects.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    raw : bytes, optional
+        Its content, where that has been read already.
+
+    Raises
+    ------
+    FormatError
+        Naming the file, if it is no such archive.
+    """
+    name = str(path)
+    raw = read_bytes(path) if raw is None else raw
+    if not raw.startswith(b"PK"):
+        raise FormatError(name, "is no .npz archive")
+    check_archive(raw, name)
     try:
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise FormatError(str(target), f"cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(aside, 0o666 & ~mask)
-        os.replace(aside, target)
-    except BaseException as error:
-        Path(aside).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise FormatError(str(target), f"cannot be written: {error.strerror}") from None
-        raise
+        with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged archives
+        raise FormatError(name, f"is no .npz archive: {error}") from None
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise FormatError(name, f"is no .npz archive: {key!r} is no array")
+    return arrays
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -135,13 +145,3 @@ def check_header(entry: Fields, want: str) -> None:
 def json_bytes(document: Any) -> bytes:
     """A document as it lies in a file."""
     return (json.dumps(document, allow_nan=False, separators=(",", ":")) + "\n").encode()
-
-
-def check_unpacked(file: Any, name: str) -> None:
-    """Refuse an archive that unpacks to more than is sensible, before anything is unpacked."""
-    with zipfile.ZipFile(file) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-    if size > MAX_UNPACKED:
-        raise FormatError(
-            name, f"unpacks to {size / 2**20:.0f} MiB; up to {MAX_UNPACKED / 2**20:.0f} MiB are read"
-        )

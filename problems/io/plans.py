@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moeless_opt.problems.arrays import floats, integers, number
-from moeless_opt.problems.codec import NUMBER, Fields, read_record
-from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.io.files import (
-    VERSION,
-    atomic_write,
-    check_header,
-    check_unpacked,
-    json_bytes,
-    read_json,
-)
+from moeless_opt.problems.codec import NUMBER, Fields, kind_name, read_record
+from moeless_opt.problems.errors import FormatError
+from moeless_opt.problems.files import atomic_write, format_of, named, read_bytes
+from moeless_opt.problems.io.files import VERSION, check_header, json_bytes, parse_json, read_arrays
 from moeless_opt.problems.plan import Certificate, Moves, Payback, Plan
 from moeless_opt.problems.spec import SPLITS, Placement, Split
 
-__all__ = ["load_plan", "plan_from_json", "plan_to_json", "save_plan"]
+__all__ = ["load_plan", "plan_format", "plan_from_json", "plan_to_json", "save_plan"]
 
 _ARRAYS = ("slots", "shares", "times", "imbalance")
 
@@ -143,10 +135,27 @@ def _payback(entry: Fields) -> Payback | None:
     return payback
 
 
+def plan_format(path: str | PathLike[str]) -> str:
+    """The format of a plan's file by its name: ``.json`` (also where there is no suffix) or ``.npz``.
+
+    Raises
+    ------
+    FormatError
+        If the suffix is another.
+    """
+    return format_of(path, (".json", ".npz"), default=".json")
+
+
 def save_plan(plan: Plan, path: str | PathLike[str]) -> None:
-    """Write a plan: .npz if the path ends so, JSON otherwise."""
+    """Write a plan: .npz if the path ends so (in any case), JSON if it ends in .json or has no suffix.
+
+    Raises
+    ------
+    FormatError
+        If the suffix is another, or the file cannot be written.
+    """
     document = plan_to_json(plan)
-    if Path(path).suffix != ".npz":
+    if plan_format(path) == ".json":
         atomic_write(path, json_bytes(document))
         return
     for key in _ARRAYS:
@@ -158,25 +167,25 @@ def save_plan(plan: Plan, path: str | PathLike[str]) -> None:
 
 
 def load_plan(path: str | PathLike[str]) -> Plan:
-    """Read a plan that `save_plan` wrote.
+    """Read a plan that `save_plan` wrote, in either form, from a file, a pipe or standard input (``-``).
 
     Raises
     ------
     FormatError, ProblemError
-        If the file is no plan.
+        If the file is no plan; naming the file.
     """
-    if Path(path).suffix != ".npz":
-        return plan_from_json(read_json(path))
-    try:
-        check_unpacked(path, os.fspath(path))
-        with np.load(path, allow_pickle=False) as archive:
-            if "document" not in archive:
-                raise FormatError(os.fspath(path), f"is no plan: it holds {sorted(archive)}")
-            document = json.loads(archive["document"].tobytes())
-            return plan_from_json(document | {key: archive[key] for key in _ARRAYS})
-    except ProblemError:
-        raise
-    except OSError as error:
-        raise FormatError(os.fspath(path), f"cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # zipfile and numpy raise a dozen kinds on damaged archives
-        raise FormatError(os.fspath(path), f"is no plan archive: {error}") from None
+    name, raw = os.fspath(path), read_bytes(path)
+    if not raw.startswith(b"PK"):
+        with named(name):
+            return plan_from_json(parse_json(raw, name))
+    arrays = read_arrays(name, raw)
+    if "document" not in arrays:
+        raise FormatError(name, f"is no plan: it holds {sorted(arrays)}")
+    missing = [key for key in _ARRAYS if key not in arrays]
+    if missing:
+        raise FormatError(name, f"is no plan archive: it has no array {missing[0]!r}")
+    with named(name):
+        document = parse_json(arrays["document"].tobytes(), f"{name}: document")
+        if not isinstance(document, dict):
+            raise FormatError("document", f"must be an object, got {kind_name(document)}")
+        return plan_from_json(document | {key: arrays[key] for key in _ARRAYS})

@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, integers, number, whole
 from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.problems.files import named
+from moeless_opt.problems.io.files import read_arrays
 
 __all__ = ["RoutedRequests", "TokenTraces", "loads_by_step", "read_token_traces"]
 
@@ -180,11 +182,7 @@ def read_token_traces(path: str | PathLike[str], *, experts: int | None = None) 
     FormatError
         If the file is no such archive.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise FormatError(str(path), f"is no readable .npz archive ({error})") from None
+    arrays = read_arrays(path)
     for name in ("experts", "offsets"):
         if name not in arrays:
             raise FormatError(
@@ -193,15 +191,17 @@ def read_token_traces(path: str | PathLike[str], *, experts: int | None = None) 
     routed = arrays["experts"]
     if routed.dtype.kind not in "iu" or routed.size == 0:
         raise FormatError(f"{path}: experts", f"is {routed.dtype} {routed.shape}, must be whole numbers")
-    return TokenTraces(
-        experts_TLK=routed,
-        offsets=arrays["offsets"],
-        experts=int(routed.max()) + 1 if experts is None else experts,
-        prompt_tokens=arrays.get("prompt_tokens", np.zeros(0, dtype=np.int64)),
-        domain=arrays.get("domain"),
-        domains=tuple(str(name) for name in arrays.get("domain_names", ())),
-        source=Path(path).name,
-    )
+    names = arrays.get("domain_names", np.zeros(0, dtype=str))
+    with named(path):
+        return TokenTraces(
+            experts_TLK=routed,
+            offsets=arrays["offsets"],
+            experts=int(routed.max()) + 1 if experts is None else experts,
+            prompt_tokens=arrays.get("prompt_tokens", np.zeros(0, dtype=np.int64)),
+            domain=arrays.get("domain"),
+            domains=tuple(str(name) for name in names.ravel()),
+            source=Path(path).name,
+        )
 
 
 def loads_by_step(traces: RoutedRequests, tokens_P: IntArray, step_P: IntArray, steps: int) -> FloatArray:

@@ -7,6 +7,7 @@ Loads and times are the business of `LiveModel.observe`; here is what concerns s
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
+from moeless_opt.problems.files import atomic_write, format_of
 from moeless_opt.problems.io import TokenTraces
 from moeless_opt.runtime.engines.megatron import unwrap
 from moeless_opt.runtime.live import LiveModel
@@ -52,7 +54,10 @@ def save_token_traces(traces: TokenTraces, path: str | Path) -> None:
     }
     if traces.domain is not None:
         arrays |= {"domain": traces.domain, "domain_names": np.array(traces.domains)}
-    np.savez_compressed(path, **arrays)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    format_of(path, (".npz",))
+    atomic_write(path, packed.getvalue())
 
 
 class TraceRecorder:

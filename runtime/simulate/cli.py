@@ -14,8 +14,9 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from moeless_opt.plots import need_matplotlib
+from moeless_opt.plots import need_matplotlib, picture_format
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
+from moeless_opt.problems.files import check_output
 from moeless_opt.progress import Display
 from moeless_opt.report import table
 from moeless_opt.runtime.simulate.drawing import Drawn, distributions, save_drawing
@@ -175,6 +176,8 @@ def _run(options: argparse.Namespace) -> int:
         print(_policies(), file=out)
         return 0
     if options.plot is not None:
+        picture_format(options.plot)
+        check_output(options.plot)
         need_matplotlib()
     figure = _figure(options)
     runs = list(_scenarios(options))

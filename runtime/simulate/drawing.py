@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from moeless_opt.plots import picture, picture_format
+from moeless_opt.problems.files import atomic_write
 from moeless_opt.runtime.simulate.policies import BASELINE, BOUND, SYSTEM, Policy
 from moeless_opt.runtime.simulate.report import SimRow
 
@@ -97,12 +99,12 @@ Drawing = Callable[[Any, Drawn], None]
 def save_drawing(
     drawing: Drawing, drawn: Drawn, path: Path, *, size: tuple[float, float] | None = None
 ) -> None:
-    """Draw rows into a file (.png, .svg, ...); `size` in inches, by default as wide as there are panels."""
+    """Draw rows into a file (.png, .svg, .pdf); `size` in inches, by default as wide as there are panels."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=size or (4.5 * len(drawn.panels()), 3.6), layout="constrained", dpi=88)
     drawing(canvas, drawn)
-    canvas.savefig(path)
+    atomic_write(path, picture(canvas, picture_format(path)))
 
 
 def distributions(canvas: Any, drawn: Drawn) -> None:

@@ -32,7 +32,15 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, whole
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.io import Arrivals, RoutedRequests, TokenTraces, loads_by_step, read_token_traces
+from moeless_opt.problems.files import named
+from moeless_opt.problems.io import (
+    Arrivals,
+    RoutedRequests,
+    TokenTraces,
+    loads_by_step,
+    read_arrays,
+    read_token_traces,
+)
 from moeless_opt.problems.spec import ModelSpec
 from moeless_opt.runtime.predict import Affinity, AutoRegressive, Context, Ewma, LastWindow, Predictor
 from moeless_opt.runtime.simulate.compose import StepTokens, compose_reads, compose_tokens, draw_requests
@@ -278,15 +286,21 @@ def read_predictions(path: str | PathLike[str], *, experts: int | None = None) -
         If it holds no predictions, or they do not fit the traces.
     """
     traces = read_token_traces(path, experts=experts)
-    with np.load(path, allow_pickle=False) as file:
-        said = {name: file[name] for name in file.files if name.startswith(("chosen_", "chance_"))}
-        unit = float(file["unit"]) if "unit" in file.files else 1.0
-        transitions = file["transitions"] if "transitions" in file.files else None
+    arrays = read_arrays(path)
+    said = {name: array for name, array in arrays.items() if name.startswith(("chosen_", "chance_"))}
+    unit = arrays.get("unit", np.ones(()))
+    if unit.shape != () or unit.dtype.kind not in "iuf":
+        raise FormatError(f"{path}: unit", f"has shape {unit.shape} of {unit.dtype}, must be one number")
     if not said:
         raise FormatError(str(path), "holds no predictions (arrays chosen_NAME or chance_NAME)")
-    return Predictions(
-        traces=traces, said=said, unit=unit, transitions_DLEE=transitions, source=Path(path).name
-    )
+    with named(path):
+        return Predictions(
+            traces=traces,
+            said=said,
+            unit=float(unit),
+            transitions_DLEE=arrays.get("transitions"),
+            source=Path(path).name,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

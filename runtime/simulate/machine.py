@@ -16,7 +16,6 @@ weights and the KV cache, on data-parallel GPUs. It is the same for every policy
 from __future__ import annotations
 
 import csv
-import gzip
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, number
 from moeless_opt.problems.errors import FormatError
+from moeless_opt.problems.files import read_text
 from moeless_opt.problems.plan import activated, gpu_tokens
 from moeless_opt.problems.spec import ModelSpec, TimeModel, Topology
 from moeless_opt.runtime.simulate.options import unknown
@@ -312,14 +312,14 @@ def expert_curve(
     FormatError
         If a column or a matrix is missing.
     """
-    data = Path(path).read_bytes()
-    text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
     table: dict[int, dict[str, float]] = {}
     try:
-        for row in csv.DictReader(text.splitlines()):
+        for row in csv.DictReader(read_text(path).splitlines()):
             if row["layer_name"].startswith("expert."):
                 table.setdefault(int(row["input"]), {})[row["layer_name"]] = float(row["latency(ns)"]) * 1e-9
-    except (KeyError, ValueError, TypeError) as error:
+    except FormatError:
+        raise
+    except (KeyError, ValueError, TypeError, OverflowError, csv.Error) as error:
         raise FormatError(str(path), f"is no table of expert times ({error!r})") from None
     full = {n: sum(times.values()) for n, times in table.items() if len(times) == model.matrices}
     if len(full) < 2:

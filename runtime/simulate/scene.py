@@ -20,6 +20,7 @@ from moeless_opt.problems.io import (
     Arrivals,
     TokenTraces,
     poisson_arrivals,
+    read_arrays,
     read_arrivals,
     read_lengths,
     read_token_traces,
@@ -109,6 +110,8 @@ class _Setup:
     def at(self, given: Path | None, name: str) -> Path | None:
         """A file that was named, or the one of that name in the folder of recordings."""
         data = self.scenario.data
+        if data is not None and not data.is_dir():
+            raise ProblemError("data", f"{data} is no folder")
         return given if given is not None or data is None else data / name
 
     def scene(self) -> Scene:
@@ -305,9 +308,8 @@ class _Setup:
         prefix = model.name.split("-")[0].lower() + "__expert_counts__"
         asked = scenario.popularity is not None
         if popularity is not None and (asked or popularity.is_file()):
-            with np.load(popularity, allow_pickle=False) as file:
-                names = [key for key in sorted(file.files) if key.startswith(prefix)]
-                counts = {key[len(prefix) :]: file[key] for key in names}
+            arrays = read_arrays(popularity)
+            counts = {key[len(prefix) :]: arrays[key] for key in sorted(arrays) if key.startswith(prefix)}
             if counts:
                 return RoutingModel.of_domains(counts, (0, 7, 15), model, own, popularity.name), True
             if asked:

@@ -31,13 +31,14 @@ import threading
 import time as clock
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
+from moeless_opt.problems.files import atomic_write, format_of
 from moeless_opt.problems.plan import StoppedBy
 from moeless_opt.solvers.core import _engines
 from moeless_opt.solvers.core.stopping import NeverStop, Stop
@@ -239,18 +240,21 @@ def write_linear(model: LinearModel, path: str | PathLike[str]) -> None:
     model : LinearModel
         The programme.
     path : path
-        Where to; its suffix tells the format.
+        Where to; its suffix tells the format, in any case. The file is there whole or not at all.
 
     Raises
     ------
-    ProblemError
-        If the suffix is neither.
+    FormatError
+        If the suffix is neither, or the file cannot be written.
     """
-    name = fspath(path)
-    if not name.lower().endswith((".lp", ".mps")):
-        raise ProblemError("path", f"is {name!r}, must end in .lp or .mps")
+    suffix = format_of(path, (".lp", ".mps"))
     problem, _ = _engines.pulp_problem(_job(model), model.names, [row[0] for row in model.rows])
-    (problem.writeLP if name.lower().endswith(".lp") else problem.writeMPS)(name)
+    with tempfile.TemporaryDirectory() as folder:
+        aside = os.path.join(folder, f"model{suffix}")
+        (problem.writeLP if suffix == ".lp" else problem.writeMPS)(aside)
+        with open(aside, "rb") as file:
+            content = file.read()
+    atomic_write(path, content)
 
 
 def _job(model: LinearModel) -> dict[str, Any]:

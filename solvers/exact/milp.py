@@ -60,8 +60,8 @@ def write_model(layer: ExactLayer, path: str | PathLike[str]) -> None:
 
     Raises
     ------
-    ProblemError
-        If the suffix is neither.
+    FormatError
+        If the suffix is neither, or the file cannot be written.
     """
     model = build(layer)
     assert model is not None

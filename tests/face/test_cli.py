@@ -325,7 +325,7 @@ BAD_DOCUMENTS = [
 @pytest.mark.parametrize(("changes", "message"), BAD_DOCUMENTS)
 def test_malformed_problems(folder: Path, capsys: Any, changes: dict[str, Any], message: str) -> None:
     Path("p.json").write_text(json.dumps(document(**changes)))
-    assert refused(capsys, "p.json", "-o", "plan.json").startswith(message)
+    assert refused(capsys, "p.json", "-o", "plan.json").startswith(f"p.json: {message}")
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_a_gigabyte_of_json_is_refused_unread(folder: Path, capsys: Any, start: 
         file.truncate(2**30)
     began = time.monotonic()
     line = refused(capsys, "big.json", "--gpus", "4", "--slots", "3")
-    assert "1024 MiB" in line
+    assert "1 GiB" in line
     assert "256 MiB" in line
     assert time.monotonic() - began < 60  # read, it would take minutes and many gigabytes
 
@@ -398,7 +398,7 @@ def test_a_gigabyte_of_json_is_refused_unread(folder: Path, capsys: Any, start: 
         (["problem.json", "--current", "absent.json"], "absent.json: cannot be read: No such file"),
         (
             ["problem.json", "--current", "problem.json"],
-            "format: is 'moeless-problem', must be 'moeless-plan'",
+            "problem.json: format: is 'moeless-problem', must be 'moeless-plan'",
         ),
         (["problem.json", "--check", "loads.npy"], "loads.npy: is not JSON"),
         (["problem.json", "-o", "absent/plan.json"], "absent/plan.json: cannot be written: its folder"),

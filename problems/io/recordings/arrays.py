@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import FormatError
-from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Source, cut, kind_text, mib, shape_text
+from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Source, cut, kind_text, shape_text
 
 __all__ = ["Array", "NpzArray", "Value", "npy_array", "plain_numbers"]
 
@@ -112,8 +112,8 @@ class Value(Array):
         shape = tuple(int(n) for n in tensor.shape)
         if math.prod(shape) * 8 > self.source.max_bytes:
             raise self.source.error(
-                f"{self.key} has shape {shape_text(shape)}, more than {mib(self.source.max_bytes)}; raise "
-                "max_bytes to read it anyway"
+                f"{self.key} has shape {shape_text(shape)}, more than {self.source.most}; raise "
+                "MOELESS_MAX_READ to read it"
             )
         if str(tensor.layout) != "torch.strided" or tensor.is_quantized or tensor.is_complex():
             raise self.source.error(
@@ -155,8 +155,8 @@ def _check_header(
     items = math.prod(shape)
     if items * max(dtype.itemsize, 8) > source.max_bytes:
         raise source.error(
-            f"{what} has shape {shape_text(shape)}, more than {mib(source.max_bytes)}; raise max_bytes to "
-            "read it anyway"
+            f"{what} has shape {shape_text(shape)}, more than {source.most}; raise "
+            "MOELESS_MAX_READ to read it"
         )
     if size is not None and items * dtype.itemsize > size:
         raise source.error(
@@ -252,7 +252,5 @@ def plain_numbers(source: Source, what: str, array: NDArray[Any]) -> FloatArray:
     if array.dtype.kind not in "iuf":
         raise source.error(f"{what} has type {array.dtype}, must be numbers")
     if array.size * 8 > source.max_bytes:
-        raise source.error(
-            f"{what} has shape {shape_text(array.shape)}, more than {mib(source.max_bytes)} as float64"
-        )
+        raise source.error(f"{what} has shape {shape_text(array.shape)}, more than {source.most} as float64")
     return array.astype(np.float64)

@@ -31,11 +31,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -47,15 +43,14 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray
 from moeless_opt.problems.errors import FormatError, SolverUnavailableError
+from moeless_opt.problems.files import gunzipped, open_zip, read_bytes, read_limit, size_text, text_limit
 from moeless_opt.problems.io.recordings.arrays import Array, NpzArray, Value, npy_array, plain_numbers
-from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Found, Source, cut, mib, shape_text
+from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Found, Source, cut, shape_text
 from moeless_opt.problems.io.recordings.tables import TableReader
 from moeless_opt.problems.spec import Loads
 
-__all__ = ["DEFAULT_MAX_BYTES", "Recording", "read_loads", "read_recording"]
+__all__ = ["Recording", "read_loads", "read_recording"]
 
-
-DEFAULT_MAX_BYTES = 256 * 2**20
 
 # Names of arrays that hold loads of logical experts, the likelier first. Those of `_STEPPED` have a leading
 # axis of steps of one run, where they have one at all.
@@ -80,6 +75,7 @@ _CHOICES = ("experts", "topk_ids", "topk", "topk_indices", "expert_ids", "router
 _NAMES = ("workloads", "scenarios", "names", "datasets", "domains", "labels")
 
 
+_TORCH_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of torch.save before zip files
 _KNOWN_FORMATS = (
     "SGLang or vLLM JSON, a PyTorch recorder file, .npy, .npz, or a CSV table with layer, expert, count"
 )
@@ -123,14 +119,15 @@ def read_recording(
     scenario: str | int | None = None,
     steps: Literal["sum", "keep"] = "sum",
     experts: int | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: int | None = None,
+    content: bytes | None = None,
 ) -> Recording:
     """Read a recording of expert loads.
 
     Parameters
     ----------
     path : path
-        The file. It may be a pipe, and it may be gzipped.
+        The file; ``-`` is standard input. It may be a pipe, and it may be gzipped.
     key : str, optional
         Array to read, where a file holds several. With ``*`` or ``?`` it stands for all arrays that match:
         equal [layers, experts] arrays, which become scenarios with their keys as names.
@@ -142,9 +139,12 @@ def read_recording(
     experts : int, optional
         Experts of a layer, where the file lists only those that were chosen (tables, token traces, physical
         loads). Default: up to the highest that occurs.
-    max_bytes : int
+    max_bytes : int, optional
         Largest file, after decompression, and largest array as float64. Text (JSON, tables), which takes many
-        times its size in memory, is read up to a quarter of it.
+        times its size in memory, is read up to a quarter of it. By default the limit of all readers: 256 MiB,
+        or what the environment variable ``MOELESS_MAX_READ`` says.
+    content : bytes, optional
+        The bytes of the file, where they have been read already (a pipe can be read only once).
 
     Returns
     -------
@@ -158,14 +158,14 @@ def read_recording(
     SolverUnavailableError
         For PyTorch files where PyTorch is not installed.
     """
-    name = os.fspath(path)
     if steps not in ("sum", "keep"):
         raise FormatError("steps", f"must be sum or keep, got {steps!r}")
     if experts is not None and experts < 1:
         raise FormatError("experts", f"must be at least 1, got {experts}")
-    reader = _Reader(Source(name, key, experts, max_bytes))
-    found = reader.dispatch(_read_bytes(name, max_bytes))
-    return reader.finish(found, scenario, steps)
+    limit = read_limit() if max_bytes is None else max_bytes
+    raw = read_bytes(path, limit=limit) if content is None else content
+    reader = _Reader(Source(str(path), key, experts, limit))
+    return reader.finish(reader.dispatch(raw), scenario, steps)
 
 
 def read_loads(path: str | PathLike[str], **options: Any) -> Loads:
@@ -194,12 +194,9 @@ class _Reader:
         """Recognise the format by the first bytes and read it."""
         if not raw:
             raise self.error(f"is empty; known formats: {_KNOWN_FORMATS}")
-        if raw.startswith(_GZIP):
-            raw = self._gunzip(raw)
-            if raw.startswith(_GZIP):
-                raise self.error("is gzipped twice; once is enough")
-            if not raw:
-                raise self.error(f"is empty inside its gzip; known formats: {_KNOWN_FORMATS}")
+        raw = gunzipped(raw, self.source.path, limit=self.source.max_bytes)
+        if not raw:
+            raise self.error(f"is empty inside its gzip; known formats: {_KNOWN_FORMATS}")
         if raw.startswith(b"\x93NUMPY"):
             return self._from_npy(raw)
         if raw.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -213,30 +210,6 @@ class _Reader:
             )
         return self._from_text(raw)
 
-    def _gunzip(self, raw: bytes) -> bytes:
-        """Unpack all members of a gzip file, never more than the limit."""
-        parts, left = [], self.source.max_bytes
-        while raw.startswith(_GZIP):
-            inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-            try:
-                parts.append(inflater.decompress(raw, left + 1))
-            except zlib.error as error:
-                raise self.error(f"is a damaged gzip file ({error})") from None
-            left -= len(parts[-1])
-            if left < 0:
-                raise self._too_large()
-            if not inflater.eof:
-                raise self.error("is a truncated gzip file: its end is missing")
-            raw = inflater.unused_data
-        if raw.strip(b"\0"):
-            raise self.error("is a damaged gzip file: bytes follow its end")
-        return b"".join(parts)
-
-    def _too_large(self) -> FormatError:
-        return self.error(
-            f"unpacks to more than {mib(self.source.max_bytes)}; raise max_bytes to read it anyway"
-        )
-
     def _from_text(self, raw: bytes) -> Found:
         try:
             text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
@@ -245,10 +218,11 @@ class _Reader:
         start = text.lstrip()[:1]
         if not start:
             raise self.error(f"holds only white space; known formats: {_KNOWN_FORMATS}")
-        if len(raw) > self.source.max_bytes // 4:
+        most = text_limit(self.source.max_bytes)
+        if len(raw) > most:
             raise self.error(
-                f"is text of {mib(len(raw))}; text takes many times its size in memory and is read up to "
-                f"{mib(self.source.max_bytes // 4)}: sum its steps first, save it as .npz, or raise max_bytes"
+                f"is text of {size_text(len(raw))}; text takes many times its size in memory and is read up "
+                f"to {size_text(most)}: sum its steps first, save it as .npz, or raise MOELESS_MAX_READ"
             )
         if "\0" in text:
             raise self.error(f"is binary in no known format; known: {_KNOWN_FORMATS}")
@@ -262,14 +236,13 @@ class _Reader:
         return Found(load=npy_array(self.source, raw), format="npy")
 
     def _from_zip(self, raw: bytes) -> Found:
-        try:
-            archive = zipfile.ZipFile(io.BytesIO(raw))
-        except (zipfile.BadZipFile, ValueError, OSError, struct.error) as error:
-            raise self.error(f"is a truncated or damaged zip archive ({error})") from None
+        archive = open_zip(raw, self.source.path)
         with archive:
             if any(re.search(r"(^|/)data\.pkl$", member) for member in archive.namelist()):
                 if sum(info.file_size for info in archive.infolist()) > self.source.max_bytes:
-                    raise self._too_large()
+                    raise self.error(
+                        f"unpacks to more than {self.source.most}; raise MOELESS_MAX_READ to read it"
+                    )
                 return self._from_torch(raw)
             members = {m.removesuffix(".npy"): m for m in archive.namelist() if m.endswith(".npy")}
             if not members:
@@ -331,7 +304,7 @@ class _Reader:
                 )
             if (i + 1) * physical[0].size * 8 > self.source.max_bytes:
                 raise self.error(
-                    f"records take more than {mib(self.source.max_bytes)}; raise max_bytes to read them"
+                    f"records take more than {self.source.most}; raise MOELESS_MAX_READ to read them"
                 )
         load = self._to_logical(
             np.stack(physical),
@@ -436,9 +409,7 @@ class _Reader:
                     f"be [layers, experts] and equal, like {matching[0]} {shape_text(first)}"
                 )
         if len(matching) * math.prod(first) * 8 > self.source.max_bytes:
-            raise self.error(
-                f"the arrays of key={self.source.key!r} take more than {mib(self.source.max_bytes)}"
-            )
+            raise self.error(f"the arrays of key={self.source.key!r} take more than {self.source.most}")
         load = np.stack([plain_numbers(self.source, k, arrays[k].get()) for k in matching])
         return Found(
             load=load, format=container, scenarios=tuple(matching), notes=(f"{len(load)} arrays stacked",)
@@ -471,7 +442,7 @@ class _Reader:
         steps = load.shape[0] if load.ndim == 3 else 1
         if steps * layers * count * 8 > self.source.max_bytes:
             raise self.error(
-                f"{map_name} names expert {count - 1}: the loads would take over {mib(self.source.max_bytes)}"
+                f"{map_name} names expert {count - 1}: the loads would take over {self.source.most}"
             )
         load_TLP = load.reshape(steps, layers, slots)
         used_LP = to_logical >= 0
@@ -496,9 +467,7 @@ class _Reader:
         tokens, layers, top_k = chosen.shape
         count = self.source.expert_count(int(chosen.max()) + 1, name)
         if layers * count * 8 > self.source.max_bytes:
-            raise self.error(
-                f"{name} names expert {count - 1}: the loads would take over {mib(self.source.max_bytes)}"
-            )
+            raise self.error(f"{name} names expert {count - 1}: the loads would take over {self.source.most}")
         load_LE = np.zeros((layers, count))
         for layer in range(layers):
             picks = chosen[:, layer].ravel()
@@ -574,28 +543,3 @@ class _Reader:
             return int(text)
         known = ", ".join(names) if names else f"numbers 0 to {count - 1}"
         raise self.error(f"has no scenario {text!r}; it has {cut(known)}")
-
-
-# --- bytes -------------------------------------------------------------------------------------------------
-
-_GZIP = b"\x1f\x8b"
-_TORCH_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of torch.save before zip files
-
-
-def _read_bytes(path: str, max_bytes: int) -> bytes:
-    try:
-        with open(path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            raw = stream.read(max_bytes + 1) if size <= max_bytes else b""
-    except OSError as error:
-        raise FormatError(path, f"cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise FormatError(repr(path), f"is no path: {error}") from None
-    size = max(size, len(raw))
-    if size > max_bytes:
-        raise FormatError(
-            path,
-            f"has {mib(size)}, more than the limit of {mib(max_bytes)}; sum its steps first, save it as "
-            ".npz, or raise max_bytes",
-        )
-    return raw

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import FormatError
+from moeless_opt.problems.files import size_text
 
-__all__ = ["LARGEST_LOAD", "Found", "Source", "cut", "kind_text", "mib", "shape_text"]
+__all__ = ["LARGEST_LOAD", "Found", "Source", "cut", "kind_text", "shape_text"]
 
 LARGEST_LOAD = 1e200  # sums and products of loads must stay finite
 
@@ -37,6 +38,11 @@ class Source:
     key: str | None
     experts: int | None
     max_bytes: int
+
+    @property
+    def most(self) -> str:
+        """The limit in words."""
+        return size_text(self.max_bytes)
 
     def error(self, what: str) -> FormatError:
         """Return the error that names the file."""
@@ -71,11 +77,6 @@ def kind_text(value: object) -> str:
 def shape_text(shape: tuple[int, ...]) -> str:
     """Write a shape the way the messages do: [layers, experts]."""
     return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def mib(size: int) -> str:
-    """Write a size in bytes for people."""
-    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size} bytes"
 
 
 def cut(text: str, limit: int = 200) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from moeless_opt.problems.io.recordings.source import Found, Source, cut, mib
+from moeless_opt.problems.io.recordings.source import Found, Source, cut
 
 __all__ = ["TableReader"]
 
@@ -126,7 +126,7 @@ class TableReader:
         if math.prod(shape) * 8 > self.source.max_bytes:
             raise self.source.error(
                 f"names expert {shape[2] - 1} of {shape[1]} layers in {shape[0]} scenarios, over "
-                f"{mib(self.source.max_bytes)}; raise max_bytes to read it anyway"
+                f"{self.source.most}; raise MOELESS_MAX_READ to read it anyway"
             )
         cell_R = np.ravel_multi_index((np.asarray(at_R), row_R, np.asarray(expert_R)), shape)
         load_TLE = np.bincount(cell_R, weights=np.asarray(count_R), minlength=math.prod(shape)).reshape(shape)

@@ -16,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import FormatError, MoelessError, ProblemError
-from moeless_opt.problems.io import files as module
 from moeless_opt.problems.io.documents import load_problem, problem_from_json, problem_to_json, save_problem
-from moeless_opt.problems.io.files import atomic_write, read_json
+from moeless_opt.problems.io.files import read_json
 from moeless_opt.problems.io.plans import load_plan, plan_from_json, plan_to_json, save_plan
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.plan.verify import violations
@@ -47,7 +46,7 @@ def test_plans_round_trip(drawn: Any) -> None:
     assert violations(problem, twin) == []
 
 
-@pytest.mark.parametrize("suffix", [".json", ".npz", ".plan"])
+@pytest.mark.parametrize("suffix", [".json", ".npz", ".JSON", ".Npz", ""])
 def test_plans_round_trip_through_files(tmp_path: Path, suffix: str) -> None:
     problem, plan = small()
     path = tmp_path / f"plan{suffix}"
@@ -156,7 +155,7 @@ BAD_PROBLEMS = [
         "current[0][0]: holds 3 replicas of layer 0, GPU 0 has room for 2",
     ),
     ("current", {"kind": "file"}, "current.kind: is 'file', must be 'inline' or 'plan'"),
-    ("current", {"kind": "plan", "path": "absent.json"}, "absent.json: cannot be read"),
+    ("current", {"kind": "plan", "path": "absent.json"}, "current.path: absent.json: cannot be read"),
     ("known", {"best": [1]}, "known: 'source' is missing"),
     ("known", {"source": "me", "best": [-1]}, "known.best[0]: is -1.0"),
     ("name", 5, "name: must be a string, got a whole number"),
@@ -266,12 +265,12 @@ def test_too_large_a_document_is_refused_unread(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(b'{"format": "moeless-problem"')
         file.truncate(2**30)  # sparse: no gigabyte is written
-    with pytest.raises(
-        FormatError, match=r"is 1024 MiB; JSON is read up to 256 MiB: keep large arrays in an"
-    ):
+    with pytest.raises(FormatError, match=r"big\.json: has 1 GiB, more than the limit of 256 MiB"):
         load_problem(path)
-    with pytest.raises(FormatError, match="JSON is read up to 0 MiB"):
-        read_json(path, max_bytes=10)
+    with path.open("wb") as file:
+        file.truncate(2**26 + 1)
+    with pytest.raises(FormatError, match=r"big\.json: is JSON of 64 MiB; up to 64 MiB are read: keep large"):
+        read_json(path)
 
 
 def test_every_truncation_of_a_plan_is_refused(tmp_path: Path) -> None:
@@ -304,27 +303,27 @@ def test_damaged_archives(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match="slots: has 2 slots per layer, 3 experts need one each"):
         load_plan(path)
     damaged(document=np.frombuffer(b"[1, 2]", np.uint8))
-    with pytest.raises(FormatError, match=r"plan\.npz: is no plan archive"):
+    with pytest.raises(FormatError, match=r"plan\.npz: document: must be an object, got a list"):
         load_plan(path)
     np.savez(path, document=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(FormatError, match=r"plan\.npz: is no plan archive"):
+    with pytest.raises(FormatError, match=r"plan\.npz: is no .npz archive: Object arrays"):
         load_plan(path)
     path.write_bytes(b"PK\x03\x04 not an archive")
-    with pytest.raises(FormatError, match=r"plan\.npz: is no plan archive"):
+    with pytest.raises(FormatError, match=r"plan\.npz: is a truncated or damaged zip archive"):
         load_plan(path)
 
 
 def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "MAX_UNPACKED", 10**6)
+    monkeypatch.setenv("MOELESS_MAX_READ", "1M")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("load.npy", b"\0" * (2 * 10**6))
     path = tmp_path / "bomb.npz"
     path.write_bytes(buffer.getvalue())
     assert path.stat().st_size < 10**5
-    with pytest.raises(FormatError, match=r"bomb\.npz: unpacks to 2 MiB; up to 1 MiB are read"):
+    with pytest.raises(FormatError, match=r"bomb\.npz: unpacks to 1.91 MiB; up to 977 KiB are read"):
         load_plan(path)
-    with pytest.raises(FormatError, match="unpacks to 2 MiB"):
+    with pytest.raises(FormatError, match=r"unpacks to 1.91 MiB"):
         problem_from_json(with_npz(path), folder=tmp_path)
 
 
@@ -353,7 +352,7 @@ def test_loads_beside_the_document(tmp_path: Path) -> None:
         problem_from_json(edited(with_npz(path), "loads.sha256", ...), folder=tmp_path)
     for content in (b"", b"PK\x03\x04", path.read_bytes()[:-30]):
         path.write_bytes(content)
-        with pytest.raises(FormatError, match=r"loads\.path: .*is no \.npz archive"):
+        with pytest.raises(FormatError, match=r"loads\.path: .*is a truncated or damaged zip archive"):
             problem_from_json(with_npz(path), folder=tmp_path)
     np.savez(path, load=np.array([{"a": 1}], dtype=object))
     with pytest.raises(FormatError, match=r"loads\.path: .*is no \.npz archive"):
@@ -381,40 +380,9 @@ def test_a_live_plan_from_a_file(tmp_path: Path) -> None:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-def test_writing_replaces_a_file_whole(tmp_path: Path) -> None:
-    path = tmp_path / "out.json"
-    atomic_write(path, b"one")
-    atomic_write(path, b"two")
-    assert path.read_bytes() == b"two"
-    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
-    umask = os.umask(0)
-    os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-
-
-@pytest.mark.parametrize("broken", ["replace", "chmod", "fdopen"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: Any, broken: str, error: BaseException
-) -> None:
-    path = tmp_path / "out.json"
-    path.write_bytes(b"old")
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(os, broken, fail)
-    expected = FormatError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(expected):
-        atomic_write(path, b"new")
-    monkeypatch.undo()
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
-
-
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     _, plan = small()
-    with pytest.raises(FormatError, match=r"absent/plan\.json: cannot be written: No such file"):
+    with pytest.raises(FormatError, match=r"absent/plan\.json: cannot be written: its folder does not exist"):
         save_plan(plan, tmp_path / "absent" / "plan.json")
     (tmp_path / "folder").mkdir()
     with pytest.raises(FormatError, match="folder: cannot be written"):
