@@ -352,7 +352,7 @@ def test_loads_beside_the_document(tmp_path: Path) -> None:
         problem_from_json(edited(with_npz(path), "loads.sha256", ...), folder=tmp_path)
     for content in (b"", b"PK\x03\x04", path.read_bytes()[:-30]):
         path.write_bytes(content)
-        with pytest.raises(FormatError, match=r"loads\.path: .*is a truncated or damaged zip archive"):
+        with pytest.raises(FormatError, match=r"loads\.path: .*is (a truncated|no .npz)"):
             problem_from_json(with_npz(path), folder=tmp_path)
     np.savez(path, load=np.array([{"a": 1}], dtype=object))
     with pytest.raises(FormatError, match=r"loads\.path: .*is no \.npz archive"):
