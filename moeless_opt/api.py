@@ -29,15 +29,37 @@ from moeless_opt.problems.spec import (
     Sizing,
     TimeModel,
     Topology,
+    equal_shares,
     model_preset,
 )
 from moeless_opt.report import BOUND_ROW, Comparison, bound_row, row_of
-from moeless_opt.solvers.core import PUBLISHED, FirstOf, MaxTime, NeverStop, Solver, Stop, get_solver, require
+from moeless_opt.solvers.core import (
+    PUBLISHED,
+    Clock,
+    FirstOf,
+    MaxTime,
+    NeverStop,
+    Solver,
+    Stop,
+    get_solver,
+    require,
+)
+from moeless_opt.solvers.core.finish import Built, finish
+from moeless_opt.solvers.shares import best_shares
 
 if TYPE_CHECKING:
     from moeless_opt.solvers.sizing import Redundancy
 
-__all__ = ["as_loads", "compare", "export_model", "make_problem", "plan", "recommend_redundancy", "solve"]
+__all__ = [
+    "as_loads",
+    "compare",
+    "export_model",
+    "judge",
+    "make_problem",
+    "plan",
+    "recommend_redundancy",
+    "solve",
+]
 
 
 def as_loads(loads: ArrayLike | Loads | str | PathLike[str]) -> Loads:
@@ -330,6 +352,7 @@ def compare(
     for one in asked_for:
         if one != BOUND_ROW:
             _solver_of(one)  # a wrong name is an error of the caller, not a row
+    problem.check_feasible()
     results: dict[str, Result] = {}
     rows = []
     for one in asked_for:
@@ -342,10 +365,10 @@ def compare(
             result = solve(asked, one, time_limit=time_limit, stop=stop, seed=seed, progress=progress)
             if asked is not problem and result.plan is not None:
                 result = result.replace(problem=problem, plan=result.plan.replace(made_for=problem))
-        except (UnsupportedFeatureError, SolverUnavailableError, ProblemError) as error:
-            result = Result(
-                problem=problem, plan=None, status=Status.NO_SOLUTION, solver=name, message=str(error)
-            )
+        except (UnsupportedFeatureError, SolverUnavailableError, ProblemError, InfeasibleError) as error:
+            proven = isinstance(error, InfeasibleError)
+            status = Status.INFEASIBLE if proven else Status.NO_SOLUTION
+            result = Result(problem=problem, plan=None, status=status, solver=name, message=str(error))
         results[name] = result
         rows.append(row_of(result))
     return Comparison(problem=problem, rows=tuple(rows), results=results)
@@ -364,6 +387,8 @@ def recommend_redundancy(
     *,
     model: ModelSpec | str | None = None,
     totals: Iterable[int] | None = None,
+    stop: Stop | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Redundancy]:
     """How many redundant experts a model is worth, in which layers, and what they buy.
 
@@ -373,6 +398,10 @@ def recommend_redundancy(
         As in `plan`; slots and memory of the topology are not looked at, they are what is asked for.
     totals : iterable of int, optional
         Totals of spare replicas over all layers to look at; by default half a replica per layer, doubling.
+    stop : Stop, optional
+        When to be content with the totals looked at so far (the first one is in any case).
+    progress : callable, optional
+        Called with `Progress` objects.
 
     Returns
     -------
@@ -385,7 +414,51 @@ def recommend_redundancy(
     problem = make_problem(loads, topology, model=model)
     sized = problem.bytes_L if problem.bytes_L.any() else None
     wanted = None if totals is None else list(totals)
-    return redundancy_rows(problem.load_LE, problem.topology.speed_G, bytes_L=sized, totals=wanted)
+    alive_G = problem.capacity_LG.max(0) > 0
+    speed_G = problem.topology.speed_G[alive_G]
+    return redundancy_rows(
+        problem.load_LE, speed_G, bytes_L=sized, totals=wanted, stop=stop, progress=progress
+    )
+
+
+def judge(problem: Problem, plan: Plan) -> tuple[Plan, Plan]:
+    """What a plan that was made for other loads is worth on these.
+
+    Parameters
+    ----------
+    problem : Problem
+        Today's loads, with the GPUs that the plan is live on.
+    plan : Plan
+        What is live.
+
+    Returns
+    -------
+    as_it_is, at_best : Plan
+        The same placement with the plan's own token shares, and with the best ones for these loads.
+        Neither is verified: `violations` tells what rules of the problem they break.
+
+    Raises
+    ------
+    ProblemError
+        If the plan is for other layers, GPUs or experts than the problem.
+    """
+    have = (*plan.slots_LGC.shape[:2], plan.experts)
+    want = (problem.layers, problem.topology.gpus, problem.experts)
+    if have != want:
+        raise ProblemError(
+            "plan",
+            "is for {} layers, {} GPUs and {} experts; the problem has {}, {} and {}".format(*have, *want),
+        )
+    slots_LGC, began = plan.slots_LGC, Clock.begin()
+    name = plan.certificate.solver
+    shares = (plan.share_LGC, best_shares(problem, slots_LGC))
+    if problem.split == "equal":
+        shares = (equal_shares(slots_LGC, problem.experts),) * 2
+    kept, best = (
+        finish(problem, Built(slots_LGC=slots_LGC, share_LGC=share_LGC), solver=name, began=began)
+        for share_LGC in shares
+    )
+    return kept, best
 
 
 def export_model(problem: Problem, path: str | PathLike[str], *, layer: int | None = None) -> None:

@@ -10,12 +10,20 @@ import numpy as np
 from moeless_opt.plots import picture, plain_title
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InvalidPlanError, ProblemError, UnsupportedFeatureError
-from moeless_opt.problems.plan import Migration, Plan, gpu_times, migration_violations, objective_vector
+from moeless_opt.problems.plan import (
+    Migration,
+    Plan,
+    Progress,
+    ProgressCallback,
+    gpu_times,
+    migration_violations,
+    objective_vector,
+)
 from moeless_opt.problems.plan.verify import verify
-from moeless_opt.problems.spec import PRIORITIES, Problem, equal_shares
-from moeless_opt.report import bytes_text, table
+from moeless_opt.problems.spec import PRIORITIES, Problem, bytes_text, equal_shares, html_table
+from moeless_opt.report import table, terminal_width
 from moeless_opt.solvers.construct import construct_equal, construct_fractional
-from moeless_opt.solvers.core import Clock, Stop, hull_steps
+from moeless_opt.solvers.core import Clock, Stop, hull_steps, lower_bound
 from moeless_opt.solvers.core.finish import Built, finish
 from moeless_opt.solvers.migration import schedule_migration, staging_limit
 from moeless_opt.solvers.replan import frontier
@@ -50,7 +58,27 @@ class ParetoFront:
     values: tuple[tuple[float, float], ...]
 
     def __str__(self) -> str:
-        rows = [
+        return table(self._head, self._rows(), width=terminal_width())
+
+    def __repr__(self) -> str:
+        (first, cheap), (last, dear) = self.values[0], self.values[-1]
+        return (
+            f"ParetoFront({len(self.plans)} plans, imbalance {first:.4f} for {self._cost_text(cheap)} to "
+            f"{last:.4f} for {self._cost_text(dear)} of {self.objectives[1]})"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            self._head, self._rows(), f"{self.problem.name}: balance against {self.objectives[1]}"
+        )
+
+    @property
+    def _head(self) -> tuple[str, ...]:
+        what = "replicas moved" if self.objectives[1] == "moves" else "replicas"
+        return ("imbalance", "worst", what, "bytes moved" if self.objectives[1] == "moves" else "memory")
+
+    def _rows(self) -> list[list[str]]:
+        return [
             [
                 f"{balance:.4f}",
                 f"{plan.imbalance_L.max():.4f}",
@@ -59,8 +87,6 @@ class ParetoFront:
             ]
             for plan, (balance, cost) in zip(self.plans, self.values, strict=True)
         ]
-        what = "moved" if self.objectives[1] == "moves" else "replicas"
-        return table(("imbalance", "worst", what, self.objectives[1]), rows)
 
     def _cost_text(self, cost: float) -> str:
         return bytes_text(cost) if self.problem.bytes_L.any() else f"{cost:.0f} replicas"
@@ -101,6 +127,7 @@ def pareto(
     points: int = 12,
     seed: int = 0,
     stop: Stop | None = None,
+    progress: ProgressCallback | None = None,
 ) -> ParetoFront:
     """Trade balance against moves, or against memory.
 
@@ -120,6 +147,8 @@ def pareto(
         Random seed.
     stop : Stop, optional
         When to be content with the points found.
+    progress : callable, optional
+        Called with `Progress` objects.
 
     Returns
     -------
@@ -152,10 +181,10 @@ def pareto(
     if names[1] == "moves":
         if problem.current is None:
             raise ProblemError("current", "is missing: without a live placement every replica moves")
-        found = frontier(problem, seed=seed, stop=stop)
+        found = frontier(problem, seed=seed, stop=stop, progress=progress)
         slots_KLGC, time_KL, count_KL = found.slots_KLGC, found.time_KL, found.moves_KL
     else:
-        slots_KLGC, time_KL = _by_size(problem, seed, stop)
+        slots_KLGC, time_KL = _by_size(problem, seed, stop, progress)
         count_KL = (slots_KLGC >= 0).sum((2, 3))
     unit_L = problem.bytes_L if problem.bytes_L.any() else np.ones(problem.layers, dtype=np.int64)
     chosen = _merge(time_KL, np.asarray(count_KL * unit_L, dtype=np.float64), points)
@@ -221,10 +250,13 @@ def migration(
     return schedule.named(problem.loads.layers)
 
 
-def _by_size(problem: Problem, seed: int, stop: Stop | None) -> tuple[SlotArray, FloatArray]:
+def _by_size(
+    problem: Problem, seed: int, stop: Stop | None, progress: ProgressCallback | None
+) -> tuple[SlotArray, FloatArray]:
     """Constructions with from one to all slots' replicas, and their largest times: [K, L, G, C], [K, L]."""
     load_LE, speed_G, capacity_LG = problem.load_LE, problem.topology.speed_G, problem.capacity_LG
     wide = int(capacity_LG.max())
+    began, floor = Clock.begin(), float(lower_bound(problem)[0].sum())
     slots: list[SlotArray] = []
     times: list[FloatArray] = []
     room_L = np.minimum(capacity_LG, problem.experts).sum(1)
@@ -242,6 +274,11 @@ def _by_size(problem: Problem, seed: int, stop: Stop | None) -> tuple[SlotArray,
         padded = np.full((*one.shape[:2], wide), -1, dtype=np.int32)
         padded[:, :, : one.shape[2]] = one
         slots.append(padded)
+        if progress is not None:
+            best, note = float(times[-1].sum()), f"{int(want_L.sum())} replicas"
+            progress(
+                Progress(seconds=began.seconds, best=best, bound=floor, done=len(slots) / SIZES, note=note)
+            )
     return np.stack(slots), np.stack(times)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +13,19 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.plan import Plan, Result, StoppedBy
-from moeless_opt.problems.spec import Problem
+from moeless_opt.problems.spec import Problem, bytes_text, html_table
 
 __all__ = [
     "BOUND_ROW",
     "Comparison",
     "Row",
     "bound_row",
-    "bytes_text",
+    "paragraph",
     "row_of",
     "seconds_text",
+    "show",
     "table",
+    "terminal_width",
     "worst_layers",
 ]
 
@@ -143,49 +149,49 @@ class Comparison:
     results: Mapping[str, Result]
 
     def __str__(self) -> str:
-        return table(_HEAD, [_cells(row, self.problem) for row in self.rows])
+        live = self.problem.current is not None
+        head = [name for name in _HEAD if live or name not in _LIVE]
+        rows = [_cells(row, live) for row in self.rows]
+        whole = table(
+            (*head, "status"), [[*cells, _ended(row)] for row, cells in zip(self.rows, rows, strict=True)]
+        )
+        if max(map(len, whole.splitlines())) <= terminal_width():
+            return whole
+        short = [[*cells, row.status] for row, cells in zip(self.rows, rows, strict=True)]
+        notes = [paragraph(f"{row.solver}: {row.note}") for row in self.rows if row.note]
+        return "\n".join([table((*head, "status"), short, width=terminal_width()), *notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in _HEAD)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{cell}</td>" for cell in _cells(row, self.problem)) + "</tr>"
-            for row in self.rows
-        )
-        return f"<table><tr>{head}</tr>{body}</table>"
+        live = self.problem.current is not None
+        head = [name for name in _HEAD if live or name not in _LIVE]
+        return html_table((*head, "status"), [[*_cells(row, live), _ended(row)] for row in self.rows])
 
 
-_HEAD = ("solver", "imbalance", "worst", "gap", "replicas", "moves", "moved", "time", "status")
+_HEAD = ("solver", "imbalance", "worst", "gap", "replicas", "moves", "moved", "time")
+_LIVE = ("moves", "moved")  # told where something is live
 
 
-def _cells(row: Row, problem: Problem) -> list[str]:
-    cold = problem.current is None
+def _cells(row: Row, live: bool) -> list[str]:
+    moves = [_number(row.moves, "d"), bytes_text(row.move_bytes) if row.move_bytes else "-"]
     return [
         row.solver,
         _number(row.imbalance_mean, ".4f"),
         _number(row.imbalance_worst, ".4f"),
         _number(row.gap, ".3%"),
         _number(row.replicas, "d"),
-        "cold" if cold and row.moves is not None else _number(row.moves, "d"),
-        bytes_text(row.move_bytes) if row.move_bytes else "-",
+        *(moves if live else []),
         seconds_text(row.seconds),
-        row.status + (f": {row.note}" if row.note else ""),
     ]
+
+
+def _ended(row: Row) -> str:
+    return row.status + (f": {row.note}" if row.note else "")
 
 
 def _number(value: float | int | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def bytes_text(count: int | float) -> str:
-    """Render bytes with a unit."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.4g} TB"
 
 
 def seconds_text(seconds: float) -> str:
@@ -195,20 +201,67 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words_last: bool = True) -> str:
-    """Lay out cells in columns: the first left, the last left (if it holds words), figures right."""
+def terminal_width() -> int:
+    """Columns of the terminal; 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def paragraph(text: str, indent: str = "") -> str:
+    """A paragraph in the terminal's width, its further lines indented by two more."""
+    further = indent + "  "
+    return textwrap.fill(
+        text,
+        max(terminal_width(), 40),
+        initial_indent=indent,
+        subsequent_indent=further,
+        break_on_hyphens=False,
+    )
+
+
+def show(text: str) -> None:
+    """Print; in a pager where a person's screen is too small for it."""
+    screen = shutil.get_terminal_size((80, 24)).lines
+    if text.count("\n") + 2 > screen and sys.stdout.isatty() and sys.stdin.isatty():
+        import pydoc
+
+        os.environ.setdefault("LESS", "FRX")
+        pydoc.pager(text)
+    else:
+        print(text)
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, words_last: bool = True, width: int | None = None
+) -> str:
+    """Lay out cells in columns: the first left, the last left (if it holds words), figures right.
+
+    With a width, columns are drawn together where it is too narrow, and words in the last one are wrapped.
+    """
+    last = len(head) - 1
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
-    left = (0, len(head) - 1) if words_last else (0,)
+    left = (0, last) if words_last else (0,)
+    gap = 2
+    if width is not None and sum(widths) + gap * last > width:
+        gap = 1
+        room = max(width - sum(widths[:-1]) - last, 16)
+        if words_last and room < widths[-1]:
+            widths[-1] = room
 
-    def line(cells: Sequence[str]) -> str:
-        parts = [
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    def line(cells: Sequence[str]) -> list[str]:
+        parts = (
+            textwrap.wrap(cells[last], widths[last]) if words_last and len(cells[last]) > widths[last] else []
+        )
+        parts = parts or [cells[last]]
+        first = [*cells[:last], parts[0]]
+        laid = [
+            cell.ljust(wide) if i in left else cell.rjust(wide)
+            for i, (cell, wide) in enumerate(zip(first, widths, strict=True))
         ]
-        return "  ".join(parts).rstrip()
+        start = " " * (sum(widths[:-1]) + gap * last)
+        return [(" " * gap).join(laid).rstrip(), *(start + part for part in parts[1:])]
 
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(head), rule, *(line(row) for row in rows)])
+    rule = (" " * gap).join("-" * wide for wide in widths)
+    return "\n".join([*line(head), rule, *(one for row in rows for one in line(row))])
 
 
 def worst_layers(plan: Plan, count: int = 3) -> str:
@@ -228,5 +281,7 @@ def worst_layers(plan: Plan, count: int = 3) -> str:
         for i in order
     ]
     return table(
-        ("layer", "imbalance", f"max ({plan.unit})", "bound", "gap", "bound by", "busiest GPU"), rows
+        ("layer", "imbalance", f"max ({plan.unit})", "bound", "gap", "bound by", "busiest GPU"),
+        rows,
+        width=terminal_width(),
     )

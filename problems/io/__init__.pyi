@@ -10,6 +10,7 @@ from .files import parse_json as parse_json
 from .files import read_arrays as read_arrays
 from .files import read_json as read_json
 from .plans import load_plan as load_plan
+from .plans import load_slots as load_slots
 from .plans import plan_format as plan_format
 from .plans import plan_to_json as plan_to_json
 from .plans import save_plan as save_plan

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from moeless_opt.problems.arrays import floats, integers, number
+from moeless_opt.problems.arrays import IntArray, floats, integers, number
 from moeless_opt.problems.codec import NUMBER, Fields, kind_name, read_record
 from moeless_opt.problems.errors import FormatError
 from moeless_opt.problems.files import atomic_write, format_of, named, read_bytes
@@ -17,8 +18,9 @@ from moeless_opt.problems.io.files import VERSION, check_header, json_bytes, par
 from moeless_opt.problems.plan import Certificate, Moves, Payback, Plan
 from moeless_opt.problems.spec import SPLITS, Placement, Split
 
-__all__ = ["load_plan", "plan_format", "plan_from_json", "plan_to_json", "save_plan"]
+__all__ = ["load_plan", "load_slots", "plan_format", "plan_from_json", "plan_to_json", "save_plan"]
 
+_Read = TypeVar("_Read")
 _ARRAYS = ("slots", "shares", "times", "imbalance")
 
 
@@ -174,10 +176,32 @@ def load_plan(path: str | PathLike[str]) -> Plan:
     FormatError, ProblemError
         If the file is no plan; naming the file.
     """
+    return _read(path, plan_from_json)
+
+
+def load_slots(path: str | PathLike[str]) -> tuple[IntArray, int]:
+    """The slots of a plan as they stand in its file, whatever rule they break, and its experts per layer.
+
+    Raises
+    ------
+    FormatError, ProblemError
+        If the file is no plan; naming the file.
+    """
+    return _read(path, _slots_from_json)
+
+
+def _slots_from_json(data: object) -> tuple[IntArray, int]:
+    entry = Fields(data, "")
+    check_header(entry, "moeless-plan")
+    experts = entry.take("experts", int)
+    return integers("slots", entry.take("slots"), low=-(2**31), high=2**31 - 1), experts
+
+
+def _read(path: str | PathLike[str], build: Callable[[object], _Read]) -> _Read:
     name, raw = os.fspath(path), read_bytes(path)
     if not raw.startswith(b"PK"):
         with named(name):
-            return plan_from_json(parse_json(raw, name))
+            return build(parse_json(raw, name))
     arrays = read_arrays(name, raw)
     if "document" not in arrays:
         raise FormatError(name, f"is no plan: it holds {sorted(arrays)}")
@@ -188,4 +212,4 @@ def load_plan(path: str | PathLike[str]) -> Plan:
         document = parse_json(arrays["document"].tobytes(), f"{name}: document")
         if not isinstance(document, dict):
             raise FormatError("document", f"must be an object, got {kind_name(document)}")
-        return plan_from_json(document | {key: arrays[key] for key in _ARRAYS})
+        return build(document | {key: arrays[key] for key in _ARRAYS})

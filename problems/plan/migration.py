@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, IntArray, Record, SlotArray
-from moeless_opt.problems.spec import Topology, held_LGE
+from moeless_opt.problems.spec import Topology, bytes_text, held_LGE
 
 __all__ = [
     "HOST",
@@ -136,7 +136,7 @@ class Migration(Record):
         bound = "" if self.seconds <= 0 else f" (at least {self.lower_bound * 1e3:.3g} ms)"
         parked = f", {self.staged} by way of a third GPU" if self.staged else ""
         return (
-            f"Migration({len(self.transfers)} transfers, {self.bytes / 1e9:.3g} GB in "
+            f"Migration({len(self.transfers)} transfers, {bytes_text(self.bytes)} in "
             f"{len(self.steps)} steps, {self.seconds * 1e3:.3g} ms{bound}{parked})"
         )
 

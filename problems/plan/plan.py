@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import html
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, SlotArray, frozen, number
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.evaluate import new_replicas
-from moeless_opt.problems.spec import Placement, Problem, replica_counts, span
+from moeless_opt.problems.spec import Placement, Problem, bytes_text, html_facts, replica_counts, span
 
 __all__ = ["PROVEN", "Certificate", "Moves", "Payback", "Plan", "Status", "count_moves"]
 
@@ -126,7 +125,7 @@ class Moves(Record):
         object.__setattr__(self, "count_L", frozen(self.count_L))
 
     def __repr__(self) -> str:
-        size = f", {self.bytes / 1e9:.3g} GB" if self.bytes else ""
+        size = f", {bytes_text(self.bytes)}" if self.bytes else ""
         if self.cold:
             return f"Moves(cold start: {self.count} replicas to load{size})"
         return f"Moves({self.count} replicas{size}, {self.fraction:.2%} of the plan)"
@@ -306,8 +305,7 @@ class Plan(Record):
                 f"{self.imbalance_L.max():.4f} (layer {self.layers[int(self.imbalance_L.argmax())]})",
             ),
             ("gap to the bound", f"{self.certificate.gap:.3%} ({self.certificate.status.value})"),
-            ("moves", f"{self.moves.count} ({self.moves.bytes / 1e9:.3g} GB)"),
+            ("moves", f"{self.moves.count} ({bytes_text(self.moves.bytes)})"),
             ("solver", f"{self.certificate.solver}, {self.certificate.seconds * 1e3:.1f} ms"),
         )
-        body = "".join(f"<tr><th style='text-align:left'>{k}</th><td>{v}</td></tr>" for k, v in rows)
-        return f"<table><caption>Plan {html.escape(self.name)} ({self.split} split)</caption>{body}</table>"
+        return html_facts(rows, f"Plan {self.name} ({self.split} split)")

@@ -10,7 +10,7 @@ from typing import Any
 from moeless_opt.problems.arrays import Record
 from moeless_opt.problems.plan.objective import objective_vector
 from moeless_opt.problems.plan.plan import Plan, Status
-from moeless_opt.problems.spec import Problem
+from moeless_opt.problems.spec import Problem, html_facts
 
 __all__ = ["Progress", "ProgressCallback", "Result", "StoppedBy"]
 
@@ -75,6 +75,29 @@ class Result(Record):
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     message: str = ""
+
+    def __repr__(self) -> str:
+        title = f" on {self.problem.name}" if self.problem.name else ""
+        ended = f", stopped by {self.stopped_by}" if self.stopped_by else ""
+        what = f": {self.message}" if self.message else ""
+        if self.plan is not None:
+            what = f", imbalance {self.plan.imbalance_L.mean():.4f}, gap {self.gap:.3%}{what}"
+        return f"Result({self.solver}{title}: {self.status.value}{ended}{what} in {self.seconds:.3g} s)"
+
+    def _repr_html_(self) -> str:
+        facts = [("status", self.status.value), ("time", f"{self.seconds:.3g} s")]
+        if self.stopped_by:
+            facts.append(("stopped by", self.stopped_by.value))
+        if self.plan is not None:
+            facts += [
+                ("imbalance, mean", f"{self.plan.imbalance_L.mean():.4f}"),
+                ("imbalance, worst", f"{self.plan.imbalance_L.max():.4f}"),
+                ("gap to the bound", f"{self.gap:.3%}"),
+            ]
+            facts += [(name, f"{value:.6g}") for name, value in self.objective.items()]
+        if self.message:
+            facts.append(("note", self.message))
+        return html_facts(facts, f"Result of {self.solver} {self.problem.name}".rstrip())
 
     @property
     def objective(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.loads import Loads, span
 from moeless_opt.problems.spec.placement import Placement
+from moeless_opt.problems.spec.text import bytes_text, html_facts
 from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.problems.spec.wishes import SPLITS, Limits, Objective, Sizing, Split
@@ -302,8 +303,8 @@ class Problem(Record):
         if topology.memory_G is not None and self.bytes_L.any():
             have, floor = int(topology.memory_G.sum()), need * int(self.bytes_L.sum())
             return (
-                f"topology.memory: {what}, that is {floor / 1e9:.2f} GB over {self.layers} layers; "
-                f"the GPUs have {have / 1e9:.2f} GB in all, room for {room} slots per layer "
+                f"topology.memory: {what}, that is {bytes_text(floor, 5)} over {self.layers} layers; "
+                f"the GPUs have {bytes_text(have, 5)} in all, room for {room} slots per layer "
                 f"({need - room} too few)"
             )
         return f"topology.slots: {what}, the GPUs have room for {room}: {need - room} too few"
@@ -318,6 +319,17 @@ class Problem(Record):
         title = f"{self.name}: " if self.name else ""
         live = "" if self.current is None else ", from a live placement"
         return f"Problem({title}{self.loads!r} on {self.topology!r}, {self.split} split{live})"
+
+    def _repr_html_(self) -> str:
+        facts = [
+            ("loads", repr(self.loads)),
+            ("on", repr(self.topology)),
+            ("split, sizing", f"{self.split}, {self.sizing.policy}"),
+            ("one replica", bytes_text(int(self.bytes_L[0])) if self.bytes_L.any() else "of unknown size"),
+            ("live", "nothing" if self.current is None else f"{int(self.current.used_LG.sum())} replicas"),
+            ("digest", self.digest()),
+        ]
+        return html_facts(facts, f"Problem {self.name}")
 
 
 _UNHASHED = {"name", "source", "known", "scenarios", "skipped", "notes", "capacity_LG"}

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, floats, integers, number, whole
 from moeless_opt.problems.codec import NUMBER, Fields, moved, read_record
 from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.problems.spec.text import bytes_text
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -334,7 +335,7 @@ class Topology(Record):
     def __repr__(self) -> str:
         room = "" if self.slots_G is None else f", {_range(self.slots_G)} slots per GPU and layer"
         if self.memory_G is not None:
-            room += f", {_range(self.memory_G / GB)} GB per GPU for experts"
+            room += f", {_bytes_range(self.memory_G)} per GPU for experts"
         speed = "" if self.is_uniform else f", speeds {_range(self.speed_G)}"
         return f"Topology({self.name}: {self.gpus} GPUs in {self.nodes} node(s){room}{speed})"
 
@@ -370,6 +371,11 @@ def _explicit(entry: Fields, links: Links) -> Topology:
 def _range(values: IntArray | FloatArray) -> str:
     low, high = values.min(), values.max()
     return f"{low:g}" if low == high else f"{low:g}..{high:g}"
+
+
+def _bytes_range(values: IntArray) -> str:
+    low, high = bytes_text(int(values.min())), bytes_text(int(values.max()))
+    return low if low == high else f"{low}..{high}"
 
 
 uniform = Topology.uniform

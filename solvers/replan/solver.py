@@ -16,11 +16,12 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan import Payback, Plan, gpu_times, move_seconds
+from moeless_opt.problems.plan import Payback, Plan, Progress, ProgressCallback, gpu_times, move_seconds
 from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.construct import Construct
 from moeless_opt.solvers.core import (
     Built,
+    Clock,
     Heuristic,
     NeverStop,
     Stop,
@@ -89,9 +90,10 @@ def frontier(
     ladder: tuple[float, ...] = LADDER,
     rounds: int | None = None,
     stop: Stop | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Frontier:
     """Few-move placements at a ladder of tolerances, and the live one as it is."""
-    stop = stop or NeverStop()
+    stop, began = stop or NeverStop(), Clock.begin()
     live_LGC = live_slots(problem)
     assert problem.current is not None
     # Something lost must come back: then the cheapest point is not to stay.
@@ -101,6 +103,13 @@ def frontier(
         wish = ReplanWish(tolerance=tolerance, seed=seed, rounds=rounds)
         own = part_of(stop, 1.0 / (len(rungs) - rung))
         slots.append(replan_within(problem, wish, stop=own).slots_LGC)
+        if progress is not None:
+            best, floor = float(layer_times(problem, slots[-1]).sum()), float(token_bound(problem).sum())
+            done, note = (
+                (rung + 1) / len(rungs),
+                f"{int(layer_moves(problem, slots[-1], live_LGC).sum())} moves",
+            )
+            progress(Progress(seconds=began.seconds, best=best, bound=floor, done=done, note=note))
     if not problem.current.partial:
         slots.append(live_LGC)
     return Frontier(

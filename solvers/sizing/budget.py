@@ -24,8 +24,8 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan import even_times, tau_curve
-from moeless_opt.solvers.core import Stop, choose_points
+from moeless_opt.problems.plan import Progress, ProgressCallback, even_times, tau_curve
+from moeless_opt.solvers.core import Clock, Stop, choose_points
 from moeless_opt.solvers.pack import apportion, improve, pack, trim
 
 __all__ = [
@@ -333,6 +333,8 @@ def redundancy_rows(
     bytes_L: ArrayLike | None = None,
     totals: ArrayLike | None = None,
     uniform: bool = True,
+    stop: Stop | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Redundancy]:
     """Answer how many spare replicas a model is worth, in which layers, and what for.
 
@@ -349,6 +351,10 @@ def redundancy_rows(
         per expert).
     uniform : bool
         Whether to compare with the same number in every layer.
+    stop : Stop, optional
+        When to be content with the totals looked at so far; one is in any case.
+    progress : callable, optional
+        Told after each total.
 
     Returns
     -------
@@ -365,12 +371,15 @@ def redundancy_rows(
     else:
         counts = sorted(int(t) for t in np.atleast_1d(np.asarray(totals)))
     mean = float(load.sum() / speed.sum()) or 1.0
-    rows = []
+    rows: list[Redundancy] = []
+    began = Clock.begin()
     for total in counts:
+        if rows and stop is not None and stop():
+            break
         # Replicas are what is counted, so a layer's size does not enter the choice here.
-        plan = plan_budget(load, speed, total)
+        plan = plan_budget(load, speed, total, stop=stop)
         even = np.nan
-        if uniform and total % L == 0:
+        if uniform and not (stop is not None and stop()) and total % L == 0:
             even = float(_place(load, speed, np.full(L, total // L), size_L, None)[1].sum()) / mean
         rows.append(
             Redundancy(
@@ -382,4 +391,8 @@ def redundancy_rows(
                 even,
             )
         )
+        if progress is not None:
+            time, done = float(plan.time_L.sum()), len(rows) / len(counts)
+            note = f"{total} spare replicas"
+            progress(Progress(seconds=began.seconds, best=time, bound=plan.bound, done=done, note=note))
     return rows

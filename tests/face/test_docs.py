@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moeless_opt.cli import _parser
+from moeless_opt.cli.options import parser
 from moeless_opt.problems.io.documents import problem_from_json
 
 TREE = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_option_is_told() -> None:
     text = (TREE / "docs" / "cli.md").read_text(encoding="utf-8")
-    for action in _parser()._actions:
+    for action in parser()._actions:
         for option in action.option_strings:
             if option not in ("-h",):
                 assert f"`{option}" in text, f"docs/cli.md does not tell of {option}"

@@ -1,0 +1,278 @@
+"""The problem that the arguments tell of: a document, an instance or a recording, with what they change."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeless_opt.api import make_problem
+from moeless_opt.cli.options import RECORDINGS
+from moeless_opt.cli.units import gpu_list, per_gpu, size
+from moeless_opt.problems.arrays import integers
+from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.problems.instances import instance_names, load_instance
+from moeless_opt.problems.io import load_plan, load_problem, load_slots, read_json
+from moeless_opt.problems.io.recordings import read_loads
+from moeless_opt.problems.spec import (
+    TOPOLOGY_PRESETS,
+    Limits,
+    Placement,
+    Problem,
+    Sizing,
+    Topology,
+    bytes_text,
+    held_LGE,
+    model_preset,
+)
+
+__all__ = ["read_problem", "say"]
+
+
+def say(text: str) -> None:
+    """Tell a person, on standard error."""
+    print(text, file=sys.stderr)
+
+
+def read_problem(args: argparse.Namespace) -> Problem:
+    """The problem, with all that the command line says of it.
+
+    Raises
+    ------
+    ProblemError
+        If a file cannot be read, or an option is of no use for it.
+    """
+    name = args.problem
+    if not Path(name).exists() and name in instance_names():
+        problem = _override(load_instance(name), args, f"{name} is a shipped instance")
+    elif not Path(name).is_file():
+        near = difflib.get_close_matches(name, instance_names(), n=1)
+        hint = f"; did you mean the instance {near[0]!r}?" if near else " nor the name of a shipped instance"
+        raise FormatError(name, f"is no file{hint}")
+    elif _is_problem(name):
+        problem = _override(load_problem(name), args, f"{name} is a problem")
+    else:
+        problem = _recorded(args)
+    problem = _with_live(problem, args)
+    for key in ("max_moves", "max_move_bytes"):
+        if getattr(args, key) is not None and problem.current is None:
+            option = "--" + key.replace("_", "-")
+            raise ProblemError(option, "needs a live plan to move from: give --current PLAN")
+    return problem
+
+
+def _is_problem(path: str) -> bool:
+    """Whether a file is one of our documents (anything else is read as a recording)."""
+    with Path(path).open("rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"{") or b'"format"' not in start:
+        return False
+    data = read_json(path)
+    form = data.get("format") if isinstance(data, dict) else None
+    if form == "moeless-plan":
+        raise FormatError(path, "is a plan, not a problem; use it with --current or --check")
+    return isinstance(form, str)
+
+
+def _recorded(args: argparse.Namespace) -> Problem:
+    options = {key: getattr(args, key) for key in RECORDINGS if getattr(args, key) is not None}
+    loads = read_loads(args.problem, **options)
+    topology = _topology(args, None)
+    if topology is None:
+        raise ProblemError(
+            "--gpus",
+            f"is missing: {args.problem} is a recording and says nothing of the GPUs; give --gpus NxG with "
+            "--slots C (or --memory), or --topology",
+        )
+    return make_problem(
+        loads,
+        topology,
+        model=args.model,
+        split=args.split or "fractional",
+        balance_tolerance=args.tolerance,
+        limits=_limits(args, None),
+        sizing=None if args.sizing is None else _sizing(args.sizing),
+        name=Path(args.problem).stem,
+    )
+
+
+def _override(problem: Problem, args: argparse.Namespace, what: str) -> Problem:
+    for key in RECORDINGS:
+        if getattr(args, key) is not None:
+            option = "--steps" if key == "steps" else f"--{key}"
+            raise ProblemError(option, f"is for recordings; {what}")
+    changes: dict[str, Any] = {}
+    topology = _topology(args, problem.topology)
+    if topology is not None and topology != problem.topology:
+        changes |= {"topology": topology, "known": None}
+    if args.model is not None:
+        changes["model"] = model_preset(args.model)
+    if args.split is not None and args.split != problem.split:
+        changes |= {"split": args.split, "known": None}
+    if args.sizing is not None:
+        changes["sizing"] = _sizing(args.sizing)
+    if args.max_moves is not None or args.max_move_bytes is not None:
+        changes["limits"] = _limits(args, problem.limits)
+    if args.tolerance is not None:
+        changes["objective"] = problem.objective.replace(balance_tolerance=args.tolerance)
+    if not changes:
+        return problem
+    if args.current is not None or topology is None or problem.current is None:
+        return problem.replace(**changes | ({"current": None} if args.current is not None else {}))
+    return _relive(problem.replace(**changes | {"current": None}), problem.current.slots_LGC, args)
+
+
+# --- what is live ------------------------------------------------------------------------------------------
+
+
+def _with_live(problem: Problem, args: argparse.Namespace) -> Problem:
+    """The problem with the live plan of ``--current``."""
+    if args.current is None:
+        return problem
+    if args.repair:
+        slots_LGC, _ = load_slots(args.current)
+        return _relive(problem.replace(current=None), slots_LGC, args)
+    plan = load_plan(args.current)
+    if plan.experts != problem.experts or not args.lost:
+        return problem.replace(current=Placement.of(plan, problem.experts))
+    return _relive(problem.replace(current=None), plan.slots_LGC, args)
+
+
+def _relive(problem: Problem, slots_LGC: Any, args: argparse.Namespace) -> Problem:
+    """The problem with what is left of a live placement: nothing on lost GPUs; mended if that is asked."""
+    slots = integers("current", slots_LGC, low=-(2**31), high=2**31 - 1)
+    layers, gpus, experts = problem.layers, problem.topology.gpus, problem.experts
+    if slots.ndim != 3 or len(slots) != layers:
+        raise ProblemError("current", f"has shape {slots.shape}, must be [{layers}, GPUs, slots]")
+    before = int((slots >= 0).sum())
+    if args.repair and slots.shape[1] != gpus:
+        same = min(gpus, slots.shape[1])
+        fitted = np.full((layers, gpus, slots.shape[2]), -1, dtype=np.int64)
+        fitted[:, :same] = slots[:, :same]
+        say(f"note: {args.current} is for {slots.shape[1]} GPUs, taken as the first {same} of {gpus}")
+        slots = fitted
+    if args.lost and slots.shape[1] == gpus:
+        slots = slots.copy()
+        slots[:, gpu_list(args.lost, gpus, "--lost")] = -1
+    if args.repair:
+        live = Placement.repaired(slots, experts, problem.capacity_LG)
+    else:
+        missing = slots.shape[1] == gpus and not held_LGE(slots.astype(np.int32), experts).any(1).all()
+        live = Placement(slots_LGC=slots.astype(np.int32), experts=experts, partial=bool(missing))
+    gone = before - int((live.slots_LGC >= 0).sum())
+    alone = int((live.replicas_LE == 0).sum())
+    if gone and not args.quiet:
+        text = f"note: {gone} of {before} live replicas are lost or dropped"
+        say(text + (f"; {alone} experts are left without one" if alone else ""))
+    return problem.replace(current=live)
+
+
+def _limits(args: argparse.Namespace, given: Limits | None) -> Limits | None:
+    """The problem's limits with what the command line says of moves."""
+    changes: dict[str, Any] = {}
+    if args.max_moves is not None:
+        changes["max_moves"] = args.max_moves
+    if args.max_move_bytes is not None:
+        changes["max_move_bytes"] = size(args.max_move_bytes, "--max-move-bytes")
+    return (given or Limits()).replace(**changes) if changes else given
+
+
+def _sizing(text: str) -> Sizing:
+    """Read ``cv=0.2`` and the like."""
+    policy, _, value = text.partition("=")
+    field = {"cv": "cv", "makespan": "imbalance"}.get(policy)
+    if not value:
+        return Sizing(policy=policy)
+    try:
+        number = float(value)
+    except ValueError:
+        raise ProblemError("--sizing", f"is {text!r}: {value!r} is no number") from None
+    if field is None:
+        raise ProblemError("--sizing", f"is {text!r}: {policy!r} takes no value")
+    chosen: dict[str, Any] = {"policy": policy, field: number}
+    return Sizing(**chosen)
+
+
+# --- the GPUs ----------------------------------------------------------------------------------------------
+
+
+def _topology(args: argparse.Namespace, given: Topology | None) -> Topology | None:
+    """The GPUs of the command line, or the problem's with what the command line changes; None if neither."""
+    memory = None if args.memory is None else size(args.memory, "--memory")
+    base, room = _base(args, given, memory)
+    if base is None:
+        for option in ("slots", "memory", "reserve", "speed", "lost"):
+            if getattr(args, option) is not None:
+                raise ProblemError("--gpus", f"is missing: --{option} needs it, or --topology")
+        return None
+    changes: dict[str, Any] = {}
+    if args.slots is not None:
+        values_G = per_gpu(args.slots, base.gpus, "--slots", base.slots_G)
+        changes["slots_G"] = integers("topology.slots", values_G)
+    if memory is not None:
+        room = np.full(base.gpus, memory, dtype=np.int64)
+        changes["memory_G"] = room
+    if args.reserve is not None:
+        changes["memory_G"] = _reserved(size(args.reserve, "--reserve"), room)
+    if args.speed is not None:
+        changes["speed_G"] = per_gpu(args.speed, base.gpus, "--speed", base.speed_G)
+    made = base.replace(**changes) if changes else base
+    return made if args.lost is None else _without(made, args.lost)
+
+
+def _base(
+    args: argparse.Namespace, given: Topology | None, memory: int | None
+) -> tuple[Topology | None, Any]:
+    """The GPUs before slots, memory and speeds of the command line; and the memory that each has in all."""
+    if args.topology is not None:
+        if args.topology in TOPOLOGY_PRESETS:
+            # With slots alone the memory does not bind, as before anything was said of it.
+            one = 1 if args.slots is not None and memory is None else None
+            base = Topology.preset(args.topology, slots=one)
+            return base, np.full(base.gpus, TOPOLOGY_PRESETS[args.topology][2] * 10**9, dtype=np.int64)
+        if not Path(args.topology).is_file():
+            raise ProblemError(
+                "--topology", f"{args.topology!r} is no preset ({', '.join(TOPOLOGY_PRESETS)}) and no file"
+            )
+        base = Topology.from_dict(read_json(args.topology))
+        return base, base.memory_G
+    if args.gpus is None:
+        return given, None if given is None else given.memory_G
+    found = re.fullmatch(r"(?:(\d+)x)?(\d+)", args.gpus)
+    if found is None:
+        raise ProblemError("--gpus", f"is {args.gpus!r}, must be like 4x8 (nodes x GPUs per node) or 8")
+    # What is recommended is how many slots there should be: any number will do.
+    any_slots = 1 if args.mode == "recommend" or args.slots is not None else None
+    return Topology.uniform(int(found[1] or 1), int(found[2]), slots=any_slots, memory=memory), None
+
+
+def _reserved(reserve: int, room_G: Any) -> Any:
+    if room_G is None:
+        raise ProblemError(
+            "--reserve",
+            "needs the memory of the GPUs to take it from: give --memory, or a preset as --topology",
+        )
+    if (room_G <= reserve).any():
+        raise ProblemError(
+            "--reserve",
+            f"is {bytes_text(reserve)}, the GPUs have {bytes_text(int(room_G.min()))}: none is left",
+        )
+    return room_G - reserve
+
+
+def _without(topology: Topology, text: str) -> Topology:
+    """The topology with dead GPUs: they keep their numbers and have no room."""
+    lost = gpu_list(text, topology.gpus, "--lost")
+    if len(lost) == topology.gpus:
+        raise ProblemError("--lost", "names all GPUs; at least one must be left")
+    changes: dict[str, Any] = {}
+    for key in ("slots_G", "memory_G"):
+        array = getattr(topology, key)
+        if array is not None:
+            changes[key] = np.where(np.isin(np.arange(topology.gpus), lost), 0, array)
+    return topology.replace(name=f"{topology.name} without {text}", **changes)

@@ -1,0 +1,337 @@
+"""One table of the options: what each is, and which modes read it. What a mode does not read is refused."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import moeless_opt
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.spec import SPLITS, TOPOLOGY_PRESETS
+from moeless_opt.report import BOUND_ROW
+
+__all__ = ["DEFAULT_COMPARISON", "MODES", "OPTIONS", "Option", "parser", "read_arguments"]
+
+DEFAULT_COMPARISON = ("static", "eplb", "moeless", "auto", BOUND_ROW)
+
+MODES: dict[str, str] = {
+    "solve": "",
+    "compare": "--compare",
+    "check": "--check",
+    "bound": "--bound",
+    "pareto": "--pareto",
+    "recommend": "--recommend",
+    "export": "--export",
+    "list-solvers": "--list-solvers",
+    "list-instances": "--list-instances",
+}
+"""What one call does, and the option that says so; without any, it solves."""
+
+_LISTS = ("list-solvers", "list-instances")
+_ALL = tuple(mode for mode in MODES if mode not in _LISTS)
+_RULES = tuple(mode for mode in _ALL if mode != "recommend")  # where slots and limits bind
+_PLANS = ("solve", "compare")
+_LIVE = ("solve", "compare", "check", "pareto")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option.
+
+    Parameters
+    ----------
+    flags : tuple of str
+        Its names, the one that messages use first.
+    modes : tuple of str
+        Those that read it.
+    form : mapping
+        What argparse is told.
+    group : str
+        ``""``, or ``"input"`` for what says or overrides what the problem is.
+    default : object
+        Its value where it is not given.
+    """
+
+    flags: tuple[str, ...]
+    modes: tuple[str, ...]
+    form: Mapping[str, Any]
+    group: str = ""
+    default: Any = None
+
+    @property
+    def dest(self) -> str:
+        """Its name among the arguments."""
+        long = next(flag for flag in self.flags if flag.startswith("--"))
+        return long.removeprefix("--").replace("-", "_")
+
+
+def _option(*flags: str, modes: Sequence[str], group: str = "", default: Any = None, **form: Any) -> Option:
+    return Option(flags, tuple(modes), form, group, default)
+
+
+def _flag(*flags: str, modes: Sequence[str], group: str = "", **form: Any) -> Option:
+    return Option(flags, tuple(modes), form | {"action": "store_true"}, group, False)
+
+
+def _input(*flags: str, modes: Sequence[str], **form: Any) -> Option:
+    return Option(flags, tuple(modes), form, "input")
+
+
+OPTIONS: tuple[Option, ...] = (
+    _option(
+        "--output",
+        "-o",
+        modes=(*_PLANS, "pareto"),
+        metavar="PLAN",
+        help="write the plan here (.json, or .npz); of several, the best",
+    ),
+    _option(
+        "--solver",
+        modes=("solve",),
+        default="auto",
+        help="name of the solver (default: auto; see --list-solvers)",
+    ),
+    _option(
+        "--time",
+        modes=(*_PLANS, "pareto", "recommend"),
+        type=float,
+        metavar="SECONDS",
+        help="time limit (of each solver)",
+    ),
+    _option(
+        "--seed",
+        modes=(*_PLANS, "pareto"),
+        type=int,
+        default=0,
+        help="seed of the random parts (default: 0)",
+    ),
+    _option(
+        "--layer",
+        modes=("export",),
+        type=int,
+        metavar="L",
+        help="the layer to export (default: the first)",
+    ),
+    _option(
+        "--schedule",
+        modes=_PLANS,
+        metavar="JSON",
+        help="write the ordered transfers from the live plan to the new one",
+    ),
+    _flag("--json", modes=(*_ALL[:-1], *_LISTS), help="print the result as JSON on standard output"),
+    _option(
+        "--plot",
+        modes=(*_PLANS, "pareto"),
+        metavar="PNG",
+        help="draw the GPUs' loads per layer, before and after; or the front",
+    ),
+    _option(
+        "--worst",
+        modes=_PLANS,
+        type=int,
+        default=3,
+        metavar="N",
+        help="layers to list, worst first (default: 3)",
+    ),
+    _flag("--quiet", modes=_ALL, help="print nothing but errors (and JSON, if asked for)"),
+    _input("--gpus", modes=_ALL, metavar="NxG", help="nodes x GPUs per node, e.g. 4x8 (or 8 for one node)"),
+    _input(
+        "--slots",
+        modes=_RULES,
+        metavar="C",
+        help="replicas that a GPU may hold per layer: 9; or one number per GPU: 9,9,8,8; or 9,3=4 (GPU 3: 4)",
+    ),
+    _input(
+        "--memory",
+        modes=_RULES,
+        metavar="SIZE",
+        help="bytes per GPU for expert weights, e.g. 40GB, 64G or 38GiB (needs --model)",
+    ),
+    _input(
+        "--reserve",
+        modes=_RULES,
+        metavar="SIZE",
+        help="bytes of each GPU to be kept free of experts, e.g. 20GiB: KV cache, activations",
+    ),
+    _input(
+        "--topology",
+        modes=_ALL,
+        metavar="NAME|JSON",
+        help=f"a preset ({', '.join(TOPOLOGY_PRESETS)}) or a JSON file",
+    ),
+    _input(
+        "--speed",
+        modes=_ALL,
+        metavar="LIST",
+        help="relative speeds: one per GPU, or those that differ: 3=0.5,8-15=0.8",
+    ),
+    _input("--lost", modes=_ALL, metavar="GPUS", help="GPUs that are dead: 3,17 or 8-15"),
+    _input("--model", modes=_ALL, help="model preset, for the bytes of an expert (e.g. DeepSeek-V3)"),
+    _input("--split", modes=_RULES, choices=SPLITS, help="free or equal token shares (default: fractional)"),
+    _input("--current", modes=_LIVE, metavar="PLAN", help="the plan that is live now"),
+    _flag(
+        "--repair",
+        modes=_LIVE,
+        group="input",
+        help="mend a live plan that breaks the rules, or has other GPUs, instead of refusing it",
+    ),
+    _input(
+        "--sizing",
+        modes=(*_PLANS, "check", "bound"),
+        metavar="RULE",
+        help="slots, cv=0.2, makespan=1.05 (an imbalance) or memory",
+    ),
+    _input(
+        "--max-moves",
+        modes=(*_PLANS, "check"),
+        type=int,
+        metavar="N",
+        help="replicas that may move in all",
+    ),
+    _input(
+        "--max-move-bytes",
+        modes=(*_PLANS, "check"),
+        metavar="SIZE",
+        help="bytes that may move in all, e.g. 4GB (needs --model)",
+    ),
+    _input(
+        "--tolerance",
+        modes=_PLANS,
+        type=float,
+        metavar="X",
+        help="balance that may be given up for fewer moves (0.01)",
+    ),
+    _input(
+        "--scenario",
+        "--workload",
+        modes=_ALL,
+        metavar="NAME",
+        help="which of several scenarios (workloads) of a recording",
+    ),
+    _input("--key", modes=_ALL, metavar="NAME", help="which array of a recording that has several"),
+    _input(
+        "--steps",
+        modes=_ALL,
+        choices=("sum", "keep"),
+        help="sum the steps of a recording, or keep them as scenarios",
+    ),
+    _input(
+        "--experts",
+        modes=_ALL,
+        type=int,
+        metavar="E",
+        help="experts per layer, where a recording lists only busy ones",
+    ),
+)
+"""All options but those that choose the mode."""
+
+RECORDINGS = ("key", "scenario", "steps", "experts")
+"""Of no use where the problem is none of our own recordings' readers'."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ProblemError("arguments", f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's parser; what was not given is absent from what it returns."""
+    made = _Parser(
+        prog="moeless-solve",
+        description="Decide how many replicas each expert gets and which GPU holds each of them.",
+        epilog="examples: moeless-solve deepseek-v3-zipf   |   moeless-solve loads.json --gpus 4x8 --slots 9 "
+        "--compare   |   moeless-solve problem.json -o plan.json --plot plan.png",
+        argument_default=argparse.SUPPRESS,
+    )
+    made.add_argument(
+        "problem", nargs="?", help="a problem (JSON), a recording of loads, or the name of a shipped instance"
+    )
+    made.add_argument("--version", action="version", version=f"moeless-solve {moeless_opt.__version__}")
+    _add_modes(made.add_argument_group("instead of solving, one of"))
+    groups = {
+        "": made.add_argument_group("how, and what comes out"),
+        "input": made.add_argument_group("for recordings, and to override what a problem says"),
+    }
+    for option in OPTIONS:
+        groups[option.group].add_argument(*option.flags, **option.form)
+    return made
+
+
+def _add_modes(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--compare",
+        nargs="?",
+        const=",".join(DEFAULT_COMPARISON),
+        metavar="A,B,C",
+        help=f"run several solvers side by side (default: {','.join(DEFAULT_COMPARISON)})",
+    )
+    add("--check", metavar="PLAN", help="verify a plan, and say what it is worth on these loads")
+    add("--bound", action="store_true", help="print the lower bounds of every layer; solve nothing")
+    add(
+        "--pareto",
+        choices=("moves", "memory"),
+        metavar="moves|memory",
+        help="plans from cheapest to best balanced (with --plot, a picture of the front)",
+    )
+    add(
+        "--recommend",
+        action="store_true",
+        help="how many redundant experts are worth what, and in which layers",
+    )
+    add("--export", metavar="LP|MPS", help="write a layer's exact model for other solvers (see --layer)")
+    add("--list-solvers", action="store_true", help="list the solvers and what they can do")
+    add("--list-instances", action="store_true", help="list the shipped instances")
+
+
+def read_arguments(argv: Sequence[str] | None, into: argparse.Namespace | None = None) -> argparse.Namespace:
+    """The arguments, with ``mode``, ``given`` (names of the options that were), and the others' defaults.
+
+    Raises
+    ------
+    ProblemError
+        If an option cannot be read, or the mode has no use for it.
+    """
+    args = parser().parse_args(argv, into)
+    given = set(vars(args))
+    modes = [mode for mode, flag in MODES.items() if flag and mode.replace("-", "_") in given]
+    if len(modes) > 1:
+        raise ProblemError(MODES[modes[1]], f"cannot be given with {MODES[modes[0]]}: one at a time")
+    args.mode = modes[0] if modes else "solve"
+    args.given = frozenset(given)
+    for option in OPTIONS:
+        if option.dest not in given:
+            setattr(args, option.dest, option.default)
+        elif args.mode not in option.modes:
+            raise ProblemError(option.flags[0], _unread(option, args.mode))
+    if args.mode in _LISTS:
+        if "problem" in given:
+            raise ProblemError("problem", f"is not read with {MODES[args.mode]}: leave {args.problem!r} out")
+    elif "problem" not in given:
+        raise ProblemError(
+            "problem", "is missing: give a problem, a recording, or an instance (--list-instances)"
+        )
+    _check(args)
+    return args
+
+
+def _unread(option: Option, mode: str) -> str:
+    where = "without one of the modes that read it" if mode == "solve" else f"with {MODES[mode]}"
+    readers = [MODES[one] or "a plain solve" for one in option.modes]
+    return f"is not read {where}; it is with {', '.join(readers)}"
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that need another one, and values that mean nothing."""
+    if args.worst < 0:
+        raise ProblemError("--worst", f"is {args.worst}, must be a whole number of at least 0")
+    if args.mode == "compare" and not [name for name in args.compare.split(",") if name.strip()]:
+        raise ProblemError("--compare", f"is {args.compare!r}, must name solvers (see --list-solvers)")
+    if args.mode == "compare" and "" in [name.strip() for name in args.compare.split(",")]:
+        raise ProblemError("--compare", f"is {args.compare!r}: a name between two commas is missing")
+    if args.repair and args.current is None:
+        raise ProblemError("--repair", "needs a live plan to mend: give --current PLAN")
+    if args.topology is not None and args.gpus is not None:
+        raise ProblemError("--gpus", "cannot be given with --topology; one of them says what the GPUs are")

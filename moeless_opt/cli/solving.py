@@ -1,0 +1,189 @@
+"""Solve and compare: run the solvers, show the table, write the best plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from moeless_opt.api import compare, solve
+from moeless_opt.cli.inputs import say
+from moeless_opt.plots import picture_format, plot_loads
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.files import atomic_write
+from moeless_opt.problems.io import plan_to_json, save_plan
+from moeless_opt.problems.plan import Plan
+from moeless_opt.problems.spec import Problem
+from moeless_opt.progress import Display
+from moeless_opt.report import BOUND_ROW, Comparison, row_of, show, worst_layers
+from moeless_opt.signals import Signals
+from moeless_opt.solvers.core import get_solver, require, required_features, solver_names
+
+__all__ = ["find_plan", "run_solvers"]
+
+
+def run_solvers(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
+    """Solve by one or several solvers; returns the exit code."""
+    names = [args.solver] if args.mode == "solve" else [name.strip() for name in args.compare.split(",")]
+    for name in names:
+        if name != BOUND_ROW or args.mode == "solve":
+            get_solver(name)
+    _check_outputs(problem, names, args)
+    if not args.quiet:
+        say(describe(problem))
+    problem.check_feasible()
+    if args.mode == "solve":
+        require(get_solver(names[0]), problem)
+    outcome = _run(problem, names, args, signals)
+    best = _best(outcome, names)
+    if best is not None:
+        _write(problem, best, args)
+    if args.json:
+        print(json.dumps(_document(outcome, best)))
+    elif not args.quiet:
+        worst = best is not None and args.worst > 0
+        layers = (
+            f"\n\nworst layers of {best.certificate.solver}:\n{worst_layers(best, args.worst)}"
+            if best and worst
+            else ""
+        )
+        show(f"{outcome}{layers}")
+    if signals.came and best is not None:
+        say("interrupted: the best found so far is shown")
+    for path in (args.output, args.plot, args.schedule):
+        if path and best is not None and not args.quiet:
+            say(f"wrote {path}")
+    if best is None and names != [BOUND_ROW]:
+        return _nothing(outcome, names, signals)
+    return signals.code
+
+
+def find_plan(problem: Problem, args: argparse.Namespace, signals: Signals) -> Plan | None:
+    """The plan of the solver that was asked for."""
+    require(get_solver(args.solver), problem)
+    with signals.stopping() as stop, Display(quiet=args.quiet, limit=args.time, name=args.solver) as display:
+        return solve(
+            problem, args.solver, time_limit=args.time, stop=stop, seed=args.seed, progress=display.progress
+        ).plan
+
+
+def _check_outputs(problem: Problem, names: list[str], args: argparse.Namespace) -> None:
+    """Refuse files that nothing would be written to."""
+    if args.schedule is not None and problem.current is None:
+        raise ProblemError("--schedule", "needs a live plan to start from: give --current PLAN")
+    for option in ("output", "plot", "schedule"):
+        if getattr(args, option) is not None and names == [BOUND_ROW]:
+            raise ProblemError(f"--{option}", f"needs a plan; {BOUND_ROW!r} is a bound, no plan")
+
+
+def _run(problem: Problem, names: list[str], args: argparse.Namespace, signals: Signals) -> Comparison:
+    # A lone solver is shown beside what there would be without it.
+    alone = args.mode == "compare" or names == ["static"]
+    shown = names if alone else _with_reference(problem, names)
+    with (
+        signals.stopping() as stop,
+        Display(quiet=args.quiet, solvers=len(shown), limit=args.time, name="solving") as display,
+    ):
+        if len(shown) > 1 or args.mode == "compare":
+            return compare(
+                problem, shown, time_limit=args.time, stop=stop, seed=args.seed, progress=display.progress
+            )
+        result = solve(
+            problem, names[0], time_limit=args.time, stop=stop, seed=args.seed, progress=display.progress
+        )
+        return Comparison(problem=problem, rows=(row_of(result),), results={names[0]: result})
+
+
+def _with_reference(problem: Problem, names: list[str]) -> list[str]:
+    reference = "static" if problem.current is None else "stay"
+    if reference not in solver_names() or reference in names:
+        return names
+    if problem.current is not None and problem.current.partial:  # what is live cannot stay as it is
+        return names
+    return names if required_features(problem) - get_solver(reference).features else [reference, *names]
+
+
+def _best(outcome: Comparison, names: Sequence[str]) -> Plan | None:
+    """Of the solvers asked for, the plan with the smallest summed time; the first of equals."""
+    plans = [r.plan for name, r in outcome.results.items() if name in names and r.plan is not None]
+    if not plans:
+        return None
+    values = [float(plan.certificate.value_L.sum()) for plan in plans]
+    least = min(values)
+    return next(plan for plan, value in zip(plans, values, strict=True) if value <= least * (1 + 1e-9))
+
+
+def _write(problem: Problem, best: Plan, args: argparse.Namespace) -> None:
+    if args.output:
+        save_plan(best, args.output)
+    if args.plot:
+        atomic_write(args.plot, plot_loads(problem, best, form=picture_format(args.plot)))
+    if args.schedule:
+        atomic_write(args.schedule, _schedule(problem, best))
+
+
+def _nothing(outcome: Comparison, names: list[str], signals: Signals) -> int:
+    """Say that there is no plan; returns the exit code."""
+    rows = [row for row in outcome.rows if row.solver in names and row.solver != BOUND_ROW]
+    if all(row.status == "infeasible" for row in rows) and len(rows) == 1:
+        raise InfeasibleError(rows[0].note)
+    reasons = "; ".join(f"{row.solver}: {row.note or row.status}" for row in rows)
+    say(f"moeless-solve: no plan found ({' '.join(reasons.split())})")
+    return signals.code or 1
+
+
+def _document(outcome: Comparison, best: Plan | None) -> dict[str, Any]:
+    problem = outcome.problem
+    return {
+        "format": "moeless-result",
+        "version": 1,
+        "problem": {
+            "name": problem.name,
+            "digest": problem.digest(),
+            "layers": problem.layers,
+            "experts": problem.experts,
+            "gpus": problem.topology.gpus,
+            "split": problem.split,
+        },
+        "solvers": [
+            row.to_dict()
+            | {"objective": outcome.results[row.solver].objective if row.solver in outcome.results else {}}
+            for row in outcome.rows
+        ],
+        "plan": None if best is None else plan_to_json(best),
+    }
+
+
+def _schedule(problem: Problem, plan: Plan) -> bytes:
+    from moeless_opt.fronts import migration
+
+    found = migration(problem, plan)
+    steps = [
+        {
+            "seconds": step.seconds,
+            "drops_before": [[d.layer, d.expert, d.gpu] for d in step.drops_before],
+            "transfers": [[t.layer, t.expert, t.source, t.target, t.bytes] for t in step.transfers],
+            "drops_after": [[d.layer, d.expert, d.gpu] for d in step.drops_after],
+        }
+        for step in found.steps
+    ]
+    document = {
+        "format": "moeless-migration",
+        "version": 1,
+        "problem_digest": problem.digest(),
+        "seconds": found.seconds,
+        "lower_bound": found.lower_bound,
+        "steps": steps,
+    }
+    return (json.dumps(document) + "\n").encode()
+
+
+def describe(problem: Problem) -> str:
+    """The problem in a few lines."""
+    loads, topology = problem.loads, problem.topology
+    lines = [f"{problem.name or 'problem'}: {loads!r}", f"on {topology!r}, {problem.split} split"]
+    lines += [f"note: {note}" for note in loads.notes]
+    if problem.known is not None and problem.known.best_L:
+        lines.append(f"best known: {sum(problem.known.best_L):.6g} over all layers ({problem.known.source})")
+    return "\n".join(lines)
