@@ -9,8 +9,8 @@ from typing import Any
 
 from moeless_opt.api import export_model, judge, recommend_redundancy
 from moeless_opt.cli.inputs import say
-from moeless_opt.problems.errors import ProblemError
 from moeless_opt.plots import picture_format
+from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.files import atomic_write
 from moeless_opt.problems.instances import instance_names, instance_summary
 from moeless_opt.problems.io import load_plan, save_plan

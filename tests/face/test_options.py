@@ -181,7 +181,7 @@ def test_modes_refuse_each_other(first: str, second: str) -> None:
         ),
         (
             ["problem.json", "-o", "x.json", "--schedule", "x.json", "--current", "live.json"],
-            "--schedule: is 'x",
+            "x.json: is written by --output; --schedule needs another",
         ),
         (["problem.json", "--list-solvers"], "problem: is not read with --list-solvers"),
         (["problem.json", "--lost", "9"], "--lost: names GPU 9, the last one is 3"),
