@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -195,7 +194,7 @@ def reason(mutant: Mutant, difference: str) -> str | None:
 
 
 @cache
-def tests_of(file: str) -> tuple[list[str], list[str]]:
+def tests_of(file: str, own: bool = False) -> tuple[list[str], list[str]]:
     """Test files that can notice a change of `file`: its own, then the others."""
     path = Path(file)
     mirror = Path("tests") / path.parent
@@ -205,10 +204,10 @@ def tests_of(file: str) -> tuple[list[str], list[str]]:
     # A mirrored test of a part has the part's name and more: test_bounds_oracle.py.
     parts = sorted(mirror.glob(f"test_{path.stem.lstrip('_')}_*.py")) if mirror.is_dir() else []
     rest = sorted(mirror.glob("test_*.py")) if mirror.is_dir() else []
-    late = set(KNOWN["late"])
     first = [one.as_posix() for one in (own, *parts, *named) if (ROOT / one).is_file()]
     others = dict.fromkeys(one.as_posix() for one in (*rest, *map(Path, folder)))
-    return first, sorted((one for one in others if one not in first), key=lambda one: one in late)
+    late = sorted((one for one in others if one not in first), key=lambda one: one in KNOWN["late"])
+    return first, [] if own and first else late
 
 
 class Copy:
@@ -230,9 +229,9 @@ class Copy:
                 shutil.copy2(source, target, follow_symlinks=False)
 
     def run(self, tests: list[str], seconds: float | None, fresh: bool = False) -> tuple[int, float, str]:
-        """Exit code (-1: out of time), processor seconds of a run of tests, and the failed test."""
+        """Exit code (-1: out of time), processor seconds of a run of tests, and what failed."""
         kernels = tempfile.mkdtemp(dir=self.folder.parent) if fresh else str(self.folder.parent / "kernels")
-        env = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_CACHE_DIR": kernels, "CI": "1"}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_CACHE_DIR": kernels}
         env.setdefault("MOELESS_DATA", str(ROOT.parent / "shared" / "data"))
         if seconds is not None:
             env["PYTHONDONTWRITEBYTECODE"] = "1"  # two changes in one second would look like one to a .pyc
@@ -257,9 +256,9 @@ class Copy:
             start_new_session=True,
             preexec_fn=partial(_limit, seconds),
         )
-        before = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         try:
-            output, _ = child.communicate(timeout=None if seconds is None else 6 * seconds + 60)
+            output, _ = child.communicate(timeout=None if seconds is None else 20 * seconds)
             code = child.returncode
         except subprocess.TimeoutExpired:
             code, output = -1, ""
@@ -270,7 +269,9 @@ class Copy:
             if fresh:
                 shutil.rmtree(kernels, ignore_errors=True)
         failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return code, time.monotonic() - before, failed[0] if failed else output[-300:]
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return code, took, failed[0] if failed else output[-300:]
 
 
 def _limit(seconds: float | None) -> None:
@@ -279,15 +280,38 @@ def _limit(seconds: float | None) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 6))
 
 
-def judge(copy: Copy, mutant: Mutant, code: str, seconds: float) -> tuple[str, str]:
+Stages = dict[str, list[tuple[list[str], float]]]
+"""By file: its tests in the order of their runs, and the processor seconds that each run may take."""
+
+
+def stages_of(copy: Copy, files: Iterable[str], own: bool) -> Stages:
+    """Run the tests of files as they are: they must pass, and say how long they take."""
+    seconds: dict[tuple[str, ...], float] = {}
+    stages: Stages = {}
+    for file in files:
+        stages[file] = []
+        for tests in tests_of(file, own):
+            if tests and tuple(tests) not in seconds:
+                code, took, failed = copy.run(tests, None)
+                if code != 0:
+                    raise SystemExit(f"without any change the tests of {file} fail: {failed}")
+                seconds[tuple(tests)] = 3 * took + 20
+            if tests:
+                stages[file].append((tests, seconds[tuple(tests)]))
+        if not stages[file]:
+            raise SystemExit(f"no test mirrors {file}: name some in mutants.toml")
+    return stages
+
+
+def judge(copy: Copy, mutant: Mutant, code: str, stages: Stages) -> tuple[str, str]:
     """What becomes of a mutant: caught, late or survived; and which test failed."""
     target = copy.folder / mutant.file
     try:
         target.write_text(code)
-        for tests in tests_of(mutant.file):
-            rc, _, failed = copy.run(tests, seconds, fresh="njit" in code) if tests else (0, 0.0, "")
+        for tests, seconds in stages[mutant.file]:
+            rc, _, failed = copy.run(tests, seconds, fresh="njit" in code)
             if rc != 0:
-                return ("late", "") if rc < 0 else ("caught", failed)
+                return ("late", "") if rc in (-1, -signal.SIGXCPU) else ("caught", failed)
         return "survived", ""
     finally:
         shutil.copy2(ROOT / mutant.file, target)
@@ -303,6 +327,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
     parser.add_argument("--wanted", type=float, default=0.0, help="exit 1 where fewer per cent are caught")
+    parser.add_argument("--own", action="store_true", help="only the tests of each file's own: quicker")
     parser.add_argument("--list", action="store_true", help="only print what would be tried")
     args = parser.parse_args()
     rows = []
@@ -315,7 +340,7 @@ def main() -> int:
                 for mutant, _, difference in drawn:
                     print(f"{mutant.file}:{mutant.line} {mutant.operator}: {difference}")
                 continue
-            rows.append((room, _try(copies, drawn)))
+            rows.append((room, _try(copies, drawn, args.own)))
     heads = ("mutants", "caught", "late", "survived", "equivalent")
     print("\n" + f"{'room':42}" + "".join(f"{head:>12}" for head in heads) + f"{'caught':>9}")
     short = False
@@ -336,45 +361,28 @@ def _files(room: str) -> list[str]:
     return [one.relative_to(ROOT).as_posix() for one in found if one.name != "__init__.py"]
 
 
-def _try(copies: list[Copy], drawn: list[tuple[Mutant, str, str]]) -> Counter[str]:
+def _try(copies: list[Copy], drawn: list[tuple[Mutant, str, str]], own: bool) -> Counter[str]:
     """Run the tests of every mutant; print what survives as it does."""
     known = [(mutant, reason(mutant, difference)) for mutant, _, difference in drawn]
     ends: Counter[str] = Counter(equivalent=sum(why is not None for _, why in known))
     work = [one for one, (_, why) in zip(drawn, known, strict=True) if why is None]
-    limit: dict[tuple[str, ...], float] = {}
-    for mutant, _, _ in work:
-        first, others = tests_of(mutant.file)
-        tests = tuple(first + others)
-        if not tests:
-            raise SystemExit(f"no test mirrors {mutant.file}: name some in mutants.toml")
-        if tests not in limit:
-            for copy in copies:
-                copy.run(list(tests), None)  # compiles kernels
-            rc, took, failed = copies[0].run(list(tests), None)
-            if rc != 0:
-                raise SystemExit(f"without any change the tests of {mutant.file} fail: {failed}")
-            limit[tests] = 3 * took + 20
+    stages = stages_of(copies[0], dict.fromkeys(mutant.file for mutant, _, _ in work), own)
 
-    def one(job: int) -> list[tuple[str, str]]:
-        return [
-            _tell(copies[job], mutant, code, difference, limit)
-            for mutant, code, difference in work[job :: len(copies)]
-        ]
+    def some(job: int) -> list[str]:
+        return [_tell(copies[job], *one, stages) for one in work[job :: len(copies)]]
 
     with ThreadPoolExecutor(len(copies)) as pool:
-        for told in pool.map(one, range(len(copies))):
-            ends.update(end for end, _ in told)
+        for told in pool.map(some, range(len(copies))):
+            ends.update(told)
     return ends
 
 
-def _tell(
-    copy: Copy, mutant: Mutant, code: str, difference: str, limit: dict[tuple[str, ...], float]
-) -> tuple[str, str]:
-    first, others = tests_of(mutant.file)
-    end, failed = judge(copy, mutant, code, limit[tuple(first + others)])
-    place = f"{mutant.file}:{mutant.line} {mutant.operator}"
-    print(f"{end:9}{place}: {difference if end != 'caught' else failed[:110]}", flush=True)
-    return end, failed
+def _tell(copy: Copy, mutant: Mutant, code: str, difference: str, stages: Stages) -> str:
+    """Judge a mutant and print its line."""
+    end, failed = judge(copy, mutant, code, stages)
+    text = difference if end != "caught" else failed[:110]
+    print(f"{end:9}{mutant.file}:{mutant.line} {mutant.operator}: {text}", flush=True)
+    return end
 
 
 if __name__ == "__main__":

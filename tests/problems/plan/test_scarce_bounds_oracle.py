@@ -1,0 +1,130 @@
+"""The bound for few spare slots is as high as its argument allows, written out expert by expert.
+
+`test_scarce_bounds` holds it below the optimum of an enumeration; this holds it up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeless_opt.problems.plan.scarce_bounds import scarce_bound
+
+HOPELESS = 0.9  # of what is proven: where even the lightest fillers leave an expert below it, nothing follows
+
+
+class Argument:
+    """The k heaviest experts of one layer, x of them in groups with a cost."""
+
+    def __init__(self, load: Any, slots: Any, speed: Any) -> None:
+        self.heavy = sorted((float(w) for w in load), reverse=True)
+        E = len(self.heavy)
+        self.gpus = [(min(int(c), E), float(s)) for c, s in zip(slots, speed, strict=True) if c > 0]
+        self.G = len(self.gpus)
+        self.spare = sum(c for c, _ in self.gpus) - E
+        self.alike = len(set(self.gpus)) == 1
+
+    def light(self, count: int) -> float:
+        """Load of so many of the lightest experts."""
+        count = min(max(count, 0), len(self.heavy))
+        return math.fsum(self.heavy[len(self.heavy) - count :])
+
+    def slots(self, K: int) -> int:
+        return sum(sorted(c for c, _ in self.gpus)[:K])
+
+    def speed(self, K: int) -> float:
+        return math.fsum(sorted((s for _, s in self.gpus), reverse=True)[:K])
+
+    def spread(self, load: float, most: int, without: int) -> float:
+        """Least mean load of up to `most` GPUs that hold `load` and, in their other slots, the lightest."""
+        times = [
+            (load + self.light(self.slots(K) - without)) / self.speed(K)
+            for K in range(1, min(most, self.G) + 1)
+        ]
+        if self.alike:  # only where every further GPU helps
+            return times[-1] if len(times) < 2 or times[-1] <= times[-2] else 0.0
+        return min(times)
+
+    def all_of(self, k: int, most: int) -> float:
+        top = math.fsum(self.heavy[:k])
+        return min(
+            (top + self.light(self.slots(K) - k - self.spare)) / self.speed(K)
+            for K in range(1, min(most, self.G) + 1)
+        )
+
+    def whole(self, k: int, x: int, lighter: int = 0) -> float:
+        n = k - x
+        return self.spread(math.fsum(self.heavy[x:k]), n, n + lighter) if n > 0 else 0.0
+
+    def crowd(self, k: int) -> float:
+        times = [
+            self.spread(math.fsum(self.heavy[k - q - 1 : k]), q + 1, 2 * q + 1)
+            for q in range(1, min(self.spare, k - 1) + 1)
+        ]
+        return min(times)
+
+    def proves(self, k: int) -> float:
+        """The easiest number of experts in groups with a cost."""
+        d = self.spare
+        easiest = []
+        for x in range(k + 1 if d else 1):
+            time = max(self.all_of(k, k - x + min(2 * d, x + d)), self.whole(k, x))
+            if x > d:
+                time = max(time, self.crowd(k))
+            easiest.append(time)
+        return min(easiest)
+
+    def undivided(self, k: int) -> float:
+        """An equal split: of the k heaviest all but d are whole."""
+        d, times = self.spare, []
+        for x in range(d + 1):
+            n = min(self.slots(min(k - x, self.G)), len(self.heavy))
+            heaviest = self.light(n) - self.light(n - 1)
+            lighter = min(d, 2 * (d - x)) if self.heavy[k - 1] >= 2 * heaviest else d
+            times.append(self.whole(k, x, lighter))
+        return min(times)
+
+    def bound(self, known: float, split: str) -> float:
+        d, best = self.spare, known
+        if d < 0 or (d > self.G and self.alike):
+            return best
+        slow = sorted(self.gpus, key=lambda one: -one[0] / one[1])
+        for K in range(1, self.G + 1):
+            best = max(best, self.light(sum(c for c, _ in slow[:K]) - d) / math.fsum(s for _, s in slow[:K]))
+        if d > self.G:
+            return best
+        for k in range(1, min(len(self.heavy), self.G + d) + 1):
+            alone = min((self.heavy[k - 1] + self.light(c - 1)) / s for c, s in self.gpus)
+            if alone <= HOPELESS * best:
+                break
+            best = max(best, self.proves(k))
+            if split == "equal" and k > d:
+                best = max(best, self.undivided(k))
+        return best
+
+
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_as_high_as_its_argument(split: str, alike: bool) -> None:
+    rng = np.random.default_rng([len(split), alike])
+    raised = 0
+    for _ in range(250):
+        G = int(rng.integers(1, 8))
+        slots = np.full(G, rng.integers(1, 5)) if alike else rng.integers(0, 5, G)
+        spare = int(rng.integers(-1, min(G + 3, 9)))
+        E = max(int(slots.sum()) - spare, 1)
+        kind = rng.integers(3)
+        shape = (int(rng.integers(1, 4)), E)
+        load = [rng.lognormal(0, 1, shape), rng.integers(0, 9, shape).astype(float), rng.pareto(1, shape)][
+            kind
+        ]
+        speed = np.full(G, rng.choice([1.0, 2.0])) if alike else rng.choice([0.25, 0.5, 1.0, 2.0], G)
+        known = load.sum(1) / speed.sum() * rng.choice([0.0, 1.0, 1.2])
+        got = scarce_bound(-np.sort(-load, axis=1), slots, speed, known, split)
+        want = [Argument(w, slots, speed).bound(t, split) for w, t in zip(load, known.tolist(), strict=True)]
+        assert (got >= np.array(want) * (1 - 1e-9) - 1e-12).all(), (load, slots, speed, split)
+        raised += int((got > known * (1 + 1e-9)).sum())
+    assert raised > 150
