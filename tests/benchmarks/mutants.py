@@ -194,7 +194,7 @@ def reason(mutant: Mutant, difference: str) -> str | None:
 
 
 @cache
-def tests_of(file: str, own: bool = False) -> tuple[list[str], list[str]]:
+def tests_of(file: str, own: bool) -> tuple[list[str], list[str]]:
     """Test files that can notice a change of `file`: its own, then the others."""
     path = Path(file)
     mirror = Path("tests") / path.parent
