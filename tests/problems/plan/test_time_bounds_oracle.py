@@ -34,7 +34,7 @@ def models(rng: Any) -> TimeModel:
 
 
 def most_tokens(model: TimeModel, used: int, time: float, extra: float = 0.0) -> float:
-    """Most tokens that so many active experts serve in a time at speed 1, by looking at the curve's pieces."""
+    """Most tokens of so many active experts in a time at speed 1, by looking at the pieces of the curve."""
     if used == 0:
         return 0.0 if float(model.time(0.0, 0, 1.0)) <= time else -math.inf
     knots = [0.0, 1.0] if model.curve_tokens is None else model.curve_tokens.tolist()
