@@ -11,6 +11,7 @@ from .finish import token_bound as token_bound
 from .knapsack import choose_points as choose_points
 from .knapsack import hull_steps as hull_steps
 from .linear import GAP as GAP
+from .linear import LinearAnswer as LinearAnswer
 from .linear import LinearModel as LinearModel
 from .linear import check_engine as check_engine
 from .linear import solve_linear as solve_linear

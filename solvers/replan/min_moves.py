@@ -17,6 +17,9 @@ Written for the groups of the minimum cut, for single GPUs and for the unions th
 together. The same argument, counted instead of solved, is `flow_moves_bound`: microseconds, valid for any
 size.
 
+The programme of counts (`counts`) comes first: it is an order of magnitude smaller, its bound is mostly the
+least, and a plan is looked for among the pairs that it uses before all pairs are.
+
 A known plan enters as a cutoff: ask for a plan that moves fewer. If there is none, the known plan is proven
 least. `core.linear` has it solved, by HiGHS unless told otherwise. Statuses are never taken on trust: plans
 are re-checked by maximum flow, and what a time limit stopped is called feasible, not optimal.
@@ -34,12 +37,14 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.solvers.core import LinearModel, MaxTime, Stop, solve_linear
+from moeless_opt.solvers.core import LinearAnswer, LinearModel, MaxTime, Stop, part_of, solve_linear
+from moeless_opt.solvers.replan.counts import MoveCounts, fewest_counts
 from moeless_opt.solvers.replan.flow import UNIT, Cut, ExpertGpu, LayerFlow
 
 __all__ = ["FewestMoves", "flow_moves_bound", "min_moves", "min_moves_bound"]
 
 Status = Literal["optimal", "feasible", "infeasible", "no_solution"]
+_COUNTING = 0.5  # share of the time for the programme of counts
 _SLACK = 1e-6  # relative: solvers' feasibility tolerance in units of the mean GPU time
 
 
@@ -287,23 +292,84 @@ def min_moves(
     bound, sets, stays = _at_once(load, live, speed, time)
     if stays and all(len(row) <= slots for row, slots in zip(live, capacity, strict=True)):
         best, moves = live, 0
+    layer = _Layer(load, live, capacity, speed, time, sets)
+    allow = None if allowed_EG is None else np.asarray(allowed_EG, dtype=bool)
     status: Status = "no_solution" if moves is None else "feasible"
     if moves is None or moves > bound:
-        unit = float(load.sum() / speed.sum()) or 1.0
-        allow = None if allowed_EG is None else np.asarray(allowed_EG, dtype=bool)
-        units, room = (load / unit).tolist(), (speed * (time / unit)).tolist()
-        model = _build(units, live, capacity, room, (bound, moves), sets, allow, stop)
-        answer = None if model is None else solve_linear(model, engine, stop=stop)
-        if model is not None and answer is not None:
-            if answer.value_V is not None:
-                best = _content(model, answer.value_V, len(live))
-                _check(load, best, speed, time, capacity, "solution")
-                moves = _moves(live, best)
+        status, moves, bound, best = _prove(layer, best, bound, allow, engine, stop)
+    return _told(status, moves, bound, best, started)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What the programme is written from."""
+
+    load: FloatArray
+    live: list[list[int]]
+    capacity: list[int]
+    speed: FloatArray
+    time: float
+    sets: list[frozenset[int]]
+
+    @property
+    def scaled(self) -> tuple[list[float], list[list[int]], list[int], list[float]]:
+        """Loads, contents, slots and rooms; tokens in units of the mean GPU load."""
+        unit = float(self.load.sum() / self.speed.sum()) or 1.0
+        rooms: list[float] = (self.speed * (self.time / unit)).tolist()
+        return (self.load / unit).tolist(), self.live, self.capacity, rooms
+
+    def solved(
+        self, limits: tuple[int, int | None], allowed: BoolArray | None, engine: str, stop: Stop
+    ) -> tuple[LinearAnswer | None, list[list[int]] | None]:
+        """The engine's answer, and the contents of the plan that it found, checked."""
+        model = _build(*self.scaled, limits, self.sets, allowed, stop)
+        if model is None:
+            return None, None
+        answer = solve_linear(model, engine, stop=stop)
+        if answer.value_V is None:
+            return answer, None
+        content = _content(model, answer.value_V, len(self.live))
+        _check(self.load, content, self.speed, self.time, self.capacity, "solution")
+        return answer, content
+
+
+def _prove(
+    layer: _Layer,
+    best: list[list[int]] | None,
+    bound: int,
+    allowed: BoolArray | None,
+    engine: str,
+    stop: Stop,
+) -> tuple[Status, int | None, int, list[list[int]] | None]:
+    """Raise the bound and lower the moves until they meet: counts, then few pairs, then all pairs."""
+    moves = None if best is None else _moves(layer.live, best)
+    status: Status = "no_solution" if moves is None else "feasible"
+    own = part_of(stop, _COUNTING)
+    counts = fewest_counts(*layer.scaled, least=bound, below=moves, sets=layer.sets, engine=engine, stop=own)
+    bound = counts.bound
+    if counts.infeasible:
+        return ("infeasible" if moves is None else status), moves, bound, best
+    for pairs in [*_narrow(counts, allowed), allowed]:
+        answer, found = layer.solved((bound, moves), pairs, engine, stop)
+        if found is not None:
+            best, moves = found, _moves(layer.live, found)
+        if answer is not None and pairs is allowed:  # only with all pairs it speaks of every plan
             if answer.status == "infeasible":
                 bound, status = (bound, "infeasible") if moves is None else (moves, status)
             elif math.isfinite(answer.bound):
                 bound = max(bound, math.ceil(answer.bound - 1e-6 * max(1.0, answer.bound)))
-    return _told(status, moves, bound, best, started)
+        if moves is not None and moves <= bound:
+            break
+    return status, moves, bound, best
+
+
+def _narrow(counts: MoveCounts, allowed: BoolArray | None) -> list[BoolArray]:
+    """Few pairs among which a plan with these counts may be found: of both ends, then of the experts."""
+    if counts.sent_E is None or counts.entered_G is None:
+        return []
+    sent, entered = counts.sent_E > 0, counts.entered_G > 0
+    pairs: list[BoolArray] = [sent[:, None] & entered, np.repeat(sent[:, None], len(entered), axis=1)]
+    return pairs if allowed is None else [one & allowed for one in pairs]
 
 
 def _told(
