@@ -30,7 +30,7 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 __all__ = ["alias_applies", "alias_pack"]
 
 
-_TINY = 1e-12  # of the mean load: a GPU this close to its target is done
+_TINY = 1e-11  # of the mean load: a GPU this close to its target is done
 
 
 def alias_applies(experts: int, capacity_G: Any) -> bool:
@@ -116,7 +116,7 @@ def _level(tokens: list[dict[int, float]], capacity: list[int], speed: list[floa
     """Let the emptiest GPU take what it lacks from the fullest, until all are at the mean."""
     mean = total / sum(speed)
     over = [sum(held.values()) - mean * s for held, s in zip(tokens, speed, strict=True)]
-    tiny = _TINY * total
+    tiny = _TINY * mean
     poor_first = [(lack, g) for g, lack in enumerate(over)]
     rich_first = [(-more, g) for g, more in enumerate(over) if more > tiny]
     heapify(poor_first)

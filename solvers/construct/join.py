@@ -7,6 +7,7 @@ experts with one replica then fill up the emptiest GPUs.
 
 from __future__ import annotations
 
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from moeless_opt.solvers.pack import fast
 
 __all__ = ["connect"]
 
+MANY_GPUS = 1024
+"""More GPUs than this are kept in heaps: a look at all of them for every replica takes longer."""
 _NEVER = 1e280  # a full GPU, or one that holds the expert
 
 
@@ -64,6 +67,15 @@ def connect(
     uniform = bool((capacity_LG > 0).all()) and bool((speed_G == speed_G[0]).all())
     head = int(min(G, linked_L.min())) if uniform else 0
     wave = max(1, 3 * G // 4)  # a whole wave at once is nearly LPT, for a fraction of the steps
+    if G > MANY_GPUS:
+        state = _Packing(L, G, capacity_LG, speed_G)
+        for layer in range(L):
+            state.ok_L[layer] = _link_layer(
+                state, layer, order[layer], pieces[layer], replicas[layer], same_L, head
+            )
+        _place_rest(state, order, pieces, (replicas > 1).sum(axis=1), wave)
+        state.slots[~state.ok_L] = -1
+        return state.slots, state.ok_L
     if fast.choose_backend(backend) == "numba":
         limits = {"head": head, "wave": wave, "never": _NEVER}
         return fast.join_layers(order, pieces, replicas, capacity_LG, speed_G, same_L, **limits)
@@ -88,6 +100,18 @@ class _Packing:
         self._used = np.zeros(L * G, dtype=np.int64)
         self._capacity = capacity_LG.reshape(-1)
         self._pace = np.tile(1.0 / speed_G, L)
+        self.capacity_LG, self.pace_G = capacity_LG, 1.0 / speed_G
+
+    def begin(self, layer: int, placed: list[tuple[int, int]], time: list[float]) -> None:
+        """Put replicas, as (GPU, expert), into an empty layer, and take the GPUs' times from there."""
+        gpus = len(time)
+        used = [0] * gpus
+        slots_GC = self.slots[layer]
+        for gpu, expert in placed:
+            slots_GC[gpu, used[gpu]] = expert
+            used[gpu] += 1
+        self._used[layer * gpus : (layer + 1) * gpus] = used
+        self.time[layer] = np.where(used < self.capacity_LG[layer], time, _NEVER)
 
     def put(self, cell: IntArray, experts: IntArray, pieces: FloatArray) -> None:
         """Place one replica per cell (layer * GPUs + GPU), all cells distinct."""
@@ -159,6 +183,120 @@ def _place_links(
             cell_L = cell_L[rows]
         np.copyto(barred, same_L1, where=(component == root_L[:, None]) & (barred < _NEVER))
         flat_barred[cell_L] = _NEVER
+
+
+class _Components:
+    """GPUs with room in the components that links have joined, those that end first at hand.
+
+    Every component has a heap of its GPUs, and the least of each is in one heap of all. Entries that
+    are no longer true are left where they are and dropped when they come up.
+    """
+
+    def __init__(self, time: list[float], room: list[int]) -> None:
+        self.time, self.room = time, room
+        self._root = list(range(len(time)))
+        self._heap = [[(t, g)] if room[g] else [] for g, t in enumerate(time)]
+        self._first = [(t, g) for g, t in enumerate(time) if room[g]]
+        heapify(self._first)
+
+    def root(self, gpu: int) -> int:
+        """The component of a GPU."""
+        root = self._root
+        while root[gpu] != gpu:
+            root[gpu] = gpu = root[root[gpu]]
+        return gpu
+
+    def _least(self, root: int) -> tuple[float, int] | None:
+        """The GPU of a component that ends first, of those with room."""
+        heap, time, room = self._heap[root], self.time, self.room
+        while heap and (not room[heap[0][1]] or time[heap[0][1]] != heap[0][0]):
+            heappop(heap)
+        return heap[0] if heap else None
+
+    def outside(self, root: int) -> int:
+        """The GPU that ends first in any other component; -1 if none has room."""
+        first, own = self._first, None
+        found = -1
+        while first:
+            entry = first[0]
+            home = self.root(entry[1])
+            if self._least(home) != entry:
+                heappop(first)
+            elif home == root:
+                own = heappop(first)
+            else:
+                found = entry[1]
+                break
+        if own is not None:
+            heappush(first, own)
+        return found
+
+    def inside(self, root: int, barred: set[int], same: float) -> int:
+        """The GPU of this component that ends first and is not barred; times count from `same` on."""
+        heap, aside, found = self._heap[root], [], -1
+        key = 0.0
+        while (entry := self._least(root)) is not None:
+            gpu = entry[1]
+            if found >= 0 and entry[0] + same > key:
+                break
+            aside.append(heappop(heap))
+            if gpu not in barred and (found < 0 or gpu < found):
+                found, key = gpu, entry[0] + same
+        for entry in aside:
+            heappush(heap, entry)
+        return found
+
+    def placed(self, gpu: int, time: float, root: int) -> int:
+        """A replica goes there, joining its component to another (-1: to none); the root of both."""
+        self.time[gpu] = time
+        self.room[gpu] -= 1
+        home = self.root(gpu)
+        if self.room[gpu]:
+            heappush(self._heap[home], (time, gpu))
+        if root >= 0 and root != home:
+            if len(self._heap[home]) < len(self._heap[root]):
+                home, root = root, home
+            for entry in self._heap[root]:
+                heappush(self._heap[home], entry)
+            self._root[root] = home
+            self._heap[root] = []
+        if (least := self._least(home)) is not None:
+            heappush(self._first, least)
+        return home
+
+
+def _link_layer(
+    state: _Packing,
+    layer: int,
+    order_E: IntArray,
+    piece_E: FloatArray,
+    replicas_E: NDArray[Any],
+    same_L: FloatArray,
+    head: int,
+) -> bool:
+    """`_place_links` of one layer with many GPUs: the same places; False if one replica finds none."""
+    gpus = state.time.shape[1]
+    pace = state.pace_G.tolist()
+    room = state.capacity_LG[layer].tolist()
+    joined = _Components([0.0] * gpus, list(room))
+    same = float(same_L[layer])
+    placed: list[tuple[int, int]] = []
+    links = int((replicas_E > 1).sum())
+    for expert, piece, count in zip(
+        order_E[:links].tolist(), piece_E[:links].tolist(), replicas_E[:links].tolist(), strict=True
+    ):
+        root, holders = -1, set[int]()
+        for _ in range(count):
+            gpu = len(placed) if len(placed) < head else joined.outside(root)
+            if gpu < 0 and root >= 0:
+                gpu = joined.inside(root, holders, same)
+            if gpu < 0:
+                return False
+            placed.append((gpu, expert))
+            holders.add(gpu)
+            root = joined.placed(gpu, joined.time[gpu] + piece * pace[gpu], root)
+    state.begin(layer, placed, joined.time)
+    return True
 
 
 def _ranks(end_LE: NDArray[Any], length: int) -> IntArray:

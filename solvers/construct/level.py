@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 
 __all__ = ["PERFECT", "level"]
 
 PERFECT = 1e-10
 """Relative distance from the mean that counts as none."""
 
-_SINGULAR = 1e5  # potentials beyond this, in units of the mean load over a piece, mean a singular system
+_RESIDUE = 1e-13  # of the mean load: what the gradients may leave on a GPU
+_STRAY = 1e-11  # of the mean load: what may be left on a GPU or an expert without an open replica
+_MOST_STEPS = 400  # of the gradients
+_FEATHER = 1e-9  # of the mean load: a lighter piece links nothing
 
 
 def level(
@@ -69,20 +72,15 @@ def level(
     column = number.reshape(-1)[key]
     weight = piece_LGC[layer, gpu, slot]
     count = count_LGC[layer, gpu, slot]
-    # Constant vectors are in the kernel: ground it. A GPU without links gets a potential of its own.
-    unit_L = np.where(mean_L > 0.0, mean_L, 1.0)[:, None, None]
-    links = _Links(layer, gpu, column, weight, count, (L, X, G))
-    solve = _by_experts if 2 * (X + 1) <= G else _by_gpus
-    potential, average = solve(links, excess_LG / unit_L[..., 0], unit_L)
-    moved = weight * (average[layer, column] / count - potential[layer, gpu])
+    unit_L = np.where(mean_L > 0.0, mean_L, 1.0)
+    links = _Links(layer, gpu, column, weight, (L, X, G))
+    moved, sound_L = _by_leaves(links, excess_LG, unit_L)
     token = weight + moved
     token_LGC = piece_LGC.copy()
     token_LGC[layer, gpu, slot] = token
     time_L = (token_LGC.sum(axis=2) / speed_G).max(axis=1)
     negative_L = np.zeros(L, dtype=bool)
-    negative_L[layer[token < -1e-12 * unit_L[layer, 0, 0]]] = True
-    # GPUs that are not joined make the system singular, and its potentials huge and worthless.
-    sound_L = np.isfinite(potential).all(axis=1) & (np.abs(potential).max(axis=1) < _SINGULAR)
+    negative_L[layer[token < -1e-12 * unit_L[layer]]] = True
     good_L = sound_L & ~negative_L & (time_L <= equal_L * (1.0 + PERFECT))
     load = load_LE[layer, expert[layer, gpu, slot]]
     new = np.where(load > 0.0, np.maximum(token, 0.0) / np.where(load > 0.0, load, 1.0), 1.0 / count)
@@ -93,95 +91,100 @@ def level(
 
 @dataclass(frozen=True, slots=True)
 class _Links:
-    """Replicas of replicated experts, one entry each: layer, GPU, column of the expert, piece, replicas."""
+    """Replicas of replicated experts, one entry each: layer, GPU, column of the expert, piece."""
 
     layer: IntArray
     gpu: IntArray
     column: IntArray
     weight: FloatArray
-    count: NDArray[Any]
     shape: tuple[int, int, int]  # layers, experts with replicas, GPUs
 
 
-def _by_gpus(links: _Links, excess_LG: FloatArray, unit_L: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Potentials of the GPUs, and their sums over each expert's GPUs, from a system over the GPUs."""
-    L, X, G = links.shape
-    layer, gpu, column = links.layer, links.gpu, links.column
-    incidence = np.zeros((L, X, G))
-    incidence[layer, column, gpu] = 1.0
-    scaled = np.zeros((L, X, G))
-    scaled[layer, column, gpu] = links.weight / links.count
-    laplacian = -np.matmul(scaled.transpose(0, 2, 1), incidence)
-    index = np.arange(G)
-    laplacian[:, index, index] += _total(links)
-    potential = np.linalg.solve(laplacian / unit_L + 1.0 / G + np.eye(G) * 1e-13, excess_LG[..., None])[
-        ..., 0
-    ]
-    return potential, np.matmul(incidence, potential[..., None])[..., 0]
+def _by_leaves(links: _Links, excess_LG: FloatArray, unit_L: FloatArray) -> tuple[FloatArray, BoolArray]:
+    """Tokens that each replica takes on, and layers where that is sound: leaf by leaf, then the cycles.
 
-
-def _by_experts(links: _Links, excess_LG: FloatArray, unit_L: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The same from a system over the experts, of which there are fewer (Woodbury's identity).
-
-    With D the GPUs' linked tokens, B who is where, S the pieces over the replicas and u = 1 / sqrt(GPUs), the
-    system over the GPUs is ``(D - B' S B + u u') p = excess``. The unknowns here are ``B p`` and ``u' p``.
+    What a GPU or an expert with one open replica must move there is settled; that closes the replica, and may
+    make a leaf of its other end. In a tree nothing is left then. With a few slots more there are a
+    few cycles, with many they are as good as random graphs: either way conjugate gradients converge in some
+    tens of steps, where a dense system takes the cube of the GPUs.
     """
     L, X, G = links.shape
-    layer, gpu, column = links.layer, links.gpu, links.column
-    unit = unit_L[:, 0, 0]
-    inverse_LG = 1.0 / (_total(links) / unit[:, None] + 1e-13)
-    scale_LX = np.zeros((L, X))
-    scale_LX[layer, column] = links.weight / links.count / unit[layer]
-
-    def over_experts(value_LG: FloatArray) -> FloatArray:
-        values = value_LG[layer, gpu]
-        sums: FloatArray = np.bincount(layer * X + column, weights=values, minlength=L * X).astype(np.float64)
-        return sums.reshape(L, X)
-
-    # Entries of every pair of replicas on one GPU: B D^-1 B'.
-    order = np.argsort(layer * G + gpu, kind="stable")
-    cell = (layer * G + gpu)[order]
-    start = np.searchsorted(cell, cell)
-    met_LXX = np.zeros(L * X * X)
-    for step in range(int(np.bincount(cell).max())):
-        other = start + step
-        valid = other < len(cell)
-        valid[valid] = cell[other[valid]] == cell[valid]
-        a, b = order[valid], order[other[valid]]
-        key = (layer[a] * X + column[a]) * X + column[b]
-        met_LXX += np.bincount(key, weights=inverse_LG[layer[a], gpu[a]], minlength=L * X * X)
-    ground = 1.0 / np.sqrt(G)
-    system = np.zeros((L, X + 1, X + 1))
-    system[:, :X, :X] = np.eye(X) - met_LXX.reshape(L, X, X) * scale_LX[:, None, :]
-    system[:, :X, X] = over_experts(inverse_LG) * ground
-    system[:, X, :X] = -system[:, :X, X] * scale_LX
-    system[:, X, X] = 1.0 + inverse_LG.sum(axis=1) / G
-    right = np.zeros((L, X + 1))
-    right[:, :X] = over_experts(inverse_LG * excess_LG)
-    right[:, X] = (inverse_LG * excess_LG).sum(axis=1) * ground
-    found = _solved(system, right)
-    back = np.bincount(
-        layer * G + gpu, weights=(found[:, :X] * scale_LX)[layer, column], minlength=L * G
-    ).reshape(L, G)
-    potential = inverse_LG * (excess_LG + back - ground * found[:, X:])
-    return potential, over_experts(potential)
+    one, two = links.layer * G + links.gpu, links.layer * X + links.column
+    moved = np.zeros(len(one))
+    left = np.flatnonzero(links.weight > _FEATHER * unit_L[links.layer])
+    open_1 = np.bincount(one[left], minlength=L * G)
+    open_2 = np.bincount(two[left], minlength=L * X)
+    due_1, due_2 = -excess_LG.reshape(-1), np.zeros(L * X)
+    while True:
+        leaf_1, leaf_2 = open_1[one[left]] == 1, open_2[two[left]] == 1
+        leaf = leaf_1 | leaf_2
+        if not leaf.any():
+            break
+        now = left[leaf]
+        moved[now] = np.where(leaf_1[leaf], due_1[one[now]], due_2[two[now]])
+        np.subtract.at(due_1, one[now], moved[now])
+        np.subtract.at(due_2, two[now], moved[now])
+        np.subtract.at(open_1, one[now], 1)
+        np.subtract.at(open_2, two[now], 1)
+        left = left[~leaf]
+    tiny_L = _STRAY * unit_L
+    stray_1 = (np.abs(due_1.reshape(L, G)) > tiny_L[:, None]) & (open_1.reshape(L, G) == 0)
+    stray_2 = (np.abs(due_2.reshape(L, X)) > tiny_L[:, None]) & (open_2.reshape(L, X) == 0)
+    sound_L = ~(stray_1.any(axis=1) | stray_2.any(axis=1))
+    if len(left):
+        moved[left], converged_L = _gradients(links, left, due_1, due_2, unit_L)
+        sound_L &= converged_L
+    return moved, sound_L
 
 
-def _solved(system_LNN: FloatArray, right_LN: FloatArray) -> FloatArray:
-    """Solutions, shape [L, N]; not a number in layers whose system is singular (GPUs that nothing joins)."""
-    try:
-        return np.asarray(np.linalg.solve(system_LNN, right_LN[..., None])[..., 0], dtype=np.float64)
-    except np.linalg.LinAlgError:
-        if len(system_LNN) == 1:
-            return np.full(right_LN.shape, np.nan)
-        parts = zip(system_LNN, right_LN, strict=True)
-        return np.concatenate([_solved(system[None], right[None]) for system, right in parts])
+def _gradients(
+    links: _Links, left: IntArray, due_1: FloatArray, due_2: FloatArray, unit_L: FloatArray
+) -> tuple[FloatArray, BoolArray]:
+    """Least squares of what the open replicas move over their pieces, all layers at once.
 
+    A replica moves ``piece * (b of its expert - a of its GPU)``. The experts' equations give b; the GPUs' are
+    a Laplacian system for a.
 
-def _total(links: _Links) -> FloatArray:
-    """Tokens of the replicated experts on each GPU, shape [L, G]."""
-    L, _, G = links.shape
-    total: FloatArray = np.bincount(
-        links.layer * G + links.gpu, weights=links.weight, minlength=L * G
-    ).astype(float)
-    return total.reshape(L, G)
+    References
+    ----------
+    M. R. Hestenes, E. Stiefel: Methods of conjugate gradients for solving linear systems (1952).
+    """
+    L, X, G = links.shape
+    one, two = links.layer[left] * G + links.gpu[left], links.layer[left] * X + links.column[left]
+    weight = links.weight[left]
+    at_1, one = np.unique(one, return_inverse=True)
+    at_2, two = np.unique(two, return_inverse=True)
+    layer_1 = at_1 // G
+
+    def onto_1(value: FloatArray) -> FloatArray:
+        return np.asarray(np.bincount(one, weights=value, minlength=len(at_1)))
+
+    def by_layer(value_1: FloatArray) -> FloatArray:
+        return np.asarray(np.bincount(layer_1, weights=value_1, minlength=L))
+
+    total_1 = onto_1(weight)
+    total_2 = np.bincount(two, weights=weight, minlength=len(at_2))
+    inner_2 = due_2[at_2] / total_2
+    rest = onto_1(weight * inner_2[two]) - due_1[at_1]
+    potential = np.zeros(len(at_1))
+    limit_L = _RESIDUE * unit_L
+    held_L, start = np.unique(layer_1, return_index=True)
+    still_L = np.zeros(L, dtype=bool)
+    step = rest / total_1
+    slope_L = by_layer(rest * step)
+    for _ in range(_MOST_STEPS):
+        still_L[held_L] = np.maximum.reduceat(np.abs(rest), start) > limit_L[held_L]
+        if not still_L.any():
+            break
+        average = np.bincount(two, weights=weight * step[one], minlength=len(at_2)) / total_2
+        image = total_1 * step - onto_1(weight * average[two])
+        curve_L = by_layer(step * image)
+        length_L = np.where(still_L & (curve_L > 0.0), slope_L / np.where(curve_L > 0.0, curve_L, 1.0), 0.0)
+        potential += length_L[layer_1] * step
+        rest -= length_L[layer_1] * image
+        scaled = rest / total_1
+        now_L = by_layer(rest * scaled)
+        step = scaled + (now_L / np.where(slope_L > 0.0, slope_L, 1.0))[layer_1] * step
+        slope_L = now_L
+    average = inner_2 + np.bincount(two, weights=weight * potential[one], minlength=len(at_2)) / total_2
+    return weight * (average[two] - potential[one]), ~still_L

@@ -77,3 +77,12 @@ def test_no_load_at_all() -> None:
     packed = alias_pack(np.zeros(4), np.full(4, 2), np.ones(4))
     assert packed is not None
     assert largest(np.zeros(4), packed, np.ones(4)) == 0.0
+
+
+def test_a_thousand_gpus_are_level_to_rounding() -> None:
+    load_E = np.random.default_rng(51).lognormal(0.0, 1.0, 1024)
+    packed = alias_pack(load_E, np.full(1024, 2), np.ones(1024))
+    assert packed is not None
+    slots_GC, share_GC = packed
+    time_G = np.where(slots_GC >= 0, load_E[slots_GC] * share_GC, 0.0).sum(axis=1)
+    assert time_G.max() <= load_E.mean() * (1 + 1e-10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moeless_opt.solvers.construct import join
 from moeless_opt.solvers.construct.join import connect
 from moeless_opt.solvers.pack.counts import apportion, trim
 
@@ -46,5 +47,27 @@ def test_compiled_twin_places_alike(seed: int) -> None:
     replicas_LE = trim(load_LE, apportion(load_LE, total_L, cap, lean=0.5), capacity_LG)
     one = connect(load_LE, replicas_LE, capacity_LG, speed_G, backend="numpy")
     two = connect(load_LE, replicas_LE, capacity_LG, speed_G, backend="numba")
+    np.testing.assert_array_equal(one[0], two[0])
+    np.testing.assert_array_equal(one[1], two[1])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_many_gpus_in_heaps_are_joined_alike(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(seed)
+    layers, gpus, most = 3, int(rng.integers(1, 30)), int(rng.integers(1, 5))
+    capacity_LG = np.full((layers, gpus), most) if seed % 3 else rng.integers(0, most + 1, (layers, gpus))
+    capacity_LG[:, 0] = 5
+    speed_G = np.ones(gpus) if seed % 2 else rng.choice([0.5, 1.0, 2.0], gpus)
+    experts = int(rng.integers(1, capacity_LG.sum(axis=1).min() + 1))
+    load_LE = (
+        lognormal(layers, experts, 1.5, seed) if seed % 5 else rng.integers(0, 4, (layers, experts)) * 1.0
+    )
+    capacity_LG[:, 0] = np.maximum(5, experts)
+    total_L = np.minimum(capacity_LG, experts).sum(axis=1)
+    cap = (capacity_LG > 0).sum(axis=1)[:, None]
+    replicas_LE = trim(load_LE, apportion(load_LE, total_L, cap, lean=0.5 - seed % 2), capacity_LG)
+    one = connect(load_LE, replicas_LE, capacity_LG, speed_G, backend="numpy")
+    monkeypatch.setattr(join, "MANY_GPUS", 0)
+    two = connect(load_LE, replicas_LE, capacity_LG, speed_G)
     np.testing.assert_array_equal(one[0], two[0])
     np.testing.assert_array_equal(one[1], two[1])
