@@ -117,9 +117,8 @@ def construct_fractional(
         small = _small(load, capacity, speed)
         if small is not None:
             return small
-    slots, share, time_L = _joined(load, capacity, speed, LEAN)
     stop = stop or NeverStop()
-    _retry(load, capacity, speed, (slots, share, time_L), seed, stop, enough_L)
+    slots, share, time_L = _best_of_all(load, capacity, speed, seed, stop, enough_L)
     if effort == "thorough":
         _sturdiest(load, capacity, speed, (slots, share, time_L), seed, stop)
     return slots, share
@@ -144,18 +143,32 @@ def _small(
     return np.array(all_slots, dtype=np.int32), np.array(all_share)
 
 
-def _joined(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, lean: float) -> Built:
-    """Steps 1 to 4: placement, shares, largest times; infinite time where a layer can't be packed so."""
+def _joined(
+    load_LE: FloatArray,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
+    lean: float,
+    worth_L: FloatArray | None = None,
+) -> Built:
+    """Steps 1 to 4: placement, shares, largest times; infinite time where a layer can't be packed so.
+
+    The shares of layers that can't keep the times in `worth_L` may be rough.
+    """
     total = np.minimum(capacity_LG, load_LE.shape[1]).sum(axis=1)
     cap = (capacity_LG > 0).sum(axis=1)[:, None]
     replicas = trim(load_LE, apportion(load_LE, total, cap, lean=lean), capacity_LG)
     slots, ok_L = connect(load_LE, replicas, capacity_LG, speed_G)
-    share, time_L = _share(load_LE, slots, speed_G, ok_L, replicas)
+    share, time_L = _share(load_LE, slots, speed_G, ok_L, replicas, worth_L)
     return slots, share, time_L
 
 
 def _share(
-    load_LE: FloatArray, slots_LGC: SlotArray, speed_G: FloatArray, ok_L: BoolArray, replicas_LE: NDArray[Any]
+    load_LE: FloatArray,
+    slots_LGC: SlotArray,
+    speed_G: FloatArray,
+    ok_L: BoolArray,
+    replicas_LE: NDArray[Any],
+    worth_L: FloatArray | None,
 ) -> tuple[FloatArray, FloatArray]:
     """Level the layers in `ok_L`, exactly where levelling would need negative shares."""
     mean_L = load_LE.sum(axis=1) / speed_G.sum()
@@ -163,66 +176,102 @@ def _share(
     time_L[~ok_L] = np.inf
     open_L = np.flatnonzero(ok_L & (time_L > mean_L * (1.0 + PERFECT)))
     if len(open_L):
-        found = solve_shares(load_LE[open_L], slots_LGC[open_L], speed_G)
+        worth = None if worth_L is None else worth_L[open_L]
+        found = solve_shares(load_LE[open_L], slots_LGC[open_L], speed_G, worth_L=worth)
         share[open_L], time_L[open_L] = found.share_LGC, found.time_L
     return share, time_L
 
 
-def _retry(
+def _best_of_all(
     load_LE: FloatArray,
     capacity_LG: IntArray,
     speed_G: FloatArray,
-    best: Built,
     seed: int,
     stop: Stop,
     enough_L: FloatArray | None,
-) -> None:
-    """Other constructions for the layers that miss the mean, in place, until one is as good as can be.
+) -> Built:
+    """Steps 1 to 4, and other constructions for layers that miss the mean, until one is as good as can be.
 
-    The equal-split construction comes last, its shares re-solved: an equal split is a choice of shares, too.
+    Where none reaches the mean, groups of GPUs are packed; then the shares of what was joined so far are
+    solved to the end, as far as that can be better. The equal-split construction comes last, its shares
+    re-solved: an equal split is a choice of shares, too.
     """
-    slots, share, time_L = best
     mean_L = load_LE.sum(axis=1) / speed_G.sum()
-    pairs = load_LE.shape[1] * len(speed_G)
-    builds: list[_Build] = [lambda load, capacity, _: _aliased(load, capacity, speed_G, stop)]
+    perfect_L = mean_L * (1.0 + PERFECT)
+    leans = [LEAN]
     # Where slots are too few to join all GPUs in some layer, no tree will do.
     if load_LE.shape[1] <= int(np.maximum(capacity_LG - 1, 0).sum(axis=1).min()):
-        builds = [*(_lean(speed_G, lean) for lean in OTHER_LEANS), *builds]
-    hard = len(builds)
-    builds.append(lambda load, capacity, goal_L: pack_groups(load, capacity, speed_G, goal_L, stop=stop))
-    if pairs <= _SEARCH_PAIRS:
-        builds.append(lambda load, capacity, _: _pooled(load, capacity, speed_G, seed, stop))
-    builds.append(lambda load, capacity, _: _evenly(load, capacity, speed_G, stop))
-    goal_L = mean_L
-    for number, build in enumerate(builds):
-        open_L = np.flatnonzero(time_L > goal_L * (1.0 + PERFECT))
-        if number == hard and len(open_L):
-            goal_L = mean_L.copy()
-            goal_L[open_L], _ = best_bound(load_LE[open_L], capacity_LG[open_L], speed_G, "fractional")
-            if enough_L is not None:
-                goal_L = np.maximum(goal_L, enough_L)
-            open_L = np.flatnonzero(time_L > goal_L * (1.0 + PERFECT))
-        last = bool(stop()) or (enough_L is not None and number == len(builds) - 1)
-        if last:  # what could not be packed so far needs a placement all the same
-            open_L, build = np.flatnonzero(np.isinf(time_L)), builds[-1]
-        if not len(open_L):
-            return
-        slots_O, share_O, time_O = build(load_LE[open_L], capacity_LG[open_L], goal_L[open_L])
-        better = time_O < time_L[open_L] * (1.0 - 1e-12)
-        layers = open_L[better]
-        width = slots_O.shape[2]  # of the layers that are open: others may have more slots
-        slots[layers], share[layers], time_L[layers] = -1, 0.0, time_O[better]
-        slots[layers, :, :width], share[layers, :, :width] = slots_O[better], share_O[better]
-        if last:
-            return
+        leans += OTHER_LEANS
+    search = _Search(load_LE, capacity_LG, np.full(len(load_LE), np.inf), stop)
+    joined: list[tuple[IntArray, SlotArray]] = []
+    for lean in leans:
+        open_L = search.open(mean_L)
+        if not len(open_L) or (joined and stop()):
+            break
+        built = _joined(load_LE[open_L], capacity_LG[open_L], speed_G, lean, perfect_L[open_L])
+        joined.append((open_L[np.isfinite(built[2])], built[0][np.isfinite(built[2])]))
+        search.keep(open_L, built)
+    search.run(lambda load, capacity, _: _aliased(load, capacity, speed_G, stop), mean_L)
+    open_L = search.open(mean_L)
+    if not len(open_L):
+        return search.slots, search.share, search.time_L
+    goal_L = mean_L.copy()
+    goal_L[open_L], _ = best_bound(load_LE[open_L], capacity_LG[open_L], speed_G, "fractional")
+    if enough_L is not None:
+        goal_L = np.maximum(goal_L, enough_L)
+    search.run(lambda load, capacity, goal: pack_groups(load, capacity, speed_G, goal, stop=stop), goal_L)
+    if load_LE.shape[1] * len(speed_G) <= _SEARCH_PAIRS:
+        search.run(lambda load, capacity, _: _pooled(load, capacity, speed_G, seed, stop), goal_L)
+    for rows, slots in joined:
+        search.solve(rows, slots, speed_G, goal_L)
+    search.finish(lambda load, capacity, _: _evenly(load, capacity, speed_G, stop), goal_L, enough_L is None)
+    return search.slots, search.share, search.time_L
 
 
 _Build = Callable[[FloatArray, IntArray, FloatArray], Built]
 
 
-def _lean(speed_G: FloatArray, lean: float) -> _Build:
-    """Joining with other replica counts."""
-    return lambda load, capacity, _: _joined(load, capacity, speed_G, lean)
+class _Search:
+    """The best plan of every layer so far."""
+
+    def __init__(self, load_LE: FloatArray, capacity_LG: IntArray, time_L: FloatArray, stop: Stop) -> None:
+        self.load_LE, self.capacity_LG, self.time_L, self.stop = load_LE, capacity_LG, time_L, stop
+        shape = (*capacity_LG.shape, int(capacity_LG.max(initial=1)))
+        self.slots: SlotArray = np.full(shape, -1, dtype=np.int32)
+        self.share: FloatArray = np.zeros(shape)
+
+    def open(self, goal_L: FloatArray) -> IntArray:
+        """Layers that miss their goal."""
+        return np.flatnonzero(self.time_L > goal_L * (1.0 + PERFECT))
+
+    def keep(self, rows: IntArray, built: Built) -> None:
+        """Take what is better."""
+        slots, share, time = built
+        better = time < self.time_L[rows] * (1.0 - 1e-12)
+        layers, width = rows[better], slots.shape[2]  # others may have more slots
+        self.slots[layers], self.share[layers], self.time_L[layers] = -1, 0.0, time[better]
+        self.slots[layers, :, :width], self.share[layers, :, :width] = slots[better], share[better]
+
+    def run(self, build: _Build, goal_L: FloatArray, rows: IntArray | None = None) -> None:
+        """Build the layers that miss their goal, or those that are named, unless time is up."""
+        rows = (np.zeros(0, dtype=np.int64) if self.stop() else self.open(goal_L)) if rows is None else rows
+        if len(rows):
+            self.keep(rows, build(self.load_LE[rows], self.capacity_LG[rows], goal_L[rows]))
+
+    def solve(self, rows: IntArray, slots: SlotArray, speed_G: FloatArray, goal_L: FloatArray) -> None:
+        """Solve the shares of placements for layers that miss their goal, where they may be better."""
+        useful = np.flatnonzero(self.time_L[rows] > goal_L[rows] * (1.0 + PERFECT))
+        if not len(useful) or self.stop():
+            return
+        rows, slots = rows[useful], slots[useful]
+        worth = self.time_L[rows] * (1.0 - 1e-12)
+        found = solve_shares(self.load_LE[rows], slots, speed_G, worth_L=worth)
+        self.keep(rows, (slots, found.share_LGC, found.time_L))
+
+    def finish(self, build: _Build, goal_L: FloatArray, whole: bool) -> None:
+        """The last construction: all layers that miss their goal; else those that have no plan at all."""
+        rows = None if whole and not self.stop() else np.flatnonzero(np.isinf(self.time_L))
+        self.run(build, goal_L, rows)
 
 
 def _aliased(load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, stop: Stop) -> Built:

@@ -78,6 +78,7 @@ def solve_shares(
     tolerance: float = 1e-3,
     max_sweeps: int = 60,
     exact: bool = True,
+    worth_L: FloatArray | None = None,
 ) -> Shares:
     """Split every expert's tokens over its replicas so that the largest GPU time is least.
 
@@ -96,6 +97,8 @@ def solve_shares(
     exact : bool
         Few sweeps, then maximum flow: the optimum to rounding (1e-9) in every layer. On loads near
         balance this is also the faster way. False is descent alone, which needs no ortools.
+    worth_L : array of float, shape [L], optional
+        Times above which a layer is of no use: it is left as it is once it is proven to need more.
 
     Returns
     -------
@@ -113,7 +116,10 @@ def solve_shares(
     if exact:
         # Enough descent to order the GPUs; flow does the rest.
         token_LXR, time_LG = descend(graph, load_LX, base_LG, tolerance=_EXACT, max_sweeps=_PRESWEEPS)
-        token_LXR, time_LG, bound_L, critical_LG = _finish(graph, load_LX, base_LG, token_LXR, time_LG)
+        worth_L = np.full(len(load_LE), np.inf) if worth_L is None else worth_L
+        token_LXR, time_LG, bound_L, critical_LG = _finish(
+            graph, load_LX, base_LG, token_LXR, time_LG, worth_L
+        )
     else:
         token_LXR, time_LG = descend(graph, load_LX, base_LG, tolerance=tolerance, max_sweeps=max_sweeps)
         bound_L, critical_LG = graph.bound(load_LX, base_LG, time_LG)
@@ -209,7 +215,12 @@ def _fill(other_RLM: FloatArray, load_LM: FloatArray, speed_RLM: FloatArray, out
 
 
 def _finish(
-    graph: ReplicaGraph, load_LX: FloatArray, base_LG: FloatArray, token_LXR: FloatArray, time_LG: FloatArray
+    graph: ReplicaGraph,
+    load_LX: FloatArray,
+    base_LG: FloatArray,
+    token_LXR: FloatArray,
+    time_LG: FloatArray,
+    worth_L: FloatArray,
 ) -> tuple[FloatArray, FloatArray, FloatArray, BoolArray]:
     """Newton's method on the density for the layers that descent left open, all in one flow network."""
     bound_L, critical_LG = graph.bound(load_LX, base_LG, time_LG)
@@ -222,6 +233,7 @@ def _finish(
     token_LXR, time_LG = token_LXR.copy(), time_LG.copy()
     open_L = np.flatnonzero(time_LG.max(axis=1) > bound_L * (1.0 + _EXACT))
     for _ in range(len(graph.speed_G) + 1):  # each cut is a denser set: at most G of them
+        open_L = open_L[bound_L[open_L] <= worth_L[open_L]]
         if not len(open_L):
             break
         token_OXR, cut_OG, full_O = _flow(graph, load_LX, base_LG, bound_L, open_L)

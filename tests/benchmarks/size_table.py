@@ -6,10 +6,10 @@
 The first prints, for as many GPUs as experts, what `moeless_opt.plan` takes from nothing and from a live
 plan whose loads have drifted (times lognormal noise of sigma 0.3), for both splits: seconds of processor time
 and the peak memory of a process of its own, everything included (bounds, verification, certificate), and by
-what factor a doubling of the size multiplies the seconds. The second prints one equal split of 58 x 256 experts
-on 32 x 9 slots: median of many warm calls, compiled and not, of the construction alone and of the whole call.
-With ``--data`` the loads are those of DIR/deepseek_v3_counts.npz (workloads side by side where more experts are
-wanted, the next workload as the drift), else lognormal.
+what factor a doubling of the size multiplies the seconds. The second prints one equal split of 58 x 256
+experts on 32 x 9 slots: median of many warm calls, compiled and not, of the construction alone and of the whole
+call. With ``--data`` the loads are those of DIR/deepseek_v3_counts.npz (workloads side by side where more
+experts are wanted, the next workload as the drift), else lognormal.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def grown(arguments: argparse.Namespace) -> str:
         for case in CASES:
             last = None
             for size in arguments.sizes:
-                options = ["--case", case, "--sizes", str(size)] + ["--compiled"] * compiled
+                options = ["--case", case, "--sizes", str(size), *["--compiled"] * compiled]
                 for name in ("data", "layers", "slots"):
                     if (value := getattr(arguments, name)) is not None:
                         options += [f"--{name}", str(value)]
@@ -142,10 +142,8 @@ def one_shot(data: Path | None) -> str:
             ratio_L = even_times(load_LE, kernel(), speed_G).max(axis=1) / load_LE.mean(axis=1) / 8
             for name, call in (("construction", kernel), ("plan()", whole)):
                 median, least = median_ms(call)
-                rows.append(
-                    [name, effort, backend, f"{ratio_L.mean():.5f}", f"{ratio_L.max():.5f}", f"{median:.2f}"]
-                    + [f"{least:.2f}"]
-                )
+                ratios = f"{ratio_L.mean():.5f}", f"{ratio_L.max():.5f}"
+                rows.append([name, effort, backend, *ratios, f"{median:.2f}", f"{least:.2f}"])
     return table(("call", "effort", "backend", "mean", "worst", "median ms", "least ms"), rows)
 
 
