@@ -18,7 +18,8 @@ most,
 A layer that misses the mean is tried with other replica counts, then with alias packing, which is brittle;
 whoever is first at the mean wins. Where the slots are too few to join all GPUs (E > G (c - 1)) or the GPUs
 too unequal, groups of GPUs are joined instead (see `groups`), and the best of these and of the equal-split
-construction wins, so that free shares are never worse than equal ones.
+construction wins, so that free shares are never worse than equal ones. Tiny layers that miss their bound even
+so are searched for the best there is (see `tiny`).
 
 Why it is sturdy: with the loads off by a factor, what counts is how much captive load a set of GPUs
 has (see `bounds.density_bound`). A tree of wide links leaves few sets with much captive load; the same spare
@@ -34,7 +35,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.plan import best_bound, gpu_times
+from moeless_opt.problems.plan import TimeTable, best_bound, gpu_times
+from moeless_opt.problems.spec import TOKENS
 from moeless_opt.solvers.construct.alias import alias_pack
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.groups import pack_groups
@@ -42,6 +44,7 @@ from moeless_opt.solvers.construct.join import connect
 from moeless_opt.solvers.construct.level import PERFECT, level
 from moeless_opt.solvers.construct.pools import group_pack
 from moeless_opt.solvers.construct.small import join_layer
+from moeless_opt.solvers.construct.tiny import search_tiny, widths_for
 from moeless_opt.solvers.core import NeverStop, Stop
 from moeless_opt.solvers.pack import apportion, trim
 from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
@@ -225,7 +228,33 @@ def _best_of_all(
     for rows, slots in joined:
         search.solve(rows, slots, speed_G, goal_L)
     search.finish(lambda load, capacity, _: _evenly(load, capacity, speed_G, stop), goal_L, enough_L is None)
+    _exactly(search, speed_G, goal_L)
     return search.slots, search.share, search.time_L
+
+
+def _exactly(search: _Search, speed_G: FloatArray, goal_L: FloatArray) -> None:
+    """Tiny layers that miss their goal even so are searched for the best there is."""
+    load_LE, capacity_LG, stop = search.load_LE, search.capacity_LG, search.stop
+    widths, table = widths_for(load_LE.shape[1] * len(speed_G), len(load_LE), stop), TimeTable.of(TOKENS, 1)
+    for layer in search.open(goal_L) if widths else ():
+        if stop():
+            return
+        found = search_tiny(
+            load_LE[layer],
+            capacity_LG[layer],
+            speed_G,
+            table,
+            float(search.time_L[layer]),
+            equal=False,
+            widths=widths,
+            stop=stop,
+        )
+        if found.slots_GC is not None and found.share_GC is not None:
+            slots, share = found.slots_GC[None], found.share_GC[None]
+            search.keep(
+                np.array([layer]),
+                (slots, share, gpu_times(load_LE[layer][None], slots, share, speed_G).max(1)),
+            )
 
 
 _Build = Callable[[FloatArray, IntArray, FloatArray], Built]

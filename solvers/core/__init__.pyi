@@ -4,6 +4,7 @@ from .features import FEATURES as FEATURES
 from .features import PUBLISHED as PUBLISHED
 from .features import Feature as Feature
 from .features import required_features as required_features
+from .finish import Bound as Bound
 from .finish import Built as Built
 from .finish import in_time as in_time
 from .finish import lower_bound as lower_bound

@@ -14,9 +14,9 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, SlotArray, whole
 from moeless_opt.problems.plan import TimeTable, gpu_times, new_replicas, risk
 from moeless_opt.problems.spec import TOKENS, Problem, TimeModel, equal_shares
-from moeless_opt.solvers.construct import Construct
-from moeless_opt.solvers.core import Built, Heuristic, Task
-from moeless_opt.solvers.replan import Replan, live_slots
+from moeless_opt.solvers.construct import Construct, search_tiny, widths_for
+from moeless_opt.solvers.core import Bound, Built, Heuristic, Task, lower_bound
+from moeless_opt.solvers.replan import Replan, live_slots, relabel
 from moeless_opt.solvers.shares import guises
 from moeless_opt.solvers.timed.activation import shares_of_one, worthwhile_replicas
 from moeless_opt.solvers.timed.search import Timed, kicks_for, timed_plan, timed_shares
@@ -60,8 +60,12 @@ class ActivationAware(Heuristic):
             if candidates and task.stop():
                 break
             candidates += self._candidates(task, guise)
+        bound = None
+        if problem.loads.shape[0] == 1:
+            exact, bound = _exact(task, candidates)
+            candidates += exact
         slots_LGC, share_LGC = _best(problem, candidates)
-        return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
+        return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, bound=bound)
 
     def _candidates(
         self, task: Task[ActivationOptions], problem: Problem
@@ -131,6 +135,80 @@ def _by_time(task: Task[ActivationOptions], base: Built) -> list[tuple[SlotArray
         priced = planned(live_LGC, part * objective.balance_tolerance * best_L)
         found.append((priced.slots_LGC, priced.share_LGC))
     return found
+
+
+def _exact(
+    task: Task[ActivationOptions], candidates: list[tuple[SlotArray, FloatArray]]
+) -> tuple[list[tuple[SlotArray, FloatArray]], Bound]:
+    """A better placement of small layers, where there is one, and what is proven of them."""
+    problem, stop = task.problem, task.stop
+    capacity_LG, speed_G, experts = problem.capacity_LG, problem.topology.speed_G, problem.experts
+    widths = widths_for(experts * len(speed_G), problem.layers, stop)
+    time_XL = np.array([_risk_L(problem, *candidate) for candidate in candidates])
+    floor_L, known_L = lower_bound(problem)[0], time_XL.min(0)
+    table = TimeTable.of(problem.time, min(int(capacity_LG.max()), experts))
+    bound_L, names = np.zeros(problem.layers), ["none"] * problem.layers
+    # With a horizon a move has to pay: only the proof is of use.
+    moves_pay = problem.current is not None and problem.objective.horizon is not None
+    wide = max(int(capacity_LG.max()), candidates[0][0].shape[2])
+    slots_LGC = np.full((*capacity_LG.shape, wide), -1, dtype=np.int32)
+    share_LGC = np.zeros(slots_LGC.shape)
+    first_LGC, first_share = candidates[0]
+    slots_LGC[:, :, : first_LGC.shape[2]], share_LGC[:, :, : first_LGC.shape[2]] = first_LGC, first_share
+    better = False
+    for layer in np.flatnonzero(known_L > floor_L * (1 + 1e-9)).tolist():
+        if stop() or not widths:
+            break
+        found = search_tiny(
+            problem.load_LE[layer],
+            capacity_LG[layer],
+            speed_G,
+            table,
+            float(known_L[layer]),
+            equal=problem.split == "equal",
+            widths=widths,
+            stop=stop,
+        )
+        bound_L[layer], names[layer] = found.bound, "enumeration"
+        if found.slots_GC is not None and found.share_GC is not None and not moves_pay:
+            better = True
+            width = found.slots_GC.shape[1]
+            slots_LGC[layer], share_LGC[layer] = -1, 0.0
+            slots_LGC[layer, :, :width], share_LGC[layer, :, :width] = _near_live(
+                problem, layer, found.slots_GC, found.share_GC
+            )
+    return [(slots_LGC, share_LGC)] if better else [], (bound_L, tuple(names))
+
+
+def _near_live(
+    problem: Problem, layer: int, slots_GC: SlotArray, share_GC: FloatArray
+) -> tuple[SlotArray, FloatArray]:
+    """What alike GPUs hold, traded so that most of what is live stays."""
+    if problem.current is None:
+        return slots_GC, share_GC
+    live_GC = np.full(slots_GC.shape, -1, dtype=np.int32)
+    for gpu, row in enumerate(problem.current.slots_LGC[layer].tolist()):
+        held = [expert for expert in row if expert >= 0][: live_GC.shape[1]]
+        live_GC[gpu, : len(held)] = held
+    capacity_G, speed_G = problem.capacity_LG[layer], problem.topology.speed_G
+    moved_LGC: SlotArray = relabel.relabel(
+        live_GC[None],
+        slots_GC[None],
+        experts=problem.experts,
+        speed_G=speed_G,
+        capacity_LG=capacity_G[None],
+    )
+    moved_GC = moved_LGC[0]
+    left = list(range(len(speed_G)))
+    moved_share = np.zeros(share_GC.shape)
+    rows, shares = slots_GC.tolist(), share_GC.tolist()
+    for gpu, row in enumerate(moved_GC.tolist()):
+        kind = speed_G[gpu], capacity_G[gpu], sorted(row)
+        at = next(g for g in left if (speed_G[g], capacity_G[g], sorted(rows[g])) == kind)
+        left.remove(at)
+        share_of = dict(zip(rows[at], shares[at], strict=True))
+        moved_share[gpu] = [share_of[expert] if expert >= 0 else 0.0 for expert in row]
+    return moved_GC, moved_share
 
 
 def _linear(problem: Problem) -> TimeModel:

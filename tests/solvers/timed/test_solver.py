@@ -1,0 +1,53 @@
+"""Planning by the time as a solver: what is live, and what a horizon leaves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import moeless_opt as mo
+from tests.campaign import KINDS
+from tests.strategies import random_slots
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_near_the_optimum_from_whatever_is_live(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    case = KINDS["timed"](rng)
+    live = random_slots(rng, case.problem.capacity_LG, case.problem.experts)
+    problem = case.problem.replace(current=mo.Placement(slots_LGC=live, experts=case.problem.experts))
+    plan = mo.solve(problem).plan
+    assert plan is not None
+    assert plan.certificate.value_L.sum() <= case.best * (1 + problem.objective.balance_tolerance + 1e-9)
+    assert plan.certificate.lower_bound_L.sum() == pytest.approx(case.best, rel=1e-6)
+
+
+def test_alike_gpus_keep_what_they_hold() -> None:
+    # The best placement is live already, but for one move; the search names GPUs as it likes.
+    load, time = np.array([[100.0, 60, 40, 30, 20, 10]]), mo.TimeModel(activation_cost=20.0)
+    topology = mo.uniform(1, 3, slots=3)
+    best = mo.plan(load, topology, time=time)
+    live = best.slots_LGC[:, ::-1].copy()
+    plan = mo.plan(load, topology, time=time, current=mo.Placement(slots_LGC=live, experts=6))
+    assert plan.certificate.value_L[0] <= best.certificate.value_L[0] * 1.01
+    assert plan.moves.count == 0
+
+
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+def test_with_a_horizon_the_proof_is_still_of_the_least_time(split: str) -> None:
+    rng = np.random.default_rng(7)
+    load, time = rng.lognormal(4, 1, (1, 6)), mo.TimeModel(token_cost=1e-6, activation_cost=2e-5, unit="s")
+    topology = mo.uniform(1, 3, slots=3)
+    best = mo.plan(load, topology, time=time, split=split)
+    live = mo.Placement(slots_LGC=np.array([[[0, 1, 2], [3, 4, 5], [0, 3, -1]]], dtype=np.int32), experts=6)
+    plan = mo.plan(
+        load,
+        topology,
+        time=time,
+        split=split,
+        current=live,
+        expert_bytes=10**9,
+        objective=mo.Objective(horizon=1.0),
+    )
+    assert plan.moves.count == 0
+    assert plan.certificate.lower_bound_L == pytest.approx(best.certificate.value_L, rel=1e-6)
