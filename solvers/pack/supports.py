@@ -37,8 +37,10 @@ __all__ = ["Supports", "best_supports"]
 
 _WIDTHS = (64, 1_000, 16_000)  # states kept, in ever longer searches
 _CELLS = 3_000_000  # numbers in one array: widths are cut to it
-_MOST_GPUS = {True: 10, False: 8}  # by whether shares are even: 2 ** GPUs sets are looked at
+_MOST_GPUS = 12  # 2 ** GPUs sets are looked at
+_MOST_WAYS = 4_096  # of an expert, times the numbers of a state: more take too long
 _GAIN = 1e-9  # relative; less is no gain
+_AGAIN = 1e-3  # a gain that is worth another search of the same width
 _HALVINGS = 60
 
 
@@ -99,9 +101,11 @@ def best_supports(
     order = np.argsort(-load_E, kind="stable")[: int((load_E > 0).sum())]
     spare = int(np.minimum(capacity_G, len(load_E)).sum()) - len(load_E)
     gpus = np.lexsort((capacity_G, speed_G))
-    if not len(order) or spare < 0 or len(speed_G) > _MOST_GPUS[equal]:
+    if not len(order) or spare < 0 or len(speed_G) > _MOST_GPUS:
         return best
     layer = _Layer.make(load_E[order], capacity_G[gpus], speed_G[gpus], table, spare, equal)
+    if len(layer.on_QG) * layer.columns > _MOST_WAYS:
+        return best
     for width in widths:
         while not best.proven and not stop():
             found = layer.search(best.value, width, stop)
@@ -110,7 +114,10 @@ def best_supports(
                 break
             held_EG = np.zeros((len(load_E), len(speed_G)), dtype=np.bool_)
             held_EG[np.ix_(order, gpus)] = found.held_EG
+            gain = 1.0 - found.value / best.value
             best = Supports(held_EG, found.value, found.proven)
+            if gain < _AGAIN:
+                break
         if best.proven:
             break
     return best
@@ -165,6 +172,11 @@ class _Layer:
         sets = _sets(gpus, min(gpus, 1 + spare))
         return cls(load_E, capacity_G.astype(np.int64), speed_G, table, spare, equal, *sets)
 
+    @property
+    def columns(self) -> int:
+        """Numbers that a state keeps."""
+        return len(self.speed_G) if self.equal else len(self.all_SG)
+
     def search(self, known: float, width: int, stop: Stop) -> Supports:
         """The best placement below the known time among the states that are kept."""
         gpus = len(self.speed_G)
@@ -173,14 +185,13 @@ class _Layer:
             return Supports(None, known, True)
         # More experts may yet be activated, in less time where a curve falls.
         later_GA = np.maximum.accumulate(room_GA[:, ::-1], axis=1)[:, ::-1]
-        columns = gpus if self.equal else len(self.all_SG)
-        width = max(8, min(width, _CELLS // (len(self.on_QG) * columns)))
+        width = max(8, min(width, _CELLS // (len(self.on_QG) * self.columns)))
         alike_G = np.zeros(gpus, dtype=np.bool_)
         alike_G[1:] = (np.diff(self.speed_G) == 0) & (np.diff(self.capacity_G) == 0)
         states = _States(
             np.zeros((1, gpus), dtype=np.int64),
             alike_G[None],
-            np.zeros((1, columns)),
+            np.zeros((1, self.columns)),
             np.zeros(1, dtype=np.int64),
             np.zeros((1, 0), dtype=np.int64),
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray, whole
+from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import TimeTable, gpu_times, new_replicas, risk
 from moeless_opt.problems.spec import TOKENS, Problem, TimeModel, equal_shares
 from moeless_opt.solvers.construct import Construct, search_tiny, widths_for
@@ -72,7 +73,9 @@ class ActivationAware(Heuristic):
     ) -> list[tuple[SlotArray, FloatArray]]:
         """Placements with shares for a problem of one scenario."""
         fresh = Replan() if problem.current is not None else Construct()
-        base = fresh.placed(task, problem.replace(time=TOKENS, known=None))
+        # Whether a move pays is told by the problem's own time, not by tokens.
+        freely = problem.objective.replace(horizon=None)
+        base = fresh.placed(task, problem.replace(time=TOKENS, known=None, objective=freely))
         if problem.split == "fractional":
             return _by_time(replace(task, problem=problem), base)
         placements = [base.slots_LGC]
@@ -107,7 +110,6 @@ def _by_time(task: Task[ActivationOptions], base: Built) -> list[tuple[SlotArray
             kicks=0 if stop() else kicks,
         )
 
-    objective, links = problem.objective, problem.topology.links
     if problem.current is None or problem.current.partial:
         fresh = planned(base.slots_LGC)
         alone_LGC = shares_of_one(load_LE, fresh.slots_LGC, speed_G)
@@ -117,10 +119,12 @@ def _by_time(task: Task[ActivationOptions], base: Built) -> list[tuple[SlotArray
             (fresh.slots_LGC, alone_LGC),
         ]
     live_LGC = live_slots(problem)
-    if objective.horizon is not None and problem.time.unit == "s":
-        slowest = links.inter_node if problem.topology.nodes > 1 else links.intra_node
-        paid = planned(live_LGC, (links.latency + problem.bytes_L / slowest) / objective.horizon)
-        return [(paid.slots_LGC, paid.share_LGC)]
+    if problem.objective.horizon is not None:
+        paid = planned(live_LGC, _price(problem, problem.objective.horizon))
+        return [
+            (live_LGC, timed_shares(load_LE, live_LGC, speed_G, table)[0]),
+            (paid.slots_LGC, paid.share_LGC),
+        ]
     found = [(base.slots_LGC, base.shares_LGC), (live_LGC, shares_of_one(load_LE, live_LGC, speed_G))]
     best_L = np.full(problem.layers, np.inf)
     for start_LGC in (base.slots_LGC, live_LGC):
@@ -132,9 +136,27 @@ def _by_time(task: Task[ActivationOptions], base: Built) -> list[tuple[SlotArray
     for part in (0.1, 1.0):
         if stop():
             break
-        priced = planned(live_LGC, part * objective.balance_tolerance * best_L)
+        priced = planned(live_LGC, part * problem.objective.balance_tolerance * best_L)
         found.append((priced.slots_LGC, priced.share_LGC))
     return found
+
+
+def _price(problem: Problem, horizon: float) -> FloatArray:
+    """What a move must save in every pass until the next plan, in seconds, shape [L].
+
+    Raises
+    ------
+    ProblemError
+        Times are not in seconds.
+    """
+    if problem.time.unit != "s":
+        raise ProblemError(
+            "objective.horizon",
+            "needs times in seconds to weigh moves against them: give a TimeModel with unit='s'",
+        )
+    links = problem.topology.links
+    slowest = links.inter_node if problem.topology.nodes > 1 else links.intra_node
+    return np.asarray((links.latency + problem.bytes_L / slowest) / horizon)
 
 
 def _exact(
@@ -148,8 +170,6 @@ def _exact(
     floor_L, known_L = lower_bound(problem)[0], time_XL.min(0)
     table = TimeTable.of(problem.time, min(int(capacity_LG.max()), experts))
     bound_L, names = np.zeros(problem.layers), ["none"] * problem.layers
-    # With a horizon a move has to pay: only the proof is of use.
-    moves_pay = problem.current is not None and problem.objective.horizon is not None
     wide = max(int(capacity_LG.max()), candidates[0][0].shape[2])
     slots_LGC = np.full((*capacity_LG.shape, wide), -1, dtype=np.int32)
     share_LGC = np.zeros(slots_LGC.shape)
@@ -170,7 +190,7 @@ def _exact(
             stop=stop,
         )
         bound_L[layer], names[layer] = found.bound, "enumeration"
-        if found.slots_GC is not None and found.share_GC is not None and not moves_pay:
+        if found.slots_GC is not None and found.share_GC is not None:
             better = True
             width = found.slots_GC.shape[1]
             slots_LGC[layer], share_LGC[layer] = -1, 0.0
@@ -188,7 +208,7 @@ def _near_live(
         return slots_GC, share_GC
     live_GC = np.full(slots_GC.shape, -1, dtype=np.int32)
     for gpu, row in enumerate(problem.current.slots_LGC[layer].tolist()):
-        held = [expert for expert in row if expert >= 0][: live_GC.shape[1]]
+        held = [expert for expert in row if expert >= 0][: len(slots_GC[gpu])]
         live_GC[gpu, : len(held)] = held
     capacity_G, speed_G = problem.capacity_LG[layer], problem.topology.speed_G
     moved_LGC: SlotArray = relabel.relabel(
@@ -221,17 +241,7 @@ def _best(problem: Problem, candidates: list[tuple[SlotArray, FloatArray]]) -> t
     """Per layer the fastest candidate; where something is live, of those within the tolerance the nearest."""
     wide = max(slots.shape[2] for slots, _ in candidates)
     shape = (*candidates[0][0].shape[:2], wide)
-    current = problem.current
-    time_XL = np.array([_risk_L(problem, *candidate) for candidate in candidates])
-    rank_XL = time_XL
-    if current is not None and "moves" in problem.objective.priorities:
-        moves_XL = np.array(
-            [new_replicas(slots, current.slots_LGC, problem.experts).sum((1, 2)) for slots, _ in candidates]
-        )
-        least_L = time_XL.min(0)
-        near_XL = time_XL <= least_L * (1 + problem.objective.balance_tolerance) + 1e-300
-        # Moves are whole numbers; the time decides between equals.
-        rank_XL = np.where(near_XL, moves_XL + 0.5 * time_XL / np.maximum(time_XL.max(0), 1e-300), np.inf)
+    rank_XL = _rank_XL(problem, candidates)
     best_LGC, best_share = np.full(shape, -1, dtype=np.int32), np.zeros(shape)
     for layer, x in enumerate(rank_XL.argmin(0)):
         slots_LGC, share_LGC = candidates[x]
@@ -240,6 +250,25 @@ def _best(problem: Problem, candidates: list[tuple[SlotArray, FloatArray]]) -> t
     if problem.loads.shape[0] > 1:  # a candidate's shares are for the scenario that it was made for
         best_share = _shares(problem, problem.load_LE, best_LGC)[0]
     return best_LGC, best_share
+
+
+def _rank_XL(problem: Problem, candidates: list[tuple[SlotArray, FloatArray]]) -> FloatArray:
+    """The candidates of every layer by time, by moves within the tolerance, or by what moves save."""
+    time_XL = np.array([_risk_L(problem, *candidate) for candidate in candidates])
+    current = problem.current
+    if current is not None and "moves" in problem.objective.priorities:
+        moves_XL = np.array(
+            [new_replicas(slots, current.slots_LGC, problem.experts).sum((1, 2)) for slots, _ in candidates]
+        )
+        if problem.objective.horizon is not None:
+            return time_XL + moves_XL * _price(problem, problem.objective.horizon)
+        least_L = time_XL.min(0)
+        near_XL = time_XL <= least_L * (1 + problem.objective.balance_tolerance) + 1e-300
+        # Moves are whole numbers; the time decides between equals.
+        return np.asarray(
+            np.where(near_XL, moves_XL + 0.5 * time_XL / np.maximum(time_XL.max(0), 1e-300), np.inf)
+        )
+    return time_XL
 
 
 def _risk_L(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray) -> FloatArray:
