@@ -62,6 +62,7 @@ def search_tiny(
     *,
     equal: bool,
     widths: tuple[int, ...],
+    replicas: int | None = None,
     stop: Stop | None = None,
 ) -> Tiny:
     """Search a layer for less than a known time.
@@ -82,11 +83,21 @@ def search_tiny(
         Whether shares are even.
     widths : tuple of int
         From `widths_for`.
+    replicas : int, optional
+        Most of them in all.
     stop : Stop, optional
         Asked at every expert.
     """
     found = best_supports(
-        load_E, capacity_G, speed_G, table, known, equal=equal, widths=widths, stop=stop or NeverStop()
+        load_E,
+        capacity_G,
+        speed_G,
+        table,
+        known,
+        equal=equal,
+        replicas=replicas,
+        widths=widths,
+        stop=stop or NeverStop(),
     )
     # The time was halved, not solved for: the bound stays below it.
     bound = found.value * (1.0 - 2e-9) if found.proven else 0.0

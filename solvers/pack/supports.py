@@ -72,6 +72,7 @@ def best_supports(
     known: float,
     *,
     equal: bool = False,
+    replicas: int | None = None,
     widths: tuple[int, ...] = _WIDTHS,
     stop: Stop | None = None,
 ) -> Supports:
@@ -91,6 +92,8 @@ def best_supports(
         A time that can be had, above 0.
     equal : bool
         Whether an expert's tokens are divided evenly over its replicas; else freely.
+    replicas : int, optional
+        Most of them in all, one for each expert without tokens included (default: what the slots hold).
     widths : tuple of int
         States kept, in one search after the other, each only if the one before proved nothing.
     stop : Stop, optional
@@ -99,7 +102,8 @@ def best_supports(
     stop = stop or NeverStop()
     best = Supports(None, known, False)
     order = np.argsort(-load_E, kind="stable")[: int((load_E > 0).sum())]
-    spare = int(np.minimum(capacity_G, len(load_E)).sum()) - len(load_E)
+    room = int(np.minimum(capacity_G, len(load_E)).sum())
+    spare = (room if replicas is None else min(room, replicas)) - len(load_E)
     gpus = np.lexsort((capacity_G, speed_G))
     if not len(order) or spare < 0 or len(speed_G) > _MOST_GPUS:
         return best

@@ -6,6 +6,10 @@ fit, the largest replicas first, and a proof by whole numbers where that gets st
 the bytes left to layers, moves slots between GPUs and takes them from one layer for another, each step the
 one that saves most time, until none does. Placements of changed layers are built anew, all in one call.
 
+Where layers are few and small, the slots of all layers are then chosen at once (`_chosen`): a dynamic
+programme over the bytes used, with lower bounds for the times that are not known, which are built only for
+slots that the programme chooses, until it chooses slots whose times are all known.
+
 Axes: L layers, E experts, G GPUs, C slots of a GPU.
 """
 
@@ -20,14 +24,19 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.solvers.core import LinearModel, Stop, solve_linear
 
-__all__ = ["Build", "share_slots", "slots_for_one_each"]
+__all__ = ["Bound", "Build", "share_slots", "slots_for_one_each"]
 
 Build = Callable[[FloatArray, IntArray], tuple[SlotArray, FloatArray]]
 """Loads [L, E] and slots [L, G] to a placement [L, G, C] and its largest times [L]."""
 
+Bound = Callable[[FloatArray, IntArray], FloatArray]
+"""Loads [L, E] and slots [L, G] to times [L] that none can beat."""
+
 _WORK = 400_000  # layers x experts x GPUs that are built at most
 _BATCH = 2_000  # of them looked at in one step
 _GAIN = 1e-9
+_WAYS = 1_000  # slots that one layer may have, up to which all are looked at
+_WAYS_TOGETHER = 1_000_000  # times those of the layers before it
 
 
 def slots_for_one_each(size_L: IntArray, memory_G: IntArray, experts: int, stop: Stop) -> IntArray:
@@ -117,6 +126,7 @@ def share_slots(
     memory_G: IntArray,
     starts: list[IntArray],
     build: Build,
+    bound: Bound,
     stop: Stop,
 ) -> SlotArray:
     """Improve slots step by step, from each start, and return the best placement.
@@ -133,6 +143,8 @@ def share_slots(
         Slots within the bytes.
     build : Build
         Places layers.
+    bound : Bound
+        Times that no placement beats.
     stop : Stop
         Asked before every step.
 
@@ -159,7 +171,75 @@ def share_slots(
         if best is None or time_L.sum() < best[0] * (1.0 - _GAIN):
             best = float(time_L.sum()), slots_LG
     assert best is not None
-    return layers.placement(best[1])
+    return layers.placement(_chosen(layers, best[1], size_L, memory_G, bound, stop))
+
+
+def _chosen(
+    layers: _Layers, slots_LG: IntArray, size_L: IntArray, memory_G: IntArray, bound: Bound, stop: Stop
+) -> IntArray:
+    """The best slots of all layers, where they can be looked at; else what is given."""
+    experts, gpus, count = layers.load_LE.shape[1], len(memory_G), len(size_L)
+    ways = (experts + 1) ** gpus
+    if ways > _WAYS:
+        return slots_LG
+    every_VG = np.stack(np.unravel_index(np.arange(ways), (experts + 1,) * gpus), axis=1)
+    every_VG = every_VG[every_VG.sum(axis=1) >= experts]
+    floor_LV = bound(np.repeat(layers.load_LE, len(every_VG), axis=0), np.tile(every_VG, (count, 1)))
+    floor_LV = floor_LV.reshape(count, -1)
+    number = {row.tobytes(): v for v, row in enumerate(every_VG)}
+    known_LV = np.zeros(floor_LV.shape, dtype=np.bool_)
+    for (layer, slots), (_, time) in layers.known.items():
+        floor_LV[layer, number[slots]], known_LV[layer, number[slots]] = time, True
+    limit = float(layers.times(list(enumerate(slots_LG))).sum()) * (1.0 - _GAIN)
+    least_L = floor_LV.min(axis=1)
+    while not stop():
+        # What cannot be part of anything better is left out.
+        use_LV = floor_LV - least_L[:, None] + least_L.sum() < limit
+        rows = [np.flatnonzero(use_V) for use_V in use_LV]
+        choice = _cheapest(
+            [floor_LV[i, v] for i, v in enumerate(rows)], [every_VG[v] for v in rows], size_L, memory_G
+        )
+        if choice is None:
+            return slots_LG
+        chosen_L = np.array([v[k] for v, k in zip(rows, choice, strict=True)])
+        all_L = np.arange(count)
+        if floor_LV[all_L, chosen_L].sum() >= limit:
+            return slots_LG
+        new = [i for i in range(count) if not known_LV[i, chosen_L[i]]]
+        if not new:
+            return np.asarray(every_VG[chosen_L])
+        time_N = layers.times([(i, every_VG[chosen_L[i]]) for i in new])
+        floor_LV[new, chosen_L[new]], known_LV[new, chosen_L[new]] = time_N, True
+    return slots_LG
+
+
+def _cheapest(
+    time_LV: list[FloatArray], slots_LVG: list[IntArray], size_L: IntArray, memory_G: IntArray
+) -> list[int] | None:
+    """For every layer which slots to have, for the least sum of times within the bytes; None: too many ways."""
+    used_NG, total_N = np.zeros((1, len(memory_G)), dtype=np.int64), np.zeros(1)
+    back: list[tuple[IntArray, IntArray]] = []
+    for time_V, slots_VG, size in zip(time_LV, slots_LVG, size_L, strict=True):
+        if not len(time_V) or len(used_NG) * len(time_V) > _WAYS_TOGETHER:
+            return None
+        after_NVG = used_NG[:, None, :] + int(size) * slots_VG
+        n, v = np.nonzero((after_NVG <= memory_G).all(axis=2))
+        if not len(n):
+            return None
+        used, total = after_NVG[n, v], total_N[n] + time_V[v]
+        # Of ways that use the same bytes the quickest is kept.
+        order = np.lexsort((v, n, total, *used.T))
+        used = used[order]
+        first = np.flatnonzero(np.r_[True, (used[1:] != used[:-1]).any(axis=1)])
+        keep = order[first]
+        used_NG, total_N = used[first], total[keep]
+        back.append((n[keep], v[keep]))
+    at = int(total_N.argmin())
+    choice = []
+    for n, v in reversed(back):
+        choice.append(int(v[at]))
+        at = int(n[at])
+    return choice[::-1]
 
 
 _Step = list[tuple[int, IntArray]]

@@ -9,8 +9,9 @@ the expert with the largest load per replica instead, which is Adams' apportionm
 maximum, not the variation.
 
 *A time*: an expert of w tokens needs ``r_e(T)`` replicas to end within T (`bounds.replicas_needed`), which
-bounds the total from below. The fewest that can also be packed are found by the pattern search for small
-layers with equal split, by the fast constructions for all others, between that bound and the slots.
+bounds the total from below. The fewest that can also be packed are found by looking at all placements in tiny
+layers, by the pattern search for small layers with equal split, and by the fast constructions for all others,
+between that bound and the slots.
 
 Axes: L layers, E experts, G GPUs, C slots of a GPU, P pairs (rank, replicas), N totals.
 
@@ -28,9 +29,9 @@ from numpy.typing import ArrayLike
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan import apportionment_pairs, gpu_times, replicas_needed
-from moeless_opt.problems.spec import equal_shares
-from moeless_opt.solvers.construct import construct_fractional
+from moeless_opt.problems.plan import TimeTable, apportionment_pairs, gpu_times, replicas_needed
+from moeless_opt.problems.spec import TOKENS, equal_shares
+from moeless_opt.solvers.construct import construct_fractional, search_tiny, widths_for
 from moeless_opt.solvers.core import FirstOf, MaxTime, NeverStop, Stop
 from moeless_opt.solvers.pack import apportion, fewest_replicas, improve, pack, trim
 
@@ -126,6 +127,7 @@ def fewest_for_time(
     bound_L = np.minimum(replicas_needed(load, target_L, speed, split).sum(axis=1), most_L)
     stop = NeverStop() if stop is None else stop
     slots_LGC, share_LGC, met_L = _few(load, capacity, speed, bound_L, target_L, split, stop)
+    bound_L = _exactly(load, capacity, speed, bound_L, target_L, split, (slots_LGC, share_LGC, met_L), stop)
     if split == "equal" and E <= _PROVE_EXPERTS and seconds > 0:
         for layer in range(L):
             used = int((slots_LGC[layer] >= 0).sum())
@@ -154,6 +156,54 @@ def fewest_for_time(
         bound_L=bound_L,
         met_L=met_L,
     )
+
+
+def _exactly(
+    load: FloatArray,
+    capacity: IntArray,
+    speed: FloatArray,
+    bound_L: IntArray,
+    target_L: FloatArray,
+    split: str,
+    best: tuple[SlotArray, FloatArray, BoolArray],
+    stop: Stop,
+) -> IntArray:
+    """Tiny layers: ever more replicas from the bound on, until some placement is in time; in place.
+
+    Returns the fewest replicas that any plan in time could have, shape [L].
+    """
+    slots_LGC, share_LGC, met_L = best
+    L, E = load.shape
+    bound_L = bound_L.copy()
+    widths, table = widths_for(E * len(speed), L, stop), TimeTable.of(TOKENS, 1)
+    if not widths:
+        return bound_L
+    for layer in range(L):
+        used = int((slots_LGC[layer] >= 0).sum()) if met_L[layer] else int(capacity[layer].sum()) + 1
+        for replicas in range(int(bound_L[layer]), used):
+            if stop():
+                break
+            found = search_tiny(
+                load[layer],
+                capacity[layer],
+                speed,
+                table,
+                float(target_L[layer]) * (1 + 2e-9),
+                equal=split == "equal",
+                widths=widths,
+                replicas=replicas,
+                stop=stop,
+            )
+            if found.slots_GC is not None and found.share_GC is not None:
+                width = found.slots_GC.shape[1]
+                slots_LGC[layer], share_LGC[layer], met_L[layer] = -1, 0.0, True
+                slots_LGC[layer, :, :width], share_LGC[layer, :, :width] = found.slots_GC, found.share_GC
+                break
+            # In no placement of so many: one more is the least, where nothing was cut short.
+            if found.bound <= 0 or bound_L[layer] != replicas:
+                break
+            bound_L[layer] = min(replicas + 1, int(capacity[layer].sum()))
+    return bound_L
 
 
 def _few(
@@ -199,18 +249,36 @@ def _built(
         slots = improve(load, slots, capacity, speed, goal_L=target_L)
         share = equal_shares(slots, E)
     else:
-        fewer = np.zeros(capacity.shape, dtype=np.int64)
-        for layer in range(L):
-            # Slots are taken away where most are left, so that the GPUs keep about the same.
-            fewer[layer] = capacity[layer]
-            while fewer[layer].sum() > total_L[layer]:
-                fewer[layer, int(fewer[layer].argmax())] -= 1
+        # Slots are taken away where most are left, so that the GPUs keep about the same ...
+        fewer = _fewer(capacity, total_L, np.ones(len(speed)))
         slots, share = construct_fractional(load, fewer, speed, enough_L=target_L)
+        late_L = np.flatnonzero(gpu_times(load, slots, share, speed).max(axis=1) > target_L)
+        if len(late_L) and (speed != speed[0]).any():  # ... or as many as their speed asks for.
+            fewer = _fewer(capacity[late_L], total_L[late_L], speed)
+            other = construct_fractional(load[late_L], fewer, speed, enough_L=target_L[late_L])
+            good = gpu_times(load[late_L], *other, speed).max(axis=1) <= target_L[late_L]
+            wide = max(slots.shape[2], other[0].shape[2])
+            slots, share = _wide(slots, share, wide)
+            other_slots, other_share = _wide(*other, wide)
+            slots[late_L[good]], share[late_L[good]] = other_slots[good], other_share[good]
     width = int(capacity.max())
-    slots, share = slots[:, :, :width], share[:, :, :width]
-    pad = ((0, 0), (0, 0), (0, width - slots.shape[2]))
-    slots, share = np.pad(slots, pad, constant_values=-1), np.pad(share, pad)
+    slots, share = _wide(slots[:, :, :width], share[:, :, :width], width)
     return slots, share, gpu_times(load, slots, share, speed).max(axis=1)
+
+
+def _fewer(capacity_LG: IntArray, total_L: IntArray, weight_G: FloatArray) -> IntArray:
+    """So many slots, taken away where most are left for the weight of the GPU, shape [L, G]."""
+    result = capacity_LG.copy()
+    for layer, total in enumerate(total_L):
+        while result[layer].sum() > total:
+            result[layer, int((result[layer] / weight_G).argmax())] -= 1
+    return result
+
+
+def _wide(slots: SlotArray, share: FloatArray, width: int) -> tuple[SlotArray, FloatArray]:
+    """As many slots for each GPU, empty ones added."""
+    pad = ((0, 0), (0, 0), (0, width - slots.shape[2]))
+    return np.pad(slots, pad, constant_values=-1), np.pad(share, pad)
 
 
 def fewest_for_cv(

@@ -12,7 +12,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan import gpu_times, risk
+from moeless_opt.problems.plan import best_bound, gpu_times, risk
 from moeless_opt.problems.spec import Problem, equal_shares
 from moeless_opt.solvers.construct import construct_equal, construct_fractional
 from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Stop, Task
@@ -159,7 +159,10 @@ def _spend_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
             slots_LGC, share_LGC = construct_fractional(load_LE, slots_LG, speed_G)
         return slots_LGC, gpu_times(load_LE, slots_LGC, share_LGC, speed_G).max(1)
 
-    slots_LGC = share_slots(load_LE, mean_L, bytes_L, memory_G, starts, build, stop)
+    def least(load_LE: FloatArray, slots_LG: IntArray) -> FloatArray:
+        return best_bound(load_LE, slots_LG, speed_G, problem.split)[0]
+
+    slots_LGC = share_slots(load_LE, mean_L, bytes_L, memory_G, starts, build, least, stop)
     spare_L = (slots_LGC >= 0).sum((1, 2)) - problem.experts
     mean = float(mean_L.sum()) or 1.0
     return slots_LGC, (

@@ -54,7 +54,7 @@ def optimum(load_LE: Any, speed_G: Any, size_L: Any, memory_G: Any, split: str) 
 
 
 @pytest.mark.parametrize("split", ["equal", "fractional"])
-def test_close_to_the_best_spending(split: str) -> None:
+def test_the_best_spending(split: str) -> None:
     rng = np.random.default_rng(len(split))
     over = []
     for _ in range(INSTANCES):
@@ -78,9 +78,7 @@ def test_close_to_the_best_spending(split: str) -> None:
         assert (used_G <= memory_G).all()
         over.append(plan.time_LG.max(axis=1).sum() / best)
         assert over[-1] >= 1 - 1e-9
-    above = np.array([one for one in over if one > 1 + 1e-6])
-    assert len(above) <= 0.08 * len(over)
-    assert np.median([1.0, *above]) <= 1.03
+    assert [one for one in over if one > 1 + 1e-6] == []
 
 
 def test_one_replica_of_each_finds_the_only_way() -> None:
@@ -130,6 +128,13 @@ def test_slots_go_where_they_save_most() -> None:
 
     start = np.array([[1, 1], [1, 1]])
     slots_LGC = share_slots(
-        load_LE, np.zeros(2), np.ones(2, dtype=np.int64), np.array([2, 3]), [start], build, NeverStop()
+        load_LE,
+        np.zeros(2),
+        np.ones(2, dtype=np.int64),
+        np.array([2, 3]),
+        [start],
+        build,
+        lambda load_LE, slots_LG: load_LE.sum(axis=1) / 2,
+        NeverStop(),
     )
     assert (slots_LGC >= 0).sum(axis=(1, 2)).tolist() == [3, 2]
