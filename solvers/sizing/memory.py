@@ -216,7 +216,7 @@ def _chosen(
 def _cheapest(
     time_LV: list[FloatArray], slots_LVG: list[IntArray], size_L: IntArray, memory_G: IntArray
 ) -> list[int] | None:
-    """For every layer which slots to have, for the least sum of times within the bytes; None: too many ways."""
+    """For every layer which slots to have, for the least sum of times in the bytes; None: too many ways."""
     used_NG, total_N = np.zeros((1, len(memory_G)), dtype=np.int64), np.zeros(1)
     back: list[tuple[IntArray, IntArray]] = []
     for time_V, slots_VG, size in zip(time_LV, slots_LVG, size_L, strict=True):

@@ -242,7 +242,7 @@ def _built(
     split: str,
 ) -> tuple[SlotArray, FloatArray, FloatArray]:
     """Place so many replicas by the fast constructions: (slots, shares, largest GPU times)."""
-    L, E = load.shape
+    E = load.shape[1]
     if split == "equal":
         counts = apportion(load, total_L, (capacity > 0).sum(axis=1)[:, None])
         slots = pack(load, trim(load, counts, capacity), capacity, speed)
