@@ -26,7 +26,7 @@ import numpy as np
 from moeless_opt.solvers.core import NeverStop, Stop
 from moeless_opt.solvers.replan.flow import Cut, ExpertGpu, LayerFlow
 
-__all__ = ["QUICK", "WIDE", "Change", "Search", "fill_overflow"]
+__all__ = ["LIGHT", "QUICK", "WIDE", "Change", "Search", "fill_overflow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +53,14 @@ class Search:
     """
 
     groups: int = 1
-    experts: int = 2
-    targets: int = 4
-    trials: int = 6
+    experts: int = 6
+    targets: int = 64
+    trials: int = 36
     exchanges: int = 12
 
 
 QUICK = Search()
+LIGHT = Search(experts=2, targets=4, trials=6)  # in rounds, where many cheap tries beat few good ones
 WIDE = Search(groups=64, experts=6, targets=1 << 30, trials=60, exchanges=60)
 _LARGE = Search(groups=8, experts=4, targets=64, trials=24, exchanges=24)  # where a flow takes a millisecond
 _LARGE_FROM = 256  # GPUs

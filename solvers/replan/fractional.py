@@ -18,7 +18,7 @@ import numpy as np
 
 from moeless_opt.problems.plan import best_bound
 from moeless_opt.solvers.core import NeverStop, Stop
-from moeless_opt.solvers.replan.fill import QUICK, Search, fill_overflow
+from moeless_opt.solvers.replan.fill import LIGHT, QUICK, Search, fill_overflow
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
 from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
 from moeless_opt.solvers.replan.min_moves import flow_moves_bound
@@ -144,7 +144,7 @@ def _plan_layer(one: _Layer, search: Search, stop: Stop) -> None:
         one.reached, one.cut, one.least = False, True, moves_between(one.live, one.start)
         return
     if len(one.capacity) > MANY_GPUS:
-        _plan_wide(one, search, stop)
+        _plan_wide(one, stop)
         return
     state = one.state(one.target)
     overflow = state.solve()
@@ -177,7 +177,7 @@ def _plan_layer(one: _Layer, search: Search, stop: Stop) -> None:
         _cut(one, high)
 
 
-def _plan_wide(one: _Layer, search: Search, stop: Stop) -> None:
+def _plan_wide(one: _Layer, stop: Stop) -> None:
     """The same over many GPUs: many changes at once, then single ones where those end."""
     forced = moves_between(one.live, one.start)
     room = one.room(one.target)
@@ -186,7 +186,7 @@ def _plan_wide(one: _Layer, search: Search, stop: Stop) -> None:
     if overflow <= 0:
         return
     state = LayerFlow(one.load, one.content, one.capacity, room)
-    one.reached = fill_overflow(state, search, stop=stop) <= 0
+    one.reached = fill_overflow(state, LIGHT, stop=stop) <= 0
     one.content = state.content
     if not one.reached and stop():
         _cut(one, least_time(state, one.speed))

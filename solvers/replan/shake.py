@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moeless_opt.solvers.core import Stop
-from moeless_opt.solvers.replan.fill import QUICK, fill_overflow
+from moeless_opt.solvers.replan.fill import LIGHT, fill_overflow
 from moeless_opt.solvers.replan.flow import LayerFlow
 from moeless_opt.solvers.replan.live import moves_between
 
@@ -106,7 +106,7 @@ class Shaker:
         kept = moves_between(live, state.content)
         if kept > self.moves:
             return
-        if fill_overflow(state, QUICK, rng=rng, budget=self.moves - kept, stop=stop) > 0:
+        if fill_overflow(state, LIGHT, rng=rng, budget=self.moves - kept, stop=stop) > 0:
             return
         found = moves_between(live, state.content)
         if found <= self.moves:
