@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moeless_opt.problems.errors import SolverUnavailableError
 from moeless_opt.problems.plan import best_bound
-from moeless_opt.solvers.core import NeverStop, Stop
+from moeless_opt.solvers.core import NeverStop, Stop, part_of
 from moeless_opt.solvers.replan.fill import LIGHT, QUICK, Search, fill_overflow
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
 from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
-from moeless_opt.solvers.replan.min_moves import flow_moves_bound
+from moeless_opt.solvers.replan.min_moves import flow_moves_bound, min_moves
 from moeless_opt.solvers.replan.shake import Shaker
 from moeless_opt.solvers.replan.task import (
     Point,
@@ -38,6 +39,10 @@ from moeless_opt.solvers.shares import solve_shares
 __all__ = ["replan_fractional"]
 
 _BISECTIONS = 5  # wanted times tried for a layer that cannot reach the tolerance
+_LEAST_TIME = 1.0  # seconds: with less, programmes are not worth the start of their process
+_SHAKING = 0.15  # share of the time for rounds before the programmes
+_COUNTING = 0.9  # share of the rest for programmes
+_FAIR = 3.0  # a layer may take so many times its even share of that
 _LADDER = (0.5, 0.25, 0.1)  # parts of the way to the wanted time where a budget may stop
 
 
@@ -108,7 +113,7 @@ def replan_fractional(
     wish.check_budget(forced_L)
     for one in layers:
         _plan_layer(one, search, stop)
-    _improve(layers, wish.most_rounds(0), wish.seed, stop)
+    _improve(layers, wish, stop)
     if wish.max_moves is not None:
         _keep_to_budget(layers, wish.price_L(len(layers)), wish.max_moves, search, stop)
     new = seated(task, [one.content for one in layers])
@@ -199,12 +204,51 @@ def _cut(one: _Layer, time: float) -> None:
         one.content = one.start
 
 
-def _improve(layers: list[_Layer], rounds: float, seed: int, stop: Stop) -> None:
+def _improve(layers: list[_Layer], wish: ReplanWish, stop: Stop) -> None:
+    """Fewer moves: rounds of destroying and repairing; with time for them, programmes in between."""
+    if wish.until_stopped and _LEAST_TIME < stop.remaining < float("inf"):
+        _shake(layers, wish.most_rounds(0), wish.seed, part_of(stop, _SHAKING))
+        _count(layers, part_of(stop, _COUNTING))
+    _shake(layers, wish.most_rounds(0), wish.seed, stop)
+
+
+def _count(layers: list[_Layer], stop: Stop) -> None:
+    """Bounds, and plans with fewer moves, by the programme of counts; layers with few moves first."""
+    open_ = [one for one in layers if one.reached and moves_between(one.live, one.content) > one.least]
+    open_.sort(key=lambda one: moves_between(one.live, one.content))
+    for done, one in enumerate(open_):
+        if stop():
+            return
+        wide = max(1, *(len(held) for held in one.live))
+        slots = [[*sorted(held), *[-1] * (wide - len(held))] for held in one.live]
+        load = np.array(one.load, dtype=np.float64) / UNIT
+        try:
+            found = min_moves(
+                load,
+                slots,
+                one.capacity,
+                np.array(one.speed),
+                one.target,
+                known=one.content,
+                stop=part_of(stop, min(1.0, _FAIR / (len(open_) - done))),
+                least=one.least,
+                all_pairs=False,
+            )
+        except SolverUnavailableError:
+            return
+        one.least, one.shaker = found.bound, None
+        if found.content is not None and found.moves is not None:
+            state = LayerFlow(one.load, found.content, one.capacity, one.room(one.target))
+            if state.solve() <= 0:  # the programme's tolerance is wider than ours
+                one.content = found.content
+
+
+def _shake(layers: list[_Layer], rounds: float, seed: int, stop: Stop) -> None:
     """Destroy and repair, layer by layer in turn, so many rounds or until stopped."""
     if rounds <= 0:
         return
     for layer, one in enumerate(layers):
-        if one.reached and one.content is not one.start:
+        if one.reached and one.content is not one.start and one.shaker is None:
             room = one.room(one.target)
             one.shaker = Shaker(
                 one.load, one.live, one.content, one.capacity, room, least=one.least, seed=(seed, layer)

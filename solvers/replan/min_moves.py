@@ -242,7 +242,8 @@ def min_moves(
     known: Sequence[Sequence[int]] | None = None,
     stop: Stop | None = None,
     engine: str = "highs",
-    allowed_EG: Any = None,
+    least: int = 0,
+    all_pairs: bool = True,
 ) -> FewestMoves:
     """Prove the least number of moves with which one layer meets a wanted time, token shares free.
 
@@ -264,9 +265,11 @@ def min_moves(
         When to stop; after a minute where none is given.
     engine : str
         ``"highs"``, ``"pulp"``, ...: see `core.linear.solve_linear`.
-    allowed_EG : array of bool, shape [E, G], optional
-        New pairs that may be used. With it the result is a plan, not a proof: the bound then holds only
-        among plans of these pairs.
+    least : int
+        Moves that are already known to be needed.
+    all_pairs : bool
+        Whether to ask about all pairs in the end, which may take long. Without it the bound is that of the
+        counts, and plans are looked for among the pairs that these use.
 
     Returns
     -------
@@ -292,11 +295,11 @@ def min_moves(
     bound, sets, stays = _at_once(load, live, speed, time)
     if stays and all(len(row) <= slots for row, slots in zip(live, capacity, strict=True)):
         best, moves = live, 0
+    bound = max(bound, least)
     layer = _Layer(load, live, capacity, speed, time, sets)
-    allow = None if allowed_EG is None else np.asarray(allowed_EG, dtype=bool)
     status: Status = "no_solution" if moves is None else "feasible"
     if moves is None or moves > bound:
-        status, moves, bound, best = _prove(layer, best, bound, allow, engine, stop)
+        status, moves, bound, best = _prove(layer, best, bound, all_pairs, engine, stop)
     return _told(status, moves, bound, best, started)
 
 
@@ -337,7 +340,7 @@ def _prove(
     layer: _Layer,
     best: list[list[int]] | None,
     bound: int,
-    allowed: BoolArray | None,
+    all_pairs: bool,
     engine: str,
     stop: Stop,
 ) -> tuple[Status, int | None, int, list[list[int]] | None]:
@@ -349,11 +352,11 @@ def _prove(
     bound = counts.bound
     if counts.infeasible:
         return ("infeasible" if moves is None else status), moves, bound, best
-    for pairs in [*_narrow(counts, allowed), allowed]:
+    for pairs in [*_narrow(counts), *([None] if all_pairs else [])]:
         answer, found = layer.solved((bound, moves), pairs, engine, stop)
         if found is not None:
             best, moves = found, _moves(layer.live, found)
-        if answer is not None and pairs is allowed:  # only with all pairs it speaks of every plan
+        if answer is not None and pairs is None:  # only all pairs speak of every plan
             if answer.status == "infeasible":
                 bound, status = (bound, "infeasible") if moves is None else (moves, status)
             elif math.isfinite(answer.bound):
@@ -363,13 +366,12 @@ def _prove(
     return status, moves, bound, best
 
 
-def _narrow(counts: MoveCounts, allowed: BoolArray | None) -> list[BoolArray]:
+def _narrow(counts: MoveCounts) -> list[BoolArray]:
     """Few pairs among which a plan with these counts may be found: of both ends, then of the experts."""
     if counts.sent_E is None or counts.entered_G is None:
         return []
     sent, entered = counts.sent_E > 0, counts.entered_G > 0
-    pairs: list[BoolArray] = [sent[:, None] & entered, np.repeat(sent[:, None], len(entered), axis=1)]
-    return pairs if allowed is None else [one & allowed for one in pairs]
+    return [sent[:, None] & entered, np.repeat(sent[:, None], len(entered), axis=1)]
 
 
 def _told(

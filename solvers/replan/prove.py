@@ -49,9 +49,12 @@ class MinMoves(Heuristic):
         problem, stop = task.problem, task.stop
         live_LGC, tolerance = live_slots(problem), problem.objective.balance_tolerance
         wish = ReplanWish(tolerance=tolerance, seed=task.seed, until_stopped=True)
-        slots_LGC = replan_within(problem, wish, stop=part_of(stop, 0.25)).slots_LGC
+        first = replan_within(problem, wish, stop=part_of(stop, 0.4))
+        slots_LGC = first.slots_LGC
         wanted_L = np.maximum(token_bound(problem) * (1 + tolerance), layer_times(problem, slots_LGC))
         least_L = min_moves_bound(problem.load_LE, live_LGC, problem.topology.speed_G, wanted_L)
+        inside_L = wanted_L <= first.target_L  # where the re-plan's own bounds speak of the same time
+        least_L = np.maximum(least_L, np.where(inside_L, first.least_moves_L, 0))
         moves_L = layer_moves(problem, slots_LGC, live_LGC)
         open_L = [int(x) for x in np.flatnonzero(moves_L > least_L)]
         for done, layer in enumerate(sorted(open_L, key=lambda x: (moves_L[x], x))):
@@ -66,6 +69,7 @@ class MinMoves(Heuristic):
                 known=[[e for e in row if e >= 0] for row in slots_LGC[layer].tolist()],
                 stop=part_of(stop, 1.0 / (len(open_L) - done)),
                 engine=task.options.engine,
+                least=int(least_L[layer]),
             )
             least_L[layer] = max(int(least_L[layer]), answer.bound)
             if answer.content is not None and answer.moves is not None and answer.moves < moves_L[layer]:

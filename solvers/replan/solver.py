@@ -152,17 +152,19 @@ class Replan(Heuristic):
         problem = task.problem
         live_LGC = live_slots(problem)
         horizon = problem.objective.horizon
+        least: list[IntArray] = []
         if horizon is not None:
             slots_LGC = self._while_it_pays(task, live_LGC, horizon)
         else:
             slots_LGC = best_over_scenarios(
                 problem,
-                lambda guise: self._within_limits(replace(task, problem=guise), live_LGC),
+                lambda guise: self._within_limits(replace(task, problem=guise), live_LGC, least),
                 stop=task.stop,
                 moves=True,
             )
         share_LGC = best_shares(problem, slots_LGC)
-        proof = _moves_proof(problem, live_LGC, slots_LGC, share_LGC)
+        known_L = least[0] if least and problem.loads.shape[0] == 1 else None
+        proof = _moves_proof(problem, live_LGC, slots_LGC, share_LGC, known_L)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, proof=proof)
 
     def finished(self, problem: Problem, plan: Plan) -> Plan:
@@ -172,7 +174,10 @@ class Replan(Heuristic):
             return plan
         return plan.replace(payback=payback_of(problem, plan, live_slots(problem)))
 
-    def _within_limits(self, task: Task[ReplanOptions], live_LGC: SlotArray) -> SlotArray:
+    def _within_limits(
+        self, task: Task[ReplanOptions], live_LGC: SlotArray, least: list[IntArray]
+    ) -> SlotArray:
+        """A placement within the limits; to `least` goes what the first re-plan proved of its moves."""
         problem, limits = task.problem, task.problem.limits
         budget, cost_L = _budget(problem)
         staged = limits.max_layer_moves is not None or limits.max_move_seconds is not None
@@ -185,6 +190,7 @@ class Replan(Heuristic):
             return replan_within(problem, wish, stop=part_of(task.stop, share))
 
         first = run(budget, 0.4 if staged else 0.9)
+        least.append(first.least_moves_L)
         slots_LGC = first.slots_LGC
         if limits.max_layer_moves is not None:
             slots_LGC = _cap_layers(task, live_LGC, slots_LGC, limits.max_layer_moves)
@@ -326,8 +332,14 @@ def _cap_layers(task: Task[ReplanOptions], live_LGC: SlotArray, slots_LGC: SlotA
     return slots_LGC
 
 
-def _moves_proof(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, share_LGC: FloatArray) -> str:
-    """How many moves any plan as balanced needs at least, as a sentence."""
+def _moves_proof(
+    problem: Problem,
+    live_LGC: SlotArray,
+    slots_LGC: SlotArray,
+    share_LGC: FloatArray,
+    known_L: IntArray | None,
+) -> str:
+    """How many moves any plan as balanced needs at least, as a sentence; `known_L`: within the tolerance."""
     assert problem.current is not None
     if problem.split == "equal" or problem.current.partial:
         return ""
@@ -336,6 +348,8 @@ def _moves_proof(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, sh
     speed_G = problem.topology.speed_G
     reached_L = np.maximum(wanted_L, gpu_times(problem.load_LE, slots_LGC, share_LGC, speed_G).max(1))
     least_L = min_moves_bound(problem.load_LE, live_LGC, speed_G, reached_L)
+    if known_L is not None:
+        least_L = np.maximum(least_L, np.where(reached_L <= wanted_L * (1 + 1e-9), known_L, 0))
     return f"{int(moves_L.sum())} replicas move; any plan as balanced moves at least {int(least_L.sum())}"
 
 

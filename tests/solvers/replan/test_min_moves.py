@@ -101,13 +101,29 @@ def test_a_time_limit_is_never_called_a_proof() -> None:
     assert nothing.content is None
 
 
-def test_restricted_pairs_are_respected() -> None:
-    live = np.array([[0, 1], [2, -1], [3, -1]])
-    allowed = np.zeros((4, 3), dtype=bool)
-    allowed[:, 1] = True
-    proof = min_moves([4.0, 3.0, 0.5, 0.5], live, [2, 2, 2], np.ones(3), 4.5, allowed_EG=allowed)
-    assert proof.content is not None
-    assert proof.content[2] == [3]
+def test_few_pairs_give_a_bound_and_often_the_plan() -> None:
+    equal = 0
+    for seed in range(4):
+        after, live, capacity = drift(seed, 24, 6, 5, 0.8)
+        time = float(after.sum() / 6) * 1.01
+        quick, proof = (
+            min_moves(after[0], live[0], capacity[0], np.ones(6), time, all_pairs=every)
+            for every in (False, True)
+        )
+        assert proof.status == "optimal"
+        assert quick.bound <= proof.bound
+        if quick.moves is not None:
+            assert quick.moves >= proof.moves
+            equal += quick.status == "optimal"
+    assert equal >= 2
+
+
+def test_moves_that_are_known_to_be_needed_are_believed() -> None:
+    live = np.array([[0, 1], [2, -1]])
+    args = ([3.0, 1.0, 1.0], live, [2, 2], np.ones(2), 3.0)
+    assert min_moves(*args).moves == 1
+    assert min_moves(*args, known=[[0], [2, 1]], least=1, engine="pulp").status == "optimal"
+    assert min_moves([1.0, 1.0, 1.0], live, [2, 2], np.ones(2), 3.0, least=1).moves == 0, "it may stay"
 
 
 def test_bad_known_plans_are_refused() -> None:
