@@ -15,7 +15,8 @@ from moeless_opt.problems.errors import (
     SolverUnavailableError,
     UnsupportedFeatureError,
 )
-from moeless_opt.problems.io.recordings import read_loads
+from moeless_opt.problems.io import load_plan
+from moeless_opt.problems.io.recordings import frame_loads, read_loads
 from moeless_opt.problems.plan import Plan, ProgressCallback, Result, Status
 from moeless_opt.problems.plan.verify import verify
 from moeless_opt.problems.spec import (
@@ -63,14 +64,21 @@ __all__ = [
 
 
 def as_loads(loads: ArrayLike | Loads | str | PathLike[str]) -> Loads:
-    """Whatever `plan` accepts as loads: an array, a `Loads`, or the path of a recording."""
+    """Whatever `plan` accepts as loads: an array, a `Loads`, or the path of a recording.
+
+    A data frame (pandas, polars) with columns for layer, expert and count is a table as in a CSV file, any
+    other a row for each layer. What an array masks is no load.
+    """
     if isinstance(loads, Loads):
         return loads
     if isinstance(loads, str | PathLike):
         return read_loads(loads)
-    if hasattr(loads, "detach"):  # a torch tensor, possibly on a GPU
-        loads = loads.detach().cpu().numpy()
-    return Loads(load_TLE=np.asarray(loads))
+    if hasattr(loads, "columns"):
+        table = frame_loads(loads)
+        if table is not None:
+            return table
+    given: Any = loads.filled(0) if isinstance(loads, np.ma.MaskedArray) else loads
+    return Loads(load_TLE=given)
 
 
 def make_problem(
@@ -91,6 +99,8 @@ def make_problem(
 ) -> Problem:
     """The `Problem` that `plan` with the same arguments solves."""
     load = as_loads(loads)
+    if isinstance(current, str | PathLike):
+        current = load_plan(current)
     if isinstance(topology, str):
         topology = Topology.preset(topology)
     elif isinstance(topology, Mapping):
@@ -109,11 +119,11 @@ def make_problem(
     if limits is not None:
         extra["limits"] = limits
     if sizing is not None:
-        extra["sizing"] = Sizing(policy=sizing) if isinstance(sizing, str) else sizing
+        extra["sizing"] = Sizing.of(sizing) if isinstance(sizing, str) else sizing
     if time is not None:
         extra["time"] = time
     if expert_bytes is not None:
-        extra["expert_bytes_L"] = np.asarray(expert_bytes)
+        extra["expert_bytes_L"] = expert_bytes
     if current is not None and not repair:
         extra["current"] = Placement.of(current, load.shape[2])
     problem = Problem(
@@ -154,12 +164,13 @@ def plan(
 
     Parameters
     ----------
-    loads : array [L, E] or [T, L, E], Loads, or path
+    loads : array [L, E] or [T, L, E], data frame, Loads, or path
         Token-expert pairs per layer and expert, of one forward pass or window; with a leading axis,
-        several scenarios. A path is read as a recording (see `read_loads`).
+        several scenarios. A path is read as a recording (see `read_loads`); a data frame with columns layer,
+        expert and count is a table.
     topology : Topology, str or mapping
         The GPUs; a preset's name; or the JSON form.
-    current : Plan, Placement or array [L, G, C], optional
+    current : Plan, Placement, array [L, G, C] or path of a plan, optional
         What is live now: the plan then moves as little as it can.
     model : ModelSpec or str, optional
         Gives the bytes of an expert.

@@ -49,15 +49,44 @@ def frozen(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _numeric(where: str, value: ArrayLike) -> NDArray[Any]:
+    given: Any = value
+    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
+        raise ProblemError(where, "has masked entries; say what they are (`.filled(...)`)")
     try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
+        if hasattr(given, "detach"):  # a torch tensor: on a GPU, with gradients, of a type that NumPy lacks
+            given = given.detach()
+            given = (given.double() if given.is_floating_point() else given).cpu().numpy()
+        array = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, OverflowError) as error:
         raise ProblemError(where, f"not an array of numbers ({error})") from None
+    if array.dtype.kind == "V" and array.dtype.names is None and "float" in array.dtype.name:
+        return array.astype(np.float64)  # bfloat16 and its like, as JAX has them
+    if array.dtype.kind == "O":
+        array = _unboxed(where, array)
     if array.dtype.kind not in "iufb":
-        if array.dtype.kind == "O" and array.size and all(isinstance(x, int) for x in array.flat):
-            raise ProblemError(where, "holds a number too large for 64 bits")
         raise ProblemError(where, f"must hold numbers, got {array.dtype} ({type(value).__name__})")
     return array
+
+
+def _unboxed(where: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Python's numbers in an array of objects as an array of numbers; anything else comes back as it is."""
+    kinds = set(map(type, array.flat))
+    if not array.size or not all(issubclass(kind, int | float | np.integer | np.floating) for kind in kinds):
+        return array
+    whole_numbers = all(issubclass(kind, int | np.integer) for kind in kinds)
+    try:
+        return array.astype(np.int64 if whole_numbers else np.float64)
+    except OverflowError:
+        raise ProblemError(where, "holds a number too large for 64 bits") from None
+
+
+def _shown(value: object) -> str:
+    """A value in a message: of a length to read, and no number of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"an {type(value).__name__} of thousands of digits"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def floats(where: str, value: ArrayLike, *, low: float = 0.0, open_low: bool = False) -> FloatArray:
@@ -68,7 +97,8 @@ def floats(where: str, value: ArrayLike, *, low: float = 0.0, open_low: bool = F
     ProblemError
         Naming the first offending entry by its index.
     """
-    array = _numeric(where, value).astype(np.float64, copy=True)
+    with np.errstate(over="ignore"):  # what float64 cannot hold is infinite, and refused below
+        array = _numeric(where, value).astype(np.float64, copy=True)
     # One reduction settles the usual case: NaN and infinity both fail it.
     if array.size:
         least, most = float(array.min()), float(array.max())
@@ -87,7 +117,7 @@ def integers(where: str, value: ArrayLike, *, low: int = 0, high: int | None = N
     kind = array.dtype.kind
     if kind == "b" or (kind == "f" and not (np.isfinite(array).all() and (array == np.rint(array)).all())):
         raise ProblemError(where, "must hold whole numbers")
-    if kind != "i" and array.size and float(array.max()) >= 2.0**63:
+    if kind != "i" and array.size and not -(2.0**63) <= float(array.min()) <= float(array.max()) < 2.0**63:
         raise ProblemError(where, "holds a number too large for 64 bits")
     result = array.astype(np.int64, copy=True)
     if result.size:
@@ -111,7 +141,7 @@ def number(where: str, value: object, *, low: float = 0.0, open_low: bool = Fals
         result = np.inf
     if not ((result > low if open_low else result >= low) and result < np.inf):
         need = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
-        raise ProblemError(where, f"is {value!r}, must be {need}")
+        raise ProblemError(where, f"is {_shown(value)}, must be {need}")
     return result
 
 
@@ -120,7 +150,7 @@ def whole(where: str, value: object, *, low: int = 0, high: int = 2**62) -> int:
     good = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not good or not low <= value <= high or int(value) != value:  # type: ignore[operator, call-overload]
         need = f"of at least {low}" if high >= 2**62 else f"from {low} to {high}"
-        raise ProblemError(where, f"is {value!r}, must be a whole number {need}")
+        raise ProblemError(where, f"is {_shown(value)}, must be a whole number {need}")
     return int(value)  # type: ignore[call-overload, no-any-return]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from moeless_opt.problems.arrays import Record, number, whole
 from moeless_opt.problems.errors import ProblemError
@@ -246,3 +247,24 @@ class Sizing(Record):
         if self.ddof not in (0, 1):
             raise ProblemError("sizing.ddof", f"is {self.ddof!r}, must be 0 (population) or 1 (sample)")
         object.__setattr__(self, "imbalance", number("sizing.imbalance", self.imbalance, low=1.0))
+
+    @classmethod
+    def of(cls, rule: str) -> Sizing:
+        """The sizing of a short rule: a policy, or ``cv=0.2``, ``makespan=1.05`` (an imbalance).
+
+        Raises
+        ------
+        ProblemError
+            If there is no such policy, or it takes no value.
+        """
+        policy, given, value = rule.partition("=")
+        field = {SizingPolicy.CV: "cv", SizingPolicy.MAKESPAN: "imbalance"}.get(policy)  # type: ignore[call-overload]
+        if not given:
+            return cls(policy=policy)
+        if field is None:
+            raise ProblemError("sizing", f"is {rule!r}: {policy!r} takes no value")
+        try:
+            setting: dict[str, Any] = {"policy": policy, field: float(value)}
+        except ValueError:
+            raise ProblemError("sizing", f"is {rule!r}: {value!r} is no number") from None
+        return cls(**setting)

@@ -210,6 +210,14 @@ class Controller:
             raise ProblemError("planner", "has no plan_layer, which the per-layer mode needs")
         load_E, index = np.ascontiguousarray(load_E, dtype=np.float64), self._index(layer)
         wanted_GC = planner.plan_layer(index, load_E, slots_GC) if load_E.any() else slots_GC
+        found: object = wanted_GC
+        array = found if isinstance(found, np.ndarray) else None
+        if array is None or array.dtype.kind != "i" or array.shape[:-1] != (len(slots_GC),):
+            text = type(found).__name__ if array is None else f"{array.dtype} {array.shape}"
+            raise ProblemError(
+                "planner",
+                f"returned {text} for a layer, must return whole numbers [{len(slots_GC)} GPUs, slots]",
+            )
         check_slots(wanted_GC, load_E.size, self._capacity_G(index, len(slots_GC), load_E.size))
         seconds = clock.perf_counter() - began
         return LayerDecision(layer=layer, load_E=load_E, slots_GC=wanted_GC, applied=None, seconds=seconds)
@@ -255,6 +263,14 @@ class Controller:
         if not callable(self.planner):
             raise ProblemError("planner", "plans single layers only; the windowed mode needs a callable")
         plan = self.planner(load_LE, slots_LGC)
+        found: object = plan
+        if not isinstance(found, Plan):
+            raise ProblemError("planner", f"returned {type(found).__name__}, must return a Plan")
+        there = slots_LGC.shape[:2]
+        if plan.slots_LGC.shape[:2] != there:
+            raise ProblemError(
+                "planner", f"returned a plan of {plan.slots_LGC.shape[:2]} layers and GPUs, there are {there}"
+            )
         return plan, clock.perf_counter() - began
 
     def _decide(self, at_pass: int, plan: Plan, seconds: float) -> Decision:

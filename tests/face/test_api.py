@@ -30,7 +30,8 @@ GPUS = mo.uniform(1, 4, slots=3)
 
 
 def test_whatever_can_be_loads() -> None:
-    torch_like = type("Tensor", (), {"detach": lambda self: self, "cpu": lambda self: self})()
+    same = {name: lambda self: self for name in ("detach", "cpu")}
+    torch_like = type("Tensor", (), {**same, "is_floating_point": lambda self: False})()
     torch_like.numpy = lambda: np.array([[1, 2]])
     want = mo.Loads(load_TLE=[[1.0, 2.0]])
     for form in ([[1, 2]], ((1, 2),), np.array([[1, 2]], dtype=np.uint8), np.array([[[1, 2]]]), torch_like):
@@ -38,6 +39,65 @@ def test_whatever_can_be_loads() -> None:
     assert as_loads(want) is want
     with pytest.raises(mo.FormatError, match=r"nothing-here\.npy"):
         as_loads("nothing-here.npy")
+
+
+def test_tensors_of_any_kind_can_be_loads() -> None:
+    torch = pytest.importorskip("torch")
+    want = as_loads([[1.0, 2.0]])
+    for kind in (torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.uint8):
+        assert as_loads(torch.tensor([[1, 2]], dtype=kind)) == want
+    assert as_loads(torch.tensor([[1.0, 2.0]], requires_grad=True)) == want
+    for tensor in (
+        torch.eye(2).to_sparse(),
+        torch.ones(2, 2, device="meta"),
+        torch.tensor([[1j]]),
+    ):
+        with pytest.raises(mo.ProblemError, match=r"^loads: (not an array of|must hold) numbers"):
+            as_loads(tensor)
+
+
+def test_what_is_masked_is_no_load() -> None:
+    masked = np.ma.masked_array([[1.0, 2.0, 1000.0]], mask=[[0, 0, 1]])
+    assert as_loads(masked) == as_loads([[1.0, 2.0, 0.0]])
+    with pytest.raises(mo.ProblemError, match=r"^topology\.speed: has masked entries"):
+        mo.uniform(1, 3, slots=1, speed=masked[0])
+
+
+class Frame(dict[str, list[Any]]):
+    """What is used of a data frame."""
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.array([list(row) for row in zip(*self.values(), strict=True)])
+
+
+def test_data_frames_are_tables() -> None:
+    long = {"layer": [3, 3, 4, 4], "expert": [0, 1, 0, 1], "count": [4, 3.5, 2, 1]}
+    want = mo.Loads(load_TLE=[[4.0, 3.5], [2.0, 1.0]], layers=(3, 4))
+    wide = {"a": [1, 2], "b": [3, 4], "c": [5, 6]}
+    frames: list[Any] = [Frame]
+    try:
+        import pandas
+    except ImportError:
+        pass
+    else:
+        frames.append(pandas.DataFrame)
+    for frame in frames:
+        got = as_loads(frame(long))
+        assert (got.load_TLE == want.load_TLE).all()
+        assert got.layers == want.layers
+        assert (as_loads(frame({"Tokens": long["count"], **long})).load_TLE == want.load_TLE).all()
+        assert as_loads(frame(wide)) == as_loads([[1, 3, 5], [2, 4, 6]])
+        for changes, message in (
+            ({"count": [4, -3, 2, 1]}, "loads: line 2: count is '-3', must be a number >= 0"),
+            ({"count": [4, 3, None, 1]}, "loads: line 3: count is '(None|nan)'"),
+            ({"expert": [0, 1, 0.5, 1]}, "loads: line 3: expert is '0.5', must be a whole number from 0"),
+        ):
+            with pytest.raises(mo.FormatError, match=message):
+                as_loads(frame(long | changes))
 
 
 def test_loads_in_any_form_give_the_same_plan(tmp_path: Path) -> None:
@@ -67,13 +127,32 @@ def test_topologies_in_any_form() -> None:
         mo.plan(LOAD, "8xH1000")
 
 
-def test_live_placements_in_any_form() -> None:
+def test_live_placements_in_any_form(tmp_path: Path) -> None:
     first = mo.plan(LOAD, GPUS)
-    forms = (first, first.placement, first.slots_LGC, first.slots_LGC.tolist())
+    mo.save_plan(first, tmp_path / "live.npz")
+    path = tmp_path / "live.npz"
+    forms = (first, first.placement, first.slots_LGC, first.slots_LGC.tolist(), path, str(path))
     plans = [mo.plan(np.array(LOAD)[:, ::-1], GPUS, current=form) for form in forms]
     for plan in plans:
         assert not plan.moves.cold
         assert (plan.slots_LGC == plans[0].slots_LGC).all()
+
+
+def test_sizing_by_a_short_rule() -> None:
+    assert make_problem(LOAD, GPUS, sizing="cv=0.3").sizing == mo.Sizing(policy="cv", cv=0.3)
+    assert make_problem(LOAD, GPUS, sizing="makespan=1.2").sizing == mo.Sizing(
+        policy="makespan", imbalance=1.2
+    )
+    assert make_problem(LOAD, GPUS, sizing="cv").sizing == mo.Sizing(policy="cv")
+    for rule, message in (
+        ("slots=3", "sizing: is 'slots=3': 'slots' takes no value"),
+        ("cv=low", "sizing: is 'cv=low': 'low' is no number"),
+        ("cv=", "sizing: is 'cv=': '' is no number"),
+        ("makespan=0.5", "sizing.imbalance: is 0.5"),
+        ("all", "sizing.policy: is 'all'"),
+    ):
+        with pytest.raises(mo.ProblemError, match=message):
+            mo.plan(LOAD, GPUS, sizing=rule)
 
 
 def test_arguments_reach_the_problem() -> None:
@@ -188,7 +267,7 @@ def test_scenarios() -> None:
         (LOAD, {"model": "Phi-3.5-MoE"}, "model: Phi-3.5-MoE has 16 experts per layer, the loads have 8"),
         (LOAD, {"expert_bytes": -1}, "expert_bytes: is -1"),
         (LOAD, {"current": [[[0]]]}, r"current\.slots"),
-        (LOAD, {"current": "plan.json"}, r"current\.slots: must hold numbers"),
+        (LOAD, {"current": "plan.json"}, r"plan\.json: cannot be read: No such file"),
         (LOAD, {"time_limit": 0}, "time_limit: is 0, must be above 0"),
         (LOAD, {"time_limit": -1.5}, "time_limit: is -1.5"),
         (LOAD, {"seed": -1}, "seed: is -1, must be a whole number"),

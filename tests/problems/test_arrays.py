@@ -30,6 +30,11 @@ from tests.strategies import few, planned, problems
         (None, "x: must hold numbers"),
         ([1 + 2j], "x: must hold numbers"),
         ([2**70], "x: holds a number too large for 64 bits"),
+        ([1, None], "x: must hold numbers"),
+        (np.array([1, True, "2"], dtype=object), "x: must hold numbers"),
+        (np.array([np.longdouble("1e4000")]), r"x\[0\]: is inf, must be finite"),
+        (np.ma.masked_array([1.0, 2.0], mask=[0, 1]), "x: has masked entries"),
+        (np.zeros(2, dtype=[("float", "f8")]), "x: must hold numbers"),
     ],
 )
 def test_floats_name_the_offending_entry(value: Any, message: str) -> None:
@@ -46,12 +51,20 @@ def test_floats_name_the_offending_entry(value: Any, message: str) -> None:
         ([1, -1], r"x\[1\]: is -1, must be from 0 to 3"),
         ([4], r"x\[0\]: is 4, must be from 0 to 3"),
         ([1e30], "x: holds a number too large for 64 bits"),
+        ([-1e30], "x: holds a number too large for 64 bits"),
+        (np.array([1, -(2**70)], dtype=object), "x: holds a number too large for 64 bits"),
         (np.array([2**64 - 1], dtype=np.uint64), "x: holds a number too large for 64 bits"),
     ],
 )
 def test_integers_name_the_offending_entry(value: Any, message: str) -> None:
     with pytest.raises(ProblemError, match=message):
         integers("x", value, high=3)
+
+
+def test_numbers_in_boxes_are_numbers() -> None:
+    assert floats("x", np.array([1, 2.5, np.float32(3)], dtype=object)).tolist() == [1.0, 2.5, 3.0]
+    assert integers("x", np.array([[1, np.int8(2)]], dtype=object)).tolist() == [[1, 2]]
+    assert floats("x", np.ma.masked_array([1.0], mask=[0])).tolist() == [1.0]
 
 
 def test_integers_without_an_upper_end() -> None:
@@ -70,6 +83,15 @@ def test_floats_with_an_open_end() -> None:
 def test_number_refuses(value: Any) -> None:
     with pytest.raises(ProblemError, match=r"^x: is .*must be a finite number of at least 0"):
         number("x", value)
+
+
+def test_no_message_prints_a_number_of_thousands_of_digits() -> None:
+    for refuse in (number, whole):
+        with pytest.raises(ProblemError, match=r"x: is an int of thousands of digits, must be"):
+            refuse("x", 10**5000)
+        with pytest.raises(ProblemError, match=r"x: is 'aaa.*\.\.\., must be") as caught:
+            refuse("x", "a" * 10**6)
+        assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("value", [None, "1", True, [1], float("nan"), float("inf"), 1.5, -1, 10**400])

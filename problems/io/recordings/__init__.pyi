@@ -1,1 +1,2 @@
+from .read import frame_loads as frame_loads
 from .read import read_loads as read_loads

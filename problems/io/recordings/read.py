@@ -49,7 +49,7 @@ from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Found, Sourc
 from moeless_opt.problems.io.recordings.tables import TableReader
 from moeless_opt.problems.spec import Loads
 
-__all__ = ["Recording", "read_loads", "read_recording"]
+__all__ = ["Recording", "frame_loads", "read_loads", "read_recording"]
 
 
 # Names of arrays that hold loads of logical experts, the likelier first. Those of `_STEPPED` have a leading
@@ -170,7 +170,32 @@ def read_recording(
 
 def read_loads(path: str | PathLike[str], **options: Any) -> Loads:
     """Read a recording of any supported format as loads; see `read_recording` for the options."""
-    recording = read_recording(path, **options)
+    return _as_loads(read_recording(path, **options))
+
+
+def frame_loads(frame: Any) -> Loads | None:
+    """Loads of a data frame with columns for layer, expert and count, as in a table's file; else None.
+
+    Parameters
+    ----------
+    frame : data frame
+        Of pandas, polars or the like: it has ``columns``, and ``frame[name]`` is one of them.
+
+    Raises
+    ------
+    FormatError
+        If a row does not fit.
+    """
+    source = Source("loads", None, None, read_limit())
+    names = [str(name) for name in frame.columns]
+    reader = TableReader(source)
+    if not reader.is_long(names):
+        return None
+    found = reader.from_columns(names, [frame[name] for name in frame.columns])
+    return _as_loads(_Reader(source).finish(found, None, "sum"))
+
+
+def _as_loads(recording: Recording) -> Loads:
     return Loads(
         load_TLE=recording.load_TLE,
         layers=recording.layers,

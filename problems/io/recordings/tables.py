@@ -53,6 +53,18 @@ class TableReader:
         note = "no header: columns taken as layer, expert, count"
         return self._from_long(chain([first], rows), {"layer": 0, "expert": 1, "count": 2}, 3, (note,))
 
+    def is_long(self, names: list[str]) -> bool:
+        """Whether a header has columns for layer, expert and count."""
+        return {"layer", "expert", "count"} <= self._roles(names).keys()
+
+    def from_columns(self, names: list[str], columns: Iterable[Iterable[object]]) -> Found:
+        """Read a long table that is in memory, of these columns."""
+        rows = (
+            (number, [str(cell).strip() for cell in row])
+            for number, row in enumerate(zip(*columns, strict=True), start=1)
+        )
+        return self._from_long(rows, self._columns(names), len(names), ())
+
     def _rows(self, text: str) -> Iterator[tuple[int, list[str]]]:
         """Yield (line number, cells) of the rows that are neither blank nor comments."""
         first = next((line for line in io.StringIO(text) if line.strip() and not line.startswith("#")), "")
@@ -70,7 +82,8 @@ class TableReader:
         except csv.Error as error:
             raise self.source.error(f"line {reader.line_num}: no readable table ({error})") from None
 
-    def _columns(self, names: list[str]) -> dict[str, int]:
+    def _roles(self, names: list[str]) -> dict[str, int]:
+        """Which column plays which part, as far as the header says."""
         header = [_canonical(name) for name in names]
         columns: dict[str, int] = {}
         roles = {"layer": _LAYER, "expert": _EXPERT, "count": _COUNT, "scenario": _SCENARIO, "step": _STEP}
@@ -81,6 +94,10 @@ class TableReader:
             )
             if found is not None:
                 columns[role] = found
+        return columns
+
+    def _columns(self, names: list[str]) -> dict[str, int]:
+        columns = self._roles(names)
         missing = [role for role in ("layer", "expert", "count") if role not in columns]
         if missing:
             raise self.source.error(

@@ -156,6 +156,20 @@ def test_bad_arguments() -> None:
         Controller(backend, Planner(topology=TOPOLOGY), decay=1.0)
 
 
+@pytest.mark.parametrize("wrong", [None, [[0, 1]], np.zeros((G, 2)), np.zeros((G + 1, 2), int), np.int64(3)])
+def test_what_is_no_plan_of_a_planner_is_refused(wrong: Any) -> None:
+    controller = Controller(Notebook([skewed(0)]), lambda load_LE, slots_LGC: wrong, every=1)
+    with pytest.raises(ProblemError, match=r"^planner: returned .*must return a Plan"):
+        controller.after()
+    other = mo.plan([[1.0] * E], mo.uniform(1, G, slots=3))  # of one layer
+    controller = Controller(Notebook([skewed(0)]), lambda load_LE, slots_LGC: other, every=1)
+    with pytest.raises(ProblemError, match=r"^planner: returned a plan of \(1, 4\) layers and GPUs"):
+        controller.after()
+    single = SimpleNamespace(plan_layer=lambda layer, load_E, slots_GC: wrong)
+    with pytest.raises(ProblemError, match=r"^planner: returned .*must return whole numbers \[4 GPUs"):
+        Controller(Lanes(), single).before_layer(0, skewed(0)[0].astype(float))
+
+
 class Single:
     """Puts the busiest expert everywhere; knows single layers only."""
 
