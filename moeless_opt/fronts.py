@@ -20,7 +20,8 @@ from moeless_opt.problems.plan import (
     objective_vector,
 )
 from moeless_opt.problems.plan.verify import verify
-from moeless_opt.problems.spec import PRIORITIES, Problem, bytes_text, equal_shares, html_table
+from moeless_opt.problems.spec import PRIORITIES, Problem, equal_shares
+from moeless_opt.problems.text import bytes_text, html_table
 from moeless_opt.report import table, terminal_width
 from moeless_opt.solvers.construct import construct_equal, construct_fractional
 from moeless_opt.solvers.core import Clock, Stop, hull_steps, lower_bound

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray
-from moeless_opt.problems.errors import SolverUnavailableError, printable
+from moeless_opt.problems.errors import SolverUnavailableError
 from moeless_opt.problems.files import format_of
 from moeless_opt.problems.plan import Plan, gpu_times, imbalance
 from moeless_opt.problems.spec import Problem, equal_shares
+from moeless_opt.problems.text import printable
 
 __all__ = ["need_matplotlib", "picture", "picture_format", "plain_title", "plot_loads"]
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.plan import Plan, Result, StoppedBy
-from moeless_opt.problems.spec import Problem, bytes_text, html_table
+from moeless_opt.problems.spec import Problem
+from moeless_opt.problems.text import bytes_text, html_table, printable
 
 __all__ = [
     "BOUND_ROW",
@@ -220,6 +221,7 @@ def paragraph(text: str, indent: str = "") -> str:
 
 def show(text: str) -> None:
     """Print; in a pager where a person's screen is too small for it."""
+    text = printable(text, keep="\n")
     screen = shutil.get_terminal_size((80, 24)).lines
     if text.count("\n") + 2 > screen and sys.stdout.isatty() and sys.stdin.isatty():
         import pydoc
@@ -237,6 +239,7 @@ def table(
 
     With a width, columns are drawn together where it is too narrow, and words in the last one are wrapped.
     """
+    rows = [[printable(cell) for cell in line] for line in rows]
     last = len(head) - 1
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
     left = (0, last) if words_last else (0,)

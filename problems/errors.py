@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from moeless_opt.problems.text import printable
+
 __all__ = [
     "FormatError",
     "InfeasibleError",
@@ -10,17 +12,9 @@ __all__ = [
     "ProblemError",
     "SolverUnavailableError",
     "UnsupportedFeatureError",
-    "printable",
 ]
 
 _LONGEST = 2000
-
-
-def printable(text: str) -> str:
-    """A text with what would command a terminal (escapes, line ends, direction marks) spelled out."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
 
 
 def _told(text: str) -> str:

@@ -1,6 +1,6 @@
 """Files and streams: read within limits, written whole or not at all, and nothing destroyed that is no file.
 
-One limit, ``MOELESS_MAX_READ`` (256 MiB; a number of bytes, or one with a unit such as ``2GiB``), holds for
+One limit, ``MOELESS_MAX_READ`` (256 MB; a number of bytes, or one with a unit such as ``2GiB``), holds for
 everything that a reader takes into memory: a file, what its compression unpacks to, the arrays in it. Text
 takes many times its size when it is parsed and is read up to a quarter of it. The next byte of a pipe is
 waited for ``MOELESS_READ_SECONDS`` (60).
@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from os import PathLike
 
 from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.problems.text import bytes_text
 
 __all__ = [
     "GZIP",
@@ -39,30 +40,21 @@ __all__ = [
     "read_bytes",
     "read_limit",
     "read_text",
-    "size_text",
     "text_limit",
 ]
 
 STDIN = "-"
 """The name of standard input where a file is to be read."""
 GZIP = b"\x1f\x8b"
-_MAX_READ = 256 * 2**20
+_MAX_READ = 256 * 10**6
 _SECONDS = 60.0
 _CHUNK = 2**20
 _MEMBERS = 10_000
 """Most members of an archive: each costs half a kilobyte before anything of it is read."""
 
 
-def size_text(size: float) -> str:
-    """A number of bytes for people: ``2 bytes``, ``1.5 KiB``, ``256 MiB``."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}" if size < 1000 * factor else f"{size / factor:.0f} {unit}"
-    return f"{size:.0f} bytes"
-
-
 def read_limit() -> int:
-    """Bytes that a reader takes into memory at most: ``MOELESS_MAX_READ``, or 256 MiB.
+    """Bytes that a reader takes into memory at most: ``MOELESS_MAX_READ``, or 256 MB.
 
     Raises
     ------
@@ -166,8 +158,8 @@ def read_text(path: str | PathLike[str]) -> str:
     if len(raw) > text_limit():
         raise FormatError(
             name,
-            f"is text of {size_text(len(raw))}; text takes many times its size in memory and is read up to "
-            f"{size_text(text_limit())}, a quarter of MOELESS_MAX_READ",
+            f"is text of {bytes_text(len(raw))}; text takes many times its size in memory and is read up to "
+            f"{bytes_text(text_limit())}, a quarter of MOELESS_MAX_READ",
         )
     try:
         return raw.decode("utf-8-sig")
@@ -188,7 +180,7 @@ def _refuse_kind(name: str, mode: int) -> None:
 def _too_long(name: str, size: int, most: int) -> FormatError:
     return FormatError(
         name,
-        f"has {size_text(size)}, more than the limit of {size_text(most)}; sum its steps, save arrays as "
+        f"has {bytes_text(size)}, more than the limit of {bytes_text(most)}; sum its steps, save arrays as "
         ".npz, or raise MOELESS_MAX_READ",
     )
 
@@ -257,7 +249,7 @@ def gunzipped(raw: bytes, name: str, *, limit: int | None = None) -> bytes:
             left -= len(parts[-1])
             if left < 0:
                 raise FormatError(
-                    name, f"unpacks to more than {size_text(most)}; raise MOELESS_MAX_READ to read it"
+                    name, f"unpacks to more than {bytes_text(most)}; raise MOELESS_MAX_READ to read it"
                 )
     if raw[at:].strip(b"\0"):
         raise FormatError(name, "is a damaged gzip file: bytes follow its end")
@@ -296,7 +288,7 @@ def check_archive(raw: bytes, name: str, *, limit: int | None = None) -> None:
         size = sum(entry.file_size for entry in archive.infolist())
     if size > most:
         raise FormatError(
-            name, f"unpacks to {size_text(size)}; up to {size_text(most)} are read (MOELESS_MAX_READ)"
+            name, f"unpacks to {bytes_text(size)}; up to {bytes_text(most)} are read (MOELESS_MAX_READ)"
         )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from moeless_opt.cli.options import RECORDINGS
 from moeless_opt.cli.units import gpu_list, per_gpu, size
 from moeless_opt.problems.arrays import integers
 from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.problems.files import STDIN, gunzipped, named, read_bytes
 from moeless_opt.problems.instances import instance_names, load_instance
-from moeless_opt.problems.io import load_plan, load_problem, load_slots, read_json
+from moeless_opt.problems.io import load_plan, load_slots, parse_json, problem_from_json, read_json
 from moeless_opt.problems.io.recordings import read_loads
 from moeless_opt.problems.spec import (
     TOPOLOGY_PRESETS,
@@ -26,17 +27,13 @@ from moeless_opt.problems.spec import (
     Problem,
     Sizing,
     Topology,
-    bytes_text,
     held_LGE,
     model_preset,
 )
+from moeless_opt.problems.text import bytes_text
+from moeless_opt.terminal import say
 
-__all__ = ["read_problem", "say"]
-
-
-def say(text: str) -> None:
-    """Tell a person, on standard error."""
-    print(text, file=sys.stderr)
+__all__ = ["read_problem"]
 
 
 def read_problem(args: argparse.Namespace) -> Problem:
@@ -48,16 +45,23 @@ def read_problem(args: argparse.Namespace) -> Problem:
         If a file cannot be read, or an option is of no use for it.
     """
     name = args.problem
-    if not Path(name).exists() and name in instance_names():
+    if name != STDIN and not os.path.lexists(name.replace("\0", "?")):
+        if name not in instance_names():
+            near = difflib.get_close_matches(name, instance_names(), n=1)
+            hint = (
+                f"; did you mean the instance {near[0]!r}?" if near else " nor the name of a shipped instance"
+            )
+            raise FormatError(name, f"is no file{hint}")
         problem = _override(load_instance(name), args, f"{name} is a shipped instance")
-    elif not Path(name).is_file():
-        near = difflib.get_close_matches(name, instance_names(), n=1)
-        hint = f"; did you mean the instance {near[0]!r}?" if near else " nor the name of a shipped instance"
-        raise FormatError(name, f"is no file{hint}")
-    elif _is_problem(name):
-        problem = _override(load_problem(name), args, f"{name} is a problem")
     else:
-        problem = _recorded(args)
+        raw = read_bytes(name)  # once: it may be a pipe
+        document = _document(raw, name)
+        if document is None:
+            problem = _recorded(raw, args)
+        else:
+            with named(name):
+                problem = problem_from_json(document, folder=Path(name).parent)
+            problem = _override(problem, args, f"{name} is a problem")
     problem = _with_live(problem, args)
     for key in ("max_moves", "max_move_bytes"):
         if getattr(args, key) is not None and problem.current is None:
@@ -66,22 +70,21 @@ def read_problem(args: argparse.Namespace) -> Problem:
     return problem
 
 
-def _is_problem(path: str) -> bool:
-    """Whether a file is one of our documents (anything else is read as a recording)."""
-    with Path(path).open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+def _document(raw: bytes, name: str) -> Any:
+    """One of our documents; None where the file is none (and is read as a recording)."""
+    start = gunzipped(raw, name)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"{") or b'"format"' not in start:
-        return False
-    data = read_json(path)
+        return None
+    data = parse_json(raw, name)
     form = data.get("format") if isinstance(data, dict) else None
     if form == "moeless-plan":
-        raise FormatError(path, "is a plan, not a problem; use it with --current or --check")
-    return isinstance(form, str)
+        raise FormatError(name, "is a plan, not a problem; use it with --current or --check")
+    return data if isinstance(form, str) else None
 
 
-def _recorded(args: argparse.Namespace) -> Problem:
+def _recorded(raw: bytes, args: argparse.Namespace) -> Problem:
     options = {key: getattr(args, key) for key in RECORDINGS if getattr(args, key) is not None}
-    loads = read_loads(args.problem, **options)
+    loads = read_loads(args.problem, content=raw, **options)
     topology = _topology(args, None)
     if topology is None:
         raise ProblemError(
@@ -96,7 +99,7 @@ def _recorded(args: argparse.Namespace) -> Problem:
         split=args.split or "fractional",
         balance_tolerance=args.tolerance,
         limits=_limits(args, None),
-        sizing=None if args.sizing is None else _sizing(args.sizing),
+        sizing=args.sizing,
         name=Path(args.problem).stem,
     )
 
@@ -115,7 +118,7 @@ def _override(problem: Problem, args: argparse.Namespace, what: str) -> Problem:
     if args.split is not None and args.split != problem.split:
         changes |= {"split": args.split, "known": None}
     if args.sizing is not None:
-        changes["sizing"] = _sizing(args.sizing)
+        changes["sizing"] = Sizing.of(args.sizing)
     if args.max_moves is not None or args.max_move_bytes is not None:
         changes["limits"] = _limits(args, problem.limits)
     if args.tolerance is not None:
@@ -180,22 +183,6 @@ def _limits(args: argparse.Namespace, given: Limits | None) -> Limits | None:
     if args.max_move_bytes is not None:
         changes["max_move_bytes"] = size(args.max_move_bytes, "--max-move-bytes")
     return (given or Limits()).replace(**changes) if changes else given
-
-
-def _sizing(text: str) -> Sizing:
-    """Read ``cv=0.2`` and the like."""
-    policy, _, value = text.partition("=")
-    field = {"cv": "cv", "makespan": "imbalance"}.get(policy)
-    if not value:
-        return Sizing(policy=policy)
-    try:
-        number = float(value)
-    except ValueError:
-        raise ProblemError("--sizing", f"is {text!r}: {value!r} is no number") from None
-    if field is None:
-        raise ProblemError("--sizing", f"is {text!r}: {policy!r} takes no value")
-    chosen: dict[str, Any] = {"policy": policy, field: number}
-    return Sizing(**chosen)
 
 
 # --- the GPUs ----------------------------------------------------------------------------------------------

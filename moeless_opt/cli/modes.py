@@ -8,18 +8,19 @@ import warnings
 from typing import Any
 
 from moeless_opt.api import export_model, judge, recommend_redundancy
-from moeless_opt.cli.inputs import say
 from moeless_opt.plots import picture_format
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.files import atomic_write
 from moeless_opt.problems.instances import instance_names, instance_summary
 from moeless_opt.problems.io import load_plan, save_plan
 from moeless_opt.problems.plan import Plan, violations
-from moeless_opt.problems.spec import Problem, bytes_text
+from moeless_opt.problems.spec import Problem
+from moeless_opt.problems.text import bytes_text
 from moeless_opt.progress import Display
 from moeless_opt.report import paragraph, show, table, terminal_width
 from moeless_opt.signals import Signals
 from moeless_opt.solvers.core import FirstOf, MaxTime, Stop, list_solvers, lower_bound
+from moeless_opt.terminal import say
 
 __all__ = ["bounds", "check", "export", "instances", "recommend", "solvers", "trade_off"]
 

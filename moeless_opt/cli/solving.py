@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from moeless_opt.api import compare, solve
-from moeless_opt.cli.inputs import say
 from moeless_opt.plots import picture_format, plot_loads
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.files import atomic_write
 from moeless_opt.problems.io import plan_to_json, save_plan
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.spec import Problem
+from moeless_opt.problems.text import printable
 from moeless_opt.progress import Display
 from moeless_opt.report import BOUND_ROW, Comparison, row_of, show, worst_layers
 from moeless_opt.signals import Signals
 from moeless_opt.solvers.core import get_solver, require, required_features, solver_names
+from moeless_opt.terminal import say
 
 __all__ = ["find_plan", "run_solvers"]
 
@@ -182,8 +183,10 @@ def _schedule(problem: Problem, plan: Plan) -> bytes:
 def describe(problem: Problem) -> str:
     """The problem in a few lines."""
     loads, topology = problem.loads, problem.topology
-    lines = [f"{problem.name or 'problem'}: {loads!r}", f"on {topology!r}, {problem.split} split"]
-    lines += [f"note: {note}" for note in loads.notes]
+    lines = [f"{printable(problem.name) or 'problem'}: {loads!r}", f"on {topology!r}, {problem.split} split"]
+    lines += [f"note: {printable(note)}" for note in loads.notes]
     if problem.known is not None and problem.known.best_L:
-        lines.append(f"best known: {sum(problem.known.best_L):.6g} over all layers ({problem.known.source})")
+        lines.append(
+            f"best known: {sum(problem.known.best_L):.6g} over all layers ({printable(problem.known.source)})"
+        )
     return "\n".join(lines)

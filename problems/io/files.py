@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.codec import Fields
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.files import check_archive, gunzipped, read_bytes, size_text, text_limit
+from moeless_opt.problems.files import check_archive, gunzipped, read_bytes, text_limit
+from moeless_opt.problems.text import bytes_text
 
 __all__ = [
     "VERSION",
@@ -51,8 +52,8 @@ def parse_json(raw: bytes, name: str) -> Any:
     if len(raw) > text_limit():
         raise FormatError(
             name,
-            f"is JSON of {size_text(len(raw))}; up to {size_text(text_limit())} are read: keep large arrays "
-            "in an .npz, or raise MOELESS_MAX_READ to four times its size",
+            f"is JSON of {bytes_text(len(raw))}; up to {bytes_text(text_limit())} are read: keep large "
+            "arrays in an .npz, or raise MOELESS_MAX_READ to four times its size",
         )
     try:
         text = raw.decode("utf-8-sig")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, IntArray, Record, SlotArray
-from moeless_opt.problems.spec import Topology, bytes_text, held_LGE
+from moeless_opt.problems.spec import Topology, held_LGE
+from moeless_opt.problems.text import bytes_text
 
 __all__ = [
     "HOST",

@@ -10,7 +10,8 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, SlotArray, frozen, number
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.evaluate import new_replicas
-from moeless_opt.problems.spec import Placement, Problem, bytes_text, html_facts, replica_counts, span
+from moeless_opt.problems.spec import Placement, Problem, replica_counts, span
+from moeless_opt.problems.text import bytes_text, html_facts, printable
 
 __all__ = ["PROVEN", "Certificate", "Moves", "Payback", "Plan", "Status", "count_moves"]
 
@@ -282,7 +283,7 @@ class Plan(Record):
 
     def __repr__(self) -> str:
         layers, gpus, slots = self.slots_LGC.shape
-        title = f" {self.name}" if self.name else ""
+        title = f" {printable(self.name)}" if self.name else ""
         worst = int(np.argmax(self.imbalance_L))
         payback = f"\n  {self.payback!r}" if self.payback else ""
         proof = f"\n  {self.certificate.proof}" if self.certificate.proof else ""

@@ -10,7 +10,8 @@ from typing import Any
 from moeless_opt.problems.arrays import Record
 from moeless_opt.problems.plan.objective import objective_vector
 from moeless_opt.problems.plan.plan import Plan, Status
-from moeless_opt.problems.spec import Problem, html_facts
+from moeless_opt.problems.spec import Problem
+from moeless_opt.problems.text import html_facts
 
 __all__ = ["Progress", "ProgressCallback", "Result", "StoppedBy"]
 

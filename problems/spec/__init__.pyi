@@ -13,9 +13,6 @@ from .placement import replica_counts as replica_counts
 from .placement import replica_keys as replica_keys
 from .problem import Known as Known
 from .problem import Problem as Problem
-from .text import bytes_text as bytes_text
-from .text import html_facts as html_facts
-from .text import html_table as html_table
 from .time_model import TOKENS as TOKENS
 from .time_model import TimeModel as TimeModel
 from .topology import TOPOLOGY_PRESETS as TOPOLOGY_PRESETS

@@ -9,6 +9,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, Record, floats, whole
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.text import printable
 
 __all__ = ["Loads", "span"]
 
@@ -171,9 +172,10 @@ class Loads(Record):
         parts = [f"{layers} layers x {experts} experts", f"hottest expert {skew:.2f} x mean"]
         if t > 1:
             parts.insert(0, f"{t} scenarios")
+        source = f", from {printable(self.source)}" if self.source else ""
         if self.skipped:
             parts.append(f"dense layers {span(self.skipped)} skipped")
-        return f"Loads({', '.join(parts)}{', from ' + self.source if self.source else ''})"
+        return f"Loads({', '.join(parts)}{source})"
 
 
 def _indices(where: str, value: Iterable[object]) -> tuple[int, ...]:

@@ -14,10 +14,10 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.loads import Loads, span
 from moeless_opt.problems.spec.placement import Placement
-from moeless_opt.problems.spec.text import bytes_text, html_facts
 from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.problems.spec.wishes import SPLITS, Limits, Objective, Sizing, Split
+from moeless_opt.problems.text import bytes_text, html_facts, printable
 
 __all__ = ["Known", "Problem"]
 
@@ -316,7 +316,7 @@ class Problem(Record):
         return sha.hexdigest()[:16]
 
     def __repr__(self) -> str:
-        title = f"{self.name}: " if self.name else ""
+        title = f"{printable(self.name)}: " if self.name else ""
         live = "" if self.current is None else ", from a live placement"
         return f"Problem({title}{self.loads!r} on {self.topology!r}, {self.split} split{live})"
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, floats, integers, number, whole
 from moeless_opt.problems.codec import NUMBER, Fields, moved, read_record
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.problems.spec.text import bytes_text
+from moeless_opt.problems.text import bytes_text, printable
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -337,7 +337,7 @@ class Topology(Record):
         if self.memory_G is not None:
             room += f", {_bytes_range(self.memory_G)} per GPU for experts"
         speed = "" if self.is_uniform else f", speeds {_range(self.speed_G)}"
-        return f"Topology({self.name}: {self.gpus} GPUs in {self.nodes} node(s){room}{speed})"
+        return f"Topology({printable(self.name)}: {self.gpus} GPUs in {self.nodes} node(s){room}{speed})"
 
 
 def _explicit(entry: Fields, links: Links) -> Topology:

@@ -1,7 +1,7 @@
 """``moeless-simulate``: the paper's comparison, ablations and sweeps, in simulated time.
 
-The options are made from the fields of `Scenario`. Exit codes: 0 fine, 1 infeasible, 2 bad input, 130
-interrupted.
+The options are made from the fields of `Scenario`. Exit codes: 0 fine, 1 infeasible, 2 bad input, 3 a package
+is missing, 130 ended by Ctrl-C and 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moeless_opt.plots import need_matplotlib, picture_format
-from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
+from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.files import check_output
 from moeless_opt.progress import Display
 from moeless_opt.report import table
@@ -26,30 +26,27 @@ from moeless_opt.runtime.simulate.policies import POLICIES, Policy, list_policie
 from moeless_opt.runtime.simulate.report import SimRow
 from moeless_opt.runtime.simulate.run import LEGEND, simulate
 from moeless_opt.runtime.simulate.scenario import Scenario
+from moeless_opt.signals import Signals
 from moeless_opt.solvers.pack import fast
+from moeless_opt.terminal import guarded
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    try:
-        return _run(_parser().parse_args(argv))
-    except InfeasibleError as error:
-        return _fail(1, f"infeasible: {error}")
-    except ProblemError as error:
-        # What Python calls by the field is called by the option here.
-        known = {part.name for part in fields(Scenario)}
-        return _fail(2, f"{_flag(error.where)}: {error.what}" if error.where in known else str(error))
-    except (MoelessError, OSError) as error:
-        return _fail(2, str(error))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
 
+    def body(signals: Signals) -> int:
+        try:
+            return _run(_parser().parse_args(argv))
+        except ProblemError as error:
+            # What Python calls by the field is called by the option here.
+            known = {part.name for part in fields(Scenario)}
+            raise type(error)(
+                _flag(error.where) if error.where in known else error.where, error.what
+            ) from None
 
-def _fail(code: int, text: str) -> int:
-    print(f"moeless-simulate: {text}", file=sys.stderr)
-    return code
+    return guarded("moeless-simulate", body)
 
 
 # -------------------------------------------------------------------------------------------- options

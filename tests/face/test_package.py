@@ -73,7 +73,16 @@ def test_bare_folders_are_never_imported() -> None:
 # --- which way imports run ---------------------------------------------------------------------------------
 
 ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
-    "problems": (("errors",), ("arrays",), ("codec", "files"), ("spec",), ("plan",), ("io",), ("instances",)),
+    "problems": (
+        ("text",),
+        ("errors",),
+        ("arrays",),
+        ("codec", "files"),
+        ("spec",),
+        ("plan",),
+        ("io",),
+        ("instances",),
+    ),
     "solvers": (
         ("core",),
         ("shares", "pack", "migration"),

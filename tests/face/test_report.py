@@ -11,7 +11,7 @@ import pytest
 
 import moeless_opt as mo
 from moeless_opt.problems.plan.result import Progress
-from moeless_opt.problems.spec import bytes_text
+from moeless_opt.problems.text import bytes_text
 from moeless_opt.progress import Display
 from moeless_opt.report import row_of, seconds_text, table, worst_layers
 from moeless_opt.solvers.core.stopping import Interrupt

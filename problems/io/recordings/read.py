@@ -43,11 +43,12 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray
 from moeless_opt.problems.errors import FormatError, SolverUnavailableError
-from moeless_opt.problems.files import gunzipped, open_zip, read_bytes, read_limit, size_text, text_limit
+from moeless_opt.problems.files import gunzipped, open_zip, read_bytes, read_limit, text_limit
 from moeless_opt.problems.io.recordings.arrays import Array, NpzArray, Value, npy_array, plain_numbers
 from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Found, Source, cut, shape_text
 from moeless_opt.problems.io.recordings.tables import TableReader
 from moeless_opt.problems.spec import Loads
+from moeless_opt.problems.text import bytes_text
 
 __all__ = ["Recording", "frame_loads", "read_loads", "read_recording"]
 
@@ -141,7 +142,7 @@ def read_recording(
         loads). Default: up to the highest that occurs.
     max_bytes : int, optional
         Largest file, after decompression, and largest array as float64. Text (JSON, tables), which takes many
-        times its size in memory, is read up to a quarter of it. By default the limit of all readers: 256 MiB,
+        times its size in memory, is read up to a quarter of it. By default the limit of all readers: 256 MB,
         or what the environment variable ``MOELESS_MAX_READ`` says.
     content : bytes, optional
         The bytes of the file, where they have been read already (a pipe can be read only once).
@@ -246,8 +247,8 @@ class _Reader:
         most = text_limit(self.source.max_bytes)
         if len(raw) > most:
             raise self.error(
-                f"is text of {size_text(len(raw))}; text takes many times its size in memory and is read up "
-                f"to {size_text(most)}: sum its steps first, save it as .npz, or raise MOELESS_MAX_READ"
+                f"is text of {bytes_text(len(raw))}; text takes many times its size in memory and is read up "
+                f"to {bytes_text(most)}: sum its steps first, save it as .npz, or raise MOELESS_MAX_READ"
             )
         if "\0" in text:
             raise self.error(f"is binary in no known format; known: {_KNOWN_FORMATS}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from moeless_opt.problems.errors import FormatError
-from moeless_opt.problems.files import size_text
+from moeless_opt.problems.text import bytes_text
 
 __all__ = ["LARGEST_LOAD", "Found", "Source", "cut", "kind_text", "shape_text"]
 
@@ -42,7 +42,7 @@ class Source:
     @property
     def most(self) -> str:
         """The limit in words."""
-        return size_text(self.max_bytes)
+        return bytes_text(self.max_bytes)
 
     def error(self, what: str) -> FormatError:
         """Return the error that names the file."""

@@ -5,14 +5,24 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-__all__ = ["bytes_text", "html_facts", "html_table"]
+__all__ = ["bytes_text", "html_facts", "html_table", "printable"]
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """A text with what would command a terminal (escapes, line ends, direction marks) spelled out.
+
+    Characters of `keep` stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(x if x.isprintable() or x in keep else x.encode("unicode_escape").decode() for x in text)
 
 
 def bytes_text(count: int | float, digits: int = 3) -> str:
     """Render bytes with a unit, powers of 1000."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
+        if value < 999.5:
             return f"{value:.{digits}g} {unit}"
         value /= 1000
     return f"{value:.{max(digits, 4)}g} TB"
