@@ -20,11 +20,13 @@ from moeless_opt.solvers.core import NeverStop, Stop
 from moeless_opt.solvers.pack.counts import apportion, hostable
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.pack.swaps import improve
+from moeless_opt.solvers.pack.two_slots import fold
 
 __all__ = ["resize"]
 
 
 _CASES = 256  # packed at a time: more are no quicker, and stop is asked between them
+_CELLS = 1 << 25  # pairs of expert and GPU in the cases that are packed at a time
 LEANS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
@@ -79,6 +81,7 @@ def resize(
         goal_L=mean_L if goal_L is None else goal_L,
         width=slots.shape[2],
         swaps={"rounds": 3, "focus": 2, "backend": backend},
+        pairs=bool((capacity_LG == 2).all() and (speed_G == speed_G[0]).all()) and slots.shape[1] > 1,
         stop=stop,
     )
     counts = _count(slots, E)
@@ -140,6 +143,7 @@ class _Bench:
     goal_L: FloatArray
     width: int  # slots of the widest GPU of all layers
     swaps: dict[str, Any]
+    pairs: bool  # every GPU has two slots and the same speed
     stop: Stop
     seen: set[tuple[int, bytes]] = field(default_factory=set)
 
@@ -159,16 +163,20 @@ class _Bench:
         base, counts = base[keep], counts[keep]
         shape = (0, self.capacity_LG.shape[1], self.width)
         trial = _Trial(base[:0], counts[:0], np.empty(shape, dtype=np.int32), np.empty(0), np.empty(0))
-        for start in range(0, len(base), _CASES):
+        cases = max(min(_CASES, _CELLS // (self.load_LE.shape[1] * self.capacity_LG.shape[1])), 1)
+        for start in range(0, len(base), cases):
             if start and self.stop():
                 break
-            part = slice(start, start + _CASES)
+            part = slice(start, start + cases)
             trial = trial.joined(self._packed(base[part], counts[part]))
         return trial
 
     def _packed(self, base: IntArray, counts: IntArray) -> _Trial:
         """Pack and swap cases."""
         load, capacity = self.load_LE[base], self.capacity_LG[base]
+        if self.pairs:
+            slots = fold(load, counts, capacity.shape[1])
+            return _Trial(base, counts, slots, *self.score(base, slots))
         slots = pack(load, counts, capacity, self.speed_G, backend=self.swaps["backend"])
         slots = improve(
             load, slots, capacity, self.speed_G, goal_L=self.goal_L[base], stop=self.stop, **self.swaps
@@ -245,6 +253,11 @@ def _shifts(load_E: FloatArray, counts_E: IntArray, cap: int, empty: int, width:
     load, counts = np.append(load_E, 0.0), np.append(counts_E, empty)
     grown = load[givers] / np.maximum(counts[givers] - 1, 1)
     relieved = load[takers] / np.maximum(counts[takers], 1)
+    # The best sums are sums of the best, one of which may be of no use: its giver is its taker.
+    few = np.sort(np.argsort(grown, kind="stable")[: width + 1])
+    givers, grown = givers[few], grown[few]
+    few = np.sort(np.argsort(-relieved, kind="stable")[: width + 1])
+    takers, relieved = takers[few], relieved[few]
     worth = np.where(givers[:, None] == takers, -np.inf, relieved - grown[:, None])
     order = np.argsort(-worth, axis=None, kind="stable")[:width]
     order = order[worth.flat[order] > -np.inf]

@@ -24,6 +24,7 @@ __all__ = ["improve"]
 
 # Stands for "may not be swapped": larger than any load, and far enough from overflow to be added up.
 BARRED = 1e300
+_FEW_SLOTS = 4
 
 
 def improve(
@@ -121,9 +122,11 @@ class _State:
         self.goal = goal
         beyond = np.arange(C) >= usable[:, :, None]
         self.barred: BoolArray | None = beyond if beyond.any() else None
-        self.held = np.zeros((L, G, E + 1), dtype=bool)
-        self.held[np.arange(L)[:, None, None], np.arange(G)[:, None], slots] = True
-        self.held[:, :, E] = False  # index -1: an empty slot clashes with nothing
+        self.held: BoolArray | None = None
+        if C > _FEW_SLOTS:  # with few, the slots of two GPUs are quicker compared than looked up
+            self.held = np.zeros((L, G, E + 1), dtype=bool)
+            self.held[np.arange(L)[:, None, None], np.arange(G)[:, None], slots] = True
+            self.held[:, :, E] = False  # index -1: an empty slot clashes with nothing
         self.stale = np.zeros(L, dtype=np.int64)
         self.stuck = np.zeros(L, dtype=bool)
 
@@ -133,10 +136,9 @@ class _State:
         if open_A.all():
             return len(open_A) > 0
         self.done[self.layer_A[~open_A]] = self.expert[~open_A]
-        for name in ("layer_A", "expert", "weight", "time", "held", "goal", "stale", "stuck"):
-            setattr(self, name, getattr(self, name)[open_A])
-        if self.barred is not None:
-            self.barred = self.barred[open_A]
+        for name in ("layer_A", "expert", "weight", "time", "goal", "stale", "stuck", "held", "barred"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name)[open_A])
         return bool(open_A.any())
 
     def result(self) -> SlotArray:
@@ -173,8 +175,12 @@ class _State:
         time_a, time_b = self.time[rows, slow], self.time[rows, fast]
         inv_a, inv_b = self.inverse_G[slow], self.inverse_G[fast]
         level = (time_a - time_b) / (inv_a + inv_b)  # tokens to shift so that both finish together
-        bar_a = self.held[rows[:, :, None], fast[:, :, None], expert_a]
-        bar_b = self.held[rows[:, :, None], slow[:, :, None], expert_b]
+        if self.held is not None:
+            bar_a = self.held[rows[:, :, None], fast[:, :, None], expert_a]
+            bar_b = self.held[rows[:, :, None], slow[:, :, None], expert_b]
+        else:
+            clash = (expert_a[:, :, :, None] == expert_b[:, :, None, :]) & (expert_a >= 0)[:, :, :, None]
+            bar_a, bar_b = clash.any(axis=3), clash.any(axis=2)
         if self.barred is not None:
             bar_a |= self.barred[rows, slow]
             bar_b |= self.barred[rows, fast]
@@ -202,7 +208,8 @@ class _State:
         self.weight[row, gpu_a, slot_a] = weight_b[row, pair, slot_b]
         self.weight[row, gpu_b, slot_b] = weight_a[row, pair, slot_a]
         self.time[row, gpu_a], self.time[row, gpu_b] = new_a[row, pair], new_b[row, pair]
-        self.held[row, gpu_a, out] = self.held[row, gpu_b, into] = False
-        self.held[row, gpu_a, into] = self.held[row, gpu_b, out] = True
-        self.held[:, :, -1] = False
+        if self.held is not None:
+            self.held[row, gpu_a, out] = self.held[row, gpu_b, into] = False
+            self.held[row, gpu_a, into] = self.held[row, gpu_b, out] = True
+            self.held[:, :, -1] = False
         return gained
