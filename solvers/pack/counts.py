@@ -142,8 +142,13 @@ def hostable(replicas_LE: Any, capacity_LG: Any) -> BoolArray:
     -------
     array of bool, shape [L]
     """
-    replicas = -np.sort(-np.asarray(replicas_LE, dtype=np.int64), axis=1)
-    places = _places(np.asarray(capacity_LG, dtype=np.int64), replicas.shape[1])
+    replicas, capacity = np.asarray(replicas_LE, dtype=np.int64), np.asarray(capacity_LG, dtype=np.int64)
+    if (capacity == capacity[:, :1]).all():  # equal GPUs host any counts up to one per GPU
+        fits = replicas.sum(axis=1) <= capacity.sum(axis=1)
+        most = np.where(capacity[:, 0] > 0, capacity.shape[1], 0)
+        return np.asarray(fits & (replicas.max(axis=1, initial=0) <= most), dtype=np.bool_)
+    replicas = -np.sort(-replicas, axis=1)
+    places = _places(capacity, replicas.shape[1])
     return np.asarray((replicas.cumsum(axis=1) <= places).all(axis=1), dtype=np.bool_)
 
 

@@ -122,10 +122,10 @@ class _Trial(NamedTuple):
     top: FloatArray
     excess: FloatArray
 
-    def joined(self, other: _Trial) -> _Trial:
-        """Both."""
-        fields: Any = zip(self, other, strict=True)
-        return _Trial(*(np.concatenate(pair) for pair in fields))
+    def joined(self, *others: _Trial) -> _Trial:
+        """This one and all others."""
+        fields: Any = zip(self, *others, strict=True)
+        return _Trial(*(np.concatenate(each) for each in fields))
 
     def least(self, value: FloatArray) -> IntArray:
         """The case of least value of each layer."""
@@ -162,14 +162,14 @@ class _Bench:
             self.seen.add(key)
         base, counts = base[keep], counts[keep]
         shape = (0, self.capacity_LG.shape[1], self.width)
-        trial = _Trial(base[:0], counts[:0], np.empty(shape, dtype=np.int32), np.empty(0), np.empty(0))
+        parts = [_Trial(base[:0], counts[:0], np.empty(shape, dtype=np.int32), np.empty(0), np.empty(0))]
         cases = max(min(_CASES, _CELLS // (self.load_LE.shape[1] * self.capacity_LG.shape[1])), 1)
         for start in range(0, len(base), cases):
             if start and self.stop():
                 break
             part = slice(start, start + cases)
-            trial = trial.joined(self._packed(base[part], counts[part]))
-        return trial
+            parts.append(self._packed(base[part], counts[part]))
+        return _Trial.joined(*parts)
 
     def _packed(self, base: IntArray, counts: IntArray) -> _Trial:
         """Pack and swap cases."""
