@@ -37,6 +37,7 @@ def improve(
     goal_L: FloatArray | None = None,
     rounds: int = 8,
     focus: int = 16,
+    only_late: bool = False,
     backend: str = "numpy",
     stop: Stop | None = None,
 ) -> SlotArray:
@@ -63,6 +64,9 @@ def improve(
         Most paired rounds.
     focus : int
         Most focused rounds after them.
+    only_late : bool
+        Leave pairs of GPUs alone that both meet the layer's goal: fewer swaps, where each has its price. Done
+        by NumPy alone.
     backend : {"numpy", "numba"}
         Which of the two twins does the work; the result is the same.
     stop : Stop, optional
@@ -85,10 +89,11 @@ def improve(
     mean = load_LE.sum(axis=1) / speed.sum()
     floor = np.maximum(mean, weight.max(axis=(1, 2)) / speed.max())
     goal = target * floor if goal_L is None else np.maximum(floor, goal_L)
-    if backend == "numba":
+    if backend == "numba" and not only_late:
         fast.swap_rounds(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1], rounds, focus)
         return empties_last(slots)
     state = _State(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1])
+    state.only_late = only_late
     for step in range(rounds):
         if not state.settle() or not state.pair_round(step) or (stop is not None and stop()):
             break
@@ -129,6 +134,7 @@ class _State:
             self.held[:, :, E] = False  # index -1: an empty slot clashes with nothing
         self.stale = np.zeros(L, dtype=np.int64)
         self.stuck = np.zeros(L, dtype=bool)
+        self.only_late = False
 
     def settle(self) -> bool:
         """Put layers that are done (or stuck) away; False when none is left."""
@@ -196,6 +202,8 @@ class _State:
         later = np.maximum(new_a, new_b)
         later[bar_a[rows, pairs, i] | bar_b[rows, pairs, j]] = np.inf
         gained: BoolArray = later < time_a
+        if self.only_late:
+            gained &= time_a > self.goal[:, None]
         if only_best:
             pick = later.argmin(axis=1)
             self.stuck = ~gained[np.arange(A), pick]

@@ -29,6 +29,7 @@ from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.plan import best_bound
 from moeless_opt.problems.spec import equal_shares
 from moeless_opt.solvers.core import NeverStop, Stop
+from moeless_opt.solvers.replan.equal_wide import MANY_PAIRS, replan_equal_wide
 from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
 from moeless_opt.solvers.replan.shake import put_back
 from moeless_opt.solvers.replan.task import (
@@ -321,6 +322,8 @@ def replan_equal(task: ReplanTask, wish: ReplanWish | None = None, *, stop: Stop
         Placement, equal shares, times, moves and bounds. A layer that the search cannot bring to the wanted
         time has the best time that it found; ``least_moves_L`` is one where the live placement misses it.
     """
+    if task.load_LE.shape[1] * len(task.speed_G) >= MANY_PAIRS:
+        return replan_equal_wide(task, wish, stop=stop)
     wish, stop = wish or ReplanWish(), stop or NeverStop()
     load, speed = task.load_LE, task.speed_G
     L, E = load.shape

@@ -7,9 +7,9 @@ The first prints, for as many GPUs as experts, what `moeless_opt.plan` takes fro
 plan whose loads have drifted (times lognormal noise of sigma 0.3), for both splits: seconds of processor time
 and the peak memory of a process of its own, everything included (bounds, verification, certificate), and by
 what factor a doubling of the size multiplies the seconds. The second prints one equal split of 58 x 256
-experts on 32 x 9 slots: median of many warm calls, compiled and not, of the construction alone and of the whole
-call. With ``--data`` the loads are those of DIR/deepseek_v3_counts.npz (workloads side by side where more
-experts are wanted, the next workload as the drift), else lognormal.
+experts on 32 x 9 slots: median of many warm calls, compiled and not, of the construction alone and of the
+whole call. With ``--data`` the loads are those of DIR/deepseek_v3_counts.npz (workloads side by side where
+more experts are wanted, the next workload as the drift), else lognormal.
 """
 
 from __future__ import annotations
