@@ -15,6 +15,7 @@ import ast
 import contextlib
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -186,9 +187,11 @@ def _difference(source: str, code: str) -> str:
 def reason(mutant: Mutant, difference: str) -> str | None:
     """Why a mutant can't be seen, if it is known."""
     for one in KNOWN["equivalent"]:
-        if one["file"] == mutant.file and (
-            one.get("change") == difference or one.get("line") == difference.split(" => ")[0]
-        ):
+        if one["file"] not in (mutant.file, "any"):
+            continue
+        if difference == one.get("change") or difference.split(" => ")[0] == one.get("line"):
+            return str(one["why"])
+        if "pattern" in one and re.search(one["pattern"], difference):
             return str(one["why"])
     return None
 

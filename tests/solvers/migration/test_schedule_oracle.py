@@ -146,6 +146,18 @@ def test_layers_of_priority_go_first() -> None:
         assert order == sorted(range(4), key=lambda x: -priority[x])
 
 
+def test_the_busiest_receiver_goes_before_a_layer_of_priority() -> None:
+    """One port sends: three replicas to a GPU, and one of a layer of priority to another GPU."""
+    topology = Topology.uniform(1, 3, slots=4, links=LINKS[0])
+    before = np.full((2, 3, 4), -1, dtype=np.int32)
+    before[:, 0] = np.arange(4)
+    after = before.copy()
+    after[0, 1, :3] = [0, 1, 2]
+    after[1, 2, 0] = 3
+    found = schedule_migration(before, after, 4, topology, priority_L=np.array([0, 5]))
+    assert [(one.layer, one.target) for one in found.transfers] == [(0, 1), (0, 1), (1, 2), (0, 1)]
+
+
 @pytest.mark.parametrize("most", [4, 7, 9, 30])
 def test_steps_within_their_bytes_are_not_wasted(most: int) -> None:
     """Eight GPUs each send one replica of 4 bytes on: as many at once as the bytes allow."""
