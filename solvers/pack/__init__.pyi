@@ -8,6 +8,7 @@ from .patterns import solve_patterns as solve_patterns
 from .recount import resize as resize
 from .supports import Supports as Supports
 from .supports import best_supports as best_supports
+from .swaps import hasten as hasten
 from .swaps import improve as improve
 from .two_slots import best_counts as best_counts
 from .two_slots import fold as fold

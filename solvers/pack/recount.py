@@ -81,7 +81,6 @@ def resize(
         goal_L=mean_L if goal_L is None else goal_L,
         width=slots.shape[2],
         swaps={"rounds": 3, "focus": 2, "backend": backend},
-        pairs=bool((capacity_LG == 2).all() and (speed_G == speed_G[0]).all()) and slots.shape[1] > 1,
         stop=stop,
     )
     counts = _count(slots, E)
@@ -123,7 +122,7 @@ class _Trial(NamedTuple):
     excess: FloatArray
 
     def joined(self, *others: _Trial) -> _Trial:
-        """This one and all others."""
+        """All of them."""
         fields: Any = zip(self, *others, strict=True)
         return _Trial(*(np.concatenate(each) for each in fields))
 
@@ -143,9 +142,14 @@ class _Bench:
     goal_L: FloatArray
     width: int  # slots of the widest GPU of all layers
     swaps: dict[str, Any]
-    pairs: bool  # every GPU has two slots and the same speed
     stop: Stop
     seen: set[tuple[int, bytes]] = field(default_factory=set)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether every GPU has two slots and the same speed."""
+        equal = bool((self.capacity_LG == 2).all() and (self.speed_G == self.speed_G[0]).all())
+        return equal and len(self.speed_G) > 1
 
     def score(self, base: IntArray, slots: SlotArray) -> tuple[FloatArray, FloatArray]:
         """Time of the slowest GPU, and sum over the GPUs of the squared time above the goal."""

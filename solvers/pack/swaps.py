@@ -19,7 +19,7 @@ from moeless_opt.solvers.core import Stop
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.pack.packing import empties_last
 
-__all__ = ["improve"]
+__all__ = ["hasten", "improve"]
 
 
 # Stands for "may not be swapped": larger than any load, and far enough from overflow to be added up.
@@ -37,7 +37,6 @@ def improve(
     goal_L: FloatArray | None = None,
     rounds: int = 8,
     focus: int = 16,
-    only_late: bool = False,
     backend: str = "numpy",
     stop: Stop | None = None,
 ) -> SlotArray:
@@ -64,9 +63,6 @@ def improve(
         Most paired rounds.
     focus : int
         Most focused rounds after them.
-    only_late : bool
-        Leave pairs of GPUs alone that both meet the layer's goal: fewer swaps, where each has its price. Done
-        by NumPy alone.
     backend : {"numpy", "numba"}
         Which of the two twins does the work; the result is the same.
     stop : Stop, optional
@@ -80,28 +76,50 @@ def improve(
     load_LE = np.ascontiguousarray(load_LE, dtype=np.float64)
     speed = np.asarray(speed_G, dtype=np.float64)
     slots = np.array(slots_LGC, dtype=np.int32)
-    L, G, C = slots.shape
-    if G < 2 or L == 0:
+    if slots.shape[1] < 2 or len(slots) == 0:
         return slots
-    usable = np.minimum(np.asarray(capacity_LG, dtype=np.int64), C)
-    weight = even_pieces(load_LE, slots)
-    time = slot_sums(weight) * (1.0 / speed)
-    mean = load_LE.sum(axis=1) / speed.sum()
-    floor = np.maximum(mean, weight.max(axis=(1, 2)) / speed.max())
+    usable, weight, time, floor = _measured(load_LE, slots, capacity_LG, speed)
     goal = target * floor if goal_L is None else np.maximum(floor, goal_L)
-    if backend == "numba" and not only_late:
+    if backend == "numba":
         fast.swap_rounds(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1], rounds, focus)
         return empties_last(slots)
     state = _State(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1])
-    state.only_late = only_late
-    for step in range(rounds):
-        if not state.settle() or not state.pair_round(step) or (stop is not None and stop()):
-            break
-    for _ in range(focus):
-        if not state.settle() or (stop is not None and stop()):
-            break
-        state.focus_round()
-    return empties_last(state.result())
+    return state.run(rounds, focus, stop)
+
+
+def hasten(
+    load_LE: FloatArray,
+    slots_LGC: Any,
+    capacity_LG: Any,
+    speed_G: FloatArray,
+    goal_L: FloatArray,
+    *,
+    rounds: int,
+    focus: int,
+    stop: Stop | None = None,
+) -> SlotArray:
+    """As `improve`, but GPUs that end in time swap only with those that do not: fewer swaps.
+
+    It has no compiled twin.
+    """
+    slots = np.array(slots_LGC, dtype=np.int32)
+    if slots.shape[1] < 2:
+        return slots
+    usable, weight, time, floor = _measured(load_LE, slots, capacity_LG, speed_G)
+    goal = np.maximum(floor, goal_L)
+    state = _State(slots, weight, time, usable, 1.0 / speed_G, goal, load_LE.shape[1], only_late=True)
+    return state.run(rounds, focus, stop)
+
+
+def _measured(
+    load_LE: FloatArray, slots: SlotArray, capacity_LG: Any, speed: FloatArray
+) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
+    """Slots that may be used, pieces, GPU times, and the least time that these pieces allow."""
+    usable = np.minimum(np.asarray(capacity_LG, dtype=np.int64), slots.shape[2])
+    weight = even_pieces(load_LE, slots)
+    mean = load_LE.sum(axis=1) / speed.sum()
+    floor = np.maximum(mean, weight.max(axis=(1, 2)) / speed.max())
+    return usable, weight, slot_sums(weight) * (1.0 / speed), floor
 
 
 class _State:
@@ -116,8 +134,10 @@ class _State:
         inverse_G: FloatArray,
         goal: FloatArray,
         E: int,
+        only_late: bool = False,
     ) -> None:
         L, G, C = slots.shape
+        self.only_late = only_late
         self.inverse_G = inverse_G
         self.done = slots  # where finished layers are put
         self.layer_A = np.arange(L)
@@ -134,7 +154,18 @@ class _State:
             self.held[:, :, E] = False  # index -1: an empty slot clashes with nothing
         self.stale = np.zeros(L, dtype=np.int64)
         self.stuck = np.zeros(L, dtype=bool)
-        self.only_late = False
+
+    def run(self, rounds: int, focus: int, stop: Stop | None) -> SlotArray:
+        """Paired rounds, then focused ones; all layers."""
+        for step in range(rounds):
+            if not self.settle() or not self.pair_round(step) or (stop is not None and stop()):
+                break
+        for _ in range(focus):
+            if not self.settle() or (stop is not None and stop()):
+                break
+            self.focus_round()
+        self.done[self.layer_A] = self.expert
+        return empties_last(self.done)
 
     def settle(self) -> bool:
         """Put layers that are done (or stuck) away; False when none is left."""
@@ -146,11 +177,6 @@ class _State:
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name)[open_A])
         return bool(open_A.any())
-
-    def result(self) -> SlotArray:
-        """All layers."""
-        self.done[self.layer_A] = self.expert
-        return self.done
 
     def pair_round(self, step: int) -> bool:
         """One swap in each of G // 2 disjoint pairs; False once all layers have tried all pairs in vain."""

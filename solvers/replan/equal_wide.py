@@ -21,7 +21,7 @@ from moeless_opt.problems.plan import best_bound, even_times, new_replicas
 from moeless_opt.problems.spec import equal_shares, replica_counts
 from moeless_opt.solvers.construct import construct_equal
 from moeless_opt.solvers.core import NeverStop, Stop
-from moeless_opt.solvers.pack import improve
+from moeless_opt.solvers.pack import hasten
 from moeless_opt.solvers.replan.live import mend_content
 from moeless_opt.solvers.replan.task import (
     Point,
@@ -132,17 +132,7 @@ def _rounds(
         counted = np.stack(
             [_split(*layer, speed) for layer in zip(load, start[rows], capacity, goal, strict=True)]
         )
-        swapped = improve(
-            load,
-            counted,
-            capacity,
-            speed,
-            goal_L=goal,
-            rounds=_ROUNDS,
-            focus=_FOCUS,
-            only_late=True,
-            stop=stop,
-        )
+        swapped = hasten(load, counted, capacity, speed, goal, rounds=_ROUNDS, focus=_FOCUS, stop=stop)
         better = even_times(load, swapped, speed).max(axis=1) < first_L[rows] * (1.0 - _SLACK)
         found = start.copy()
         found[rows[better]] = swapped[better]
