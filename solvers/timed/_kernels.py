@@ -38,7 +38,7 @@ class Costs(NamedTuple):
     """What time things take, for all layers alike.
 
     speed_G: relative speeds; load_G: seconds until a GPU has loaded a replica; may_load: whether any may be;
-    knot_K, table_AK: the time table.
+    knot_K, table_AK: the time table; halt: one number that another thread sets to end all searches.
     """
 
     speed_G: Any
@@ -46,6 +46,7 @@ class Costs(NamedTuple):
     may_load: bool
     knot_K: Any
     table_AK: Any
+    halt: Any
 
 
 class State(NamedTuple):
@@ -236,7 +237,7 @@ def _descend(costs: Costs, state: State, best: float) -> float:
     or that loads it. Where no such step helps, or in small layers, an expert of it may change places with one
     of a quick GPU. Taking an array out of a record counts a reference: once for a descent, not at each step.
     """
-    speed_G, load_G, may_load, knot_K, table_AK = costs
+    speed_G, load_G, may_load, knot_K, table_AK, halt = costs
     y_EG, on_GW, n_G, a_G, t_G, new_G = state.y_EG, state.on_GW, state.n_G, state.a_G, state.t_G, state.new_G
     held_EG, room_G, lead, price = state.held_EG, state.room_G, state.lead, state.price
     best_on_GW, best_y_GW, best_a_G = state.best_on_GW, state.best_y_GW, state.best_a_G
@@ -253,6 +254,8 @@ def _descend(costs: Costs, state: State, best: float) -> float:
                 for i in range(a_G[x]):
                     best_on_GW[x, i] = on_GW[x, i]
                     best_y_GW[x, i] = y_EG[on_GW[x, i], x]
+        if halt[0]:
+            break
         soon, step_e, step_h, step_f, step_amount = t_G[g] * (1 - 1e-6), -1, -1, -1, 0.0
         waits = 0.0
         for h in range(G):
@@ -402,6 +405,8 @@ def layer(
         best = _descend(costs, state, best)
     draw = np.uint64(88172645463325252)
     for _ in range(kicks):
+        if costs.halt[0]:
+            break
         _restore(costs, state)
         draw = _shake(state, costs.may_load, draw)
         best = _descend(costs, state, best)
@@ -428,7 +433,7 @@ def _value(worst: float, new_G: Any, load_G: Any, lead: float, price: float) -> 
     return worst + waits + price * count
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def rows(
     costs: Costs,
     load_RE: Any,

@@ -19,6 +19,9 @@ References
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,9 +29,12 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan import TimeTable
 from moeless_opt.problems.spec import held_LGE
+from moeless_opt.solvers.core import Stop
 
 __all__ = ["Timed", "kicks_for", "timed_plan", "timed_shares"]
 
+UNWATCHED = 50_000  # rows x experts x GPUs x descents that are done sooner than a watcher is there
+EVERY = 0.01  # seconds between questions to `stop`
 KICKS = 16
 """Most shakes of a layer: enough for 8 to 16 experts to come within a percent of the optimum on average."""
 
@@ -64,38 +70,74 @@ def _search(
     speed_G: FloatArray,
     table: TimeTable,
     *,
-    load_G: FloatArray | None = None,
-    lead_R: FloatArray | None = None,
-    price_R: FloatArray | None = None,
+    loading: tuple[FloatArray, FloatArray | None, FloatArray | None] | None = None,
     kicks: int | None,
     start_LEG: FloatArray | None = None,
+    stop: Stop | None = None,
 ) -> tuple[FloatArray, FloatArray]:
-    """Tokens of every expert on every GPU, shape [R, E, G], and the value of each row."""
+    """Tokens of every expert on every GPU, shape [R, E, G], and the value of each row.
+
+    `loading`, where replicas may be loaded: seconds for one, by GPU; by row the time that hides it, and
+    a price.
+    """
     from moeless_opt.solvers.timed import _kernels as kernels  # imports Numba: only when it is needed
 
     rows, experts = load_RE.shape
     y_REG = np.zeros((rows, experts, len(speed_G)))
     value_R, none_R = np.zeros(rows), np.zeros(rows)
+    kicks = kicks_for(experts) if kicks is None else kicks
+    load_G, lead_R, price_R = (np.zeros(len(speed_G)), None, None) if loading is None else loading
     costs = kernels.Costs(
         speed_G=np.ascontiguousarray(speed_G, dtype=np.float64),
-        load_G=np.zeros(len(speed_G)) if load_G is None else load_G,
-        may_load=load_G is not None,
+        load_G=load_G,
+        may_load=loading is not None,
         knot_K=table.knot_K,
         table_AK=table.table_AK,
+        halt=np.zeros(1, dtype=np.int64),
     )
-    kernels.rows(
-        costs,
-        np.ascontiguousarray(load_RE, dtype=np.float64),
-        np.ascontiguousarray(held_REG),
-        np.ascontiguousarray(room_RG, dtype=np.int64),
-        none_R if lead_R is None else lead_R,
-        none_R if price_R is None else price_R,
-        kicks_for(experts) if kicks is None else kicks,
-        np.zeros((1, 0, 0)) if start_LEG is None else start_LEG,
-        y_REG,
-        value_R,
-    )
+    with _watched(stop if y_REG.size * (1 + kicks) > UNWATCHED else None, costs.halt):
+        kernels.rows(
+            costs,
+            np.ascontiguousarray(load_RE, dtype=np.float64),
+            np.ascontiguousarray(held_REG),
+            np.ascontiguousarray(room_RG, dtype=np.int64),
+            none_R if lead_R is None else lead_R,
+            none_R if price_R is None else price_R,
+            kicks,
+            np.zeros((1, 0, 0)) if start_LEG is None else start_LEG,
+            y_REG,
+            value_R,
+        )
     return y_REG, value_R
+
+
+@contextmanager
+def _watched(stop: Stop | None, halt: IntArray) -> Iterator[None]:
+    """Ask `stop` from a thread while a kernel runs; the kernel looks at `halt` in every round."""
+    if stop is None:
+        yield
+        return
+    done, raised = threading.Event(), []
+
+    def watch() -> None:
+        try:
+            while not done.wait(EVERY):
+                if stop():
+                    halt[0] = 1
+                    return
+        except BaseException as error:  # a caller's criterion may raise anything: it is theirs to see
+            halt[0] = 1
+            raised.append(error)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if raised:
+        raise raised[0]
 
 
 def timed_shares(
@@ -106,6 +148,7 @@ def timed_shares(
     *,
     kicks: int | None = None,
     start_LGC: FloatArray | None = None,
+    stop: Stop | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """Shares on a placement that make the slowest GPU end soon.
 
@@ -123,6 +166,8 @@ def timed_shares(
         Shakes of each row (`kicks_for` by default).
     start_LGC : array, shape [L, G, C], optional
         Shares to start from as well: those that the placement was planned with.
+    stop : Stop, optional
+        Asked all the while; every row is served in any case.
 
     Returns
     -------
@@ -146,6 +191,7 @@ def timed_shares(
         table,
         kicks=kicks,
         start_LEG=start_LEG,
+        stop=stop,
     )
     return _as_shares(load_RE, np.resize(slots_LGC, (rows, *slots_LGC.shape[1:])), y_REG), value_R
 
@@ -176,6 +222,7 @@ def timed_plan(
     lead_L: FloatArray | None = None,
     price_L: FloatArray | None = None,
     kicks: int | None = None,
+    stop: Stop | None = None,
 ) -> Timed:
     """Plan from what is live: which replicas to load, and which serve how many tokens.
 
@@ -202,6 +249,8 @@ def timed_plan(
         What a load must save at least, besides; nothing by default.
     kicks : int, optional
         Shakes of each layer (`kicks_for` by default).
+    stop : Stop, optional
+        Asked all the while; every layer is planned in any case.
     """
     from moeless_opt.solvers.timed import _kernels as kernels
 
@@ -216,10 +265,9 @@ def timed_plan(
         room_LG,
         speed_G,
         table,
-        load_G=load_G,
-        lead_R=lead_L,
-        price_R=price_L,
+        loading=(load_G, lead_L, price_L),
         kicks=kicks,
+        stop=stop,
     )
     slots_LGC = _slots(load_LE, y_LEG, held_LEG, home_LE, np.asarray(capacity_LG))
     return Timed(slots_LGC, _as_shares(load_LE, slots_LGC, y_LEG), value_L)

@@ -108,6 +108,7 @@ def _by_time(task: Task[ActivationOptions], base: Built) -> list[tuple[SlotArray
             load_G=free_G,
             price_L=price_L,
             kicks=0 if stop() else kicks,
+            stop=stop,
         )
 
     if problem.current is None or problem.current.partial:
@@ -122,7 +123,7 @@ def _by_time(task: Task[ActivationOptions], base: Built) -> list[tuple[SlotArray
     if problem.objective.horizon is not None:
         paid = planned(live_LGC, _price(problem, problem.objective.horizon))
         return [
-            (live_LGC, timed_shares(load_LE, live_LGC, speed_G, table)[0]),
+            (live_LGC, timed_shares(load_LE, live_LGC, speed_G, table, stop=stop)[0]),
             (paid.slots_LGC, paid.share_LGC),
         ]
     found = [(base.slots_LGC, base.shares_LGC), (live_LGC, shares_of_one(load_LE, live_LGC, speed_G))]

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 import moeless_opt as mo
 from moeless_opt.problems.plan.evaluate import gpu_times
+from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.problems.plan.time_bounds import TimeTable, timed_bound
 from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.solvers.core.stopping import NeverStop
 from moeless_opt.solvers.timed.search import timed_plan, timed_shares
 from tests.oracles.least_time import least_time
 
@@ -201,3 +203,38 @@ def test_interpreted_and_compiled_are_the_same() -> None:
         for off in ("0", "1")
     ]
     assert json.loads(said[0]) == json.loads(said[1])
+
+
+class Late(NeverStop):
+    """Stop from the n-th question on, and keep count."""
+
+    def __init__(self, asks: int) -> None:
+        self.asks = asks
+
+    def __call__(self, best: float = float("inf"), bound: float = 0.0) -> StoppedBy:
+        self.asks -= 1
+        return StoppedBy.TIME if self.asks < 0 else StoppedBy.NOTHING
+
+
+def test_a_search_is_told_to_stop_in_its_midst() -> None:
+    load_LE, capacity_LG, speed_G = random_layers(3, 4, 128, 16, 9)
+    table, live = TimeTable.of(TIMES[1], 9), contiguous(128, capacity_LG)
+    wants = {"load_G": np.zeros(16), "kicks": 10_000}  # a minute, if nobody stops it
+    stop = Late(3)
+    found = timed_plan(load_LE, live, capacity_LG, speed_G, table, stop=stop, **wants)
+    assert stop.asks == -1, "asked after it had said so"
+    time_L = gpu_times(load_LE, found.slots_LGC, found.share_LGC, speed_G, TIMES[1]).max(1)
+    np.testing.assert_allclose(time_L, found.value_L, rtol=1e-9)
+
+    class Angry(NeverStop):
+        def __call__(self, best: float = float("inf"), bound: float = 0.0) -> StoppedBy:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        timed_plan(load_LE, live, capacity_LG, speed_G, table, stop=Angry(), **wants)
+    still = timed_plan(load_LE, live, capacity_LG, speed_G, table, load_G=np.zeros(16), kicks=2)
+    watched = timed_plan(
+        load_LE, live, capacity_LG, speed_G, table, load_G=np.zeros(16), kicks=2, stop=NeverStop()
+    )
+    np.testing.assert_array_equal(still.slots_LGC, watched.slots_LGC)
+    np.testing.assert_array_equal(still.share_LGC, watched.share_LGC)
