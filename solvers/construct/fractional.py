@@ -235,7 +235,10 @@ def _best_of_all(
 def _exactly(search: _Search, speed_G: FloatArray, goal_L: FloatArray) -> None:
     """Tiny layers that miss their goal even so are searched for the best there is."""
     load_LE, capacity_LG, stop = search.load_LE, search.capacity_LG, search.stop
-    widths, table = widths_for(load_LE.shape[1] * len(speed_G), len(load_LE), stop), TimeTable.of(TOKENS, 1)
+    widths, table = (
+        widths_for(load_LE.shape[1] * len(speed_G), len(load_LE), False, stop),
+        TimeTable.of(TOKENS, 1),
+    )
     for layer in search.open(goal_L) if widths else ():
         if stop():
             return

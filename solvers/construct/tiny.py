@@ -19,9 +19,8 @@ from moeless_opt.solvers.shares import solve_shares
 
 __all__ = ["Tiny", "search_tiny", "widths_for"]
 
-_FULL = 40  # pairs of expert and GPU of a layer that is searched in full
-_WIDE = 64  # up to which it is where layers are few
-_SOME = 128  # up to which it is searched at all, unless the time is limited
+_FULL = {False: 40, True: 64}  # pairs of expert and GPU of a layer that is searched in full
+_SOME = 128  # up to which it is searched at all
 _MANY = 512  # pairs of all layers from which the searches are the shortest
 
 
@@ -44,11 +43,24 @@ class Tiny:
     bound: float
 
 
-def widths_for(pairs: int, layers: int, stop: Stop) -> tuple[int, ...]:
-    """How many states to keep in the searches of a layer; none if it is not to be searched."""
-    if pairs > _SOME and stop.remaining == float("inf"):
+def widths_for(pairs: int, layers: int, equal: bool, stop: Stop) -> tuple[int, ...]:
+    """How many states to keep in the searches of a layer; none if it is not to be searched.
+
+    Parameters
+    ----------
+    pairs : int
+        Experts times GPUs.
+    layers : int
+        How many are to be planned.
+    equal : bool
+        Whether shares are even, which is quicker.
+    stop : Stop
+        With a time limit, all are searched in full.
+    """
+    limited = stop.remaining < float("inf")
+    if pairs > _SOME and not limited:
         return ()
-    if pairs <= _FULL or stop.remaining < float("inf") or (pairs <= _WIDE and pairs * layers <= _MANY):
+    if limited or (pairs <= _FULL[equal] and pairs * layers <= _MANY):
         return (64, 1_000, 16_000)
     return (64, 1_000) if pairs * layers <= _MANY else (64,)
 

@@ -175,7 +175,7 @@ def _exactly(
     slots_LGC, share_LGC, met_L = best
     L, E = load.shape
     bound_L = bound_L.copy()
-    widths, table = widths_for(E * len(speed), L, stop), TimeTable.of(TOKENS, 1)
+    widths, table = widths_for(E * len(speed), L, split == "equal", stop), TimeTable.of(TOKENS, 1)
     if not widths:
         return bound_L
     for layer in range(L):

@@ -166,7 +166,7 @@ def _exact(
     """A better placement of small layers, where there is one, and what is proven of them."""
     problem, stop = task.problem, task.stop
     capacity_LG, speed_G, experts = problem.capacity_LG, problem.topology.speed_G, problem.experts
-    widths = widths_for(experts * len(speed_G), problem.layers, stop)
+    widths = widths_for(experts * len(speed_G), problem.layers, problem.split == "equal", stop)
     time_XL = np.array([_risk_L(problem, *candidate) for candidate in candidates])
     floor_L, known_L = lower_bound(problem)[0], time_XL.min(0)
     table = TimeTable.of(problem.time, min(int(capacity_LG.max()), experts))
