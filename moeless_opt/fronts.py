@@ -59,7 +59,7 @@ class ParetoFront:
     values: tuple[tuple[float, float], ...]
 
     def __str__(self) -> str:
-        return table(self._head, self._rows(), width=terminal_width())
+        return table(self._head, self._rows(), words_last=False, width=terminal_width())
 
     def __repr__(self) -> str:
         (first, cheap), (last, dear) = self.values[0], self.values[-1]
@@ -75,8 +75,8 @@ class ParetoFront:
 
     @property
     def _head(self) -> tuple[str, ...]:
-        what = "replicas moved" if self.objectives[1] == "moves" else "replicas"
-        return ("imbalance", "worst", what, "bytes moved" if self.objectives[1] == "moves" else "memory")
+        counted, cost = ("moves", "moved") if self.objectives[1] == "moves" else ("replicas", "memory")
+        return ("imbalance", "worst", counted, cost)
 
     def _rows(self) -> list[list[str]]:
         return [
@@ -182,7 +182,9 @@ def pareto(
     if names[1] == "moves":
         if problem.current is None:
             raise ProblemError("current", "is missing: without a live placement every replica moves")
-        found = frontier(problem, seed=seed, stop=stop, progress=progress)
+        # A rung starts where the one above it ended: needless moves are few, and not looked for.
+        rounds = 0 if problem.split == "equal" else None
+        found = frontier(problem, seed=seed, rounds=rounds, stop=stop, progress=progress)
         slots_KLGC, time_KL, count_KL = found.slots_KLGC, found.time_KL, found.moves_KL
     else:
         slots_KLGC, time_KL = _by_size(problem, seed, stop, progress)

@@ -364,7 +364,10 @@ def replan_equal(task: ReplanTask, wish: ReplanWish | None = None, *, stop: Stop
 def _begin(task: ReplanTask, layer: int, mean: float, target: float, wish: ReplanWish) -> _Layer:
     load_E = task.load_LE[layer] / mean
     rows, capacity_G, speed_G = task.live_LGC[layer].tolist(), task.capacity_LG[layer], task.speed_G
-    start = mend_content(load_E.tolist(), rows, capacity_G.tolist(), speed_G.tolist(), layer, wish.repair)
+    from_rows = rows if wish.start_LGC is None else wish.start_LGC[layer].tolist()
+    start = mend_content(
+        load_E.tolist(), from_rows, capacity_G.tolist(), speed_G.tolist(), layer, wish.repair
+    )
     live = [frozenset(expert for expert in row if 0 <= expert < len(load_E)) for row in rows]
     live_EG = np.array([[expert in row for row in live] for expert in range(len(load_E))])
     rng = np.random.default_rng((wish.seed, layer))

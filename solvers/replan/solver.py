@@ -92,15 +92,19 @@ def frontier(
     stop: Stop | None = None,
     progress: ProgressCallback | None = None,
 ) -> Frontier:
-    """Few-move placements at a ladder of tolerances, and the live one as it is."""
+    """Few-move placements at a ladder of tolerances, and the live one as it is.
+
+    With an equal split each rung, from the loosest down, starts where the one above it ended.
+    """
     stop, began = stop or NeverStop(), Clock.begin()
     live_LGC = live_slots(problem)
     assert problem.current is not None
     # Something lost must come back: then the cheapest point is not to stay.
     rungs = (*ladder, _ANY) if problem.current.partial else ladder
-    slots = []
-    for rung, tolerance in enumerate(rungs):
-        wish = ReplanWish(tolerance=tolerance, seed=seed, rounds=rounds)
+    slots: list[SlotArray] = []
+    for rung, tolerance in enumerate(rungs[::-1]):
+        start_LGC = slots[-1] if slots and problem.split == "equal" else None
+        wish = ReplanWish(tolerance=tolerance, seed=seed, rounds=rounds, start_LGC=start_LGC)
         own = part_of(stop, 1.0 / (len(rungs) - rung))
         slots.append(replan_within(problem, wish, stop=own).slots_LGC)
         if progress is not None:
@@ -110,6 +114,7 @@ def frontier(
                 f"{int(layer_moves(problem, slots[-1], live_LGC).sum())} moves",
             )
             progress(Progress(seconds=began.seconds, best=best, bound=floor, done=done, note=note))
+    slots.reverse()
     if not problem.current.partial:
         slots.append(live_LGC)
     return Frontier(

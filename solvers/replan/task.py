@@ -95,6 +95,8 @@ class ReplanWish:
     repair : bool
         Mend a live placement that breaks the rules (too many replicas, unknown expert, duplicate, expert
         without a replica) by the least change, instead of refusing it.
+    start_LGC : array of int32, shape [L, G, C], optional
+        A placement to search from, an equal split's only: moves count against the live one all the same.
     """
 
     tolerance: float = 0.01
@@ -105,6 +107,7 @@ class ReplanWish:
     until_stopped: bool = False
     seed: int = 0
     repair: bool = False
+    start_LGC: SlotArray | None = None
 
     def __post_init__(self) -> None:
         if not self.tolerance >= 0.0:
