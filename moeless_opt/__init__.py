@@ -47,6 +47,8 @@ from moeless_opt.problems.spec import (
 from moeless_opt.solvers.core import get_solver, list_solvers, solver_names
 
 if TYPE_CHECKING:
+    from moeless_opt.conflicts import Contradiction
+    from moeless_opt.explain import Explanation, explain
     from moeless_opt.fronts import ParetoFront, migration, pareto
 
     __version__: str
@@ -55,6 +57,8 @@ __all__ = [
     "MODEL_PRESETS",
     "TOPOLOGY_PRESETS",
     "Certificate",
+    "Contradiction",
+    "Explanation",
     "FormatError",
     "InfeasibleError",
     "InvalidPlanError",
@@ -85,6 +89,7 @@ __all__ = [
     "UnsupportedFeatureError",
     "__version__",
     "compare",
+    "explain",
     "export_model",
     "get_solver",
     "instance_names",
@@ -109,13 +114,22 @@ __all__ = [
 
 _deprecated.attach()
 
+_LATE = {
+    "Contradiction": "moeless_opt.conflicts",
+    "Explanation": "moeless_opt.explain",
+    "ParetoFront": "moeless_opt.fronts",
+    "explain": "moeless_opt.explain",
+    "migration": "moeless_opt.fronts",
+    "pareto": "moeless_opt.fronts",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Import what few need, and what takes long to import, only when asked for."""
-    if name in ("ParetoFront", "migration", "pareto"):
+    if name in _LATE:
         import importlib
 
-        return getattr(importlib.import_module("moeless_opt.fronts"), name)
+        return getattr(importlib.import_module(_LATE[name]), name)
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

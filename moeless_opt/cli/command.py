@@ -26,6 +26,7 @@ _MODES: dict[str, Callable[[Problem, argparse.Namespace, Signals], int]] = {
     "solve": run_solvers,
     "compare": run_solvers,
     "check": modes.check,
+    "explain": modes.tell,
     "bound": modes.bounds,
     "pareto": modes.trade_off,
     "recommend": modes.recommend,
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace, signals: Signals) -> int:
     made = {"--output": args.output, "--plot": args.plot, "--schedule": args.schedule}
     if args.mode == "check":
         files["--check"] = args.check
+    if args.mode == "explain" and args.explain:
+        files["--explain"] = args.explain
     if args.mode == "export":
         made["--export"] = args.export
     check_outputs(made, files)

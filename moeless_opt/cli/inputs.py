@@ -78,7 +78,7 @@ def _document(raw: bytes, name: str) -> Any:
     data = parse_json(raw, name)
     form = data.get("format") if isinstance(data, dict) else None
     if form == "moeless-plan":
-        raise FormatError(name, "is a plan, not a problem; use it with --current or --check")
+        raise FormatError(name, "is a plan, not a problem; use it with --current, --check or --explain")
     return data if isinstance(form, str) else None
 
 

@@ -1,4 +1,4 @@
-"""What the command does besides solving: check, bound, trade off, recommend, export, list."""
+"""What the command does besides solving: check, explain, bound, trade off, recommend, export, list."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import warnings
 from typing import Any
 
 from moeless_opt.api import export_model, judge, recommend_redundancy
+from moeless_opt.cli.solving import find_plan
+from moeless_opt.conflicts import Contradiction, contradiction
+from moeless_opt.explain import Explanation, explain
 from moeless_opt.plots import picture_format
-from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.files import atomic_write
 from moeless_opt.problems.instances import instance_names, instance_summary
 from moeless_opt.problems.io import load_plan, save_plan
@@ -22,7 +25,7 @@ from moeless_opt.signals import Signals
 from moeless_opt.solvers.core import FirstOf, MaxTime, Stop, list_solvers, lower_bound
 from moeless_opt.terminal import say
 
-__all__ = ["bounds", "check", "export", "instances", "recommend", "solvers", "trade_off"]
+__all__ = ["bounds", "check", "export", "instances", "recommend", "solvers", "tell", "trade_off"]
 
 
 def check(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
@@ -81,6 +84,39 @@ def _worth(plan: Plan) -> dict[str, float]:
         "lower_bound": float(plan.certificate.lower_bound_L.sum()),
         "gap": plan.certificate.gap,
     }
+
+
+def tell(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
+    """Why a plan is not better; or which rules of the problem contradict each other."""
+    _check_time(args)
+    plan: Plan | None = None
+    told: Explanation | Contradiction
+    try:
+        problem.check_feasible()
+        plan = load_plan(args.explain) if args.explain else find_plan(problem, args, signals)
+    except InfeasibleError as error:
+        told = _contradicted(problem, error, args, signals)
+    else:
+        if plan is None:
+            say("moeless-solve: no plan was found before the search was stopped")
+            return signals.code or 1
+        with signals.stopping() as stop, Display(quiet=args.quiet, name="explaining"):
+            told = explain(plan, problem, layer=args.layer, stop=_until(args, stop))
+    if args.json:
+        print(json.dumps(told.to_dict()))
+    elif not args.quiet:
+        show(str(told))
+    return signals.code or (1 if plan is None else 0)
+
+
+def _contradicted(
+    problem: Problem, error: InfeasibleError, args: argparse.Namespace, signals: Signals
+) -> Contradiction:
+    with signals.stopping() as stop, Display(quiet=args.quiet, name="explaining"):
+        found = contradiction(problem, stop=_until(args, stop))
+    if found is None:  # a rule that is not looked at, or it took too long
+        raise error
+    return found
 
 
 def bounds(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:

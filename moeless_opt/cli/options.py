@@ -20,6 +20,7 @@ MODES: dict[str, str] = {
     "solve": "",
     "compare": "--compare",
     "check": "--check",
+    "explain": "--explain",
     "bound": "--bound",
     "pareto": "--pareto",
     "recommend": "--recommend",
@@ -33,7 +34,7 @@ _LISTS = ("list-solvers", "list-instances")
 _ALL = tuple(mode for mode in MODES if mode not in _LISTS)
 _RULES = tuple(mode for mode in _ALL if mode != "recommend")  # where slots and limits bind
 _PLANS = ("solve", "compare")
-_LIVE = ("solve", "compare", "check", "pareto")
+_LIVE = ("solve", "compare", "check", "explain", "pareto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,30 +90,30 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _option(
         "--solver",
-        modes=("solve",),
+        modes=("solve", "explain"),
         default="auto",
         help="name of the solver (default: auto; see --list-solvers)",
     ),
     _option(
         "--time",
-        modes=(*_PLANS, "pareto", "recommend"),
+        modes=(*_PLANS, "pareto", "recommend", "explain"),
         type=float,
         metavar="SECONDS",
         help="time limit (of each solver)",
     ),
     _option(
         "--seed",
-        modes=(*_PLANS, "pareto"),
+        modes=(*_PLANS, "pareto", "explain"),
         type=int,
         default=0,
         help="seed of the random parts (default: 0)",
     ),
     _option(
         "--layer",
-        modes=("export",),
+        modes=("export", "explain"),
         type=int,
         metavar="L",
-        help="the layer to export (default: the first)",
+        help="the layer to export or explain (default: the first; the worst)",
     ),
     _option(
         "--schedule",
@@ -179,26 +180,26 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _input(
         "--sizing",
-        modes=(*_PLANS, "check", "bound"),
+        modes=(*_PLANS, "check", "explain", "bound"),
         metavar="RULE",
         help="slots, cv=0.2, makespan=1.05 (an imbalance) or memory",
     ),
     _input(
         "--max-moves",
-        modes=(*_PLANS, "check"),
+        modes=(*_PLANS, "check", "explain"),
         type=int,
         metavar="N",
         help="replicas that may move in all",
     ),
     _input(
         "--max-move-bytes",
-        modes=(*_PLANS, "check"),
+        modes=(*_PLANS, "check", "explain"),
         metavar="SIZE",
         help="bytes that may move in all, e.g. 4GB (needs --model)",
     ),
     _input(
         "--tolerance",
-        modes=_PLANS,
+        modes=(*_PLANS, "explain"),
         type=float,
         metavar="X",
         help="balance that may be given up for fewer moves (0.01)",
@@ -269,6 +270,13 @@ def _add_modes(group: Any) -> None:
         help=f"run several solvers side by side (default: {','.join(DEFAULT_COMPARISON)})",
     )
     add("--check", metavar="PLAN", help="verify a plan, and say what it is worth on these loads")
+    add(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="PLAN",
+        help="why a plan (or the one that is found) is not better, and what would make it so",
+    )
     add("--bound", action="store_true", help="print the lower bounds of every layer; solve nothing")
     add(
         "--pareto",
@@ -333,5 +341,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ProblemError("--compare", f"is {args.compare!r}: a name between two commas is missing")
     if args.repair and args.current is None:
         raise ProblemError("--repair", "needs a live plan to mend: give --current PLAN")
+    if args.mode == "explain" and args.explain:
+        for name in ("solver", "seed"):
+            if name in args.given:
+                raise ProblemError(f"--{name}", "is not read with --explain PLAN: nothing is solved for it")
     if args.topology is not None and args.gpus is not None:
         raise ProblemError("--gpus", "cannot be given with --topology; one of them says what the GPUs are")

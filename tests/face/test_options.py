@@ -28,6 +28,7 @@ CALLS: dict[str, list[str]] = {
     "solve": [],
     "compare": ["--compare", "static,auto"],
     "check": ["--check", "plan.json"],
+    "explain": ["--explain"],
     "bound": ["--bound"],
     "pareto": ["--pareto", "memory"],
     "recommend": ["--recommend"],
