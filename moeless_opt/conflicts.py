@@ -20,7 +20,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.spec import Limits, Problem, bytes_text, html_facts
+from moeless_opt.problems.spec import Limits, Problem
+from moeless_opt.problems.text import bytes_text, html_facts
 from moeless_opt.report import paragraph
 from moeless_opt.solvers.core import LinearModel, NeverStop, Stop, solve_linear
 

@@ -21,13 +21,14 @@ from moeless_opt.conflicts import Contradiction, contradiction
 from moeless_opt.problems.arrays import BoolArray, FloatArray, SlotArray
 from moeless_opt.problems.errors import MoelessError, ProblemError
 from moeless_opt.problems.plan import PROVEN, Plan, replicas_needed, violations
-from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, bytes_text, html_facts, span
+from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, span
+from moeless_opt.problems.text import bytes_text, html_facts
 from moeless_opt.report import paragraph
 from moeless_opt.solvers.core import Clock, NeverStop, Stop, lower_bound
 from moeless_opt.solvers.core.finish import Built, finish
 from moeless_opt.solvers.shares import best_shares, solve_shares
 
-__all__ = ["Explanation", "Proof", "Tight", "Way", "explain"]
+__all__ = ["BoundProof", "Explanation", "Tight", "Way", "explain"]
 
 _WIDE = 6  # experts and GPUs of each side that are tried for a way
 _LESS = 1e-9  # relative; what a way must save at least
@@ -57,7 +58,7 @@ class Tight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
+class BoundProof:
     """What proves the layer's lower bound.
 
     Parameters
@@ -126,7 +127,7 @@ class Explanation:
         Of the times.
     tight : Tight
         The GPUs that make it so.
-    proof : Proof
+    proof : BoundProof
         What no placement can go below.
     ways : tuple of Way
         What would lower it, the cheapest first; empty where nothing was found.
@@ -138,7 +139,7 @@ class Explanation:
     time: float
     unit: str
     tight: Tight
-    proof: Proof
+    proof: BoundProof
     ways: tuple[Way, ...]
     even: bool = False
 
@@ -391,7 +392,7 @@ def _tight(case: _Case) -> Tight:
     )
 
 
-def _proof(case: _Case) -> Proof:
+def _proof(case: _Case) -> BoundProof:
     """The fewest of the heaviest experts that have the bound by themselves, and the argument in words."""
     certificate = case.plan.certificate
     bound, name = float(certificate.lower_bound_L[case.row]), certificate.bound_L[case.row]
@@ -408,7 +409,7 @@ def _proof(case: _Case) -> Proof:
                 low = middle
         count = high
     experts = tuple(order_E[:count].tolist())
-    return Proof(name=name, bound=bound, experts=experts, text=_argument(case, name, bound, experts))
+    return BoundProof(name=name, bound=bound, experts=experts, text=_argument(case, name, bound, experts))
 
 
 def bound_of(problem: Problem, row: int, experts: list[int]) -> float:
