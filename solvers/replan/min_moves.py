@@ -44,7 +44,8 @@ from moeless_opt.solvers.replan.flow import UNIT, Cut, ExpertGpu, LayerFlow
 __all__ = ["FewestMoves", "flow_moves_bound", "min_moves", "min_moves_bound"]
 
 Status = Literal["optimal", "feasible", "infeasible", "no_solution"]
-_COUNTING = 0.5  # share of the time for the programme of counts
+_COUNTING = 0.5  # share of the time that is left for one programme of counts, or of few pairs
+_CLASSES = (1, 5)  # classes of weight of the programmes of counts, one after the other
 _SLACK = 1e-6  # relative: solvers' feasibility tolerance in units of the mean GPU time
 
 
@@ -347,22 +348,35 @@ def _prove(
     """Raise the bound and lower the moves until they meet: counts, then few pairs, then all pairs."""
     moves = None if best is None else _moves(layer.live, best)
     status: Status = "no_solution" if moves is None else "feasible"
-    own = part_of(stop, _COUNTING)
-    counts = fewest_counts(*layer.scaled, least=bound, below=moves, sets=layer.sets, engine=engine, stop=own)
-    bound = counts.bound
-    if counts.infeasible:
-        return ("infeasible" if moves is None else status), moves, bound, best
-    for pairs in [*_narrow(counts), *([None] if all_pairs else [])]:
-        answer, found = layer.solved((bound, moves), pairs, engine, stop)
-        if found is not None:
-            best, moves = found, _moves(layer.live, found)
-        if answer is not None and pairs is None:  # only all pairs speak of every plan
-            if answer.status == "infeasible":
-                bound, status = (bound, "infeasible") if moves is None else (moves, status)
-            elif math.isfinite(answer.bound):
-                bound = max(bound, math.ceil(answer.bound - 1e-6 * max(1.0, answer.bound)))
+    for classes in _CLASSES:
         if moves is not None and moves <= bound:
             break
+        counts = fewest_counts(
+            *layer.scaled,
+            least=bound,
+            below=moves,
+            sets=layer.sets,
+            classes=classes,
+            engine=engine,
+            stop=part_of(stop, _COUNTING),
+        )
+        bound = counts.bound
+        if counts.infeasible:
+            return ("infeasible" if moves is None else status), moves, bound, best
+        for pairs in _narrow(counts):
+            if moves is not None and moves <= bound:
+                break
+            found = layer.solved((bound, moves), pairs, engine, part_of(stop, _COUNTING))[1]
+            if found is not None:
+                best, moves = found, _moves(layer.live, found)
+    if all_pairs and (moves is None or moves > bound):
+        answer, found = layer.solved((bound, moves), None, engine, stop)
+        if found is not None:
+            best, moves = found, _moves(layer.live, found)
+        if answer is not None and answer.status == "infeasible":
+            bound, status = (bound, "infeasible") if moves is None else (moves, status)
+        elif answer is not None and math.isfinite(answer.bound):
+            bound = max(bound, math.ceil(answer.bound - 1e-6 * max(1.0, answer.bound)))
     return status, moves, bound, best
 
 
