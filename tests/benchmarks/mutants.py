@@ -219,7 +219,7 @@ def tests_of(file: str, own: bool) -> tuple[list[str], list[str]]:
     # A mirrored test of a part has the part's name and more: test_bounds_oracle.py.
     parts = sorted(mirror.glob(f"test_{path.stem.lstrip('_')}_*.py")) if mirror.is_dir() else []
     rest = sorted(mirror.glob("test_*.py")) if mirror.is_dir() else []
-    first = [one.as_posix() for one in (own, *parts, *named) if (ROOT / one).is_file()]
+    first = [one.as_posix() for one in (*parts, own, *named) if (ROOT / one).is_file()]
     others = dict.fromkeys(one.as_posix() for one in (*rest, *map(Path, folder)))
     late = sorted((one for one in others if one not in first), key=lambda one: one in KNOWN["late"])
     return first, [] if own and first else late

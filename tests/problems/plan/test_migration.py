@@ -204,12 +204,13 @@ def test_what_a_schedule_is_called() -> None:
     assert named.steps[0].drops_after == (Drop(3, 0, 1),)
     assert [one.seconds for one in named.steps] == [0.5, 0.25]
     assert (named.seconds, named.lower_bound, named.staged) == (0.75, 0.5, 2)
-    assert repr(migration.replace(steps=())) == (
-        "Migration(0 transfers, 0 GB in 0 steps, 750 ms (at least 500 ms), 2 by way of a third GPU)"
-    )
-    assert repr(migration.replace(seconds=0.0, staged=0)) == (
-        "Migration(3 transfers, 1.9e-08 GB in 2 steps, 0 ms)"
-    )
+    for told, words in (
+        (migration, ("3 transfers, 19 B in 2 steps, 750 ms", "at least 500 ms", "2 by way of a third GPU")),
+        (migration.replace(seconds=0.0, staged=0), ("3 transfers, 19 B in 2 steps, 0 ms)",)),
+    ):
+        for part in words:
+            assert part in repr(told)
+    assert "third GPU" not in repr(migration.replace(staged=0))
 
 
 @pytest.mark.parametrize("source", [HOST, 0, 1, 2])

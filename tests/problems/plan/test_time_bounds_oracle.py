@@ -104,7 +104,7 @@ def argued(load: Any, slots: Any, speed: Any, model: TimeModel, time: float) -> 
     )
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_choice_is_quicker_and_no_time_below_is_open(seed: int) -> None:
     rng = np.random.default_rng(seed)
     tight = 0

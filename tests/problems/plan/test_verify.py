@@ -80,6 +80,14 @@ def test_shapes() -> None:
     refuses(problem, plan.replace(slots_LGC=plan.slots_LGC[:, :, :0], share_LGC=plan.share_LGC[:, :, :0]), "")
     refuses(problem, plan.replace(time_LG=plan.time_LG[:1]), "GPU times are not")
     refuses(problem, plan.replace(imbalance_L=plan.imbalance_L[:1]), "imbalance is not")
+    wide = np.concatenate([plan.time_LG, plan.time_LG])
+    refuses(problem, plan.replace(time_LG=wide), "GPU times are not")
+    refuses(problem, plan.replace(imbalance_L=np.ones(3)), "imbalance is not")
+    proof = plan.certificate
+    for more in (proof.replace(value_L=np.ones(3)), proof.replace(lower_bound_L=np.zeros(3))):
+        refuses(problem, plan.replace(certificate=more), "the certificate does not cover every layer")
+    moves = plan.moves.replace(count_L=np.append(plan.moves.count_L, 0))
+    refuses(problem, plan.replace(moves=moves), "moves by layer are not")
 
 
 @pytest.mark.parametrize("expert", [3, 99, -2])

@@ -431,7 +431,7 @@ def test_the_same_words_as_rule_by_rule() -> None:
     """Sound plans and broken ones, under limits that just hold or just do not."""
     rng = np.random.default_rng(1)
     kinds: Counter[str] = Counter()
-    for _ in range(1500):
+    for _ in range(900):
         problem, plan = random_case(rng)
         if rng.random() < 0.75:
             plan = broken(rng, problem, plan)
@@ -444,7 +444,7 @@ def test_the_same_words_as_rule_by_rule() -> None:
         assert said == wanted, (problem.limits, plan.slots_LGC, plan.share_LGC)
         kinds.update([" ".join(word for word in text.split() if word.isalpha()) for text in said] or ["none"])
     assert len(kinds) > 25, kinds  # every rule was broken now and then
-    assert kinds["none"] > 200
+    assert kinds["none"] > 100
 
 
 def words_of(slots: Any, experts: int, room: Any) -> list[str]:

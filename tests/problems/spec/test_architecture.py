@@ -77,3 +77,35 @@ def test_presets_by_name() -> None:
     assert MODEL_PRESETS["Mixtral-8x7B"].experts == 8
     assert MODEL_PRESETS["DeepSeek-V3"].layers == 58
     assert MODEL_PRESETS["DeepSeek-V3"].first_moe_layer == 3
+
+
+# Layers with experts, experts, experts per token, shared ones, first such layer, groups: as published.
+PUBLISHED = {
+    "Mixtral-8x7B": (32, 8, 2, 0, 0, 1),
+    "Mixtral-8x22B": (56, 8, 2, 0, 0, 1),
+    "Phi-3.5-MoE": (32, 16, 2, 0, 0, 1),
+    "Llama-4-Scout": (48, 16, 1, 1, 0, 1),
+    "Llama-4-Maverick": (24, 128, 1, 1, 0, 1),
+    "DeepSeek-V3": (58, 256, 8, 1, 3, 8),
+    "Kimi-K2": (60, 384, 8, 1, 1, 1),
+    "Qwen3-30B-A3B": (48, 128, 8, 0, 0, 1),
+    "Qwen3-235B-A22B": (94, 128, 8, 0, 0, 1),
+    "Qwen1.5-MoE-A2.7B": (24, 60, 4, 4, 0, 1),
+    "OLMoE-1B-7B": (16, 64, 8, 0, 0, 1),
+    "gpt-oss-20b": (24, 32, 4, 0, 0, 1),
+    "gpt-oss-120b": (36, 128, 4, 0, 0, 1),
+}
+
+
+def test_shapes_are_as_published() -> None:
+    for name, figures in PUBLISHED.items():
+        spec = MODEL_PRESETS[name]
+        assert figures == (
+            spec.layers,
+            spec.experts,
+            spec.top_k,
+            spec.shared_experts,
+            spec.first_moe_layer,
+            spec.groups,
+        )
+        assert spec.bias == name.startswith("gpt-oss")

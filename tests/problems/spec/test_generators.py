@@ -103,6 +103,28 @@ def test_surprise_multiplies_by_noise_of_the_given_size() -> None:
     assert (generators.surprise(load_LE, 0.3, seed=3) != generators.surprise(load_LE, 0.3, seed=2)).any()
 
 
+@pytest.mark.parametrize("kind", ["zipf", "lognormal"])
+@pytest.mark.parametrize(
+    "drift", [None, {"kind": "ar1", "steps": 2}, {"kind": "domains", "steps": 3, "domains": 2}]
+)
+def test_a_recipe_without_a_seed_has_seed_0(kind: str, drift: Any) -> None:
+    """A drift without one has that of the loads."""
+    recipe: dict[str, Any] = {"kind": kind, "layers": 2, "experts": 6}
+    if drift is not None:
+        recipe["drift"] = drift
+    np.testing.assert_array_equal(
+        generators.from_recipe(recipe), generators.from_recipe(recipe | {"seed": 0})
+    )
+    if drift is not None:
+        seeded = recipe | {"seed": 7}
+        same = seeded | {"drift": drift | {"seed": 7}}
+        np.testing.assert_array_equal(generators.from_recipe(seeded), generators.from_recipe(same))
+    plain = {"layers": 2, "experts": 6}
+    if drift is None:
+        draw = generators.zipf if kind == "zipf" else generators.lognormal
+        np.testing.assert_array_equal(draw(**plain), draw(**plain, seed=0))  # type: ignore[arg-type]
+
+
 def test_recipes_are_the_generators() -> None:
     base = {"layers": 3, "experts": 16, "tokens": 4096, "seed": 11}
     np.testing.assert_array_equal(
