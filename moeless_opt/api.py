@@ -295,6 +295,10 @@ def solve(
     chosen = _solver_of(solver)
     if problem.limits.bounds_moves and problem.current is None:
         raise ProblemError("limits", "bound moves, but nothing is live to move from: give `current`")
+    if problem.objective.horizon is not None and problem.current is None:
+        raise ProblemError(
+            "objective.horizon", "weighs moves against time, but nothing is live to move from: give `current`"
+        )
     require(chosen, problem)
     problem.check_feasible()
     stops: list[Stop] = [] if stop is None else [stop]

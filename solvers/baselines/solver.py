@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import whole
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.problems.spec import contiguous
+from moeless_opt.problems.spec import Problem, contiguous
 from moeless_opt.solvers.baselines import eplb, moeless
 from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task
 
@@ -57,6 +58,12 @@ class Eplb(_Published):
     summary = "DeepSeek's EPLB, global policy"
     policy: ClassVar[Literal["global", "hierarchical"]] = "global"
     Options = EplbOptions
+
+    def unused(self, problem: Problem) -> Mapping[str, str]:
+        """The global policy looks at no groups."""
+        if self.policy == "hierarchical":
+            return {}
+        return {"groups": "whose policy is global: groups count for 'eplb-hierarchical'"}
 
     def build(self, task: Task[EplbOptions]) -> Built:
         """Replicate greedily, pack greedily."""

@@ -124,7 +124,8 @@ class LinearAnswer:
     message: str
 
 
-ENGINES = ("highs", "gscip", "glop", "cp_sat", "pdlp", "pulp")
+ENGINES = ("highs", "gscip", "cp_sat", "pulp")
+_CONTINUOUS = ("glop", "pdlp")  # engines of MathOpt that take no whole variables
 
 
 def check_engine(engine: object) -> None:
@@ -136,10 +137,16 @@ def check_engine(engine: object) -> None:
         Saying which there are.
     """
     family, _, solver = engine.partition(":") if isinstance(engine, str) else ("", "", "")
+    if engine in _CONTINUOUS:
+        raise ProblemError("engine", f"is {engine!r}, which takes no whole numbers; must be like 'highs'")
     if family not in ENGINES or (
         isinstance(engine, str) and ":" in engine and (family != "pulp" or not solver)
     ):
-        raise ProblemError("engine", f"is {engine!r}, must be like 'highs', 'gscip', 'pulp' or 'pulp:CBC'")
+        raise ProblemError(
+            "engine",
+            f"is {engine!r}, must be 'highs', 'gscip', 'cp_sat', 'pulp' or, of those "
+            "that PuLP finds, 'pulp:NAME' such as 'pulp:CBC'",
+        )
 
 
 def solve_linear(

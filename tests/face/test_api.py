@@ -382,3 +382,34 @@ def test_every_solver_is_listed_with_what_it_can_take() -> None:
         assert mo.get_solver(solver.name).name == solver.name
         assert solver.summary
         assert solver.features <= frozenset(Feature)
+
+
+def test_what_nobody_would_read_is_refused() -> None:
+    problem = mo.load_instance("flashlb-equal")
+    with pytest.raises(
+        mo.ProblemError, match=r"groups: is of no use to solver 'eplb' whose policy is global"
+    ):
+        mo.solve(problem, "eplb", groups=2)
+    assert mo.solve(problem, "eplb-hierarchical", groups=2).plan is not None
+    with pytest.raises(mo.ProblemError, match="objective.horizon: weighs moves against time, but nothing is"):
+        mo.solve(problem.replace(objective=mo.Objective(horizon=10)))
+    with pytest.raises(mo.ProblemError, match="engine: is 'glop', which takes no whole numbers"):
+        mo.solve(problem, "milp", engine="glop")
+    with pytest.raises(mo.ProblemError, match="engine: is 'gurobi', must be 'highs'"):
+        mo.solve(problem, "milp", engine="gurobi")
+
+
+def test_what_notebooks_show() -> None:
+    problem = mo.load_instance("flashlb-equal").replace(name="<b>")
+    result = mo.solve(problem)
+    assert result.plan is not None
+    live = problem.replace(current=result.plan.placement)
+    shown = (problem, result, mo.compare(problem, ["static", "oracle"]), mo.pareto(live), result.plan)
+    for one in shown:
+        text = one._repr_html_()  # type: ignore[attr-defined]
+        assert text.startswith("<table>")
+        assert text.endswith("</table>")
+        assert "<b>" not in text
+        assert len(repr(one)) < 900
+    assert repr(result).startswith("Result(auto on <b>: feasible, imbalance 1.0851, gap 8.506%")
+    assert repr(mo.pareto(live)).startswith("ParetoFront(")
