@@ -24,7 +24,7 @@ from moeless_opt.problems.spec import PRIORITIES, Problem, equal_shares
 from moeless_opt.problems.text import bytes_text, html_table
 from moeless_opt.report import table, terminal_width
 from moeless_opt.solvers.construct import construct_equal, construct_fractional
-from moeless_opt.solvers.core import Clock, Stop, hull_steps, lower_bound
+from moeless_opt.solvers.core import Clock, Stop, hull_steps, lower_bound, risk_L
 from moeless_opt.solvers.core.finish import Built, finish
 from moeless_opt.solvers.migration import schedule_migration, staging_limit
 from moeless_opt.solvers.replan import frontier
@@ -273,7 +273,8 @@ def _by_size(
             share = equal_shares(one, problem.experts)
         else:
             one, share = construct_fractional(load_LE, less_LG, speed_G, seed=seed)
-        times.append(gpu_times(load_LE, one, share, speed_G).max(1))
+        several = problem.loads.shape[0] > 1
+        times.append(risk_L(problem, one) if several else gpu_times(load_LE, one, share, speed_G).max(1))
         padded = np.full((*one.shape[:2], wide), -1, dtype=np.int32)
         padded[:, :, : one.shape[2]] = one
         slots.append(padded)

@@ -13,8 +13,8 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import SolverUnavailableError
 from moeless_opt.problems.files import format_of
-from moeless_opt.problems.plan import Plan, gpu_times, imbalance
-from moeless_opt.problems.spec import Problem, equal_shares
+from moeless_opt.problems.plan import Judged, Plan, judged
+from moeless_opt.problems.spec import Problem, contiguous, equal_shares
 from moeless_opt.problems.text import printable
 
 __all__ = ["need_matplotlib", "picture", "picture_format", "plain_title", "plot_loads"]
@@ -84,20 +84,17 @@ def plot_loads(problem: Problem, plan: Plan, *, form: str = "png") -> bytes:
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
 
-    before_LG, title = _before(problem)
-    speed_G = problem.topology.speed_G
-    panels = [(before_LG, title), (plan.time_LG, plain_title(plan.certificate.solver))]
-    relative = [_relative(time_LG, speed_G) for time_LG, _ in panels]
+    after = judged(problem, plan.slots_LGC, plan.share_LGC, plan.scenario_share_TLGC)
+    panels = [_before(problem), (after, plain_title(plan.certificate.solver))]
+    relative = [_relative(shown) for shown, _ in panels]
     # Blue is idle, white the mean, red a straggler; the few worst must not wash out the rest.
     limit = max(1.2, float(np.percentile(relative, 99.5)))
     norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=limit)
     layers, gpus = plan.time_LG.shape
     figure = Figure(figsize=(11, max(3.0, min(9.0, 1.6 + 0.11 * layers))), layout="constrained")
-    for axes, values, (time_LG, name) in zip(
-        figure.subplots(1, 2, sharey=True), relative, panels, strict=True
-    ):
+    for axes, values, (shown, name) in zip(figure.subplots(1, 2, sharey=True), relative, panels, strict=True):
         image = axes.imshow(values, aspect="auto", cmap="coolwarm", norm=norm, interpolation="nearest")
-        ratio_L = imbalance(time_LG, speed_G)
+        ratio_L = shown.imbalance_L
         axes.set_title(f"{name}\nimbalance {ratio_L.mean():.3f} mean, {ratio_L.max():.3f} worst")
         axes.set_xlabel("GPU")
         step = max(1, layers // 12)
@@ -109,19 +106,15 @@ def plot_loads(problem: Problem, plan: Plan, *, form: str = "png") -> bytes:
     return picture(figure, form, dpi=120)
 
 
-def _before(problem: Problem) -> tuple[FloatArray, str]:
+def _before(problem: Problem) -> tuple[Judged, str]:
     if problem.current is not None:
         slots_LGC, title = problem.current.slots_LGC, "live placement, equal shares"
     else:
-        from moeless_opt.problems.spec import contiguous
-
         slots_LGC, title = contiguous(problem.experts, problem.capacity_LG), "static, one replica each"
-    share_LGC = equal_shares(slots_LGC, problem.experts)
-    return gpu_times(problem.load_LE, slots_LGC, share_LGC, problem.topology.speed_G, problem.time), title
+    return judged(problem, slots_LGC, equal_shares(slots_LGC, problem.experts)), title
 
 
-def _relative(time_LG: FloatArray, speed_G: FloatArray) -> FloatArray:
-    mean_L = time_LG @ (speed_G / speed_G.sum())
-    return np.asarray(
-        np.divide(time_LG, mean_L[:, None], out=np.ones_like(time_LG), where=mean_L[:, None] > 0)
-    )
+def _relative(shown: Judged) -> FloatArray:
+    """Times of the GPUs over that of a perfect balance of the layer, shape [L, G]."""
+    perfect_L1, time_LG = shown.perfect_L[:, None], shown.risk_LG
+    return np.asarray(np.divide(time_LG, perfect_L1, out=np.ones_like(time_LG), where=perfect_L1 > 0))

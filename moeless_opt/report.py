@@ -15,6 +15,7 @@ import numpy as np
 from moeless_opt.problems.plan import Plan, Result, StoppedBy
 from moeless_opt.problems.spec import Problem
 from moeless_opt.problems.text import bytes_text, html_table, printable
+from moeless_opt.solvers.core import perfect_tokens
 
 __all__ = [
     "BOUND_ROW",
@@ -113,7 +114,7 @@ def bound_row(problem: Problem) -> Row:
     It is the "oracle" of MoEless (arXiv 2603.06350).
     """
     time = problem.time
-    perfect = float(problem.load_LE.sum() / problem.topology.speed_G.sum())
+    perfect = float(perfect_tokens(problem).sum())
     unit = "tokens"
     if time.counts_tokens_only:
         perfect, unit = perfect * time.token_cost, time.unit
@@ -275,7 +276,7 @@ def worst_layers(plan: Plan, count: int = 3) -> str:
         [
             str(plan.layers[i]),
             f"{plan.imbalance_L[i]:.4f}",
-            f"{plan.time_LG[i].max():.6g}",
+            f"{plan.certificate.value_L[i]:.6g}",
             f"{plan.certificate.lower_bound_L[i]:.6g}",
             f"{gap_L[i]:.3%}",
             plan.certificate.bound_L[i],

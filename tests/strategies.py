@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.io.traces import TokenTraces
-from moeless_opt.problems.plan.evaluate import gpu_times, imbalance
+from moeless_opt.problems.plan.objective import judged
 from moeless_opt.problems.plan.plan import Certificate, Payback, Plan, count_moves
 from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.problems.spec.loads import Loads
@@ -142,12 +142,11 @@ def random_shares(rng: np.random.Generator, slots_LGC: Any, experts: int) -> np.
     return raw
 
 
-def plan_of(problem: Problem, slots_LGC: Any, share_LGC: Any = None) -> Plan:
+def plan_of(problem: Problem, slots_LGC: Any, share_LGC: Any = None, scenario_share_TLGC: Any = None) -> Plan:
     """A plan with true figures for a placement; its bound is 0, which claims nothing."""
     if share_LGC is None:
         share_LGC = equal_shares(slots_LGC, problem.experts)
-    speed_G = problem.topology.speed_G
-    time_LG = gpu_times(problem.load_LE, slots_LGC, share_LGC, speed_G, problem.time)
+    told = judged(problem, slots_LGC, share_LGC, scenario_share_TLGC)
     current = None if problem.current is None else problem.current.slots_LGC
     return Plan(
         slots_LGC=slots_LGC,
@@ -155,11 +154,11 @@ def plan_of(problem: Problem, slots_LGC: Any, share_LGC: Any = None) -> Plan:
         experts=problem.experts,
         layers=problem.loads.layers,
         split=problem.split,
-        time_LG=time_LG,
-        imbalance_L=imbalance(time_LG, speed_G),
+        time_LG=told.time_LG,
+        imbalance_L=told.imbalance_L,
         moves=count_moves(slots_LGC, current, problem.experts, problem.bytes_L),
         certificate=Certificate(
-            value_L=time_LG.max(1),
+            value_L=told.value_L,
             lower_bound_L=np.zeros(problem.layers),
             bound_L=("none",) * problem.layers,
             solver="drawn",
@@ -168,6 +167,7 @@ def plan_of(problem: Problem, slots_LGC: Any, share_LGC: Any = None) -> Plan:
         made_for=problem,
         unit=problem.time.unit,
         name=problem.name,
+        scenario_share_TLGC=scenario_share_TLGC,
     )
 
 
@@ -219,7 +219,10 @@ def planned(draw: Any, **kind: Any) -> tuple[Problem, Plan]:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     slots = random_slots(rng, problem.capacity_LG, problem.experts)
     share = None if problem.split == "equal" else random_shares(rng, slots, problem.experts)
-    plan = plan_of(problem, slots, share)
+    each = None
+    if share is not None and problem.loads.shape[0] > 1 and draw(st.booleans()):
+        each = np.array([random_shares(rng, slots, problem.experts) for _ in problem.loads.load_TLE])
+    plan = plan_of(problem, slots, share, each)
     if draw(st.booleans()):
         plan = plan.replace(payback=Payback(saved_per_pass=draw(st.floats(-1, 1)), cost=0.5))
     return problem, plan

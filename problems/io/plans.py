@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moeless_opt.problems.arrays import IntArray, floats, integers, number
+from moeless_opt.problems.arrays import FloatArray, IntArray, floats, integers, number
 from moeless_opt.problems.codec import NUMBER, Fields, kind_name, read_record
 from moeless_opt.problems.errors import FormatError
 from moeless_opt.problems.files import atomic_write, format_of, named, read_bytes
@@ -22,6 +22,7 @@ __all__ = ["load_plan", "load_slots", "plan_format", "plan_from_json", "plan_to_
 
 _Read = TypeVar("_Read")
 _ARRAYS = ("slots", "shares", "times", "imbalance")
+_SCENARIOS = "scenario_shares"
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "layers": list(plan.layers),
         "slots": plan.slots_LGC.tolist(),
         "shares": plan.share_LGC.tolist(),
+        "scenario_shares": None if plan.scenario_share_TLGC is None else plan.scenario_share_TLGC.tolist(),
         "times": plan.time_LG.tolist(),
         "imbalance": plan.imbalance_L.tolist(),
         "moves": {
@@ -76,6 +78,7 @@ def plan_from_json(data: object, where: str = "") -> Plan:
     experts = entry.take("experts", int)
     slots = Placement.of(entry.take("slots"), experts, where).slots_LGC
     arrays = {key: floats(entry.path(key), entry.take(key)) for key in _ARRAYS[1:]}
+    each = entry.take("scenario_shares", None, None)
     moves = Fields(entry.take("moves", dict), entry.path("moves"))
     proof = Fields(entry.take("certificate", dict), entry.path("certificate"))
     proof.take("status", str, "")  # derived from the values
@@ -110,6 +113,7 @@ def plan_from_json(data: object, where: str = "") -> Plan:
         unit=entry.take("unit", str, "tokens"),
         name=entry.take("name", str, ""),
         payback=_payback(entry),
+        scenario_share_TLGC=None if each is None else floats(entry.path("scenario_shares"), each),
     )
     for part in (moves, proof, entry):
         part.done()
@@ -117,6 +121,7 @@ def plan_from_json(data: object, where: str = "") -> Plan:
     for key, array, want in (
         ("shares", plan.share_LGC, shape),
         ("times", plan.time_LG, shape[:2]),
+        *(() if plan.scenario_share_TLGC is None else [_scenarios(plan.scenario_share_TLGC, shape)]),
         ("imbalance", plan.imbalance_L, shape[:1]),
         ("moves.by_layer", plan.moves.count_L, shape[:1]),
         ("certificate.value", plan.certificate.value_L, shape[:1]),
@@ -127,6 +132,11 @@ def plan_from_json(data: object, where: str = "") -> Plan:
         if array.shape != want:
             raise FormatError(entry.path(key), f"has shape {array.shape}, must be {want}")
     return plan
+
+
+def _scenarios(each: FloatArray, shape: tuple[int, ...]) -> tuple[str, FloatArray, tuple[int, ...]]:
+    """Name, array and wanted shape of the scenarios' shares, however many scenarios there are."""
+    return _SCENARIOS, each, (len(each) if each.ndim else 0, *shape)
 
 
 def _payback(entry: Fields) -> Payback | None:
@@ -160,9 +170,11 @@ def save_plan(plan: Plan, path: str | PathLike[str]) -> None:
     if plan_format(path) == ".json":
         atomic_write(path, json_bytes(document))
         return
-    for key in _ARRAYS:
-        document.pop(key)
     arrays = dict(zip(_ARRAYS, (plan.slots_LGC, plan.share_LGC, plan.time_LG, plan.imbalance_L), strict=True))
+    if plan.scenario_share_TLGC is not None:
+        arrays[_SCENARIOS] = plan.scenario_share_TLGC
+    for key in arrays:
+        document.pop(key)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, document=np.frombuffer(json_bytes(document), np.uint8), **arrays)  # type: ignore[arg-type]
     atomic_write(path, buffer.getvalue())
@@ -212,4 +224,5 @@ def _read(path: str | PathLike[str], build: Callable[[object], _Read]) -> _Read:
         document = parse_json(arrays["document"].tobytes(), f"{name}: document")
         if not isinstance(document, dict):
             raise FormatError("document", f"must be an object, got {kind_name(document)}")
-        return build(document | {key: arrays[key] for key in _ARRAYS})
+        keys = (*_ARRAYS, _SCENARIOS) if _SCENARIOS in arrays else _ARRAYS
+        return build(document | {key: arrays[key] for key in keys})

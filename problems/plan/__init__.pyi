@@ -3,6 +3,7 @@ from .bounds import apportionment_pairs as apportionment_pairs
 from .bounds import best_bound as best_bound
 from .bounds import replicas_needed as replicas_needed
 from .bounds import tau_curve as tau_curve
+from .bounds import tau_star as tau_star
 from .evaluate import activated as activated
 from .evaluate import even_pieces as even_pieces
 from .evaluate import even_times as even_times
@@ -12,6 +13,8 @@ from .evaluate import imbalance as imbalance
 from .evaluate import move_seconds as move_seconds
 from .evaluate import new_replicas as new_replicas
 from .evaluate import node_traffic as node_traffic
+from .evaluate import over_perfect as over_perfect
+from .evaluate import perfect_times as perfect_times
 from .evaluate import slot_sums as slot_sums
 from .migration import HOST as HOST
 from .migration import Drop as Drop
@@ -21,6 +24,8 @@ from .migration import Transfer as Transfer
 from .migration import migration_violations as migration_violations
 from .migration import port_kind as port_kind
 from .migration import transfer_seconds as transfer_seconds
+from .objective import Judged as Judged
+from .objective import judged as judged
 from .objective import objective_vector as objective_vector
 from .objective import order_of as order_of
 from .objective import risk as risk

@@ -17,6 +17,8 @@ __all__ = [
     "move_seconds",
     "new_replicas",
     "node_traffic",
+    "over_perfect",
+    "perfect_times",
     "slot_sums",
 ]
 
@@ -91,15 +93,38 @@ def even_times(load_LE: FloatArray, slots_LGC: SlotArray, speed_G: FloatArray) -
     return np.asarray(slot_sums(even_pieces(load_LE, slots_LGC)) * (1.0 / speed_G))
 
 
-def imbalance(time_LG: FloatArray, speed_G: FloatArray) -> FloatArray:
+def perfect_times(time_LG: FloatArray, speed_G: FloatArray, usable_LG: BoolArray | None = None) -> FloatArray:
+    """Time of a perfect balance of the same work, shape [L]: the mean weighted by speed.
+
+    Parameters
+    ----------
+    time_LG : array, shape [L, G]
+        Time of each GPU.
+    speed_G : array, shape [G]
+        Relative speeds.
+    usable_LG : array of bool, shape [L, G], optional
+        GPUs that can hold an expert; all by default. The others count nowhere.
+    """
+    weight_G = speed_G / speed_G.max()  # of the largest finite speeds the sum is none
+    if usable_LG is None or usable_LG.all():
+        return np.asarray(time_LG @ (weight_G / weight_G.sum()))
+    weight_LG = np.where(usable_LG, weight_G, 0.0)
+    total_L = weight_LG.sum(1)
+    return np.asarray((time_LG * weight_LG).sum(1) / np.where(total_L > 0, total_L, 1.0))
+
+
+def imbalance(time_LG: FloatArray, speed_G: FloatArray, usable_LG: BoolArray | None = None) -> FloatArray:
     """max / mean GPU time of each layer, shape [L]; 1 is perfect.
 
-    The mean is weighted by speed, so that it is the time of a perfect balance of the same work
-    (with equal speeds, the plain mean). A layer without any time counts as 1.
+    The mean is that of `perfect_times` (with equal speeds, the plain mean of the GPUs that can hold an
+    expert). A layer without any time counts as 1.
     """
-    mean_L = time_LG @ (speed_G / speed_G.sum())
-    top_L = time_LG.max(1)
-    return np.asarray(np.divide(top_L, mean_L, out=np.ones_like(top_L), where=mean_L > 0))
+    return over_perfect(time_LG.max(1), perfect_times(time_LG, speed_G, usable_LG))
+
+
+def over_perfect(top_L: FloatArray, perfect_L: FloatArray) -> FloatArray:
+    """The largest time over the time of a perfect balance, shape [L]; 1 where there is no work."""
+    return np.asarray(np.divide(top_L, perfect_L, out=np.ones_like(top_L), where=perfect_L > 0))
 
 
 def new_replicas(slots_LGC: SlotArray, before_LGC: SlotArray, experts: int) -> BoolArray:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.plan.evaluate import gpu_times, node_traffic
+from moeless_opt.problems.plan.evaluate import gpu_times, node_traffic, over_perfect, perfect_times
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.spec import PRIORITIES, Objective, Problem
 
-__all__ = ["TERMS", "Term", "objective_vector", "order_of", "risk", "scenario_value", "usual_order"]
+__all__ = ["TERMS", "Judged", "Term", "judged", "objective_vector", "order_of", "risk", "usual_order"]
 
 
 def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) -> FloatArray:
@@ -31,6 +31,8 @@ def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) 
     objective : Objective
         Says ``expected``, ``worst`` or ``cvar``.
     """
+    if top_TL.shape[0] == 1:
+        return np.asarray(top_TL[0])
     if weight_T is None:
         weight_T = np.full(top_TL.shape[0], 1 / top_TL.shape[0])
     if objective.risk == "worst":
@@ -44,13 +46,71 @@ def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) 
     return np.asarray((kept_TL * np.take_along_axis(top_TL, order_TL, axis=0)).sum(0) / tail)
 
 
-def scenario_value(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray) -> float:
-    """Sum over the layers of the largest GPU time, over the scenarios as the objective says, shares fixed."""
-    speed_G, time = problem.topology.speed_G, problem.time
-    top_TL = np.array(
-        [gpu_times(load_LE, slots_LGC, share_LGC, speed_G, time).max(1) for load_LE in problem.loads.load_TLE]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """The times that a plan is judged by.
+
+    Parameters
+    ----------
+    time_LG : array, shape [L, G]
+        Time of each GPU under the expected loads; 0 where it can hold no expert.
+    value_L : array, shape [L]
+        Time of each layer, that of its slowest GPU; over several scenarios by the objective's risk.
+    perfect_L : array, shape [L]
+        What that would be if the same work were perfectly balanced.
+    risk_LG : array, shape [L, G]
+        Time of each GPU by the objective's risk. `value_L` may be above the largest: the slowest GPU need not
+        be the same in every scenario.
+    """
+
+    time_LG: FloatArray
+    value_L: FloatArray
+    perfect_L: FloatArray
+    risk_LG: FloatArray
+
+    @property
+    def imbalance_L(self) -> FloatArray:
+        """`value_L` over `perfect_L`, shape [L]; 1 is perfect, and what a layer without work counts."""
+        return over_perfect(self.value_L, self.perfect_L)
+
+
+def judged(
+    problem: Problem,
+    slots_LGC: SlotArray,
+    share_LGC: FloatArray,
+    scenario_share_TLGC: FloatArray | None = None,
+) -> Judged:
+    """Judge slots and shares by the problem's own measure.
+
+    Parameters
+    ----------
+    problem : Problem
+        Loads, speeds, time model and risk.
+    slots_LGC, share_LGC : arrays, shape [L, G, C]
+        Expert in each slot, and the share of its tokens that the slot serves.
+    scenario_share_TLGC : array, shape [T, L, G, C], optional
+        Shares of each scenario, where they are not the same in all.
+    """
+    loads, speed_G, usable_LG = problem.loads, problem.topology.speed_G, problem.usable_LG
+
+    def times(load_LE: FloatArray, part_LGC: FloatArray) -> FloatArray:
+        time_LG = gpu_times(load_LE, slots_LGC, part_LGC, speed_G, problem.time)
+        return time_LG if usable_LG.all() else np.where(usable_LG, time_LG, 0.0)
+
+    time_LG = times(problem.load_LE, share_LGC)
+    if loads.shape[0] == 1:
+        perfect_L = perfect_times(time_LG, speed_G, usable_LG)
+        return Judged(time_LG=time_LG, value_L=time_LG.max(1), perfect_L=perfect_L, risk_LG=time_LG)
+    each = [share_LGC] * loads.shape[0] if scenario_share_TLGC is None else scenario_share_TLGC
+    time_TLG = np.array([times(*pair) for pair in zip(loads.load_TLE, each, strict=True)])
+    perfect_TL = np.array([perfect_times(part_LG, speed_G, usable_LG) for part_LG in time_TLG])
+    flat_TL = time_TLG.reshape(len(time_TLG), -1)
+    value_L, perfect_L, risk_LG = (
+        risk(value, loads.weight_T, problem.objective) for value in (time_TLG.max(2), perfect_TL, flat_TL)
     )
-    return float(risk(top_TL, problem.loads.weight_T, problem.objective).sum())
+    return Judged(
+        time_LG=time_LG, value_L=value_L, perfect_L=perfect_L, risk_LG=risk_LG.reshape(time_LG.shape)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +136,8 @@ class Term:
 
 
 def _balance(problem: Problem, plan: Plan) -> float:
-    return scenario_value(problem, plan.slots_LGC, plan.share_LGC)
+    told = judged(problem, plan.slots_LGC, plan.share_LGC, plan.scenario_share_TLGC)
+    return float(told.value_L.sum())
 
 
 def _moves(problem: Problem, plan: Plan) -> float:
@@ -152,7 +213,7 @@ def objective_vector(problem: Problem, plan: Plan) -> dict[str, float]:
     -------
     dict
         ``balance``: sum over the layers of the largest GPU time (over the scenarios by the
-        objective's risk, with the plan's own shares in each), in the time model's unit. ``moves``: bytes to
+        objective's risk, with the shares of each), in the time model's unit. ``moves``: bytes to
         ship, or replicas where the size of an expert is unknown. ``traffic``: tokens that leave their node.
         ``memory``: bytes held, or replicas.
     """

@@ -43,7 +43,7 @@ class Certificate(Record):
     Parameters
     ----------
     value_L : array, shape [L]
-        Largest GPU time of each layer.
+        Largest GPU time of each layer; over several scenarios by the objective's risk.
     lower_bound_L : array, shape [L]
         No plan for these GPUs, slots and split can have a smaller one.
     bound_L : tuple of str
@@ -210,9 +210,10 @@ class Plan(Record):
     split : str
         ``"fractional"`` or ``"equal"``.
     time_LG : array of float, shape [L, G]
-        Time of each GPU under the expected loads.
+        Time of each GPU under the expected loads, with `share_LGC`.
     imbalance_L : array of float, shape [L]
-        max / mean GPU time.
+        max / mean GPU time; over several scenarios the layer's time by the objective's risk, over that of a
+        perfect balance in each.
     moves : Moves
         What has to be shipped from the live placement.
     certificate : Certificate
@@ -225,6 +226,9 @@ class Plan(Record):
         For people.
     payback : Payback, optional
         Time saved against the cost of the moves, where times are in seconds and something was live.
+    scenario_share_TLGC : array of float, shape [T, L, G, C], optional
+        The shares of each scenario, where the loads have several and the split is fractional: shares follow
+        the traffic and move no weights. `share_LGC` has those for the expected loads.
     """
 
     slots_LGC: SlotArray
@@ -240,10 +244,12 @@ class Plan(Record):
     unit: str = "tokens"
     name: str = ""
     payback: Payback | None = None
+    scenario_share_TLGC: FloatArray | None = None
 
     def __post_init__(self) -> None:
-        for key in ("slots_LGC", "share_LGC", "time_LG", "imbalance_L"):
-            object.__setattr__(self, key, frozen(getattr(self, key)))
+        for key in ("slots_LGC", "share_LGC", "time_LG", "imbalance_L", "scenario_share_TLGC"):
+            if getattr(self, key) is not None:
+                object.__setattr__(self, key, frozen(getattr(self, key)))
 
     @property
     def replicas_LE(self) -> SlotArray:
@@ -281,6 +287,12 @@ class Plan(Record):
         row_GC = self.slots_LGC[self.layers.index(layer)]
         return [int(gpu) for gpu in np.flatnonzero((row_GC == expert).any(1))]
 
+    def _over(self) -> str:
+        """What the times are taken over, where the problem is known and has several scenarios."""
+        if isinstance(self.made_for, str) or self.made_for.loads.shape[0] == 1:
+            return ""
+        return f", {self.made_for.objective.risk} over {self.made_for.loads.shape[0]} scenarios"
+
     def __repr__(self) -> str:
         layers, gpus, slots = self.slots_LGC.shape
         title = f" {printable(self.name)}" if self.name else ""
@@ -290,8 +302,8 @@ class Plan(Record):
         return (
             f"<Plan{title}: {layers} layer(s), {self.experts} experts as {self.replicas} replicas "
             f"on {gpus} GPUs (up to {slots} slots), {self.split} split\n"
-            f"  imbalance (max/mean) {self.imbalance_L.mean():.4f} mean, {self.imbalance_L[worst]:.4f} worst "
-            f"(layer {self.layers[worst]})\n"
+            f"  imbalance (max/mean{self._over()}) {self.imbalance_L.mean():.4f} mean, "
+            f"{self.imbalance_L[worst]:.4f} worst (layer {self.layers[worst]})\n"
             f"  {self.certificate!r}\n"
             f"  {self.moves!r}{proof}{payback}>"
         )
@@ -300,7 +312,7 @@ class Plan(Record):
         rows = (
             ("layers x experts", f"{self.slots_LGC.shape[0]} x {self.experts}"),
             ("replicas on GPUs", f"{self.replicas} on {self.slots_LGC.shape[1]}"),
-            ("imbalance, mean", f"{self.imbalance_L.mean():.4f}"),
+            (f"imbalance, mean{self._over()}", f"{self.imbalance_L.mean():.4f}"),
             (
                 "imbalance, worst",
                 f"{self.imbalance_L.max():.4f} (layer {self.layers[int(self.imbalance_L.argmax())]})",

@@ -48,9 +48,16 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
         return [f"slots have shape {slots.shape}, the problem has {layers} layers and {gpus} GPUs"]
     if share.shape != slots.shape:
         return [f"shares have shape {share.shape}, the slots {slots.shape}"]
+    each = plan.scenario_share_TLGC
+    scenarios = problem.loads.shape[0]
+    if each is not None and (each.shape != (scenarios, *slots.shape) or problem.split == "equal"):
+        return [
+            f"shares of scenarios have shape {each.shape}; slots of shape {slots.shape} with {scenarios} "
+            f"scenarios and a {problem.split} split have none such"
+        ]
     if slots.size == 0 or int(slots.min()) < -1 or int(slots.max()) >= experts:
         return [f"slots hold an expert outside -1..{experts - 1}"]
-    held = _Held.of(problem, plan)
+    held = _Held.of(experts, slots, share)
     found = _rules(problem, plan, held)
     if found and found[-1] == _NOT_SHARES:
         return found
@@ -91,13 +98,12 @@ class _Held:
     used_LG: IntArray
 
     @classmethod
-    def of(cls, problem: Problem, plan: Plan) -> _Held:
-        """All layers of a plan whose shapes and experts are in order."""
-        layers, gpus, slots = plan.slots_LGC.shape
-        experts = problem.experts
-        order = np.argsort(plan.slots_LGC, axis=2)
-        expert = np.take_along_axis(plan.slots_LGC, order, axis=2).astype(np.int64).ravel()
-        share = np.take_along_axis(plan.share_LGC, order, axis=2).ravel()
+    def of(cls, experts: int, slots_LGC: SlotArray, share_LGC: FloatArray) -> _Held:
+        """All layers of slots whose shapes and experts are in order, with some shares."""
+        layers, gpus, slots = slots_LGC.shape
+        order = np.argsort(slots_LGC, axis=2)
+        expert = np.take_along_axis(slots_LGC, order, axis=2).astype(np.int64).ravel()
+        share = np.take_along_axis(share_LGC, order, axis=2).ravel()
         filled = np.flatnonzero(expert >= 0)
         row, expert, share = filled // slots, expert[filled], share[filled]
         count = np.ones(len(row), dtype=np.int64)
@@ -157,19 +163,41 @@ def _rules(problem: Problem, plan: Plan, held: _Held) -> list[str]:
         f"layer {layers[x]} GPU {g}: {used_LG[x, g]} replicas, room for {capacity_LG[x, g]}"
         for x, g in np.argwhere(used_LG > capacity_LG)[:_MOST]
     ]
-    share = plan.share_LGC
-    if not (float(share.min()) >= -TOLERANCE and float(share.max()) < np.inf):
-        return [*found, _NOT_SHARES]
-    if ((plan.slots_LGC < 0) & (share != 0)).any():
-        found.append("an empty slot has a token share")
-    total_LE = held.by_expert(held.share_P)
-    found += [
-        f"layer {layers[x]}: the shares of expert {e} sum to {total_LE[x, e]:.9g}, not 1"
-        for x, e in np.argwhere(np.abs(total_LE - 1.0) > TOLERANCE)[:_MOST]
-    ]
+    each = plan.scenario_share_TLGC
+    for share_LGC in (plan.share_LGC, *(() if each is None else each)):
+        if not (float(share_LGC.min()) >= -TOLERANCE and float(share_LGC.max()) < np.inf):
+            return [*found, _NOT_SHARES]
+    found += _sums(problem, plan.slots_LGC, plan.share_LGC, held, "")
     if problem.split == "equal":
         found += _uneven(problem, held)
     return found
+
+
+def _sums(
+    problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray, held: _Held, where: str
+) -> list[str]:
+    """Where an empty slot has a share, or those of an expert do not sum to 1."""
+    found = [f"{where}an empty slot has a token share"] if ((slots_LGC < 0) & (share_LGC != 0)).any() else []
+    total_LE = held.by_expert(held.share_P)
+    return found + [
+        f"{where}layer {problem.loads.layers[x]}: the shares of expert {e} sum to {total_LE[x, e]:.9g}, not 1"
+        for x, e in np.argwhere(np.abs(total_LE - 1.0) > TOLERANCE)[:_MOST]
+    ]
+
+
+def _served(problem: Problem, plan: Plan, held: _Held) -> tuple[FloatArray, IntArray, list[str]]:
+    """Tokens of every GPU and its replicas that serve any, in each scenario [T, L, G]; and odd shares."""
+    each = plan.scenario_share_TLGC
+    tokens, active, found = [], [], []
+    for t, load_LE in enumerate(problem.loads.load_TLE):
+        own = held
+        if each is not None:
+            own = _Held.of(problem.experts, plan.slots_LGC, each[t])
+            found += _sums(problem, plan.slots_LGC, each[t], own, f"scenario {t}, ")
+        served_P = own.share_P * load_LE[own.layer_P, own.expert_P]
+        tokens.append(own.by_gpu(served_P))
+        active.append(own.by_gpu(served_P > 0).astype(np.int64))
+    return np.array(tokens), np.array(active), found
 
 
 def _uneven(problem: Problem, held: _Held) -> list[str]:
@@ -309,24 +337,35 @@ def _least_seconds(problem: Problem, held: _Held, new_P: BoolArray) -> float:
 
 def _claims(problem: Problem, plan: Plan, held: _Held) -> list[str]:
     """Compare the plan's own figures with the recomputed ones."""
-    served_P = held.share_P * problem.load_LE[held.layer_P, held.expert_P]
-    tokens, active = held.by_gpu(served_P), held.by_gpu(served_P > 0).astype(np.int64)
+    tokens, active, found = _served(problem, plan, held)
     model: TimeModel = problem.time
     speed = problem.topology.speed_G
-    time = np.asarray(model.time(tokens, tokens if model.counts_tokens_only else active, speed))
-    top = time.max(1)
-    found = []
-    if plan.time_LG.shape != time.shape or (np.abs(plan.time_LG - time).max(1) > TOLERANCE * top).any():
+    usable = problem.capacity_LG > 0  # a GPU without room is dead: it takes no time and counts in no mean
+    with np.errstate(over="ignore", invalid="ignore"):
+        time = np.asarray(model.time(tokens, tokens if model.counts_tokens_only else active, speed))
+        time = np.where(usable, time, 0.0)
+        weight = np.where(usable, speed / speed.max(), 0.0)
+        mean = (time * weight).sum(2) / np.maximum(weight.sum(1), 1e-300)
+        top, work = (_over_scenarios(problem, part) for part in (time.max(2), mean))
+        ratio = np.where(work > 0, top / np.where(work > 0, work, 1.0), 1.0)
+    if not (np.isfinite(top).all() and np.isfinite(ratio).all()):
+        return [*found, "the plan's times are not finite: loads, time model and speeds are out of range"]
+    usual = time[0]
+    if len(time) > 1:
+        served_P = held.share_P * problem.load_LE[held.layer_P, held.expert_P]
+        mean = model.time(held.by_gpu(served_P), held.by_gpu(served_P > 0), speed)
+        usual = np.where(usable, mean, 0.0)
+    if plan.time_LG.shape != usual.shape or _apart(plan.time_LG, usual, usual.max(1)[:, None]):
         found.append("the plan's GPU times are not those of its shares")
-    work = time @ (speed / speed.sum())
-    ratio = np.where(work > 0, top / np.where(work > 0, work, 1.0), 1.0)
-    if plan.imbalance_L.shape != ratio.shape or np.abs(plan.imbalance_L - ratio).max() > TOLERANCE:
+    if plan.imbalance_L.shape != ratio.shape or _apart(plan.imbalance_L, ratio, np.ones(len(ratio))):
         found.append("the plan's imbalance is not that of its shares")
     bound, value = plan.certificate.lower_bound_L, plan.certificate.value_L
     if bound.shape != (problem.layers,) or value.shape != (problem.layers,):
         return [*found, "the certificate does not cover every layer"]
-    if (np.abs(value - top) > TOLERANCE * top).any():
+    if _apart(value, top, top):
         found.append("the certificate's values are not the plan's largest GPU times")
+    if not (bound >= 0).all():
+        found.append("the certificate's bounds are no numbers of at least 0")
     over = bound > value * (1 + PROVEN)
     if over.any():
         x, names = int(np.argmax(over)), plan.certificate.bound_L
@@ -335,6 +374,31 @@ def _claims(problem: Problem, plan: Plan, held: _Held) -> list[str]:
             f"({names[x] if x < len(names) else 'unnamed'}) is above the plan's own {value[x]:.9g}"
         )
     return found
+
+
+def _apart(claimed: FloatArray, right: FloatArray, scale: FloatArray) -> bool:
+    """Whether a claim is further off than the tolerance; what is no number is."""
+    return not bool((np.abs(claimed - right) <= TOLERANCE * scale).all())
+
+
+def _over_scenarios(problem: Problem, value: FloatArray) -> FloatArray:
+    """Values of every scenario, [T, ...], as one by the problem's risk."""
+    wish, weight = problem.objective, problem.loads.weight_T
+    count = len(value)
+    if count == 1:
+        return np.asarray(value[0])
+    share = np.full(count, 1.0 / count) if weight is None else weight
+    if wish.risk == "worst":
+        return np.asarray(value.max(0))
+    tail = 1.0 if wish.risk == "expected" else 1.0 - wish.cvar_alpha
+    left = np.full(value.shape[1:], tail)
+    total = np.zeros(value.shape[1:])
+    order = np.argsort(-value, axis=0, kind="stable")
+    for rank in order:  # the worst first, until the tail is full
+        taken = np.minimum(share[rank], left)
+        total += taken * np.take_along_axis(value, rank[None], axis=0)[0]
+        left -= taken
+    return np.asarray(total / tail)
 
 
 _NOT_SHARES = "shares must be finite and at least 0"

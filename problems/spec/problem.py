@@ -191,6 +191,11 @@ class Problem(Record):
         return self.loads.shape[2]
 
     @property
+    def usable_LG(self) -> BoolArray:
+        """GPUs that can hold an expert of a layer, shape [L, G]; the others (dead ones) count nowhere."""
+        return np.asarray(self.capacity_LG > 0)
+
+    @property
     def load_LE(self) -> FloatArray:
         """Expected loads, shape [L, E]."""
         return self.loads.load_LE

@@ -12,8 +12,8 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec import Problem, equal_shares
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
-from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, one_of
-from moeless_opt.solvers.shares import best_over_scenarios, best_shares
+from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, best_over_scenarios, one_of
+from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["Construct", "ConstructOptions", "Stay"]
 

@@ -1,6 +1,6 @@
 """What every solver shares: the contract, features, stopping, results, linear programmes, knapsack.
 
-May import `problems` alone.
+May import `shares`, `problems`.
 """
 
 import lazy_loader

@@ -29,6 +29,11 @@ from .registry import get_solver as get_solver
 from .registry import list_solvers as list_solvers
 from .registry import require as require
 from .registry import solver_names as solver_names
+from .scenarios import best_over_scenarios as best_over_scenarios
+from .scenarios import guises as guises
+from .scenarios import perfect_tokens as perfect_tokens
+from .scenarios import risk_L as risk_L
+from .scenarios import scenario_shares as scenario_shares
 from .solver import Heuristic as Heuristic
 from .solver import Solver as Solver
 from .solver import Task as Task

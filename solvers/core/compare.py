@@ -15,16 +15,16 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray
 from moeless_opt.problems.plan import (
-    gpu_times,
+    judged,
     new_replicas,
     node_traffic,
     order_of,
-    risk,
     usual_order,
     violations,
 )
 from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core.finish import Built, finish, lower_bound
+from moeless_opt.solvers.core.scenarios import perfect_tokens
 from moeless_opt.solvers.core.stopping import Clock
 
 __all__ = ["best_of", "better_L", "layer_values", "ranks"]
@@ -35,15 +35,8 @@ EQUAL = 1e-9
 
 def layer_values(problem: Problem, built: Built) -> FloatArray:
     """Largest GPU time of each layer, over the scenarios by the objective's risk, shape [L]."""
-    share_LGC = built.shares_LGC
-    speed_G, time = problem.topology.speed_G, problem.time
-    top_TL = np.array(
-        [
-            gpu_times(load_LE, built.slots_LGC, share_LGC, speed_G, time).max(1)
-            for load_LE in problem.loads.load_TLE
-        ]
-    )
-    return risk(top_TL, problem.loads.weight_T, problem.objective)
+    built = built.for_scenarios(problem)
+    return judged(problem, built.slots_LGC, built.shares_LGC, built.scenario_share_TLGC).value_L
 
 
 def ranks(problem: Problem, built: Built) -> list[FloatArray]:
@@ -52,8 +45,10 @@ def ranks(problem: Problem, built: Built) -> list[FloatArray]:
     held_L = np.count_nonzero(built.slots_LGC >= 0, axis=(1, 2)).astype(np.float64)
     order: list[FloatArray] = []
     if problem.sizing.policy == "makespan":
-        mean_L = problem.load_LE.sum(1) * problem.time.token_cost / problem.topology.speed_G.sum()
-        order += [np.maximum(value_L, problem.sizing.imbalance * mean_L), held_L]
+        order += [
+            np.maximum(value_L, problem.sizing.imbalance * problem.time.token_cost * perfect_tokens(problem)),
+            held_L,
+        ]
     elif problem.sizing.policy == "cv":
         order.append(held_L)
     current = problem.current
@@ -139,9 +134,17 @@ def _mixed(first: Built, second: Built, take_L: BoolArray) -> Built:
         parts.append((np.pad(built.slots_LGC, room, constant_values=-1), np.pad(built.shares_LGC, room)))
     (slots_LGC, share_LGC), (other_LGC, other_share) = parts
     slots_LGC[take_L], share_LGC[take_L] = other_LGC[take_L], other_share[take_L]
+    scenario_share_TLGC = None
+    if first.scenario_share_TLGC is not None and second.scenario_share_TLGC is not None:
+        scenario_share_TLGC, other_TLGC = (
+            np.pad(part, ((0, 0), (0, 0), (0, 0), (0, wide - part.shape[3])))
+            for part in (first.scenario_share_TLGC, second.scenario_share_TLGC)
+        )
+        scenario_share_TLGC[:, take_L] = other_TLGC[:, take_L]
     return Built(
         slots_LGC=slots_LGC,
         share_LGC=share_LGC,
+        scenario_share_TLGC=scenario_share_TLGC,
         bound=first.bound,
         stopped_by=first.stopped_by,
         message=first.message,

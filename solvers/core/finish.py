@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,11 +17,13 @@ from moeless_opt.problems.plan import (
     best_bound,
     check_slots,
     count_moves,
-    gpu_times,
-    imbalance,
+    judged,
+    risk,
+    tau_star,
     timed_bound,
 )
 from moeless_opt.problems.spec import Problem, equal_shares
+from moeless_opt.solvers.core.scenarios import scenario_shares
 from moeless_opt.solvers.core.stopping import Clock
 
 __all__ = ["Bound", "Built", "finish", "in_time", "lower_bound", "token_bound"]
@@ -40,6 +42,8 @@ class Built:
         Expert in each slot, -1 for an empty one.
     share_LGC : array, shape [L, G, C], optional
         Token shares; even ones if not given.
+    scenario_share_TLGC : array, shape [T, L, G, C], optional
+        Shares of each scenario, where the solver has its own; else those of least tokens over speed.
     bound : (array [L], names), optional
         A lower bound that was proven on the way; combined with the cheap ones.
     stopped_by : StoppedBy
@@ -52,6 +56,7 @@ class Built:
 
     slots_LGC: SlotArray
     share_LGC: FloatArray | None = None
+    scenario_share_TLGC: FloatArray | None = None
     bound: Bound | None = None
     stopped_by: StoppedBy = StoppedBy.NOTHING
     message: str = ""
@@ -64,18 +69,62 @@ class Built:
             return self.share_LGC
         return equal_shares(self.slots_LGC, int(self.slots_LGC.max()) + 1)
 
+    def for_scenarios(self, problem: Problem) -> Built:
+        """The same with shares for every scenario, where the problem wants them."""
+        if self.scenario_share_TLGC is not None or problem.loads.shape[0] == 1:
+            return self
+        check_layers(problem, self.slots_LGC)
+        return replace(self, scenario_share_TLGC=scenario_shares(problem, self.slots_LGC, self.shares_LGC))
+
+
+def check_layers(problem: Problem, slots_LGC: SlotArray) -> None:
+    """Raise unless slots place every layer by the rules (see `check_slots`)."""
+    for slots_GC, capacity_G in zip(slots_LGC, problem.capacity_LG, strict=True):
+        check_slots(slots_GC, problem.experts, capacity_G)
+
 
 def lower_bound(problem: Problem, split: str | None = None) -> Bound:
-    """The best cheap lower bound on each layer's largest GPU time, and its name."""
+    """The best cheap lower bound on each layer's time, and its name.
+
+    Over several scenarios no placement beats the risk of the scenarios' own bounds, since a risk measure
+    never falls where a time rises; nor the bound for the expected loads, since a layer's time is convex in
+    them; nor, in the worst case, replicas that must do for every expert's largest load.
+    """
+    loads = problem.loads
+    expected_L, names = _bound_of(problem, problem.load_LE, split)
+    if loads.shape[0] == 1:
+        return expected_L, names
+    each = [_bound_of(problem, load_LE, split) for load_LE in loads.load_TLE]
+    together_L = risk(np.array([bound_L for bound_L, _ in each]), loads.weight_T, problem.objective)
+    known = [{own[x] for _, own in each} for x in range(problem.layers)]
+    best: Bound = together_L, tuple(own.pop() if len(own) == 1 else "scenarios" for own in known)
+    if not problem.time.has_curve:
+        best = _higher(best, (expected_L, names))
+    if problem.objective.risk == "worst" and problem.time.counts_tokens_only:
+        most_LE = loads.load_TLE.max(0)
+        tau_L = tau_star(most_LE, problem.capacity_LG, problem.topology.speed_G, split or problem.split)
+        best = _higher(best, (tau_L * problem.time.token_cost, ("tau",) * problem.layers))
+    return best
+
+
+def _higher(first: Bound, second: Bound) -> Bound:
+    """Of two bounds the higher one of each layer; of equals the first."""
+    pairs = zip(first[1], second[1], first[0], second[0], strict=True)
+    names = tuple(b if y > x * (1 + 1e-12) else a for a, b, x, y in pairs)
+    return np.maximum(first[0], second[0]), names
+
+
+def _bound_of(problem: Problem, load_LE: FloatArray, split: str | None) -> Bound:
+    """The best cheap bound for some loads."""
     time, limits = problem.time, problem.limits
     if time.has_curve:
         most = min(int(problem.capacity_LG.max()), problem.experts)
         bound_L = timed_bound(
-            problem.load_LE, problem.capacity_LG, problem.topology.speed_G, TimeTable.of(time, most)
+            load_LE, problem.capacity_LG, problem.topology.speed_G, TimeTable.of(time, most)
         )
         return bound_L, ("capacity",) * problem.layers
     bound_L, name_L = best_bound(
-        problem.load_LE,
+        load_LE,
         problem.capacity_LG,
         problem.topology.speed_G,
         split or problem.split,
@@ -101,12 +150,13 @@ def in_time(problem: Problem, token_L: FloatArray) -> FloatArray:
 
 
 def _launch(problem: Problem) -> float:
-    return problem.time.launch / float(problem.topology.speed_G.max())
+    usable_G = problem.usable_LG.any(0)
+    return problem.time.launch / float(problem.topology.speed_G[usable_G].max(initial=1e-300))
 
 
 def _bound_for(problem: Problem, value_L: FloatArray) -> Bound:
     """The best cheap bound; the mean alone where every layer attains it."""
-    if problem.time.counts_tokens_only:
+    if problem.time.counts_tokens_only and problem.loads.shape[0] == 1 and problem.usable_LG.all():
         mean_L = problem.load_LE.sum(1) * (problem.time.token_cost / problem.topology.speed_G.sum())
         if (value_L <= mean_L * (1 + 1e-9)).all():
             return mean_L, ("mean",) * len(mean_L)
@@ -134,15 +184,14 @@ def finish(problem: Problem, built: Built, *, solver: str, began: Clock, certify
     InvalidPlanError
         If a bound is above the value of the plan by more than rounding: one of them is wrong.
     """
+    built = built.for_scenarios(problem)
     slots_LGC, share_LGC = built.slots_LGC, built.shares_LGC
-    speed_G = problem.topology.speed_G
-    time_LG = gpu_times(problem.load_LE, slots_LGC, share_LGC, speed_G, problem.time)
-    value_L = time_LG.max(1)
+    told = judged(problem, slots_LGC, share_LGC, built.scenario_share_TLGC)
+    value_L = told.value_L
     try:
         bound_L, names = _certified(problem, value_L, built.bound, certify)
     except InvalidPlanError:
-        for slots_GC, capacity_G in zip(slots_LGC, problem.capacity_LG, strict=True):
-            check_slots(slots_GC, problem.experts, capacity_G)  # what breaks a rule may be below any bound
+        check_layers(problem, slots_LGC)  # what breaks a rule may be below any bound
         raise
     current = None if problem.current is None else problem.current.slots_LGC
     return Plan(
@@ -151,8 +200,8 @@ def finish(problem: Problem, built: Built, *, solver: str, began: Clock, certify
         experts=problem.experts,
         layers=problem.loads.layers,
         split=problem.split,
-        time_LG=time_LG,
-        imbalance_L=imbalance(time_LG, speed_G),
+        time_LG=told.time_LG,
+        imbalance_L=told.imbalance_L,
         moves=count_moves(slots_LGC, current, problem.experts, problem.bytes_L),
         certificate=Certificate(
             value_L=value_L,
@@ -165,6 +214,7 @@ def finish(problem: Problem, built: Built, *, solver: str, began: Clock, certify
         made_for=problem,
         unit=problem.time.unit,
         name=problem.name,
+        scenario_share_TLGC=built.scenario_share_TLGC,
     )
 
 
@@ -174,9 +224,7 @@ def _certified(problem: Problem, value_L: FloatArray, proven: Bound | None, cert
     if certify:
         bound_L, names = _bound_for(problem, value_L)
     if proven is not None:
-        pairs = zip(names, proven[1], bound_L, proven[0], strict=True)
-        names = tuple(b if y > x else a for a, b, x, y in pairs)
-        bound_L = np.maximum(bound_L, proven[0])
+        bound_L, names = _higher((bound_L, names), proven)
     over_L = bound_L > value_L * (1 + PROVEN)
     if over_L.any():
         i = int(np.argmax(over_L))

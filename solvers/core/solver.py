@@ -259,7 +259,7 @@ class Heuristic(ABC):
         for one in [built] if isinstance(built, Built) else built:
             if wrong := _malformed(task.problem, one):
                 raise InvalidPlanError([f"solver {self.name!r} built {wrong}"])
-            yield one
+            yield one.for_scenarios(task.problem)
 
     def _start(self, problem: Problem, initial: Plan) -> Built | None:
         """What was given to start from, for this problem; None if it breaks a rule."""
@@ -279,7 +279,7 @@ class Heuristic(ABC):
         share_LGC = initial.share_LGC
         if problem.split == "equal":  # even over the replicas, whatever was merged there
             share_LGC = equal_shares(initial.slots_LGC, problem.experts)
-        built = Built(slots_LGC=initial.slots_LGC, share_LGC=share_LGC)
+        built = Built(slots_LGC=initial.slots_LGC, share_LGC=share_LGC).for_scenarios(problem)
         plan = finish(problem, built, solver=self.name, began=Clock.begin(), certify=False)
         return None if violations(problem, plan) else built
 

@@ -18,7 +18,8 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan import new_replicas, node_traffic, order_of, risk
 from moeless_opt.problems.spec import Problem, equal_shares, held_LGE
-from moeless_opt.solvers.shares import pooled_shares, risk_L, solve_shares, solve_source_shares
+from moeless_opt.solvers.core import risk_L
+from moeless_opt.solvers.shares import pooled_shares, solve_shares, solve_source_shares
 
 __all__ = ["EQUAL", "Figures"]
 

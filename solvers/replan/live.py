@@ -6,18 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan import gpu_times, new_replicas
-from moeless_opt.problems.spec import Problem, equal_shares
+from moeless_opt.problems.plan import new_replicas
+from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core import mended
-from moeless_opt.solvers.shares import solve_shares
 
 __all__ = [
     "Content",
     "layer_moves",
     "layer_problem",
-    "layer_times",
     "live_slots",
     "mend_content",
     "moves_between",
@@ -38,14 +36,6 @@ def live_slots(problem: Problem) -> SlotArray:
     order = np.argsort(slots_LGC < 0, axis=2, kind="stable")
     padded[:, :, : slots_LGC.shape[2]] = np.take_along_axis(slots_LGC, order, axis=2)
     return padded[:, :, : max(int(problem.capacity_LG.max()), 1)]
-
-
-def layer_times(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
-    """Largest GPU time of each layer with the best shares that the split allows (tokens over speed)."""
-    if problem.split == "equal":
-        share_LGC = equal_shares(slots_LGC, problem.experts)
-        return np.asarray(gpu_times(problem.load_LE, slots_LGC, share_LGC, problem.topology.speed_G).max(1))
-    return solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G).time_L
 
 
 def layer_moves(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) -> IntArray:

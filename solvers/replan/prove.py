@@ -8,8 +8,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.spec import Problem
-from moeless_opt.solvers.core import Built, Heuristic, Task, check_engine, part_of, token_bound
-from moeless_opt.solvers.replan.live import layer_moves, layer_times, live_slots
+from moeless_opt.solvers.core import Built, Heuristic, Task, check_engine, part_of, risk_L, token_bound
+from moeless_opt.solvers.replan.live import layer_moves, live_slots
 from moeless_opt.solvers.replan.min_moves import min_moves, min_moves_bound
 from moeless_opt.solvers.replan.relabel import seat
 from moeless_opt.solvers.replan.solver import replan_within
@@ -51,7 +51,7 @@ class MinMoves(Heuristic):
         wish = ReplanWish(tolerance=tolerance, seed=task.seed, until_stopped=True)
         first = replan_within(problem, wish, stop=part_of(stop, 0.4))
         slots_LGC = first.slots_LGC
-        wanted_L = np.maximum(token_bound(problem) * (1 + tolerance), layer_times(problem, slots_LGC))
+        wanted_L = np.maximum(token_bound(problem) * (1 + tolerance), risk_L(problem, slots_LGC))
         least_L = min_moves_bound(problem.load_LE, live_LGC, problem.topology.speed_G, wanted_L)
         inside_L = wanted_L <= first.target_L  # where the re-plan's own bounds speak of the same time
         least_L = np.maximum(least_L, np.where(inside_L, first.least_moves_L, 0))

@@ -26,19 +26,21 @@ from moeless_opt.solvers.core import (
     NeverStop,
     Stop,
     Task,
+    best_over_scenarios,
     choose_points,
     part_of,
+    risk_L,
     token_bound,
 )
 from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import replan_fractional
-from moeless_opt.solvers.replan.live import layer_moves, layer_problem, layer_times, live_slots
+from moeless_opt.solvers.replan.live import layer_moves, layer_problem, live_slots
 from moeless_opt.solvers.replan.min_moves import min_moves_bound
 from moeless_opt.solvers.replan.relabel import relabel
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, front_of
 from moeless_opt.solvers.replan.wide import MANY_GPUS
-from moeless_opt.solvers.shares import best_over_scenarios, best_shares
+from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["Frontier", "Replan", "ReplanOptions", "frontier", "replan_within"]
 
@@ -108,7 +110,7 @@ def frontier(
         own = part_of(stop, 1.0 / (len(rungs) - rung))
         slots.append(replan_within(problem, wish, stop=own).slots_LGC)
         if progress is not None:
-            best, floor = float(layer_times(problem, slots[-1]).sum()), float(token_bound(problem).sum())
+            best, floor = float(risk_L(problem, slots[-1]).sum()), float(token_bound(problem).sum())
             done, note = (
                 (rung + 1) / len(rungs),
                 f"{int(layer_moves(problem, slots[-1], live_LGC).sum())} moves",
@@ -120,7 +122,7 @@ def frontier(
     return Frontier(
         (*ladder, float("inf")),
         np.stack(slots),
-        np.stack([layer_times(problem, one) for one in slots]),
+        np.stack([risk_L(problem, one) for one in slots]),
         np.stack([layer_moves(problem, one, live_LGC) for one in slots]),
     )
 
@@ -266,7 +268,7 @@ class _Offers:
         topology, bytes_L = problem.topology, problem.bytes_L
         loss_KL = np.stack(
             [
-                horizon * problem.time.token_cost * layer_times(problem, slots)
+                horizon * problem.time.token_cost * risk_L(problem, slots)
                 + move_seconds(topology, slots, live_LGC, problem.experts, bytes_L)
                 for slots in slots_KLGC
             ]
@@ -351,7 +353,10 @@ def _moves_proof(
     moves_L = layer_moves(problem, slots_LGC, live_LGC)
     wanted_L = token_bound(problem) * (1 + problem.objective.balance_tolerance)
     speed_G = problem.topology.speed_G
-    reached_L = np.maximum(wanted_L, gpu_times(problem.load_LE, slots_LGC, share_LGC, speed_G).max(1))
+    if problem.loads.shape[0] > 1:  # what is as balanced over the scenarios is as balanced for their mean
+        reached_L = np.maximum(wanted_L, risk_L(problem, slots_LGC))
+    else:
+        reached_L = np.maximum(wanted_L, gpu_times(problem.load_LE, slots_LGC, share_LGC, speed_G).max(1))
     least_L = min_moves_bound(problem.load_LE, live_LGC, speed_G, reached_L)
     if known_L is not None:
         least_L = np.maximum(least_L, np.where(reached_L <= wanted_L * (1 + 1e-9), known_L, 0))
@@ -432,7 +437,7 @@ def _best_of_scratch(
     problem = task.problem
     moves_L = layer_moves(problem, slots_LGC, live_LGC)
     wanted_L = token_bound(problem) * (1 + problem.objective.balance_tolerance) * (1 + 1e-9)
-    time_L = layer_times(problem, slots_LGC) if time_L is None else time_L
+    time_L = risk_L(problem, slots_LGC) if time_L is None else time_L
     filled_L = (slots_LGC >= 0).sum((1, 2))
     # Over many GPUs the look takes long, and what only fills free slots is no reason for it.
     fills_L = filled_L - (live_LGC >= 0).sum((1, 2)) if problem.topology.gpus > MANY_GPUS else 0
@@ -451,7 +456,7 @@ def _best_of_scratch(
         capacity_LG=problem.capacity_LG,
         node_G=topology.node_G,
     )
-    fresh_moves_L, fresh_time_L = layer_moves(problem, fresh_LGC, live_LGC), layer_times(problem, fresh_LGC)
+    fresh_moves_L, fresh_time_L = layer_moves(problem, fresh_LGC, live_LGC), risk_L(problem, fresh_LGC)
     reaches, fresh_reaches = time_L <= wanted_L, fresh_time_L <= wanted_L
     better = np.where(
         reaches,
@@ -465,8 +470,8 @@ def _best_of_scratch(
 
 def payback_of(problem: Problem, plan: Plan, live_LGC: SlotArray) -> Payback:
     """What a re-plan saves per forward pass against staying, and what its moves cost."""
-    stay_L = layer_times(problem, live_LGC)
-    go_L = layer_times(problem, plan.slots_LGC)
+    stay_L = risk_L(problem, live_LGC)
+    go_L = risk_L(problem, plan.slots_LGC)
     saved = problem.time.token_cost * float((stay_L - go_L).sum())
     schedule = schedule_migration(
         live_LGC, plan.slots_LGC, problem.experts, problem.topology, bytes_L=problem.bytes_L

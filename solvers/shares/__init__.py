@@ -1,6 +1,6 @@
 """Which share of an expert's tokens each replica serves, for a given placement.
 
-May import `core`, `problems`.
+May import `problems` alone.
 """
 
 import lazy_loader

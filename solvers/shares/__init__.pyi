@@ -3,8 +3,5 @@ from .flow import descend as descend
 from .flow import solve_shares as solve_shares
 from .graph import ReplicaGraph as ReplicaGraph
 from .rounding import round_tokens as round_tokens
-from .scenarios import best_over_scenarios as best_over_scenarios
-from .scenarios import guises as guises
-from .scenarios import risk_L as risk_L
 from .source import pooled_shares as pooled_shares
 from .source import solve_source_shares as solve_source_shares

@@ -15,9 +15,20 @@ from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArr
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.spec import Problem, held_LGE
 from moeless_opt.solvers.construct import construct_equal, construct_fractional
-from moeless_opt.solvers.core import Built, Heuristic, NeverStop, NoOptions, Stop, Task, keeps_limits, widened
+from moeless_opt.solvers.core import (
+    Built,
+    Heuristic,
+    NeverStop,
+    NoOptions,
+    Stop,
+    Task,
+    best_over_scenarios,
+    keeps_limits,
+    risk_L,
+    widened,
+)
 from moeless_opt.solvers.pack import apportion
-from moeless_opt.solvers.shares import best_over_scenarios, best_shares, risk_L
+from moeless_opt.solvers.shares import best_shares
 from moeless_opt.solvers.sizing.board import Board
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv
 

@@ -12,11 +12,21 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan import best_bound, gpu_times, risk
+from moeless_opt.problems.plan import best_bound, gpu_times
 from moeless_opt.problems.spec import Problem, equal_shares
 from moeless_opt.solvers.construct import construct_equal, construct_fractional
-from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Stop, Task
-from moeless_opt.solvers.shares import best_over_scenarios, best_shares, guises, risk_L
+from moeless_opt.solvers.core import (
+    Built,
+    Heuristic,
+    NoOptions,
+    Stop,
+    Task,
+    best_over_scenarios,
+    guises,
+    perfect_tokens,
+    risk_L,
+)
+from moeless_opt.solvers.shares import best_shares
 from moeless_opt.solvers.sizing.budget import plan_budget
 from moeless_opt.solvers.sizing.memory import share_slots, slots_for_one_each
 from moeless_opt.solvers.sizing.minimal import TimeSizing, fewest_for_time
@@ -56,8 +66,7 @@ def _few_replicas(problem: Problem, stop: Stop) -> tuple[SlotArray, str] | None:
     """Slots and what is to be said of them; None where the time was too short to reach the target."""
     wanted = problem.sizing.imbalance
     speed_G, loads = problem.topology.speed_G, problem.loads
-    mean_TL = loads.load_TLE.sum(2) / speed_G.sum()
-    target_L = wanted * risk(mean_TL, loads.weight_T, problem.objective)
+    target_L = wanted * perfect_tokens(problem)
     found = fewest_for_time(
         problem.load_LE,
         problem.capacity_LG,
@@ -93,7 +102,7 @@ def _in_every_scenario(problem: Problem, found: TimeSizing, target_L: FloatArray
         for guise in guises(problem):
             if stop():
                 break
-            mean_L = guise.load_LE.sum(1) / problem.topology.speed_G.sum()
+            mean_L = perfect_tokens(guise)
             other = fewest_for_time(
                 guise.load_LE,
                 problem.capacity_LG,
@@ -141,7 +150,7 @@ def _spend_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
     assert memory_G is not None
     starts = [slots_for_one_each(bytes_L, memory_G, problem.experts, stop)]
     budget = int(memory_G.sum()) - problem.experts * int(bytes_L.sum())
-    mean_L = load_LE.sum(1) / speed_G.sum()
+    mean_L = perfect_tokens(problem)
     bound = float(mean_L.sum())
     try:
         found = plan_budget(load_LE, speed_G, budget, bytes_L=bytes_L, memory_G=memory_G, stop=stop)

@@ -16,9 +16,8 @@ from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import TimeTable, gpu_times, new_replicas, risk
 from moeless_opt.problems.spec import TOKENS, Problem, TimeModel, equal_shares
 from moeless_opt.solvers.construct import Construct, search_tiny, widths_for
-from moeless_opt.solvers.core import Bound, Built, Heuristic, Task, lower_bound
+from moeless_opt.solvers.core import Bound, Built, Heuristic, Task, guises, lower_bound
 from moeless_opt.solvers.replan import Replan, live_slots, relabel
-from moeless_opt.solvers.shares import guises
 from moeless_opt.solvers.timed.activation import shares_of_one, worthwhile_replicas
 from moeless_opt.solvers.timed.search import Timed, kicks_for, timed_plan, timed_shares
 
@@ -66,7 +65,10 @@ class ActivationAware(Heuristic):
             exact, bound = _exact(task, candidates)
             candidates += exact
         slots_LGC, share_LGC = _best(problem, candidates)
-        return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, bound=bound)
+        each = None
+        if problem.loads.shape[0] > 1 and problem.split == "fractional":
+            each = np.array([_shares(problem, load_LE, slots_LGC)[0] for load_LE in problem.loads.load_TLE])
+        return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, scenario_share_TLGC=each, bound=bound)
 
     def _candidates(
         self, task: Task[ActivationOptions], problem: Problem

@@ -84,8 +84,9 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("instances",),
     ),
     "solvers": (
+        ("shares",),
         ("core",),
-        ("shares", "pack", "migration"),
+        ("pack", "migration"),
         ("construct", "baselines"),
         ("sizing", "replan", "exact"),
         ("timed", "lexicographic"),

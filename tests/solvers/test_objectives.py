@@ -13,7 +13,7 @@ from moeless_opt.problems.plan.objective import TERMS, objective_vector, order_o
 from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.wishes import PRIORITIES
 from moeless_opt.solvers.core.features import PUBLISHED, Feature, required_features
-from moeless_opt.solvers.shares.scenarios import guises, risk_L
+from moeless_opt.solvers.core.scenarios import guises, risk_L
 from tests.oracles.enumeration import Enumeration, placements
 from tests.strategies import random_slots
 

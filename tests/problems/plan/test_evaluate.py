@@ -22,7 +22,7 @@ from moeless_opt.problems.plan.evaluate import (
     node_traffic,
     slot_sums,
 )
-from moeless_opt.problems.plan.objective import objective_vector, risk, scenario_value
+from moeless_opt.problems.plan.objective import judged, objective_vector, risk
 from moeless_opt.problems.plan.plan import count_moves
 from moeless_opt.problems.spec.loads import Loads
 from moeless_opt.problems.spec.placement import equal_shares
@@ -91,12 +91,34 @@ def test_the_quick_times_of_an_equal_split_are_the_same(drawn: Any) -> None:
 @given(planned())
 def test_imbalance_is_the_largest_time_over_that_of_perfect_balance(drawn: Any) -> None:
     problem, plan = drawn
-    speeds = problem.topology.speed_G.tolist()
-    for x, times in enumerate(plan.time_LG.tolist()):
-        work = sum(t * s for t, s in zip(times, speeds, strict=True))
-        want = 1.0 if work == 0 else max(times) / (work / sum(speeds))
-        assert plan.imbalance_L[x] == pytest.approx(want, rel=1e-12)
+    speed_G = problem.topology.speed_G
+    tops, works = [], []
+    for time_LG in scenario_times(problem, plan):
+        tops.append(time_LG.max(1))
+        works.append([float(row @ speed_G / speed_G.sum()) for row in time_LG])
+    for x in range(problem.layers):
+        top, work = (slow_risk(problem, [float(row[x]) for row in rows]) for rows in (tops, works))
+        assert plan.imbalance_L[x] == pytest.approx(top / work if work else 1.0, rel=1e-9)
         assert plan.imbalance_L[x] >= 1 - 1e-12
+
+
+def scenario_times(problem: Problem, plan: Any) -> list[np.ndarray]:
+    """Times of the GPUs in every scenario, with its shares."""
+    each = plan.scenario_share_TLGC
+    return [
+        slow_times(problem, load_LE, plan if each is None else plan.replace(share_LGC=each[t]))
+        for t, load_LE in enumerate(problem.loads.load_TLE)
+    ]
+
+
+def slow_risk(problem: Problem, values: list[float]) -> float:
+    weight_T = problem.loads.weight_T
+    weights = [1 / len(values)] * len(values) if weight_T is None else weight_T.tolist()
+    return {
+        "expected": sum(w * v for w, v in zip(weights, values, strict=True)),
+        "worst": max(values),
+        "cvar": slow_cvar(values, weights, problem.objective.cvar_alpha),
+    }[problem.objective.risk]
 
 
 def test_a_layer_without_tokens_is_in_balance() -> None:
@@ -233,20 +255,10 @@ def test_risk(rows: Any, alpha: float) -> None:
 @given(planned())
 def test_objectives(drawn: Any) -> None:
     problem, plan = drawn
-    tops = [slow_times(problem, load_LE, plan).max(1) for load_LE in problem.loads.load_TLE]
-    weights = [1 / len(tops)] * len(tops)
-    if problem.loads.weight_T is not None:
-        weights = problem.loads.weight_T.tolist()
-    alpha = problem.objective.cvar_alpha
-    want = 0.0
-    for x in range(problem.layers):
-        values = [float(top[x]) for top in tops]
-        want += {
-            "expected": sum(w * v for w, v in zip(weights, values, strict=True)),
-            "worst": max(values),
-            "cvar": slow_cvar(values, weights, alpha),
-        }[problem.objective.risk]
-    assert scenario_value(problem, plan.slots_LGC, plan.share_LGC) == pytest.approx(want, rel=1e-9, abs=1e-9)
+    tops = [time_LG.max(1) for time_LG in scenario_times(problem, plan)]
+    want = sum(slow_risk(problem, [float(top[x]) for top in tops]) for x in range(problem.layers))
+    told = judged(problem, plan.slots_LGC, plan.share_LGC, plan.scenario_share_TLGC)
+    assert told.value_L.sum() == pytest.approx(want, rel=1e-9, abs=1e-9)
     vector = objective_vector(problem, plan)
     assert vector["balance"] == pytest.approx(want, rel=1e-9, abs=1e-9)
     held_L = [(plan.slots_LGC[x] >= 0).sum() for x in range(problem.layers)]

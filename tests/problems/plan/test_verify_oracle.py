@@ -218,12 +218,16 @@ class Judge:
         said: list[str] = []
         times, ratios = [], []
         for x in range(self.L):
+            alive = (self.problem.capacity_LG[x] > 0).tolist()
             served = [[load[x, e] * part for e, part in self.share[x][g].items()] for g in range(self.G)]
             row = [
                 slow_time(model, sum(tokens), sum(token > 0 for token in tokens), speed[g])
+                if alive[g]
+                else 0.0
                 for g, tokens in enumerate(served)
             ]
-            work = sum(t * s for t, s in zip(row, speed, strict=True)) / sum(speed)
+            of_all = sum(s for s, lives in zip(speed, alive, strict=True) if lives)
+            work = sum(t * s for t, s in zip(row, speed, strict=True)) / (of_all or 1.0)
             times.append(row)
             ratios.append(max(row) / work if work > 0 else 1.0)
         top = [max(row) for row in times]

@@ -14,10 +14,11 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.plan import gpu_times, new_replicas, risk
 from moeless_opt.problems.spec import Loads, Problem, equal_shares
-from moeless_opt.solvers.core import Stop, keeps_limits, random_change
-from moeless_opt.solvers.shares.flow import solve_shares
+from moeless_opt.solvers.core.placing import keeps_limits, random_change
+from moeless_opt.solvers.core.stopping import Stop
+from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
 
-__all__ = ["MOST_SCENARIOS", "best_over_scenarios", "guises", "risk_L"]
+__all__ = ["MOST_SCENARIOS", "best_over_scenarios", "guises", "perfect_tokens", "risk_L", "scenario_shares"]
 
 MOST_SCENARIOS = 8
 """Scenarios that a placement of their own is made for, the heaviest first."""
@@ -46,15 +47,41 @@ def risk_L(problem: Problem, slots_LGC: SlotArray, rows: IntArray | slice = ALL)
     rows : array of int or slice
         Which ones; all by default.
     """
-    speed_G = problem.topology.speed_G
-    top_TL = []
-    for load_LE in problem.loads.load_TLE[:, rows]:
-        if problem.split == "equal":
-            even_LGC = equal_shares(slots_LGC, problem.experts)
-            top_TL.append(gpu_times(load_LE, slots_LGC, even_LGC, speed_G).max(1))
-        else:
-            top_TL.append(solve_shares(load_LE, slots_LGC, speed_G).time_L)
+    speed_G, load_TLE = problem.topology.speed_G, problem.loads.load_TLE[:, rows]
+    if problem.split == "equal":
+        even_LGC = equal_shares(slots_LGC, problem.experts)
+        top_TL = [gpu_times(load_LE, slots_LGC, even_LGC, speed_G).max(1) for load_LE in load_TLE]
+    else:
+        graph = ReplicaGraph(slots_LGC, speed_G, problem.experts)
+        top_TL = [solve_shares(load_LE, graph).time_L for load_LE in load_TLE]
     return risk(np.array(top_TL), problem.loads.weight_T, problem.objective)
+
+
+def scenario_shares(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray) -> FloatArray | None:
+    """The shares of every scenario by which a placement is judged, shape [T, L, G, C].
+
+    None where there is one scenario, or an even split. Least are the tokens over speed; where time is more
+    than tokens, a layer keeps the plan's own shares in a scenario where they are faster.
+    """
+    loads, speed_G, time = problem.loads, problem.topology.speed_G, problem.time
+    if loads.shape[0] == 1 or problem.split == "equal":
+        return None
+    graph = ReplicaGraph(slots_LGC, speed_G, problem.experts)
+    share_TLGC = np.array([solve_shares(load_LE, graph).share_LGC for load_LE in loads.load_TLE])
+    if not time.counts_tokens_only:
+        for load_LE, best_LGC in zip(loads.load_TLE, share_TLGC, strict=True):
+            own_L, best_L = (
+                gpu_times(load_LE, slots_LGC, part, speed_G, time).max(1) for part in (share_LGC, best_LGC)
+            )
+            best_LGC[own_L < best_L] = share_LGC[own_L < best_L]
+    return share_TLGC
+
+
+def perfect_tokens(problem: Problem) -> FloatArray:
+    """Tokens over speed of a perfect balance, by the problem's risk, shape [L]; dead GPUs serve none."""
+    loads = problem.loads
+    speed_L = problem.usable_LG @ problem.topology.speed_G
+    return risk(loads.load_TLE.sum(2) / speed_L, loads.weight_T, problem.objective)
 
 
 def guises(problem: Problem) -> Iterator[Problem]:
@@ -140,9 +167,7 @@ def _settle(problem: Problem, slots_LGC: SlotArray, stop: Stop) -> None:
     if problem.experts * problem.topology.gpus > SMALL:
         return
     rng = np.random.default_rng(0)
-    loads = problem.loads
-    mean_TL = loads.load_TLE.sum(2) / problem.topology.speed_G.sum()
-    floor_L = risk(mean_TL, loads.weight_T, problem.objective)
+    floor_L = perfect_tokens(problem)
     best_L = risk_L(problem, slots_LGC)
     now_LGC, now_L = slots_LGC.copy(), best_L.copy()
     steps = STEPS[problem.split]

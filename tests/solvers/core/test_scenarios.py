@@ -14,8 +14,8 @@ from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.solvers.core import NeverStop
-from moeless_opt.solvers.shares import scenarios as module
-from moeless_opt.solvers.shares.scenarios import best_over_scenarios, guises, risk_L
+from moeless_opt.solvers.core import scenarios as module
+from moeless_opt.solvers.core.scenarios import best_over_scenarios, guises, risk_L
 from tests.oracles.enumeration import even_times, risk_of, set_times
 from tests.strategies import After, random_slots
 
