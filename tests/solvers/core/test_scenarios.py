@@ -73,7 +73,7 @@ def choices(problem: Problem, offers: list[Any], together: bool) -> list[tuple[i
 def test_the_best_offer_is_taken(moves: bool, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMALL", 0)  # no search after it
     rng = np.random.default_rng([moves, together])
-    for _ in range(40):
+    for _ in range(25):
         problem = drawn(rng, limits=mo.Limits(max_total_replicas=99) if together else mo.Limits())
         live = random_slots(rng, problem.capacity_LG, problem.experts)
         if rng.random() < 0.8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish
 SLACK = 1.01  # for searches that change: what is gained in one place is lost in another
 
 
+@cache
 def drifts(count: int) -> list[ReplanTask]:
     """Placements made for other loads; unlike GPUs, free slots, and lost replicas among them."""
     rng = np.random.default_rng(0)

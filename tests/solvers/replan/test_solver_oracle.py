@@ -234,7 +234,7 @@ def test_a_fresh_layer_replaces_the_live_one_only_where_it_is_better(seed: int) 
     """The rule, layer by layer: reach what is wanted with fewer moves, or at all, or come much nearer."""
     rng = np.random.default_rng(seed)
     replaced = 0
-    for _ in range(12):
+    for _ in range(8):
         tolerance = float(rng.choice([0.0, 0.05, 0.3]))
         problem = live_problem(rng, layers=4, objective=mo.Objective(balance_tolerance=tolerance))
         assert problem.current is not None
@@ -308,7 +308,7 @@ def test_seconds_of_moves_are_kept_to_and_used() -> None:
 
 def test_bytes_are_a_budget_of_layers_of_unlike_size() -> None:
     rng = np.random.default_rng(4)
-    for _ in range(6):
+    for _ in range(4):
         problem = live_problem(rng, layers=3, expert_bytes_L=[1, 5, 3])
         free = mo.solve(problem, "replan").plan
         assert free is not None
