@@ -209,7 +209,7 @@ def stale() -> list[str]:
 
 
 @cache
-def tests_of(file: str, own: bool) -> tuple[list[str], list[str]]:
+def tests_of(file: str, own_only: bool) -> tuple[list[str], list[str]]:
     """Test files that can notice a change of `file`: its own, then the others."""
     path = Path(file)
     mirror = Path("tests") / path.parent
@@ -219,10 +219,13 @@ def tests_of(file: str, own: bool) -> tuple[list[str], list[str]]:
     # A mirrored test of a part has the part's name and more: test_bounds_oracle.py.
     parts = sorted(mirror.glob(f"test_{path.stem.lstrip('_')}_*.py")) if mirror.is_dir() else []
     rest = sorted(mirror.glob("test_*.py")) if mirror.is_dir() else []
-    first = [one.as_posix() for one in (*parts, own, *named) if (ROOT / one).is_file()]
-    others = dict.fromkeys(one.as_posix() for one in (*rest, *map(Path, folder)))
-    late = sorted((one for one in others if one not in first), key=lambda one: one in KNOWN["late"])
-    return first, [] if own and first else late
+    late = KNOWN["late"]
+    listed = dict.fromkeys(one.as_posix() for one in (*parts, own, *named, *rest, *map(Path, folder)))
+    listed = [one for one in listed if (ROOT / one).is_file()]
+    chosen = {one.as_posix() for one in (*parts, *named, own)} - set(late)
+    first = [one for one in listed if one in chosen]
+    others = sorted((one for one in listed if one not in chosen), key=lambda one: one in late)
+    return first, [] if own_only and first else others
 
 
 class Copy:
