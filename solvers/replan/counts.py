@@ -15,10 +15,10 @@ one as of the other. What leaves the live replicas goes into one pool, and the a
 
 Every plan gives such counts, so no plan moves less. That leaves about 600 whole variables, and HiGHS takes a
 tenth of a second for most layers. The counts are often those of a plan, too: with `min_moves`' programme over
-the experts that they send and the GPUs that they enter alone, one is found in hundredths of a second.
+the experts that they or a known plan send and the GPUs that these enter, one is found in tenths of a second.
 
 Where the counts are not those of a plan, experts are told apart by weight (`classes`): arrivals, pools and
-their balances are then written once for each class, with u[g,c] at most the class's heaviest for each arrival.
+their balances are then written once for each class, and an arrival brings at most the heaviest of its class.
 With a class for every expert it would be the programme of pairs again; five, each down to 0.6 of the one
 before, take two or three times as long and close a third of what one leaves open.
 

@@ -40,8 +40,8 @@ __all__ = ["replan_fractional"]
 
 _BISECTIONS = 5  # wanted times tried for a layer that cannot reach the tolerance
 _LEAST_TIME = 1.0  # seconds: with less, programmes are not worth the start of their process
-_SHAKING = 0.15  # share of the time for rounds before the programmes
-_COUNTING = 0.9  # share of the rest for programmes
+_SHAKING = 0.3  # share of the time for rounds before the programmes
+_COUNTING = 0.8  # share of what is left then for the first programmes, and again for the second
 _FAIR = 3.0  # a layer may take so many times its even share of that
 _LADDER = (0.5, 0.25, 0.1)  # parts of the way to the wanted time where a budget may stop
 
@@ -208,11 +208,12 @@ def _improve(layers: list[_Layer], wish: ReplanWish, stop: Stop) -> None:
     """Fewer moves: rounds of destroying and repairing; with time for them, programmes in between."""
     if wish.until_stopped and _LEAST_TIME < stop.remaining < float("inf"):
         _shake(layers, wish.most_rounds(0), wish.seed, part_of(stop, _SHAKING))
-        _count(layers, part_of(stop, _COUNTING))
+        for steps in (1, 2):
+            _count(layers, steps, part_of(stop, _COUNTING))
     _shake(layers, wish.most_rounds(0), wish.seed, stop)
 
 
-def _count(layers: list[_Layer], stop: Stop) -> None:
+def _count(layers: list[_Layer], steps: int, stop: Stop) -> None:
     """Bounds, and plans with fewer moves, by the programme of counts; layers with few moves first."""
     open_ = [one for one in layers if one.reached and moves_between(one.live, one.content) > one.least]
     open_.sort(key=lambda one: moves_between(one.live, one.content))
@@ -232,7 +233,7 @@ def _count(layers: list[_Layer], stop: Stop) -> None:
                 known=one.content,
                 stop=part_of(stop, min(1.0, _FAIR / (len(open_) - done))),
                 least=one.least,
-                all_pairs=False,
+                steps=steps,
             )
         except SolverUnavailableError:
             return

@@ -244,7 +244,7 @@ def min_moves(
     stop: Stop | None = None,
     engine: str = "highs",
     least: int = 0,
-    all_pairs: bool = True,
+    steps: int = 3,
 ) -> FewestMoves:
     """Prove the least number of moves with which one layer meets a wanted time, token shares free.
 
@@ -268,9 +268,9 @@ def min_moves(
         ``"highs"``, ``"pulp"``, ...: see `core.linear.solve_linear`.
     least : int
         Moves that are already known to be needed.
-    all_pairs : bool
-        Whether to ask about all pairs in the end, which may take long. Without it the bound is that of the
-        counts, and plans are looked for among the pairs that these use.
+    steps : int
+        1: by the programme of counts, and plans among the pairs that these use; 2: by classes of weight, too;
+        3: and by the programme of all pairs, which may take long.
 
     Returns
     -------
@@ -300,7 +300,7 @@ def min_moves(
     layer = _Layer(load, live, capacity, speed, time, sets)
     status: Status = "no_solution" if moves is None else "feasible"
     if moves is None or moves > bound:
-        status, moves, bound, best = _prove(layer, best, bound, all_pairs, engine, stop)
+        status, moves, bound, best = _prove(layer, best, bound, steps, engine, stop)
     return _told(status, moves, bound, best, started)
 
 
@@ -341,14 +341,14 @@ def _prove(
     layer: _Layer,
     best: list[list[int]] | None,
     bound: int,
-    all_pairs: bool,
+    steps: int,
     engine: str,
     stop: Stop,
 ) -> tuple[Status, int | None, int, list[list[int]] | None]:
-    """Raise the bound and lower the moves until they meet: counts, then few pairs, then all pairs."""
+    """Raise the bound and lower the moves until they meet: counts, few pairs, all pairs."""
     moves = None if best is None else _moves(layer.live, best)
     status: Status = "no_solution" if moves is None else "feasible"
-    for classes in _CLASSES:
+    for classes in _CLASSES[:steps]:
         if moves is not None and moves <= bound:
             break
         counts = fewest_counts(
@@ -363,13 +363,12 @@ def _prove(
         bound = counts.bound
         if counts.infeasible:
             return ("infeasible" if moves is None else status), moves, bound, best
-        for pairs in _narrow(counts):
-            if moves is not None and moves <= bound:
-                break
+        pairs = _narrow(counts, layer.live, best)
+        if pairs is not None and (moves is None or moves > bound):
             found = layer.solved((bound, moves), pairs, engine, part_of(stop, _COUNTING))[1]
             if found is not None:
                 best, moves = found, _moves(layer.live, found)
-    if all_pairs and (moves is None or moves > bound):
+    if steps > len(_CLASSES) and (moves is None or moves > bound):
         answer, found = layer.solved((bound, moves), None, engine, stop)
         if found is not None:
             best, moves = found, _moves(layer.live, found)
@@ -380,12 +379,17 @@ def _prove(
     return status, moves, bound, best
 
 
-def _narrow(counts: MoveCounts) -> list[BoolArray]:
-    """Few pairs among which a plan with these counts may be found: of both ends, then of the experts."""
+def _narrow(counts: MoveCounts, live: list[list[int]], known: list[list[int]] | None) -> BoolArray | None:
+    """Few pairs among which a plan may be found: of all ends that the counts and the known plan use."""
     if counts.sent_E is None or counts.entered_G is None:
-        return []
-    sent, entered = counts.sent_E > 0, counts.entered_G > 0
-    return [sent[:, None] & entered, np.repeat(sent[:, None], len(entered), axis=1)]
+        return None
+    sent_E, entered_G = counts.sent_E > 0, counts.entered_G > 0
+    for gpu, row in enumerate(known or []):
+        new = [expert for expert in row if expert not in live[gpu]]
+        sent_E[new] = True
+        entered_G[gpu] |= bool(new)
+    pairs: BoolArray = sent_E[:, None] & entered_G
+    return pairs
 
 
 def _told(
