@@ -48,7 +48,7 @@ from moeless_opt.solvers.core import get_solver, list_solvers, solver_names
 
 if TYPE_CHECKING:
     from moeless_opt.conflicts import Contradiction
-    from moeless_opt.explain import Explanation, explain
+    from moeless_opt.explaining import Explanation, explain
     from moeless_opt.fronts import ParetoFront, migration, pareto
 
     __version__: str
@@ -116,9 +116,9 @@ _deprecated.attach()
 
 _LATE = {
     "Contradiction": "moeless_opt.conflicts",
-    "Explanation": "moeless_opt.explain",
+    "Explanation": "moeless_opt.explaining",
     "ParetoFront": "moeless_opt.fronts",
-    "explain": "moeless_opt.explain",
+    "explain": "moeless_opt.explaining",
     "migration": "moeless_opt.fronts",
     "pareto": "moeless_opt.fronts",
 }

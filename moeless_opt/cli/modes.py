@@ -10,7 +10,7 @@ from typing import Any
 from moeless_opt.api import export_model, judge, recommend_redundancy
 from moeless_opt.cli.solving import find_plan
 from moeless_opt.conflicts import Contradiction, contradiction
-from moeless_opt.explain import Explanation, explain
+from moeless_opt.explaining import Explanation, explain
 from moeless_opt.plots import picture_format
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.files import atomic_write

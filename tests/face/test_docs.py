@@ -13,6 +13,7 @@ import pytest
 
 from moeless_opt.cli.options import parser
 from moeless_opt.problems.io.documents import problem_from_json
+from tests.face.test_doc_commands import has_commands
 
 TREE = Path(__file__).resolve().parents[2]
 PAGES = [page for page in (TREE / "README.md", *sorted((TREE / "docs").glob("*.md"))) if page.is_file()]
@@ -28,9 +29,11 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python") and not has_commands(p)], ids=lambda p: p.name
+)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """All blocks of a page, in order, in one namespace and an empty folder."""
+    """All blocks of a page, in order, in one namespace and an empty folder (others: `test_doc_commands`)."""
     monkeypatch.chdir(tmp_path)
     page_module = ModuleType("__docs__")  # dataclasses look their module up
     monkeypatch.setitem(sys.modules, "__docs__", page_module)

@@ -13,7 +13,7 @@ import pytest
 import moeless_opt as mo
 from moeless_opt.cli import main
 from moeless_opt.conflicts import contradiction, keepable
-from moeless_opt.explain import bound_of, explain
+from moeless_opt.explaining import bound_of, explain
 from moeless_opt.problems.plan import PROVEN
 from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.solvers.core import get_solver, required_features
