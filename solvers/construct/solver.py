@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec import Problem, equal_shares
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
-from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, best_over_scenarios, one_of
+from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, best_over_scenarios, in_time, one_of
+from moeless_opt.solvers.limits import place_within, rules_of
 from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["Construct", "ConstructOptions", "Stay"]
@@ -52,6 +53,8 @@ class Construct(Heuristic):
     def build(self, task: Task[ConstructOptions]) -> Built:
         """Construct a placement for the expected loads, or the best of several where there are scenarios."""
         problem = task.problem
+        if problem.limits != type(problem.limits)():
+            return self._within(task)
         if problem.loads.shape[0] > 1:
             slots_LGC = best_over_scenarios(
                 problem, lambda guise: self._construct(task, guise.load_LE)[0], stop=task.stop
@@ -62,6 +65,21 @@ class Construct(Heuristic):
             if problem.loads.load_TLNE is not None:
                 share_LGC = best_shares(problem, slots_LGC)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
+
+    def _within(self, task: Task[ConstructOptions]) -> Built:
+        """As without limits where that keeps them, and within them elsewhere."""
+        problem = task.problem
+        rules_of(problem)  # says what is impossible before anything is built
+        free = self.build(replace(task, problem=problem.replace(limits=type(problem.limits)())))
+        found = place_within(problem, free.slots_LGC, stop=task.stop)
+        if found.free_L.all():
+            return free
+        names = tuple("search" if time > 0 else "none" for time in found.proven_L.tolist())
+        return Built(
+            slots_LGC=found.slots_LGC,
+            share_LGC=best_shares(problem, found.slots_LGC),
+            bound=(in_time(problem, found.proven_L), names) if problem.loads.shape[0] == 1 else None,
+        )
 
     @staticmethod
     def _construct(task: Task[ConstructOptions], load_LE: FloatArray) -> tuple[SlotArray, FloatArray]:

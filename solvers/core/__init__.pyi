@@ -34,6 +34,8 @@ from .scenarios import guises as guises
 from .scenarios import perfect_tokens as perfect_tokens
 from .scenarios import risk_L as risk_L
 from .scenarios import scenario_shares as scenario_shares
+from .slack import only_moves as only_moves
+from .slack import without_slack as without_slack
 from .solver import Heuristic as Heuristic
 from .solver import Solver as Solver
 from .solver import Task as Task

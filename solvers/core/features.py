@@ -6,6 +6,7 @@ import enum
 
 from moeless_opt.problems.plan import usual_order
 from moeless_opt.problems.spec import Problem
+from moeless_opt.solvers.core.slack import without_slack
 
 __all__ = ["FEATURES", "PUBLISHED", "Feature", "required_features"]
 
@@ -40,21 +41,12 @@ _CONSTRUCT = _SPLITS | {
     Feature.SCENARIOS,
     Feature.NODE_AWARE,
 }
-_REPLAN = _CONSTRUCT | {Feature.MOVE_LIMITS}
-_CONSTRAINED = _CONSTRUCT | {
-    Feature.REPLICA_LIMITS,
-    Feature.PAIRS,
-    Feature.SPREAD,
-    Feature.SIZING_CV,
-}
+_LIMITS = frozenset({Feature.REPLICA_LIMITS, Feature.PAIRS, Feature.SPREAD})
+_REPLAN = _CONSTRUCT | _LIMITS | {Feature.MOVE_LIMITS}
+_CONSTRAINED = _CONSTRUCT | _LIMITS | {Feature.SIZING_CV}
 _SIZED = _CONSTRUCT | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
 _ACTIVATION = _CONSTRUCT | {Feature.TIME_MODEL}
-_LEXICOGRAPHIC = _CONSTRUCT | {
-    Feature.PRIORITIES,
-    Feature.REPLICA_LIMITS,
-    Feature.PAIRS,
-    Feature.SPREAD,
-}
+_LEXICOGRAPHIC = _CONSTRUCT | _LIMITS | {Feature.PRIORITIES}
 _EXACT = _SPLITS | {Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
 # The published methods ignore the live placement and all but the expected loads; their plans are valid and
 # pay for it.
@@ -71,7 +63,7 @@ PUBLISHED = frozenset({"static", "eplb", "eplb-hierarchical", "moeless"})
 
 FEATURES: dict[str, frozenset[Feature]] = {
     "auto": _REPLAN | _CONSTRAINED | _SIZED | _ACTIVATION | {Feature.PRIORITIES},
-    "construct": _CONSTRUCT,
+    "construct": _CONSTRUCT | _LIMITS,
     "replan": _REPLAN,
     "min-moves": frozenset(
         {
@@ -86,7 +78,7 @@ FEATURES: dict[str, frozenset[Feature]] = {
     "sized": _SIZED,
     "activation": _ACTIVATION,
     "lexicographic": _LEXICOGRAPHIC,
-    "stay": _REPLAN,
+    "stay": _CONSTRUCT | {Feature.MOVE_LIMITS},
     "static": _PUBLISHED | {Feature.HETEROGENEOUS},
     "eplb": _PUBLISHED,
     "eplb-hierarchical": _PUBLISHED,
@@ -104,6 +96,7 @@ _SIZING = {"cv": Feature.SIZING_CV, "makespan": Feature.SIZING_MAKESPAN, "memory
 
 def required_features(problem: Problem) -> frozenset[Feature]:
     """The features without which a solver would have to ignore a part of the problem."""
+    problem = without_slack(problem)
     topology, limits = problem.topology, problem.limits
     needs = {Feature.EQUAL_SPLIT if problem.split == "equal" else Feature.FRACTIONAL}
     capacity_LG = problem.capacity_LG

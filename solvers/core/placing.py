@@ -10,18 +10,22 @@ from moeless_opt.problems.spec import Problem, held_LGE, replica_counts
 __all__ = ["keeps_limits", "random_change", "widened"]
 
 
-def keeps_limits(problem: Problem, slots_LGC: SlotArray) -> BoolArray:
-    """Layers of a placement that keep the slots and the limits on replicas, pairs and domains, shape [L]."""
+def keeps_limits(problem: Problem, slots_LGC: SlotArray, *, tied: bool = True) -> BoolArray:
+    """Layers of a placement that keep the slots and the limits on replicas, pairs and domains, shape [L].
+
+    Limits on all layers in all are taken for every layer alone, or with ``tied=False`` not at all.
+    """
     limits, topology = problem.limits, problem.topology
     count_LE = replica_counts(slots_LGC, problem.experts)
     good_L = (count_LE >= max(limits.min_replicas, 1)).all(1)
     good_L &= ((slots_LGC >= 0).sum(2) <= problem.capacity_LG).all(1)
     if limits.max_replicas is not None:
         good_L &= (count_LE <= limits.max_replicas).all(1)
-    caps = [c for c in (limits.max_layer_replicas, limits.max_total_replicas) if c is not None]
-    if caps:  # limits in all are taken for problems of one layer alone
-        good_L &= count_LE.sum(1) <= min(caps)
-    if limits.max_total_bytes is not None:
+    if limits.max_layer_replicas is not None:
+        good_L &= count_LE.sum(1) <= limits.max_layer_replicas
+    if tied and limits.max_total_replicas is not None:
+        good_L &= count_LE.sum(1) <= limits.max_total_replicas
+    if tied and limits.max_total_bytes is not None:
         good_L &= count_LE.sum(1) * problem.bytes_L <= limits.max_total_bytes
     if limits.pinned or limits.forbidden or limits.spread > 1:
         held_LEG = held_LGE(slots_LGC, problem.experts).transpose(0, 2, 1)

@@ -33,6 +33,7 @@ from moeless_opt.solvers.core.compare import best_of
 from moeless_opt.solvers.core.features import FEATURES, Feature
 from moeless_opt.solvers.core.finish import Built, finish
 from moeless_opt.solvers.core.options import NoOptions, read_options
+from moeless_opt.solvers.core.slack import without_slack
 from moeless_opt.solvers.core.stopping import Clock, FirstOf, MaxTime, Stop
 
 __all__ = ["Heuristic", "Solver", "Task"]
@@ -178,7 +179,7 @@ class Heuristic(ABC):
         if self.patience < float("inf") and stop.remaining == float("inf"):
             stop = FirstOf(stop, MaxTime(self.patience))
         task: Task[Any] = Task(
-            problem=problem,
+            problem=without_slack(problem),
             options=chosen,
             stop=stop,
             seed=seed,

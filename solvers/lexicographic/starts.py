@@ -21,10 +21,11 @@ from moeless_opt.problems.spec import Problem, held_LGE
 from moeless_opt.solvers.construct import construct_equal, construct_fractional
 from moeless_opt.solvers.core import Stop, widened
 from moeless_opt.solvers.lexicographic.figures import Figures
+from moeless_opt.solvers.limits import place_counts
 from moeless_opt.solvers.pack import improve, pack
 from moeless_opt.solvers.replan import ReplanWish, live_slots, replan_within
 from moeless_opt.solvers.replan.relabel import relabel
-from moeless_opt.solvers.sizing import count_replicas, fewest_for_time, place_within
+from moeless_opt.solvers.sizing import count_replicas, fewest_for_time
 
 __all__ = ["lean_starts", "starts"]
 
@@ -37,7 +38,7 @@ def starts(figures: Figures, seed: int, stop: Stop) -> Iterator[SlotArray]:
     problem, order = figures.problem, figures.order
     current, wide = problem.current, int(problem.capacity_LG.max())
     if problem.limits.min_replicas > 1 or problem.limits != type(problem.limits)():
-        yield place_within(problem, count_replicas(problem))
+        yield place_counts(problem, count_replicas(problem))
     if "moves" in order and current is not None:
         mended = ReplanWish(tolerance=_ANY)
         yield replan_within(problem, mended).slots_LGC if current.partial else live_slots(problem)

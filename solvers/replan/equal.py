@@ -19,16 +19,17 @@ needless. All candidates of a step are evaluated exactly and at once, as arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
-from moeless_opt.problems.plan import best_bound
+from moeless_opt.problems.plan import best_bound, even_times, new_replicas
 from moeless_opt.problems.spec import equal_shares
 from moeless_opt.solvers.core import NeverStop, Stop
+from moeless_opt.solvers.limits import Rules, mended_within, rows_of
 from moeless_opt.solvers.replan.equal_wide import MANY_PAIRS, replan_equal_wide
 from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
 from moeless_opt.solvers.replan.shake import put_back
@@ -67,6 +68,8 @@ class EqualState:
         Load that each GPU may carry.
     live_EG : array of bool, shape [E, G]
         Where each expert is live: placing it there is no move.
+    rules : Rules, optional
+        Limits that the placement keeps, and changes to it shall.
     """
 
     def __init__(
@@ -76,7 +79,9 @@ class EqualState:
         capacity_G: IntArray,
         room_G: FloatArray,
         live_EG: BoolArray,
+        rules: Rules | None = None,
     ) -> None:
+        self.rules = rules
         self.load_E, self.capacity_G, self.room_G, self.live_EG = load_E, capacity_G, room_G, live_EG
         self.on_EG = np.zeros((len(load_E), len(content)), dtype=bool)
         for gpu, row in enumerate(content):
@@ -199,6 +204,9 @@ def _best_swap(
     before = np.maximum(source, 0.0) + np.maximum(target, 0.0)
     gain = before - np.maximum(source - shift_PQ, 0.0) - np.maximum(target + shift_PQ, 0.0)
     barred = (shift_PQ <= 0.0) | on[expert_P][:, gpu_Q] | on[expert_Q][:, gpu_P].T
+    if (rules := state.rules) is not None:
+        barred |= ~rules.may_move(on, expert_P, gpu_P, gpu_Q)
+        barred |= ~rules.may_move(on, expert_Q, gpu_Q, gpu_P).T
     cost = (~live[expert_P][:, gpu_Q]).astype(np.int64) + (~live[expert_Q][:, gpu_P].T)
     rate = np.where(barred, -1.0, _rate(gain, cost) * _noise(rng, gain.shape))
     if rate.size == 0:
@@ -212,7 +220,10 @@ def _yields(state: EqualState) -> tuple[IntArray, IntArray, FloatArray]:
     """Places for a replica: GPU, the expert that yields (-1: free slot), and how the loads change then."""
     G = state.on_EG.shape[1]
     free = np.flatnonzero(state.on_EG.sum(axis=0) < state.capacity_G)
-    expert_Y, gpu_Y = np.nonzero(state.on_EG & (state.count_E > 1)[:, None])
+    may_EG = state.on_EG & (state.count_E > 1)[:, None]
+    if state.rules is not None:
+        may_EG &= state.rules.may_drop_EG(state.on_EG)
+    expert_Y, gpu_Y = np.nonzero(may_EG)
     keep = ~np.isin(gpu_Y, free)
     expert_Y, gpu_Y = expert_Y[keep], gpu_Y[keep]
     fewer_Y = state.count_E[expert_Y] - 1
@@ -274,6 +285,13 @@ def _pick(
 ) -> _Change | None:
     gain_XY = total - np.maximum(over_XYG, 0.0).sum(axis=2)
     barred = state.on_EG[expert_X][:, gpu_Y] | (expert_X[:, None] == yields_Y[None, :])
+    if (rules := state.rules) is not None and leaves_X is None:
+        barred |= ~rules.allowed_EG[expert_X][:, gpu_Y]
+        barred |= (state.count_E >= rules.most_E)[expert_X][:, None]
+        if state.count_E.sum() >= rules.total:
+            barred |= yields_Y < 0
+    elif rules is not None and leaves_X is not None:
+        barred |= ~rules.may_move(state.on_EG, expert_X, leaves_X, gpu_Y)
     cost = (~state.live_EG[expert_X][:, gpu_Y]).astype(np.int64)
     rate = np.where(barred, -1.0, _rate(gain_XY, cost) * _noise(rng, gain_XY.shape))
     x, y = np.unravel_index(int(rate.argmax()), rate.shape)
@@ -298,12 +316,13 @@ class _Layer:
     content: Content
     target: float
     rng: np.random.Generator
+    rules: Rules | None = None
     reached: bool = True
     cut: bool = False
 
     def state(self, content: Content, time: float) -> EqualState:
         room_G = self.speed_G * time * (1.0 + 1e-12)
-        return EqualState(self.load_E, content, self.capacity_G, room_G, self.live_EG)
+        return EqualState(self.load_E, content, self.capacity_G, room_G, self.live_EG, self.rules)
 
     def time(self, content: Content) -> float:
         state = self.state(content, self.target)
@@ -322,9 +341,12 @@ def replan_equal(task: ReplanTask, wish: ReplanWish | None = None, *, stop: Stop
         Placement, equal shares, times, moves and bounds. A layer that the search cannot bring to the wanted
         time has the best time that it found; ``least_moves_L`` is one where the live placement misses it.
     """
-    if task.load_LE.shape[1] * len(task.speed_G) >= MANY_PAIRS:
-        return replan_equal_wide(task, wish, stop=stop)
     wish, stop = wish or ReplanWish(), stop or NeverStop()
+    if task.load_LE.shape[1] * len(task.speed_G) >= MANY_PAIRS:
+        if task.rules is None:
+            return replan_equal_wide(task, wish, stop=stop)
+        if wish.max_moves is None:
+            return _wide_within(task, task.rules, wish, stop)
     load, speed = task.load_LE, task.speed_G
     L, E = load.shape
     if wish.bound_L is None:
@@ -361,6 +383,24 @@ def replan_equal(task: ReplanTask, wish: ReplanWish | None = None, *, stop: Stop
     )
 
 
+def _wide_within(task: ReplanTask, rules: list[Rules], wish: ReplanWish, stop: Stop) -> Replanned:
+    """Over many GPUs: as without limits, then mended where that breaks one."""
+    found = replan_equal_wide(replace(task, rules=None), wish, stop=stop)
+    load, speed = task.load_LE, task.speed_G
+    contents = [
+        mended_within(one, load_E, [[e for e in row if e >= 0] for row in rows], speed)
+        for one, load_E, rows in zip(rules, load, found.slots_LGC.tolist(), strict=True)
+    ]
+    new = seated(task, contents)
+    return replace(
+        found,
+        slots_LGC=new,
+        share_LGC=equal_shares(new, load.shape[1]),
+        time_L=even_times(load, new, speed).max(axis=1),
+        moves_L=new_replicas(new, task.live_LGC, load.shape[1]).sum(axis=(1, 2)),
+    )
+
+
 def _begin(task: ReplanTask, layer: int, mean: float, target: float, wish: ReplanWish) -> _Layer:
     load_E = task.load_LE[layer] / mean
     rows, capacity_G, speed_G = task.live_LGC[layer].tolist(), task.capacity_LG[layer], task.speed_G
@@ -368,10 +408,13 @@ def _begin(task: ReplanTask, layer: int, mean: float, target: float, wish: Repla
     start = mend_content(
         load_E.tolist(), from_rows, capacity_G.tolist(), speed_G.tolist(), layer, wish.repair
     )
+    rules = None if task.rules is None else task.rules[layer]
+    if rules is not None:
+        start = mended_within(rules, load_E, start, speed_G)
     live = [frozenset(expert for expert in row if 0 <= expert < len(load_E)) for row in rows]
     live_EG = np.array([[expert in row for row in live] for expert in range(len(load_E))])
     rng = np.random.default_rng((wish.seed, layer))
-    return _Layer(load_E, capacity_G, speed_G, live, live_EG, start, start, target, rng)
+    return _Layer(load_E, capacity_G, speed_G, live, live_EG, start, start, target, rng, rules)
 
 
 def _plan_layer(one: _Layer, stop: Stop) -> None:
@@ -422,7 +465,10 @@ def _shake(one: _Layer, stop: Stop) -> None:
     moves = moves_between(one.live, one.content)
     size = int(one.rng.integers(1, min(len(changed), _MOST_BACK) + 1))
     chosen = one.rng.choice(changed, size=size, replace=False).tolist()
-    state = one.state(put_back(one.live, one.content, chosen, len(one.load_E)), one.target)
+    trial = put_back(one.live, one.content, chosen, len(one.load_E))
+    if one.rules is not None and not one.rules.keeps(rows_of(trial, len(one.load_E))):
+        return
+    state = one.state(trial, one.target)
     if fill_equal(state, one.rng, moves, stop=stop):
         one.content = state.content()
 

@@ -13,6 +13,9 @@ spare. Each step
 
 Pricing by the duals of the min-max programme looks only at the slowest set of GPUs; the overflow sees all
 overloaded groups at once, and a move that empties one of them is worth the same whichever is slowest.
+
+Under limits only changes that keep them are looked at, and where an expert may have no more replicas, or no
+fewer, its replicas move and change places instead.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeless_opt.solvers.core import NeverStop, Stop
+from moeless_opt.solvers.limits import Rules
 from moeless_opt.solvers.replan.flow import Cut, ExpertGpu, LayerFlow
 
 __all__ = ["LIGHT", "QUICK", "WIDE", "Change", "Search", "fill_overflow"]
@@ -135,6 +139,9 @@ def _best_change(
         swap = _best_exchange(state, overflow, cut, ways, places, search, 2 * gain)
         if swap is not None:
             best = swap
+            gain = overflow - best.overflow
+        if state.rules is not None and 3 * gain < cut.excess[hot[0]]:
+            best = _best_shift(state, state.rules, overflow, cut, ways, search, best)
     return best
 
 
@@ -155,6 +162,7 @@ def _places(state: LayerFlow, cut: Cut, most: int) -> list[Row]:
     flow, gpus, arc = cut.flow, state.gpus, state.arcs
     free = [room - used for room, used in zip(state.room, flow[gpus : 2 * gpus], strict=True)]
     places: list[Row] = []
+    rules = state.rules
     for gpu, group in cut.group.items():
         own, behind, row = free[gpu], cut.slack[group], state.content[gpu]
         if len(row) < capacity[gpu]:
@@ -162,7 +170,7 @@ def _places(state: LayerFlow, cut: Cut, most: int) -> list[Row]:
             continue
         for expert in row:
             where = home[expert]
-            if len(where) > 1:
+            if len(where) > 1 and (rules is None or rules.permits(home, (), ((expert, gpu),))):
                 # What the yielding replica serves must fit on the expert's other GPUs.
                 tokens = flow[arc[expert, gpu]]
                 harm = 0
@@ -206,7 +214,7 @@ def _rank(
             most = min(load[expert], excess)
             where = home[expert]
             for _, behind, spare, harm, after, gpu, yields in places:
-                if gpu not in where and yields != expert:
+                if gpu not in where and yields != expert and _permitted(state, expert, gpu, yields):
                     gain = most if most < after else after
                     bound = behind if -behind < most else -most
                     rows.append((harm - gain, bound, spare, -load[expert], expert, gpu, yields))
@@ -215,6 +223,13 @@ def _rank(
         rows = [(int(row[0] * by), *row[1:]) for row, by in zip(rows, factor, strict=True)]
     rows.sort()
     return rows
+
+
+def _permitted(state: LayerFlow, expert: int, gpu: int, yields: int) -> bool:
+    """Whether an addition keeps the limits."""
+    if state.rules is None:
+        return True
+    return state.rules.permits(state.home, ((expert, gpu),), ((yields, gpu),) if yields >= 0 else ())
 
 
 def _best_addition(state: LayerFlow, overflow: int, rows: list[Row], trials: int) -> Change | None:
@@ -287,7 +302,58 @@ def _best_exchange(
         tried += 1
         adds = ((expert, gpu), (other, third))
         drops = ((other, gpu), (yields, third)) if yields >= 0 else ((other, gpu),)
+        if state.rules is not None and not state.rules.permits(home, adds, drops):
+            tried -= 1
+            continue
         left = state.trial(adds, drops)
         if overflow - left > gain:
             gain, best = overflow - left, Change(left, adds, drops)
+    return best
+
+
+def _best_shift(
+    state: LayerFlow,
+    rules: Rules,
+    overflow: int,
+    cut: Cut,
+    ways: list[tuple[int, list[int]]],
+    search: Search,
+    best: Change | None,
+) -> Change | None:
+    """Move a replica from a hot GPU, or let it change places with one that may not yield.
+
+    The ways that are left where counts are at their limits: an expert keeps its number of replicas.
+    """
+    load, home = state.load, state.home
+    rows: list[tuple[int, tuple[ExpertGpu, ...], tuple[ExpertGpu, ...]]] = []
+    for name, experts in ways:
+        for expert in experts:
+            most = min(load[expert], cut.excess[name])
+            for gpu, group in cut.group.items():
+                if gpu in home[expert]:
+                    continue
+                reach = min(most, cut.slack[group])
+                for source in home[expert]:
+                    out = (expert, source)
+                    if len(state.content[gpu]) < state.capacity[gpu]:
+                        rows.append((-reach, ((expert, gpu),), (out,)))
+                    for other in state.content[gpu]:
+                        if other == expert:
+                            continue
+                        rows.append((-reach, ((expert, gpu),), (out, (other, gpu))))
+                        if source not in home[other]:
+                            hope = min(most, max(load[expert] - load[other], 0))
+                            back = ((expert, gpu), (other, source))
+                            rows.append((-hope, back, (out, (other, gpu))))
+    gain = 0 if best is None else (overflow - best.overflow) * 2 // len(best.adds)
+    tried = 0
+    for negative, adds, drops in sorted(rows):
+        if tried >= 10 * search.exchanges:
+            break
+        if -negative * 2 // len(adds) <= gain or not rules.permits(home, adds, drops):
+            continue
+        tried += 1
+        left = state.trial(adds, drops)
+        if (overflow - left) * 2 // len(adds) > gain:
+            gain, best = (overflow - left) * 2 // len(adds), Change(left, adds, drops)
     return best

@@ -31,6 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.graph.python.max_flow import SimpleMaxFlow
 
+from moeless_opt.solvers.limits import Rules
+
 __all__ = ["UNIT", "Cut", "ExpertGpu", "LayerFlow", "least_time"]
 
 UNIT = 1 << 30  # integer tokens that stand for one mean GPU load
@@ -77,6 +79,8 @@ class LayerFlow:
         Slots of each GPU.
     room : list of int
         Tokens that each GPU may serve: the wanted time times its speed.
+    rules : Rules, optional
+        Limits that the placement keeps, and changes to it shall.
     """
 
     __slots__ = (
@@ -96,13 +100,20 @@ class LayerFlow:
         "load",
         "replicated",
         "room",
+        "rules",
         "total",
     )
 
     def __init__(
-        self, load: list[int], content: Sequence[Sequence[int]], capacity: list[int], room: list[int]
+        self,
+        load: list[int],
+        content: Sequence[Sequence[int]],
+        capacity: list[int],
+        room: list[int],
+        rules: Rules | None = None,
     ) -> None:
         self.load = load
+        self.rules = rules
         self.content = [list(row) for row in content]
         self.capacity = capacity
         self.room = room

@@ -19,6 +19,7 @@ import numpy as np
 from moeless_opt.problems.errors import SolverUnavailableError
 from moeless_opt.problems.plan import best_bound
 from moeless_opt.solvers.core import NeverStop, Stop, part_of
+from moeless_opt.solvers.limits import Rules, mended_within, rows_of
 from moeless_opt.solvers.replan.fill import LIGHT, QUICK, Search, fill_overflow
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
 from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
@@ -61,13 +62,14 @@ class _Layer:
     reached: bool = True
     cut: bool = False
     shaker: Shaker | None = None
+    rules: Rules | None = None
 
     def room(self, time: float) -> list[int]:
         """Tokens that each GPU may serve within a time in units of the mean, rounded in its favour."""
         return [int(time * UNIT * speed * (1.0 + 1e-10)) + 2 for speed in self.speed]
 
     def state(self, time: float) -> LayerFlow:
-        return LayerFlow(self.load, self.start, self.capacity, self.room(time))
+        return LayerFlow(self.load, self.start, self.capacity, self.room(time), self.rules)
 
 
 def replan_fractional(
@@ -138,9 +140,12 @@ def _begin(task: ReplanTask, layer: int, mean: float, repair: bool) -> _Layer:
     load_E, slots = task.load_LE[layer], task.live_LGC[layer].tolist()
     load = np.rint(load_E * (UNIT / mean)).astype(np.int64).tolist() if mean > 0.0 else [0] * len(load_E)
     capacity, speed = task.capacity_LG[layer].tolist(), task.speed_G.tolist()
+    rules = None if task.rules is None else task.rules[layer]
     start = mend_content(load, slots, capacity, speed, layer, repair)
+    if rules is not None:
+        start = mended_within(rules, load_E, start, task.speed_G)
     live = [frozenset(expert for expert in row if 0 <= expert < len(load)) for row in slots]
-    return _Layer(load, capacity, speed, live, start, start, 0.0)
+    return _Layer(load, capacity, speed, live, start, start, 0.0, rules=rules)
 
 
 def _plan_layer(one: _Layer, search: Search, stop: Stop) -> None:
@@ -188,9 +193,12 @@ def _plan_wide(one: _Layer, stop: Stop) -> None:
     room = one.room(one.target)
     one.content, overflow = fill_wide(one.load, one.start, one.capacity, room, stop=stop)
     one.least = max(forced, int(one.content != one.start))
-    if overflow <= 0:
+    if one.rules is not None:
+        load_E = np.array(one.load, dtype=np.float64)
+        one.content = mended_within(one.rules, load_E, one.content, np.array(one.speed))
+    elif overflow <= 0:
         return
-    state = LayerFlow(one.load, one.content, one.capacity, room)
+    state = LayerFlow(one.load, one.content, one.capacity, room, one.rules)
     one.reached = fill_overflow(state, LIGHT, stop=stop) <= 0
     one.content = state.content
     if not one.reached and stop():
@@ -239,6 +247,8 @@ def _count(layers: list[_Layer], steps: int, stop: Stop) -> None:
             return
         one.least, one.shaker = found.bound, None
         if found.content is not None and found.moves is not None:
+            if one.rules is not None and not one.rules.keeps(rows_of(found.content, len(one.load))):
+                continue
             state = LayerFlow(one.load, found.content, one.capacity, one.room(one.target))
             if state.solve() <= 0:  # the programme's tolerance is wider than ours
                 one.content = found.content
@@ -252,7 +262,14 @@ def _shake(layers: list[_Layer], rounds: float, seed: int, stop: Stop) -> None:
         if one.reached and one.content is not one.start and one.shaker is None:
             room = one.room(one.target)
             one.shaker = Shaker(
-                one.load, one.live, one.content, one.capacity, room, least=one.least, seed=(seed, layer)
+                one.load,
+                one.live,
+                one.content,
+                one.capacity,
+                room,
+                least=one.least,
+                seed=(seed, layer),
+                rules=one.rules,
             )
     turn = 0
     active = [one for one in layers if one.shaker is not None and not one.shaker.done]
@@ -296,7 +313,7 @@ def _frontier(one: _Layer, search: Search, stop: Stop) -> list[Point]:
     note(one.state(one.target))
     if points[0][1] <= one.target:
         return points
-    note(LayerFlow(one.load, one.content, one.capacity, one.room(one.target)))
+    note(LayerFlow(one.load, one.content, one.capacity, one.room(one.target), one.rules))
     first, last = points[0][1], points[1][1]
     for part in (*_LADDER, 0.0):
         if stop():

@@ -19,6 +19,7 @@ __all__ = [
     "live_slots",
     "mend_content",
     "moves_between",
+    "part_problem",
 ]
 
 Content = list[list[int]]
@@ -44,15 +45,30 @@ def layer_moves(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) -> 
 
 
 def layer_problem(problem: Problem, layer: int) -> Problem:
-    """One layer of a problem, without limits; `layer` is a row."""
+    """One layer of a problem, with its limits on replicas, pairs and domains; `layer` is a row."""
+    return part_problem(problem, [layer])
+
+
+def part_problem(problem: Problem, rows: list[int]) -> Problem:
+    """Some layers of a problem, of the same slots, without the limits on moves and on all layers together."""
     assert problem.current is not None
+    numbers, limits = [problem.loads.layers[row] for row in rows], problem.limits
     return problem.replace(
-        loads=problem.loads.select([problem.loads.layers[layer]]),
-        topology=problem.topology.replace(slots_G=problem.capacity_LG[layer], memory_G=None),
-        expert_bytes_L=None if not problem.bytes_L.any() else problem.bytes_L[layer : layer + 1],
+        loads=problem.loads.select(numbers),
+        topology=problem.topology.replace(slots_G=problem.capacity_LG[rows[0]], memory_G=None),
+        expert_bytes_L=None if not problem.bytes_L.any() else problem.bytes_L[rows],
         model=None,
-        current=problem.current.replace(slots_LGC=problem.current.slots_LGC[layer : layer + 1]),
-        limits=type(problem.limits)(),
+        current=problem.current.replace(slots_LGC=problem.current.slots_LGC[rows]),
+        limits=limits.replace(
+            max_total_replicas=None,
+            max_total_bytes=None,
+            max_moves=None,
+            max_move_bytes=None,
+            max_move_seconds=None,
+            max_layer_moves=None,
+            pinned=tuple(pair for pair in limits.pinned if pair[0] in (-1, *numbers)),
+            forbidden=tuple(pair for pair in limits.forbidden if pair[0] in (-1, *numbers)),
+        ),
         known=None,
     )
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moeless_opt.solvers.core import Stop
+from moeless_opt.solvers.limits import Rules, rows_of
 from moeless_opt.solvers.replan.fill import LIGHT, fill_overflow
 from moeless_opt.solvers.replan.flow import LayerFlow
 from moeless_opt.solvers.replan.live import moves_between
@@ -60,6 +61,8 @@ class Shaker:
         A proven least number of moves: reached, the search ends.
     seed : int
         Source of all choices.
+    rules : Rules, optional
+        Limits that the re-plan keeps.
 
     Attributes
     ----------
@@ -79,7 +82,9 @@ class Shaker:
         *,
         least: int = 0,
         seed: int | tuple[int, ...] = 0,
+        rules: Rules | None = None,
     ) -> None:
+        self._rules = rules
         self._load, self._capacity, self._room = load, capacity, room
         self._live, self._least = live, least
         self._rng = np.random.default_rng(seed)
@@ -100,7 +105,9 @@ class Shaker:
         size = int(rng.integers(1, min(len(changed), _MOST_BACK) + 1))
         chosen = rng.choice(changed, size=size, replace=False).tolist()
         trial = put_back(live, self.content, chosen, len(self._load))
-        state = LayerFlow(self._load, trial, self._capacity, self._room)
+        if self._rules is not None and not self._rules.keeps(rows_of(trial, len(self._load))):
+            return
+        state = LayerFlow(self._load, trial, self._capacity, self._room, self._rules)
         if rng.random() < _KICK and state.solve() > 0:
             self._kick(state)
         kept = moves_between(live, state.content)
@@ -121,13 +128,18 @@ class Shaker:
             row, home = state.content[gpu], state.home
             if gpu in home[expert]:
                 continue
-            if len(row) < state.capacity[gpu]:
-                state.apply([(expert, gpu)], [])
-                continue
-            spare = [other for other in row if len(home[other]) > 1]
-            if spare:
-                state.apply([(expert, gpu)], [(spare[int(rng.integers(len(spare)))], gpu)])
-            elif row:
-                other, source = row[int(rng.integers(len(row)))], home[expert][0]
-                if source not in home[other]:
-                    state.apply([(expert, gpu), (other, source)], [(expert, source), (other, gpu)])
+            adds, drops = [(expert, gpu)], []
+            if len(row) >= state.capacity[gpu]:
+                spare = [other for other in row if len(home[other]) > 1]
+                if spare:
+                    drops = [(spare[int(rng.integers(len(spare)))], gpu)]
+                elif row:
+                    other, source = row[int(rng.integers(len(row)))], home[expert][0]
+                    if source in home[other]:
+                        continue
+                    adds.append((other, source))
+                    drops = [(expert, source), (other, gpu)]
+                else:
+                    continue
+            if self._rules is None or self._rules.permits(home, adds, drops):
+                state.apply(adds, drops)

@@ -28,14 +28,18 @@ from moeless_opt.solvers.core import (
     Task,
     best_over_scenarios,
     choose_points,
+    keeps_limits,
+    only_moves,
     part_of,
     risk_L,
     token_bound,
 )
+from moeless_opt.solvers.limits import rules_of
 from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import replan_fractional
-from moeless_opt.solvers.replan.live import layer_moves, layer_problem, live_slots
+from moeless_opt.solvers.replan.kept import search_small, shared_rules, within_all
+from moeless_opt.solvers.replan.live import layer_moves, layer_problem, live_slots, part_problem
 from moeless_opt.solvers.replan.min_moves import min_moves_bound
 from moeless_opt.solvers.replan.relabel import relabel
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, front_of
@@ -77,9 +81,11 @@ class Frontier:
 
 
 def replan_within(problem: Problem, wish: ReplanWish, *, stop: Stop | None = None) -> Replanned:
-    """Re-plan by the kernel of the problem's split, measured against the problem's bound."""
+    """Re-plan by the kernel of the problem's split, within its limits, measured against its bound."""
     assert problem.current is not None
-    task = ReplanTask(problem.load_LE, live_slots(problem), problem.capacity_LG, problem.topology.speed_G)
+    rules = None if problem.limits == only_moves(problem.limits) else shared_rules(problem)
+    speed_G = problem.topology.speed_G
+    task = ReplanTask(problem.load_LE, live_slots(problem), problem.capacity_LG, speed_G, rules)
     wish = replace(wish, bound_L=token_bound(problem), repair=problem.current.partial)
     kernel = replan_equal if problem.split == "equal" else replan_fractional
     return kernel(task, wish, stop=stop)
@@ -101,8 +107,9 @@ def frontier(
     stop, began = stop or NeverStop(), Clock.begin()
     live_LGC = live_slots(problem)
     assert problem.current is not None
-    # Something lost must come back: then the cheapest point is not to stay.
-    rungs = (*ladder, _ANY) if problem.current.partial else ladder
+    # Something lost must come back, and limits be kept: then the cheapest point is not to stay.
+    astray = problem.current.partial or not keeps_limits(problem, live_LGC).all()
+    rungs = (*ladder, _ANY) if astray else ladder
     slots: list[SlotArray] = []
     for rung, tolerance in enumerate(rungs[::-1]):
         start_LGC = slots[-1] if slots and problem.split == "equal" else None
@@ -117,7 +124,7 @@ def frontier(
             )
             progress(Progress(seconds=began.seconds, best=best, bound=floor, done=done, note=note))
     slots.reverse()
-    if not problem.current.partial:
+    if not astray:
         slots.append(live_LGC)
     return Frontier(
         (*ladder, float("inf")),
@@ -158,21 +165,60 @@ class Replan(Heuristic):
         """Re-plan within the limits; with a horizon, only as far as it pays."""
         problem = task.problem
         live_LGC = live_slots(problem)
-        horizon = problem.objective.horizon
+        moves = only_moves(problem.limits)
+        free = problem if moves == problem.limits else problem.replace(limits=moves)
         least: list[IntArray] = []
-        if horizon is not None:
-            slots_LGC = self._while_it_pays(task, live_LGC, horizon)
-        else:
-            slots_LGC = best_over_scenarios(
-                problem,
-                lambda guise: self._within_limits(replace(task, problem=guise), live_LGC, least),
-                stop=task.stop,
-                moves=True,
-            )
+        slots_LGC = self._slots(replace(task, problem=free), live_LGC, least)
+        if free is not problem:
+            rules_of(problem)  # says what is impossible
+            slots_LGC = self._kept(task, live_LGC, slots_LGC)
         share_LGC = best_shares(problem, slots_LGC)
         known_L = least[0] if least and problem.loads.shape[0] == 1 else None
-        proof = _moves_proof(problem, live_LGC, slots_LGC, share_LGC, known_L)
+        # What any plan needs, a plan within the limits needs as well.
+        proof = _moves_proof(free, live_LGC, slots_LGC, share_LGC, known_L)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, proof=proof)
+
+    def _slots(self, task: Task[ReplanOptions], live_LGC: SlotArray, least: list[IntArray]) -> SlotArray:
+        """Slots within the limits, with a horizon as far as it pays; `least` gets what moves are needed."""
+        problem = task.problem
+        horizon = problem.objective.horizon
+        if horizon is not None:
+            return self._while_it_pays(task, live_LGC, horizon)
+        return best_over_scenarios(
+            problem,
+            lambda guise: self._within_limits(replace(task, problem=guise), live_LGC, least),
+            stop=task.stop,
+            moves=True,
+        )
+
+    def _kept(self, task: Task[ReplanOptions], live_LGC: SlotArray, free_LGC: SlotArray) -> SlotArray:
+        """What is planned without limits on replicas, pairs and domains where it keeps them, else within."""
+        problem = task.problem
+        keeps_L = keeps_limits(problem, free_LGC, tied=False)
+        if keeps_L.all() and within_all(problem, free_LGC):
+            return free_LGC
+        alike = bool((problem.capacity_LG == problem.capacity_LG[0]).all())
+        if alike and not keeps_L.all() and problem.limits.max_layer_moves is None and not _ties(problem):
+            # The others are as they are: only what breaks a limit is planned again.
+            rows = np.flatnonzero(~keeps_L).tolist()
+            part = replace(task, problem=part_problem(problem, rows))
+            slots_LGC = free_LGC.copy()
+            slots_LGC[rows] = self._searched(part, live_LGC[rows])
+            one = problem.objective.horizon is None and problem.loads.shape[0] == 1
+            if one and problem.split == "equal":
+                slots_LGC[rows] = _or_mended(part, live_LGC[rows], slots_LGC[rows], free_LGC[rows])
+            return slots_LGC
+        slots_LGC = self._searched(task, live_LGC)
+        if not _ties(problem):
+            slots_LGC[keeps_L] = free_LGC[keeps_L]
+        return slots_LGC
+
+    def _searched(self, task: Task[ReplanOptions], live_LGC: SlotArray) -> SlotArray:
+        """Within the limits, and small layers searched."""
+        problem, slots_LGC = task.problem, self._slots(task, live_LGC, [])
+        if problem.objective.horizon is not None or problem.loads.shape[0] > 1:
+            return slots_LGC
+        return search_small(problem, live_LGC, slots_LGC, task.stop)
 
     def finished(self, problem: Problem, plan: Plan) -> Plan:
         """The plan, with what its moves save and cost."""
@@ -323,6 +369,27 @@ class _Offers:
         )
 
 
+def _or_mended(
+    task: Task[ReplanOptions], live_LGC: SlotArray, slots_LGC: SlotArray, free_LGC: SlotArray
+) -> SlotArray:
+    """By layer a re-plan within the limits, or what becomes of one without them, where that moves less."""
+    problem = task.problem
+    other = replan_within(problem, _wish(task, start_LGC=free_LGC), stop=part_of(task.stop, 0.5))
+    wanted_L = token_bound(problem) * (1 + problem.objective.balance_tolerance) * (1 + 1e-9)
+    late_XL = np.maximum(np.stack([risk_L(problem, slots_LGC), other.time_L]), wanted_L)
+    moves_XL = np.stack([layer_moves(problem, slots_LGC, live_LGC), other.moves_L])
+    same_L = np.abs(late_XL[1] - late_XL[0]) <= 1e-9 * late_XL[0]
+    better_L = np.where(same_L, moves_XL[1] < moves_XL[0], late_XL[1] < late_XL[0])
+    return np.where(better_L[:, None, None], other.slots_LGC, slots_LGC)
+
+
+def _ties(problem: Problem) -> bool:
+    """Whether a limit is on all layers together."""
+    limits = problem.limits
+    names = (limits.max_moves, limits.max_move_bytes, limits.max_move_seconds)
+    return any(one is not None for one in (*names, limits.max_total_replicas, limits.max_total_bytes))
+
+
 def _wish(task: Task[ReplanOptions], **more: Any) -> ReplanWish:
     """The problem's tolerance, the task's seed and rounds, and what else is wished for."""
     tolerance = task.problem.objective.balance_tolerance
@@ -444,7 +511,10 @@ def _best_of_scratch(
     doubtful = ((time_L > wanted_L) & ~cut_L) | (moves_L - fills_L > SCRATCH_FROM * filled_L)
     if not doubtful.any() or task.stop():
         return slots_LGC
-    fresh = Construct().placed(task, problem.replace(current=None))
+    limits = problem.limits.replace(
+        max_moves=None, max_move_bytes=None, max_move_seconds=None, max_layer_moves=None
+    )
+    fresh = Construct().placed(task, problem.replace(current=None, limits=limits))
     wide = np.full_like(slots_LGC, -1)
     wide[:, :, : fresh.slots_LGC.shape[2]] = fresh.slots_LGC[:, :, : wide.shape[2]]
     topology = problem.topology
@@ -456,6 +526,8 @@ def _best_of_scratch(
         capacity_LG=problem.capacity_LG,
         node_G=topology.node_G,
     )
+    astray_L = ~keeps_limits(problem, fresh_LGC, tied=False)
+    fresh_LGC[astray_L] = wide[astray_L]  # names of GPUs matter there
     fresh_moves_L, fresh_time_L = layer_moves(problem, fresh_LGC, live_LGC), risk_L(problem, fresh_LGC)
     reaches, fresh_reaches = time_L <= wanted_L, fresh_time_L <= wanted_L
     better = np.where(

@@ -11,6 +11,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.solvers.core import choose_points
+from moeless_opt.solvers.limits import Rules
 from moeless_opt.solvers.replan.live import Content
 from moeless_opt.solvers.replan.relabel import seat_all
 
@@ -31,6 +32,8 @@ class ReplanTask:
         Slots of each GPU (0 for a GPU that is lost).
     speed_G : array of float, shape [G], optional
         Relative speeds, ones by default.
+    rules : list of Rules, optional
+        Limits of each layer that the plan is to keep; none by default.
 
     Raises
     ------
@@ -42,6 +45,7 @@ class ReplanTask:
     live_LGC: SlotArray
     capacity_LG: IntArray
     speed_G: FloatArray = None  # type: ignore[assignment]
+    rules: list[Rules] | None = None
 
     def __post_init__(self) -> None:
         load = np.asarray(self.load_LE, dtype=np.float64)

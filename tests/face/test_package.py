@@ -87,6 +87,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("shares",),
         ("core",),
         ("pack", "migration"),
+        ("limits",),
         ("construct", "baselines"),
         ("sizing", "replan", "exact"),
         ("timed", "lexicographic"),

@@ -139,7 +139,7 @@ class Enumeration:
     Parameters
     ----------
     problem : Problem
-        One layer, times in tokens, no limits but replicas, pins and bans.
+        One layer, times in tokens, no limits but on replicas, pairs and domains.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -182,6 +182,10 @@ class Enumeration:
             good &= (count_PE <= limits.max_replicas).all(1)
         if limits.max_layer_replicas is not None:
             good &= count_PE.sum(1) <= limits.max_layer_replicas
+        if limits.spread > 1:
+            domain_G = self.problem.topology.failure_domain_G
+            reached_DPE = [held_PEG[:, :, domain_G == d].any(2) for d in set(domain_G.tolist())]
+            good &= (np.sum(reached_DPE, axis=0) >= limits.spread).all(1)
         for _, expert, gpu in limits.pinned:
             good &= held_PEG[:, expert, gpu]
         for _, expert, gpu in limits.forbidden:

@@ -153,7 +153,7 @@ def test_an_option_out_of_its_range_is_refused_by_name(name: str) -> None:
         ({}, {"rounds": "x"}, "rounds: is no option of 'construct', which solver 'auto' takes here"),
         ({"live": True}, {"effort": "quick"}, "effort: is no option of 'replan'"),
         ({"live": True}, {"rounds": -5}, "rounds: is -5"),
-        ({"limits": mo.Limits(max_replicas=3)}, {"effort": "quick"}, r"'constrained'.*\(it has: none\)"),
+        ({"sizing": "cv"}, {"effort": "quick"}, r"'constrained'.*\(it has: none\)"),
         ({"time": mo.TimeModel(activation_cost=2.0)}, {"kicks": 1.5}, "kicks: is 1.5"),
         ({"split": "equal", "time_limit": 2}, {"threads": 2}, "threads: is no option of 'portfolio'"),
     ],

@@ -140,7 +140,8 @@ def test_limits_hold_in_any_order(split: str) -> None:
 
 
 def test_what_ties_layers_together_is_refused_by_name_in_an_order_of_its_own() -> None:
-    bare = small_problem(0, "equal", layers=2).replace(limits=mo.Limits(max_total_replicas=20))
+    bare = small_problem(0, "equal", layers=2)
+    bare = bare.replace(limits=mo.Limits(max_total_replicas=2 * bare.experts))
     problem = wanting(bare, ("memory", "balance"), 0.01)
     with pytest.raises(mo.UnsupportedFeatureError, match=r"limits\.max_total_replicas: ties layers together"):
         mo.solve(problem)

@@ -102,6 +102,12 @@ class Board:
                     break
                 self._put(expert, gpu)
 
+    def refill(self, held_EG: BoolArray) -> None:
+        """Hold what is given, instead of what is held."""
+        self.held_EG = held_EG.copy()
+        self.used_G = held_EG.sum(0)
+        self.load_G = self.piece_E @ held_EG
+
     def even_out(self, stop: Stop) -> None:
         """Swap replicas of the busiest GPU while the largest time falls."""
         # Pieces of experts that got fewer replicas than counted are larger now.

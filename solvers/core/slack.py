@@ -1,0 +1,53 @@
+"""Limits that cannot bind, whatever the plan: without them the problem is the same, and so is its plan."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+
+from moeless_opt.problems.spec import Limits, Problem
+
+__all__ = ["only_moves", "without_slack"]
+
+_NONE = cast(Limits, Problem.__dataclass_fields__["limits"].default)
+
+
+def without_slack(problem: Problem) -> Problem:
+    """The problem without the limits that every placement keeps; itself where there are none."""
+    limits = problem.limits
+    if limits is _NONE:
+        return problem
+    capacity_LG = np.minimum(problem.capacity_LG, problem.experts)
+    gpus, room_L = int((capacity_LG > 0).sum(1).max()), capacity_LG.sum(1)
+    size_L = problem.bytes_L
+    drop: dict[str, Any] = {}
+
+    def at_most(name: str, reached: float) -> None:
+        limit = getattr(limits, name)
+        if limit is not None and limit >= reached:
+            drop[name] = None
+
+    at_most("max_replicas", gpus)
+    at_most("max_layer_replicas", int(room_L.max()))
+    at_most("max_total_replicas", int(room_L.sum()))
+    at_most("max_total_bytes", int(room_L @ size_L))
+    if problem.current is not None:
+        at_most("max_moves", int(room_L.sum()))
+        at_most("max_layer_moves", int(room_L.max()))
+        if size_L.any():
+            at_most("max_move_bytes", int(room_L @ size_L))
+    domain_G = problem.topology.failure_domain_G
+    alone = np.unique(domain_G).size == domain_G.size
+    if alone and 1 < limits.spread <= min(limits.min_replicas, gpus):
+        drop["spread"] = 1  # every replica is in a domain of its own
+    if not drop:
+        return problem
+    loose = limits.replace(**drop)
+    return problem.replace(limits=_NONE if loose == _NONE else loose)
+
+
+def only_moves(limits: Limits) -> Limits:
+    """The limits on moves alone."""
+    names = ("max_moves", "max_move_bytes", "max_move_seconds", "max_layer_moves")
+    return _NONE.replace(**{name: getattr(limits, name) for name in names})

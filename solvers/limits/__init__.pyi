@@ -1,0 +1,11 @@
+from .counts import apportioned as apportioned
+from .counts import within_budgets as within_budgets
+from .counts import within_caps as within_caps
+from .needed import mended_within as mended_within
+from .place import layer_front as layer_front
+from .place import place_counts as place_counts
+from .place import place_within as place_within
+from .place import rows_of as rows_of
+from .place import slots_of as slots_of
+from .rules import Rules as Rules
+from .rules import rules_of as rules_of

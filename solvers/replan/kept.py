@@ -1,0 +1,104 @@
+"""Limits on replicas, pairs and domains in a re-plan: rules for the kernels, a search of small layers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeless_opt.problems.arrays import BoolArray, SlotArray
+from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.problems.spec import Problem, held_LGE, replica_counts
+from moeless_opt.solvers.core import Stop, choose_points, keeps_limits, risk_L, token_bound
+from moeless_opt.solvers.limits import (
+    Rules,
+    apportioned,
+    layer_front,
+    rules_of,
+    slots_of,
+    within_budgets,
+    within_caps,
+)
+from moeless_opt.solvers.replan.live import layer_moves
+from moeless_opt.solvers.replan.task import front_of
+
+__all__ = ["search_small", "shared_rules", "within_all"]
+
+_EQUAL = 1e-9
+
+
+def within_all(problem: Problem, slots_LGC: SlotArray) -> bool:
+    """Whether a placement keeps the limits on replicas and bytes of all layers together."""
+    return within_caps(problem, (slots_LGC >= 0).sum((1, 2)))
+
+
+def shared_rules(problem: Problem) -> list[Rules]:
+    """The limits of every layer; what all may have together is shared out, so that the live ones fit."""
+    rules = rules_of(problem)
+    live_LGC = problem.current.slots_LGC if problem.current is not None else None
+    if within_caps(problem, np.array([one.total for one in rules])):
+        return rules
+    assert live_LGC is not None
+    least_LE = np.stack([one.least_E for one in rules])
+    counts_LE = apportioned(problem.load_LE, rules)
+    caps_L = within_budgets(problem, counts_LE, least_LE, problem.load_LE).sum(1)
+    have_L = np.maximum(np.maximum(replica_counts(live_LGC, problem.experts), least_LE).sum(1), caps_L)
+    return rules_of(problem, have_L if within_caps(problem, have_L) else caps_L)
+
+
+def search_small(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, stop: Stop) -> SlotArray:
+    """A re-plan whose layers of few GPUs are searched for fewer moves within the tolerance, or less time.
+
+    Parameters
+    ----------
+    problem : Problem
+        One scenario, limits of any kind.
+    live_LGC, slots_LGC : arrays of int32, shape [L, G, C]
+        What is live, and a re-plan within the limits.
+    stop : Stop
+        When to be content.
+    """
+    limits = problem.limits
+    if limits.max_move_seconds is not None or not keeps_limits(problem, slots_LGC, tied=False).all():
+        return slots_LGC
+    try:
+        rules = rules_of(problem)
+    except InfeasibleError:
+        return slots_LGC
+    budget = limits.max_moves
+    price_L = np.ones(problem.layers, dtype=np.int64)
+    if limits.max_move_bytes is not None:
+        if budget is not None:
+            return slots_LGC
+        budget, price_L = limits.max_move_bytes, problem.bytes_L
+    if budget is not None and (limits.max_total_replicas is not None or limits.max_total_bytes is not None):
+        return slots_LGC  # two budgets at once
+    rules = shared_rules(problem) if not within_caps(problem, np.array([r.total for r in rules])) else rules
+    wanted = 1 + problem.objective.balance_tolerance
+    live_LEG = held_LGE(live_LGC, problem.experts).transpose(0, 2, 1)
+    time_L, moves_L = risk_L(problem, slots_LGC), layer_moves(problem, slots_LGC, live_LGC)
+    bound_L = token_bound(problem)
+    fronts: list[list[tuple[int, float, BoolArray | None]]] = []
+    for row, one in enumerate(rules):
+        points: list[tuple[int, float, BoolArray | None]] = [(int(moves_L[row]), float(time_L[row]), None)]
+        front = None
+        done = moves_L[row] == 0 and time_L[row] <= bound_L[row] * wanted
+        if not (done or stop()):
+            front = layer_front(problem, row, one, layers=problem.layers, live_EG=live_LEG[row])
+        if front is not None:
+            points += list(zip(front.moves, front.time, front.held, strict=True))
+        most = limits.max_layer_moves
+        points = [point for point in points if most is None or point[0] <= most]
+        target = max(bound_L[row], min(time for _, time, _ in points)) * wanted
+        fronts.append(front_of([(moves, max(time, target), held) for moves, time, held in points]))
+    costs = [
+        [moves * price for moves, _, _ in front]
+        for front, price in zip(fronts, price_L.tolist(), strict=True)
+    ]
+    if budget is None:
+        budget = sum(row[-1] for row in costs)
+    chosen = choose_points(costs, [[time for _, time, _ in front] for front in fronts], budget)
+    slots_LGC = slots_LGC.copy()
+    for row, at in enumerate(chosen.point_L.tolist()):
+        held_EG = fronts[row][at][2]
+        if held_EG is not None:
+            slots_LGC[row] = slots_of(problem, [held_EG], row)[0][:, : slots_LGC.shape[2]]
+    return slots_LGC
