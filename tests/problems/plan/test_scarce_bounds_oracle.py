@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import moeless_opt.problems.plan.scarce_bounds as module
 from moeless_opt.problems.plan.scarce_bounds import scarce_bound
 
 HOPELESS = 0.9  # of what is proven: where even the lightest fillers leave an expert below it, nothing follows
@@ -159,3 +160,29 @@ def test_whole_experts_say_more_of_an_equal_split(heavy: Any, light: Any, slots:
     equal, free = (scarce_bound(load, *args, split)[0] for split in ("equal", "fractional"))
     assert equal > free * 1.001
     assert equal == pytest.approx(Argument(load[0], slots, speed).bound(0.0, "equal"))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_each_part_is_what_it_says(alike: bool) -> None:
+    """For every number of heavy experts, also where another part proves more of the layer."""
+    rng = np.random.default_rng(alike)
+    for _ in range(120):
+        load, slots, speed = layers_of_one_shape(rng, alike)
+        heavy = -np.sort(-load, axis=1)
+        shape = module._Shape.make(heavy.shape[1], slots, speed)
+        d, G = shape.spare, len(shape.slots_K) - 1
+        if not 0 <= d <= G or G == 0:
+            continue
+        zero = np.zeros((len(heavy), 1))
+        top = np.concatenate([zero, heavy.cumsum(axis=1)], axis=1)
+        light = np.concatenate([zero, heavy[:, ::-1].cumsum(axis=1)], axis=1)
+        each = [Argument(w, slots, speed) for w in load]
+        for k in range(1, min(heavy.shape[1], G + d) + 1):
+            found = module._bound(top, light, shape, k)
+            np.testing.assert_allclose(found, [one.proves(k) for one in each], rtol=1e-9, atol=1e-12)
+            if k > d:
+                found = module._undivided(top, light, shape, k)
+                np.testing.assert_allclose(found, [one.undivided(k) for one in each], rtol=1e-9, atol=1e-12)
+            if k > d > 0:
+                found = module._crowd(top, light, shape, k)
+                np.testing.assert_allclose(found, [one.crowd(k) for one in each], rtol=1e-9, atol=1e-12)
