@@ -173,7 +173,7 @@ def test_the_same_words_as_a_second_replay() -> None:
         if rng.random() < 0.3:
             before[before == rng.integers(experts)] = -1  # lost: it comes from the host
         after = random_slots(rng, capacity, experts)
-        bytes_L = [None, rng.integers(1, 9, layers), np.zeros(layers, dtype=np.int64)][rng.integers(3)]
+        bytes_L = [None, rng.integers(0, 5, layers), np.zeros(layers, dtype=np.int64)][rng.integers(3)]
         size_L = np.ones(layers, dtype=np.int64) if bytes_L is None or not bytes_L.any() else bytes_L
         found = schedule_migration(before, after, experts, topology, bytes_L=bytes_L)
         limit_G = found.peak_G - rng.integers(0, 2, gpus) if rng.random() < 0.4 else None
