@@ -246,6 +246,26 @@ class LayerFlow:
             net.set_arc_capacity(arc, cap)
         return overflow
 
+    def without(self, expert: int) -> int:
+        """Overflow if a replicated expert's tokens were served elsewhere; taken back."""
+        return self._with_capacity(self.arcs[expert, -1], 0) - self.load[expert]
+
+    def with_room(self, gpu: int) -> int:
+        """Overflow if a GPU's room had no end; taken back."""
+        return self._with_capacity(self.gpus + gpu, self.room[gpu] + self.total)
+
+    def with_source(self, gpu: int) -> int:
+        """Overflow less the tokens that could be served besides if they came to a GPU; taken back."""
+        return self._with_capacity(gpu, self.fixed[gpu] + self.total)
+
+    def _with_capacity(self, arc: int, cap: int) -> int:
+        net = self._net
+        net.set_arc_capacity(arc, cap)
+        net.solve(_SOURCE, _SINK)
+        overflow = self.total - int(net.optimal_flow())
+        net.set_arc_capacity(arc, int(self._cap[arc]))
+        return overflow
+
     def apply(self, adds: Sequence[ExpertGpu], drops: Sequence[ExpertGpu]) -> None:
         """Make a change for good; call `solve` before reading the cut."""
         arcs, shift = self._edits(adds, drops)

@@ -23,7 +23,7 @@ from moeless_opt.solvers.limits import Rules, mended_within, rows_of
 from moeless_opt.solvers.replan.fill import LIGHT, QUICK, Search, fill_overflow
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
 from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
-from moeless_opt.solvers.replan.min_moves import flow_moves_bound, min_moves
+from moeless_opt.solvers.replan.min_moves import close_moves_bound, flow_moves_bound, min_moves
 from moeless_opt.solvers.replan.shake import Shaker
 from moeless_opt.solvers.replan.task import (
     Point,
@@ -40,6 +40,7 @@ from moeless_opt.solvers.shares import solve_shares
 __all__ = ["replan_fractional"]
 
 _BISECTIONS = 5  # wanted times tried for a layer that cannot reach the tolerance
+_CLOSE = 64  # GPUs up to which every layer gets the closer bound: half a millisecond at 32
 _LEAST_TIME = 1.0  # seconds: with less, programmes are not worth the start of their process
 _SHAKING = 0.3  # share of the time for rounds before the programmes
 _COUNTING = 0.8  # share of what is left then for the first programmes, and again for the second
@@ -166,6 +167,10 @@ def _plan_layer(one: _Layer, search: Search, stop: Stop) -> None:
     one.reached = fill_overflow(state, search, stop=stop) <= 0
     one.content = state.content
     if one.reached:
+        if forced == 0 and moves_between(one.live, one.content) > one.least and len(one.speed) <= _CLOSE:
+            state = one.state(one.target)
+            overflow = state.solve()
+            one.least = max(one.least, close_moves_bound(state, state.cut(), overflow))
         return
     # Out of reach: bisect for a time that isn't.
     low, high = one.target, least_time(state, one.speed)

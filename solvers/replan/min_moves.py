@@ -41,7 +41,7 @@ from moeless_opt.solvers.core import LinearAnswer, LinearModel, MaxTime, Stop, p
 from moeless_opt.solvers.replan.counts import MoveCounts, fewest_counts
 from moeless_opt.solvers.replan.flow import UNIT, Cut, ExpertGpu, LayerFlow
 
-__all__ = ["FewestMoves", "flow_moves_bound", "min_moves", "min_moves_bound"]
+__all__ = ["FewestMoves", "close_moves_bound", "flow_moves_bound", "min_moves", "min_moves_bound"]
 
 Status = Literal["optimal", "feasible", "infeasible", "no_solution"]
 _COUNTING = 0.5  # share of the time that is left for one programme of counts, or of few pairs
@@ -111,6 +111,52 @@ def flow_moves_bound(state: LayerFlow, cut: Cut) -> int:
     return max(leave, _fewest(cut.slack.values(), sum(cut.excess.values()) - slack))
 
 
+def close_moves_bound(state: LayerFlow, cut: Cut, overflow: int) -> int:
+    """`flow_moves_bound`, with what each end of a move can carry alone in place of loads and rooms.
+
+    What a set of experts could send, if others served them, is a maximum flow and so submodular in the set:
+    together they carry no more than the sum of what each carries alone. The same holds for what reaches a set
+    of GPUs. One flow for each hot GPU and each captive expert of several replicas, one for each cool GPU.
+
+    Parameters
+    ----------
+    state : LayerFlow
+        Live placement at the wanted time, solved.
+    cut : Cut
+        Its cut.
+    overflow : int
+        What `solve` returned.
+
+    Returns
+    -------
+    int
+        Moves that any plan needs at least.
+    """
+    load = state.load
+    slack = 4 * state.gpus + len(load)  # rounding of loads and rooms, in every flow
+    leave = 0
+    for name, captive in cut.captive.items():
+        relief: dict[int, int] = {}
+        alone: list[int] = []
+        for expert in captive:
+            where = state.home[expert]
+            if len(where) > 1:
+                alone.append(overflow - state.without(expert))
+                continue
+            if where[0] not in relief:
+                relief[where[0]] = overflow - state.with_room(where[0])
+            alone.append(min(load[expert], relief[where[0]]))
+        leave += _fewest((size + slack for size in alone if size > 0), cut.excess[name] - slack)
+    heaviest = max(load)
+    arrive: list[int] = []
+    for gpu in cut.group:
+        fits = overflow - state.with_source(gpu)
+        while fits > 0:  # one arrival brings no more than the heaviest
+            arrive.append(min(fits, heaviest) + slack)
+            fits -= heaviest
+    return max(leave, _fewest(arrive, overflow - slack))
+
+
 def _fewest(sizes: Iterable[int], wanted: int) -> int:
     """How many of the largest sizes it takes to sum to what is wanted."""
     count = 0
@@ -122,8 +168,10 @@ def _fewest(sizes: Iterable[int], wanted: int) -> int:
     return count
 
 
-def min_moves_bound(load_LE: Any, slots_LGC: Any, speed_G: Any, time_L: Any) -> IntArray:
-    """`flow_moves_bound` of every layer.
+def min_moves_bound(
+    load_LE: Any, slots_LGC: Any, speed_G: Any, time_L: Any, *, close: bool = False
+) -> IntArray:
+    """`flow_moves_bound` of every layer, or `close_moves_bound` where that is more.
 
     Parameters
     ----------
@@ -135,6 +183,8 @@ def min_moves_bound(load_LE: Any, slots_LGC: Any, speed_G: Any, time_L: Any) -> 
         Relative speeds.
     time_L : array of float, shape [L]
         Wanted times.
+    close : bool
+        Whether to take the time for the closer one: a flow for every GPU.
 
     Returns
     -------
@@ -145,7 +195,12 @@ def min_moves_bound(load_LE: Any, slots_LGC: Any, speed_G: Any, time_L: Any) -> 
     bounds = []
     for load_E, slots_GC, time in zip(load_LE, np.asarray(slots_LGC), np.asarray(time_L), strict=True):
         state = _state(load_E, slots_GC, speed, float(time), None)
-        bounds.append(flow_moves_bound(state, state.cut()) if state.solve() > 0 else 0)
+        overflow = state.solve()
+        cut = state.cut() if overflow > 0 else None
+        least = 0 if cut is None else flow_moves_bound(state, cut)
+        if close and cut is not None:
+            least = max(least, close_moves_bound(state, cut, overflow))
+        bounds.append(least)
     return np.array(bounds, dtype=np.int64)
 
 
@@ -410,10 +465,12 @@ def _at_once(
     if len(set().union(*live)) < len(load_E):
         return 0, sets, False
     state = _state(load_E, live, speed_G, time, None)
-    if state.solve() == 0:
+    overflow = state.solve()
+    if overflow == 0:
         return 0, sets, True
     cut = state.cut()
-    return flow_moves_bound(state, cut), sets + _hot_sets(state, cut), False
+    least = max(flow_moves_bound(state, cut), close_moves_bound(state, cut, overflow))
+    return least, sets + _hot_sets(state, cut), False
 
 
 def _moves(live: Sequence[Sequence[int]], content: Sequence[Sequence[int]]) -> int:

@@ -52,7 +52,7 @@ class MinMoves(Heuristic):
         first = replan_within(problem, wish, stop=part_of(stop, 0.4))
         slots_LGC = first.slots_LGC
         wanted_L = np.maximum(token_bound(problem) * (1 + tolerance), risk_L(problem, slots_LGC))
-        least_L = min_moves_bound(problem.load_LE, live_LGC, problem.topology.speed_G, wanted_L)
+        least_L = min_moves_bound(problem.load_LE, live_LGC, problem.topology.speed_G, wanted_L, close=True)
         inside_L = wanted_L <= first.target_L  # where the re-plan's own bounds speak of the same time
         least_L = np.maximum(least_L, np.where(inside_L, first.least_moves_L, 0))
         moves_L = layer_moves(problem, slots_LGC, live_LGC)
