@@ -21,6 +21,12 @@ lightest ones. It holds for both splits, since a group's mean load is all that i
 moreover, a heavy expert that is whole gains nothing from a neighbour: of the k heaviest all but d are whole,
 each on a GPU that is full but for the empty slots and the light pieces that the rest of d pays for.
 
+Experts so heavy that they need several GPUs cost whole steps (`_steps`). Let ``F(n) >= p + s n`` for all n.
+A group of cost q has at most q + 1 GPUs, and m heavy experts in it weigh at most ``q A + D + m s`` in time T:
+``A = T - s (c - 1)`` is what a step brings, and ``D = T - p - s c`` what is there without one. As the sum of
+``ceil(a_i)`` is at most m - 1 above ``ceil(sum of a_i)``, joining saves no step: all heavy experts together
+need the sum of ``ceil((w - s - max(A, D)) / A)``, and there are d. With s = 0 this is `tau`.
+
 Slow GPUs with many slots bound the time, too: any GPUs carry at least ``F(slots - d)``.
 
 Axes: L layers, E experts, G GPUs, X experts in groups with a cost.
@@ -32,7 +38,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, IntArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 
 __all__ = ["scarce_bound"]
 
@@ -40,6 +46,9 @@ __all__ = ["scarce_bound"]
 _HOPELESS = (
     0.9  # of the bound so far: an expert that ends this early with the lightest fillers bounds nothing
 )
+_LINES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24)  # numbers of lightest experts at which F has its tangent
+_HALVINGS = 40
+_SLOP = 1e-9  # of a step: what rounding may take for one more
 _MOST_CROWDS = 24  # spare slots up to which the crowds of unequal GPUs are looked at
 
 
@@ -86,7 +95,7 @@ def scarce_bound(
         if split == "equal" and k > d:
             found = np.maximum(found, _undivided(top_LE[rows], light_LE[rows], shape, k))
         bound_L[rows] = np.maximum(bound_L[rows], found)
-    return bound_L
+    return np.maximum(bound_L, _steps(heavy_LE, light_LE, shape, bound_L)) if d else bound_L
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +151,39 @@ def _bound(top_LE: FloatArray, light_LE: FloatArray, shape: _Shape, k: int) -> F
         many_L = np.maximum(many_LX.min(axis=1), _crowd(top_LE, light_LE, shape, k))
         bound_L = np.minimum(bound_L, many_L)
     return bound_L
+
+
+def _steps(heavy_LE: FloatArray, light_LE: FloatArray, shape: _Shape, known_L: FloatArray) -> FloatArray:
+    """What the steps that heavy experts cost prove, or `known_L` where that is larger."""
+    d, c, speed = shape.spare, min(slots for slots, _ in shape.kinds), max(v for _, v in shape.kinds)
+    n_N = np.array([n for n in _LINES if n < light_LE.shape[1]])
+    slope_LN = light_LE[:, n_N] - light_LE[:, n_N - 1]
+    least_LN = light_LE[:, n_N] - slope_LN * n_N  # the tangent of F at n, as F is convex
+    top_LX = heavy_LE[:, : d + 1]
+    known_L = known_L * speed
+
+    def too_many(rows: IntArray, n: IntArray, time_R: FloatArray) -> BoolArray:
+        slope_R, least_R = slope_LN[rows, n], least_LN[rows, n]
+        step_R = time_R - slope_R * (c - 1)
+        start_R = np.maximum(step_R, time_R - least_R - slope_R * c)
+        steps_RX = np.ceil((top_LX[rows] - (slope_R + start_R)[:, None]) / step_R[:, None] - _SLOP)
+        return np.asarray((time_R > slope_R * c) & (np.maximum(steps_RX, 0.0).sum(axis=1) > d))
+
+    # A slope that needs more time than is known says nothing. What the largest could not raise is left out.
+    usable_LN = known_L[:, None] > slope_LN * c
+    least_step_L = known_L - (c - 1) * np.where(usable_LN, slope_LN, 0.0).max(axis=1)
+    most_L = (np.ceil(top_LX / np.maximum(least_step_L, 1e-300)[:, None]) - 1.0).sum(axis=1)
+    rows, n = np.nonzero((most_L > d)[:, None] & usable_LN)
+    some = np.flatnonzero(too_many(rows, n, known_L[rows] * (1.0 + _SLOP)))
+    rows, n = rows[some], n[some]
+    low, high = known_L[rows], top_LX[rows, 0] + slope_LN[rows, n] * c
+    for _ in range(_HALVINGS if len(rows) else 0):
+        middle = 0.5 * (low + high)
+        over = too_many(rows, n, middle)
+        low, high = np.where(over, middle, low), np.where(over, high, middle)
+    result_L: FloatArray = known_L.copy()
+    np.maximum.at(result_L, rows, low)
+    return result_L / speed
 
 
 def _lightest(light_LE: FloatArray, count: IntArray) -> FloatArray:

@@ -164,11 +164,11 @@ def _join(
     size = alive.astype(np.int64)
     most_L = np.minimum(room.sum(axis=1) - E, alive.sum(axis=1) - 1.0)
     joins_L = np.floor(part * most_L).astype(np.int64)
-    # The heaviest experts lie on the fastest GPUs, one each.
+    # The heaviest experts lie on the fastest GPUs, one each, first where fewest must lie with them.
     heavy = np.zeros((L, G))
     heavy[:, : min(E, G)] = -np.sort(-load_LE, axis=1)[:, :G]
     head = np.zeros((L, G))
-    np.put_along_axis(head, np.argsort(-speed, axis=1, kind="stable"), heavy, axis=1)
+    np.put_along_axis(head, np.lexsort((room, -speed), axis=1), heavy, axis=1)
     head[~alive] = 0.0
     label = np.tile(np.arange(G), (L, 1))
     usual_L = (aim_L * speed.sum(axis=1) - head.sum(axis=1)) / np.maximum(

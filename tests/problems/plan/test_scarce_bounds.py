@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from moeless_opt.problems.plan.bounds import best_bound
-from moeless_opt.problems.plan.scarce_bounds import scarce_bound
+from moeless_opt.problems.plan.scarce_bounds import _Shape, _steps, scarce_bound
 from moeless_opt.problems.spec.time_model import TimeModel
+from tests.campaign import ways
+from tests.oracles import enumeration
 
 INSTANCES = int(os.environ.get("MOELESS_BOUND_INSTANCES", "150"))  # of every seed
 MOST_PLACEMENTS = 150_000
@@ -123,3 +125,27 @@ def test_more_slots_than_it_is_about() -> None:
     heavy = np.array([[3.0, 2, 1]])
     assert scarce_bound(heavy, np.array([3, 3]), np.ones(2), np.array([3.0])).tolist() == [3.0]
     assert scarce_bound(heavy, np.array([1, 1]), np.ones(2), np.array([3.0])).tolist() == [3.0]
+
+
+def test_steps_are_never_above_the_optimum_and_sometimes_more_than_the_mean() -> None:
+    rng = np.random.default_rng(0)
+    raised = 0
+    for _ in range(300):
+        gpus = int(rng.integers(2, 5))
+        slots = np.full(gpus, int(rng.integers(1, 4))) + (
+            rng.integers(0, 2, gpus) if rng.random() < 0.4 else 0
+        )
+        experts = int(rng.integers(max(1, slots.sum() - gpus), slots.sum()))
+        slots = np.minimum(slots, experts)
+        if slots.sum() <= experts or ways(slots.tolist(), experts) > 20_000:
+            continue
+        speed = np.ones(gpus) if rng.random() < 0.5 else rng.choice([0.5, 1.0, 2.0], gpus)
+        load = -np.sort(-rng.lognormal(0, rng.choice([0.5, 1, 2]), experts))
+        light = np.concatenate([[0.0], load[::-1].cumsum()])[None]
+        mean = np.array([load.sum() / speed.sum()])
+        bound = float(_steps(load[None], light, _Shape.make(experts, slots, speed), mean)[0])
+        held = enumeration.placements(slots.tolist(), experts)
+        best = float(enumeration.set_times(held, load, speed).min())
+        assert bound <= best * (1 + 1e-9)
+        raised += bound > mean[0] * (1 + 1e-6)
+    assert raised > 2
