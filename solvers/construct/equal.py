@@ -16,7 +16,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import best_bound, even_times
-from moeless_opt.solvers.construct.groups import pack_whole
+from moeless_opt.solvers.construct.groups import pack_groups, pack_whole
 from moeless_opt.solvers.core import FirstOf, MaxTime, Stop
 from moeless_opt.solvers.pack import (
     apportion,
@@ -72,6 +72,7 @@ class Effort:
 
 
 _TINY_SECONDS = 30.0  # never reached at this size: the result does not depend on the clock
+_SCARCE_GAP = 1e-3  # above the bound, where few slots are spare: groups of GPUs may do better
 _NEAR = 1e-4  # above the target, where other counts are not worth their search
 
 EFFORTS = {
@@ -225,6 +226,7 @@ def _general(
         _undivided(load_LE, capacity, speed, slots, bound, suspects, stop)
         time = even_times(load_LE[suspects], slots[suspects], speed).max(axis=1)
         over[suspects] = time / np.where(bound[suspects] > 0.0, bound[suspects], 1.0)
+    _grouped(load_LE, capacity, speed, slots, bound, over, swaps)
     few = effort.worst if load_LE.shape[1] * len(speed) <= effort.pairs else 0
     worst = np.argsort(-over, kind="stable")[:few]
     rows = np.union1d(np.flatnonzero(over > effort.suspect), worst[over[worst] > effort.target + _NEAR])
@@ -247,6 +249,37 @@ def _general(
     gains = even_times(load, better, speed).max(axis=1) < even_times(load, slots[rows], speed).max(axis=1)
     slots[rows[gains]] = better[gains]
     return slots
+
+
+def _grouped(
+    load_LE: FloatArray,
+    capacity: IntArray,
+    speed: FloatArray,
+    slots: SlotArray,
+    bound: FloatArray,
+    over: FloatArray,
+    swaps: dict[str, Any],
+) -> None:
+    """Where few slots are spare: the groups of GPUs that would share freely, evenly and mended; in place.
+
+    `over` is what the layers take over their bound, and is brought up to date.
+    """
+    spare = np.minimum(capacity, load_LE.shape[1]).sum(axis=1) - load_LE.shape[1]
+    rows = np.flatnonzero((spare > 0) & (spare < capacity.shape[1]) & (over > 1.0 + _SCARCE_GAP))
+    if not len(rows):
+        return
+    load, room = load_LE[rows], capacity[rows]
+    found, _, time = pack_groups(load, room, speed, bound[rows], stop=swaps["stop"])
+    good = np.flatnonzero(np.isfinite(time))
+    rows, load, room = rows[good], load[good], room[good]
+    if not len(rows):
+        return
+    longer = swaps | {"rounds": 3 * swaps["rounds"], "focus": 4 * swaps["focus"]}
+    found = improve(load, found[good], room, speed, goal_L=bound[rows], **longer)
+    now = even_times(load, found, speed).max(axis=1) / np.where(bound[rows] > 0.0, bound[rows], 1.0)
+    gains = now < over[rows]
+    slots[rows[gains]], over[rows[gains]] = -1, now[gains]
+    slots[rows[gains], :, : found.shape[2]] = found[gains]
 
 
 def _undivided(
