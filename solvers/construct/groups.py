@@ -39,7 +39,9 @@ Built = tuple[SlotArray, FloatArray, FloatArray]
 _ROUNDS = 24  # of swaps between half of the groups and the other half
 _FOCUS = 96  # of swaps between the slowest group and any other
 _AGAIN = 3  # times that a layer is grouped for another goal
-_UNLIKE_PARTS = (1.0, 1.0, 0.0, 0.0, 0.5, 0.5)  # of the joins: unlike GPUs may do better with empty slots
+_UNLIKE_PARTS = (1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.5, 0.5)  # of the joins: unlike GPUs may want empty slots
+_FEWEST = (2, 3)  # of these tries: heavy experts lie first where fewest others must lie with them
+_FAR = 1e-3  # relative distance from the goal from which that is worth a try: it joins light GPUs less
 _CLOSE = 2e-4  # relative distance from the goal at which a layer is left alone
 _EXACT = 1e-9
 _COMFORT = 0.9  # of the mean tokens per slot: groups that may take such experts need no partner
@@ -91,7 +93,15 @@ def pack_groups(
     for number, part in enumerate(parts):
         if not len(rows) or (number and stop()):
             break
-        found = _grouped(load_LE[rows], capacity_LG[rows], speed_G, aim_L[rows], goal_L[rows], part, stop)
+        fewest = not alike and number in _FEWEST
+        close_L = time_L[rows] <= goal_L[rows] * (1.0 + _FAR)
+        kept, rows = (rows[close_L], rows[~close_L]) if fewest else (rows[:0], rows)
+        if not len(rows):
+            rows = kept
+            continue
+        found = _grouped(
+            load_LE[rows], capacity_LG[rows], speed_G, aim_L[rows], goal_L[rows], part, stop, fewest=fewest
+        )
         better = found[2] < time_L[rows] * (1.0 - _EXACT)
         where = rows[better]
         width = found[0].shape[2]
@@ -99,7 +109,7 @@ def pack_groups(
         slots[where, :, :width], share[where, :, :width] = found[0][better], found[1][better]
         open_L = time_L[rows] > goal_L[rows] * (1.0 + _CLOSE)
         # Equal GPUs gain nothing from what did not help once.
-        rows = rows[open_L & (better | (number == 0) | (not alike))]
+        rows = np.concatenate([rows[open_L & (better | (number == 0) | (not alike))], kept])
         reached_L = np.where(np.isfinite(time_L), time_L, goal_L)
         if alike:
             aim_L = reached_L if number == 0 else (goal_L + reached_L) / 2.0
@@ -144,15 +154,22 @@ def _grouped(
     goal_L: FloatArray,
     part: float,
     stop: Stop,
+    *,
+    fewest: bool = False,
 ) -> Built:
     """Group for the times `aim_L`, fill for them, spread."""
-    groups = _join(load_LE, capacity_LG, speed_G, aim_L, part)
+    groups = _join(load_LE, capacity_LG, speed_G, aim_L, part, fewest)
     expert_LMN = _Filling(load_LE, groups, aim_L).swap(goal_L, stop)
     return _spread(load_LE, capacity_LG, speed_G, groups.label_LG, expert_LMN)
 
 
 def _join(
-    load_LE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, aim_L: FloatArray, part: float
+    load_LE: FloatArray,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
+    aim_L: FloatArray,
+    part: float,
+    fewest: bool,
 ) -> _Groups:
     """Step 1: a part of the joins that the spare slots allow; slots that no join takes stay empty."""
     L, G = capacity_LG.shape
@@ -164,11 +181,11 @@ def _join(
     size = alive.astype(np.int64)
     most_L = np.minimum(room.sum(axis=1) - E, alive.sum(axis=1) - 1.0)
     joins_L = np.floor(part * most_L).astype(np.int64)
-    # The heaviest experts lie on the fastest GPUs, one each, first where fewest must lie with them.
+    # The heaviest experts lie on the fastest GPUs, one each, if so wished where fewest must lie with them.
     heavy = np.zeros((L, G))
     heavy[:, : min(E, G)] = -np.sort(-load_LE, axis=1)[:, :G]
     head = np.zeros((L, G))
-    np.put_along_axis(head, np.lexsort((room, -speed), axis=1), heavy, axis=1)
+    np.put_along_axis(head, np.lexsort((room * fewest, -speed), axis=1), heavy, axis=1)
     head[~alive] = 0.0
     label = np.tile(np.arange(G), (L, 1))
     usual_L = (aim_L * speed.sum(axis=1) - head.sum(axis=1)) / np.maximum(
