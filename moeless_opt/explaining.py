@@ -457,6 +457,13 @@ def _argument(case: _Case, name: str, bound: float, experts: tuple[int, ...]) ->
             f"with {spare} spare slots nearly every GPU is full of whole experts: the heaviest lie with "
             "others, if only with the lightest"
         )
+    if name == "limits":
+        return (
+            "pins and bans confine experts to some GPUs, or fill a GPU with what is pinned there: "
+            "within them no placement ends sooner"
+        )
+    if name == "search":
+        return "all placements within the limits that could end sooner were looked at"
     if name == "capacity":
         return "by the measured times, no choice of activated experts on the GPUs serves all tokens sooner"
     return f"proven by {case.plan.certificate.solver} ({name}); no short argument is known"

@@ -16,6 +16,9 @@ from .evaluate import node_traffic as node_traffic
 from .evaluate import over_perfect as over_perfect
 from .evaluate import perfect_times as perfect_times
 from .evaluate import slot_sums as slot_sums
+from .limit_bounds import least_and_most as least_and_most
+from .limit_bounds import limit_bound as limit_bound
+from .limit_bounds import replica_limits as replica_limits
 from .migration import HOST as HOST
 from .migration import Drop as Drop
 from .migration import Migration as Migration

@@ -18,12 +18,15 @@ from moeless_opt.problems.plan import (
     check_slots,
     count_moves,
     judged,
+    limit_bound,
+    replica_limits,
     risk,
     tau_star,
     timed_bound,
 )
 from moeless_opt.problems.spec import Problem, equal_shares
 from moeless_opt.solvers.core.scenarios import scenario_shares
+from moeless_opt.solvers.core.slack import only_moves, without_slack
 from moeless_opt.solvers.core.stopping import Clock
 
 __all__ = ["Bound", "Built", "finish", "in_time", "lower_bound", "token_bound"]
@@ -116,26 +119,29 @@ def _higher(first: Bound, second: Bound) -> Bound:
 
 def _bound_of(problem: Problem, load_LE: FloatArray, split: str | None) -> Bound:
     """The best cheap bound for some loads."""
-    time, limits = problem.time, problem.limits
+    time = problem.time
     if time.has_curve:
         most = min(int(problem.capacity_LG.max()), problem.experts)
         bound_L = timed_bound(
             load_LE, problem.capacity_LG, problem.topology.speed_G, TimeTable.of(time, most)
         )
         return bound_L, ("capacity",) * problem.layers
+    split = split or problem.split
+    given = (load_LE, problem.capacity_LG, problem.topology.speed_G, split)
+    problem = without_slack(problem)
+    if problem.limits == only_moves(problem.limits):
+        bound_L, name_L = best_bound(*given, time=time)
+        return bound_L, tuple(name_L.tolist())
+    replicas = replica_limits(problem)
     bound_L, name_L = best_bound(
-        load_LE,
-        problem.capacity_LG,
-        problem.topology.speed_G,
-        split or problem.split,
-        max_replicas=limits.max_replicas,
-        min_replicas=limits.min_replicas if limits.min_replicas > 1 else None,
-        replicas_L=None
-        if limits.max_layer_replicas is None
-        else np.full(problem.layers, limits.max_layer_replicas),
+        *given,
+        max_replicas=replicas.most_LE,
+        min_replicas=replicas.least_LE if (replicas.least_LE > 1).any() else None,
+        replicas_L=replicas.room_L,
         time=time,
     )
-    return bound_L, tuple(name_L.tolist())
+    within_L = limit_bound(problem, load_LE, replicas, split) * time.token_cost
+    return _higher((bound_L, tuple(name_L.tolist())), (within_L, ("limits",) * problem.layers))
 
 
 def token_bound(problem: Problem) -> FloatArray:

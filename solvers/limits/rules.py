@@ -9,6 +9,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, IntArray
 from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.problems.plan import least_and_most
 from moeless_opt.problems.spec import Problem
 
 __all__ = ["Rules", "rules_of"]
@@ -130,15 +131,7 @@ def rules_of(problem: Problem, total_L: IntArray | None = None) -> list[Rules]:
     pinned_LEG = problem.pairs_LEG("pinned")
     allowed_LEG = ~problem.pairs_LEG("forbidden") & (problem.capacity_LG > 0)[:, None, :]
     domain_G = np.unique(topology.failure_domain_G, return_inverse=True)[1].reshape(-1)
-    pinned_in_LED = np.stack(
-        [pinned_LEG[:, :, domain_G == d].any(2) for d in range(int(domain_G.max()) + 1)], axis=2
-    )
-    # Pins in one domain leave the others to be reached by further replicas.
-    needed_LE = pinned_LEG.sum(2) + np.maximum(limits.spread - pinned_in_LED.sum(2), 0)
-    least_LE = np.maximum(limits.min_replicas, needed_LE)
-    most_LE = allowed_LEG.sum(2)
-    if limits.max_replicas is not None:
-        most_LE = np.minimum(most_LE, limits.max_replicas)
+    least_LE, most_LE = least_and_most(problem)
     short = np.argwhere(least_LE > most_LE)
     if short.size:
         row, expert = (int(i) for i in short[0])

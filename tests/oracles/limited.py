@@ -17,7 +17,7 @@ import moeless_opt as mo
 from moeless_opt.problems.arrays import BoolArray, FloatArray
 from tests.oracles.enumeration import Enumeration
 
-__all__ = ["Verdict", "draw", "judge"]
+__all__ = ["Verdict", "draw", "judge", "least_by_layer"]
 
 MOST = 20_000
 """Placements of a layer, before any limit, up to which a problem is drawn."""
@@ -256,6 +256,16 @@ def judge(problem: mo.Problem) -> Verdict | None:
     return Verdict(
         value=value, best=best, wanted=best * (1 + tolerance), moves=moves, fewest=fewest, false=false
     )
+
+
+def least_by_layer(problem: mo.Problem) -> FloatArray | None:
+    """Least time of each layer, the others only keeping the limits, shape [L]; None if nothing keeps them."""
+    try:
+        layers = [_Layer(problem, row) for row in range(problem.layers)]
+    except mo.ProblemError:  # pinned in all layers and forbidden in one
+        return None
+    least_L = np.array([_alone(problem, layers, row) for row in range(len(layers))])
+    return least_L if np.isfinite(least_L).all() else None
 
 
 def _false_claims(
