@@ -57,11 +57,11 @@ class Construct(Heuristic):
             return self._within(task)
         if problem.loads.shape[0] > 1:
             slots_LGC = best_over_scenarios(
-                problem, lambda guise: self._construct(task, guise.load_LE)[0], stop=task.stop
+                problem, lambda guise: self._construct(replace(task, problem=guise))[0], stop=task.stop
             )
             share_LGC = best_shares(problem, slots_LGC)
         else:
-            slots_LGC, share_LGC = self._construct(task, problem.load_LE)
+            slots_LGC, share_LGC = self._construct(task)
             if problem.loads.load_TLNE is not None:
                 share_LGC = best_shares(problem, slots_LGC)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
@@ -82,8 +82,9 @@ class Construct(Heuristic):
         )
 
     @staticmethod
-    def _construct(task: Task[ConstructOptions], load_LE: FloatArray) -> tuple[SlotArray, FloatArray]:
+    def _construct(task: Task[ConstructOptions]) -> tuple[SlotArray, FloatArray]:
         problem, options = task.problem, task.options
+        load_LE = problem.load_LE
         capacity_LG, speed_G = problem.capacity_LG, problem.topology.speed_G
         if problem.split == "equal":
             slots_LGC = construct_equal(

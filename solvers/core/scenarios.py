@@ -14,7 +14,8 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.plan import gpu_times, new_replicas, risk
 from moeless_opt.problems.spec import Loads, Problem, equal_shares
-from moeless_opt.solvers.core.placing import keeps_limits, random_change
+from moeless_opt.solvers.core.placing import keeps_limits, random_change, widened
+from moeless_opt.solvers.core.risk_descent import descend_even
 from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
 
@@ -27,6 +28,8 @@ SMALL = 128
 """Experts x GPUs of a layer up to which the risk itself is searched."""
 STEPS = {"fractional": 300, "equal": 600}
 """Changes tried of each such layer: shares that are free take longer to find."""
+NEAR = {"fractional": 1e-2, "equal": 2e-3}
+"""Distance from a perfect balance at which a layer is descended no further; free shares level the rest."""
 THRESHOLD = 0.2
 """Share by which a first change may raise the risk."""
 
@@ -122,23 +125,20 @@ def best_over_scenarios(
     array of int32, shape [L, G, C]
         Per layer the best; where limits tie the layers together, the one that is best as a whole.
     """
-    tables: list[SlotArray] = []
-    for guise in guises(problem):
-        if tables and stop():
-            break
-        try:
-            tables.append(build(guise))
-        except InfeasibleError:
-            if not tables:
-                raise
+    tables = _built(guises(problem), build, stop)
     if problem.loads.shape[0] == 1:
         return tables[0]
+    live = problem.current if moves else None
+    free = live is None and not _coupled(problem) and problem.sizing.policy == "slots"
+    if free:
+        even = problem.replace(split="equal", known=None)
+        more = tables if problem.split == "equal" else _built(guises(even), build, stop, at_least=0)
+        tables += _descended(even, more, NEAR[problem.split], stop)
     wide = max(table.shape[2] for table in tables)
     slots_XLGC = np.stack(
         [np.pad(table, ((0, 0), (0, 0), (0, wide - table.shape[2])), constant_values=-1) for table in tables]
     )
     value_XL = np.stack([risk_L(problem, slots_LGC) for slots_LGC in slots_XLGC])
-    live = problem.current if moves else None
     moved_XL = np.zeros(value_XL.shape)
     if live is not None:
         moved_XL = np.stack(
@@ -153,9 +153,54 @@ def best_over_scenarios(
     fastest_L = np.where(rank_XL == rank_XL.min(0), value_XL, np.inf).min(0)
     index_L = ((rank_XL == rank_XL.min(0)) & (value_XL <= fastest_L * (1 + _EQUAL))).argmax(0)
     slots_LGC = np.asarray(slots_XLGC[index_L, np.arange(problem.layers)])
-    if live is None and not _coupled(problem) and problem.sizing.policy == "slots":
+    if free:
         _settle(problem, slots_LGC, stop)
     return slots_LGC
+
+
+def _built(
+    parts: Iterator[Problem], build: Callable[[Problem], SlotArray], stop: Stop, *, at_least: int = 1
+) -> list[SlotArray]:
+    """What is built for every guise, until told to stop; where a guise is infeasible it is passed over."""
+    tables: list[SlotArray] = []
+    for guise in parts:
+        if len(tables) >= at_least and stop():
+            break
+        try:
+            tables.append(build(guise))
+        except InfeasibleError:
+            if len(tables) < at_least:
+                raise
+    return tables
+
+
+def _descended(even: Problem, tables: list[SlotArray], near: float, stop: Stop) -> list[SlotArray]:
+    """The best of some placements with even shares, each layer descended by the risk; none of none."""
+    if not tables:
+        return []
+    wide = max(int(even.capacity_LG.max()), *(table.shape[2] for table in tables))
+    tables = [widened(table, wide) for table in tables]
+    best_L = np.stack([risk_L(even, table) for table in tables]).argmin(0)
+    start_LGC = np.array([tables[x][layer] for layer, x in enumerate(best_L)])
+    found_LGC, loads = start_LGC.copy(), even.loads
+    enough_L = perfect_tokens(even) * (1 + near)
+
+    def measure(top_TK: FloatArray) -> FloatArray:
+        return risk(top_TK, loads.weight_T, even.objective)
+
+    for layer, slots_GC in enumerate(found_LGC):
+        descend_even(
+            loads.load_TLE[:, layer],
+            slots_GC,
+            even.capacity_LG[layer],
+            even.topology.speed_G,
+            measure,
+            enough=float(enough_L[layer]),
+            stop=stop,
+        )
+    broken_L = ~keeps_limits(even, found_LGC)
+    found_LGC[broken_L] = start_LGC[broken_L]
+    return [found_LGC]
 
 
 def _settle(problem: Problem, slots_LGC: SlotArray, stop: Stop) -> None:

@@ -7,9 +7,12 @@ import pytest
 
 import moeless_opt as mo
 from moeless_opt.problems.plan.objective import risk
-from moeless_opt.problems.plan.verify import violations
+from moeless_opt.problems.plan.verify import check_slots, violations
+from moeless_opt.solvers.core import NeverStop, risk_L
 from moeless_opt.solvers.core.finish import lower_bound
+from moeless_opt.solvers.core.risk_descent import descend_even
 from tests.oracles.enumeration import even_times, placements, risk_of, set_times
+from tests.strategies import random_slots
 
 RISKS = ("expected", "worst", "cvar")
 
@@ -125,3 +128,36 @@ def test_plans_of_scenarios_come_back_from_files(tmp_path) -> None:  # type: ign
         back = mo.load_plan(tmp_path / name)
         assert violations(problem, back) == []
         assert (back.scenario_share_TLGC == plan.scenario_share_TLGC).all()
+
+
+@pytest.mark.parametrize("measure", RISKS)
+def test_the_descent_only_ever_lowers_the_risk_and_keeps_the_rules(measure: str) -> None:
+    rng = np.random.default_rng(5)
+    wish, better = mo.Objective(risk=measure, cvar_alpha=0.4), 0
+    for _ in range(12):
+        gpus, experts = int(rng.integers(1, 6)), int(rng.integers(1, 12))
+        capacity_G = rng.integers(0, 5, gpus)
+        capacity_G[0] = experts
+        load_TE = rng.lognormal(0, 1, (3, experts)) * (rng.random((3, experts)) < 0.9)
+        slots_GC = random_slots(rng, np.minimum(capacity_G, experts)[None], experts)[0]
+        problem = mo.Problem(
+            loads=mo.Loads(load_TLE=load_TE[:, None] + 1e-3),
+            topology=mo.Topology(node_G=[0] * gpus, speed_G=rng.choice([1.0, 3.0], gpus), slots_G=capacity_G),
+            split="equal",
+            objective=wish,
+        )
+        before = risk_L(problem, slots_GC[None])[0]
+        descend_even(
+            problem.loads.load_TLE[:, 0],
+            slots_GC,
+            problem.capacity_LG[0],
+            problem.topology.speed_G,
+            lambda top_TK: risk(top_TK, None, wish),
+            enough=0.0,
+            stop=NeverStop(),
+        )
+        check_slots(slots_GC, experts, problem.capacity_LG[0])
+        after = risk_L(problem, slots_GC[None])[0]
+        assert after <= before * (1 + 1e-9)
+        better += after < before * (1 - 1e-6)
+    assert better > 4
