@@ -163,7 +163,7 @@ def _trades(
 def _more(
     layer: _Layer, gpu: int, reach_G: IntArray, measure: Measure
 ) -> tuple[FloatArray, Callable[[int], None]]:
-    """Risks of one replica more of an expert of `gpu` in the place of a spare one, and how to put it there."""
+    """Risks of one replica more of an expert of `gpu` where there is a spare one, and how to put it there."""
     other_P, slot_P, expert_P = layer.elsewhere(gpu, reach_G)
     spare_P = (expert_P < 0) | (layer.count_E[np.maximum(expert_P, 0)] > 1)
     other_P, slot_P, expert_P = other_P[spare_P], slot_P[spare_P], expert_P[spare_P]
