@@ -58,7 +58,7 @@ class Search:
 
     groups: int = 1
     experts: int = 6
-    targets: int = 64
+    targets: int = 20
     trials: int = 36
     exchanges: int = 12
 
