@@ -77,10 +77,10 @@ _NEAR = 1e-4  # above the target, where other counts are not worth their search
 
 EFFORTS = {
     "quick": Effort(
-        target=1.002, rounds=8, focus=8, suspect=np.inf, worst=0, pairs=0, steps=0, width=0, ways=0, tiny=0
+        target=1.001, rounds=8, focus=24, suspect=np.inf, worst=0, pairs=0, steps=0, width=0, ways=0, tiny=0
     ),
     "normal": Effort(
-        target=1.0004,
+        target=1.00035,
         rounds=24,
         focus=64,
         suspect=1.005,

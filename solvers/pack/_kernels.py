@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -63,57 +63,158 @@ def hand_out(load_LE: Any, replicas: Any, high: Any, left: Any, lean: float) -> 
             key[pick] = load_LE[layer, pick] / (grown + lean) if grown < high[layer, pick] else -1.0
 
 
+class Pieces(NamedTuple):
+    """What is to be packed on equal GPUs."""
+
+    piece_LE: Any  # tokens of a replica
+    replicas_LE: Any
+    by_piece_LE: Any  # experts, largest piece first
+    inverse_G: Any  # 1 / speed
+
+
+class Line(NamedTuple):
+    """Room for the work on one layer."""
+
+    expert_S: Any  # the replicas, largest piece first, -1 behind them
+    weight_S: Any
+    part_CG: Any  # partial packings, each sorted: fullest GPU first
+    place_CG: Any  # rank in its group of the piece at a position in the partial packing
+    owner_C: Any  # the partial packing that a group is in
+    spread_C: Any
+    merged_G: Any
+    was_G: Any
+    order_G: Any
+    spare_G: Any
+    load_G: Any
+
+
 @njit(cache=True)
-def difference(expert_LS: Any, weight_LS: Any, G: int, C: int) -> Any:  # pragma: no cover
-    """Balanced largest differencing of each layer's sorted pieces, on G equal GPUs of C slots."""
-    L = expert_LS.shape[0]
-    slots = np.empty((L, G, C), dtype=np.int32)
-    part = np.empty((C, G))
-    spread = np.empty(C)
-    owner = np.empty(C, dtype=np.int64)
-    place = np.empty(
-        (C, G), dtype=np.int64
-    )  # place[group, position in the partial packing]: rank in the group
-    merged, was = np.empty(G), np.empty(G, dtype=np.int64)
-    order, spare = np.empty(G, dtype=np.int64), np.empty(G, dtype=np.int64)
+def pack_layers(pieces: Pieces, slots_LGC: Any) -> None:  # pragma: no cover
+    """Sorted, differenced, and swapped apart where an expert is twice on a GPU: see `packing`."""
+    L, G, C = slots_LGC.shape
+    line = Line(
+        np.empty(G * C, dtype=np.int64),
+        np.empty(G * C),
+        np.empty((C, G)),
+        np.empty((C, G), dtype=np.int64),
+        np.empty(C, dtype=np.int64),
+        np.empty(C),
+        np.empty(G),
+        np.empty(G, dtype=np.int64),
+        np.empty(G, dtype=np.int64),
+        np.empty(G, dtype=np.int64),
+        np.empty(G),
+    )
     for layer in range(L):
+        line_up(pieces, layer, line)
+        difference(line, slots_LGC[layer])
+        swap_apart(pieces.piece_LE[layer], pieces.inverse_G, slots_LGC[layer], line.load_G)
+
+
+@njit(cache=True)
+def line_up(pieces: Pieces, layer: int, line: Line) -> None:  # pragma: no cover
+    """The replicas of a layer, largest piece first."""
+    piece, replicas = pieces.piece_LE[layer], pieces.replicas_LE[layer]
+    at = 0
+    for e in pieces.by_piece_LE[layer]:
+        for _ in range(replicas[e]):
+            line.expert_S[at], line.weight_S[at] = e, piece[e]
+            at += 1
+    line.expert_S[at:] = -1
+    line.weight_S[at:] = 0.0
+
+
+@njit(cache=True)
+def difference(line: Line, slots_GC: Any) -> None:  # pragma: no cover
+    """Balanced largest differencing of a layer's sorted pieces, on G equal GPUs of C slots."""
+    G, C = slots_GC.shape
+    part, place, owner, spread = line.part_CG, line.place_CG, line.owner_C, line.spread_C
+    merged, was, order = line.merged_G, line.was_G, line.order_G
+    for c in range(C):
+        for g in range(G):
+            part[c, g] = line.weight_S[c * G + g]
+            place[c, g] = g
+        owner[c] = c
+        spread[c] = part[c, 0] - part[c, G - 1]
+    for _ in range(C - 1):
+        keep = 0
+        for c in range(1, C):
+            if spread[c] > spread[keep]:
+                keep = c
+        gone = 1 if keep == 0 else 0
+        for c in range(gone + 1, C):
+            if c != keep and spread[c] > spread[gone]:
+                gone = c
+        for g in range(G):
+            merged[g] = part[keep, g] + part[gone, G - 1 - g]
+        rank_down(merged, order, line.spare_G)
+        for g in range(G):
+            part[keep, g] = merged[order[g]]
         for c in range(C):
-            for g in range(G):
-                part[c, g] = weight_LS[layer, c * G + g]
-                place[c, g] = g
-            owner[c] = c
-            spread[c] = part[c, 0] - part[c, G - 1]
-        for _ in range(C - 1):
-            keep = 0
-            for c in range(1, C):
-                if spread[c] > spread[keep]:
-                    keep = c
-            gone = 1 if keep == 0 else 0
-            for c in range(gone + 1, C):
-                if c != keep and spread[c] > spread[gone]:
-                    gone = c
-            for g in range(G):
-                merged[g] = part[keep, g] + part[gone, G - 1 - g]
-            rank_down(merged, order, spare)
-            for g in range(G):
-                part[keep, g] = merged[order[g]]
-            for c in range(C):
-                if owner[c] == keep or owner[c] == gone:
+            if owner[c] == keep or owner[c] == gone:
+                for g in range(G):
+                    was[g] = place[c, g]
+                if owner[c] == keep:
                     for g in range(G):
-                        was[g] = place[c, g]
-                    if owner[c] == keep:
-                        for g in range(G):
-                            place[c, g] = was[order[g]]
-                    else:
-                        for g in range(G):
-                            place[c, g] = was[G - 1 - order[g]]
-                        owner[c] = keep
-            spread[keep] = part[keep, 0] - part[keep, G - 1]
-            spread[gone] = -1.0
-        for c in range(C):
-            for g in range(G):
-                slots[layer, g, c] = expert_LS[layer, c * G + place[c, g]]
-    return slots
+                        place[c, g] = was[order[g]]
+                else:
+                    for g in range(G):
+                        place[c, g] = was[G - 1 - order[g]]
+                    owner[c] = keep
+        spread[keep] = part[keep, 0] - part[keep, G - 1]
+        spread[gone] = -1.0
+    for c in range(C):
+        for g in range(G):
+            slots_GC[g, c] = line.expert_S[c * G + place[c, g]]
+
+
+@njit(cache=True)
+def holds(slots_C: Any, expert: int) -> Any:  # pragma: no cover
+    """Whether a GPU holds an expert."""
+    for other in slots_C:  # noqa: SIM110
+        if other == expert:
+            return True
+    return False
+
+
+@njit(cache=True)
+def swap_apart(piece_E: Any, inverse_G: Any, slots_GC: Any, load_G: Any) -> None:  # pragma: no cover
+    """Swap every second replica of an expert on a GPU away, where a swap can: see `packing._swap_apart`."""
+    G, C = slots_GC.shape
+    start = 0  # GPUs before this one hold no expert twice, and get none
+    while True:
+        gpu, slot = -1, -1
+        for g in range(start, G):
+            for c in range(1, C):
+                if slots_GC[g, c] >= 0 and holds(slots_GC[g, :c], slots_GC[g, c]):
+                    gpu, slot = g, c
+                    break
+            if gpu >= 0:
+                break
+        if gpu < 0:
+            return
+        start = gpu
+        for g in range(G):
+            total = 0.0
+            for c in range(C):
+                e = slots_GC[g, c]
+                weight = piece_E[e] if e >= 0 else 0.0
+                total = weight if c == 0 else total + weight
+            load_G[g] = total
+        expert = slots_GC[gpu, slot]
+        to, at, least = -1, -1, np.inf
+        for g in range(G):
+            if holds(slots_GC[g], expert):
+                continue
+            for c in range(C):
+                e = slots_GC[g, c]
+                change = piece_E[expert] - (piece_E[e] if e >= 0 else 0.0)
+                after = max((load_G[g] + change) * inverse_G[g], (load_G[gpu] - change) * inverse_G[gpu])
+                if after < least and not (e >= 0 and holds(slots_GC[gpu], e)):
+                    to, at, least = g, c, after
+        if to < 0:
+            return
+        slots_GC[gpu, slot], slots_GC[to, at] = slots_GC[to, at], expert
 
 
 @njit(cache=True)
@@ -157,55 +258,118 @@ def later_of(weight: Any, time: Any, inverse: Any, a: int, b: int, i: int, j: in
     return max(time[a] - shift * inverse[a], time[b] + shift * inverse[b])
 
 
+class Swaps(NamedTuple):
+    """Placements that are swapped in place, and how long."""
+
+    slots_LGC: Any
+    weight_LGC: Any
+    time_LG: Any
+    usable_LG: Any
+    inverse_G: Any  # 1 / speed
+    goal_L: Any
+    near_L: Any  # times up to which the short pass is tried
+    held_GE: Any  # all false; the last column is for empty slots
+    first: int  # paired rounds of the short pass
+    first_focus: int  # and its focused rounds
+    rounds: int  # paired rounds of the long one; no more than of the short one: that is left out
+    focus: int  # focused rounds of the long one
+
+
 @njit(cache=True)
-def swap_rounds(
-    slots: Any,
-    weights: Any,
-    times: Any,
-    usables: Any,
-    inverse: Any,
-    goals: Any,
-    E: int,
-    rounds: int,
-    focus: int,
-) -> None:  # pragma: no cover
-    """Paired rounds, then focused rounds, layer by layer: see `search`."""
-    L, G, C = slots.shape
-    half = G // 2
-    held = np.zeros((G, E + 1), dtype=np.bool_)
+def swap_rounds(swaps: Swaps) -> None:  # pragma: no cover
+    """A short pass over every layer, the long one where that is not enough: see `swaps`."""
+    L, G, C = swaps.slots_LGC.shape
+    held = swaps.held_GE
     order, spare = np.empty(G, dtype=np.int64), np.empty(G, dtype=np.int64)
+    spare_GC, spare_weight_GC = np.empty((G, C), dtype=np.int32), np.empty((G, C))
+    spare_time = np.empty(G)
     for layer in range(L):
-        expert, weight, time, usable = slots[layer], weights[layer], times[layer], usables[layer]
-        goal = goals[layer]
-        for g in range(G):
-            for c in range(C):
-                held[g, expert[g, c]] = expert[g, c] >= 0
-        stale = 0
-        for step in range(rounds):
-            if stale >= half or time.max() <= goal:
-                break
-            rank_down(time, order, spare)
-            stale += 1
-            for k in range(half):
-                a, b = order[k], order[G - 1 - (k + step) % half]
-                i, j = best_swap(expert, weight, time, usable, held, inverse, a, b)
-                if i >= 0 and later_of(weight, time, inverse, a, b, i, j) < time[a]:
-                    swap(expert, weight, time, held, inverse, a, b, i, j)
-                    stale = 0
-        for _ in range(focus):
-            if time.max() <= goal:
-                break
-            a = time.argmax()
-            at_b, at_i, at_j, soonest = -1, -1, -1, time[a]
-            for b in range(G):
-                i, j = best_swap(expert, weight, time, usable, held, inverse, a, b)
-                if i >= 0:
-                    later = later_of(weight, time, inverse, a, b, i, j)
-                    if later < soonest:
-                        at_b, at_i, at_j, soonest = b, i, j, later
-            if at_b < 0:
-                break
-            swap(expert, weight, time, held, inverse, a, at_b, at_i, at_j)
-        for g in range(G):
-            for c in range(C):
-                held[g, expert[g, c]] = False
+        expert, weight, time = swaps.slots_LGC[layer], swaps.weight_LGC[layer], swaps.time_LG[layer]
+        if time.max() <= swaps.goal_L[layer]:
+            continue
+        short = swaps.first < swaps.rounds and time.max() <= swaps.near_L[layer]
+        if short:
+            copy_layer(expert, weight, time, spare_GC, spare_weight_GC, spare_time)
+            mark(expert, held, True)
+            swap_pass(swaps, layer, swaps.first, min(swaps.focus, swaps.first_focus), order, spare)
+            mark(expert, held, False)
+            if time.max() <= swaps.goal_L[layer]:
+                continue
+            exchange(expert, weight, time, spare_GC, spare_weight_GC, spare_time)
+        mark(expert, held, True)
+        swap_pass(swaps, layer, swaps.rounds, swaps.focus, order, spare)
+        mark(expert, held, False)
+        if short and spare_time.max() < time.max():
+            copy_layer(spare_GC, spare_weight_GC, spare_time, expert, weight, time)
+
+
+@njit(cache=True)
+def mark(expert: Any, held: Any, yes: bool) -> None:  # pragma: no cover
+    """Note who holds what, or forget it."""
+    for g in range(expert.shape[0]):
+        for e in expert[g]:
+            held[g, e] = yes and e >= 0
+
+
+@njit(cache=True)
+def copy_layer(
+    expert: Any, weight: Any, time: Any, to_expert: Any, to_weight: Any, to_time: Any
+) -> None:  # pragma: no cover
+    """Copy a layer."""
+    to_expert[:] = expert
+    to_weight[:] = weight
+    to_time[:] = time
+
+
+@njit(cache=True)
+def exchange(
+    expert: Any, weight: Any, time: Any, to_expert: Any, to_weight: Any, to_time: Any
+) -> None:  # pragma: no cover
+    """Exchange two layers."""
+    for g in range(expert.shape[0]):
+        time[g], to_time[g] = to_time[g], time[g]
+        for c in range(expert.shape[1]):
+            expert[g, c], to_expert[g, c] = to_expert[g, c], expert[g, c]
+            weight[g, c], to_weight[g, c] = to_weight[g, c], weight[g, c]
+
+
+@njit(cache=True)
+def swap_pass(
+    swaps: Swaps, layer: int, rounds: int, focus: int, order: Any, spare: Any
+) -> None:  # pragma: no cover
+    """Paired rounds, then focused rounds, on one layer."""
+    G = swaps.slots_LGC.shape[1]
+    half = G // 2
+    inverse, held = swaps.inverse_G, swaps.held_GE
+    expert, weight = swaps.slots_LGC[layer], swaps.weight_LGC[layer]
+    time, usable, goal = swaps.time_LG[layer], swaps.usable_LG[layer], swaps.goal_L[layer]
+    stale = 0
+    for step in range(rounds):
+        if stale >= half or time.max() <= goal:
+            break
+        rank_down(time, order, spare)
+        stale += 1
+        for k in range(half):
+            a, b = order[k], order[G - 1 - (k + step) % half]
+            i, j = best_swap(expert, weight, time, usable, held, inverse, a, b)
+            if i >= 0 and later_of(weight, time, inverse, a, b, i, j) < time[a]:
+                swap(expert, weight, time, held, inverse, a, b, i, j)
+                stale = 0
+    for _ in range(focus):
+        if time.max() <= goal:
+            break
+        a = time.argmax()
+        at_b, at_i, at_j, soonest = -1, -1, -1, time[a]
+        for b in range(G):
+            # No swap ends before both end together; the hair is more than rounding.
+            together = (time[a] * inverse[b] + time[b] * inverse[a]) / (inverse[a] + inverse[b])
+            if together > soonest * (1.0 + 1e-12):
+                continue
+            i, j = best_swap(expert, weight, time, usable, held, inverse, a, b)
+            if i >= 0:
+                later = later_of(weight, time, inverse, a, b, i, j)
+                if later < soonest:
+                    at_b, at_i, at_j, soonest = b, i, j, later
+        if at_b < 0:
+            break
+        swap(expert, weight, time, held, inverse, a, at_b, at_i, at_j)

@@ -25,10 +25,10 @@ from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 __all__ = [
     "available",
     "choose_backend",
-    "difference",
     "hand_out",
     "join_layers",
     "loaded",
+    "pack_layers",
     "swap_rounds",
     "warm",
 ]
@@ -53,14 +53,12 @@ def warm() -> bool:
     """
     if not available():
         return False
-    expert, weight = np.zeros((1, 2), dtype=np.int64), np.ones((1, 2))
-    expert[0, 1] = 1
-    slots = difference(expert, weight, 2, 1)
+    weight, ones = np.ones((1, 2)), np.ones((1, 2), dtype=np.int64)
+    slots = pack_layers(weight, ones, np.array([[0, 1]]), np.ones(2), 1)
     shape = slots.shape
-    ones = np.ones((1, 2), dtype=np.int64)
     hand_out(weight, ones.copy(), ones, np.zeros(1, dtype=np.int64), 0.0)
     usable, one, goal = ones, np.ones(2), np.zeros(1)
-    swap_rounds(slots, np.ones(shape), np.ones((1, 2)), usable, one, goal, 2, 1, 1)
+    swap_rounds(slots, np.ones(shape), np.ones((1, 2)), usable, one, goal, goal, 2, (1, 1, 1, 1))
     row = np.zeros((1, 1), dtype=np.int64)
     one_each = np.ones((1, 1), dtype=np.int32)
     join_layers(row, np.ones((1, 1)), one_each, row + 1, np.ones(1), np.ones(1), head=0, wave=1, never=1e300)
@@ -100,11 +98,13 @@ def hand_out(load_LE: FloatArray, replicas: IntArray, high: IntArray, left: IntA
     _kernels().hand_out(load_LE, replicas, np.ascontiguousarray(high), left, float(lean))
 
 
-def difference(expert_LS: IntArray, weight_LS: FloatArray, G: int, C: int) -> SlotArray:
-    """Twin of `packing._difference`."""
-    slots: SlotArray = _kernels().difference(
-        np.ascontiguousarray(expert_LS), np.ascontiguousarray(weight_LS), G, C
-    )
+def pack_layers(
+    piece_LE: FloatArray, replicas_LE: IntArray, by_piece_LE: IntArray, inverse_G: FloatArray, C: int
+) -> SlotArray:
+    """Twin of `packing._difference` and `_swap_apart`, on equal GPUs of C slots."""
+    kernels = _kernels()
+    slots = np.empty((len(piece_LE), len(inverse_G), C), dtype=np.int32)
+    kernels.pack_layers(kernels.Pieces(piece_LE, replicas_LE, by_piece_LE, inverse_G), slots)
     return slots
 
 
@@ -115,12 +115,14 @@ def swap_rounds(
     usable: IntArray,
     inverse_G: FloatArray,
     goal: FloatArray,
+    near: FloatArray,
     E: int,
-    rounds: int,
-    focus: int,
+    rounds: tuple[int, int, int, int],
 ) -> None:
     """Twin of the rounds of `swaps.improve`; changes slots, weight and time in place."""
-    _kernels().swap_rounds(slots, weight, time, usable, inverse_G, goal, E, rounds, focus)
+    kernels = _kernels()
+    held = np.zeros((len(inverse_G), E + 1), dtype=np.bool_)
+    kernels.swap_rounds(kernels.Swaps(slots, weight, time, usable, inverse_G, goal, near, held, *rounds))
 
 
 def join_layers(

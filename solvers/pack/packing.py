@@ -88,8 +88,11 @@ def _start(
     slots = np.full((L, G, C), -1, dtype=np.int32)
     for size in np.unique(size_L[equal_L]):
         rows = np.flatnonzero(equal_L & (size_L == size))
-        line = _sequence(piece_LE[rows], replicas[rows], G * int(size))
-        packed = (fast.difference if backend == "numba" else _difference)(*line, G, int(size))
+        piece, counts = (piece_LE, replicas) if len(rows) == L else (piece_LE[rows], replicas[rows])
+        if backend == "numba":  # which swaps apart as well
+            packed = fast.pack_layers(piece, counts, _by_piece(piece), 1.0 / speed, int(size))
+        else:
+            packed = _difference(*_sequence(piece, counts, G * int(size)), G, int(size))
         if len(rows) == L:
             return packed
         slots[rows, :, :size] = packed
@@ -99,11 +102,22 @@ def _start(
     return slots
 
 
+def _by_piece(piece_LE: FloatArray) -> IntArray:
+    """Each layer's experts, largest piece first, then by index."""
+    falling = -piece_LE
+    order = np.argsort(falling, axis=1)  # several times quicker than a stable sort; without ties the same
+    ordered = np.take_along_axis(falling, order, axis=1)
+    tied = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    if tied.any():
+        order[tied] = np.argsort(falling[tied], axis=1, kind="stable")
+    return order
+
+
 def _sequence(piece_LE: FloatArray, replicas_LE: IntArray, length: int) -> tuple[IntArray, FloatArray]:
     """Each layer's replicas, largest piece first (then lowest expert), filled up with -1 to `length`."""
     L, E = piece_LE.shape
     order = np.empty((L, E + 1), dtype=np.int64)
-    order[:, :E] = np.argsort(-piece_LE, axis=1, kind="stable")
+    order[:, :E] = _by_piece(piece_LE)
     order[:, E] = -1
     counts = np.empty((L, E + 1), dtype=np.int64)
     counts[:, :E] = np.take_along_axis(replicas_LE, order[:, :E], axis=1)

@@ -25,6 +25,9 @@ __all__ = ["hasten", "improve"]
 # Stands for "may not be swapped": larger than any load, and far enough from overflow to be added up.
 BARRED = 1e300
 _FEW_SLOTS = 4
+_FIRST = 2  # paired rounds of the short pass
+_FIRST_FOCUS = 24  # focused rounds after them
+_NEAR = 1.004  # times the goal: layers further off go straight to the long pass
 
 
 def improve(
@@ -60,7 +63,8 @@ def improve(
     goal_L : array of float, shape [L], optional
         The times at which the layers are done, instead.
     rounds : int
-        Most paired rounds.
+        Most paired rounds. Where they are many, layers near their goal first get a short pass with two and
+        few focused ones; the long one is for those that miss it so.
     focus : int
         Most focused rounds after them.
     backend : {"numpy", "numba"}
@@ -80,11 +84,26 @@ def improve(
         return slots
     usable, weight, time, floor = _measured(load_LE, slots, capacity_LG, speed)
     goal = target * floor if goal_L is None else np.maximum(floor, goal_L)
+    E, inverse = load_LE.shape[1], 1.0 / speed
+    first = _FIRST if rounds > 2 * _FIRST else rounds
     if backend == "numba":
-        fast.swap_rounds(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1], rounds, focus)
+        passes = (first, _FIRST_FOCUS, rounds, focus)
+        fast.swap_rounds(slots, weight, time, usable, inverse, goal, _NEAR * goal, E, passes)
         return empties_last(slots)
-    state = _State(slots, weight, time, usable, 1.0 / speed, goal, load_LE.shape[1])
-    return state.run(rounds, focus, stop)
+    top = time.max(axis=1)
+    near = np.flatnonzero((top <= _NEAR * goal) & (top > goal)) if first < rounds else np.zeros(0, np.int64)
+    quick = slots
+    if len(near):
+        layers = (slots[near], weight[near], time[near], usable[near])
+        short = _State(*layers, inverse, goal[near], E).run(first, min(focus, _FIRST_FOCUS), stop)
+        quick = slots.copy()
+        quick[near], top[near] = short
+    rows = np.flatnonzero(top > goal)
+    layers = (slots[rows], weight[rows], time[rows], usable[rows])
+    found, last = _State(*layers, inverse, goal[rows], E).run(rounds, focus, stop)
+    better = last <= top[rows]
+    quick[rows[better]] = found[better]
+    return empties_last(quick)
 
 
 def hasten(
@@ -108,7 +127,7 @@ def hasten(
     usable, weight, time, floor = _measured(load_LE, slots, capacity_LG, speed_G)
     goal = np.maximum(floor, goal_L)
     state = _State(slots, weight, time, usable, 1.0 / speed_G, goal, load_LE.shape[1], only_late=True)
-    return state.run(rounds, focus, stop)
+    return empties_last(state.run(rounds, focus, stop)[0])
 
 
 def _measured(
@@ -140,6 +159,7 @@ class _State:
         self.only_late = only_late
         self.inverse_G = inverse_G
         self.done = slots  # where finished layers are put
+        self.done_time = np.zeros(L)
         self.layer_A = np.arange(L)
         self.expert = slots.copy()
         self.weight = weight
@@ -155,8 +175,8 @@ class _State:
         self.stale = np.zeros(L, dtype=np.int64)
         self.stuck = np.zeros(L, dtype=bool)
 
-    def run(self, rounds: int, focus: int, stop: Stop | None) -> SlotArray:
-        """Paired rounds, then focused ones; all layers."""
+    def run(self, rounds: int, focus: int, stop: Stop | None) -> tuple[SlotArray, FloatArray]:
+        """Paired rounds, then focused ones; all layers, and their largest times."""
         for step in range(rounds):
             if not self.settle() or not self.pair_round(step) or (stop is not None and stop()):
                 break
@@ -164,19 +184,23 @@ class _State:
             if not self.settle() or (stop is not None and stop()):
                 break
             self.focus_round()
-        self.done[self.layer_A] = self.expert
-        return empties_last(self.done)
+        self._put_away(np.ones(len(self.layer_A), dtype=bool))
+        return self.done, self.done_time
 
     def settle(self) -> bool:
         """Put layers that are done (or stuck) away; False when none is left."""
         open_A = (self.time.max(axis=1) > self.goal) & ~self.stuck
         if open_A.all():
             return len(open_A) > 0
-        self.done[self.layer_A[~open_A]] = self.expert[~open_A]
+        self._put_away(~open_A)
         for name in ("layer_A", "expert", "weight", "time", "goal", "stale", "stuck", "held", "barred"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name)[open_A])
         return bool(open_A.any())
+
+    def _put_away(self, done_A: BoolArray) -> None:
+        self.done[self.layer_A[done_A]] = self.expert[done_A]
+        self.done_time[self.layer_A[done_A]] = self.time[done_A].max(axis=1)
 
     def pair_round(self, step: int) -> bool:
         """One swap in each of G // 2 disjoint pairs; False once all layers have tried all pairs in vain."""
