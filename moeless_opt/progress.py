@@ -88,7 +88,8 @@ class Display:
                 if sys.stderr.isatty():
                     self._draw(0.0, self.text or f"{self.name} ...")
                 else:
-                    of = "" if self.limit is None else f" of {self.limit:g} s for each solver"
+                    each = " for each solver" if self.solvers > 1 else ""
+                    of = "" if self.limit is None else f" of {self.limit:g} s{each}"
                     print(
                         f"{now - self.start:9.2f} s{of}  {self.text or self.name + ' ...'}", file=sys.stderr
                     )

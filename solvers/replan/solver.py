@@ -64,8 +64,6 @@ class Frontier:
 
     Parameters
     ----------
-    tolerance_K : tuple of float
-        Wanted distance from the bound of each point; the last is infinite: stay.
     slots_KLGC : array of int32, shape [K, L, G, C]
         Placements.
     time_KL : array, shape [K, L]
@@ -74,7 +72,6 @@ class Frontier:
         Replicas that move.
     """
 
-    tolerance_K: tuple[float, ...]
     slots_KLGC: SlotArray
     time_KL: FloatArray
     moves_KL: IntArray
@@ -102,7 +99,8 @@ def frontier(
 ) -> Frontier:
     """Few-move placements at a ladder of tolerances, and the live one as it is.
 
-    With an equal split each rung, from the loosest down, starts where the one above it ended.
+    With an equal split each rung, from the loosest down, starts where the one above it ended. Rungs for which
+    no time is left are left out.
     """
     stop, began = stop or NeverStop(), Clock.begin()
     live_LGC = live_slots(problem)
@@ -112,22 +110,21 @@ def frontier(
     rungs = (*ladder, _ANY) if astray else ladder
     slots: list[SlotArray] = []
     for rung, tolerance in enumerate(rungs[::-1]):
+        if slots and stop():
+            break
         start_LGC = slots[-1] if slots and problem.split == "equal" else None
         wish = ReplanWish(tolerance=tolerance, seed=seed, rounds=rounds, start_LGC=start_LGC)
         own = part_of(stop, 1.0 / (len(rungs) - rung))
         slots.append(replan_within(problem, wish, stop=own).slots_LGC)
         if progress is not None:
             best, floor = float(risk_L(problem, slots[-1]).sum()), float(token_bound(problem).sum())
-            done, note = (
-                (rung + 1) / len(rungs),
-                f"{int(layer_moves(problem, slots[-1], live_LGC).sum())} moves",
-            )
+            note = f"{int(layer_moves(problem, slots[-1], live_LGC).sum())} moves"
+            done = (rung + 1) / len(rungs)
             progress(Progress(seconds=began.seconds, best=best, bound=floor, done=done, note=note))
     slots.reverse()
     if not astray:
         slots.append(live_LGC)
     return Frontier(
-        (*ladder, float("inf")),
         np.stack(slots),
         np.stack([risk_L(problem, one) for one in slots]),
         np.stack([layer_moves(problem, one, live_LGC) for one in slots]),

@@ -15,6 +15,7 @@ import pytest
 
 import moeless_opt as mo
 from moeless_opt.api import make_problem
+from moeless_opt.problems.spec import contiguous
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")]
 
@@ -115,3 +116,52 @@ def test_control_c_reaches_a_caller_from_python(solver: str, tmp_path: Path) -> 
     answer, said = run(str(int(signal.SIGINT)), "after", solver, "api", str(tmp_path / "problem.json"))
     assert answer["code"] == 130, said
     assert answer["seconds"] < 8.0
+
+
+MODES = """
+import json, os, signal, sys, threading, time
+from moeless_opt.cli import main
+from moeless_opt.signals import Signals
+
+told = []
+stopping = Signals.stopping
+
+def tell():
+    time.sleep(float(sys.argv[1]))
+    told.append(time.monotonic())
+    os.kill(os.getpid(), signal.SIGINT)
+
+def begin(self):
+    if not told:
+        told.append(0.0)
+        threading.Thread(target=tell, daemon=True).start()
+    return stopping(self)
+
+Signals.stopping = begin
+code = main(sys.argv[2:])
+print(json.dumps({"code": code, "seconds": time.monotonic() - told[-1], "told": len(told)}))
+"""
+
+
+@pytest.mark.parametrize("mode", [["--pareto", "moves"], ["--recommend"]], ids=lambda m: m[0])
+def test_other_modes_end_with_what_they_have(mode: list[str], tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    load_LE = rng.lognormal(0, 1.2, (58, 256)) * 1000
+    topology = mo.uniform(16, 8, slots=3)
+    live = mo.Placement(slots_LGC=contiguous(256, np.full((58, 128), 3)), experts=256)
+    problem = make_problem(load_LE, topology, split="equal", current=live)
+    mo.save_problem(problem, tmp_path / "problem.json")
+    done = subprocess.run(
+        [sys.executable, "-c", MODES, "0.5", str(tmp_path / "problem.json"), "--json", *mode],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        timeout=300,
+    )
+    *shown, last = done.stdout.splitlines()
+    answer = json.loads(last)
+    assert answer["told"] == 2, f"it was over before it was told to stop: {done.stderr}"
+    assert answer["code"] == 130, done.stderr
+    assert answer["seconds"] < 8.0  # one on a calm machine
+    (document,) = map(json.loads, shown)
+    assert document["points" if mode[0] == "--pareto" else "totals"]
