@@ -316,6 +316,10 @@ class _Case:
         """The layer's largest time by each of several placements, shape [K]."""
         count = len(slots_KGC)
         many = _layers_of(self.problem, np.repeat(self.row, count))
+        room_G = many.topology.slots_G
+        assert room_G is not None
+        wider_G = np.where(room_G > 0, room_G + 1, 0)  # some of them take a slot that is yet to come
+        many = many.replace(topology=many.topology.replace(slots_G=wider_G))
         share_KGC = best_shares(many, slots_KGC)
         built = Built(slots_LGC=slots_KGC, share_LGC=share_KGC)
         return finish(many, built, solver="", began=Clock.begin(), certify=False).certificate.value_L

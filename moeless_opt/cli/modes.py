@@ -12,7 +12,7 @@ from moeless_opt.cli.solving import find_plan
 from moeless_opt.conflicts import Contradiction, contradiction
 from moeless_opt.explaining import Explanation, explain
 from moeless_opt.plots import picture_format
-from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.errors import InfeasibleError, InvalidPlanError, ProblemError
 from moeless_opt.problems.files import atomic_write
 from moeless_opt.problems.instances import instance_names, instance_summary
 from moeless_opt.problems.io import load_plan, save_plan
@@ -47,11 +47,15 @@ def check(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
 
 def _judge(problem: Problem, plan: Plan, args: argparse.Namespace) -> int:
     """What a plan for other loads is worth on these: with its own token shares, and with the best ones."""
-    kept, best = judge(problem, plan)
-    found = violations(problem, kept)
-    rows = [("its own shares", kept), ("best shares", best)]
-    if problem.split == "equal":
-        rows = [("even shares", best)]
+    rows: list[tuple[str, Plan]] = []
+    try:
+        kept, best = judge(problem, plan)
+        found = violations(problem, kept)
+        rows = [("its own shares", kept), ("best shares", best)]
+        if problem.split == "equal":
+            rows = [("even shares", best)]
+    except InvalidPlanError as error:
+        found = error.violations
     if args.json:
         worth = {name.replace(" ", "_"): _worth(one) for name, one in rows}
         document = {"valid": not found, "violations": found, "same_problem": False, "on_these_loads": worth}
