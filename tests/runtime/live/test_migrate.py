@@ -18,7 +18,7 @@ from moeless_opt.problems.spec.topology import Topology  # noqa: E402
 from moeless_opt.runtime.live.courier import DamagedError, Flight, UnreadableError  # noqa: E402
 from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank, checksum  # noqa: E402
 from moeless_opt.runtime.live.migrate import Header, MigrationReport, Migrator, TransferLimits  # noqa: E402
-from moeless_opt.runtime.live.schedule import build_schedule  # noqa: E402
+from moeless_opt.runtime.live.schedule import Shipment, build_schedule  # noqa: E402
 from moeless_opt.runtime.live.slots import SlotTable, rows_to_slots, static_slots  # noqa: E402
 from moeless_opt.solvers.migration.schedule import schedule_migration  # noqa: E402
 
@@ -419,6 +419,28 @@ def test_home_copies_serve_and_one_that_cannot_be_read_ends_the_plan() -> None:
     assert world.reports(number).status == "done"
     # Nothing crossed: the copy was at home on the rank that wanted it; others were dropped.
     assert world.reports(number).bytes == 0
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_home_copy_that_its_rank_cannot_read_is_told_by_both_ends(broken: bool) -> None:
+    """Something goes out all the same, so that the receiver does not wait."""
+    home = Home({0: [1]})
+    world = World(home=home)
+    home.broken = broken
+    step = [Shipment(0, 0, 1, 2, 8, True)]
+    place = world.ranks[2].banks[0].allocate()
+    flights = [
+        migrator.launch(step, {(0, 0): place} if r == 2 else {}, 0) for r, migrator in enumerate(world.ranks)
+    ]
+    for migrator in world.ranks:
+        migrator.courier.fetch()  # type: ignore[attr-defined]
+    faults = [flight.fault for flight in flights]
+    if broken:
+        assert faults == [courier.OK, courier.UNREADABLE, courier.DAMAGED]
+        assert "expert 0 of layer 0, rank 1: OSError: disk" in flights[1].error
+    else:
+        assert faults == [courier.OK] * 3
+        assert torch.equal(place[0], value(0, 0)[0])
 
 
 def test_what_a_header_says() -> None:

@@ -235,6 +235,10 @@ def test_steps_of_others_keep_to_the_memory() -> None:
     with pytest.raises(InfeasibleError, match="step 0 of the migration takes rank 0 1 bytes over its limit"):
         follow_schedule(steps, [[[0], [1]]], goal, [5], max_extra_bytes=4)
     assert follow_schedule(steps, [[[0], [1]]], goal, [5], max_extra_bytes=5).limit_G.tolist() == [10, 10]
+    # Another rank may hold more: it has more room.
+    wide = np.array([[[1, -1], [0, 2]]], dtype=np.int32)
+    with pytest.raises(InfeasibleError, match="takes rank 0 1 bytes over its limit"):
+        follow_schedule(steps, [[[0], [1, 2]]], wide, [5], max_extra_bytes=4)
     # A home copy on the rank itself needs no link; else the first that has one sends.
     for home, source in (([1, 0], 0), ([1], 1)):
         found = follow_schedule(

@@ -171,6 +171,13 @@ def test_steps_within_their_bytes_are_not_wasted(most: int) -> None:
     assert [len(step.transfers) for step in found.steps] == [each] * (8 // each) + [8 % each] * (8 % each > 0)
 
 
+def test_a_gpu_that_is_over_its_limit_to_begin_with_is_named() -> None:
+    topology = Topology.uniform(1, 3, slots=2, links=LINKS[0])
+    slots = np.array([[[0, -1], [1, 2], [3, 4]]], dtype=np.int32)
+    with pytest.raises(InfeasibleError, match="GPU 1 already holds 14 bytes, its limit is 7"):
+        schedule_migration(slots, slots, 5, topology, bytes_L=np.array([7]), limit_G=np.array([7, 7, 8]))
+
+
 def test_many_transfers_without_a_limit_are_ordered_greedily(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(2)
     for name, nodes in (("MANY", 1), ("MANY_ACROSS", 2)):
