@@ -361,6 +361,8 @@ def _spread(
         members = gpu[at : at + k]
         experts = expert[layer[at], group[at]]
         experts = experts[experts >= 0]
+        if not len(experts):
+            continue  # more GPUs than anybody needs
         packed = _level(load_LE[layer[at], experts], capacity_LG[layer[at], members], speed_G[members])
         if packed is None:
             failed_L[layer[at]] = True
@@ -409,8 +411,6 @@ def _level(
     load_E: FloatArray, capacity_G: IntArray, speed_G: FloatArray
 ) -> tuple[SlotArray, FloatArray] | None:
     """One group with every GPU at the mean: by joining, else by alias packing."""
-    if not len(load_E):
-        return np.full((len(speed_G), 1), -1, dtype=np.int32), np.zeros((len(speed_G), 1))
     joined = join_layer(load_E.tolist(), capacity_G.tolist(), speed_G.tolist())
     if joined is None:
         return alias_pack(load_E, capacity_G, speed_G)
