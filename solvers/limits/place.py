@@ -24,7 +24,7 @@ from moeless_opt.solvers.limits.counts import apportioned, budgets, within_budge
 from moeless_opt.solvers.limits.needed import mended_within, needed_EG
 from moeless_opt.solvers.limits.rules import Rules, rules_of
 
-__all__ = ["Within", "layer_front", "place_counts", "place_within", "rows_of", "slots_of"]
+__all__ = ["Within", "layer_front", "place_counts", "place_within", "rows_of", "shared_out", "slots_of"]
 
 ALL_ROOM = 1 << 21
 """States x sets of GPUs that are looked at for an expert of each small layer, in all layers together."""
@@ -76,7 +76,7 @@ def place_within(problem: Problem, free_LGC: SlotArray, *, stop: Stop | None = N
     if free_L.all() and within_caps(problem, count_L):
         return Within(slots_LGC=free_LGC, free_L=free_L, proven_L=proven_L)
     if budgets(problem):
-        caps_L, fronts = _shared_out(problem, rules, stop)
+        caps_L, fronts = shared_out(problem, rules, stop)
         rules = rules_of(problem, caps_L)
         free_L &= count_L <= caps_L
     else:
@@ -136,7 +136,7 @@ def _floor_L(problem: Problem) -> FloatArray:
     return risk(mean_TL, problem.loads.weight_T, problem.objective)
 
 
-def _shared_out(problem: Problem, rules: list[Rules], stop: Stop) -> tuple[IntArray, list[Front | None]]:
+def shared_out(problem: Problem, rules: list[Rules], stop: Stop) -> tuple[IntArray, list[Front | None]]:
     """Replicas that each layer may have, within the limits on all of them, and what was found on the way."""
     load_LE = problem.load_LE
     least_LE = np.stack([one.least_E for one in rules])

@@ -7,12 +7,13 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.spec import Problem, held_LGE, replica_counts
-from moeless_opt.solvers.core import Stop, choose_points, keeps_limits, risk_L, token_bound
+from moeless_opt.solvers.core import NeverStop, Stop, choose_points, keeps_limits, risk_L, token_bound
 from moeless_opt.solvers.limits import (
     Rules,
     apportioned,
     layer_front,
     rules_of,
+    shared_out,
     slots_of,
     within_budgets,
     within_caps,
@@ -20,9 +21,10 @@ from moeless_opt.solvers.limits import (
 from moeless_opt.solvers.replan.live import layer_moves
 from moeless_opt.solvers.replan.task import front_of
 
-__all__ = ["search_small", "shared_rules", "within_all"]
+__all__ = ["TINY", "search_small", "shared_rules", "within_all"]
 
-_EQUAL = 1e-9
+TINY = 64
+"""Pairs of expert and GPU of layers that are searched where limits tie layers together or moves bind."""
 
 
 def within_all(problem: Problem, slots_LGC: SlotArray) -> bool:
@@ -37,6 +39,8 @@ def shared_rules(problem: Problem) -> list[Rules]:
     if within_caps(problem, np.array([one.total for one in rules])):
         return rules
     assert live_LGC is not None
+    if problem.experts * problem.topology.gpus <= TINY:
+        return rules_of(problem, shared_out(problem, rules, NeverStop())[0])
     least_LE = np.stack([one.least_E for one in rules])
     counts_LE = apportioned(problem.load_LE, rules)
     caps_L = within_budgets(problem, counts_LE, least_LE, problem.load_LE).sum(1)
@@ -69,8 +73,6 @@ def search_small(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, st
         if budget is not None:
             return slots_LGC
         budget, price_L = limits.max_move_bytes, problem.bytes_L
-    if budget is not None and (limits.max_total_replicas is not None or limits.max_total_bytes is not None):
-        return slots_LGC  # two budgets at once
     rules = shared_rules(problem) if not within_caps(problem, np.array([r.total for r in rules])) else rules
     wanted = 1 + problem.objective.balance_tolerance
     live_LEG = held_LGE(live_LGC, problem.experts).transpose(0, 2, 1)

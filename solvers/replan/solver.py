@@ -38,7 +38,7 @@ from moeless_opt.solvers.limits import rules_of
 from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import replan_fractional
-from moeless_opt.solvers.replan.kept import search_small, shared_rules, within_all
+from moeless_opt.solvers.replan.kept import TINY, search_small, shared_rules, within_all
 from moeless_opt.solvers.replan.live import layer_moves, layer_problem, live_slots, part_problem
 from moeless_opt.solvers.replan.min_moves import min_moves_bound
 from moeless_opt.solvers.replan.relabel import relabel
@@ -171,6 +171,9 @@ class Replan(Heuristic):
             slots_LGC = self._kept(task, live_LGC, slots_LGC)
         share_LGC = best_shares(problem, slots_LGC)
         known_L = least[0] if least and problem.loads.shape[0] == 1 else None
+        if problem.limits.bounds_moves and problem.experts * problem.topology.gpus <= TINY:
+            slots_LGC = self._tiny(task, live_LGC, slots_LGC)
+            share_LGC = best_shares(problem, slots_LGC)
         # What any plan needs, a plan within the limits needs as well.
         proof = _moves_proof(free, live_LGC, slots_LGC, share_LGC, known_L)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, proof=proof)
@@ -209,6 +212,16 @@ class Replan(Heuristic):
         if not _ties(problem):
             slots_LGC[keeps_L] = free_LGC[keeps_L]
         return slots_LGC
+
+    def _tiny(self, task: Task[ReplanOptions], live_LGC: SlotArray, slots_LGC: SlotArray) -> SlotArray:
+        """A re-plan of tiny layers whose limits on moves bind, searched."""
+        problem = task.problem
+        if problem.objective.horizon is not None or problem.loads.shape[0] > 1:
+            return slots_LGC
+        loose = replace(task, problem=problem.replace(limits=type(problem.limits)()))
+        if np.array_equal(self._slots(loose, live_LGC, []), slots_LGC):
+            return slots_LGC
+        return search_small(problem, live_LGC, slots_LGC, task.stop)
 
     def _searched(self, task: Task[ReplanOptions], live_LGC: SlotArray) -> SlotArray:
         """Within the limits, and small layers searched."""
@@ -396,9 +409,14 @@ def _wish(task: Task[ReplanOptions], **more: Any) -> ReplanWish:
 def _cap_layers(task: Task[ReplanOptions], live_LGC: SlotArray, slots_LGC: SlotArray, most: int) -> SlotArray:
     """Re-plan alone, with a budget of its own, every layer that moves too much."""
     slots_LGC = slots_LGC.copy()
+    limits = task.problem.limits
+    tied = limits.max_total_replicas is not None or limits.max_total_bytes is not None
     wish = ReplanWish(tolerance=task.problem.objective.balance_tolerance, seed=task.seed, max_moves=most)
     for layer in np.flatnonzero(layer_moves(task.problem, slots_LGC, live_LGC) > most):
         alone = layer_problem(task.problem, int(layer))
+        if tied:  # what all layers may have together is shared out
+            room = shared_rules(task.problem)[layer].total
+            alone = alone.replace(limits=alone.limits.replace(max_layer_replicas=room))
         slots_LGC[layer] = replan_within(alone, wish, stop=part_of(task.stop, 0.9)).slots_LGC[0]
     return slots_LGC
 
@@ -532,9 +550,9 @@ def _best_of_scratch(
         fresh_reaches & (fresh_moves_L < moves_L),
         fresh_reaches | (fresh_time_L < time_L * (1 - problem.objective.balance_tolerance)),
     )
-    slots_LGC = slots_LGC.copy()
-    slots_LGC[doubtful & better] = fresh_LGC[doubtful & better]
-    return slots_LGC
+    mixed_LGC = slots_LGC.copy()
+    mixed_LGC[doubtful & better] = fresh_LGC[doubtful & better]
+    return mixed_LGC if within_all(problem, mixed_LGC) else slots_LGC
 
 
 def payback_of(problem: Problem, plan: Plan, live_LGC: SlotArray) -> Payback:
