@@ -124,6 +124,8 @@ def read_bytes(path: str | PathLike[str], *, limit: int | None = None) -> bytes:
         Naming the file: if it cannot be read, is longer than the limit, or is a pipe on which nothing comes.
     """
     name, most = _name(path), read_limit() if limit is None else limit
+    if not name:
+        raise FormatError(repr(name), "is no path")
     try:
         if name == STDIN:
             return _read_stdin(most)

@@ -51,7 +51,7 @@ def read_problem(args: argparse.Namespace) -> Problem:
             hint = (
                 f"; did you mean the instance {near[0]!r}?" if near else " nor the name of a shipped instance"
             )
-            raise FormatError(name, f"is no file{hint}")
+            raise FormatError(name or "problem", f"is no file{hint}")
         problem = _override(load_instance(name), args, f"{name} is a shipped instance")
     else:
         raw = read_bytes(name)  # once: it may be a pipe

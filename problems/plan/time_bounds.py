@@ -66,7 +66,10 @@ class TimeTable:
             low, high = table_AK[a, inside], table_AK[a, inside + 1]
             along = np.divide(time_X - low, high - low, out=np.zeros(time_X.size), where=high > low)
             tokens = knot_K[inside] + np.clip(along, 0.0, 1.0) * (knot_K[inside + 1] - knot_K[inside])
-            past = np.where(slope > 0, knot_K[-1] + (time_X - table_AK[a, -1]) / max(slope, 1e-300), np.inf)
+            with np.errstate(over="ignore"):  # with next to no slope: no limit
+                past = np.where(
+                    slope > 0, knot_K[-1] + (time_X - table_AK[a, -1]) / max(slope, 1e-300), np.inf
+                )
             result[:, a] = np.where(k < 0, -np.inf, np.where(k == knot_K.size - 1, past, tokens))
         return result
 

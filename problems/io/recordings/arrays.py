@@ -53,8 +53,11 @@ class NpzArray(Array):
         try:
             with self.archive.open(self.member) as stream:
                 return use(stream)
+        except FormatError:
+            raise
         except (
-            zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, struct.error
+            zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, struct.error,
+            ValueError,  # of a seek before the beginning, where the first bytes are lost
         ) as error:  # fmt: skip
             raise self.source.error(f"{self.key} is truncated or damaged ({error})") from None
 

@@ -447,7 +447,7 @@ class _Reader:
         self, physical: NDArray[Any], to_logical: NDArray[Any], name: str, map_name: str
     ) -> FloatArray:
         """Sum loads [..., layers, physical] to logical experts by the map [layers, physical] (-1: unused)."""
-        if physical.ndim not in (2, 3):
+        if physical.ndim not in (2, 3) or 0 in physical.shape:
             raise self.error(
                 f"{name} has shape {shape_text(physical.shape)}, must be [(steps,) layers, physical experts]"
             )
@@ -460,10 +460,10 @@ class _Reader:
                 f"[{layers} layers, {slots} slots]"
             )
         load = plain_numbers(self.source, name, physical)
-        if to_logical.dtype.kind == "f" and np.isfinite(to_logical).all() and (to_logical % 1 == 0).all():
-            to_logical = to_logical.astype(np.int64)
-        if to_logical.dtype.kind not in "iu" or to_logical.min() < -1:
+        fits = to_logical.dtype.kind in "iuf" and bool(((to_logical >= -1) & (to_logical < 2**31)).all())
+        if not fits or (to_logical.dtype.kind == "f" and (to_logical % 1 != 0).any()):
             raise self.error(f"{map_name} must hold logical experts from 0, or -1 for an unused slot")
+        to_logical = to_logical.astype(np.int64)
         count = self.source.expert_count(int(to_logical.max()) + 1, map_name)
         steps = load.shape[0] if load.ndim == 3 else 1
         if steps * layers * count * 8 > self.source.max_bytes:
