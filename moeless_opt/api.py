@@ -112,7 +112,9 @@ def make_problem(
         )
     extra: dict[str, Any] = {}
     if objective is not None or balance_tolerance is not None:
-        wanted = objective or Objective()
+        wanted = Objective() if objective is None else objective
+        if not isinstance(wanted, Objective):
+            raise ProblemError("objective", f"is {type(wanted).__name__}, must be an Objective")
         extra["objective"] = (
             wanted if balance_tolerance is None else wanted.replace(balance_tolerance=balance_tolerance)
         )

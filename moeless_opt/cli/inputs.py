@@ -222,11 +222,12 @@ def _base(
             one = 1 if args.slots is not None and memory is None else None
             base = Topology.preset(args.topology, slots=one)
             return base, np.full(base.gpus, TOPOLOGY_PRESETS[args.topology][2] * 10**9, dtype=np.int64)
-        if not Path(args.topology).is_file():
+        if args.topology != STDIN and not os.path.lexists(args.topology.replace("\0", "?")):
             raise ProblemError(
                 "--topology", f"{args.topology!r} is no preset ({', '.join(TOPOLOGY_PRESETS)}) and no file"
             )
-        base = Topology.from_dict(read_json(args.topology))
+        with named(args.topology):
+            base = Topology.from_dict(read_json(args.topology))
         return base, base.memory_G
     if args.gpus is None:
         return given, None if given is None else given.memory_G

@@ -15,6 +15,9 @@ from moeless_opt.problems.spec.architecture import ModelSpec
 __all__ = ["TOKENS", "TimeModel"]
 
 
+_MOST = 1e30  # products with loads and sums of them still are finite
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TimeModel(Record):
     """Time of one GPU in one layer from its tokens and the experts that it activates.
@@ -53,7 +56,10 @@ class TimeModel(Record):
 
     def __post_init__(self) -> None:
         for key in ("token_cost", "activation_cost", "launch"):
-            object.__setattr__(self, key, number(f"time.{key}", getattr(self, key)))
+            value = number(f"time.{key}", getattr(self, key))
+            if value > _MOST:
+                raise ProblemError(f"time.{key}", f"is {value:g}, must be at most {_MOST:g}")
+            object.__setattr__(self, key, value)
         if not isinstance(self.name, str):
             raise ProblemError("time.name", f"is {self.name!r}, must be a string")
         if self.unit not in ("tokens", "s"):
@@ -72,6 +78,9 @@ class TimeModel(Record):
         for key in ("curve_tokens", "curve_activated", "curve_time"):
             object.__setattr__(self, key, floats(f"time.{key}", getattr(self, key)))
         tokens, activated, time = self._curve()
+        for key, array in (("curve_tokens", tokens), ("curve_activated", activated), ("curve_time", time)):
+            if array.size and float(array.max()) > _MOST:
+                raise ProblemError(f"time.{key}", f"reaches {array.max():g}, must be at most {_MOST:g}")
         for key, axis in (("curve_tokens", tokens), ("curve_activated", activated)):
             if axis.ndim != 1 or axis.size < 2 or not (np.diff(axis) > 0).all():
                 raise ProblemError(f"time.{key}", "must be a strictly increasing list of at least 2 numbers")

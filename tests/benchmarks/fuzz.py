@@ -3,10 +3,10 @@
     python tests/benchmarks/fuzz.py [--cases N] [--seed S] [--first N] [--workers W] [--processes SHARE]
     python tests/benchmarks/fuzz.py --case NUMBER [--seed S]
 
-What a case is and what counts as wrong stands in ``tests/fuzz.py``; besides, no case may take more than 5 s of
-processor time, bring a process above 2 GB, or end it. A share of the command lines runs as commands of their own,
-with full, closed and broken standard output. Prints a table by kind, then each failure with the number that
-repeats it; exits with 1 if there is any.
+What a case is and what counts as wrong stands in ``tests/fuzz.py``; besides, no case may take more than 5 s
+of processor time, bring a process above 2 GB, or end it. A share of the command lines runs as commands of
+their own, with full, closed and broken standard output. Prints a table by kind, then each failure with the number
+that repeats it; exits with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 SECONDS = 5.0
 BYTES = 2 * 10**9
-HANG = 120.0  # of wall time, where the machine is busy with other things
+MEMORY = "/dev/shm"  # thousands of small files
+HANG = 60.0  # of processor time without a word, and ten times that of wall time
 
 
 def work(args: argparse.Namespace) -> int:
@@ -38,7 +39,7 @@ def work(args: argparse.Namespace) -> int:
     from tests.fuzz import run_case, whole_files
 
     answer = os.fdopen(os.dup(1), "w", buffering=1)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=MEMORY if os.path.isdir(MEMORY) else None) as name:
         folder = Path(name)
         whole = whole_files(folder)
         for number in range(args.first, args.first + args.cases, args.step):
@@ -68,7 +69,7 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.running: int | None = None
         self.buffer = b""
-        self.heard = time.monotonic()
+        self.heard = (0.0, 0.0)
 
     def start(self) -> None:
         """Begin with the next case."""
@@ -77,7 +78,18 @@ class Worker:
              "--cases", str(self.end - self.next), "--step", str(self.args.workers)],
             stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        self.running, self.buffer, self.heard = None, b"", time.monotonic()
+        self.running, self.buffer, self.heard = None, b"", self.clocks()
+
+    def clocks(self) -> tuple[float, float]:
+        """Processor time of the process and wall time, in seconds."""
+        assert self.process is not None
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK"), time.monotonic()
+
+    def hangs(self) -> bool:
+        """Whether a case takes far too long: by processor time, for the machine may have other things to do."""
+        worked, waited = (now - then for now, then in zip(self.clocks(), self.heard, strict=True))
+        return worked > HANG or waited > 10 * HANG
 
     def lines(self) -> list[dict[str, Any]]:
         """What has come since; a case that ended the process is told as a failure."""
@@ -88,7 +100,7 @@ class Worker:
         found = []
         for line in whole:
             said = json.loads(line)
-            self.heard = time.monotonic()
+            self.heard = self.clocks()
             if "begin" in said:
                 self.running = said["begin"]
             else:
@@ -116,6 +128,7 @@ def campaign(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All cases, by several processes."""
     workers = [Worker(args, offset) for offset in range(args.workers)]
     found: list[dict[str, Any]] = []
+    told_of = 0
     while any(worker.next < worker.end for worker in workers):
         for worker in workers:
             if worker.process is None and worker.next < worker.end:
@@ -125,10 +138,15 @@ def campaign(args: argparse.Namespace) -> list[dict[str, Any]]:
         for stream in ready:
             found += open_[stream].lines()
         for worker in open_.values():
-            if worker.process is not None and time.monotonic() - worker.heard > HANG:
-                found += worker.lost(f"took more than {HANG:.0f} s of wall time")
-        if sys.stderr.isatty():
-            print(f"\r{len(found)} of {args.cases}", end="", file=sys.stderr)
+            if worker.process is not None and worker.hangs():
+                found += worker.lost(
+                    f"hangs: no word for {HANG:.0f} s of processor time, or ten times as long"
+                )
+        if found and len(found) // 1000 > told_of:
+            told_of = len(found) // 1000
+            print(
+                f"{len(found)} of {args.cases}, {sum(bool(x['wrong']) for x in found)} wrong", file=sys.stderr
+            )
     for worker in workers:
         if worker.process is not None:
             worker.process.wait()
@@ -165,8 +183,16 @@ def command(rng: random.Random, folder: Path, argv: list[str]) -> dict[str, Any]
     stdin = (folder / rng.choice(("small.json", "plan.json"))).open("rb")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with stdin:
-        done = subprocess.run(["sh", "-c", shell, "sh", *line], stdin=stdin, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, env=env, cwd=folder, timeout=600, check=False)  # fmt: skip
+        done = subprocess.run(
+            ["sh", "-c", shell, "sh", *line],
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=env,
+            cwd=folder,
+            timeout=600,
+            check=False,
+        )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     wrong = []
     err = done.stderr.decode("utf-8", "surrogateescape")
@@ -184,8 +210,14 @@ def command(rng: random.Random, folder: Path, argv: list[str]) -> dict[str, Any]
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if after.ru_maxrss * 1024 > BYTES:
         wrong.append(f"took {after.ru_maxrss * 1024 / 1e9:.2f} GB")
-    return {"kind": f"command, stdout {stream}", "text": " ".join(map(repr, argv)), "code": code, "wrong": wrong,
-            "seconds": seconds, "bytes": after.ru_maxrss * 1024}  # fmt: skip
+    return {
+        "kind": f"command, stdout {stream}",
+        "text": " ".join(map(repr, argv)),
+        "code": code,
+        "wrong": wrong,
+        "seconds": seconds,
+        "bytes": after.ru_maxrss * 1024,
+    }
 
 
 def told(found: list[dict[str, Any]]) -> str:
@@ -200,9 +232,8 @@ def told(found: list[dict[str, Any]]) -> str:
         fine = sum(one["code"] == 0 for one in some)
         failed = sum(bool(one["wrong"]) for one in some)
         seconds, size = max(one["seconds"] for one in some), max(one["bytes"] for one in some)
-        lines.append(
-            f"| {kind} | {len(some)} | {fine} | {len(some) - fine} | {failed} | {seconds:.2f} | {size / 1e6:.0f} |"
-        )
+        counts = f"{len(some)} | {fine} | {len(some) - fine} | {failed}"
+        lines.append(f"| {kind} | {counts} | {seconds:.2f} | {size / 1e6:.0f} |")
     for one in found:
         lines += [f"\n{one['done']}: {one['text']}\n  {why}" for why in one["wrong"]]
     return "\n".join(lines)

@@ -56,7 +56,8 @@ class NpzArray(Array):
         except FormatError:
             raise
         except (
-            zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, struct.error,
+            zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError,
+            struct.error,
             ValueError,  # of a seek before the beginning, where the first bytes are lost
         ) as error:  # fmt: skip
             raise self.source.error(f"{self.key} is truncated or damaged ({error})") from None

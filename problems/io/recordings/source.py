@@ -12,7 +12,7 @@ from moeless_opt.problems.text import bytes_text
 
 __all__ = ["LARGEST_LOAD", "Found", "Source", "cut", "kind_text", "shape_text"]
 
-LARGEST_LOAD = 1e200  # sums and products of loads must stay finite
+LARGEST_LOAD = 1e30  # what `Loads` takes: sums and products must stay finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -205,7 +205,12 @@ def test_one_map_for_all_layers_and_unused_slots(tmp_path: Path) -> None:
         ),
         ({"expert_load_pass": [[1, 2]], "phy2log": [[0, 0.5]]}, "phy2log must hold logical experts from 0"),
         ({"expert_load_pass": [[1, 2]], "phy2log": [[0, -2]]}, "phy2log must hold logical experts from 0"),
-        ({"expert_load_pass": [[1, 2]], "phy2log": [[0, 10**15]]}, "the loads would take over 256 MB"),
+        ({"expert_load_pass": [[1, 2]], "phy2log": [[0, 10**9]]}, "the loads would take over 256 MB"),
+        ({"expert_load_pass": [[1, 2]], "phy2log": [[0, 1e30]]}, "phy2log must hold logical experts from 0"),
+        (
+            {"expert_load_pass": [[], []], "phy2log": [[], []]},
+            r"expert_load_pass has shape \[2, 0\], must be",
+        ),
         ({"expert_load_pass": [1, 2], "phy2log": [0, 1]}, r"expert_load_pass has shape \[2\], must be"),
     ],
 )
@@ -607,6 +612,16 @@ def test_options_are_checked(tmp_path: Path) -> None:
         read_recording(tmp_path / "a.npy", experts=0)
     with pytest.raises(FormatError, match="has no scenario '1'; it has numbers 0 to 0"):
         read_recording(tmp_path / "a.npy", scenario=1)
+
+
+def test_an_archive_that_lost_its_first_bytes(tmp_path: Path) -> None:
+    """Its directory is whole, and points to places before the file."""
+    np.savez(tmp_path / "a.npz", counts=LOADS)
+    raw = (tmp_path / "a.npz").read_bytes()
+    for lost in (30, 200):
+        path = write(tmp_path / "b.npz", b"PK\x03\x04" + raw[lost:])
+        with pytest.raises(FormatError, match=r"b\.npz: counts is truncated or damaged \(negative seek"):
+            read_recording(path)
 
 
 @pytest.fixture(scope="module")
