@@ -5,8 +5,8 @@
 
 What a case is and what counts as wrong stands in ``tests/fuzz.py``; besides, no case may take more than 5 s
 of processor time, bring a process above 2 GB, or end it. A share of the command lines runs as commands of
-their own, with full, closed and broken standard output. Prints a table by kind, then each failure with the number
-that repeats it; exits with 1 if there is any.
+their own, with full, closed and broken standard output. Prints a table by kind, then each failure with the
+number that repeats it; exits with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Worker:
         return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK"), time.monotonic()
 
     def hangs(self) -> bool:
-        """Whether a case takes far too long: by processor time, for the machine may have other things to do."""
+        """Whether a case takes far too long: by processor time, for the machine may be busy."""
         worked, waited = (now - then for now, then in zip(self.clocks(), self.heard, strict=True))
         return worked > HANG or waited > 10 * HANG
 
