@@ -13,6 +13,7 @@ Kuhn (1955), "The Hungarian method for the assignment problem"; solved by ortool
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,11 +109,12 @@ def _seated(live_LGC: NDArray[Any], new_LGC: NDArray[Any], takes_LG: list[list[i
 
 def seat(live_C: Sequence[int], content: Sequence[int]) -> list[int]:
     """SlotArray of one GPU: kept experts where they were, new ones in the freed slots, empties last."""
-    stays, wanted = set(content), set(live_C)
-    arrivals = [expert for expert in content if expert not in wanted]
+    left = Counter(content)  # an expert may have several slots
     slots: list[int] = []
-    for expert in live_C:  # a duplicate, where one was mended, keeps its first slot
-        slots.append(expert if expert in stays and expert not in slots else -1)
+    for expert in live_C:
+        slots.append(expert if left[expert] > 0 else -1)
+        left[expert] -= 1
+    arrivals = [expert for expert in dict.fromkeys(content) for _ in range(left[expert])]
     for slot, expert in enumerate(slots):
         if expert < 0 and arrivals:
             slots[slot] = arrivals.pop(0)
@@ -138,7 +140,7 @@ def _stays(live_C: list[int], content: Sequence[int]) -> bool:
     count = len(content)
     if live_C[:count] == list(content):
         return count == len(live_C) or max(live_C[count:]) < 0
-    return count == len(live_C) and set(content) == set(live_C)
+    return count == len(live_C) and sorted(content) == sorted(live_C)
 
 
 def _holds(slots_LGC: NDArray[Any], experts: int) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.core.stopping import Stop
-from moeless_opt.solvers.replan.equal import EqualState, fill_equal, replan_equal
+from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish
 from tests.strategies import After
 
@@ -81,17 +81,6 @@ def test_dropping_a_replica_is_free() -> None:
     plan = replanned([[6.0, 4.0]], live, [[2, 2]], tolerance=0.2)
     assert plan.moves_L[0] == 0
     assert plan.time_L[0] == pytest.approx(6.0)
-
-
-def test_the_state_knows_its_overflow_and_moves() -> None:
-    live_EG = np.array([[True, False], [False, True]])
-    state = EqualState(np.array([1.5, 0.5]), [[0], [1]], np.array([2, 2]), np.array([1.0, 1.0]), live_EG)
-    assert state.overflow == pytest.approx(0.5)
-    assert state.moves() == 0
-    assert not fill_equal(state, budget=0)
-    state = EqualState(np.array([1.5, 0.5]), [[0], [1]], np.array([2, 2]), np.array([1.3, 1.3]), live_EG)
-    assert fill_equal(state)
-    assert state.moves() == 1
 
 
 def test_more_rounds_never_move_more_and_budgets_hold() -> None:
