@@ -23,7 +23,6 @@ __all__ = ["search_layers"]
 
 for _function in (
     plain.recount,
-    plain.refresh,
     plain._shift,
     plain.place,
     plain.remove,
@@ -31,9 +30,6 @@ for _function in (
     plain.leave,
     plain.make,
     plain.unmake,
-    plain.overflow,
-    plain.pressure,
-    plain.paid,
     plain.slowest,
     plain.give_rooms,
     plain.descend,
@@ -332,6 +328,84 @@ def _try_here(
                         rate = rate * _noise(seed, x * 4 + DROP, target)
                         if rate > rate_K[K]:
                             _offer(rate_K, best, rate, ADD, x, h, at, e, h, at)
+
+
+@overload(plain.refresh)
+def _refresh(state: Any, most: int) -> Any:
+    def refresh(state: Any, most: int) -> None:  # pragma: no cover
+        content_GC, on_EG, host_EK, hosts_E = state.content_GC, state.on_EG, state.host_EK, state.hosts_E
+        count_E, piece_E, carried_G = state.count_E, state.piece_E, state.carried_G
+        G, C = content_GC.shape
+        on_EG[:] = 0
+        hosts_E[:] = 0
+        count_E[:] = 0
+        carried_G[:] = 0
+        used = 0
+        for g in range(G):
+            for c in range(C):
+                e = content_GC[g, c]
+                if e >= 0:
+                    if on_EG[e, g] == 0:
+                        host_EK[e, hosts_E[e]] = g
+                        hosts_E[e] += 1
+                    on_EG[e, g] += 1
+                    count_E[e] += 1
+                    used += 1
+        for e in range(len(count_E)):
+            plain.recount(state, e, count_E[e])
+        for g in range(G):
+            for c in range(C):
+                if content_GC[g, c] >= 0:
+                    carried_G[g] += piece_E[content_GC[g, c]]
+        state.left_1[0] = most - used
+
+    return refresh
+
+
+@overload(plain.overflow)
+def _overflow(state: Any) -> Any:
+    def overflow(state: Any) -> int:  # pragma: no cover
+        total = 0
+        for g in range(len(state.room_G)):
+            total += max(state.carried_G[g] - state.room_G[g], 0)
+        return total
+
+    return overflow
+
+
+@overload(plain.pressure)
+def _pressure(state: Any) -> Any:
+    def pressure(state: Any) -> int:  # pragma: no cover
+        total = 0
+        for g in range(len(state.room_G)):
+            total += _above(state.carried_G[g] - state.room_G[g], state.slack_G[g])
+        return total
+
+    return pressure
+
+
+@overload(plain.hot_gpus)
+def _hot_gpus(state: Any) -> Any:
+    def hot_gpus(state: Any) -> int:  # pragma: no cover
+        hot = 0
+        for g in range(len(state.room_G)):
+            if state.carried_G[g] > state.room_G[g]:
+                hot += 1
+        return hot
+
+    return hot_gpus
+
+
+@overload(plain.paid)
+def _paid(state: Any) -> Any:
+    def paid(state: Any) -> int:  # pragma: no cover
+        total = 0
+        for e in range(len(state.load_E)):
+            for k in range(state.hosts_E[e]):
+                total += state.price_EG[e, state.host_EK[e, k]]
+        return total
+
+    return paid
 
 
 @overload(plain.best_changes)

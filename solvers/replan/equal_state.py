@@ -131,30 +131,21 @@ def recount(state: LayerState, e: int, count: int) -> None:
 
 def refresh(state: LayerState, most: int) -> None:
     """Recompute all that follows from the content; `most` replicas are allowed."""
-    G, C = state.content_GC.shape
-    state.on_EG[:] = 0
-    state.hosts_E[:] = 0
-    state.count_E[:] = 0
-    state.carried_G[:] = 0
-    used = 0
-    for g in range(G):
-        for c in range(C):
-            e = state.content_GC[g, c]
-            if e >= 0:
-                if state.on_EG[e, g] == 0:
-                    state.host_EK[e, state.hosts_E[e]] = g
-                    state.hosts_E[e] += 1
-                state.on_EG[e, g] += 1
-                state.count_E[e] += 1
-                used += 1
-    for e in range(len(state.load_E)):
-        recount(state, e, state.count_E[e])
-    for g in range(G):
-        for c in range(C):
-            e = state.content_GC[g, c]
-            if e >= 0:
-                state.carried_G[g] += state.piece_E[e]
-    state.left_1[0] = most - used
+    (E, G), C = state.on_EG.shape, state.content_GC.shape[1]
+    flat = state.content_GC.ravel()
+    full = np.flatnonzero(flat >= 0)
+    e, g = flat[full], full // C
+    state.on_EG[:] = np.bincount(e * G + g, minlength=E * G).reshape(E, G)
+    x, host = np.nonzero(state.on_EG)
+    state.hosts_E[:] = np.bincount(x, minlength=E)
+    state.host_EK[x, np.arange(len(x)) - (np.cumsum(state.hosts_E) - state.hosts_E)[x]] = host
+    state.count_E[:] = np.bincount(e, minlength=E)
+    count = state.count_E
+    state.piece_E[:] = np.where(count > 0, state.load_E // np.maximum(count, 1), 0)
+    state.lighter_E[:] = state.load_E // (count + 1)
+    state.heavier_E[:] = np.where(count > 1, state.load_E // np.maximum(count - 1, 1), 0)
+    state.carried_G[:] = (state.on_EG * state.piece_E[:, None]).sum(0)
+    state.left_1[0] = most - len(full)
 
 
 def _shift(state: LayerState, e: int, by: int) -> None:
@@ -239,34 +230,22 @@ def leave(state: LayerState, e: int, g: int, c: int) -> int:
 
 def overflow(state: LayerState) -> int:
     """Load above the rooms, summed."""
-    total = 0
-    for g in range(len(state.room_G)):
-        over = state.carried_G[g] - state.room_G[g]
-        if over > 0:
-            total += int(over)
-    return total
+    return int(np.maximum(state.carried_G - state.room_G, 0).sum())
 
 
 def pressure(state: LayerState) -> int:
     """The overflow, and a little of what GPUs carry above their fair share."""
-    total = 0
-    for g in range(len(state.room_G)):
-        over = state.carried_G[g] - state.room_G[g]
-        if over > 0:
-            total += int(over)
-        over += state.slack_G[g]
-        if over > 0:
-            total += int(over) >> _SOFT
-    return total
+    return int(_above(state.carried_G - state.room_G, state.slack_G).sum())
+
+
+def hot_gpus(state: LayerState) -> int:
+    """GPUs that carry more than they may."""
+    return int((state.carried_G > state.room_G).sum())
 
 
 def paid(state: LayerState) -> int:
     """Price of all that is not live."""
-    total = 0
-    for e in range(len(state.load_E)):
-        for k in range(state.hosts_E[e]):
-            total += int(state.price_EG[e, state.host_EK[e, k]])
-    return total
+    return int(state.price_EG[state.on_EG > 0].sum())
 
 
 def slowest(state: LayerState, speed_G: Any) -> float:
@@ -393,29 +372,56 @@ def best_changes(state: LayerState, search: Search, seed: int, best: Any) -> int
         _swaps(state, search, seed, h, at, e),
         *_here(state, search, seed, h, at, e),
     ]
-    rate = np.concatenate([one[0] for one in found])
-    order = np.argsort(-rate, kind="stable")[: len(best)]
-    order = order[rate[order] > 0.0]
-    rows = np.concatenate([one[1] for one in found])[order]
-    # Rows name the change by flat numbers: kind, place in `at`, GPU * C + slot, who enters (-1: what is hot).
-    for k, (kind, i, target, enters) in enumerate(rows.tolist()):
+    rate = np.concatenate([one.rate for one in found])
+    ends = np.cumsum([len(one.rate) for one in found])
+    count = 0
+    while count < min(len(best), len(rate)):
+        top = int(rate.argmax())
+        if rate[top] <= 0.0:
+            break
+        family = int(np.searchsorted(ends, top, side="right"))
+        kind, i, target, expert = found[family].row(top - int(ends[family - 1] if family else 0))
         g, to = divmod(target, C)
-        expert = int(e[i]) if enters < 0 else enters
-        best[k] = (kind, expert, h, int(at[i]), -1 if kind == DROP else int(content[g, to]), g, to)
-    return len(rows)
+        best[count] = (kind, expert, h, int(at[i]), -1 if kind == DROP else int(content[g, to]), g, to)
+        rate[top] = -1.0
+        count += 1
+    return count
 
 
-def _rows(kind: int, i: Any, target: Any, enters: Any) -> Any:
-    shape = np.broadcast_shapes(np.shape(i), np.shape(target), np.shape(enters))
-    return np.stack(
-        [np.broadcast_to(np.asarray(one, np.int64), shape).ravel() for one in (kind, i, target, enters)],
-        axis=1,
-    )
+class _Family(NamedTuple):
+    """Changes of one kind: a grid of slots of the hot GPU and of choices, those kept that gain."""
+
+    kind: int
+    rate: Any  # of those kept
+    kept: Any  # flat places in the grid
+    wide: int  # choices for each slot
+    target: Any  # GPU * C + slot by choice, or by slot of the hot GPU where `enters`
+    expert: Any  # by slot of the hot GPU, or by choice where `enters`
+    enters: bool  # whether the choice is who enters, else where to
+
+    def row(self, k: int) -> tuple[int, int, int, int]:
+        """Kind, place of the hot GPU's slot, flat target, expert."""
+        i, j = divmod(int(self.kept[k]), self.wide)
+        slot, who = (i, i) if self.kind == DROP else (i, j) if self.enters else (j, i)
+        return self.kind, i, int(self.target[slot]), int(self.expert[who])
+
+
+def _family(
+    kind: int, seed: int, gain: Any, barred: Any, price: Any, target: Any, expert: Any, enters: bool = False
+) -> _Family:
+    """Rank the changes of a grid that gain and are allowed."""
+    kept = np.flatnonzero((gain > 0) & ~barred)
+    wide = gain.shape[1]
+    i, j = np.divmod(kept, wide)
+    slot, who = (i, i) if kind == DROP else (i, j) if enters else (j, i)
+    noise = DROP if enters else kind
+    rate = _rates(gain.ravel()[kept], price.ravel()[kept], seed, expert[who] * 4 + noise, target[slot])
+    return _Family(kind, rate, kept, wide, target, expert, enters)
 
 
 def _elsewhere(
     state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any, places: _Places
-) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+) -> tuple[_Family, _Family]:
     """Add an expert of the hot GPU at a place, or move it there."""
     over_G, slack = state.carried_G - state.room_G, state.slack_G
     C = state.content_GC.shape[1]
@@ -423,59 +429,48 @@ def _elsewhere(
     x = e[:, None]
     m = state.on_EG[x, g]
     barred = (g == h) | (f == x) | ~state.open_EG[x, g] | ((m > 0) & (not search.copies))
-    price = np.where(m == 0, state.price_EG[x, g], 0) - _refund(state, f, g)
+    price = np.where(m == 0, state.price_EG[x, g], 0) - _refund(state, places.yields, places.gpu)
     over, soft = over_G[g], slack[g]
     before = _above(over, soft)
-    target = g * C + places.slot[None, :]
+    target = places.gpu * C + places.slot
     # Add: every slot of the expert gets lighter, the new one as heavy as they.
     drop_E = state.piece_E[e] - state.lighter_E[e]
     relief_EG = _above(over_G, slack) - _above(over_G - state.on_EG[e] * drop_E[:, None], slack)
-    relief = relief_EG.sum(1)[:, None] - np.take_along_axis(relief_EG, np.broadcast_to(g, m.shape), axis=1)
+    relief = relief_EG.sum(1)[:, None] - relief_EG[:, places.gpu]
     come = (m + 1) * state.lighter_E[x] - m * state.piece_E[x]
     gain = relief - places.harm + before - _above(over + places.change + come, soft)
     shut = barred | (state.count_E >= state.most_E)[x]
-    add = np.where(shut | (gain <= 0), 0.0, _rates(gain, price, seed, x * 4 + ADD, target))
+    add = _family(ADD, seed, gain, shut, price, target, e)
     # Move: only the hot GPU gets lighter.
     out = _above(over_G[h], slack[h]) - _above(over_G[h] - state.piece_E[x], slack[h])
     gain = out - places.harm + before - _above(over + places.change + state.piece_E[x], soft)
-    price = price - _refund(state, x, np.full_like(x, h))
-    shut = barred | state.held_EG[x, h]
-    move = np.where(shut | (gain <= 0), 0.0, _rates(gain, price, seed, x * 4 + MOVE, target))
-    i = np.arange(len(at))[:, None]
-    return (add.ravel(), _rows(ADD, i, target, -1)), (move.ravel(), _rows(MOVE, i, target, -1))
+    price = price - _refund(state, e, np.full_like(e, h))[:, None]
+    return add, _family(MOVE, seed, gain, barred | state.held_EG[x, h], price, target, e)
 
 
-def _swaps(state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any) -> tuple[Any, Any]:
+def _swaps(state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any) -> _Family:
     """Exchange a slot of the hot GPU with a lighter one of another."""
     over_G, slack, content = state.carried_G - state.room_G, state.slack_G, state.content_GC
-    C = content.shape[1]
     gpu, slot = np.nonzero(content >= 0)
-    g, f, x = gpu[None, :], content[gpu, slot][None, :], e[:, None]
+    expert = content[gpu, slot]
+    g, f, x = gpu[None, :], expert[None, :], e[:, None]
     shift = state.piece_E[x] - state.piece_E[f]
     gain = (
-        _above(over_G[h], slack[h])
+        (_above(over_G[h], slack[h]) + _above(over_G, slack)[g])
         - _above(over_G[h] - shift, slack[h])
-        + _above(over_G[g], slack[g])
         - _above(over_G[g] + shift, slack[g])
     )
     barred = (g == h) | (shift <= 0) | ~state.open_EG[x, g] | ~state.open_EG[f, h]
     barred |= state.held_EG[x, h] | state.held_EG[f, g]
+    on, back = state.on_EG[x, g], state.on_EG[f, h]
     if not search.copies:
-        barred |= (state.on_EG[x, g] > 0) | (state.on_EG[f, h] > 0)
-    price = (
-        np.where(state.on_EG[x, g] == 0, state.price_EG[x, g], 0)
-        + np.where(state.on_EG[f, h] == 0, state.price_EG[f, h], 0)
-        - _refund(state, x, np.full_like(x, h))
-        - _refund(state, f, g)
-    )
-    target = g * C + slot[None, :]
-    rate = np.where(barred | (gain <= 0), 0.0, _rates(gain, price, seed, x * 4 + SWAP, target))
-    return rate.ravel(), _rows(SWAP, np.arange(len(at))[:, None], target, -1)
+        barred |= (on > 0) | (back > 0)
+    price = np.where(on == 0, state.price_EG[x, g], 0) - _refund(state, e, np.full_like(e, h))[:, None]
+    price = price + (np.where(back == 0, state.price_EG[f, h], 0) - _refund(state, expert, gpu))
+    return _family(SWAP, seed, gain, barred, price, gpu * content.shape[1] + slot, e)
 
 
-def _here(
-    state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any
-) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+def _here(state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any) -> tuple[_Family, _Family]:
     """Empty a slot of the hot GPU whose expert has others; or put another expert into it."""
     over_G, slack = state.carried_G - state.room_G, state.slack_G
     C, E = state.content_GC.shape[1], len(state.load_E)
@@ -484,27 +479,25 @@ def _here(
     before = _above(over_G[h], slack[h])
     target = h * C + at
     refund = _refund(state, e, np.full_like(e, h))
-    gain = before - _above(over_G[h] + change, slack[h]) - harm
-    shut = stays | (gain <= 0) | search.full
-    drop = np.where(shut, 0.0, _rates(gain, -refund, seed, e * 4 + DROP, target))
+    # A grid of one choice: the slot itself.
+    gain = (before - _above(over_G[h] + change, slack[h]) - harm)[:, None]
+    shut = (stays | search.full)[:, None]
+    drop = _family(DROP, seed, gain, shut, -refund[:, None], target, e)
     # In its place: another expert, whose slots elsewhere get lighter.
     x = np.arange(E)
     m = state.on_EG[:, h]
     step = state.piece_E - state.lighter_E
-    relief_EG = _above(over_G, slack) - _above(over_G - state.on_EG * step[:, None], slack)
-    relief = relief_EG.sum(1) - relief_EG[:, h]
+    warm = np.flatnonzero(over_G + slack > 0)  # elsewhere nothing is relieved
+    relief_EG = _above(over_G[warm], slack[warm]) - _above(
+        over_G[warm] - state.on_EG[:, warm] * step[:, None], slack[warm]
+    )
+    relief = (relief_EG * (warm != h)).sum(1)
     come = (m + 1) * state.lighter_E - m * state.piece_E
     gain = relief - harm[:, None] + before - _above(over_G[h] + change[:, None] + come, slack[h])
     barred = ~state.open_EG[:, h] | (state.count_E >= state.most_E) | ((m > 0) & (not search.copies))
     barred = barred[None, :] | stays[:, None] | (x[None, :] == e[:, None])
     price = np.where(m == 0, state.price_EG[:, h], 0)[None, :] - refund[:, None]
-    rate = _rates(gain, price, seed, x[None, :] * 4 + DROP, target[:, None])
-    rate = np.where(barred | (gain <= 0), 0.0, rate)
-    i = np.arange(len(at))
-    return (
-        (drop, _rows(DROP, i, target, -1)),
-        (rate.ravel(), _rows(ADD, i[:, None], target[:, None], x[None, :])),
-    )
+    return drop, _family(ADD, seed, gain, barred, price, target, x, enters=True)
 
 
 # -- the search ------------------------------------------------------------------------------------------
@@ -530,11 +523,7 @@ def descend(
             return spent <= budget, spent
         if told[0] != 0:
             return False, spent
-        hot = 0  # a move seldom cools more than two GPUs
-        for g in range(G):
-            if state.carried_G[g] > state.room_G[g]:
-                hot += 1
-        if hot > 2 * (budget - spent):
+        if hot_gpus(state) > 2 * (budget - spent):  # a move seldom cools more than two
             return False, spent
         found = best_changes(state, search, seed + turn if seed != 0 else 0, best)
         pick, top, after = -1, 0.0, now
