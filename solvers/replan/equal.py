@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,13 +41,14 @@ from moeless_opt.solvers.replan.task import (
     spread_budget,
 )
 
-__all__ = ["replan_equal"]
+__all__ = ["replan_equal", "warm"]
 
 _ROUNDS = 20  # of destroying and repairing, where none are wished for
-_MOST_BACK = 3  # GPUs put back in one of them
+_MOST_BACK = 4  # GPUs put back in one of them
 _TRIES = 6  # wanted times tried for a layer that cannot reach its own
 _PARTS = (0.5, 0.25, 0.1, 0.0)  # of the way to the wanted time, where a budget may end
 _ASK = 0.02  # seconds between two questions whether to stop
+_MUCH = 1e5  # slots of all layers and rounds, from which on loading compiled code pays
 _PIECES = 4  # parts of the work for each core
 
 
@@ -88,9 +90,11 @@ def replan_equal(
     late_L = begun_L > target_L * (1.0 + 1e-9)
     # The worst first: who knows for how many there is time.
     rows = np.argsort((target_L - begun_L) / np.maximum(bound, 1e-300), kind="stable")
-    search = _Search.of(task, wish, (base, start), rows[late_L[rows]], target_L, _worker(backend), stop)
+    rounds = wish.most_rounds(_ROUNDS)
+    worker = _worker(backend, int(late_L.sum()) * float(task.capacity_LG.max()) * len(speed) * (1.0 + rounds))
+    search = _Search.of(task, wish, (base, start), rows[late_L[rows]], target_L, worker, stop)
     search.run(REACH)
-    search.improve(wish.most_rounds(_ROUNDS))
+    search.improve(rounds)
     contents = search.contents(start)
     if wish.max_moves is not None:
         price = wish.price_L(L)
@@ -156,8 +160,30 @@ class _Asked:
 Worker = Callable[[Layers, Search, int, Stop], None]
 
 
-def _worker(backend: str) -> Worker:
+def _worker(backend: str, work: float) -> Worker:
+    """The twin for a backend; "auto" is the compiled one where that costs little against the work."""
+    if backend == "auto" and work > _MUCH and fast.available() and _compiled_before():
+        return _compiled
     return _compiled if fast.choose_backend(backend) == "numba" else _plain
+
+
+def _compiled_before() -> bool:
+    """Whether the compiled twin is in this process, or in Numba's cache beside its source."""
+    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__")
+    return _kernel.cache_info().currsize > 0 or any(folder.rglob("_equal_kernels*.nbc"))
+
+
+def warm() -> bool:
+    """Compile or load the compiled twin; returns whether it could be (whether Numba is there).
+
+    Half a minute at the first call in an installation, a second in later processes. Afterwards, where there
+    is much to search, the backend "auto" uses it.
+    """
+    if not fast.available():
+        return False
+    task = ReplanTask(np.ones((1, 2)), np.array([[[0], [1]]]), np.ones((1, 2), dtype=np.int64))
+    replan_equal(task, ReplanWish(tolerance=0.0, rounds=0, bound_L=np.array([0.5])), backend="numba")
+    return True
 
 
 def _plain(layers: Layers, search: Search, task: int, stop: Stop) -> None:
