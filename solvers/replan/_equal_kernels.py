@@ -167,7 +167,7 @@ def _gather(state: Any, over_G: Any, refund_GC: Any, figure_YK: Any) -> Any:  # 
 
 @njit
 def _try_places(
-    state: Any, copies: Any, seed: Any, h: Any, best: Any, rate_K: Any, over_G: Any, refund_GC: Any
+    state: Any, full: Any, copies: Any, seed: Any, h: Any, best: Any, rate_K: Any, over_G: Any, refund_GC: Any
 ) -> None:  # pragma: no cover
     content_GC, on_EG, price_EG, open_EG = state.content_GC, state.on_EG, state.price_EG, state.open_EG
     soft_G = state.slack_G
@@ -188,7 +188,7 @@ def _try_places(
                 freed = -_harm(e, -1, lighter - piece, on_EG, state.host_EK, hosts, over_G, soft_G)
                 paid_back = 0
             else:
-                if state.held_EG[e, h]:
+                if full or state.held_EG[e, h]:  # full: it would leave a slot empty
                     continue
                 freed = _above(over_G[h], soft_G[h]) - _above(over_G[h] - piece, soft_G[h])
                 paid_back = refund_GC[h, at]
@@ -422,7 +422,7 @@ def _best_changes(state: Any, search: Any, seed: int, best: Any) -> Any:
         refund_GC = np.empty(state.content_GC.shape, dtype=np.int64)
         _refunds(state, refund_GC)
         copies, full = search.copies, search.full
-        _try_places(state, copies, seed, h, best, rate_K, over_G, refund_GC)
+        _try_places(state, full, copies, seed, h, best, rate_K, over_G, refund_GC)
         _try_swaps(state, copies, seed, h, best, rate_K, over_G, refund_GC)
         _try_here(state, full, copies, seed, h, best, rate_K, over_G, refund_GC)
         found = 0

@@ -445,7 +445,8 @@ def _elsewhere(
     out = _above(over_G[h], slack[h]) - _above(over_G[h] - state.piece_E[x], slack[h])
     gain = out - places.harm + before - _above(over + places.change + state.piece_E[x], soft)
     price = price - _refund(state, e, np.full_like(e, h))[:, None]
-    return add, _family(MOVE, seed, gain, barred | state.held_EG[x, h], price, target, e)
+    shut = barred | state.held_EG[x, h] | search.full  # it would leave a slot empty
+    return add, _family(MOVE, seed, gain, shut, price, target, e)
 
 
 def _swaps(state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any) -> _Family:
