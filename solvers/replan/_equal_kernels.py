@@ -122,6 +122,21 @@ def _harm(
 
 
 @njit
+def _needed(state: Any, e: Any, g: Any) -> Any:  # pragma: no cover
+    """Whether an expert would reach too few domains without its slot on a GPU."""
+    if state.spread_1[0] <= 1 or state.reach_E[e] > state.spread_1[0]:
+        return False
+    return state.on_EG[e, g] == 1 and state.inside_ED[e, state.domain_G[g]] == 1
+
+
+@njit
+def _astray(state: Any, e: Any, g: Any, to: Any) -> Any:  # pragma: no cover
+    """Whether an expert would reach too few domains if its slot went from a GPU to another."""
+    there = state.domain_G[to]
+    return _needed(state, e, g) and state.domain_G[g] != there and state.inside_ED[e, there] > 0
+
+
+@njit
 def _refunds(state: Any, refund_GC: Any) -> None:  # pragma: no cover
     """What it pays back to empty each slot."""
     content_GC, on_EG, price_EG = state.content_GC, state.on_EG, state.price_EG
@@ -138,6 +153,7 @@ def _gather(state: Any, over_G: Any, refund_GC: Any, figure_YK: Any) -> Any:  # 
     content_GC, on_EG, host_EK, hosts_E = state.content_GC, state.on_EG, state.host_EK, state.hosts_E
     count_E, least_E, piece_E, heavier_E = state.count_E, state.least_E, state.piece_E, state.heavier_E
     held_EG, soft_G, left, capacity_G = state.held_EG, state.slack_G, state.left_1[0], state.capacity_G
+    spread = state.spread_1[0] > 1
     G, C = content_GC.shape
     n = 0
     for g in range(G):
@@ -150,7 +166,7 @@ def _gather(state: Any, over_G: Any, refund_GC: Any, figure_YK: Any) -> Any:  # 
                     continue
                 free = True
             else:
-                if count_E[f] <= least_E[f] or held_EG[f, g]:
+                if count_E[f] <= least_E[f] or held_EG[f, g] or (spread and _needed(state, f, g)):
                     continue
                 m = on_EG[f, g]
                 harm = _harm(f, g, heavier_E[f] - piece_E[f], on_EG, host_EK, hosts_E[f], over_G, soft_G)
@@ -170,7 +186,7 @@ def _try_places(
     state: Any, full: Any, copies: Any, seed: Any, h: Any, best: Any, rate_K: Any, over_G: Any, refund_GC: Any
 ) -> None:  # pragma: no cover
     content_GC, on_EG, price_EG, open_EG = state.content_GC, state.on_EG, state.price_EG, state.open_EG
-    soft_G = state.slack_G
+    soft_G, spread = state.slack_G, state.spread_1[0] > 1
     G, C = content_GC.shape
     figure_YK = np.empty((G * C, 6), dtype=np.int64)
     n = _gather(state, over_G, refund_GC, figure_YK)
@@ -204,6 +220,8 @@ def _try_places(
                     continue
                 if figure_YK[y, 2] == e or (m > 0 and not copies) or not open_EG[e, g]:
                     continue
+                if spread and kind == MOVE and _astray(state, e, h, g):
+                    continue
                 gain = freed - figure_YK[y, 3] + before
                 if kind == ADD:
                     if m > 0:
@@ -226,6 +244,7 @@ def _try_swaps(
 ) -> None:  # pragma: no cover
     content_GC, on_EG, price_EG, open_EG = state.content_GC, state.on_EG, state.price_EG, state.open_EG
     piece_E, held_EG, soft_G = state.piece_E, state.held_EG, state.slack_G
+    spread = state.spread_1[0] > 1
     G, C = content_GC.shape
     K = len(rate_K) - 1
     over_h, soft_h = over_G[h], soft_G[h]
@@ -237,6 +256,9 @@ def _try_swaps(
         for c in range(C):
             f = content_GC[g, c]
             if g == h or f < 0 or not open_EG[f, h] or held_EG[f, g]:
+                far_GC[g, c] = barred
+                continue
+            if spread and _astray(state, f, g, h):
                 far_GC[g, c] = barred
                 continue
             piece_GC[g, c] = piece_E[f]
@@ -255,6 +277,8 @@ def _try_swaps(
         for g in range(G):
             m = on_EG[e, g]
             if g == h or (m > 0 and not copies) or not open_EG[e, g]:
+                continue
+            if spread and _astray(state, e, h, g):
                 continue
             over, soft = over_G[g], soft_G[g]
             come = (price_EG[e, g] if m == 0 else 0) - paid_back
@@ -295,6 +319,8 @@ def _try_here(
         for at in range(C):
             e = content_GC[h, at]
             if e < 0 or piece_E[e] == 0 or count_E[e] <= state.least_E[e] or state.held_EG[e, h]:
+                continue
+            if _needed(state, e, h):
                 continue
             harm = _harm(e, h, heavier_E[e] - piece_E[e], on_EG, host_EK, hosts_E[e], over_G, soft_G)
             m = on_EG[e, h]
@@ -339,6 +365,8 @@ def _refresh(state: Any, most: int) -> Any:
         on_EG[:] = 0
         hosts_E[:] = 0
         count_E[:] = 0
+        state.inside_ED[:] = 0
+        state.reach_E[:] = 0
         carried_G[:] = 0
         used = 0
         for g in range(G):
@@ -348,6 +376,9 @@ def _refresh(state: Any, most: int) -> Any:
                     if on_EG[e, g] == 0:
                         host_EK[e, hosts_E[e]] = g
                         hosts_E[e] += 1
+                        state.inside_ED[e, state.domain_G[g]] += 1
+                        if state.inside_ED[e, state.domain_G[g]] == 1:
+                            state.reach_E[e] += 1
                     on_EG[e, g] += 1
                     count_E[e] += 1
                     used += 1

@@ -16,16 +16,17 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.plan import best_bound, gpu_times
+from moeless_opt.problems.plan import best_bound, even_times, new_replicas
 from moeless_opt.problems.spec import equal_shares
 from moeless_opt.solvers.core import NeverStop, Stop
+from moeless_opt.solvers.limits import Rules, mended_within
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.replan import equal_state
 from moeless_opt.solvers.replan.equal_state import REACH, ROUNDS, STEP, UNIT, Layers, Search
@@ -71,9 +72,12 @@ def replan_equal(
         Placement, equal shares, times, moves and bounds. A layer that the search cannot bring to the wanted
         time has the best time that it found; ``least_moves_L`` is one where the live placement misses it.
     """
-    if task.load_LE.shape[1] * len(task.speed_G) >= MANY_PAIRS:
-        return replan_equal_wide(task, wish, stop=stop)
     wish, stop = wish or ReplanWish(), stop or NeverStop()
+    if task.load_LE.shape[1] * len(task.speed_G) >= MANY_PAIRS:
+        if task.rules is None:
+            return replan_equal_wide(task, wish, stop=stop)
+        if wish.max_moves is None:
+            return _wide_within(task, task.rules, wish, stop)
     load, speed = task.load_LE, task.speed_G
     L, E = load.shape
     if wish.bound_L is None:
@@ -118,15 +122,55 @@ def replan_equal(
     )
 
 
+def _wide_within(task: ReplanTask, rules: list[Rules], wish: ReplanWish, stop: Stop) -> Replanned:
+    """Over many GPUs: as without limits, then mended where that breaks one."""
+    found = replan_equal_wide(replace(task, rules=None), wish, stop=stop)
+    load, speed = task.load_LE, task.speed_G
+    contents = [
+        mended_within(one, load_E, [[e for e in row if e >= 0] for row in rows], speed)
+        for one, load_E, rows in zip(rules, load, found.slots_LGC.tolist(), strict=True)
+    ]
+    new = seated(task, contents)
+    return replace(
+        found,
+        slots_LGC=new,
+        share_LGC=equal_shares(new, load.shape[1]),
+        time_L=even_times(load, new, speed).max(axis=1),
+        moves_L=new_replicas(new, task.live_LGC, load.shape[1]).sum(axis=(1, 2)),
+    )
+
+
 def _mended(task: ReplanTask, slots_LGC: SlotArray, repair: bool) -> list[Content]:
     """Contents of all layers, mended or refused where they break the rules."""
     speed = task.speed_G.tolist()
-    return [
+    contents = [
         mend_content(load.tolist(), rows.tolist(), room.tolist(), speed, layer, repair)
         for layer, (load, rows, room) in enumerate(
             zip(task.load_LE, slots_LGC, task.capacity_LG, strict=True)
         )
     ]
+    if task.rules is None:
+        return contents
+    return [
+        mended_within(rules, load, content, task.speed_G)
+        for rules, load, content in zip(task.rules, task.load_LE, contents, strict=True)
+    ]
+
+
+def _free(experts: int, capacity_G: IntArray) -> Rules:
+    """The rules of a layer without limits."""
+    gpus = len(capacity_G)
+    return Rules(
+        number=0,
+        allowed_EG=np.ones((experts, gpus), dtype=np.bool_),
+        pinned_EG=np.zeros((experts, gpus), dtype=np.bool_),
+        least_E=np.ones(experts, dtype=np.int64),
+        most_E=np.full(experts, gpus),
+        total=int(capacity_G.sum()),
+        capacity_G=capacity_G,
+        domain_G=np.zeros(gpus, dtype=np.int64),
+        spread=1,
+    )
 
 
 def _moves(live: Sequence[Sequence[frozenset[int]]], contents: Sequence[Content]) -> IntArray:
@@ -136,8 +180,7 @@ def _moves(live: Sequence[Sequence[frozenset[int]]], contents: Sequence[Content]
 def _times(task: ReplanTask, contents: Sequence[Content]) -> FloatArray:
     """Largest GPU time of each layer (tokens over speed)."""
     slots = np.stack([_padded(content, task.live_LGC.shape[2]) for content in contents])
-    share = equal_shares(slots, task.load_LE.shape[1])
-    return np.asarray(gpu_times(task.load_LE, slots, share, task.speed_G).max(1))
+    return np.asarray(even_times(task.load_LE, slots, task.speed_G).max(1))
 
 
 def _padded(content: Content, width: int) -> Any:
@@ -253,18 +296,24 @@ class _Search:
             np.array([_padded(one[row], C) for row in rows], dtype=np.int64).reshape(n, G, C) for one in begin
         )
         live = task.live_LGC[rows].astype(np.int64)
+        free = [_free(E, room_G) for room_G in task.capacity_LG[rows]]
+        rules = free if task.rules is None else [task.rules[row] for row in rows]
+        # Without limits one table is enough for all layers.
+        one_or_all = [_free(E, task.capacity_LG[0])] if task.rules is None or n == 0 else rules
         layers = Layers(
             load_LE=np.rint(load[rows] / mean_L[rows, None] * UNIT).astype(np.int64),
             content_LGC=slots,
             capacity_LG=np.ascontiguousarray(task.capacity_LG[rows]),
-            least_LE=np.ones((n, E), dtype=np.int64),
-            most_LE=np.full((n, E), G, dtype=np.int64),
+            least_LE=np.array([rule.least_E for rule in rules], dtype=np.int64).reshape(n, E),
+            most_LE=np.array([rule.most_E for rule in rules], dtype=np.int64).reshape(n, E),
             live_LGC=np.where(live < E, live, -1),
             price_LEG=np.ones((1, E, G), dtype=np.int64),
-            open_LEG=np.ones((1, E, G), dtype=np.bool_),
-            held_LEG=np.zeros((1, E, G), dtype=np.bool_),
+            open_LEG=np.stack([rule.allowed_EG for rule in one_or_all]),
+            held_LEG=np.stack([rule.pinned_EG for rule in one_or_all]),
             speed_G=speed,
-            replicas_L=task.capacity_LG[rows].sum(axis=1),
+            domain_G=one_or_all[0].domain_G,
+            spread_L=np.array([rule.spread for rule in rules], dtype=np.int64),
+            replicas_L=np.array([rule.total for rule in rules], dtype=np.int64),
             word_L=np.array([equal_state.first_word(wish.seed, int(row)) for row in rows], dtype=np.uint64),
             base_LGC=base,
             goal_L=target_L[rows] / mean_L[rows],
@@ -312,8 +361,7 @@ class _Search:
 
         def times(contents: list[Content]) -> FloatArray:
             slots = np.array([_padded(contents[row], layers.content_LGC.shape[2]) for row in self.rows])
-            share = equal_shares(slots, layers.load_LE.shape[1])
-            return np.asarray(gpu_times(layers.load_LE / UNIT, slots, share, speed_G).max(1))
+            return np.asarray(even_times(layers.load_LE / UNIT, slots, speed_G).max(1))
 
         for row, content in enumerate(start):
             points[row] = [(moves_between(live[row], content), 0.0, content)]

@@ -67,6 +67,12 @@ class LayerState(NamedTuple):
         Load of each GPU.
     left_1 : array of int64, shape [1]
         Replicas that the layer may still gain.
+    domain_G : array of int64, shape [G]
+        Failure domains, numbers from 0.
+    inside_ED, reach_E : array of int64, shapes [E, D] and [E]
+        GPUs of each domain that hold an expert, and domains that it reaches.
+    spread_1 : array of int64, shape [1]
+        Domains that an expert must reach.
     """
 
     load_E: Any
@@ -88,6 +94,10 @@ class LayerState(NamedTuple):
     hosts_E: Any
     carried_G: Any
     left_1: Any
+    domain_G: Any
+    inside_ED: Any
+    reach_E: Any
+    spread_1: Any
 
 
 class Search(NamedTuple):
@@ -145,6 +155,9 @@ def refresh(state: LayerState, most: int) -> None:
     state.lighter_E[:] = state.load_E // (count + 1)
     state.heavier_E[:] = np.where(count > 1, state.load_E // np.maximum(count - 1, 1), 0)
     state.carried_G[:] = (state.on_EG * state.piece_E[:, None]).sum(0)
+    state.inside_ED[:] = 0
+    np.add.at(state.inside_ED, (x, state.domain_G[host]), 1)
+    state.reach_E[:] = (state.inside_ED > 0).sum(1)
     state.left_1[0] = most - len(full)
 
 
@@ -163,6 +176,10 @@ def place(state: LayerState, e: int, g: int, c: int) -> None:
     if state.on_EG[e, g] == 0:
         state.host_EK[e, state.hosts_E[e]] = g
         state.hosts_E[e] += 1
+        domain = state.domain_G[g]
+        state.inside_ED[e, domain] += 1
+        if state.inside_ED[e, domain] == 1:
+            state.reach_E[e] += 1
     state.on_EG[e, g] += 1
     state.carried_G[g] += state.piece_E[e]
     state.content_GC[g, c] = e
@@ -181,6 +198,10 @@ def remove(state: LayerState, e: int, g: int, c: int) -> None:
                 state.host_EK[e, k] = state.host_EK[e, last]
                 break
         state.hosts_E[e] = last
+        domain = state.domain_G[g]
+        state.inside_ED[e, domain] -= 1
+        if state.inside_ED[e, domain] == 0:
+            state.reach_E[e] -= 1
     recount(state, e, state.count_E[e] - 1)
     _shift(state, e, state.piece_E[e] - before)
     state.content_GC[g, c] = -1
@@ -316,7 +337,9 @@ def _places(state: LayerState) -> _Places:
     free = (content < 0) & (np.arange(C) < state.capacity_G[:, None])
     free &= np.cumsum(free, axis=1) == 1  # free slots of a GPU are alike
     e = np.maximum(content, 0)
-    may = (content >= 0) & (state.count_E[e] > state.least_E[e]) & ~state.held_EG[e, np.arange(G)[:, None]]
+    row_G = np.arange(G)[:, None]
+    may = (content >= 0) & (state.count_E[e] > state.least_E[e]) & ~state.held_EG[e, row_G]
+    may &= ~_needed(state, e, row_G)
     gpu, slot = np.nonzero(may | (free & (state.left_1[0] > 0)))
     f = content[gpu, slot]
     harm, change = _harm(state, f, gpu)
@@ -335,6 +358,18 @@ def _harm(state: LayerState, f: Any, gpu: Any) -> tuple[Any, Any]:
     m = on_YG[np.arange(len(x)), gpu]
     change = (m - 1) * state.heavier_E[x] - m * state.piece_E[x]
     return np.where(some, harm_YG.sum(1), 0), np.where(some, change, 0)
+
+
+def _needed(state: LayerState, e: Any, g: Any) -> Any:
+    """Whether an expert would reach too few domains without its slot on a GPU."""
+    alone = (state.on_EG[e, g] == 1) & (state.inside_ED[e, state.domain_G[g]] == 1)
+    return alone & (state.reach_E[e] <= state.spread_1[0]) & (state.spread_1[0] > 1)
+
+
+def _astray(state: LayerState, e: Any, g: Any, to: Any) -> Any:
+    """Whether an expert would reach too few domains if its slot went from a GPU to another."""
+    there = state.domain_G[to]
+    return _needed(state, e, g) & (state.domain_G[g] != there) & (state.inside_ED[e, there] > 0)
 
 
 def _refund(state: LayerState, e: Any, g: Any) -> Any:
@@ -446,6 +481,7 @@ def _elsewhere(
     gain = out - places.harm + before - _above(over + places.change + state.piece_E[x], soft)
     price = price - _refund(state, e, np.full_like(e, h))[:, None]
     shut = barred | state.held_EG[x, h] | search.full  # it would leave a slot empty
+    shut |= _astray(state, x, h, g)
     return add, _family(MOVE, seed, gain, shut, price, target, e)
 
 
@@ -463,6 +499,7 @@ def _swaps(state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any
     )
     barred = (g == h) | (shift <= 0) | ~state.open_EG[x, g] | ~state.open_EG[f, h]
     barred |= state.held_EG[x, h] | state.held_EG[f, g]
+    barred |= _astray(state, x, h, g) | _astray(state, f, g, h)
     on, back = state.on_EG[x, g], state.on_EG[f, h]
     if not search.copies:
         barred |= (on > 0) | (back > 0)
@@ -476,7 +513,7 @@ def _here(state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any)
     over_G, slack = state.carried_G - state.room_G, state.slack_G
     C, E = state.content_GC.shape[1], len(state.load_E)
     harm, change = _harm(state, e, np.full(len(e), h))
-    stays = (state.count_E[e] <= state.least_E[e]) | state.held_EG[e, h]
+    stays = (state.count_E[e] <= state.least_E[e]) | state.held_EG[e, h] | _needed(state, e, h)
     before = _above(over_G[h], slack[h])
     target = h * C + at
     refund = _refund(state, e, np.full_like(e, h))
@@ -590,7 +627,8 @@ def put_back(state: LayerState, start_GC: Any, chosen_G: Any, best_GC: Any, most
                     chosen_G[g] = True
                     grown = True
         if not missing:
-            return state.left_1[0] >= 0 and not (state.count_E > state.most_E).any()
+            spread = (state.reach_E >= state.spread_1[0]).all()
+            return state.left_1[0] >= 0 and spread and not (state.count_E > state.most_E).any()
         if not grown:
             return False
 
@@ -720,6 +758,8 @@ def new_state(
     held_EG: Any,
     least_E: Any,
     most_E: Any,
+    domain_G: Any,
+    spread: int,
 ) -> LayerState:
     """A state of which nothing is counted yet; price, open and held are taken as they are."""
     E, G = len(load_E), len(capacity_G)
@@ -743,6 +783,10 @@ def new_state(
         np.zeros(E, dtype=np.int64),
         np.zeros(G, dtype=np.int64),
         np.zeros(1, dtype=np.int64),
+        domain_G,
+        np.zeros((E, domain_G.max() + 1), dtype=np.int64),
+        np.zeros(E, dtype=np.int64),
+        np.full(1, spread, dtype=np.int64),
     )
 
 
@@ -761,6 +805,10 @@ class Layers(NamedTuple):
         Limits.
     speed_G : array of float, shape [G]
         Speeds.
+    domain_G : array of int64, shape [G]
+        Failure domains, numbers from 0.
+    spread_L : array of int64, shape [L]
+        Domains that an expert must reach.
     replicas_L : array of int64, shape [L]
         Replicas that a layer may have.
     word_L : array of uint64, shape [L]
@@ -787,6 +835,8 @@ class Layers(NamedTuple):
     open_LEG: Any
     held_LEG: Any
     speed_G: Any
+    domain_G: Any
+    spread_L: Any
     replicas_L: Any
     word_L: Any
     base_LGC: Any
@@ -819,6 +869,8 @@ def search_layers(layers: Layers, search: Search, task: int, first: int, last: i
             layers.held_LEG[x if len(layers.held_LEG) > 1 else 0],
             layers.least_LE[x],
             layers.most_LE[x],
+            layers.domain_G,
+            layers.spread_L[x],
         )
         most = layers.replicas_L[x]
         refresh(state, most)

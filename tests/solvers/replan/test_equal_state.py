@@ -39,8 +39,12 @@ def random_state(rng: np.random.Generator, *, copies: bool = False, full: bool =
         rng.random((E, G)) < 0.1,
         np.ones(E, dtype=np.int64),
         np.full(E, G * C if copies else G),
+        rng.integers(0, 3, G),
+        1,
     )
     equal_state.refresh(state, G * C)
+    if rng.random() < 0.5:
+        state.spread_1[0] = state.reach_E.min()
     equal_state.give_rooms(state, rng.uniform(0.5, 2.0, G), float(load.sum() / UNIT / G * 1.1))
     return state
 
@@ -84,6 +88,7 @@ def test_changes_are_exact_kept_up_to_date_and_taken_back(seed: int, copies: boo
         if kind == equal_state.SWAP:
             assert state.open_EG[f, h]
         assert state.count_E.min() >= 1
+        assert state.reach_E.min() >= state.spread_1[0]
         assert not full or (state.content_GC >= 0).sum() == (before[1] >= 0).sum()
         equal_state.unmake(state, change)
         np.testing.assert_array_equal(state.content_GC, before[1])
@@ -124,6 +129,8 @@ def test_the_first_change_is_the_best_of_all_single_ones(seed: int) -> None:
                     if kind == equal_state.MOVE and (state.held_EG[e, h] or state.load_E[e] == 0):
                         continue
                     if kind == equal_state.MOVE and f >= 0 and state.on_EG[f, h]:
+                        continue
+                    if state.spread_1[0] > 1:
                         continue
                     assert rate((kind, e, h, at, f, g, to)) <= found * (1 + 1e-9)
 
@@ -181,6 +188,8 @@ def one_layer(state: LayerState, rng: np.random.Generator) -> Layers:
         open_LEG=state.open_EG[None],
         held_LEG=state.held_EG[None],
         speed_G=np.ones(G),
+        domain_G=state.domain_G,
+        spread_L=state.spread_1.copy(),
         replicas_L=np.array([state.content_GC.size]),
         word_L=np.array([equal_state.first_word(3, 0)], dtype=np.uint64),
         base_LGC=state.content_GC[None].copy(),
