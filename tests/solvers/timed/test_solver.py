@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 import moeless_opt as mo
+from moeless_opt.problems.plan import move_seconds
 from tests.campaign import KINDS
 from tests.strategies import random_slots
+
+HORIZONS = (1e-4, 1.0, 1e5)  # forward passes
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -51,3 +54,26 @@ def test_with_a_horizon_the_proof_is_still_of_the_least_time(split: str) -> None
     )
     assert plan.moves.count == 0
     assert plan.certificate.lower_bound_L == pytest.approx(best.certificate.value_L, rel=1e-6)
+
+
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+def test_with_an_activation_cost_a_horizon_weighs_moves(split: str) -> None:
+    """In every layer the moves save over the horizon at least what their transfers take."""
+    rng = np.random.default_rng(4)
+    before = rng.lognormal(0, 1, (2, 5)) * 1e6
+    after = rng.permuted(before, axis=1)
+    topology = mo.uniform(2, 1, slots=3)
+    time = mo.TimeModel(unit="s", token_cost=1e-6, activation_cost=0.05)
+    live = mo.plan(before, topology, split=split)
+    asked = {"current": live, "time": time, "split": split, "expert_bytes": 10**9}
+    plans = [
+        mo.plan(after, topology, objective=mo.Objective(horizon=horizon), **asked) for horizon in HORIZONS
+    ]
+    moves = [plan.moves.count for plan in plans]
+    assert moves[0] == 0
+    assert moves == sorted(moves)
+    assert moves[-1] > 0
+    for horizon, plan in zip(HORIZONS, plans, strict=True):
+        saved_L = horizon * (plans[0].certificate.value_L - plan.certificate.value_L)
+        cost_L = move_seconds(topology, plan.slots_LGC, live.slots_LGC, 5, np.full(2, 10**9))
+        assert (saved_L >= cost_L * (1 - 1e-9)).all()
