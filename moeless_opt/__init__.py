@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moeless_opt import _deprecated
-from moeless_opt.api import compare, export_model, plan, recommend_redundancy, solve
+from moeless_opt.api import compare, export_model, plan, recommend_redundancy, solve, warm_up
 from moeless_opt.problems.errors import (
     FormatError,
     InfeasibleError,
@@ -110,6 +110,7 @@ __all__ = [
     "uniform",
     "verify",
     "violations",
+    "warm_up",
 ]
 
 _deprecated.attach()

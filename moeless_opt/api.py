@@ -398,6 +398,23 @@ def _without_order(problem: Problem) -> Problem:
     return problem.replace(objective=problem.objective.replace(priorities=PRIORITIES))
 
 
+def warm_up() -> bool:
+    """Load the compiled kernels, so that later plans use them where that is quicker.
+
+    Half a minute and more at the first call in an installation, when Numba compiles them; a second or two in
+    later processes. Plans are the same with and without.
+
+    Returns
+    -------
+    bool
+        Whether there is Numba (the extra ``fast``).
+    """
+    from moeless_opt.solvers.pack import fast
+    from moeless_opt.solvers.replan import warm_equal
+
+    return fast.warm() and warm_equal()
+
+
 def recommend_redundancy(
     loads: ArrayLike | Loads | str | PathLike[str],
     topology: Topology | str | Mapping[str, Any],

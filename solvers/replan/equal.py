@@ -29,7 +29,7 @@ from moeless_opt.solvers.core import NeverStop, Stop
 from moeless_opt.solvers.limits import Rules, mended_within
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.replan import equal_state
-from moeless_opt.solvers.replan.equal_state import REACH, ROUNDS, STEP, UNIT, Layers, Search
+from moeless_opt.solvers.replan.equal_state import REACH, ROUNDS, STEP, LOAD_UNIT, Layers, Search
 from moeless_opt.solvers.replan.equal_wide import MANY_PAIRS, replan_equal_wide
 from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
 from moeless_opt.solvers.replan.task import (
@@ -42,7 +42,7 @@ from moeless_opt.solvers.replan.task import (
     spread_budget,
 )
 
-__all__ = ["replan_equal", "warm"]
+__all__ = ["replan_equal", "warm_equal"]
 
 _ROUNDS = 20  # of destroying and repairing, where none are wished for
 _MOST_BACK = 4  # GPUs put back in one of them
@@ -216,7 +216,7 @@ def _compiled_before() -> bool:
     return _kernel.cache_info().currsize > 0 or any(folder.rglob("_equal_kernels*.nbc"))
 
 
-def warm() -> bool:
+def warm_equal() -> bool:
     """Compile or load the compiled twin; returns whether it could be (whether Numba is there).
 
     Half a minute at the first call in an installation, a second in later processes. Afterwards, where there
@@ -301,7 +301,7 @@ class _Search:
         # Without limits one table is enough for all layers.
         one_or_all = [_free(E, task.capacity_LG[0])] if task.rules is None or n == 0 else rules
         layers = Layers(
-            load_LE=np.rint(load[rows] / mean_L[rows, None] * UNIT).astype(np.int64),
+            load_LE=np.rint(load[rows] / mean_L[rows, None] * LOAD_UNIT).astype(np.int64),
             content_LGC=slots,
             capacity_LG=np.ascontiguousarray(task.capacity_LG[rows]),
             least_LE=np.array([rule.least_E for rule in rules], dtype=np.int64).reshape(n, E),
@@ -361,7 +361,7 @@ class _Search:
 
         def times(contents: list[Content]) -> FloatArray:
             slots = np.array([_padded(contents[row], layers.content_LGC.shape[2]) for row in self.rows])
-            return np.asarray(even_times(layers.load_LE / UNIT, slots, speed_G).max(1))
+            return np.asarray(even_times(layers.load_LE / LOAD_UNIT, slots, speed_G).max(1))
 
         for row, content in enumerate(start):
             points[row] = [(moves_between(live[row], content), 0.0, content)]

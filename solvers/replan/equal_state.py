@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["REACH", "ROUNDS", "STEP", "UNIT", "LayerState", "Layers", "Search", "search_layers"]
+__all__ = ["REACH", "ROUNDS", "STEP", "LOAD_UNIT", "LayerState", "Layers", "Search", "search_layers"]
 
-UNIT = 1 << 40
+LOAD_UNIT = 1 << 40
 """The mean GPU load."""
 
 ADD, MOVE, SWAP, DROP = 0, 1, 2, 3
@@ -273,7 +273,7 @@ def slowest(state: LayerState, speed_G: Any) -> float:
     """Largest GPU time, in units of the mean load."""
     most = 0.0
     for g in range(len(speed_G)):
-        most = max(most, state.carried_G[g] / (speed_G[g] * UNIT))
+        most = max(most, state.carried_G[g] / (speed_G[g] * LOAD_UNIT))
     return most
 
 
@@ -281,8 +281,8 @@ def give_rooms(state: LayerState, speed_G: Any, time: float) -> None:
     """Let each GPU carry what it does in a time."""
     spare = state.content_GC.shape[1]  # pieces are rounded down: as many units may be missing
     for g in range(len(speed_G)):
-        state.room_G[g] = int(speed_G[g] * time * UNIT) + spare
-        state.slack_G[g] = max(state.room_G[g] - int(speed_G[g] * UNIT), 0)
+        state.room_G[g] = int(speed_G[g] * time * LOAD_UNIT) + spare
+        state.slack_G[g] = max(state.room_G[g] - int(speed_G[g] * LOAD_UNIT), 0)
 
 
 # -- the best changes, by arrays -------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.replan import equal, equal_state
-from moeless_opt.solvers.replan.equal_state import REACH, ROUNDS, UNIT, Layers, LayerState, Search
+from moeless_opt.solvers.replan.equal_state import REACH, ROUNDS, LOAD_UNIT, Layers, LayerState, Search
 from moeless_opt.solvers.replan.task import ReplanTask, ReplanWish
 
 
@@ -28,7 +28,7 @@ def random_state(rng: np.random.Generator, *, copies: bool = False, full: bool =
         others = np.arange(E) if copies else np.setdiff1d(np.arange(E), held)
         if len(others) and (full or rng.random() < 0.7):
             content.ravel()[place] = rng.choice(others)
-    load = np.rint(rng.lognormal(0, 1, E) * (rng.random(E) < 0.9) * UNIT).astype(np.int64)
+    load = np.rint(rng.lognormal(0, 1, E) * (rng.random(E) < 0.9) * LOAD_UNIT).astype(np.int64)
     price = rng.integers(0, 3, (E, G))
     state = equal_state.new_state(
         load,
@@ -45,7 +45,7 @@ def random_state(rng: np.random.Generator, *, copies: bool = False, full: bool =
     equal_state.refresh(state, G * C)
     if rng.random() < 0.5:
         state.spread_1[0] = state.reach_E.min()
-    equal_state.give_rooms(state, rng.uniform(0.5, 2.0, G), float(load.sum() / UNIT / G * 1.1))
+    equal_state.give_rooms(state, rng.uniform(0.5, 2.0, G), float(load.sum() / LOAD_UNIT / G * 1.1))
     return state
 
 
@@ -148,7 +148,7 @@ def layers_of(rng: np.random.Generator, G: int, C: int, E: int, L: int) -> tuple
 @pytest.mark.xdist_group("numba")
 @pytest.mark.skipif(not fast.available(), reason="needs Numba")
 def test_twins_find_the_same_plans_with_any_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert equal.warm()
+    assert equal.warm_equal()
     rng = np.random.default_rng(5)
     for G, C, E in ((4, 3, 9), (3, 2, 5), (8, 4, 24), (6, 5, 16), (1, 3, 3), (16, 3, 40)):
         task, _ = layers_of(rng, G, C, E, 7)
@@ -193,7 +193,7 @@ def one_layer(state: LayerState, rng: np.random.Generator) -> Layers:
         replicas_L=np.array([state.content_GC.size]),
         word_L=np.array([equal_state.first_word(3, 0)], dtype=np.uint64),
         base_LGC=state.content_GC[None].copy(),
-        goal_L=np.array([float(state.load_E.sum()) / UNIT / G * 1.02]),
+        goal_L=np.array([float(state.load_E.sum()) / LOAD_UNIT / G * 1.02]),
         price_L=np.zeros(1, dtype=np.int64),
         reached_L=np.zeros(1, dtype=np.bool_),
         cut_L=np.zeros(1, dtype=np.bool_),
