@@ -3,8 +3,8 @@
 ``python tests/benchmarks/moves_table.py --data DIR [--thorough 15] [--proof 10] [--rows tuned|unseen|all]``
 
 Every row plans traffic A by our own fractional plan, lets the traffic become B and re-plans all layers to
-1 %: once quickly (the default, no clock) and once with ``time_limit``. Each layer's least number of moves is then
-proven as far as ``--proof`` seconds a layer go, from the better of the two plans. Columns:
+1 %: once quickly (the default, no clock) and once with ``time_limit``. The least number of moves of each
+layer is then proven as far as ``--proof`` seconds go, from the better of the two plans. Columns:
 
 - stay: imbalance if nothing moves and shares are re-solved; after: mean and worst imbalance of the quick plan
 - quick, thorough: moves of all layers; ms of the quick ``plan()``: median of the clock, the processor's least
