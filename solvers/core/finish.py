@@ -129,7 +129,7 @@ def _bound_of(problem: Problem, load_LE: FloatArray, split: str | None) -> Bound
     split = split or problem.split
     given = (load_LE, problem.capacity_LG, problem.topology.speed_G, split)
     problem = without_slack(problem)
-    if problem.limits == only_moves(problem.limits):
+    if problem.limits is (moves := only_moves(problem.limits)) or problem.limits == moves:
         bound_L, name_L = best_bound(*given, time=time)
         return bound_L, tuple(name_L.tolist())
     replicas = replica_limits(problem)

@@ -48,6 +48,8 @@ def without_slack(problem: Problem) -> Problem:
 
 
 def only_moves(limits: Limits) -> Limits:
-    """The limits on moves alone."""
+    """The limits on moves alone; themselves where there are no others."""
+    if limits is _NONE:
+        return limits
     names = ("max_moves", "max_move_bytes", "max_move_seconds", "max_layer_moves")
     return _NONE.replace(**{name: getattr(limits, name) for name in names})
