@@ -9,7 +9,15 @@ from typing import Any
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.plan import Plan, ProgressCallback, Result, order_of, usual_order
 from moeless_opt.problems.spec import PRIORITIES, Problem
-from moeless_opt.solvers.core import FEATURES, SOLVERS, Heuristic, Stop, option_names, required_features
+from moeless_opt.solvers.core import (
+    FEATURES,
+    SOLVERS,
+    Heuristic,
+    bytes_alone,
+    Stop,
+    option_names,
+    required_features,
+)
 
 __all__ = ["CHAIN", "Auto", "choose"]
 
@@ -30,12 +38,18 @@ def _has_time_to_prove(problem: Problem, limited: bool) -> bool:
     return limited and not _is_live(problem, limited)
 
 
+def _need_not_fill(problem: Problem, limited: bool) -> bool:
+    """Bytes alone limit the replicas, and memory counts: no more than the balance tolerance asks for."""
+    return bytes_alone(problem) and "memory" in problem.objective.priorities
+
+
 def _always(problem: Problem, limited: bool) -> bool:
     return True
 
 
 CHAIN: tuple[tuple[str, Callable[[Problem, bool], bool]], ...] = (
     ("lexicographic", _orders),
+    ("sized", _need_not_fill),
     ("replan", _is_live),
     ("portfolio", _has_time_to_prove),
     ("construct", _always),
@@ -96,6 +110,8 @@ class Auto:
         UnsupportedFeatureError
             If no one method takes all of the problem.
         """
+        if options and bytes_alone(problem):  # options are those of a construction
+            problem = problem.replace(sizing=problem.sizing.replace(policy="fill"))
         chosen = choose(problem, limited=stop.remaining < float("inf"))
         module, _, attribute = SOLVERS[chosen].partition(":")
         solver: Heuristic = getattr(importlib.import_module(module), attribute)(self.name)

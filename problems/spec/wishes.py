@@ -60,6 +60,7 @@ class SizingPolicy(_Choice):
     """Which rule says how many replicas there are (see `Sizing`)."""
 
     SLOTS = "slots"
+    FILL = "fill"
     CV = "cv"
     MAKESPAN = "makespan"
     MEMORY = "memory"
@@ -223,7 +224,9 @@ class Sizing(Record):
     Parameters
     ----------
     policy : SizingPolicy or str
-        ``slots``: every slot may be used (the usual shape). ``cv``: the fewest replicas whose loads
+        ``slots``: every slot may be used (the usual shape); where the topology gives bytes alone and nothing is
+        live, `auto` holds the fewest replicas that come within the balance tolerance, and the other bytes stay
+        free (for a KV cache). ``fill``: every slot may be used, bytes or not. ``cv``: the fewest replicas whose loads
         have a coefficient of variation of at most `cv`. ``makespan``: the fewest for which the
         imbalance is at most `imbalance`. ``memory``: the layers share the GPUs' bytes.
     cv : float

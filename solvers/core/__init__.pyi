@@ -3,6 +3,7 @@ from .cp import solve_cp as solve_cp
 from .features import FEATURES as FEATURES
 from .features import PUBLISHED as PUBLISHED
 from .features import Feature as Feature
+from .features import bytes_alone as bytes_alone
 from .features import required_features as required_features
 from .finish import Bound as Bound
 from .finish import Built as Built

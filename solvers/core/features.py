@@ -8,7 +8,7 @@ from moeless_opt.problems.plan import usual_order
 from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core.slack import without_slack
 
-__all__ = ["FEATURES", "PUBLISHED", "Feature", "required_features"]
+__all__ = ["FEATURES", "PUBLISHED", "Feature", "bytes_alone", "required_features"]
 
 
 class Feature(enum.StrEnum):
@@ -91,7 +91,21 @@ FEATURES: dict[str, frozenset[Feature]] = {
 """Solver -> what it honours. A feature that a problem needs and a solver lacks is refused by name."""
 
 _NO_LIMITS = Problem.__dataclass_fields__["limits"].default
+_EVERY_SLOT = ("slots", "fill")
 _SIZING = {"cv": Feature.SIZING_CV, "makespan": Feature.SIZING_MAKESPAN, "memory": Feature.SIZING_MEMORY}
+
+
+def bytes_alone(problem: Problem) -> bool:
+    """Whether memory is the only limit on replicas, and nothing is live: then fewer leave bytes for other things."""
+    topology = problem.topology
+    return (
+        topology.memory_G is not None
+        and topology.slots_G is None
+        and problem.current is None
+        and problem.sizing.policy == "slots"
+        and problem.limits is _NO_LIMITS
+        and not _more_than_tokens(problem)
+    )
 
 
 def required_features(problem: Problem) -> frozenset[Feature]:
@@ -112,7 +126,7 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         needs.add(Feature.NODE_AWARE)
     if _more_than_tokens(problem):
         needs.add(Feature.TIME_MODEL)
-    if problem.sizing.policy != "slots":
+    if problem.sizing.policy not in _EVERY_SLOT:
         needs.add(_SIZING[problem.sizing.policy])
     if not usual_order(problem):
         needs.add(Feature.PRIORITIES)

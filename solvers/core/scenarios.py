@@ -129,7 +129,7 @@ def best_over_scenarios(
     if problem.loads.shape[0] == 1:
         return tables[0]
     live = problem.current if moves else None
-    free = live is None and not _coupled(problem) and problem.sizing.policy == "slots"
+    free = live is None and not _coupled(problem) and problem.sizing.policy in ("slots", "fill")
     if free:
         even = problem.replace(split="equal", known=None)
         more = tables if problem.split == "equal" else _built(guises(even), build, stop, at_least=0)

@@ -14,7 +14,8 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import best_bound, gpu_times
 from moeless_opt.problems.spec import Problem, equal_shares
-from moeless_opt.solvers.construct import construct_equal, construct_fractional
+from moeless_opt.problems.text import bytes_text
+from moeless_opt.solvers.construct import Construct, construct_equal, construct_fractional
 from moeless_opt.solvers.core import (
     Built,
     Heuristic,
@@ -22,9 +23,11 @@ from moeless_opt.solvers.core import (
     Stop,
     Task,
     best_over_scenarios,
+    bytes_alone,
     guises,
     perfect_tokens,
     risk_L,
+    widened,
 )
 from moeless_opt.solvers.shares import best_shares
 from moeless_opt.solvers.sizing.budget import plan_budget
@@ -40,7 +43,7 @@ EQUAL = 1e-9
 
 
 class Sized(Heuristic):
-    """The policies ``makespan`` and ``memory``."""
+    """The policies ``makespan`` and ``memory``, and few replicas where bytes are the only limit."""
 
     name = "sized"
     summary = "fewest replicas for a wanted imbalance, or one budget of bytes over all layers"
@@ -49,12 +52,14 @@ class Sized(Heuristic):
         """Size, place, share."""
         problem = task.problem
         policy = problem.sizing.policy
-        size = {"makespan": _few_replicas, "memory": _shared_memory}.get(policy)
-        if size is None:
+        size = {"makespan": _few_replicas, "memory": _shared_memory, "slots": _enough}.get(policy)
+        if size is None or (size is _enough and not bytes_alone(problem)):
             raise ProblemError(
-                "sizing.policy", f"is {policy!r}; solver {self.name!r} takes 'makespan' and 'memory'"
+                "sizing.policy",
+                f"is {policy!r}; solver {self.name!r} takes 'makespan' and 'memory', "
+                "and 'slots' where nothing is live and memory is the only limit",
             )
-        sized = size(problem, task.stop)
+        sized = _enough(task) if size is _enough else size(problem, task.stop)  # type: ignore[operator]
         if sized is None:
             return ()
         slots_LGC, message = sized
@@ -87,6 +92,64 @@ def _few_replicas(problem: Problem, stop: Stop) -> tuple[SlotArray, str] | None:
         )
     few, least = int(found.replicas_L.sum()), int(found.bound_L.sum())
     return found.slots_LGC, f"{few} replicas for an imbalance of {wanted}; no plan has fewer than {least}"
+
+
+def _enough(task: Task[NoOptions]) -> tuple[SlotArray, str]:
+    """Few replicas within the balance tolerance of perfect balance, or of what all that fit reach.
+
+    The fewest are found for the first aim alone; where it is missed, a layer asks again for what all its
+    slots reached. What is said tells what the bytes that stay free could buy.
+    """
+    problem, stop = task.problem, task.stop
+    near = 1 + problem.objective.balance_tolerance
+    speed_G, perfect_L = problem.topology.speed_G, perfect_tokens(problem)
+    split = "equal" if problem.split == "equal" else "fractional"
+
+    def fewest(target_L: FloatArray, rows: IntArray) -> TimeSizing:
+        load_LE, capacity_LG = problem.load_LE[rows], problem.capacity_LG[rows]
+        return fewest_for_time(load_LE, capacity_LG, speed_G, target_L, split, seconds=0, stop=stop)
+
+    if problem.loads.shape[0] > 1:
+        slots_LGC = _narrowest(task, near)
+    else:
+        found = fewest(near * perfect_L, np.arange(problem.layers))
+        slots_LGC = found.slots_LGC
+        rows = np.flatnonzero(~found.met_L)
+        if len(rows) and not stop():
+            again = fewest(near * risk_L(problem, slots_LGC[rows], rows), rows).slots_LGC
+            wide = max(slots_LGC.shape[2], again.shape[2])
+            slots_LGC = widened(slots_LGC, wide)
+            slots_LGC[rows] = widened(again, wide)
+    held_L = (slots_LGC >= 0).sum((1, 2))
+    room_L = np.minimum(problem.capacity_LG, problem.experts).sum(1)
+    weighed = perfect_L > 0
+    now = float(np.mean((risk_L(problem, slots_LGC) / np.where(weighed, perfect_L, 1.0))[weighed]))
+    held, room = (bytes_text(int(count_L @ problem.bytes_L)) for count_L in (held_L, room_L))
+    return slots_LGC, (
+        f"{held_L.sum()} replicas ({held}) have a mean imbalance of {now:.4f}; "
+        f"all {room_L.sum()} that fit ({room}) could at best have 1.0000: "
+        "the rest is left to the KV cache (sizing 'fill' holds all)"
+    )
+
+
+def _narrowest(task: Task[NoOptions], near: float) -> SlotArray:
+    """Over several scenarios: the fewest slots a GPU, of a doubling ladder, that come near enough."""
+    problem, capacity_G = task.problem, task.problem.capacity_LG.min(0)
+    most, least = int(capacity_G.max()), -(-problem.experts // int((capacity_G > 0).sum()))
+    tables: list[SlotArray] = []
+    for width in sorted({*(min(least + step, most) for step in (0, 1, 2, 4, 8, 16, 32)), most}):
+        slots_G = np.minimum(capacity_G, width)
+        if slots_G.sum() < problem.experts:
+            continue
+        if tables and task.stop():
+            break
+        narrow = problem.topology.replace(slots_G=slots_G, memory_G=None)
+        built = Construct().placed(task, problem.replace(topology=narrow, known=None))
+        tables.append(widened(built.slots_LGC, max(most, 1)))
+    value_WL = np.stack([risk_L(problem, table) for table in tables])
+    aim_L = near * np.maximum(perfect_tokens(problem), value_WL.min(0))
+    first_L = (value_WL <= aim_L * (1 + EQUAL)).argmax(0)
+    return np.array([tables[w][layer] for layer, w in enumerate(first_L)])
 
 
 def _in_every_scenario(problem: Problem, found: TimeSizing, target_L: FloatArray, stop: Stop) -> TimeSizing:
