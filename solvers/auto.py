@@ -13,8 +13,8 @@ from moeless_opt.solvers.core import (
     FEATURES,
     SOLVERS,
     Heuristic,
-    bytes_alone,
     Stop,
+    bytes_alone,
     option_names,
     required_features,
 )

@@ -224,10 +224,10 @@ class Sizing(Record):
     Parameters
     ----------
     policy : SizingPolicy or str
-        ``slots``: every slot may be used (the usual shape); where the topology gives bytes alone and nothing is
-        live, `auto` holds the fewest replicas that come within the balance tolerance, and the other bytes stay
-        free (for a KV cache). ``fill``: every slot may be used, bytes or not. ``cv``: the fewest replicas whose loads
-        have a coefficient of variation of at most `cv`. ``makespan``: the fewest for which the
+        ``slots``: every slot may be used (the usual shape); where the topology gives bytes alone and
+        nothing is live, `auto` holds the fewest replicas within the balance tolerance, and the other
+        bytes stay free. ``fill``: every slot may be used, bytes or not. ``cv``: the fewest replicas
+        whose loads have a coefficient of variation of at most `cv`. ``makespan``: the fewest for which the
         imbalance is at most `imbalance`. ``memory``: the layers share the GPUs' bytes.
     cv : float
         Threshold of the ``cv`` policy.

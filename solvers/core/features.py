@@ -96,7 +96,7 @@ _SIZING = {"cv": Feature.SIZING_CV, "makespan": Feature.SIZING_MAKESPAN, "memory
 
 
 def bytes_alone(problem: Problem) -> bool:
-    """Whether memory is the only limit on replicas, and nothing is live: then fewer leave bytes for other things."""
+    """Whether memory is the only limit on replicas, and nothing is live: fewer leave bytes to others."""
     topology = problem.topology
     return (
         topology.memory_G is not None
