@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import comb
 
 import numpy as np
 
@@ -105,11 +106,9 @@ def best_supports(
     room = int(np.minimum(capacity_G, len(load_E)).sum())
     spare = (room if replicas is None else min(room, replicas)) - len(load_E)
     gpus = np.lexsort((capacity_G, speed_G))
-    if not len(order) or spare < 0 or len(speed_G) > _MOST_GPUS:
+    if not len(order) or spare < 0 or not _few(len(speed_G), spare, equal):
         return best
     layer = _Layer.make(load_E[order], capacity_G[gpus], speed_G[gpus], table, spare, equal)
-    if len(layer.on_QG) * layer.columns > _MOST_WAYS:
-        return best
     for width in widths:
         while not best.proven and not stop():
             found = layer.search(best.value, width, stop)
@@ -125,6 +124,12 @@ def best_supports(
         if best.proven:
             break
     return best
+
+
+def _few(gpus: int, spare: int, equal: bool) -> bool:
+    """Whether the sets of GPUs that an expert may be on, and the numbers of a state, are few enough."""
+    ways = sum(comb(gpus, k) for k in range(1, min(gpus, 1 + spare) + 1))
+    return gpus <= _MOST_GPUS and ways * (gpus if equal else (1 << gpus) - 1) <= _MOST_WAYS
 
 
 @lru_cache(maxsize=64)
