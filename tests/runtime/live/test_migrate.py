@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -441,6 +443,40 @@ def test_a_home_copy_that_its_rank_cannot_read_is_told_by_both_ends(broken: bool
     else:
         assert faults == [courier.OK] * 3
         assert torch.equal(place[0], value(0, 0)[0])
+
+
+@pytest.mark.parametrize("limits", [None, TransferLimits(max_step_bytes=8)])
+def test_what_was_lost_comes_back_from_home_while_the_ranks_wait(limits: TransferLimits | None) -> None:
+    """Rank 1 has lost its experts of layer 0; their home copies are on rank 2."""
+    world = World(home=Home({2: [2], 3: [2]}))
+    world.ranks[1].banks[0].install([])
+    have = [[[0, 1], [], [4, 5]], [[0, 1], [2, 3], [4, 5]]]
+    barrier = threading.Barrier(R, timeout=30)
+    box: list[Any] = [None] * R
+
+    def run(rank: int) -> int:
+        migrator = world.ranks[rank]
+
+        def gather_ints(values: list[int]) -> list[list[int]]:
+            box[rank] = list(values)
+            barrier.wait()
+            found = list(box)
+            barrier.wait()
+            return found
+
+        def wait(flight: Flight, timeout: float) -> None:
+            barrier.wait()  # all have posted
+            migrator.courier.fetch()  # type: ignore[attr-defined]
+
+        migrator.group.gather_ints = gather_ints  # type: ignore[method-assign]
+        migrator.courier.wait = wait  # type: ignore[method-assign]
+        return migrator.restore(have, np.stack([static_slots(E, R)] * L), limits)
+
+    with ThreadPoolExecutor(R) as pool:
+        assert list(pool.map(run, range(R))) == [16] * R
+    world.check()
+    assert world.ranks[0].rows_LG == [[[0, 1], [2, 3], [4, 5]]] * L
+    assert world.ranks[0].reports[0].steps == (1 if limits is None else 2)
 
 
 def test_what_a_header_says() -> None:
