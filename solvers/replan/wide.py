@@ -34,7 +34,8 @@ MANY_GPUS = 256
 """More GPUs than this are re-planned so."""
 
 _SHARE = 64  # GPUs for each change, with an expert that yields, that a round may begin with
-_ROUNDS = 400  # never reached: each round lowers the overflow
+_ROUNDS = 400
+_VAIN = 12  # single changes tried in vain, after which no more are
 
 
 @dataclass(slots=True)
@@ -91,10 +92,11 @@ def fill_wide(
     flow = _solve(load, slots_GC, room)
     most = max(len(room) // _SHARE, 1)
     stop = stop or NeverStop()
+    vain: set[tuple[int, int, int]] = set()  # changes that gained nothing since the last that did
     for _ in range(_ROUNDS):
         if flow.overflow <= 0 or stop():
             break
-        changes, hoped = _choose(load, slots_GC, capacity, room, flow, most)
+        changes, hoped = _choose(load, slots_GC, capacity, room, flow, most, vain)
         if not changes:
             break
         before = slots_GC.copy()
@@ -103,13 +105,15 @@ def fill_wide(
         after = _solve(load, slots_GC, room)
         gain = flow.overflow - after.overflow
         if 2 * gain < hoped:
-            if gain <= 0 and len(changes) == 1:
-                slots_GC = before
-                break
             most = max(len(changes) // 2, 1)
             if gain <= 0:
                 slots_GC = before
+                if len(changes) == 1:
+                    vain.update(changes)
+                    if len(vain) > _VAIN:
+                        break
                 continue
+        vain.clear()
         flow = after
     return [[int(expert) for expert in row if expert >= 0] for row in slots_GC], flow.overflow
 
@@ -172,7 +176,13 @@ def _joined(expert_P: IntArray, gpu_P: IntArray, experts: int, gpus: int) -> Int
 
 
 def _choose(
-    load_E: IntArray, slots_GC: IntArray, capacity_G: IntArray, room_G: IntArray, flow: _Flow, most: int
+    load_E: IntArray,
+    slots_GC: IntArray,
+    capacity_G: IntArray,
+    room_G: IntArray,
+    flow: _Flow,
+    most: int,
+    vain: set[tuple[int, int, int]],
 ) -> tuple[list[tuple[int, int, int]], int]:
     """Changes (expert, GPU, slot), at most so many with a yielding expert, and what they should gain."""
     gpus, experts = len(room_G), len(load_E)
@@ -215,7 +225,7 @@ def _choose(
             harm, after, gpu, slot, yields = place
             if taken_G[gpu] or yields in gone or (yields >= 0 and len(gone) >= most):
                 continue
-            if gpu in holders or yields == expert:
+            if gpu in holders or yields == expert or (expert, gpu, slot) in vain:
                 passed.append(place)
                 continue
             pool = int(pool_G[gpu])
