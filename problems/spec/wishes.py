@@ -66,6 +66,7 @@ class SizingPolicy(_Choice):
     MEMORY = "memory"
 
 
+_LOOSEST = 1e6  # beyond it anything is balanced; token counts within it stay below 64 bits
 SPLITS = tuple(Split)
 PRIORITIES = tuple(Priority)
 
@@ -109,6 +110,11 @@ class Objective(Record):
             )
         put(self, "priorities", tuple(Priority(p) for p in self.priorities))
         put(self, "balance_tolerance", number("objective.balance_tolerance", self.balance_tolerance))
+        if self.balance_tolerance > _LOOSEST:
+            raise ProblemError(
+                "objective.balance_tolerance",
+                f"is {self.balance_tolerance:g}, must be at most {_LOOSEST:g} (0.01 is one per cent)",
+            )
         if self.horizon is not None:
             put(self, "horizon", number("objective.horizon", self.horizon, open_low=True))
         if self.risk not in tuple(Risk):
