@@ -180,11 +180,11 @@ class _Bench:
         load, capacity = self.load_LE[base], self.capacity_LG[base]
         if self.pairs:
             slots = fold(load, counts, capacity.shape[1])
-            return _Trial(base, counts, slots, *self.score(base, slots))
-        slots = pack(load, counts, capacity, self.speed_G, backend=self.swaps["backend"])
-        slots = improve(
-            load, slots, capacity, self.speed_G, goal_L=self.goal_L[base], stop=self.stop, **self.swaps
-        )
+        else:
+            slots = pack(load, counts, capacity, self.speed_G, backend=self.swaps["backend"])
+            slots = improve(
+                load, slots, capacity, self.speed_G, goal_L=self.goal_L[base], stop=self.stop, **self.swaps
+            )
         slots = np.pad(slots, ((0, 0), (0, 0), (0, self.width - slots.shape[2])), constant_values=-1)
         return _Trial(base, counts, slots, *self.score(base, slots))
 

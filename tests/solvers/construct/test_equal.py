@@ -8,6 +8,7 @@ import pytest
 from moeless_opt.problems.plan.evaluate import even_times
 from moeless_opt.problems.spec.placement import replica_counts
 from moeless_opt.solvers.construct.equal import EFFORTS, construct_equal
+from moeless_opt.solvers.pack import apportion, pack, resize
 from tests.strategies import After
 
 
@@ -28,3 +29,15 @@ def test_stopped_at_any_time_every_layer_is_placed(effort: str, experts: int, gp
         assert worst <= last * (1 + 1e-9)
         last = worst
     np.testing.assert_array_equal(found, whole)
+
+
+def test_other_counts_for_pairs_in_a_wider_array() -> None:
+    """Layers of two slots a GPU that were packed beside layers with more."""
+    load_LE = np.random.default_rng(1).lognormal(0, 1, (3, 5))
+    capacity_LG, speed_G = np.full((3, 4), 2), np.ones(4)
+    narrow = pack(load_LE, apportion(load_LE, np.full(3, 8), 4), capacity_LG, speed_G)
+    wide = np.pad(narrow, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
+    given = {"goal_L": load_LE.sum(1) / 4, "steps": 4, "width": 2}
+    found = resize(load_LE, wide, capacity_LG, speed_G, **given)
+    np.testing.assert_array_equal(found[:, :, :2], resize(load_LE, narrow, capacity_LG, speed_G, **given))
+    assert (found[:, :, 2] == -1).all()
