@@ -35,6 +35,7 @@ from moeless_opt.solvers.core.finish import Built, finish
 from moeless_opt.solvers.core.options import NoOptions, read_options
 from moeless_opt.solvers.core.slack import without_slack
 from moeless_opt.solvers.core.stopping import Clock, FirstOf, MaxTime, Stop
+from moeless_opt.solvers.core.units import back_in_units, in_usual_units
 
 __all__ = ["Heuristic", "Solver", "Task"]
 
@@ -187,7 +188,8 @@ class Heuristic(ABC):
             began=began,
             progress=progress,
         )
-        best, stopped_by = self._search(task)
+        usual, factor = in_usual_units(problem)
+        best, stopped_by = self._search(replace(task, problem=usual))
         asked = asdict(chosen)
         if best is None:
             return Result(
@@ -201,7 +203,8 @@ class Heuristic(ABC):
                 seed=seed,
                 message=f"nothing was found before the search was stopped ({stopped_by})",
             )
-        plan = self.finished(problem, finish(problem, best, solver=self.name, began=began))
+        built = back_in_units(best, factor)
+        plan = self.finished(problem, finish(problem, built, solver=self.name, began=began))
         status = plan.certificate.status
         return Result(
             problem=problem,
