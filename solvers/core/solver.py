@@ -188,8 +188,7 @@ class Heuristic(ABC):
             began=began,
             progress=progress,
         )
-        usual, factor = in_usual_units(problem)
-        best, stopped_by = self._search(replace(task, problem=usual))
+        best, stopped_by = self._search(task)
         asked = asdict(chosen)
         if best is None:
             return Result(
@@ -203,8 +202,7 @@ class Heuristic(ABC):
                 seed=seed,
                 message=f"nothing was found before the search was stopped ({stopped_by})",
             )
-        built = back_in_units(best, factor)
-        plan = self.finished(problem, finish(problem, built, solver=self.name, began=began))
+        plan = self.finished(problem, finish(problem, best, solver=self.name, began=began))
         status = plan.certificate.status
         return Result(
             problem=problem,
@@ -231,13 +229,15 @@ class Heuristic(ABC):
 
     def _search(self, task: Task[Any]) -> tuple[Built | None, StoppedBy]:
         """The best of what is built and of what was given, and what ended the search."""
+        problem, factor = in_usual_units(task.problem)
+        task = replace(task, problem=problem)
         best: Built | None = None
         stopped_by = task.stop()
         if not stopped_by:
             best, stopped_by = self._best(task)
         if task.initial is not None:
             best = task.initial if best is None else best_of(task.problem, best, task.initial)
-        return best, stopped_by
+        return None if best is None else back_in_units(best, factor), stopped_by
 
     def _best(self, task: Task[Any]) -> tuple[Built | None, StoppedBy]:
         """The best of what is built, and what cut that short."""
