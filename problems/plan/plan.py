@@ -295,6 +295,8 @@ class Plan(Record):
 
     def __repr__(self) -> str:
         layers, gpus, slots = self.slots_LGC.shape
+        if not isinstance(self.made_for, str):
+            gpus = int(self.made_for.usable_LG.any(0).sum())
         title = f" {printable(self.name)}" if self.name else ""
         worst = int(np.argmax(self.imbalance_L))
         payback = f"\n  {self.payback!r}" if self.payback else ""
