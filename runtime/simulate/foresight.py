@@ -52,7 +52,7 @@ __all__ = [
     "Assumed",
     "Composition",
     "Foreseer",
-    "Judged",
+    "JudgedForeseer",
     "Online",
     "Predictions",
     "Recorded",
@@ -417,7 +417,7 @@ class Recorded:
 # ------------------------------------------------------------------------------------------ choosing
 
 
-class Judged:
+class JudgedForeseer:
     """A foreseer that keeps count of how wrong it was.
 
     Parameters

@@ -17,7 +17,7 @@ from moeless_opt.report import table
 from moeless_opt.runtime.pool import RULES
 from moeless_opt.runtime.simulate.drawing import Drawn, distributions, save_drawing
 from moeless_opt.runtime.simulate.drive import drive
-from moeless_opt.runtime.simulate.foresight import Judged, foreseer
+from moeless_opt.runtime.simulate.foresight import JudgedForeseer, foreseer
 from moeless_opt.runtime.simulate.policies import BASELINE, Policy, Run
 from moeless_opt.runtime.simulate.report import SimReport, SimRow
 from moeless_opt.runtime.simulate.scenario import Scenario
@@ -205,8 +205,8 @@ def _basis(here: Scene, scenario: Scenario, policies: tuple[Policy, ...]) -> dic
     return {kind: tuple(parts) for kind, parts in lines.items()}
 
 
-def _foreseer(here: Scene, scenario: Scenario, name: str) -> Judged:
-    return Judged(
+def _foreseer(here: Scene, scenario: Scenario, name: str) -> JudgedForeseer:
+    return JudgedForeseer(
         foreseer(
             name,
             error=scenario.error_at_distance,
@@ -241,7 +241,7 @@ def _run(policy: Policy, here: Scene, scenario: Scenario, progress: Told | None)
     }
 
 
-def _foreseen(foresight: Judged | None, distance: int) -> dict[str, Any]:
+def _foreseen(foresight: JudgedForeseer | None, distance: int) -> dict[str, Any]:
     """How wrong predictions were: by layer, over all, and over those that an earlier layer foresees."""
     if foresight is None:
         return dict.fromkeys(("foreseen", "foreseen_ahead", "foreseen_L"))

@@ -7,6 +7,6 @@ from .place import place_counts as place_counts
 from .place import place_within as place_within
 from .place import rows_of as rows_of
 from .place import shared_out as shared_out
-from .place import slots_of as slots_of
+from .place import slots_holding as slots_holding
 from .rules import Rules as Rules
 from .rules import rules_of as rules_of

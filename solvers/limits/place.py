@@ -24,7 +24,7 @@ from moeless_opt.solvers.limits.counts import apportioned, budgets, within_budge
 from moeless_opt.solvers.limits.needed import mended_within, needed_EG
 from moeless_opt.solvers.limits.rules import Rules, rules_of
 
-__all__ = ["Within", "layer_front", "place_counts", "place_within", "rows_of", "shared_out", "slots_of"]
+__all__ = ["Within", "layer_front", "place_counts", "place_within", "rows_of", "shared_out", "slots_holding"]
 
 ALL_ROOM = 1 << 21
 """States x sets of GPUs that are looked at for an expert of each small layer, in all layers together."""
@@ -85,7 +85,7 @@ def place_within(problem: Problem, free_LGC: SlotArray, *, stop: Stop | None = N
     rows = np.flatnonzero(~free_L)
     for row, held_EG in _made(problem, rules, free_LGC, rows, stop).items():
         held[row] = held_EG
-    slots_LGC = slots_of(problem, [held[row] for row in range(problem.layers)])
+    slots_LGC = slots_holding(problem, [held[row] for row in range(problem.layers)])
     slots_LGC[free_L, :, : free_LGC.shape[2]] = free_LGC[free_L][:, :, : slots_LGC.shape[2]]
     slots_LGC[free_L, :, free_LGC.shape[2] :] = -1
     time_L = risk_L(problem, slots_LGC)
@@ -100,7 +100,7 @@ def place_within(problem: Problem, free_LGC: SlotArray, *, stop: Stop | None = N
             continue
         at = [i for i, h in enumerate(front.held) if h.sum() <= rules[row].total]
         if at and front.time[at[-1]] < time_L[row] * (1 - _NEAR):
-            slots_LGC[row] = slots_of(problem, [front.held[at[-1]]], row)[0]
+            slots_LGC[row] = slots_holding(problem, [front.held[at[-1]]], row)[0]
             time_L[row] = front.time[at[-1]]
         if front.exact and not budgets(problem):
             proven_L[row] = time_L[row]
@@ -189,7 +189,7 @@ def _made(
             if not made:
                 continue
             at = np.array(sorted(made))
-            time_R = risk_L(problem, slots_of(problem, [made[row] for row in at.tolist()], at), at)
+            time_R = risk_L(problem, slots_holding(problem, [made[row] for row in at.tolist()], at), at)
             for row, time in zip(at.tolist(), time_R.tolist(), strict=True):
                 if time < value_L[row] * (1 - _NEAR):
                     best[row], value_L[row] = made[row], time
@@ -313,7 +313,7 @@ def place_counts(problem: Problem, counts_LE: IntArray, *, stop: Stop | None = N
         filled(board_of(problem, row, one, counts_LE[row], warm_LEG[row]), one, stop)
         for row, one in enumerate(rules_of(problem))
     ]
-    return slots_of(problem, held)
+    return slots_holding(problem, held)
 
 
 def rows_of(content: list[list[int]], experts: int) -> BoolArray:
@@ -324,7 +324,7 @@ def rows_of(content: list[list[int]], experts: int) -> BoolArray:
     return held_EG
 
 
-def slots_of(problem: Problem, held: list[BoolArray], rows: IntArray | int | None = None) -> SlotArray:
+def slots_holding(problem: Problem, held: list[BoolArray], rows: IntArray | int | None = None) -> SlotArray:
     """Masks [E, G] as slots; experts that are live there keep their order, shape [len(held), G, C]."""
     width = max(int(problem.capacity_LG.max()), 1)
     rows = np.arange(len(held)) if rows is None else np.atleast_1d(np.asarray(rows))

@@ -29,7 +29,7 @@ from moeless_opt.solvers.core import NeverStop, Stop
 from moeless_opt.solvers.limits import Rules, mended_within
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.replan import equal_state
-from moeless_opt.solvers.replan.equal_state import LOAD_UNIT, REACH, ROUNDS, STEP, Layers, Search
+from moeless_opt.solvers.replan.equal_state import LOAD_UNIT, REACH, ROUNDS, STEP, Layers, EqualSearch
 from moeless_opt.solvers.replan.equal_wide import MANY_PAIRS, replan_equal_wide
 from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
 from moeless_opt.solvers.replan.task import (
@@ -200,7 +200,7 @@ class _Asked:
         return int(bool(self._stop()))
 
 
-Worker = Callable[[Layers, Search, int, Stop], None]
+Worker = Callable[[Layers, EqualSearch, int, Stop], None]
 
 
 def _worker(backend: str, work: float) -> Worker:
@@ -229,11 +229,11 @@ def warm_equal() -> bool:
     return True
 
 
-def _plain(layers: Layers, search: Search, task: int, stop: Stop) -> None:
+def _plain(layers: Layers, search: EqualSearch, task: int, stop: Stop) -> None:
     equal_state.search_layers(layers, search, task, 0, len(layers.load_LE), _Asked(stop))
 
 
-def _compiled(layers: Layers, search: Search, task: int, stop: Stop) -> None:
+def _compiled(layers: Layers, search: EqualSearch, task: int, stop: Stop) -> None:
     """Some layers on each core, none of them with the interpreter's lock."""
     count, told = len(layers.load_LE), np.zeros(1, dtype=np.uint8)
     if count == 0:
@@ -272,7 +272,7 @@ class _Search:
     layers: Layers
     mean_L: FloatArray
     cut_L: BoolArray
-    settings: Search
+    settings: EqualSearch
     worker: Worker
     stop: Stop
 
@@ -321,12 +321,12 @@ class _Search:
             reached_L=np.zeros(n, dtype=np.bool_),
             cut_L=np.zeros(n, dtype=np.bool_),
         )
-        settings = Search(False, False, 0, _MOST_BACK, _TRIES, 0)
+        settings = EqualSearch(False, False, 0, _MOST_BACK, _TRIES, 0)
         cut_L = np.zeros(len(load), dtype=np.bool_)
         return cls(rows, layers, mean_L, cut_L, settings, worker, stop)
 
     def run(self, task: int) -> None:
-        """Search all of them."""
+        """EqualSearch all of them."""
         self.worker(self.layers, self.settings, task, self.stop)
         self.cut_L[self.rows] = self.layers.cut_L
 

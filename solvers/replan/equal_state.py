@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["LOAD_UNIT", "REACH", "ROUNDS", "STEP", "LayerState", "Layers", "Search", "search_layers"]
+__all__ = ["LOAD_UNIT", "REACH", "ROUNDS", "STEP", "LayerState", "Layers", "EqualSearch", "search_layers"]
 
 LOAD_UNIT = 1 << 40
 """The mean GPU load."""
@@ -100,7 +100,7 @@ class LayerState(NamedTuple):
     spread_1: Any
 
 
-class Search(NamedTuple):
+class EqualSearch(NamedTuple):
     """How a layer is searched.
 
     Attributes
@@ -377,7 +377,7 @@ def _refund(state: LayerState, e: Any, g: Any) -> Any:
     return np.where((e >= 0) & (state.on_EG[e, g] == 1), state.price_EG[e, g], 0)
 
 
-def best_changes(state: LayerState, search: Search, seed: int, best: Any) -> int:
+def best_changes(state: LayerState, search: EqualSearch, seed: int, best: Any) -> int:
     """The changes with the most gain per price that touch the hottest GPU; returns how many.
 
     Gains are exact but for GPUs that hold both the expert and the one that yields. Of equal rates the
@@ -388,7 +388,7 @@ def best_changes(state: LayerState, search: Search, seed: int, best: Any) -> int
     ----------
     state : LayerState
         Not changed.
-    search : Search
+    search : EqualSearch
         Whether slots stay full, and second copies are allowed.
     seed : int
         Perturbs the ranking unless 0.
@@ -455,7 +455,7 @@ def _family(
 
 
 def _elsewhere(
-    state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any, places: _Places
+    state: LayerState, search: EqualSearch, seed: int, h: int, at: Any, e: Any, places: _Places
 ) -> tuple[_Family, _Family]:
     """Add an expert of the hot GPU at a place, or move it there."""
     over_G, slack = state.carried_G - state.room_G, state.slack_G
@@ -485,7 +485,7 @@ def _elsewhere(
     return add, _family(MOVE, seed, gain, shut, price, target, e)
 
 
-def _swaps(state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any) -> _Family:
+def _swaps(state: LayerState, search: EqualSearch, seed: int, h: int, at: Any, e: Any) -> _Family:
     """Exchange a slot of the hot GPU with a lighter one of another."""
     over_G, slack, content = state.carried_G - state.room_G, state.slack_G, state.content_GC
     gpu, slot = np.nonzero(content >= 0)
@@ -508,7 +508,9 @@ def _swaps(state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any
     return _family(SWAP, seed, gain, barred, price, gpu * content.shape[1] + slot, e)
 
 
-def _here(state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any) -> tuple[_Family, _Family]:
+def _here(
+    state: LayerState, search: EqualSearch, seed: int, h: int, at: Any, e: Any
+) -> tuple[_Family, _Family]:
     """Empty a slot of the hot GPU whose expert has others; or put another expert into it."""
     over_G, slack = state.carried_G - state.room_G, state.slack_G
     C, E = state.content_GC.shape[1], len(state.load_E)
@@ -542,7 +544,7 @@ def _here(state: LayerState, search: Search, seed: int, h: int, at: Any, e: Any)
 
 
 def descend(
-    state: LayerState, search: Search, spent: int, budget: int, seed: int, told: Any
+    state: LayerState, search: EqualSearch, spent: int, budget: int, seed: int, told: Any
 ) -> tuple[bool, int]:
     """Lower the overflow, by the best change of each step, until none is left or `search.steps` are made.
 
@@ -579,7 +581,7 @@ def descend(
     return overflow(state) == 0 and spent <= budget, spent
 
 
-def fill_up(state: LayerState, search: Search) -> int:
+def fill_up(state: LayerState, search: EqualSearch) -> int:
     """Put the expert into each free slot that costs least and helps most; returns the price."""
     G, C = state.content_GC.shape
     price = 0
@@ -634,7 +636,7 @@ def put_back(state: LayerState, start_GC: Any, chosen_G: Any, best_GC: Any, most
 
 
 def shake(
-    state: LayerState, start_GC: Any, search: Search, most: int, spent: int, word_1: Any, told: Any
+    state: LayerState, start_GC: Any, search: EqualSearch, most: int, spent: int, word_1: Any, told: Any
 ) -> int:
     """Rounds of putting some changed GPUs back and repairing; returns the price then, never more.
 
@@ -685,7 +687,7 @@ def draw(word_1: Any, below: int) -> int:
     return int(word_1[0] >> 11) % below
 
 
-def reach(state: LayerState, speed_G: Any, search: Search, target: float, most: int, told: Any) -> Any:
+def reach(state: LayerState, speed_G: Any, search: EqualSearch, target: float, most: int, told: Any) -> Any:
     """Reach the wanted time, or the best within reach, with few moves.
 
     Parameters
@@ -846,8 +848,8 @@ class Layers(NamedTuple):
     cut_L: Any
 
 
-def search_layers(layers: Layers, search: Search, task: int, first: int, last: int, told: Any) -> None:
-    """Search layers `first` to `last`, without the last.
+def search_layers(layers: Layers, search: EqualSearch, task: int, first: int, last: int, told: Any) -> None:
+    """EqualSearch layers `first` to `last`, without the last.
 
     `task` says what for: ``REACH`` the wanted times; have fewer moves by ``ROUNDS`` of destroying and
     repairing; ``STEP`` once, after which `reached_L` tells whether it changed anything.

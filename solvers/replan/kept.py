@@ -14,7 +14,7 @@ from moeless_opt.solvers.limits import (
     layer_front,
     rules_of,
     shared_out,
-    slots_of,
+    slots_holding,
     within_budgets,
     within_caps,
 )
@@ -102,5 +102,5 @@ def search_small(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, st
     for row, at in enumerate(chosen.point_L.tolist()):
         held_EG = fronts[row][at][2]
         if held_EG is not None:
-            slots_LGC[row] = slots_of(problem, [held_EG], row)[0][:, : slots_LGC.shape[2]]
+            slots_LGC[row] = slots_holding(problem, [held_EG], row)[0][:, : slots_LGC.shape[2]]
     return slots_LGC

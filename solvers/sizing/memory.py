@@ -24,12 +24,12 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.solvers.core import LinearModel, Stop, solve_linear
 
-__all__ = ["Bound", "Build", "share_slots", "slots_for_one_each"]
+__all__ = ["SizeBound", "Build", "share_slots", "slots_for_one_each"]
 
 Build = Callable[[FloatArray, IntArray], tuple[SlotArray, FloatArray]]
 """Loads [L, E] and slots [L, G] to a placement [L, G, C] and its largest times [L]."""
 
-Bound = Callable[[FloatArray, IntArray], FloatArray]
+SizeBound = Callable[[FloatArray, IntArray], FloatArray]
 """Loads [L, E] and slots [L, G] to times [L] that none can beat."""
 
 _WORK = 400_000  # layers x experts x GPUs that are built at most
@@ -126,7 +126,7 @@ def share_slots(
     memory_G: IntArray,
     starts: list[IntArray],
     build: Build,
-    bound: Bound,
+    bound: SizeBound,
     stop: Stop,
 ) -> SlotArray:
     """Improve slots step by step, from each start, and return the best placement.
@@ -143,7 +143,7 @@ def share_slots(
         Slots within the bytes.
     build : Build
         Places layers.
-    bound : Bound
+    bound : SizeBound
         Times that no placement beats.
     stop : Stop
         Asked before every step.
@@ -175,7 +175,7 @@ def share_slots(
 
 
 def _chosen(
-    layers: _Layers, slots_LG: IntArray, size_L: IntArray, memory_G: IntArray, bound: Bound, stop: Stop
+    layers: _Layers, slots_LG: IntArray, size_L: IntArray, memory_G: IntArray, bound: SizeBound, stop: Stop
 ) -> IntArray:
     """The best slots of all layers, where they can be looked at; else what is given."""
     experts, gpus, count = layers.load_LE.shape[1], len(memory_G), len(size_L)

@@ -218,8 +218,14 @@ def test_never_worse_than_where_it_starts(name: str) -> None:
 
 
 def test_initial_makes_up_for_what_construct_misses() -> None:
-    problem, best = start_and_best("construct")
+    from moeless_opt.api import make_problem
+
+    rng = np.random.default_rng(14)
+    load_LE = rng.lognormal(0, 1.2, (1, 13))
+    problem = make_problem(load_LE, mo.uniform(1, 10, slots=2, speed=rng.choice([1.0, 1.5, 2.5], 10)))
+    best = mo.solve(problem, "portfolio", time_limit=3).plan
     alone, found = mo.solve(problem, "construct").plan, mo.solve(problem, "construct", initial=best).plan
+    assert best is not None
     assert alone is not None
     assert found is not None
     least = best.certificate.value_L

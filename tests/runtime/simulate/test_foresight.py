@@ -20,7 +20,7 @@ from moeless_opt.runtime.simulate.foresight import (
     TINY_MOE,
     Assumed,
     Composition,
-    Judged,
+    JudgedForeseer,
     Online,
     Predictions,
     Recorded,
@@ -172,7 +172,7 @@ def test_the_future_is_not_looked_at() -> None:
 
 def test_assumed_errs_as_much_as_it_says() -> None:
     composition = Composition(traces=traces_of(9), arrivals=ARRIVALS)
-    exact, rough = Judged(Assumed(0.0)), Judged(Assumed(0.5, seed=1))
+    exact, rough = JudgedForeseer(Assumed(0.0)), JudgedForeseer(Assumed(0.5, seed=1))
     for passes in composition.passes():
         assert np.array_equal(exact(passes), passes.load_BLE)
         assert np.allclose(rough(passes).sum(2), passes.load_BLE.sum(2), atol=1)
@@ -183,7 +183,7 @@ def test_assumed_errs_as_much_as_it_says() -> None:
 
 def test_judged_is_the_mean_distance() -> None:
     composition = Composition(traces=traces_of(9), arrivals=ARRIVALS, batching="continuous", window=4)
-    judged, plain = Judged(Online(LastWindow(), 1)), Online(LastWindow(), 1)
+    judged, plain = JudgedForeseer(Online(LastWindow(), 1)), Online(LastWindow(), 1)
     found = []
     for passes in composition.passes():
         judged(passes)
@@ -314,7 +314,7 @@ def test_shipped_predictions_rank_as_measured() -> None:
     )
     wrong = {}
     for name in ("affinity", "gate", "recorded"):
-        judged = Judged(
+        judged = JudgedForeseer(
             foreseer(name, error=0.0, distance=1, composition=composition, predictions=predictions)
         )
         for passes in composition.passes():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.replan import equal, equal_state
-from moeless_opt.solvers.replan.equal_state import LOAD_UNIT, REACH, ROUNDS, Layers, LayerState, Search
+from moeless_opt.solvers.replan.equal_state import LOAD_UNIT, REACH, ROUNDS, Layers, LayerState, EqualSearch
 from moeless_opt.solvers.replan.task import ReplanTask, ReplanWish
 
 
@@ -64,7 +64,7 @@ def pieces(state: LayerState) -> np.ndarray:
 def test_changes_are_exact_kept_up_to_date_and_taken_back(seed: int, copies: bool, full: bool) -> None:
     rng = np.random.default_rng(seed)
     state = random_state(rng, copies=copies, full=full)
-    search = Search(full, copies, 0, 3, 0, 0)
+    search = EqualSearch(full, copies, 0, 3, 0, 0)
     best = np.zeros((4, 7), dtype=np.int64)
     for change in best[: equal_state.best_changes(state, search, seed % 3, best)]:
         before = [one.copy() for one in state]
@@ -103,7 +103,7 @@ def test_the_first_change_is_the_best_of_all_single_ones(seed: int) -> None:
     best = np.zeros((1, 7), dtype=np.int64)
     over = state.carried_G - state.room_G
     h, before = int(over.argmax()), equal_state.pressure(state)
-    if equal_state.best_changes(state, Search(False, False, 0, 3, 0, 0), 0, best) == 0:
+    if equal_state.best_changes(state, EqualSearch(False, False, 0, 3, 0, 0), 0, best) == 0:
         return
 
     def rate(change: Any) -> float:
@@ -168,7 +168,7 @@ def test_twins_find_the_same_plans_with_any_threads(monkeypatch: pytest.MonkeyPa
             layers = one_layer(one, np.random.default_rng(seed))
             told = np.zeros(1, dtype=np.uint8)
             for task_code in (REACH, ROUNDS):
-                run(layers, Search(full, copies, 4, 3, 2, 0), task_code, 0, 1, told)
+                run(layers, EqualSearch(full, copies, 4, 3, 2, 0), task_code, 0, 1, told)
             found.append(layers)
         for name, a, b in zip(Layers._fields, *found, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=name)
