@@ -29,7 +29,7 @@ from moeless_opt.solvers.core import NeverStop, Stop
 from moeless_opt.solvers.limits import Rules, mended_within
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.replan import equal_state
-from moeless_opt.solvers.replan.equal_state import LOAD_UNIT, REACH, ROUNDS, STEP, Layers, EqualSearch
+from moeless_opt.solvers.replan.equal_state import LOAD_UNIT, REACH, ROUNDS, STEP, EqualSearch, Layers
 from moeless_opt.solvers.replan.equal_wide import MANY_PAIRS, replan_equal_wide
 from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
 from moeless_opt.solvers.replan.task import (

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["LOAD_UNIT", "REACH", "ROUNDS", "STEP", "LayerState", "Layers", "EqualSearch", "search_layers"]
+__all__ = ["LOAD_UNIT", "REACH", "ROUNDS", "STEP", "EqualSearch", "LayerState", "Layers", "search_layers"]
 
 LOAD_UNIT = 1 << 40
 """The mean GPU load."""

@@ -24,7 +24,7 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.solvers.core import LinearModel, Stop, solve_linear
 
-__all__ = ["SizeBound", "Build", "share_slots", "slots_for_one_each"]
+__all__ = ["Build", "SizeBound", "share_slots", "slots_for_one_each"]
 
 Build = Callable[[FloatArray, IntArray], tuple[SlotArray, FloatArray]]
 """Loads [L, E] and slots [L, G] to a placement [L, G, C] and its largest times [L]."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.replan import equal, equal_state
-from moeless_opt.solvers.replan.equal_state import LOAD_UNIT, REACH, ROUNDS, Layers, LayerState, EqualSearch
+from moeless_opt.solvers.replan.equal_state import LOAD_UNIT, REACH, ROUNDS, EqualSearch, Layers, LayerState
 from moeless_opt.solvers.replan.task import ReplanTask, ReplanWish
 
 
