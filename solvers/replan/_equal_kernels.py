@@ -8,8 +8,6 @@ candidate by candidate, with the same numbers in the same order, and leaves out 
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -467,22 +465,12 @@ def _best_changes(state: Any, search: Any, seed: int, best: Any) -> Any:
 register_jitable(plain.search_layers)
 
 
-def _entry(sources: str) -> Any:
-    """The compiled search; closing over `sources` makes its cached code that of these very sources."""
-
-    @njit(cache=True, nogil=True)
-    def search_layers(
-        layers: Any, search: Any, task: Any, first: Any, last: Any, told: Any
-    ) -> None:  # pragma: no cover
-        if sources != "":
-            plain.search_layers(layers, search, task, first, last, told)
-
-    return search_layers
+def _search_layers(
+    layers: Any, search: Any, task: Any, first: Any, step: Any, told: Any
+) -> None:  # pragma: no cover
+    plain.search_layers(layers, search, task, first, step, told)
 
 
-def _sources() -> str:
-    files = (Path(__file__), Path(plain.__file__))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-search_layers = _entry(_sources())
+# Numba looks at one file alone to tell whether cached code is stale: the name of this one tells of both.
+_search_layers.__qualname__ = plain.compiled_name()
+search_layers = njit(cache=True, nogil=True)(_search_layers)

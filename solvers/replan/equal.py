@@ -50,7 +50,6 @@ _TRIES = 6  # wanted times tried for a layer that cannot reach its own
 _PARTS = (0.5, 0.25, 0.1, 0.0)  # of the way to the wanted time, where a budget may end
 _ASK = 0.02  # seconds between two questions whether to stop
 _MUCH = 1e5  # slots of all layers and rounds, from which on loading compiled code pays
-_PIECES = 4  # parts of the work for each core
 
 
 def replan_equal(
@@ -97,8 +96,7 @@ def replan_equal(
     rounds = wish.most_rounds(_ROUNDS)
     worker = _worker(backend, int(late_L.sum()) * float(task.capacity_LG.max()) * len(speed) * (1.0 + rounds))
     search = _Search.of(task, wish, (base, start), rows[late_L[rows]], target_L, worker, stop)
-    search.run(REACH)
-    search.improve(rounds)
+    search.run(rounds)
     contents = search.contents(start)
     if wish.max_moves is not None:
         price = wish.price_L(L)
@@ -213,7 +211,7 @@ def _worker(backend: str, work: float) -> Worker:
 def _compiled_before() -> bool:
     """Whether the compiled twin is in this process, or in Numba's cache beside its source."""
     folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__")
-    return _kernel.cache_info().currsize > 0 or any(folder.rglob("_equal_kernels*.nbc"))
+    return _kernel.cache_info().currsize > 0 or any(folder.rglob(f"*{equal_state.compiled_name()}*.nbc"))
 
 
 def warm_equal() -> bool:
@@ -230,7 +228,7 @@ def warm_equal() -> bool:
 
 
 def _plain(layers: Layers, search: EqualSearch, task: int, stop: Stop) -> None:
-    equal_state.search_layers(layers, search, task, 0, len(layers.load_LE), _Asked(stop))
+    equal_state.search_layers(layers, search, task, 0, 1, _Asked(stop))
 
 
 def _compiled(layers: Layers, search: EqualSearch, task: int, stop: Stop) -> None:
@@ -239,14 +237,11 @@ def _compiled(layers: Layers, search: EqualSearch, task: int, stop: Stop) -> Non
     if count == 0:
         return
     kernel, cores = _kernel(), os.cpu_count() or 1
-    size = -(-count // min(count, _PIECES * cores))
+    step = min(count, cores)
     with ThreadPoolExecutor(max_workers=cores) as pool:
         try:
             told[0] = bool(stop())
-            left = {
-                pool.submit(kernel, layers, search, task, first, min(first + size, count), told)
-                for first in range(0, count, size)
-            }
+            left = {pool.submit(kernel, layers, search, task, first, step, told) for first in range(step)}
             while left:
                 done, left = wait(left, timeout=_ASK)
                 for one in done:
@@ -325,20 +320,18 @@ class _Search:
         cut_L = np.zeros(len(load), dtype=np.bool_)
         return cls(rows, layers, mean_L, cut_L, settings, worker, stop)
 
-    def run(self, task: int) -> None:
-        """EqualSearch all of them."""
-        self.worker(self.layers, self.settings, task, self.stop)
-        self.cut_L[self.rows] = self.layers.cut_L
-
-    def improve(self, rounds: float) -> None:
-        """So many rounds of destroying and repairing, or until told to stop."""
-        while rounds > 0 and self.layers.price_L.any():
+    def run(self, rounds: float) -> None:
+        """Reach the wanted times, then so many rounds of destroying and repairing, or until told to stop."""
+        task = REACH
+        while True:
             now = int(min(rounds, _ROUNDS))
-            self.settings = self.settings._replace(rounds=now)
-            self.worker(self.layers, self.settings, ROUNDS, self.stop)
+            self.worker(self.layers, self.settings._replace(rounds=now), task, self.stop)
             rounds -= now
-            if self.stop():
+            if task == REACH:
+                self.cut_L[self.rows] = self.layers.cut_L
+            if rounds <= 0 or not self.layers.price_L.any() or self.stop():
                 break
+            task = ROUNDS
 
     def contents(self, start: list[Content]) -> list[Content]:
         """Experts on each GPU: of the layers that were searched what was found, else the start."""

@@ -20,6 +20,9 @@ An expert *yields* when it has more slots than it must have; the others then tak
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +39,14 @@ _FREE = 10.0  # what costs no move counts as a tenth of one
 _BEST = 2  # changes that are tried exactly in each step
 _CHAOS = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
+
+
+@functools.cache
+def compiled_name() -> str:
+    """What the compiled form of these very sources is called in Numba's cache."""
+    files = (Path(__file__), Path(__file__).with_name("_equal_kernels.py"))
+    sources = b"".join(file.read_bytes() for file in files)
+    return f"search_layers_{hashlib.sha256(sources).hexdigest()[:16]}"
 
 
 class LayerState(NamedTuple):
@@ -848,13 +859,13 @@ class Layers(NamedTuple):
     cut_L: Any
 
 
-def search_layers(layers: Layers, search: EqualSearch, task: int, first: int, last: int, told: Any) -> None:
-    """EqualSearch layers `first` to `last`, without the last.
+def search_layers(layers: Layers, search: EqualSearch, task: int, first: int, step: int, told: Any) -> None:
+    """Search every `step`-th layer from `first` on.
 
-    `task` says what for: ``REACH`` the wanted times; have fewer moves by ``ROUNDS`` of destroying and
-    repairing; ``STEP`` once, after which `reached_L` tells whether it changed anything.
+    `task` says what for: ``REACH`` the wanted times, then rounds of destroying and repairing; ``ROUNDS``
+    alone; ``STEP`` once, after which `reached_L` tells whether it changed anything.
     """
-    for x in range(first, last):
+    for x in range(first, len(layers.load_LE), step):
         if told[0] != 0 and task != REACH:
             return
         price_EG = layers.price_LEG[x if len(layers.price_LEG) > 1 else 0].copy()
@@ -890,12 +901,13 @@ def search_layers(layers: Layers, search: EqualSearch, task: int, first: int, la
             layers.goal_L[x] = goal
             layers.price_L[x] = spent
             layers.cut_L[x] = not reached and told[0] != 0
-        elif task == ROUNDS:
+        if task != STEP and layers.price_L[x] > 0:
+            give_rooms(state, layers.speed_G, layers.goal_L[x])
             word_1 = layers.word_L[x : x + 1]
             layers.price_L[x] = shake(
                 state, layers.base_LGC[x], search, most, layers.price_L[x], word_1, told
             )
-        else:
+        elif task == STEP:
             before = pressure(state)
             _, layers.price_L[x] = descend(state, search, layers.price_L[x], 1 << 60, 0, told)
             layers.reached_L[x] = pressure(state) != before
