@@ -4,9 +4,11 @@ The greedy of `fill` makes one change, solves the flow again and reads the cut a
 of GPUs and a few hundred experts the cut falls into many separate groups, and a change in one says little
 about the others. So a round here reads one cut and takes, from the hottest group down, as many changes as
 the groups need, each GPU and each yielding expert at most once; the next round repairs what did not come out
-as hoped. Changes on free slots harm nobody and are not limited; with yielding experts a round takes few, and
-fewer after one that gained less than half of what it expected, so that in the end it is the old greedy. What
-no such change can lower is left to `fill`, which knows exchanges.
+as hoped. Changes on free slots harm nobody and are not limited; with yielding experts a round takes few,
+fewer after one that gained less than it should (down to one, the old greedy), more after one that came out.
+A GPU may take what it has room for and what its other replicas can pass on to their GPUs in turn: without the
+latter, rounds end while dozens of small groups are still hot. What no such change can lower is left to
+`fill`, which knows exchanges.
 
 Axis letters besides the usual ones: P pairs (replicas), X replicated experts.
 
@@ -104,7 +106,7 @@ def fill_wide(
             slots_GC[gpu, slot] = expert
         after = _solve(load, slots_GC, room)
         gain = flow.overflow - after.overflow
-        if 2 * gain < hoped:
+        if 4 * gain < 3 * hoped:
             most = max(len(changes) // 2, 1)
             if gain <= 0:
                 slots_GC = before
@@ -113,6 +115,8 @@ def fill_wide(
                     if len(vain) > _VAIN:
                         break
                 continue
+        elif 8 * gain > 7 * hoped:
+            most = min(most + 1 + most // 4, len(room))
         vain.clear()
         flow = after
     return [[int(expert) for expert in row if expert >= 0] for row in slots_GC], flow.overflow
@@ -208,15 +212,15 @@ def _choose(
     # The heaviest captives of the hottest group first.
     order = captive_E[np.lexsort((captive_E, -load_E[captive_E], -excess_G[group_G[home_E[captive_E]]]))]
     left, slack = excess_G.tolist(), slack_G.tolist()
-    by_expert = np.argsort(flow.expert_P, kind="stable")
-    end_E = np.cumsum(flow.count_E)
     hoped = 0
     changes: list[tuple[int, int, int]] = []
     gone: set[int] = set()
     # Places are tried best first; what was taken, or is no use this round, leaves the list.
     for expert in order.tolist():
-        holders = set(flow.gpu_P[by_expert[end_E[expert] - flow.count_E[expert] : end_E[expert]]].tolist())
         group = int(group_G[home_E[expert]])
+        if left[group] <= 0:
+            continue
+        holders = set(flow.gpu_P[flow.expert_P == expert].tolist())
         out = int(load_E[expert])
         best = 0
         passed: list[_Place] = []
@@ -258,12 +262,16 @@ def _places(slots_GC: IntArray, capacity_G: IntArray, flow: _Flow, most: int) ->
     open_G = np.flatnonzero(flow.cool_G & (used_G < capacity_G))
     first_open = (slots_GC[open_G] < 0).argmax(1)
     # What a yielding replica serves must fit on its expert's other GPUs.
-    give = np.flatnonzero(flow.linked_P & flow.cool_G[flow.gpu_P] & (used_G >= capacity_G)[flow.gpu_P])
     spare_E: IntArray = np.zeros(len(flow.count_E), dtype=np.int64)
     np.add.at(spare_E, flow.expert_P, flow.free_G[flow.gpu_P])
+    spare_P = spare_E[flow.expert_P] - flow.free_G[flow.gpu_P]  # room on the other GPUs of the expert
+    passed_P = np.where(flow.linked_P, np.minimum(flow.flow_P, spare_P), 0)
+    reach_G = flow.free_G.copy()  # with what the GPU's replicas can pass on
+    np.add.at(reach_G, flow.gpu_P, passed_P)
+    give = np.flatnonzero(flow.linked_P & flow.cool_G[flow.gpu_P] & (used_G >= capacity_G)[flow.gpu_P])
     expert, gpu, tokens = flow.expert_P[give], flow.gpu_P[give], flow.flow_P[give]
-    own = flow.free_G[gpu]
-    harm = np.where(tokens > 0, np.maximum(tokens - (spare_E[expert] - own), 0), 0)
+    own = reach_G[gpu] - passed_P[give]  # what the yielding replica serves counts whole
+    harm = np.maximum(tokens - spare_P[give], 0)
     rows = np.stack(
         [
             np.concatenate([np.zeros(len(open_G), dtype=np.int64), harm]),
