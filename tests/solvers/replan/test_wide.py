@@ -86,7 +86,7 @@ def test_a_wide_replan_is_as_good_as_the_greedy(
 
 
 def test_rounds_end_with_little_left_for_single_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As many experts as GPUs, no free slot: rooms are small, and only what a GPU's other replica passes on helps.
+    # As many experts as GPUs, no free slot: only what a GPU's other replica passes on makes enough room.
     left: list[float] = []
 
     def noted(*arguments: Any, **options: Any) -> tuple[list[list[int]], int]:
