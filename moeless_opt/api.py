@@ -429,7 +429,8 @@ def recommend_redundancy(
     Parameters
     ----------
     loads, topology, model
-        As in `plan`; slots and memory of the topology are not looked at, they are what is asked for.
+        As in `plan`; slots and memory of the topology are not looked at, they are what is asked for. Of
+        several scenarios the mean loads count.
     totals : iterable of int, optional
         Totals of spare replicas over all layers to look at; by default half a replica per layer, doubling.
     stop : Stop, optional

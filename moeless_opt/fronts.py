@@ -22,7 +22,7 @@ from moeless_opt.problems.plan import (
 from moeless_opt.problems.plan.verify import verify
 from moeless_opt.problems.spec import PRIORITIES, Problem, equal_shares
 from moeless_opt.problems.text import bytes_text, html_table
-from moeless_opt.report import table, terminal_width
+from moeless_opt.report import ratio_text, table, terminal_width
 from moeless_opt.solvers.construct import construct_equal, construct_fractional
 from moeless_opt.solvers.core import Clock, Stop, hull_steps, lower_bound, risk_L
 from moeless_opt.solvers.core.finish import Built, finish
@@ -81,8 +81,8 @@ class ParetoFront:
     def _rows(self) -> list[list[str]]:
         return [
             [
-                f"{balance:.4f}",
-                f"{plan.imbalance_L.max():.4f}",
+                ratio_text(balance),
+                ratio_text(plan.imbalance_L.max()),
                 str(plan.moves.count) if self.objectives[1] == "moves" else str(plan.replicas),
                 self._cost_text(cost),
             ]

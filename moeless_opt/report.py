@@ -22,7 +22,9 @@ __all__ = [
     "Comparison",
     "Row",
     "bound_row",
+    "gap_text",
     "paragraph",
+    "ratio_text",
     "row_of",
     "seconds_text",
     "show",
@@ -179,9 +181,9 @@ def _cells(row: Row, live: bool) -> list[str]:
     moves = [_number(row.moves, "d"), bytes_text(row.move_bytes) if row.move_bytes else "-"]
     return [
         row.solver,
-        _number(row.imbalance_mean, ".4f"),
-        _number(row.imbalance_worst, ".4f"),
-        _number(row.gap, ".3%"),
+        "-" if row.imbalance_mean is None else ratio_text(row.imbalance_mean),
+        "-" if row.imbalance_worst is None else ratio_text(row.imbalance_worst),
+        "-" if row.gap is None else gap_text(row.gap),
         _number(row.replicas, "d"),
         *(moves if live else []),
         seconds_text(row.seconds),
@@ -194,6 +196,16 @@ def _ended(row: Row) -> str:
 
 def _number(value: float | int | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def ratio_text(value: float) -> str:
+    """Render an imbalance: of a width that stays, however large."""
+    return f"{value:.4f}" if value < 1e5 else f"{value:.4g}"
+
+
+def gap_text(value: float) -> str:
+    """Render a gap in per cent, of a width that stays."""
+    return f"{value:.3%}" if value < 1e3 else f"{value * 100:.4g}%"
 
 
 def seconds_text(seconds: float) -> str:
@@ -275,10 +287,10 @@ def worst_layers(plan: Plan, count: int = 3) -> str:
     rows = [
         [
             str(plan.layers[i]),
-            f"{plan.imbalance_L[i]:.4f}",
+            ratio_text(plan.imbalance_L[i]),
             f"{plan.certificate.value_L[i]:.6g}",
             f"{plan.certificate.lower_bound_L[i]:.6g}",
-            f"{gap_L[i]:.3%}",
+            gap_text(gap_L[i]),
             plan.certificate.bound_L[i],
             str(int(plan.time_LG[i].argmax())),
         ]

@@ -67,6 +67,8 @@ def read_problem(args: argparse.Namespace) -> Problem:
         if getattr(args, key) is not None and problem.current is None:
             option = "--" + key.replace("_", "-")
             raise ProblemError(option, "needs a live plan to move from: give --current PLAN")
+    if args.max_move_bytes is not None and not problem.bytes_L.any():
+        raise ProblemError("--max-move-bytes", "needs the size of an expert: give --model NAME")
     return problem
 
 

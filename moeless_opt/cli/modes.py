@@ -7,20 +7,22 @@ import json
 import warnings
 from typing import Any
 
+import numpy as np
+
 from moeless_opt.api import export_model, judge, recommend_redundancy
 from moeless_opt.cli.solving import find_plan
 from moeless_opt.conflicts import Contradiction, contradiction
 from moeless_opt.explaining import Explanation, explain
 from moeless_opt.plots import picture_format
 from moeless_opt.problems.errors import InfeasibleError, InvalidPlanError, ProblemError
-from moeless_opt.problems.files import atomic_write
+from moeless_opt.problems.files import atomic_write, named
 from moeless_opt.problems.instances import instance_names, instance_summary
 from moeless_opt.problems.io import load_plan, save_plan
 from moeless_opt.problems.plan import Plan, violations
 from moeless_opt.problems.spec import Problem
 from moeless_opt.problems.text import bytes_text
 from moeless_opt.progress import Display
-from moeless_opt.report import paragraph, show, table, terminal_width
+from moeless_opt.report import gap_text, paragraph, ratio_text, show, table, terminal_width
 from moeless_opt.signals import Signals
 from moeless_opt.solvers.core import FirstOf, MaxTime, Stop, list_solvers, lower_bound
 from moeless_opt.terminal import say
@@ -64,10 +66,10 @@ def _judge(problem: Problem, plan: Plan, args: argparse.Namespace) -> int:
         cells = [
             [
                 name,
-                f"{one.imbalance_L.mean():.4f}",
-                f"{one.imbalance_L.max():.4f}",
+                ratio_text(one.imbalance_L.mean()),
+                ratio_text(one.imbalance_L.max()),
                 str(one.layers[int(one.imbalance_L.argmax())]),
-                f"{one.certificate.gap:.3%}",
+                gap_text(one.certificate.gap),
             ]
             for name, one in rows
         ]
@@ -97,7 +99,7 @@ def tell(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
     told: Explanation | Contradiction
     try:
         problem.check_feasible()
-        plan = load_plan(args.explain) if args.explain else find_plan(problem, args, signals)
+        plan = _given(problem, args.explain) if args.explain else find_plan(problem, args, signals)
     except InfeasibleError as error:
         told = _contradicted(problem, error, args, signals)
     else:
@@ -111,6 +113,16 @@ def tell(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
     elif not args.quiet:
         show(str(told))
     return signals.code or (1 if plan is None else 0)
+
+
+def _given(problem: Problem, path: str) -> Plan:
+    """A plan of this problem from its file; one that was made for other loads, as it is at best on these."""
+    plan = load_plan(path)
+    if not plan.problem_digest or plan.problem_digest == problem.digest():
+        return plan
+    say(f"note: {path} was made for another problem; explained on this one, with the best token shares")
+    with named(path):
+        return judge(problem, plan)[1]
 
 
 def _contradicted(
@@ -127,7 +139,8 @@ def bounds(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
     """The lower bounds of every layer."""
     problem.check_feasible()
     bound_L, names = lower_bound(problem)
-    mean_L = problem.load_LE.sum(1) * problem.time.token_cost / problem.topology.speed_G.sum()
+    speed_L = np.where(problem.usable_LG, problem.topology.speed_G, 0.0).sum(1)
+    mean_L = problem.load_LE.sum(1) * problem.time.token_cost / speed_L
     if args.json:
         layers = [
             {"layer": layer, "bound": value, "name": name}
@@ -193,6 +206,8 @@ def trade_off(problem: Problem, args: argparse.Namespace, signals: Signals) -> i
 def recommend(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
     """How many redundant experts are worth what."""
     _check_time(args)
+    if problem.loads.shape[0] > 1 and not args.quiet:
+        say(f"note: by the mean loads of the {problem.loads.shape[0]} scenarios")
     with signals.stopping() as stop, Display(quiet=args.quiet, limit=args.time, name="recommend") as display:
         rows = recommend_redundancy(
             problem.loads,

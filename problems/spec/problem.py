@@ -47,7 +47,10 @@ class Known(Record):
 
     def __post_init__(self) -> None:
         for key in ("best_L", "bound_L"):
-            object.__setattr__(self, key, tuple(floats(f"known.{key}", getattr(self, key)).tolist()))
+            value_L = floats(f"known.{key}", getattr(self, key))
+            if value_L.ndim != 1:
+                raise ProblemError(f"known.{key}", f"has shape {value_L.shape}, must be one number per layer")
+            object.__setattr__(self, key, tuple(value_L.tolist()))
 
 
 _KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (
@@ -137,6 +140,10 @@ class Problem(Record):
                     "expert_bytes", f"has shape {size_L.shape}, must be one number or ({layers},)"
                 )
             object.__setattr__(self, "expert_bytes_L", size_L)
+        for key in ("best_L", "bound_L"):
+            told_L = () if self.known is None else getattr(self.known, key)
+            if len(told_L) not in (0, layers):
+                raise ProblemError(f"known.{key}", f"has {len(told_L)} numbers, there are {layers} layers")
         shared = self.sizing.policy == "memory"
         capacity_LG = self.topology.capacity_LG(self.bytes_L, experts, shared=shared)
         object.__setattr__(self, "capacity_LG", capacity_LG)

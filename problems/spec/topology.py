@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["TOPOLOGY_PRESETS", "Links", "Topology", "uniform"]
 
 GB = 10**9
+_MOST_APART = 1e9  # fastest over slowest GPU: beyond it a balance is lost in the rounding, or a unit is wrong
 MOST_GPUS = 2**20  # far beyond any machine: what exceeds it is a slip or an attack
 
 
@@ -114,6 +115,13 @@ class Topology(Record):
                 raise ProblemError(
                     f"topology.{key}", f"has shape {array.shape}, must be ({gpus},): one per GPU"
                 )
+        slow, fast = float(self.speed_G.min()), float(self.speed_G.max())
+        if fast / _MOST_APART > slow:
+            raise ProblemError(
+                "topology.speed",
+                f"goes from {slow:g} to {fast:g}; the fastest GPU must be at most {_MOST_APART:g} times as "
+                "fast as the slowest (is one of them in another unit?)",
+            )
         if self.slots_G is None and self.memory_G is None:
             raise ProblemError(
                 "topology",
@@ -337,7 +345,8 @@ class Topology(Record):
         if self.memory_G is not None:
             room += f", {_bytes_range(self.memory_G)} per GPU for experts"
         speed = "" if self.is_uniform else f", speeds {_range(self.speed_G)}"
-        return f"Topology({printable(self.name)}: {self.gpus} GPUs in {self.nodes} node(s){room}{speed})"
+        name = f"{printable(self.name)}: " if self.name else ""
+        return f"Topology({name}{self.gpus} GPUs in {self.nodes} node(s){room}{speed})"
 
 
 def _explicit(entry: Fields, links: Links) -> Topology:

@@ -310,6 +310,8 @@ BAD_DOCUMENTS = [
     ({"topology": {"gpus": []}}, "topology.gpus: needs at least one GPU"),
     ({"topolgy": {}}, "topolgy: unknown key; did you mean 'topology'?"),
     ({"split": 5}, "split: must be a string, got a whole number"),
+    ({"known": {"source": "me", "best": [[1]]}}, "known.best_L: has shape (1, 1), must be one number per"),
+    ({"known": {"source": "me", "bound": [1] * 9}}, "known.bound_L: has 9 numbers, there are 2 layers"),
     ({"version": 99}, "version: is 99, this release reads version 1"),
 ]
 
@@ -396,14 +398,41 @@ def test_a_gigabyte_of_json_is_refused_unread(folder: Path, capsys: Any, start: 
         (["problem.json", "-o", "absent/plan.json"], "absent/plan.json: cannot be written: its folder"),
         (["problem.json", "--plot", "absent/x.png"], "absent/x.png: cannot be written: its folder"),
         (["problem.json", "-o", "."], ".: cannot be written: it is a folder"),
+        (["loads.npy", "--gpus", "4", "--slots", "3", "--experts", "4"], "loads.npy: has loads of 8 experts"),
+        (["problem.json", "--speed", "3=1e-308"], "topology.speed: goes from 1e-308 to 1; the fastest"),
+        (["problem.json", "--speed", "3=1e15"], "topology.speed: goes from 1 to 1e+15; the fastest"),
+        (
+            ["problem.json", "--current", "p.json", "--max-move-bytes", "1GB"],
+            "--max-move-bytes: needs the size of an expert",
+        ),
         (["loads.npy"], "--gpus: is missing: loads.npy is a recording and says nothing of the GPUs"),
         (["loads.npy", "--gpus", "4"], "topology: says neither slots nor memory"),
     ],
 )
 def test_bad_arguments(saved: mo.Problem, capsys: Any, argv: list[str], message: str) -> None:
     np.save("loads.npy", LOAD)
+    save_plan(plan_of(saved, contiguous(8, saved.capacity_LG)), "p.json")
     line = refused(capsys, *argv, *(["--quiet"] if argv and "--frobnicate" not in argv else []))
     assert line.startswith(tuple(message.split("|")))
+
+
+def test_a_lost_gpu_is_in_no_mean(saved: mo.Problem, capsys: Any) -> None:
+    assert main(["problem.json", "--slots", "4", "--lost", "2", "--bound"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[2] == ["0", f"{sum(LOAD[0]) / 3:.8g}", "mean", "1.0000"]
+
+
+def test_a_plan_for_other_loads_is_explained_on_these(saved: mo.Problem, capsys: Any) -> None:
+    assert main(["problem.json", "--model", "Mixtral-8x7B", "-o", "live.json", "--quiet"]) == 0
+    capsys.readouterr()
+    np.save("loads.npy", np.array(LOAD)[::-1])
+    assert main(["loads.npy", "--gpus", "4", "--slots", "3", "--explain", "live.json"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("layer ")
+    assert "note: live.json was made for another problem; explained on this one" in err
+    few = ["loads.npy", "--gpus", "3", "--slots", "3", "--explain", "live.json", "--quiet"]
+    assert main(few) == 2
+    assert "live.json: plan: is for 2 layers, 4 GPUs" in capsys.readouterr().err
 
 
 def test_too_few_slots_are_infeasible(saved: mo.Problem, capsys: Any) -> None:

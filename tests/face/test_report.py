@@ -13,7 +13,7 @@ import moeless_opt as mo
 from moeless_opt.problems.plan.result import Progress
 from moeless_opt.problems.text import bytes_text
 from moeless_opt.progress import Display
-from moeless_opt.report import row_of, seconds_text, table, worst_layers
+from moeless_opt.report import gap_text, ratio_text, row_of, seconds_text, table, worst_layers
 from moeless_opt.solvers.core.stopping import Interrupt
 from tests.strategies import plan_of
 
@@ -38,6 +38,20 @@ def test_bytes(count: float, text: str) -> None:
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert seconds_text(seconds) == text
+
+
+def test_balance_keeps_its_width() -> None:
+    assert [ratio_text(x) for x in (1.0, 12.34567, 2085739812880224256.0)] == [
+        "1.0000",
+        "12.3457",
+        "2.086e+18",
+    ]
+    assert [gap_text(x) for x in (0.0, 0.02102, 31.0, 121646547.573)] == [
+        "0.000%",
+        "2.102%",
+        "3100.000%",
+        "1.216e+10%",
+    ]
 
 
 def test_columns_line_up() -> None:

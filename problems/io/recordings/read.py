@@ -512,6 +512,11 @@ class _Reader:
                 f"the loads have shape {shape_text(load.shape)}, must be [layers, experts] or "
                 f"[scenarios, layers, experts], none of them 0{hint}"
             )
+        want = self.source.experts
+        if want is not None and load.shape[-1] != want:
+            raise self.error(
+                f"has loads of {load.shape[-1]} experts per layer; experts={want} cannot change that"
+            )
         self._check_values(load)
         load_TLE = load if load.ndim == 3 else load[None]
         scenarios, notes = found.scenarios, list(found.notes)

@@ -36,6 +36,10 @@ from tests.strategies import few, topologies
             r"topology\.speed\[0\]: is 0.0, must be finite and above 0",
         ),
         (lambda: uniform(1, 2, slots=1, speed=[1, np.nan]), r"topology\.speed\[1\]: is nan"),
+        (
+            lambda: uniform(1, 2, slots=1, speed=[1, 9e14]),
+            r"topology\.speed: goes from 1 to 9e\+14; the fast",
+        ),
         (lambda: uniform(1, 2, memory=-5), r"topology\.memory\[0\]: is -5"),
         (lambda: uniform(1, 2, slots=1, links=5), r"topology\.links: is int, must be Links"),
         (lambda: Topology(node_G=[], speed_G=[], slots_G=[]), r"topology\.gpus: needs at least one GPU"),

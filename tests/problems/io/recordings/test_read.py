@@ -610,6 +610,8 @@ def test_options_are_checked(tmp_path: Path) -> None:
         read_recording(tmp_path / "a.npy", steps="mean")  # type: ignore[arg-type]
     with pytest.raises(FormatError, match="experts: must be at least 1, got 0"):
         read_recording(tmp_path / "a.npy", experts=0)
+    with pytest.raises(FormatError, match=r"has loads of \d+ experts per layer; experts=99 cannot"):
+        read_recording(tmp_path / "a.npy", experts=99)
     with pytest.raises(FormatError, match="has no scenario '1'; it has numbers 0 to 0"):
         read_recording(tmp_path / "a.npy", scenario=1)
 
