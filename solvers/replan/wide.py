@@ -5,7 +5,7 @@ of GPUs and a few hundred experts the cut falls into many separate groups, and a
 about the others. So a round here reads one cut and takes, from the hottest group down, as many changes as
 the groups need, each GPU and each yielding expert at most once; the next round repairs what did not come out
 as hoped. Changes on free slots harm nobody and are not limited; with yielding experts a round takes few,
-fewer after one that gained less than it should (down to one, the old greedy), more after one that came out.
+fewer after one that gained less than it should (one where nothing was gained), more after one that came out.
 A GPU may take what it has room for and what its other replicas can pass on to their GPUs in turn: without the
 latter, rounds end while dozens of small groups are still hot. What no such change can lower is left to
 `fill`, which knows exchanges.
@@ -36,6 +36,7 @@ MANY_GPUS = 256
 """More GPUs than this are re-planned so."""
 
 _SHARE = 64  # GPUs for each change, with an expert that yields, that a round may begin with
+_FEWEST = 256  # GPUs for each change, below which a round that gains at all does not go
 _ROUNDS = 400
 _VAIN = 12  # single changes tried in vain, after which no more are
 
@@ -107,7 +108,7 @@ def fill_wide(
         after = _solve(load, slots_GC, room)
         gain = flow.overflow - after.overflow
         if 4 * gain < 3 * hoped:
-            most = max(len(changes) // 2, 1)
+            most = max(len(changes) // 2, len(room) // _FEWEST if gain > 0 else 1, 1)
             if gain <= 0:
                 slots_GC = before
                 if len(changes) == 1:
