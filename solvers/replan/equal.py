@@ -305,8 +305,8 @@ class _Search:
             price_LEG=np.ones((1, E, G), dtype=np.int64),
             open_LEG=np.stack([rule.allowed_EG for rule in one_or_all]),
             held_LEG=np.stack([rule.pinned_EG for rule in one_or_all]),
-            speed_G=speed,
-            domain_G=one_or_all[0].domain_G,
+            speed_G=speed.copy(),  # arrays that may not be written to are another type, and compiled anew
+            domain_G=np.array(one_or_all[0].domain_G, dtype=np.int64),
             spread_L=np.array([rule.spread for rule in rules], dtype=np.int64),
             replicas_L=np.array([rule.total for rule in rules], dtype=np.int64),
             word_L=np.array([equal_state.first_word(wish.seed, int(row)) for row in rows], dtype=np.uint64),

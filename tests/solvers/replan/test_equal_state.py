@@ -172,12 +172,19 @@ def test_twins_find_the_same_plans_with_any_threads(monkeypatch: pytest.MonkeyPa
             found.append(layers)
         for name, a, b in zip(Layers._fields, *found, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=name)
+    # Arrays that may not be written to, or views, would be other types and compiled anew.
+    speed = np.array([1.0, 1.0, 2.0, 0.5])
+    speed.flags.writeable = False
+    task, _ = layers_of(rng, 4, 3, 8, 3)
+    frozen = ReplanTask(task.load_LE[:, ::-1], task.live_LGC, task.capacity_LG, speed)
+    equal.replan_equal(frozen, ReplanWish(tolerance=0.0), backend="numba")
+    assert len(kernel.signatures) == 1
 
 
 def one_layer(state: LayerState, rng: np.random.Generator) -> Layers:
     """A layer as the search takes it, on GPUs of one speed."""
     G = len(state.room_G)
-    return Layers(
+    layers = Layers(
         load_LE=state.load_E[None],
         content_LGC=state.content_GC[None].copy(),
         capacity_LG=state.capacity_G[None],
@@ -198,3 +205,4 @@ def one_layer(state: LayerState, rng: np.random.Generator) -> Layers:
         reached_L=np.zeros(1, dtype=np.bool_),
         cut_L=np.zeros(1, dtype=np.bool_),
     )
+    return Layers(*(np.array(one) for one in layers))
