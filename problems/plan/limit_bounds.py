@@ -150,6 +150,6 @@ def _pieces(
     if split != Split.EQUAL:
         return float((load_E / np.where(open_EG, fast_EG, 0.0).sum(1)).max())
     open_EG &= count_G >= np.minimum(least_E, allowed_E)[:, None]
-    time_EG = np.where(open_EG, load_E[:, None] / (count_G * np.maximum(fast_EG, 1e-300)), np.inf)
+    time_EG = np.where(open_EG, load_E[:, None] / (count_G * np.where(open_EG, fast_EG, 1.0)), np.inf)
     least_time_E = time_EG.min(1)
     return float(np.where(np.isfinite(least_time_E), least_time_E, 0.0).max())

@@ -103,7 +103,7 @@ def bytes_alone(problem: Problem) -> bool:
         and topology.slots_G is None
         and problem.current is None
         and problem.sizing.policy == "slots"
-        and problem.limits is _NO_LIMITS
+        and without_slack(problem).limits is _NO_LIMITS
         and not _more_than_tokens(problem)
     )
 

@@ -41,7 +41,7 @@ def without_slack(problem: Problem) -> Problem:
     alone = np.unique(domain_G).size == domain_G.size
     if alone and 1 < limits.spread <= min(limits.min_replicas, gpus):
         drop["spread"] = 1  # every replica is in a domain of its own
-    if not drop:
+    if not drop and limits != _NONE:
         return problem
     loose = limits.replace(**drop)
     return problem.replace(limits=_NONE if loose == _NONE else loose)

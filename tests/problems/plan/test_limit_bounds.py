@@ -55,6 +55,17 @@ def test_an_expert_ends_no_sooner_than_on_the_gpus_it_may_be_on() -> None:
     assert bound([12, 1, 1], [3] * 4, "equal", [1, 1, 2, 0.5], **both) == pytest.approx(12)
 
 
+def test_loads_of_any_size_are_bounded() -> None:
+    free = mo.Problem(
+        loads=mo.Loads(load_TLE=[[2e25, 1e25]]),
+        topology=mo.uniform(1, 3, slots=2),
+        split="equal",
+        limits=mo.Limits(forbidden=[(0, 0, 2)]),
+    )
+    with np.errstate(all="raise"):
+        assert limit_bound(free, free.load_LE, replica_limits(free), "equal") == pytest.approx(1e25)
+
+
 def test_even_shares_of_pins_are_served_where_they_are() -> None:
     pins = tuple((0, e, 0) for e in range(3))
     assert bound([4, 4, 4, 0], [3] * 3, "equal", max_replicas=2, pinned=pins) == pytest.approx(6)

@@ -90,6 +90,12 @@ def test_only_what_cannot_bind_is_dropped() -> None:
     assert without_slack(together).limits.spread == 2
 
 
+@pytest.mark.parametrize("limits", [mo.Limits(), *SLACK[:3]], ids=str)
+def test_where_bytes_are_the_only_limit_the_same_few_replicas_are_held(limits: mo.Limits) -> None:
+    free = problem(topology=mo.uniform(2, 4, memory=90))
+    assert same(mo.solve(free.replace(limits=limits)).plan, mo.solve(free).plan)
+
+
 @pytest.mark.parametrize("split", ["fractional", "equal"])
 def test_a_ban_that_the_plan_keeps_anyway_changes_nothing(split: str) -> None:
     for live in (False, True):
