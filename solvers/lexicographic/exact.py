@@ -166,6 +166,8 @@ def solve_in_order(
             infeasible = found.status == "infeasible" and i == 0 and not np.isfinite(upper)
             return Exact(held_EG=held_EG, limit=limit, best=best, infeasible=infeasible)
         value = float(found.value_V[programme.term[name]])
+        if value <= _SLACK:
+            value = 0.0  # nothing to serve: what is left is the slack of the cap
         allowed = value if name in _TOKENS else float(round(value))
         best[name] = allowed * (
             layer.scale if name == "balance" else layer.tokens if name == "traffic" else 1

@@ -377,3 +377,9 @@ def test_guises_are_one_scenario_each() -> None:
     assert (parts[1].load_LE == problem.loads.load_TLE.max(0)).all()
     one = small_problem(0, "equal")
     assert [part is one for part in guises(one)] == [True]
+
+
+def test_a_layer_without_load_on_one_gpu() -> None:
+    plan = mo.plan([[0, 22, 0], [0, 0, 0]], mo.uniform(1, 1, slots=3), solver="lexicographic")
+    assert plan.certificate.lower_bound_L[1] == 0
+    assert plan.certificate.status is mo.Status.OPTIMAL
