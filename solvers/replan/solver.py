@@ -104,9 +104,8 @@ def frontier(
     """
     stop, began = stop or NeverStop(), Clock.begin()
     live_LGC = live_slots(problem)
-    assert problem.current is not None
     # Something lost must come back, and limits be kept: then the cheapest point is not to stay.
-    astray = problem.current.partial or not keeps_limits(problem, live_LGC).all()
+    astray = _astray(problem, live_LGC)
     rungs = (*ladder, _ANY) if astray else ladder
     slots: list[SlotArray] = []
     for rung, tolerance in enumerate(rungs[::-1]):
@@ -246,7 +245,8 @@ class Replan(Heuristic):
         staged = limits.max_layer_moves is not None or limits.max_move_seconds is not None
 
         def run(allowed: int | None, share: float = 0.3) -> Replanned:
-            wish = _wish(task, max_moves=allowed, cost_L=None if cost_L is None else cost_L.tolist())
+            price_L = None if cost_L is None else cost_L.tolist()
+            wish = _wish(task, max_moves=allowed, cost_L=price_L, limit=_scarcer(problem))
             # With a time limit the search goes on, unless other steps are to come.
             endless = not staged and task.options.rounds is None and task.stop.remaining < float("inf")
             wish = replace(wish, until_stopped=endless)
@@ -293,7 +293,8 @@ class Replan(Heuristic):
         def within(allowed: int | None) -> SlotArray:
             own = offers
             if allowed is not None:
-                wish = _wish(task, max_moves=allowed, cost_L=price_L.tolist())
+                price = None if cost_L is None else price_L.tolist()
+                wish = _wish(task, max_moves=allowed, cost_L=price, limit=_scarcer(problem))
                 more = replan_within(problem, wish, stop=part_of(task.stop, 0.3)).slots_LGC
                 own = _Offers.of(problem, more[None], live_LGC, horizon).joined(offers)
             return own.within(allowed, price_L, most)
@@ -393,6 +394,19 @@ def _or_mended(
     return np.where(better_L[:, None, None], other.slots_LGC, slots_LGC)
 
 
+def _astray(problem: Problem, live_LGC: SlotArray) -> bool:
+    """Whether what is live lacks an expert or breaks a limit: it can't stay as it is."""
+    assert problem.current is not None
+    filled_L = (live_LGC >= 0).sum((1, 2))
+    most, size = problem.limits.max_total_replicas, problem.limits.max_total_bytes
+    return bool(
+        problem.current.partial
+        or not keeps_limits(problem, live_LGC).all()
+        or (most is not None and filled_L.sum() > most)
+        or (size is not None and filled_L @ problem.bytes_L > size)
+    )
+
+
 def _ties(problem: Problem) -> bool:
     """Whether a limit is on all layers together."""
     limits = problem.limits
@@ -411,7 +425,8 @@ def _cap_layers(task: Task[ReplanOptions], live_LGC: SlotArray, slots_LGC: SlotA
     slots_LGC = slots_LGC.copy()
     limits = task.problem.limits
     tied = limits.max_total_replicas is not None or limits.max_total_bytes is not None
-    wish = ReplanWish(tolerance=task.problem.objective.balance_tolerance, seed=task.seed, max_moves=most)
+    tolerance = task.problem.objective.balance_tolerance
+    wish = ReplanWish(tolerance=tolerance, seed=task.seed, max_moves=most, limit="max_layer_moves")
     for layer in np.flatnonzero(layer_moves(task.problem, slots_LGC, live_LGC) > most):
         alone = layer_problem(task.problem, int(layer))
         if tied:  # what all layers may have together is shared out
@@ -460,6 +475,15 @@ def _budget(problem: Problem) -> tuple[int | None, IntArray | None]:
     return limits.max_move_bytes, bytes_L
 
 
+def _scarcer(problem: Problem) -> str:
+    """The limit that the budget of `_budget` comes from."""
+    limits, bytes_L = problem.limits, problem.bytes_L
+    if limits.max_move_bytes is None:
+        return "max_moves"
+    fits = limits.max_move_bytes // int(bytes_L.max())
+    return "max_move_bytes" if limits.max_moves is None or fits < limits.max_moves else "max_moves"
+
+
 def _within_seconds(
     task: Task[ReplanOptions],
     live_LGC: SlotArray,
@@ -483,13 +507,13 @@ def _within_seconds(
     if seconds(slots_LGC) <= most:
         return slots_LGC
     low, high, best = 0, cost(slots_LGC), live_LGC
-    assert problem.current is not None
-    if problem.current.partial:
+    if _astray(problem, live_LGC):
         best = replan_within(problem, ReplanWish(tolerance=_ANY)).slots_LGC
         low, least = cost(best), seconds(best)
         if least > most:
             raise InfeasibleError(
-                f"limits.max_move_seconds: {most} cannot give every expert a replica; {least:.6g} would"
+                f"limits.max_move_seconds: {most} cannot give every expert a replica where the limits "
+                f"allow one; {least:.6g} would"
             )
     while high - low > max(1, high // 50) and not task.stop():
         middle = (low + high) // 2

@@ -101,6 +101,8 @@ class ReplanWish:
         without a replica) by the least change, instead of refusing it.
     start_LGC : array of int32, shape [L, G, C], optional
         A placement to search from, an equal split's only: moves count against the live one all the same.
+    limit : str
+        Name of the limit that the budget comes from, for messages.
     """
 
     tolerance: float = 0.01
@@ -112,6 +114,7 @@ class ReplanWish:
     seed: int = 0
     repair: bool = False
     start_LGC: SlotArray | None = None
+    limit: str = "max_moves"
 
     def __post_init__(self) -> None:
         if not self.tolerance >= 0.0:
@@ -126,7 +129,7 @@ class ReplanWish:
         return [1] * layers if self.cost_L is None else [int(one) for one in self.cost_L]
 
     def check_budget(self, forced_L: IntArray) -> None:
-        """Refuse a budget that cannot restore coverage.
+        """Refuse a budget that cannot restore coverage, or what the limits ask for.
 
         Raises
         ------
@@ -135,9 +138,10 @@ class ReplanWish:
         """
         needed = sum(one * by for one, by in zip(forced_L.tolist(), self.price_L(len(forced_L)), strict=True))
         if self.max_moves is not None and needed > self.max_moves:
+            unit = "replicas" if self.cost_L is None else "bytes"
             raise InfeasibleError(
-                f"max_moves: {self.max_moves} cannot give every expert a replica; "
-                f"the least budget that would is {needed}"
+                f"limits.{self.limit}: {self.max_moves} {unit} cannot give every expert a replica "
+                f"where the limits allow one; the least budget that would is {needed}"
             )
 
 

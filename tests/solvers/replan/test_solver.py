@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -134,6 +136,26 @@ def test_a_lost_gpu_and_too_few_seconds_are_infeasible() -> None:
     lost = problem.current.replace(slots_LGC=slots_LGC, partial=True)
     with pytest.raises(mo.InfeasibleError, match="max_move_seconds: 1e-06 cannot give every expert"):
         mo.solve(problem.replace(current=lost, limits=mo.Limits(max_move_seconds=1e-6)))
+
+
+@pytest.mark.parametrize("limits", [{"pinned": [(0, 0, 1)]}, {"forbidden": [(-1, 2, 0)]}], ids=str)
+@pytest.mark.parametrize(
+    "bound",
+    [{"max_moves": 0}, {"max_layer_moves": 0}, {"max_move_bytes": 1}, {"max_move_seconds": 1e-5}],
+    ids=str,
+)
+@pytest.mark.parametrize("split", ["fractional", "equal"])
+def test_what_the_limits_ask_for_and_those_on_moves_forbid_is_infeasible(
+    split: str, bound: dict[str, Any], limits: dict[str, Any]
+) -> None:
+    live = np.array([[[0, 2], [1, 3], [1, 3]]])
+    gpus = mo.uniform(1, 3, slots=2)
+    asked: dict[str, Any] = {"current": live, "split": split, "expert_bytes": 10**6}
+    (name,) = bound
+    with pytest.raises(mo.InfeasibleError, match=name):
+        mo.plan([[3, 7, 12, 1]], gpus, limits=mo.Limits(**bound, **limits), **asked)
+    enough = mo.Limits(**{name: 2 if name.endswith("moves") else 10**7}, **limits)
+    assert mo.plan([[3, 7, 12, 1]], gpus, limits=enough, **asked).moves.count > 0
 
 
 def test_a_horizon_needs_seconds() -> None:
