@@ -20,8 +20,8 @@ from moeless_opt.api import solve
 from moeless_opt.conflicts import Contradiction, contradiction
 from moeless_opt.problems.arrays import BoolArray, FloatArray, SlotArray
 from moeless_opt.problems.errors import MoelessError, ProblemError
-from moeless_opt.problems.plan import PROVEN, Plan, replicas_needed, violations
-from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, span
+from moeless_opt.problems.plan import PROVEN, Plan, gpu_times, perfect_times, replicas_needed, violations
+from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, Risk, span
 from moeless_opt.problems.text import bytes_text, html_facts
 from moeless_opt.report import paragraph
 from moeless_opt.solvers.core import Clock, NeverStop, Stop, lower_bound
@@ -49,12 +49,16 @@ class Tight:
     closed : bool
         Whether no token shares on this placement are better: these experts alone make up the layer's time, or
         the split is equal.
+    scenario : str
+        The scenario that all this is said of, by its name or number: of several, the one that lifts the
+        layer's time most; empty where there is one.
     """
 
     gpus: tuple[int, ...]
     experts: tuple[int, ...]
     load: float
     closed: bool
+    scenario: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +171,7 @@ class Explanation:
                 "experts": list(self.tight.experts),
                 "load": self.tight.load,
                 "closed": self.tight.closed,
+                "scenario": self.tight.scenario,
             },
             "proof": {
                 "name": self.proof.name,
@@ -188,7 +193,8 @@ class Explanation:
         closed = "no token shares make them faster" if tight.closed else "other token shares may be faster"
         if self.even:
             held, closed = f"{tight.load:.6g} tokens of {_named('expert', tight.experts)}", "split evenly"
-        facts.append(("tight", f"{_named('GPU', tight.gpus)}: {held}; {closed}"))
+        when = f"in scenario {tight.scenario} " if tight.scenario else ""
+        facts.append(("tight", f"{when}{_named('GPU', tight.gpus)}: {held}; {closed}"))
         facts.append((f"bound {proof.bound:.6g} ({proof.name})", proof.text))
         for way in self.ways:
             saved = f"{way.after:.6g}, {1 - way.after / way.before:.3%} less"
@@ -370,29 +376,51 @@ def _named(what: str, numbers: tuple[int, ...], most: int = 8) -> str:
 # --- why it is as it is ------------------------------------------------------------------------------------
 
 
+def _heaviest(case: _Case) -> tuple[str, FloatArray, FloatArray]:
+    """Of several scenarios the one that lifts the time most: its name, loads [E] and GPU times [G]."""
+    loads, plan, row = case.problem.loads, case.plan, case.row
+    count = loads.shape[0]
+    if count == 1:
+        return "", case.load_E, plan.time_LG[row]
+    share_TLGC = plan.scenario_share_TLGC
+    share_TGC = [plan.share_LGC[row] if share_TLGC is None else share_TLGC[t, row] for t in range(count)]
+    load_TE, speed_G = loads.load_TLE[:, row], case.problem.topology.speed_G
+    slots_TGC = np.broadcast_to(plan.slots_LGC[row], (count, *plan.slots_LGC.shape[1:]))
+    usable_TG = np.broadcast_to(case.problem.usable_LG[row], (count, len(speed_G)))
+    time_TG = gpu_times(load_TE, slots_TGC, np.array(share_TGC), speed_G, case.problem.time)
+    time_TG = np.where(usable_TG, time_TG, 0.0)
+    rise_T = time_TG.max(1)
+    if case.problem.objective.risk == Risk.EXPECTED:
+        rise_T = rise_T - perfect_times(time_TG, speed_G, usable_TG)
+        rise_T = rise_T if loads.weight_T is None else rise_T * loads.weight_T
+    t = int(rise_T.argmax())
+    return loads.scenarios[t] if loads.scenarios else str(t), load_TE[t], time_TG[t]
+
+
 def _tight(case: _Case) -> Tight:
     """The GPUs that bind: with free shares those that cannot hand tokens on, else the busiest ones."""
-    time_G = case.plan.time_LG[case.row]
+    scenario, load_E, time_G = _heaviest(case)
     busiest_G = time_G >= time_G.max() * (1 - _LESS)
     problem, closed, tight_G = case.problem, False, busiest_G
     if problem.split != "equal" and problem.time.counts_tokens_only:
-        shares = solve_shares(case.load_E[None], case.slots_GC[None], problem.topology.speed_G)
+        shares = solve_shares(load_E[None], case.slots_GC[None], problem.topology.speed_G)
         least = float(shares.bound_L[0]) * problem.time.token_cost
         if float(time_G.max()) <= least * (1 + PROVEN):
             closed, tight_G = True, shares.critical_LG[0]
     held_EG = case.holds_EG
-    inside_E = (case.load_E > 0) & ~(held_EG & ~tight_G).any(1)
-    load = float(case.load_E[inside_E].sum())
+    inside_E = (load_E > 0) & ~(held_EG & ~tight_G).any(1)
+    load = float(load_E[inside_E].sum())
     if problem.split == "equal":  # an engine that divides evenly has no shares to change
-        closed, inside_E = True, (case.load_E > 0) & (held_EG & tight_G).any(1)
-        load = float((case.load_E / np.maximum(held_EG.sum(1), 1) @ (held_EG & tight_G)).sum())
+        closed, inside_E = True, (load_E > 0) & (held_EG & tight_G).any(1)
+        load = float((load_E / np.maximum(held_EG.sum(1), 1) @ (held_EG & tight_G)).sum())
     experts = np.flatnonzero(inside_E)
-    experts = experts[np.argsort(-case.load_E[experts], kind="stable")]
+    experts = experts[np.argsort(-load_E[experts], kind="stable")]
     return Tight(
         gpus=tuple(np.flatnonzero(tight_G).tolist()),
         experts=tuple(experts.tolist()),
         load=load,
         closed=closed,
+        scenario=scenario,
     )
 
 

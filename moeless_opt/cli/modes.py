@@ -22,7 +22,7 @@ from moeless_opt.problems.plan import Plan, violations
 from moeless_opt.problems.spec import Problem
 from moeless_opt.problems.text import bytes_text
 from moeless_opt.progress import Display
-from moeless_opt.report import gap_text, paragraph, ratio_text, show, table, terminal_width
+from moeless_opt.report import gap_text, paragraph, ratio_text, show, table
 from moeless_opt.signals import Signals
 from moeless_opt.solvers.core import FirstOf, MaxTime, Stop, list_solvers, lower_bound
 from moeless_opt.terminal import say
@@ -257,7 +257,6 @@ def export(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
 def instances(args: argparse.Namespace) -> int:
     """List the shipped instances."""
     rows = [[name, *instance_summary(name)] for name in instance_names()]
-    head = ("instance", "shape", "optimum known", "source")
     if args.json:
         print(
             json.dumps(
@@ -265,7 +264,10 @@ def instances(args: argparse.Namespace) -> int:
             )
         )
     else:
-        show(table(head, rows, width=terminal_width()))
+        lines = []
+        for name, shape, known, source in rows:
+            lines += [paragraph(f"{name}: {shape}; best known {known}"), paragraph(source, "    ")]
+        show("\n".join(lines))
     return 0
 
 

@@ -188,7 +188,8 @@ def test_lists(capsys: Any) -> None:
     assert main(["--list-instances"]) == 0
     out = capsys.readouterr().out
     for name in mo.instance_names():
-        assert name in out
+        assert f"{name}: " in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_help_and_version(capsys: Any) -> None:

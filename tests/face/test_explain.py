@@ -67,14 +67,29 @@ def test_what_is_said_is_true(seed: int) -> None:
     # Experts with no replica outside the tight GPUs are their load, whatever the shares.
     held = plan.share_LGE[row] >= 0
     held &= (plan.slots_LGC[row][:, :, None] == np.arange(plan.experts)).any(1)
+    # Of several scenarios it is said of one of them, by its own loads.
+    load_TE = problem.loads.load_TLE[:, row]
+    assert (told.tight.scenario == "") == (len(load_TE) == 1)
+    scenario = int(told.tight.scenario or 0)
+    time = told.time
+    if told.tight.scenario:
+        each = plan.scenario_share_TLGC
+        share_GC = plan.share_LGC[row] if each is None else each[scenario, row]
+        tokens_GC = np.where(plan.slots_LGC[row] >= 0, load_TE[scenario][plan.slots_LGC[row]] * share_GC, 0.0)
+        time_G = tokens_GC.sum(1) / problem.topology.speed_G
+        time = time_G.max()
+        assert problem.split == "equal" or set(np.flatnonzero(time_G > time * (1 - 1e-9))) <= {
+            *told.tight.gpus
+        }
+        assert f"tight: in scenario {scenario} GPU" in str(told)
     outside = np.setdiff1d(np.arange(problem.topology.gpus), told.tight.gpus)
     if problem.split == "fractional":
         assert not held[np.ix_(outside, list(told.tight.experts))].any()
-        if told.tight.closed and problem.loads.shape[0] == 1:
+        if told.tight.closed:
             speed = problem.topology.speed_G[list(told.tight.gpus)].sum()
-            assert told.tight.load / speed == pytest.approx(told.time, rel=2 * PROVEN)
+            assert told.tight.load / speed == pytest.approx(time, rel=2 * PROVEN)
     else:
-        tokens = plan.share_LGE[row] @ problem.load_LE[row]
+        tokens = plan.share_LGE[row] @ load_TE[scenario]
         assert told.tight.load == pytest.approx(tokens[list(told.tight.gpus)].sum())
     # Each way is a valid plan that ends as soon as it says; nothing else changes.
     for way in told.ways:
