@@ -139,13 +139,14 @@ def _with_live(problem: Problem, args: argparse.Namespace) -> Problem:
     """The problem with the live plan of ``--current``."""
     if args.current is None:
         return problem
-    if args.repair:
-        slots_LGC, _ = load_slots(args.current)
-        return _relive(problem.replace(current=None), slots_LGC, args)
-    plan = load_plan(args.current)
-    if plan.experts != problem.experts or not args.lost:
-        return problem.replace(current=Placement.of(plan, problem.experts))
-    return _relive(problem.replace(current=None), plan.slots_LGC, args)
+    with named(args.current):
+        if args.repair:
+            slots_LGC, _ = load_slots(args.current)
+            return _relive(problem.replace(current=None), slots_LGC, args)
+        plan = load_plan(args.current)
+        if plan.experts != problem.experts or not args.lost:
+            return problem.replace(current=Placement.of(plan, problem.experts))
+        return _relive(problem.replace(current=None), plan.slots_LGC, args)
 
 
 def _relive(problem: Problem, slots_LGC: Any, args: argparse.Namespace) -> Problem:

@@ -452,7 +452,7 @@ def test_plans_of_another_problem(saved: mo.Problem, capsys: Any) -> None:
     few = problem(topology=mo.uniform(1, 3, slots=3))
     save_plan(plan_of(few, contiguous(8, few.capacity_LG)), "few.json")
     line = refused(capsys, "problem.json", "--current", "few.json", "--quiet")
-    assert line == "current: is for 2 layers, 3 GPUs and 8 experts; the problem has 2, 4 and 8"
+    assert line == "few.json: current: is for 2 layers, 3 GPUs and 8 experts; the problem has 2, 4 and 8"
 
 
 def test_a_failed_solve_leaves_the_old_plan(saved: mo.Problem, capsys: Any) -> None:
