@@ -13,7 +13,6 @@ Kuhn (1955), "The Hungarian method for the assignment problem"; solved by ortool
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,15 +108,19 @@ def _seated(live_LGC: NDArray[Any], new_LGC: NDArray[Any], takes_LG: list[list[i
 
 def seat(live_C: Sequence[int], content: Sequence[int]) -> list[int]:
     """SlotArray of one GPU: kept experts where they were, new ones in the freed slots, empties last."""
-    left = Counter(content)  # an expert may have several slots
+    arrivals = list(content)
     slots: list[int] = []
     for expert in live_C:
-        slots.append(expert if left[expert] > 0 else -1)
-        left[expert] -= 1
-    arrivals = [expert for expert in dict.fromkeys(content) for _ in range(left[expert])]
+        if expert in arrivals:  # an expert may have several slots
+            arrivals.remove(expert)
+            slots.append(expert)
+        else:
+            slots.append(-1)
     for slot, expert in enumerate(slots):
         if expert < 0 and arrivals:
             slots[slot] = arrivals.pop(0)
+    if -1 not in slots:
+        return slots
     # An empty slot between full ones: the last full one moves up.
     while (full := max((slot for slot, expert in enumerate(slots) if expert >= 0), default=-1)) >= 0:
         hole = next((slot for slot in range(full) if slots[slot] < 0), -1)
