@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["TOPOLOGY_PRESETS", "Links", "Topology", "uniform"]
 
 GB = 10**9
+_FASTEST = 1e30  # more, or less than one part of it, overflows times
 _MOST_APART = 1e9  # fastest over slowest GPU: beyond it a balance is lost in the rounding, or a unit is wrong
 MOST_GPUS = 2**20  # far beyond any machine: what exceeds it is a slip or an attack
 
@@ -121,6 +122,11 @@ class Topology(Record):
                 "topology.speed",
                 f"goes from {slow:g} to {fast:g}; the fastest GPU must be at most {_MOST_APART:g} times as "
                 "fast as the slowest (is one of them in another unit?)",
+            )
+        if not 1.0 / _FASTEST <= slow <= fast <= _FASTEST:
+            raise ProblemError(
+                "topology.speed",
+                f"goes from {slow:g} to {fast:g}; must be from {1 / _FASTEST:g} to {_FASTEST:g}",
             )
         if self.slots_G is None and self.memory_G is None:
             raise ProblemError(

@@ -403,6 +403,10 @@ def test_a_gigabyte_of_json_is_refused_unread(folder: Path, capsys: Any, start: 
         (["problem.json", "--speed", "3=1e-308"], "topology.speed: goes from 1e-308 to 1; the fastest"),
         (["problem.json", "--speed", "3=1e15"], "topology.speed: goes from 1 to 1e+15; the fastest"),
         (
+            ["problem.json", "--speed", "1e300"],
+            "topology.speed: goes from 1e+300 to 1e+300; must be from 1e-30",
+        ),
+        (
             ["problem.json", "--current", "p.json", "--max-move-bytes", "1GB"],
             "--max-move-bytes: needs the size of an expert",
         ),

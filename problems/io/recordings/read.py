@@ -460,6 +460,8 @@ class _Reader:
                 f"[{layers} layers, {slots} slots]"
             )
         load = plain_numbers(self.source, name, physical)
+        if to_logical.dtype.kind == "f":
+            to_logical = to_logical.astype(np.float64)  # half a float does not reach the limit below
         fits = to_logical.dtype.kind in "iuf" and bool(((to_logical >= -1) & (to_logical < 2**31)).all())
         if not fits or (to_logical.dtype.kind == "f" and (to_logical % 1 != 0).any()):
             raise self.error(f"{map_name} must hold logical experts from 0, or -1 for an unused slot")

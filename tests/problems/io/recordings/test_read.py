@@ -172,6 +172,12 @@ def test_vllm_physical_loads_sum_to_logical(tmp_path: Path) -> None:
     got = read_recording(path)
     is_the_loads(got)
     assert got.format == "vllm-npz"
+    halves = npz(
+        tmp_path / "h.npz",
+        expert_load_pass=physical(LOADS),
+        physical_to_logical_map=PHYSICAL_MAP.astype(np.float16),
+    )
+    is_the_loads(read_recording(halves))
     document = {"expert_load_window": physical(STEPS).tolist(), "phy2log": PHYSICAL_MAP.tolist()}
     window = read_recording(write(tmp_path / "b", document))
     is_the_loads(window, STEPS.sum(axis=0))
