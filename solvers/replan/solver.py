@@ -54,6 +54,9 @@ LADDER = (0.01, 0.02, 0.035, 0.06, 0.1, 0.18, 0.35)
 _ANY = 1e9
 """A tolerance that any placement keeps."""
 
+_AMPLE = 0.9
+"""Part of what may move that a search has to leave unused for the limit not to be what ended it."""
+
 SCRATCH_FROM = 0.3
 """Share of a layer's replicas whose move makes a fresh construction worth a look."""
 
@@ -270,6 +273,10 @@ class Replan(Heuristic):
             slots_LGC = _within_seconds(
                 task, live_LGC, slots_LGC, limits.max_move_seconds, cost_L, lambda most: run(most).slots_LGC
             )
+        elif _moves_kept(problem, slots_LGC, live_LGC, _AMPLE):
+            # What was allowed is not what ended the search: other plans may fit as well.
+            looked = _best_of_scratch(task, slots_LGC, live_LGC, None, first.cut_L)
+            slots_LGC = looked if _moves_kept(problem, looked, live_LGC) else slots_LGC
         return slots_LGC
 
     def _while_it_pays(self, task: Task[ReplanOptions], live_LGC: SlotArray, horizon: float) -> SlotArray:
@@ -482,6 +489,17 @@ def _scarcer(problem: Problem) -> str:
         return "max_moves"
     fits = limits.max_move_bytes // int(bytes_L.max())
     return "max_move_bytes" if limits.max_moves is None or fits < limits.max_moves else "max_moves"
+
+
+def _moves_kept(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray, part: float = 1.0) -> bool:
+    """Whether a placement keeps a part of what may move: replicas in all and by layer, and bytes."""
+    limits, moves_L = problem.limits, layer_moves(problem, slots_LGC, live_LGC)
+    spent = (
+        (limits.max_moves, int(moves_L.sum())),
+        (limits.max_layer_moves, int(moves_L.max())),
+        (limits.max_move_bytes, int(moves_L @ problem.bytes_L)),
+    )
+    return all(most is None or used <= part * most for most, used in spent)
 
 
 def _within_seconds(

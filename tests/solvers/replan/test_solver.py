@@ -304,3 +304,16 @@ def test_fewest_moves_are_proven() -> None:
     assert "proven fewest in 2 of 2 layers" in result.message
     assert "moves at least" in quick.certificate.proof
     assert int(quick.certificate.proof.split()[-1]) <= result.plan.moves.count
+
+
+def test_a_limit_on_moves_that_cannot_bind_changes_nothing() -> None:
+    rng = np.random.default_rng(3)
+    before = rng.lognormal(0, 1, (1, 64)) * 1e5
+    after = before * rng.lognormal(0, 0.2, before.shape)
+    slots = mo.plan(before, mo.uniform(2, 8, slots=4), split="equal").slots_LGC
+    live = np.pad(slots, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
+    wide = mo.uniform(2, 8, slots=5)
+    free = mo.plan(after, wide, split="equal", current=live)
+    for limits in (mo.Limits(max_moves=80), mo.Limits(max_layer_moves=80)):
+        bound = mo.plan(after, wide, split="equal", current=live, limits=limits)
+        np.testing.assert_array_equal(bound.slots_LGC, free.slots_LGC)
