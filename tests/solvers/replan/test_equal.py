@@ -21,9 +21,9 @@ from tests.strategies import After
 def replanned(
     load: Any, live: Any, capacity: Any, speed: Any = None, *, stop: Stop | None = None, **wish: Any
 ) -> Replanned:
-    return replan_equal(
-        ReplanTask(load, live, capacity, speed), ReplanWish(**{"tolerance": 0.02, **wish}), stop=stop
-    )
+    # The twin without Numba asks before every step, so that tests can stop it at each of them.
+    task = ReplanTask(load, live, capacity, speed)
+    return replan_equal(task, ReplanWish(**{"tolerance": 0.02, **wish}), stop=stop, backend="numpy")
 
 
 def times(load_E: np.ndarray, slots_GC: np.ndarray, speed_G: np.ndarray) -> np.ndarray:
