@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray, whole
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import Payback, Plan, Progress, ProgressCallback, gpu_times, move_seconds
 from moeless_opt.problems.spec import Problem
@@ -261,8 +261,7 @@ class Replan(Heuristic):
         if limits.max_layer_moves is not None:
             slots_LGC = _cap_layers(task, live_LGC, slots_LGC, limits.max_layer_moves)
         if not limits.bounds_moves:
-            same = slots_LGC is first.slots_LGC
-            return _best_of_scratch(task, slots_LGC, live_LGC, first.time_L if same else None, first.cut_L)
+            return _best_of_scratch(task, slots_LGC, live_LGC, first)
         if limits.max_moves is not None and limits.max_move_bytes is not None:
             moves_L = layer_moves(problem, slots_LGC, live_LGC)
             while int(moves_L.sum()) > limits.max_moves:  # bytes bound first, replicas do not fit yet
@@ -275,7 +274,7 @@ class Replan(Heuristic):
             )
         elif _moves_kept(problem, slots_LGC, live_LGC, _AMPLE):
             # What was allowed is not what ended the search: other plans may fit as well.
-            looked = _best_of_scratch(task, slots_LGC, live_LGC, None, first.cut_L)
+            looked = _best_of_scratch(task, slots_LGC, live_LGC, first)
             slots_LGC = looked if _moves_kept(problem, looked, live_LGC) else slots_LGC
         return slots_LGC
 
@@ -548,24 +547,21 @@ def _within_seconds(
 
 
 def _best_of_scratch(
-    task: Task[ReplanOptions],
-    slots_LGC: SlotArray,
-    live_LGC: SlotArray,
-    time_L: FloatArray | None,
-    cut_L: BoolArray,
+    task: Task[ReplanOptions], slots_LGC: SlotArray, live_LGC: SlotArray, first: Replanned
 ) -> SlotArray:
     """Per layer, a fresh construction with relabelled GPUs where it moves less or alone comes near.
 
-    A layer of which the search for few moves was cut short is no reason to move all of it.
+    `first` is the re-plan that the slots are of, or come from. A layer of which its search for few moves was
+    cut short is no reason to move all of it.
     """
     problem = task.problem
     moves_L = layer_moves(problem, slots_LGC, live_LGC)
-    wanted_L = token_bound(problem) * (1 + problem.objective.balance_tolerance) * (1 + 1e-9)
-    time_L = risk_L(problem, slots_LGC) if time_L is None else time_L
+    wanted_L = first.target_L * (1 + 1e-9)
+    time_L = first.time_L if slots_LGC is first.slots_LGC else risk_L(problem, slots_LGC)
     filled_L = (slots_LGC >= 0).sum((1, 2))
     # Over many GPUs the look takes long, and what only fills free slots is no reason for it.
     fills_L = filled_L - (live_LGC >= 0).sum((1, 2)) if problem.topology.gpus > MANY_GPUS else 0
-    doubtful = ((time_L > wanted_L) & ~cut_L) | (moves_L - fills_L > SCRATCH_FROM * filled_L)
+    doubtful = ((time_L > wanted_L) & ~first.cut_L) | (moves_L - fills_L > SCRATCH_FROM * filled_L)
     if not doubtful.any() or task.stop():
         return slots_LGC
     limits = problem.limits.replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from moeless_opt.solvers.migration.schedule import schedule_migration
 from moeless_opt.solvers.replan import solver as module
 from moeless_opt.solvers.replan.relabel import relabel
 from moeless_opt.solvers.replan.solver import Frontier, ReplanOptions, frontier
-from moeless_opt.solvers.replan.task import front_of, spread_budget
+from moeless_opt.solvers.replan.task import ReplanWish, front_of, spread_budget
 from tests.oracles.enumeration import even_times, set_times
 from tests.strategies import random_slots
 
@@ -252,8 +253,15 @@ def test_a_fresh_layer_replaces_the_live_one_only_where_it_is_better(seed: int) 
         for x in np.flatnonzero(rng.random(4) < 0.5):  # another placement, that moves much
             offered[x] = random_slots(rng, problem.capacity_LG[[x]], problem.experts)[0]
         cut = rng.random(4) < 0.3
-        known = None if rng.random() < 0.5 else top_times(problem, offered)
-        got = module._best_of_scratch(task, offered, live, known, cut)
+        # Of the re-plan's own slots the times are known; what came of them since is timed anew.
+        own = offered.copy() if rng.random() < 0.5 else offered
+        first = replace(
+            module.replan_within(problem, ReplanWish(tolerance=tolerance)),
+            slots_LGC=own,
+            time_L=top_times(problem, offered) if own is offered else np.zeros(4),
+            cut_L=cut,
+        )
+        got = module._best_of_scratch(task, offered, live, first)
         fresh = Construct().placed(task, problem.replace(current=None)).slots_LGC
         fresh = relabel(
             live,
