@@ -24,6 +24,7 @@ from tests.oracles.enumeration import (
     curve_time,
     even_clock,
     even_times,
+    least_within_bytes,
     placements,
     set_times,
 )
@@ -253,21 +254,7 @@ def memory(rng: np.random.Generator) -> Case:
         sizing=mo.Sizing(policy="memory"),
         expert_bytes_L=size_L,
     )
-    held_PEG = placements([experts] * gpus, experts)
-    count_PG = held_PEG.sum(1)
-    sums: dict[tuple[int, ...], float] = {(0,) * gpus: 0.0}
-    for load_E, size in zip(load_LE, size_L.tolist(), strict=True):
-        time_P = (even_times if split == "equal" else set_times)(held_PEG, load_E, speed_G)
-        times: dict[tuple[int, ...], float] = {}
-        for row, time in zip(count_PG.tolist(), time_P.tolist(), strict=True):
-            times[tuple(row)] = min(times.get(tuple(row), np.inf), time)
-        further: dict[tuple[int, ...], float] = {}
-        for (used, total), (held, time) in itertools.product(sums.items(), times.items()):
-            key = tuple(u + size * h for u, h in zip(used, held, strict=True))
-            if all(k <= m for k, m in zip(key, memory_G.tolist(), strict=True)):
-                further[key] = min(further.get(key, np.inf), total + time)
-        sums = further
-    return Case(problem, min(sums.values(), default=np.inf))
+    return Case(problem, least_within_bytes(load_LE, speed_G, size_L, memory_G, split))
 
 
 KINDS: dict[str, Callable[[np.random.Generator], Case]] = {

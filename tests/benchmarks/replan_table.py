@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import replan_fractional
 from moeless_opt.solvers.replan.min_moves import min_moves
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.benchmarks.equal_table import timed
 
 ROWS = (
     (32, 9, "prefill_in1024", "prefill_in4096", (2.1, 1.8, 1.1, 0.5, 8)),
@@ -51,15 +56,10 @@ def replanned(
     return kernel(ReplanTask(load, live, capacity, speed), ReplanWish(**wish), stop=stop)
 
 
-def timed(call: Callable[[], Replanned], repeats: int) -> tuple[Replanned, str]:
+def milliseconds(call: Callable[[], Replanned], repeats: int) -> tuple[Replanned, str]:
     """Result and median milliseconds: of the clock, and of the processor (less shaken by other work)."""
-    clock, processor = [], []
-    for _ in range(repeats):
-        start, begun = time.perf_counter(), time.process_time()
-        result = call()
-        clock.append((time.perf_counter() - start) * 1e3)
-        processor.append((time.process_time() - begun) * 1e3)
-    return result, f"{statistics.median(clock):.0f} / {statistics.median(processor):.0f}"
+    result, clock, processor = timed(call, repeats)
+    return result, f"{clock:.0f} / {processor:.0f}"
 
 
 def share(plan: Replanned, slots: int, tolerance: float, bound_L: np.ndarray) -> str:
@@ -96,10 +96,10 @@ def print_table(loads: dict[str, np.ndarray], repeats: int, limit: float) -> Non
             return replanned(replan_fractional, new, live, capacity, speed, **options)
 
         stay = fractional(tolerance=1e6)
-        quick, quick_ms = timed(fractional, repeats)
-        loose, loose_ms = timed(lambda run=fractional: run(tolerance=0.05), repeats)
+        quick, quick_ms = milliseconds(fractional, repeats)
+        loose, loose_ms = milliseconds(lambda run=fractional: run(tolerance=0.05), repeats)
         thorough = fractional(until_stopped=True, stop=MaxTime(limit))
-        equal, equal_ms = timed(
+        equal, equal_ms = milliseconds(
             lambda new=new, live=live, capacity=capacity, speed=speed: replanned(
                 replan_equal, new, live, capacity, speed, tolerance=0.02
             ),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.time_model import TimeModel
@@ -110,6 +110,28 @@ def _sets(gpus: int) -> list[BoolArray]:
     return [
         np.array([members >> g & 1 for g in range(gpus)], dtype=np.bool_) for members in range(1, 1 << gpus)
     ]
+
+
+def least_within_bytes(
+    load_LE: FloatArray, speed_G: FloatArray, size_L: IntArray, memory_G: IntArray, split: str
+) -> float:
+    """Least sum of the layers' times within the bytes of the GPUs; infinite where nothing fits."""
+    experts, gpus = load_LE.shape[1], len(speed_G)
+    held_PEG = placements([experts] * gpus, experts)
+    count_PG = held_PEG.sum(1)
+    sums: dict[tuple[int, ...], float] = {(0,) * gpus: 0.0}
+    for load_E, size in zip(load_LE, size_L.tolist(), strict=True):
+        time_P = (even_times if split == "equal" else set_times)(held_PEG, load_E, speed_G)
+        times: dict[tuple[int, ...], float] = {}
+        for row, time in zip(count_PG.tolist(), time_P.tolist(), strict=True):
+            times[tuple(row)] = min(times.get(tuple(row), np.inf), time)
+        further: dict[tuple[int, ...], float] = {}
+        for (used, total), (held, time) in itertools.product(sums.items(), times.items()):
+            key = tuple(u + size * h for u, h in zip(used, held, strict=True))
+            if all(k <= m for k, m in zip(key, memory_G.tolist(), strict=True)):
+                further[key] = min(further.get(key, np.inf), total + time)
+        sums = further
+    return min(sums.values(), default=np.inf)
 
 
 def risk_of(value_TP: FloatArray, weight_T: FloatArray, kind: str, alpha: float) -> FloatArray:

@@ -13,44 +13,9 @@ import moeless_opt as mo
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.solvers.core.stopping import NeverStop
 from moeless_opt.solvers.sizing.memory import share_slots, slots_for_one_each
+from tests.oracles.enumeration import least_within_bytes
 
 INSTANCES = int(os.environ.get("MOELESS_MEMORY_INSTANCES", "60"))  # of every seed
-
-
-def best_times(load_E: Any, speed_G: Any, split: str) -> dict[tuple[int, ...], float]:
-    """Least largest time of a layer for every number of replicas that its GPUs hold, by all placements."""
-    experts, gpus = len(load_E), len(speed_G)
-    masks = np.array(list(itertools.product(range(1 << experts), repeat=gpus))).T
-    masks = masks[:, np.bitwise_or.reduce(masks, axis=0) == (1 << experts) - 1]
-    host = ((masks[:, None, :] >> np.arange(experts)[None, :, None]) & 1).astype(bool)
-    if split == "equal":
-        time = ((host * (load_E[:, None] / host.sum(axis=0))).sum(axis=1) / speed_G[:, None]).max(axis=0)
-    else:
-        time = np.zeros(host.shape[2])
-        for chosen in itertools.product((False, True), repeat=gpus):
-            inside = np.array(chosen)
-            if inside.any():
-                captive = ~host[~inside].any(axis=0)
-                time = np.maximum(time, (captive * load_E[:, None]).sum(axis=0) / speed_G[inside].sum())
-    best: dict[tuple[int, ...], float] = {}
-    for held, value in zip(host.sum(axis=1).T.tolist(), time.tolist(), strict=True):
-        key = tuple(held)
-        best[key] = min(best.get(key, np.inf), value)
-    return best
-
-
-def optimum(load_LE: Any, speed_G: Any, size_L: Any, memory_G: Any, split: str) -> float:
-    """Least sum of times within the bytes; infinite where not one replica of each expert fits."""
-    sums: dict[tuple[int, ...], float] = {(0,) * len(speed_G): 0.0}
-    for load_E, size in zip(load_LE, size_L.tolist(), strict=True):
-        times = best_times(load_E, speed_G, split)
-        further: dict[tuple[int, ...], float] = {}
-        for (used, total), (held, time) in itertools.product(sums.items(), times.items()):
-            key = tuple(u + size * h for u, h in zip(used, held, strict=True))
-            if all(k <= m for k, m in zip(key, memory_G.tolist(), strict=True)):
-                further[key] = min(further.get(key, np.inf), total + time)
-        sums = further
-    return min(sums.values(), default=np.inf)
 
 
 @pytest.mark.parametrize("split", ["equal", "fractional"])
@@ -67,7 +32,7 @@ def test_the_best_spending(split: str) -> None:
         else:
             memory_G = rng.multinomial(int(need * rng.uniform(1, 1.8)), np.ones(gpus) / gpus)
         speed_G = np.ones(gpus) if rng.random() < 0.6 else rng.choice([0.5, 1.0, 2.0], gpus)
-        best = optimum(load_LE, speed_G, size_L, memory_G, split)
+        best = least_within_bytes(load_LE, speed_G, size_L, memory_G, split)
         topology = mo.uniform(1, gpus, memory=memory_G.tolist(), speed=speed_G.tolist())
         if np.isinf(best):
             with pytest.raises(InfeasibleError):
