@@ -21,7 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moeless_opt.problems.errors import FormatError, UnsupportedFeatureError
+from moeless_opt.problems.arrays import whole
+from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.runtime.checkpoint.config import checked, wrong
 from moeless_opt.runtime.checkpoint.parts import (
     MLATransformerConfig,
     NeutralRouter,
@@ -33,7 +35,16 @@ from moeless_opt.runtime.checkpoint.parts import (
 )
 from moeless_opt.runtime.checkpoint.rope import RotarySpec, rotary_spec
 
-__all__ = ["ARCHITECTURES", "Architecture", "Names", "Piece", "Recipe", "SparseMixerRouter", "recipe"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "GroupLimitedRouter",
+    "Names",
+    "Piece",
+    "Recipe",
+    "SparseMixerRouter",
+    "recipe",
+]
 
 View = Callable[[torch.Tensor], torch.Tensor]
 
@@ -80,6 +91,8 @@ class Names:
     fused_experts: bool = False
     #: Tensors that the text model does not use: beginnings of their names.
     unused: tuple[str, ...] = ()
+    #: A module by which the layers that draft tokens, behind the model's own, are known.
+    draft: str = ""
     #: Put in front of every name (multimodal checkpoints).
     prefix: str = ""
 
@@ -339,12 +352,55 @@ class SparseMixerRouter(NeutralRouter):
         return probs.type_as(logits), left.isneginf()
 
 
+class GroupLimitedRouter(NeutralRouter):
+    """DeepSeek-V3's routing: experts of the groups whose two best experts are the best.
+
+    Megatron-core rates a group by its best ``topk / groups chosen`` experts, which is the same for
+    DeepSeek-V3 itself (8 of 4 groups) and not for other limits, and leaves the weight of a single expert.
+
+    References
+    ----------
+    DeepSeek-AI: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 2.1.2, and the released code.
+    """
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return dense probabilities and the map of chosen experts, both [tokens, experts]."""
+        if self.training:
+            raise UnsupportedFeatureError("GroupLimitedRouter routes for inference only: call model.eval()")
+        config = self.config
+        scores = torch.sigmoid(logits.reshape(-1, config.num_moe_experts).float())
+        limits = (config.moe_router_num_groups, config.moe_router_group_topk)
+        # A replay (megatron-core's own class) gives back what it was told in place of the choice.
+        choose = _best_of_groups if self.router_replay is None else self.router_replay.get_replay_topk
+        given = () if self.router_replay is None else (_best_of_groups,)
+        _, chosen = choose(scores + self.expert_bias, self.topk, *limits, *given)
+        weight = scores.gather(1, chosen)
+        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20) * config.moe_router_topk_scaling_factor
+        probs = torch.zeros_like(scores).scatter(1, chosen, weight)
+        return probs.type_as(logits), torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
+
+
+def _best_of_groups(
+    scores: torch.Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best experts [tokens, topk] of the best groups, with their scores."""
+    if num_groups is not None and group_topk is not None:
+        grouped = scores.view(len(scores), num_groups, -1)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(group_topk, dim=-1, sorted=False).indices
+        out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter(1, best, False)
+        scores = grouped.masked_fill(out[..., None], float("-inf")).view(scores.shape)
+    values, indices = scores.topk(topk, dim=-1)
+    return values, indices
+
+
 # ------------------------------------------------------------------------------------- config.json to fields
 
 
 def _get(hf: dict[str, Any], name: str) -> Any:
     if hf.get(name) is None:
-        raise FormatError(f"config.json: {name!r}", "is missing")
+        raise wrong(name, "is missing")
     return hf[name]
 
 
@@ -373,15 +429,21 @@ def _common(hf: dict[str, Any]) -> dict[str, Any]:
 
 def _grouped(hf: dict[str, Any]) -> dict[str, Any]:
     """Fields of grouped-query attention."""
-    heads = _get(hf, "num_attention_heads")
-    return {
-        "num_query_groups": hf.get("num_key_value_heads") or heads,
-        "kv_channels": hf.get("head_dim") or _get(hf, "hidden_size") // heads,
-    }
+    heads, width = _get(hf, "num_attention_heads"), _get(hf, "hidden_size")
+    groups = hf.get("num_key_value_heads", heads)
+    if heads % groups:
+        raise wrong("num_key_value_heads", f"is {groups}, must divide the {heads} attention heads")
+    if "head_dim" not in hf and width % heads:
+        raise wrong(
+            "num_attention_heads", f"is {heads}, must divide hidden_size {width} where head_dim is missing"
+        )
+    return {"num_query_groups": groups, "kv_channels": hf.get("head_dim", width // heads)}
 
 
 def _mixtral(hf: dict[str, Any]) -> dict[str, Any]:
     _refuse(hf.get("attention_bias"), "attention_bias in Mixtral")
+    # Its one weight would be 1; megatron-core has a soft-max over all experts there.
+    _refuse(_get(hf, "num_experts_per_tok") == 1, "num_experts_per_tok 1 in Mixtral")
     inner = {
         "moe_ffn_hidden_size": _get(hf, "intermediate_size"),
         "num_moe_experts": _get(hf, "num_local_experts"),
@@ -400,6 +462,10 @@ def _phimoe(hf: dict[str, Any]) -> dict[str, Any]:
 
 def _qwen3(hf: dict[str, Any]) -> dict[str, Any]:
     _refuse(hf.get("attention_bias"), "attention_bias in Qwen3-MoE")
+    _refuse(
+        _get(hf, "num_experts_per_tok") == 1 and hf.get("norm_topk_prob", False),
+        "num_experts_per_tok 1 with norm_topk_prob in Qwen3-MoE",
+    )
     return (
         _common(hf)
         | _grouped(hf)
@@ -436,10 +502,11 @@ def _llama4(hf: dict[str, Any]) -> dict[str, Any]:
 
 def _llama4_rope_layers(hf: dict[str, Any]) -> list[int]:
     """1 where a layer has rotary positions."""
-    interval = hf.get("no_rope_layer_interval") or 4
-    return list(
-        hf.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(hf["num_hidden_layers"])]
-    )
+    interval, layers = hf.get("no_rope_layer_interval") or 4, _get(hf, "num_hidden_layers")
+    listed = list(hf.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(layers)])
+    if len(listed) != layers or not set(listed) <= {0, 1}:
+        raise wrong("no_rope_layers", f"is {listed}, must have a 0 or 1 for each of the {layers} layers")
+    return listed
 
 
 def _deepseek(hf: dict[str, Any]) -> dict[str, Any]:
@@ -449,7 +516,7 @@ def _deepseek(hf: dict[str, Any]) -> dict[str, Any]:
     scoring, method = hf.get("scoring_func", "sigmoid"), hf.get("topk_method", "noaux_tc")
     _refuse(scoring != "sigmoid", f"scoring_func {scoring!r} in DeepSeek-V3 (only 'sigmoid')")
     _refuse(method != "noaux_tc", f"topk_method {method!r} in DeepSeek-V3 (only 'noaux_tc')")
-    groups = hf.get("n_group") or 1
+    groups, experts = hf.get("n_group") or 1, _get(hf, "n_routed_experts")
     fields = _common(hf) | {
         "multi_latent_attention": True,
         "qk_layernorm": True,
@@ -461,7 +528,7 @@ def _deepseek(hf: dict[str, Any]) -> dict[str, Any]:
         "moe_ffn_hidden_size": _get(hf, "moe_intermediate_size"),
         "moe_shared_expert_intermediate_size": _get(hf, "moe_intermediate_size")
         * _get(hf, "n_shared_experts"),
-        "num_moe_experts": _get(hf, "n_routed_experts"),
+        "num_moe_experts": experts,
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_router_topk_scaling_factor": _get(hf, "routed_scaling_factor"),
@@ -472,7 +539,18 @@ def _deepseek(hf: dict[str, Any]) -> dict[str, Any]:
         "mscale_all_dim": 1.0,
     }
     if groups > 1:
-        fields |= {"moe_router_num_groups": groups, "moe_router_group_topk": _get(hf, "topk_group")}
+        chosen = _get(hf, "topk_group")
+        if experts % groups or experts // groups < 2:
+            raise wrong("n_group", f"is {groups}: {experts} experts do not divide into groups of two or more")
+        if not 1 <= chosen <= groups:
+            raise wrong("topk_group", f"is {chosen}, must be from 1 to {groups}, the number of groups")
+        if fields["moe_router_topk"] > chosen * (experts // groups):
+            raise wrong(
+                "num_experts_per_tok",
+                f"is {fields['moe_router_topk']}; "
+                f"{chosen} groups have {chosen * (experts // groups)} experts",
+            )
+        fields |= {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
     return fields
 
 
@@ -542,8 +620,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "DeepseekV3ForCausalLM": Architecture(
         "DeepSeek-V3",
         _deepseek,
-        Names("mlp.", "gate", router_bias="e_score_correction_bias", shared="shared_experts."),
+        Names(
+            "mlp.", "gate", router_bias="e_score_correction_bias", shared="shared_experts.", draft="eh_proj"
+        ),
         latent=True,
+        router=GroupLimitedRouter,
     ),
 }
 # Microsoft's own files of Phi-3.5-MoE spell it so.
@@ -552,6 +633,9 @@ ARCHITECTURES["PhiMoEForCausalLM"] = ARCHITECTURES["PhimoeForCausalLM"]
 
 def _moe_layers(title: str, hf: dict[str, Any]) -> tuple[bool, ...]:
     layers = range(_get(hf, "num_hidden_layers"))
+    for name in ("mlp_only_layers", "moe_layers"):
+        if beyond := [i for i in hf.get(name) or () if i >= len(layers)]:
+            raise wrong(name, f"names layer {beyond[0]}; there are {len(layers)}, counted from 0")
     if title == "Qwen3-MoE":
         dense, step = set(hf.get("mlp_only_layers") or ()), hf.get("decoder_sparse_step") or 1
         return tuple(i not in dense and (i + 1) % step == 0 for i in layers)
@@ -603,32 +687,43 @@ def recipe(config: dict[str, Any], max_sequence_length: int | None = None) -> Re
         A field is missing or wrong.
     """
     listed = config.get("architectures") or ["none"]
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise wrong("architectures", f"is {listed!r}, must be a list of names")
     found = next((ARCHITECTURES[x] for x in listed if x in ARCHITECTURES), None)
     if found is None:
         raise UnsupportedFeatureError(
             f"architecture {', '.join(listed)} is not supported; known are {', '.join(ARCHITECTURES)}"
         )
     text = config.get("text_config")
-    hf = {**config, **text} if isinstance(text, dict) else dict(config)
+    hf = checked({**config, **text} if isinstance(text, dict) else config)
+    _get(hf, "vocab_size")
     fields = found.fields(hf)
+    if fields["moe_router_topk"] > fields["num_moe_experts"]:
+        raise wrong(
+            "num_experts_per_tok",
+            f"is {fields['moe_router_topk']}, there are {fields['num_moe_experts']} experts",
+        )
     width = fields["qk_pos_emb_head_dim"] if found.latent else fields["kv_channels"]
+    if width % 2:
+        raise wrong("qk_rope_head_dim" if found.latent else "head_dim", f"is {width}, must be even")
     rotary = rotary_spec(hf, width, found.theta)
     if found.latent:
         _refuse(
             abs(rotary.logit_scale - 1) > 1e-12,
             f"an attention factor of {rotary.logit_scale:.4g} on the rotated channels of latent attention",
         )
-        scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        if scaling.get("mscale_all_dim"):
-            fields |= {
-                "rotary_scaling_factor": float(scaling.get("factor") or 1.0),
-                "mscale_all_dim": float(scaling["mscale_all_dim"]),
-            }
+        if rotary.channel_scale is not None:
+            factor, weight = rotary.channel_scale
+            fields |= {"rotary_scaling_factor": factor, "mscale_all_dim": weight}
     elif rotary.logit_scale != 1.0:
         fields["softmax_scale"] = rotary.logit_scale**2 / fields["kv_channels"] ** 0.5
     moe_L = _moe_layers(found.title, hf)
+    if not any(moe_L):
+        raise wrong("num_hidden_layers", f"is {len(moe_L)}, and none of these layers has experts")
     fields["moe_layer_freq"] = [int(x) for x in moe_L]
     longest = _longest_input(found.title, hf)
+    if max_sequence_length is not None:
+        max_sequence_length = whole("max_sequence_length", max_sequence_length, low=1)
     if max_sequence_length is not None and max_sequence_length > longest:
         raise UnsupportedFeatureError(
             f"{found.title}: inputs of {max_sequence_length} tokens; beyond {longest} the model needs "

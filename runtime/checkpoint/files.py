@@ -72,10 +72,12 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             raise FormatError(str(file), "not a safetensors file: its header would be longer than the file")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(
                 str(file), f"not a safetensors file: its header is not JSON ({error})"
             ) from error
+    if not isinstance(header, dict):
+        raise FormatError(str(file), "not a safetensors file: its header is no JSON object")
     infos = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -86,6 +88,8 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             begin, end = (int(x) for x in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(where, "its header entry needs dtype, shape and data_offsets") from error
+        if not isinstance(dtype, str) or min(begin, *shape) < 0:
+            raise FormatError(where, f"has dtype {dtype!r}, shape {list(shape)}, first byte {begin}")
         if dtype not in _DTYPES:
             raise FormatError(where, f"unknown dtype {dtype!r}; known are {', '.join(_DTYPES)}")
         info = TensorInfo(file, _DTYPES[dtype], shape, 8 + length + begin)
@@ -142,10 +146,12 @@ class SafetensorsFolder:
     def _read_index(self, index: Path) -> dict[str, Path]:
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(str(index), "needs a JSON object with 'weight_map'") from error
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise FormatError(str(index), "'weight_map' must be an object: tensor name to file name")
         for name in sorted(set(weight_map.values())):
-            if not (self.folder / name).is_file():
+            if Path(name).name != name or not (self.folder / name).is_file():
                 raise FormatError(str(index), f"names the file {name!r}, which is not in the folder")
         return {tensor: self.folder / name for tensor, name in weight_map.items()}
 
@@ -260,7 +266,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise FormatError(str(file), "no such file; expected a Hugging Face checkpoint folder")
     try:
         config = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(str(file), f"is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise FormatError(str(file), "must hold a JSON object")

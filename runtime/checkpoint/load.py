@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 
-from moeless_opt.problems.errors import FormatError, UnsupportedFeatureError
+from moeless_opt.problems.errors import FormatError, ProblemError, UnsupportedFeatureError
 from moeless_opt.runtime.checkpoint.architectures import Piece, Recipe, recipe
-from moeless_opt.runtime.checkpoint.files import SafetensorsFolder, read_config
+from moeless_opt.runtime.checkpoint.files import SafetensorsFolder, TensorInfo, read_config
 from moeless_opt.runtime.checkpoint.parts import (
     GPTModel,
     NeutralRotary,
@@ -77,6 +77,17 @@ def _dtype_of(plan: Recipe) -> torch.dtype:
     if name not in _DTYPES:
         raise UnsupportedFeatureError(f"dtype {name!r} of config.json is not supported; pass dtype=")
     return _DTYPES[name]
+
+
+def _wanted(dtype: torch.dtype, device: str | torch.device) -> torch.dtype:
+    """The type, if there can be a model of it there."""
+    if dtype not in _DTYPES.values():
+        raise UnsupportedFeatureError(f"dtype {dtype} is not supported (only {', '.join(_DTYPES)})")
+    try:
+        torch.empty(0, dtype=dtype, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ProblemError("device", f"{device!r} cannot be used here: {error}") from None
+    return dtype
 
 
 def build_model(plan: Recipe, dtype: torch.dtype, device: str | torch.device = "cpu") -> GPTModel:
@@ -145,11 +156,7 @@ class _Filler:
     def fill(self, piece: Piece, parameter: torch.Tensor) -> int:
         """Fill the piece's part of `parameter`; return how many elements that were."""
         info = self.files.info(piece.source)
-        if info.shape != piece.shape:
-            raise FormatError(
-                f"{info.file}: tensor {piece.source!r}",
-                f"has shape {list(info.shape)}; the configuration asks for {list(piece.shape)}",
-            )
+        _check_shape(info, piece)
         view = piece.view(parameter.data)
         self.tensors += 1
         in_place = view.is_contiguous() and view.device.type == "cpu" and view.dtype == info.dtype
@@ -178,6 +185,8 @@ class _Filler:
                 f"tensor {scale_name!r} is missing: {piece.source!r} is FP8 and needs it",
             )
         scale = self.files.read(scale_name).float()
+        if value.dim() != 2:
+            raise FormatError(f"tensor {piece.source!r}", f"is FP8 with {value.dim()} axes; blocks need two")
         rows, columns = value.shape
         block = 128
         wanted = (-(-rows // block), -(-columns // block))
@@ -228,16 +237,28 @@ def _fill_model(
             )
 
 
-def _check_leftovers(plan: Recipe, files: SafetensorsFolder) -> None:
-    """Refuse tensors that no piece of any rank uses."""
+def _drafts(plan: Recipe, files: SafetensorsFolder) -> tuple[str, ...]:
+    """Beginnings of the tensors of layers behind the model's own that draft tokens, which are not loaded.
+
+    Only as many as the configuration has, and only what is known to draft: a layer too many is an error.
+    """
+    if not plan.names.draft:
+        return ()
+    count = plan.hf.get("num_nextn_predict_layers", plan.hf.get("num_mtp_layers", 0))
+    layers = (f"{plan.names.prefix}model.layers.{plan.layers + i}." for i in range(count))
+    return tuple(layer for layer in layers if f"{layer}{plan.names.draft}.weight" in files)
+
+
+def _check_tensors(plan: Recipe, files: SafetensorsFolder) -> None:
+    """Refuse tensors that no piece of any rank uses, and those that do not fit, before anything is built."""
     everything = {p.source for p in plan.pieces(lambda layer: list(range(plan.experts)))}
-    beyond = tuple(f"{plan.names.prefix}model.layers.{plan.layers + i}." for i in range(8))  # draft layers
+    unused = plan.names.unused + _drafts(plan, files)
     left = [
         name
         for name in files
         if name not in everything
         and name.removesuffix(_SCALE) not in everything
-        and not name.startswith(plan.names.unused + beyond)
+        and not name.startswith(unused)
         and not name.endswith("rotary_emb.inv_freq")
         and not (plan.tied and name == plan.names.prefix + "lm_head.weight")
     ]
@@ -246,6 +267,17 @@ def _check_leftovers(plan: Recipe, files: SafetensorsFolder) -> None:
             str(files.folder),
             f"{len(left)} tensors are not part of {plan.architecture.title} as configured, "
             f"e.g. {min(left)!r}",
+        )
+    # Sizes that are out of all proportion would take the memory first: one expert of a layer tells.
+    for piece in plan.pieces(lambda layer: [0]):
+        _check_shape(files.info(piece.source), piece)
+
+
+def _check_shape(info: TensorInfo, piece: Piece) -> None:
+    if info.shape != piece.shape:
+        raise FormatError(
+            f"{info.file}: tensor {piece.source!r}",
+            f"has shape {list(info.shape)}; the configuration asks for {list(piece.shape)}",
         )
 
 
@@ -292,9 +324,10 @@ def load_checkpoint(
     """
     plan = recipe_of(folder, max_sequence_length)
     _check_quantisation(plan)
+    kind = _wanted(dtype or _dtype_of(plan), device)
     with SafetensorsFolder(folder) as files:
-        _check_leftovers(plan, files)
-        model = build_model(plan, dtype or _dtype_of(plan), device)
+        _check_tensors(plan, files)
+        model = build_model(plan, kind, device)
         layers = dict(moe_layers(model))
         filler = _Filler(files)
         _fill_model(

@@ -14,12 +14,13 @@ reference code.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from moeless_opt.problems.errors import FormatError, UnsupportedFeatureError
+from moeless_opt.problems.arrays import number
+from moeless_opt.problems.errors import FormatError, ProblemError, UnsupportedFeatureError
 
 __all__ = ["RotarySpec", "rotary_spec"]
 
@@ -36,12 +37,15 @@ class RotarySpec:
         Factor on queries and on keys (so the logits get its square).
     long_frequencies, switch_length : optional
         Frequencies for sequences longer than `switch_length`.
+    channel_scale : (float, float), optional
+        Factor and weight by which DeepSeek's attention scales the logits of all channels, rotated or not.
     """
 
     inverse_frequencies: torch.Tensor
     logit_scale: float = 1.0
     long_frequencies: torch.Tensor | None = None
     switch_length: int | None = None
+    channel_scale: tuple[float, float] | None = None
 
 
 def _parameters(config: dict[str, Any], default_theta: float) -> dict[str, Any]:
@@ -60,14 +64,17 @@ def _parameters(config: dict[str, Any], default_theta: float) -> dict[str, Any]:
     return found
 
 
-def _number(parameters: dict[str, Any], name: str) -> float:
+def _number(parameters: dict[str, Any], name: str, default: float | None = None) -> float:
+    """A positive number; `default` (if there is one) where the file has none, or 0."""
     value = parameters.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if default is not None and (value is None or value == 0):
+        return default
+    try:
+        return number(name, value, open_low=True)
+    except ProblemError as error:
         raise FormatError(
-            f"config.json: rope parameter {name!r}",
-            f"{parameters['rope_type']} positions need a number, not {value!r}",
-        )
-    return float(value)
+            f"config.json: rope parameter {name!r}", f"{parameters['rope_type']} positions: {error.what}"
+        ) from None
 
 
 def _yarn_scale(factor: float, weight: float = 1.0) -> float:
@@ -78,13 +85,13 @@ def _yarn(parameters: dict[str, Any], plain: torch.Tensor, width: int) -> Rotary
     """Interpolate slow pairs, leave fast ones, blend between."""
     factor = _number(parameters, "factor")
     original = _number(parameters, "original_max_position_embeddings")
-    theta = parameters["rope_theta"]
+    theta = _number(parameters, "rope_theta")
 
     def pair_that_turns(times: float) -> float:  # over the original length
         return width * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = pair_that_turns(parameters.get("beta_fast") or 32)
-    high = pair_that_turns(parameters.get("beta_slow") or 1)
+    low = pair_that_turns(_number(parameters, "beta_fast", 32.0))
+    high = pair_that_turns(_number(parameters, "beta_slow", 1.0))
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
@@ -92,14 +99,14 @@ def _yarn(parameters: dict[str, Any], plain: torch.Tensor, width: int) -> Rotary
         high += 0.001
     slow_share = torch.clamp((torch.arange(width // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
     frequencies = plain / factor * slow_share + plain * (1 - slow_share)
-    scale = parameters.get("attention_factor")
-    if scale is None:
-        above, below = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        if above and below:
-            scale = _yarn_scale(factor, above) / _yarn_scale(factor, below)
-        else:
-            scale = _yarn_scale(factor)
-    return RotarySpec(frequencies, float(scale))
+    above, below = (_number(parameters, name, 0.0) for name in ("mscale", "mscale_all_dim"))
+    if parameters.get("attention_factor") is not None:
+        scale = _number(parameters, "attention_factor")
+    elif above and below:
+        scale = _yarn_scale(factor, above) / _yarn_scale(factor, below)
+    else:
+        scale = _yarn_scale(factor)
+    return RotarySpec(frequencies, scale)
 
 
 def _llama3(parameters: dict[str, Any], plain: torch.Tensor) -> RotarySpec:
@@ -126,7 +133,8 @@ def _longrope(parameters: dict[str, Any], plain: torch.Tensor, config: dict[str,
             raise FormatError(
                 f"config.json: rope parameter {name!r}", f"must be a list of {len(plain)} numbers"
             )
-        sets.append(plain / torch.tensor(values, dtype=torch.float32))
+        factors = [_number({**parameters, name: value}, name) for value in values]
+        sets.append(plain / torch.tensor(factors, dtype=torch.float32))
     short_scale, long_scale = parameters.get("short_mscale"), parameters.get("long_mscale")
     if short_scale is not None or long_scale is not None:
         if short_scale != long_scale:
@@ -137,7 +145,8 @@ def _longrope(parameters: dict[str, Any], plain: torch.Tensor, config: dict[str,
     elif parameters.get("attention_factor") is not None:
         scale = _number(parameters, "attention_factor")
     else:
-        factor = parameters.get("factor") or config["max_position_embeddings"] / original
+        longest = float(config["max_position_embeddings"])
+        factor = _number(parameters, "factor", longest / original)
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return RotarySpec(sets[0], scale, long_frequencies=sets[1], switch_length=original)
 
@@ -170,17 +179,22 @@ def rotary_spec(config: dict[str, Any], width: int, default_theta: float) -> Rot
     if partial not in (None, 1, 1.0):
         raise UnsupportedFeatureError(f"partial_rotary_factor {partial} is not supported (only 1)")
     theta = _number(parameters, "rope_theta")
+    if theta <= 1:
+        raise FormatError("config.json: rope parameter 'rope_theta'", f"is {theta:g}, must be above 1")
     plain = 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width))
     if kind == "default":
         return RotarySpec(plain)
     if kind == "linear":
-        return RotarySpec(plain / _number(parameters, "factor"))
-    if kind == "llama3":
-        return _llama3(parameters, plain)
-    if kind == "yarn":
-        return _yarn(parameters, plain, width)
-    if kind == "longrope":
-        return _longrope(parameters, plain, config)
-    raise UnsupportedFeatureError(
-        f"rope_type {kind!r} is not supported; known are default, linear, llama3, yarn and longrope"
-    )
+        spec = RotarySpec(plain / _number(parameters, "factor"))
+    elif kind == "llama3":
+        spec = _llama3(parameters, plain)
+    elif kind == "yarn":
+        spec = _yarn(parameters, plain, width)
+    elif kind == "longrope":
+        spec = _longrope(parameters, plain, config)
+    else:
+        raise UnsupportedFeatureError(
+            f"rope_type {kind!r} is not supported; known are default, linear, llama3, yarn and longrope"
+        )
+    weight = _number(parameters, "mscale_all_dim", 0.0)
+    return replace(spec, channel_scale=(_number(parameters, "factor", 1.0), weight)) if weight else spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ pytest.importorskip("transformers")
 
 import torch
 
-from moeless_opt.problems.errors import FormatError, UnsupportedFeatureError
+from moeless_opt.problems.errors import FormatError, MoelessError, ProblemError, UnsupportedFeatureError
 from moeless_opt.runtime.checkpoint.architectures import recipe
 from moeless_opt.runtime.checkpoint.files import SafetensorsFolder
 from moeless_opt.runtime.checkpoint.load import CheckpointHome, ExpertSource, load_checkpoint, recipe_of
@@ -201,6 +202,10 @@ LONG = {
         ("llama4", {"use_qk_norm": False, "moe_layers": [0, 3]}),
         ("deepseek", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 1e4}}),
         ("deepseek", {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}),
+        # The best two experts rate a group, however many a token takes of the groups.
+        ("deepseek", {"num_experts_per_tok": 3}),
+        ("deepseek", {"num_experts_per_tok": 8, "topk_group": 2}),
+        ("deepseek", {"num_experts_per_tok": 1, "n_group": 8, "topk_group": 1}),
     ],
 )
 def test_variants_of_the_architectures(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -555,6 +560,103 @@ def test_leftover_tensor(broken: Path) -> None:
         load_checkpoint(broken)
 
 
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_more_layers_than_configured(name: str, folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    """A layer that is not loaded is an error in every architecture, also where layers that draft are."""
+    shutil.copytree(folders[name][0], tmp_path, dirs_exist_ok=True)
+    layers = json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] - 1
+    lists = dict.fromkeys(("no_rope_layers", "moe_layers"))
+    edit(tmp_path / "config.json", num_hidden_layers=layers, num_nextn_predict_layers=1, **lists)
+    with pytest.raises(
+        FormatError, match=rf"are not part of .* configured, e\.g\. 'model\.layers\.{layers}\."
+    ):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("drafting", "configured"), [(1, 1), (2, 2), (2, 1), (1, 0)])
+def test_layers_that_draft_are_left_out(
+    drafting: int, configured: int, folders: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    """As many as the configuration has; DeepSeek-V3 is published with one behind its 61 layers."""
+    from safetensors.torch import save_file
+
+    folder, reference = folders["deepseek"]
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    edit(tmp_path / "config.json", num_mtp_layers=None, num_nextn_predict_layers=configured)
+    names = [
+        f"model.layers.{3 + i}.{name}.weight"
+        for i in range(drafting)
+        for name in ("eh_proj", "enorm", "embed_tokens", "mlp.experts.0.up_proj")
+    ]
+    save_file({name: torch.zeros(3) for name in names}, tmp_path / "drafts.safetensors")
+    edit_index(tmp_path, lambda weight_map: weight_map.update(dict.fromkeys(names, "drafts.safetensors")))
+    if drafting == configured:
+        assert difference(reference, load_checkpoint(tmp_path)) < 1e-5
+    else:
+        with pytest.raises(FormatError, match=rf"'model\.layers\.{3 + configured}\."):
+            load_checkpoint(tmp_path)
+
+
+def test_replayed_routes_of_limited_groups(folders: dict[str, tuple[Path, Any]]) -> None:
+    from moeless_opt.runtime.engines.observe import replay_routes
+
+    model = load_checkpoint(folders["deepseek"][0])
+    told = torch.arange(80)[:, None, None].add(torch.tensor([0, 1, 2, 4])).remainder(16).expand(80, 2, 4)
+    seen: list[torch.Tensor] = []
+    for _, layer in moe_layers(model):
+        layer.router.register_forward_hook(lambda module, inputs, out: seen.append(out[1]))
+    with replay_routes(model) as replay:
+        replay.load(told.numpy())
+        logits(model, tokens())
+    for chosen, wanted in zip(seen, told.unbind(1), strict=True):
+        assert torch.equal(chosen, torch.zeros(80, 16, dtype=torch.bool).scatter(1, wanted, True))
+
+
+@pytest.mark.parametrize(
+    "weight_map", [["a"], {"a": 1}, None, {"lm_head.weight": "../model.safetensors"}, {"a": ["b"]}]
+)
+def test_an_index_that_is_none(weight_map: Any, broken: Path) -> None:
+    shutil.copy(next(broken.glob("*.safetensors")), broken.parent / "model.safetensors")
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(FormatError, match=r"model\.safetensors\.index\.json: "):
+        load_checkpoint(broken)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"a": 3},
+        {"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
+        {"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": 4}},
+    ],
+)
+def test_a_header_that_is_none(header: Any, tmp_path: Path) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(FormatError, match=r"model\.safetensors"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_types_and_places_that_cannot_be(broken: Path) -> None:
+    with pytest.raises(UnsupportedFeatureError, match=r"dtype torch\.int32 is not supported"):
+        load_checkpoint(broken, dtype=torch.int32)
+    with pytest.raises(ProblemError, match="device: 'nowhere' cannot be used here"):
+        load_checkpoint(broken, device="nowhere")
+    with pytest.raises(ProblemError, match="max_sequence_length: is 0"):
+        load_checkpoint(broken, max_sequence_length=0)
+
+
+def test_sizes_out_of_proportion_are_seen_before_memory_is_taken(broken: Path) -> None:
+    edit(broken / "config.json", vocab_size=2**24, hidden_size=2**20)
+    with pytest.raises(FormatError, match=r"embed_tokens.*asks for"):
+        load_checkpoint(broken)
+
+
 def test_truncated_file(broken: Path) -> None:
     file = sorted(broken.glob("*.safetensors"))[-1]
     file.write_bytes(file.read_bytes()[:-10])
@@ -794,3 +896,56 @@ def test_the_published_models_have_their_published_size(name: str) -> None:
     plan = recipe(config)
     shapes = {p.source: p.shape for p in plan.pieces(lambda layer: list(range(plan.experts)))}
     assert sum(map(prod, shapes.values())) == parameters
+
+
+#: What a damaged or careless configuration may have in a field.
+ODD = [-1, 0, 1, 3, 1.5, 10**30, float("nan"), True, "", "64", [], [-1], ["a"], [10**9], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_odd_configurations_end_in_one_clear_error(name: str) -> None:
+    """Every field left out, or an odd value in its place: a model comes of it, or the field is named."""
+    config, _ = PUBLISHED[name]
+    nested = "text_config" in config
+    inner = config.get("text_config", config)
+    scaling = inner.get("rope_scaling") or {}
+    cases = [{**inner, key: value} for key in inner for value in ODD]
+    cases += [{k: v for k, v in inner.items() if k != key} for key in inner]
+    cases += [
+        {**inner, "rope_scaling": {**scaling, key: value}} for key in [*scaling, "partial"] for value in ODD
+    ]
+    accepted = 0
+    for case in cases:
+        with contextlib.suppress(MoelessError):
+            plan = recipe({**config, "text_config": case} if nested else case)
+            plan.transformer_config(torch.bfloat16)
+            next(iter(plan.pieces(lambda layer: [0])))
+            accepted += 1
+    assert 20 < accepted < len(cases) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mixtral", {"num_experts_per_tok": 9}, "'num_experts_per_tok': is 9, there are 8 experts"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok 1 in Mixtral is not supported"),
+        ("mixtral", {"num_key_value_heads": 3}, "'num_key_value_heads': is 3, must divide the 4"),
+        ("mixtral", {"vocab_size": None}, "'vocab_size': is missing"),
+        ("mixtral", {"hidden_size": "64"}, "'hidden_size': is '64', must be a whole number"),
+        ("mixtral", {"architectures": "MixtralForCausalLM"}, "'architectures': is 'Mixtral"),
+        ("mixtral", {"rope_parameters": "linear"}, "'rope_parameters': is 'linear', must be an object"),
+        ("qwen3", {"mlp_only_layers": [7]}, "'mlp_only_layers': names layer 7; there are 3"),
+        ("qwen3", {"head_dim": 31}, "'head_dim': is 31, must be even"),
+        ("qwen3", {"mlp_only_layers": [0, 1, 2]}, "none of these layers has experts"),
+        ("llama4", {"no_rope_layers": [1, 0]}, r"'no_rope_layers': is \[1, 0\], must have a 0 or 1 for each"),
+        ("deepseek", {"n_group": 5}, "'n_group': is 5: 16 experts do not divide into groups"),
+        ("deepseek", {"topk_group": 5}, "'topk_group': is 5, must be from 1 to 4"),
+        ("deepseek", {"num_experts_per_tok": 9}, "'num_experts_per_tok': is 9; 2 groups have 8 experts"),
+    ],
+)
+def test_fields_that_do_not_fit_are_named(
+    name: str, changes: dict[str, Any], message: str, folders: dict[str, tuple[Path, Any]]
+) -> None:
+    config = json.loads((folders[name][0] / "config.json").read_text())
+    with pytest.raises((FormatError, UnsupportedFeatureError), match=message):
+        recipe({**config, **changes})
