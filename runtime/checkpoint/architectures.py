@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from moeless_opt.problems.arrays import whole
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.runtime.checkpoint.config import checked, wrong
+from moeless_opt.runtime.checkpoint.config import checked_config, wrong
 from moeless_opt.runtime.checkpoint.parts import (
     MLATransformerConfig,
     NeutralRouter,
@@ -695,7 +695,7 @@ def recipe(config: dict[str, Any], max_sequence_length: int | None = None) -> Re
             f"architecture {', '.join(listed)} is not supported; known are {', '.join(ARCHITECTURES)}"
         )
     text = config.get("text_config")
-    hf = checked({**config, **text} if isinstance(text, dict) else config)
+    hf = checked_config({**config, **text} if isinstance(text, dict) else config)
     _get(hf, "vocab_size")
     fields = found.fields(hf)
     if fields["moe_router_topk"] > fields["num_moe_experts"]:

@@ -7,7 +7,7 @@ from typing import Any
 from moeless_opt.problems.arrays import number, whole
 from moeless_opt.problems.errors import FormatError, ProblemError
 
-__all__ = ["checked", "wrong"]
+__all__ = ["checked_config", "wrong"]
 
 #: Whole numbers: least and most. What is far beyond any model is a damaged file, not a model.
 _WHOLE: dict[str, tuple[int, int]] = dict.fromkeys(
@@ -79,7 +79,7 @@ def _kind(name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> 
         raise wrong(name, f"is {value!r}, must be {wanted}")
 
 
-def checked(hf: dict[str, Any]) -> dict[str, Any]:
+def checked_config(hf: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what is null, every field that the loader may use of the right kind.
 
     Raises
