@@ -45,6 +45,7 @@ from moeless_opt.problems.spec import (
     uniform,
 )
 from moeless_opt.solvers.core import get_solver, list_solvers, solver_names
+from moeless_opt.solvers.shares import ShareTable, share_table
 
 if TYPE_CHECKING:
     from moeless_opt.conflicts import Contradiction
@@ -79,6 +80,7 @@ __all__ = [
     "Progress",
     "Result",
     "Risk",
+    "ShareTable",
     "Sizing",
     "SizingPolicy",
     "SolverUnavailableError",
@@ -105,6 +107,7 @@ __all__ = [
     "recommend_redundancy",
     "save_plan",
     "save_problem",
+    "share_table",
     "solve",
     "solver_names",
     "uniform",

@@ -1,4 +1,7 @@
 from .best import best_shares as best_shares
+from .entries import entry_shares as entry_shares
+from .entry_table import ShareTable as ShareTable
+from .entry_table import share_table as share_table
 from .flow import descend as descend
 from .flow import solve_shares as solve_shares
 from .graph import ReplicaGraph as ReplicaGraph
