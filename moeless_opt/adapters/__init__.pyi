@@ -1,0 +1,4 @@
+from .maps import EngineMap as EngineMap
+from .maps import expert_slots as expert_slots
+from .maps import map_of_slots as map_of_slots
+from .maps import slots_of_map as slots_of_map
