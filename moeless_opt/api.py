@@ -30,7 +30,6 @@ from moeless_opt.problems.spec import (
     Sizing,
     TimeModel,
     Topology,
-    equal_shares,
     model_preset,
 )
 from moeless_opt.report import BOUND_ROW, Comparison, bound_row, row_of
@@ -487,8 +486,8 @@ def judge(problem: Problem, plan: Plan) -> tuple[Plan, Plan]:
     slots_LGC, began = plan.slots_LGC, Clock.begin()
     name = plan.certificate.solver
     shares = (plan.share_LGC, best_shares(problem, slots_LGC))
-    if problem.split == "equal":
-        shares = (equal_shares(slots_LGC, problem.experts),) * 2
+    if problem.split != "fractional":
+        shares = (shares[1],) * 2
     kept, best = (
         finish(problem, Built(slots_LGC=slots_LGC, share_LGC=share_LGC), solver=name, began=began)
         for share_LGC in shares

@@ -20,8 +20,16 @@ from moeless_opt.api import solve
 from moeless_opt.conflicts import Contradiction, contradiction
 from moeless_opt.problems.arrays import BoolArray, FloatArray, SlotArray
 from moeless_opt.problems.errors import MoelessError, ProblemError
-from moeless_opt.problems.plan import PROVEN, Plan, gpu_times, perfect_times, replicas_needed, violations
-from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, Risk, span
+from moeless_opt.problems.plan import (
+    PROVEN,
+    Plan,
+    gpu_times,
+    gpu_tokens,
+    perfect_times,
+    replicas_needed,
+    violations,
+)
+from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, Risk, Split, span
 from moeless_opt.problems.text import bytes_text, html_facts
 from moeless_opt.report import paragraph
 from moeless_opt.solvers.core import Clock, NeverStop, Stop, lower_bound
@@ -135,8 +143,8 @@ class Explanation:
         What no placement can go below.
     ways : tuple of Way
         What would lower it, the cheapest first; empty where nothing was found.
-    even : bool
-        Whether the split is equal.
+    split : Split or str
+        How tokens are divided over an expert's replicas.
     """
 
     layer: int
@@ -145,7 +153,7 @@ class Explanation:
     tight: Tight
     proof: BoundProof
     ways: tuple[Way, ...]
-    even: bool = False
+    split: str = Split.FRACTIONAL
 
     @property
     def optimal(self) -> bool:
@@ -191,8 +199,9 @@ class Explanation:
         has = "has" if len(tight.experts) == 1 else "have"
         held = f"{_named('expert', tight.experts)} ({tight.load:.6g} tokens) {has} no replica elsewhere"
         closed = "no token shares make them faster" if tight.closed else "other token shares may be faster"
-        if self.even:
-            held, closed = f"{tight.load:.6g} tokens of {_named('expert', tight.experts)}", "split evenly"
+        if self.split != "fractional":
+            held = f"{tight.load:.6g} tokens of {_named('expert', tight.experts)}"
+            closed = "split evenly" if self.split == "equal" else "each from where it is nearest"
         when = f"in scenario {tight.scenario} " if tight.scenario else ""
         facts.append(("tight", f"{when}{_named('GPU', tight.gpus)}: {held}; {closed}"))
         facts.append((f"bound {proof.bound:.6g} ({proof.name})", proof.text))
@@ -280,7 +289,7 @@ def explain(
         unit=what.unit,
         tight=_tight(case),
         proof=_proof(case),
-        even=problem.split == "equal",
+        split=problem.split,
         ways=() if idle else tuple(_ways(case, stop)),
     )
 
@@ -376,12 +385,12 @@ def _named(what: str, numbers: tuple[int, ...], most: int = 8) -> str:
 # --- why it is as it is ------------------------------------------------------------------------------------
 
 
-def _heaviest(case: _Case) -> tuple[str, FloatArray, FloatArray]:
-    """Of several scenarios the one that lifts the time most: its name, loads [E] and GPU times [G]."""
+def _heaviest(case: _Case) -> tuple[str, FloatArray, FloatArray, FloatArray]:
+    """Of the scenarios the one that lifts the time most: name, loads [E], GPU times [G], shares [G, C]."""
     loads, plan, row = case.problem.loads, case.plan, case.row
     count = loads.shape[0]
     if count == 1:
-        return "", case.load_E, plan.time_LG[row]
+        return "", case.load_E, plan.time_LG[row], plan.share_LGC[row]
     share_TLGC = plan.scenario_share_TLGC
     share_TGC = [plan.share_LGC[row] if share_TLGC is None else share_TLGC[t, row] for t in range(count)]
     load_TE, speed_G = loads.load_TLE[:, row], case.problem.topology.speed_G
@@ -394,15 +403,15 @@ def _heaviest(case: _Case) -> tuple[str, FloatArray, FloatArray]:
         rise_T = rise_T - perfect_times(time_TG, speed_G, usable_TG)
         rise_T = rise_T if loads.weight_T is None else rise_T * loads.weight_T
     t = int(rise_T.argmax())
-    return loads.scenarios[t] if loads.scenarios else str(t), load_TE[t], time_TG[t]
+    return loads.scenarios[t] if loads.scenarios else str(t), load_TE[t], time_TG[t], share_TGC[t]
 
 
 def _tight(case: _Case) -> Tight:
     """The GPUs that bind: with free shares those that cannot hand tokens on, else the busiest ones."""
-    scenario, load_E, time_G = _heaviest(case)
+    scenario, load_E, time_G, share_GC = _heaviest(case)
     busiest_G = time_G >= time_G.max() * (1 - _LESS)
     problem, closed, tight_G = case.problem, False, busiest_G
-    if problem.split != "equal" and problem.time.counts_tokens_only:
+    if problem.split == "fractional" and problem.time.counts_tokens_only:
         shares = solve_shares(load_E[None], case.slots_GC[None], problem.topology.speed_G)
         least = float(shares.bound_L[0]) * problem.time.token_cost
         if float(time_G.max()) <= least * (1 + PROVEN):
@@ -410,9 +419,9 @@ def _tight(case: _Case) -> Tight:
     held_EG = case.holds_EG
     inside_E = (load_E > 0) & ~(held_EG & ~tight_G).any(1)
     load = float(load_E[inside_E].sum())
-    if problem.split == "equal":  # an engine that divides evenly has no shares to change
+    if problem.split != "fractional":  # an engine with a rule of its own has no shares to change
         closed, inside_E = True, (load_E > 0) & (held_EG & tight_G).any(1)
-        load = float((load_E / np.maximum(held_EG.sum(1), 1) @ (held_EG & tight_G)).sum())
+        load = float(gpu_tokens(load_E[None], case.slots_GC[None], share_GC[None])[0, tight_G].sum())
     experts = np.flatnonzero(inside_E)
     experts = experts[np.argsort(-load_E[experts], kind="stable")]
     return Tight(
@@ -542,7 +551,7 @@ class _Change:
 def _ways(case: _Case, stop: Stop) -> Iterator[Way]:
     """What lowers the layer's time: first what costs nothing, then moves, limits, slots, GPUs."""
     optimal = case.time <= float(case.plan.certificate.lower_bound_L[case.row]) * (1 + PROVEN)
-    if not optimal and case.problem.split != "equal":
+    if not optimal and case.problem.split == "fractional":
         yield from _way(case, case.problem, _Change("shares", 0, case.slots_GC, "other token shares"))
     changes = _changes(case)
     if changes and not stop():
@@ -682,7 +691,7 @@ def _changes(case: _Case) -> list[_Change]:
     targets = [int(g) for g in np.argsort(time_G, kind="stable") if outside_G[g]][:_WIDE]
     piece_E = case.load_E / np.maximum(held_EG.sum(1), 1)
     candidates = [int(e) for e in np.argsort(-piece_E, kind="stable") if held_EG[e, list(tight.gpus)].any()]
-    if case.problem.split != "equal":  # what has a home outside is relieved by shares already
+    if case.problem.split == "fractional":  # what has a home outside is relieved by shares already
         candidates = [e for e in candidates if e in set(tight.experts)] or candidates
     changes: list[_Change] = []
     for expert in candidates[:_WIDE]:

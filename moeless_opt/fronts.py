@@ -20,7 +20,7 @@ from moeless_opt.problems.plan import (
     objective_vector,
 )
 from moeless_opt.problems.plan.verify import verify
-from moeless_opt.problems.spec import PRIORITIES, Problem, equal_shares
+from moeless_opt.problems.spec import PRIORITIES, Problem
 from moeless_opt.problems.text import bytes_text, html_table
 from moeless_opt.report import ratio_text, table, terminal_width
 from moeless_opt.solvers.construct import construct_equal, construct_fractional
@@ -183,7 +183,7 @@ def pareto(
         if problem.current is None:
             raise ProblemError("current", "is missing: without a live placement every replica moves")
         # A rung starts where the one above it ended: needless moves are few, and not looked for.
-        rounds = 0 if problem.split == "equal" else None
+        rounds = None if problem.split == "fractional" else 0
         found = frontier(problem, seed=seed, rounds=rounds, stop=stop, progress=progress)
         slots_KLGC, time_KL, count_KL = found.slots_KLGC, found.time_KL, found.moves_KL
     else:
@@ -268,9 +268,9 @@ def _by_size(
             break
         want_L = np.rint(problem.experts + part * (room_L - problem.experts)).astype(np.int64)
         less_LG = _shrink(capacity_LG, want_L)
-        if problem.split == "equal":
+        if problem.split != "fractional":
             one = construct_equal(load_LE, less_LG, speed_G, seed=seed, stop=stop)
-            share = equal_shares(one, problem.experts)
+            share = best_shares(problem, one)
         else:
             one, share = construct_fractional(load_LE, less_LG, speed_G, seed=seed)
         several = problem.loads.shape[0] > 1

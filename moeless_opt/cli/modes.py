@@ -54,8 +54,8 @@ def _judge(problem: Problem, plan: Plan, args: argparse.Namespace) -> int:
         kept, best = judge(problem, plan)
         found = violations(problem, kept)
         rows = [("its own shares", kept), ("best shares", best)]
-        if problem.split == "equal":
-            rows = [("even shares", best)]
+        if problem.split != "fractional":
+            rows = [("even shares" if problem.split == "equal" else "to the nearest replica", best)]
     except InvalidPlanError as error:
         found = error.violations
     if args.json:

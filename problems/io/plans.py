@@ -85,7 +85,7 @@ def plan_from_json(data: object, where: str = "") -> Plan:
     proof.take("gap", None, [])
     split = entry.take("split", str)
     if split not in SPLITS:
-        raise FormatError(entry.path("split"), f"is {split!r}, must be 'fractional' or 'equal'")
+        raise FormatError(entry.path("split"), f"is {split!r}, must be one of {SPLITS}")
     plan = Plan(
         slots_LGC=slots,
         share_LGC=arrays["shares"],

@@ -32,6 +32,7 @@ from .objective import judged as judged
 from .objective import objective_vector as objective_vector
 from .objective import order_of as order_of
 from .objective import risk as risk
+from .objective import source_loads as source_loads
 from .objective import usual_order as usual_order
 from .plan import PROVEN as PROVEN
 from .plan import Certificate as Certificate

@@ -145,9 +145,19 @@ def _moves(problem: Problem, plan: Plan) -> float:
 
 
 def _traffic(problem: Problem, plan: Plan) -> float:
-    loads, node_G = problem.loads, problem.topology.node_G
-    leaves_L = node_traffic(problem.load_LE, plan.slots_LGC, plan.share_LGC, node_G, loads.load_LNE)
+    node_G = problem.topology.node_G
+    leaves_L = node_traffic(problem.load_LE, plan.slots_LGC, plan.share_LGC, node_G, source_loads(problem))
     return float(leaves_L.sum())
+
+
+def source_loads(problem: Problem) -> FloatArray | None:
+    """Expected tokens by source node, shape [L, N, E]; None where unknown, that is, evenly from all nodes.
+
+    A split by the nearest replica knows them: where the loads do not say, evenly from all live GPUs.
+    """
+    if problem.split != "nearest":
+        return problem.loads.load_LNE
+    return np.asarray(problem.source_parts() * problem.load_LE[:, None, :])
 
 
 def _memory(problem: Problem, plan: Plan) -> float:

@@ -50,7 +50,7 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
         return [f"shares have shape {share.shape}, the slots {slots.shape}"]
     each = plan.scenario_share_TLGC
     scenarios = problem.loads.shape[0]
-    if each is not None and (each.shape != (scenarios, *slots.shape) or problem.split == "equal"):
+    if each is not None and (each.shape != (scenarios, *slots.shape) or not _by_scenario(problem)):
         return [
             f"shares of scenarios have shape {each.shape}; slots of shape {slots.shape} with {scenarios} "
             f"scenarios and a {problem.split} split have none such"
@@ -170,6 +170,8 @@ def _rules(problem: Problem, plan: Plan, held: _Held) -> list[str]:
     found += _sums(problem, plan.slots_LGC, plan.share_LGC, held, "")
     if problem.split == "equal":
         found += _uneven(problem, held)
+    elif problem.split == "nearest":
+        found += _astray(problem, plan, held)
     return found
 
 
@@ -213,6 +215,76 @@ def _uneven(problem: Problem, held: _Held) -> list[str]:
         f"{place}: expert {held.expert_P[worst]} has share {held.share_P[worst]:.6g}, "
         f"an equal split gives {even_P[worst]:.6g}"
     ]
+
+
+def _by_scenario(problem: Problem) -> bool:
+    """Whether shares may differ from scenario to scenario."""
+    if problem.split == "nearest":
+        return problem.loads.shape[0] > 1 and problem.loads.load_TLNE is not None
+    return problem.split == "fractional"
+
+
+def _astray(problem: Problem, plan: Plan, held: _Held) -> list[str]:
+    """Where tokens do not go to the nearest replica, in the expected loads or in a scenario."""
+    loads, each = problem.loads, plan.scenario_share_TLGC
+    if _by_scenario(problem) and each is None:
+        return ["the tokens come from other nodes in every scenario: shares of each scenario are missing"]
+    cases = [("", plan.share_LGC, loads.load_LE, loads.load_LNE)]
+    if each is not None and loads.load_TLNE is not None:
+        cases += [
+            (f"scenario {t}, ", each[t], loads.load_TLE[t], loads.load_TLNE[t]) for t in range(len(each))
+        ]
+    found = []
+    for where, share_LGC, load_LE, load_LNE in cases:
+        own = _Held.of(problem.experts, plan.slots_LGC, share_LGC)
+        right_P = np.zeros(len(own.key_P))
+        for x in range(problem.layers):
+            here = own.layer_P == x
+            pairs = own.expert_P[here], own.gpu_P[here]
+            by_node_NE = None if load_LNE is None else load_LNE[x]
+            right_P[here] = _nearest(problem, x, pairs, load_LE[x], by_node_NE)[pairs]
+        off_P = np.abs(own.share_P - right_P)
+        if off_P.size and not off_P.max() <= TOLERANCE:
+            worst = int(off_P.argmax())
+            place = f"layer {loads.layers[own.layer_P[worst]]} GPU {own.gpu_P[worst]}"
+            found.append(
+                f"{where}{place}: expert {own.expert_P[worst]} has share {own.share_P[worst]:.6g}, "
+                f"tokens that go to the nearest replica give {right_P[worst]:.6g}"
+            )
+    return found
+
+
+def _nearest(
+    problem: Problem,
+    x: int,
+    pairs: tuple[IntArray, IntArray],
+    load_E: FloatArray,
+    load_NE: FloatArray | None,
+) -> FloatArray:
+    """Share that each GPU serves of every expert, summed source GPU by source GPU, shape [E, G]."""
+    node_G, alive_G = problem.topology.node_G, problem.capacity_LG[x] > 0
+    experts, gpus = problem.experts, len(node_G)
+    held_EG = np.zeros((experts, gpus), dtype=np.bool_)
+    held_EG[pairs] = True
+    everywhere_EG = held_EG / np.maximum(held_EG.sum(1), 1)[:, None]
+    share_EG = np.zeros((experts, gpus))
+    for node in range(problem.topology.nodes):
+        inside_G = node_G == node
+        sources = int((inside_G & alive_G).sum())
+        part_E = np.full(experts, sources / max(int(alive_G.sum()), 1))
+        if load_NE is not None:
+            part_E = np.divide(load_NE[node], load_E, out=part_E, where=load_E > 0)
+        near_EG = held_EG & inside_G
+        count_E = near_EG.sum(1)
+        there_E = count_E > 0
+        far_EG = np.where(there_E[:, None], near_EG / np.maximum(count_E, 1)[:, None], everywhere_EG)
+        if not sources:  # no GPU is alive there to hold one
+            share_EG += part_E[:, None] * everywhere_EG
+            continue
+        each_E = part_E / sources  # what one source GPU sends
+        share_EG += each_E[:, None] * near_EG
+        share_EG += (each_E * (sources - count_E))[:, None] * far_EG
+    return share_EG
 
 
 def _even_over_slots(problem: Problem, held: _Held, uneven_LE: BoolArray) -> bool:

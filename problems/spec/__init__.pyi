@@ -4,6 +4,7 @@ from .architecture import model_preset as model_preset
 from .generators import from_recipe as from_recipe
 from .loads import Loads as Loads
 from .loads import span as span
+from .nearest import nearest_shares as nearest_shares
 from .placement import Placement as Placement
 from .placement import checked_capacity as checked_capacity
 from .placement import contiguous as contiguous

@@ -13,6 +13,7 @@ from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record,
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.loads import Loads, span
+from moeless_opt.problems.spec.nearest import source_parts
 from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 from moeless_opt.problems.spec.topology import Topology
@@ -81,7 +82,8 @@ class Problem(Record):
     expert_bytes_L : array of int, shape [L], optional
         Bytes of one replica in each layer; overrides the model's.
     split : Split or str
-        Whether the token shares of an expert's replicas are free or even.
+        Whether the token shares of an expert's replicas are free, even, or follow from where its tokens come
+        from (see `Split`).
     sizing : Sizing
         How many replicas there are to be.
     current : Placement, optional
@@ -123,7 +125,7 @@ class Problem(Record):
                 want = " or ".join("None" if k is type(None) else k.__name__ for k in kind)
                 raise ProblemError(key, f"is {type(value).__name__}, must be {want}")
         if self.split not in SPLITS:
-            raise ProblemError("split", f"is {self.split!r}, must be 'fractional' or 'equal'")
+            raise ProblemError("split", f"is {self.split!r}, must be one of {SPLITS}")
         object.__setattr__(self, "split", Split(self.split))
         _, layers, experts = self.loads.shape
         if self.model is not None and self.model.experts != experts:
@@ -213,6 +215,16 @@ class Problem(Record):
         if self.expert_bytes_L is not None:
             return self.expert_bytes_L
         return np.full(self.layers, 0 if self.model is None else self.model.expert_bytes, dtype=np.int64)
+
+    def source_parts(self, scenario: int | None = None) -> FloatArray:
+        """Part of every expert's tokens that comes from each node (see `source_parts`).
+
+        Of the expected loads by default; shape [L, N, E], or [L, N, 1] where all experts are alike.
+        """
+        by_node = self.loads.load_LNE
+        if scenario is not None and self.loads.load_TLNE is not None:
+            by_node = self.loads.load_TLNE[scenario]
+        return source_parts(self.topology.node_G, self.usable_LG, by_node)
 
     def pairs_LEG(self, key: str) -> BoolArray:
         """The pinned or forbidden (expert, GPU) pairs as a mask, shape [L, E, G]."""

@@ -37,6 +37,8 @@ class Split(_Choice):
     """Freely: every replica has a share of its own."""
     EQUAL = "equal"
     """Evenly, for engines that cannot weight."""
+    NEAREST = "nearest"
+    """By source: to the replica on the same GPU, else evenly to those on the node, else evenly to all."""
 
 
 class Priority(_Choice):

@@ -53,6 +53,9 @@ class Construct(Heuristic):
     def build(self, task: Task[ConstructOptions]) -> Built:
         """Construct a placement for the expected loads, or the best of several where there are scenarios."""
         problem = task.problem
+        if problem.split == "nearest":
+            even = self.build(replace(task, problem=problem.replace(split="equal", known=None)))
+            return Built(slots_LGC=even.slots_LGC)
         if problem.limits != type(problem.limits)():
             return self._within(task)
         if problem.loads.shape[0] > 1:

@@ -19,6 +19,7 @@ from moeless_opt.problems.plan import (
     new_replicas,
     node_traffic,
     order_of,
+    source_loads,
     usual_order,
     violations,
 )
@@ -69,7 +70,7 @@ def _in_order(problem: Problem, found: Built, other: Built) -> tuple[list[FloatA
             "balance": layer_values(problem, built),
             "memory": np.count_nonzero(built.slots_LGC >= 0, axis=(1, 2)).astype(np.float64),
             "traffic": node_traffic(
-                problem.load_LE, built.slots_LGC, built.shares_LGC, topology.node_G, problem.loads.load_LNE
+                problem.load_LE, built.slots_LGC, built.shares_LGC, topology.node_G, source_loads(problem)
             ),
         }
         if problem.current is not None:

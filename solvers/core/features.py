@@ -16,6 +16,7 @@ class Feature(enum.StrEnum):
 
     EQUAL_SPLIT = "equal split"
     FRACTIONAL = "fractional split"
+    NEAREST = "split by the nearest replica"
     MIGRATION = "starting from a live placement"
     MOVE_LIMITS = "limits on moves"
     HETEROGENEOUS = "GPUs of different speed or slots"
@@ -35,6 +36,7 @@ class Feature(enum.StrEnum):
 
 _SPLITS = frozenset({Feature.EQUAL_SPLIT, Feature.FRACTIONAL})
 _CONSTRUCT = _SPLITS | {
+    Feature.NEAREST,
     Feature.MIGRATION,
     Feature.HETEROGENEOUS,
     Feature.MEMORY,
@@ -43,14 +45,16 @@ _CONSTRUCT = _SPLITS | {
 }
 _LIMITS = frozenset({Feature.REPLICA_LIMITS, Feature.PAIRS, Feature.SPREAD})
 _REPLAN = _CONSTRUCT | _LIMITS | {Feature.MOVE_LIMITS}
-_CONSTRAINED = _CONSTRUCT | _LIMITS | {Feature.SIZING_CV}
-_SIZED = _CONSTRUCT | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
-_ACTIVATION = _CONSTRUCT | {Feature.TIME_MODEL}
-_LEXICOGRAPHIC = _CONSTRUCT | _LIMITS | {Feature.PRIORITIES}
+_EVEN_OR_FREE = _CONSTRUCT - {Feature.NEAREST}
+_CONSTRAINED = _EVEN_OR_FREE | _LIMITS | {Feature.SIZING_CV}
+_SIZED = _EVEN_OR_FREE | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
+_ACTIVATION = _EVEN_OR_FREE | {Feature.TIME_MODEL}
+_LEXICOGRAPHIC = _EVEN_OR_FREE | _LIMITS | {Feature.PRIORITIES}
 _EXACT = _SPLITS | {Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
 # The published methods ignore the live placement and all but the expected loads; their plans are valid and
 # pay for it.
 _PUBLISHED = _SPLITS | {
+    Feature.NEAREST,
     Feature.MIGRATION,
     Feature.MEMORY,
     Feature.SCENARIOS,
@@ -92,6 +96,7 @@ FEATURES: dict[str, frozenset[Feature]] = {
 
 _NO_LIMITS = Problem.__dataclass_fields__["limits"].default
 _EVERY_SLOT = ("slots", "fill")
+_SPLIT = {"equal": Feature.EQUAL_SPLIT, "fractional": Feature.FRACTIONAL, "nearest": Feature.NEAREST}
 _SIZING = {"cv": Feature.SIZING_CV, "makespan": Feature.SIZING_MAKESPAN, "memory": Feature.SIZING_MEMORY}
 
 
@@ -112,7 +117,7 @@ def required_features(problem: Problem) -> frozenset[Feature]:
     """The features without which a solver would have to ignore a part of the problem."""
     problem = without_slack(problem)
     topology, limits = problem.topology, problem.limits
-    needs = {Feature.EQUAL_SPLIT if problem.split == "equal" else Feature.FRACTIONAL}
+    needs = {_SPLIT[problem.split]}
     capacity_LG = problem.capacity_LG
     if not topology.is_uniform or (capacity_LG != capacity_LG[:, :1]).any():
         needs.add(Feature.HETEROGENEOUS)

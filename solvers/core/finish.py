@@ -105,7 +105,7 @@ def lower_bound(problem: Problem, split: str | None = None) -> Bound:
         best = _higher(best, (expected_L, names))
     if problem.objective.risk == "worst" and problem.time.counts_tokens_only:
         most_LE = loads.load_TLE.max(0)
-        tau_L = tau_star(most_LE, problem.capacity_LG, problem.topology.speed_G, split or problem.split)
+        tau_L = tau_star(most_LE, problem.capacity_LG, problem.topology.speed_G, split or _provable(problem))
         best = _higher(best, (tau_L * problem.time.token_cost, ("tau",) * problem.layers))
     return best
 
@@ -126,7 +126,7 @@ def _bound_of(problem: Problem, load_LE: FloatArray, split: str | None) -> Bound
             load_LE, problem.capacity_LG, problem.topology.speed_G, TimeTable.of(time, most)
         )
         return bound_L, ("capacity",) * problem.layers
-    split = split or problem.split
+    split = split or _provable(problem)
     given = (load_LE, problem.capacity_LG, problem.topology.speed_G, split)
     problem = without_slack(problem)
     if problem.limits is (moves := only_moves(problem.limits)) or problem.limits == moves:
@@ -142,6 +142,17 @@ def _bound_of(problem: Problem, load_LE: FloatArray, split: str | None) -> Bound
     )
     within_L = limit_bound(problem, load_LE, replicas, split) * time.token_cost
     return _higher((bound_L, tuple(name_L.tolist())), (within_L, ("limits",) * problem.layers))
+
+
+def _provable(problem: Problem) -> str:
+    """The split whose bounds hold for the problem's.
+
+    Tokens that go to the nearest replica are divided in some way, so what holds for free shares holds for
+    them; and on a single node evenly.
+    """
+    if problem.split != "nearest":
+        return problem.split
+    return "equal" if np.unique(problem.topology.node_G[problem.usable_LG.any(0)]).size <= 1 else "fractional"
 
 
 def token_bound(problem: Problem) -> FloatArray:

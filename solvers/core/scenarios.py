@@ -13,7 +13,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.plan import gpu_times, new_replicas, risk
-from moeless_opt.problems.spec import Loads, Problem, equal_shares
+from moeless_opt.problems.spec import Loads, Problem, equal_shares, nearest_shares
 from moeless_opt.solvers.core.placing import keeps_limits, random_change, widened
 from moeless_opt.solvers.core.risk_descent import descend_even
 from moeless_opt.solvers.core.stopping import Stop
@@ -26,9 +26,9 @@ MOST_SCENARIOS = 8
 
 SMALL = 128
 """Experts x GPUs of a layer up to which the risk itself is searched."""
-STEPS = {"fractional": 300, "equal": 600}
+STEPS = {"fractional": 300, "equal": 600, "nearest": 600}
 """Changes tried of each such layer: shares that are free take longer to find."""
-NEAR = {"fractional": 1e-2, "equal": 2e-3}
+NEAR = {"fractional": 1e-2, "equal": 2e-3, "nearest": 1e-2}
 """Distance from a perfect balance at which a layer is descended no further; free shares level the rest."""
 THRESHOLD = 0.2
 """Share by which a first change may raise the risk."""
@@ -54,6 +54,11 @@ def risk_L(problem: Problem, slots_LGC: SlotArray, rows: IntArray | slice = ALL)
     if problem.split == "equal":
         even_LGC = equal_shares(slots_LGC, problem.experts)
         top_TL = [gpu_times(load_LE, slots_LGC, even_LGC, speed_G).max(1) for load_LE in load_TLE]
+    elif problem.split == "nearest":
+        top_TL = [
+            gpu_times(load_LE, slots_LGC, _near(problem, slots_LGC, t, rows), speed_G).max(1)
+            for t, load_LE in enumerate(load_TLE)
+        ]
     else:
         graph = ReplicaGraph(slots_LGC, speed_G, problem.experts)
         top_TL = [solve_shares(load_LE, graph).time_L for load_LE in load_TLE]
@@ -63,12 +68,17 @@ def risk_L(problem: Problem, slots_LGC: SlotArray, rows: IntArray | slice = ALL)
 def scenario_shares(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray) -> FloatArray | None:
     """The shares of every scenario by which a placement is judged, shape [T, L, G, C].
 
-    None where there is one scenario, or an even split. Least are the tokens over speed; where time is more
-    than tokens, a layer keeps the plan's own shares in a scenario where they are faster.
+    None where there is one scenario, an even split, or one by the nearest replica whose tokens come from the
+    same places in every scenario. Least are the tokens over speed; where time is more than tokens, a layer
+    keeps the plan's own shares in a scenario where they are faster.
     """
     loads, speed_G, time = problem.loads, problem.topology.speed_G, problem.time
     if loads.shape[0] == 1 or problem.split == "equal":
         return None
+    if problem.split == "nearest":
+        if loads.load_TLNE is None:
+            return None
+        return np.array([_near(problem, slots_LGC, t) for t in range(loads.shape[0])])
     graph = ReplicaGraph(slots_LGC, speed_G, problem.experts)
     share_TLGC = np.array([solve_shares(load_LE, graph).share_LGC for load_LE in loads.load_TLE])
     if not time.counts_tokens_only:
@@ -78,6 +88,12 @@ def scenario_shares(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArra
             )
             best_LGC[own_L < best_L] = share_LGC[own_L < best_L]
     return share_TLGC
+
+
+def _near(problem: Problem, slots_LGC: SlotArray, scenario: int, rows: IntArray | slice = ALL) -> FloatArray:
+    """Shares by the nearest replica in a scenario, of some of the layers."""
+    part_LNE = problem.source_parts(scenario)[rows]
+    return nearest_shares(slots_LGC, problem.experts, problem.topology.node_G, part_LNE)
 
 
 def perfect_tokens(problem: Problem) -> FloatArray:
@@ -98,9 +114,16 @@ def guises(problem: Problem) -> Iterator[Problem]:
         return
     weight_T = np.ones(loads.shape[0]) if loads.weight_T is None else loads.weight_T
     heaviest = np.argsort(-weight_T, kind="stable")[:MOST_SCENARIOS]
-    for load_LE in (loads.load_LE, loads.load_TLE.max(0), *(loads.load_TLE[t] for t in heaviest)):
+    for t, load_LE in (
+        (None, loads.load_LE),
+        (None, loads.load_TLE.max(0)),
+        *((int(t), loads.load_TLE[t]) for t in heaviest),
+    ):
         if load_LE.any():
-            one = Loads(load_TLE=load_LE[None], layers=loads.layers, skipped=loads.skipped)
+            by_node = None
+            if problem.split == "nearest" and loads.load_TLNE is not None:
+                by_node = (problem.source_parts(t) * load_LE[:, None, :])[None]
+            one = Loads(load_TLE=load_LE[None], layers=loads.layers, skipped=loads.skipped, load_TLNE=by_node)
             yield problem.replace(loads=one, known=None)
 
 
@@ -130,7 +153,7 @@ def best_over_scenarios(
         return tables[0]
     live = problem.current if moves else None
     free = live is None and not _coupled(problem) and problem.sizing.policy in ("slots", "fill")
-    if free:
+    if free and problem.split != "nearest":
         even = problem.replace(split="equal", known=None)
         more = tables if problem.split == "equal" else _built(guises(even), build, stop, at_least=0)
         tables += _descended(even, more, NEAR[problem.split], stop)

@@ -28,7 +28,7 @@ import numpy as np
 
 from moeless_opt.problems.errors import InvalidPlanError, ProblemError
 from moeless_opt.problems.plan import Plan, Progress, ProgressCallback, Result, Status, StoppedBy, violations
-from moeless_opt.problems.spec import Problem, equal_shares
+from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core.compare import best_of
 from moeless_opt.solvers.core.features import FEATURES, Feature
 from moeless_opt.solvers.core.finish import Built, finish
@@ -36,6 +36,7 @@ from moeless_opt.solvers.core.options import NoOptions, read_options
 from moeless_opt.solvers.core.slack import without_slack
 from moeless_opt.solvers.core.stopping import Clock, FirstOf, MaxTime, Stop
 from moeless_opt.solvers.core.units import back_in_units, in_usual_units
+from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["Heuristic", "Solver", "Task"]
 
@@ -263,6 +264,8 @@ class Heuristic(ABC):
         for one in [built] if isinstance(built, Built) else built:
             if wrong := _malformed(task.problem, one):
                 raise InvalidPlanError([f"solver {self.name!r} built {wrong}"])
+            if task.problem.split == "nearest":  # shares follow from the placement, whoever made it
+                one = replace(one, share_LGC=best_shares(task.problem, one.slots_LGC))
             yield one.for_scenarios(task.problem)
 
     def _start(self, problem: Problem, initial: Plan) -> Built | None:
@@ -281,8 +284,8 @@ class Heuristic(ABC):
                 ),
             )
         share_LGC = initial.share_LGC
-        if problem.split == "equal":  # even over the replicas, whatever was merged there
-            share_LGC = equal_shares(initial.slots_LGC, problem.experts)
+        if problem.split != "fractional":  # by the rule over the replicas, whatever was merged there
+            share_LGC = best_shares(problem, initial.slots_LGC)
         built = Built(slots_LGC=initial.slots_LGC, share_LGC=share_LGC).for_scenarios(problem)
         plan = finish(problem, built, solver=self.name, began=Clock.begin(), certify=False)
         return None if violations(problem, plan) else built

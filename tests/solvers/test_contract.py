@@ -28,6 +28,7 @@ GPUS = mo.uniform(1, 4, slots=2)
 WANTED: dict[Feature, dict[str, Any]] = {
     Feature.EQUAL_SPLIT: {"split": "equal"},
     Feature.FRACTIONAL: {"split": "fractional"},
+    Feature.NEAREST: {"split": "nearest", "topology": mo.uniform(2, 2, slots=2)},
     Feature.MIGRATION: {"live": True},
     Feature.MOVE_LIMITS: {"live": True, "limits": mo.Limits(max_moves=3)},
     Feature.HETEROGENEOUS: {"topology": mo.uniform(1, 4, slots=[3, 2, 2, 2], speed=[1.0, 1.0, 1.0, 0.5])},

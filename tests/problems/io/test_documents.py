@@ -194,7 +194,7 @@ BAD_PLANS = [
     ("imbalance", [1.0, 1.0], "imbalance: has shape (2,), must be (1,)"),
     ("layers", [0, 1], "layers: has shape (2,), must be (1,)"),
     ("layers", [-1], "layers[0]: is -1"),
-    ("split", "half", "split: is 'half', must be 'fractional' or 'equal'"),
+    ("split", "half", "split: is 'half', must be one of ('fractional', 'equal', 'nearest')"),
     ("moves.by_layer", [1, 2], "moves.by_layer: has shape (2,)"),
     ("moves.count", 1.5, "moves.count: must be a whole number, got a number"),
     ("moves.cold", 1, "moves.cold: must be true or false, got a whole number"),

@@ -30,7 +30,7 @@ def make(**changes: Any) -> Problem:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "uneven"}, "split: is 'uneven', must be 'fractional' or 'equal'"),
+        ({"split": "uneven"}, r"split: is 'uneven', must be one of \('fractional', 'equal', 'nearest'\)"),
         ({"loads": np.ones((1, 4))}, "loads: is ndarray, must be Loads"),
         ({"topology": "8xH100"}, "topology: is str, must be Topology"),
         ({"model": "Mixtral-8x7B"}, "model: is str, must be ModelSpec or None"),
