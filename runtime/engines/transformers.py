@@ -214,7 +214,7 @@ def adopt(model: Any, options: AttachOptions) -> Adopted:
     for number, stack in zip(numbers, stacks, strict=True):
         # Copies: a slice would keep its whole stack alive on the device.
         resident: dict[int, Weights] = {
-            e: [Parameter(s.detach()[e].clone(), requires_grad=False) for s in stack] for e in mine
+            e: [Parameter(s.detach()[e].clone(), requires_grad=s.requires_grad) for s in stack] for e in mine
         }
         banks.append(SlotBank(number, resident, [s.detach()[0] for s in stack], device, meter))
     hosts = [[host_copy(s) if s.is_cuda else s.detach() for s in stack] for stack in stacks]

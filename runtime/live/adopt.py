@@ -60,6 +60,17 @@ class AttachOptions:
     ranks: Sequence[int] | None = None
     store: Any = None
 
+    def told(self) -> dict[str, Any]:
+        """What has to be the same on all ranks."""
+        home = None if self.home is None else (type(self.home).__name__, getattr(self.home, "copies", None))
+        return {
+            "shares": self.shares,
+            "home": home,
+            "checksums": self.checksums,
+            "node_G": None if self.node_G is None else [int(n) for n in self.node_G],
+            "links": self.links,
+        }
+
     def group(self, device: torch.device, ranks: Sequence[int] | None = None) -> ExpertGroup:
         """The expert-parallel group; `ranks` are those of the engine, if it has such groups."""
         return ExpertGroup.create(
@@ -117,6 +128,14 @@ class Adopted:
     restore: Callable[[], None]
     home: HomeStore | None = None
     transposed: bool = False
+
+    def told(self) -> dict[str, Any]:
+        """What has to be the same on all ranks."""
+        return {
+            "layers": list(self.layers),
+            "experts": (self.experts, self.topk),
+            "shapes": [bank.shapes for bank in self.banks],
+        }
 
 
 class Engine(Protocol):

@@ -7,19 +7,21 @@ all rows, at the same batch, and so all take the same decisions without a word m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moeless_opt.problems.arrays import IntArray
-from moeless_opt.problems.errors import MoelessError
+from moeless_opt.problems.arrays import BoolArray, IntArray
+from moeless_opt.problems.errors import MoelessError, ProblemError
 from moeless_opt.runtime.live.dispatch import SharePolicy, share_policy
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.lanes import LaneHeader, Lanes
 from moeless_opt.runtime.live.migrate import Header, Migrator
 
-__all__ = ["Agreement", "OutOfStepError"]
+__all__ = ["Agreement", "OutOfStepError", "same_everywhere"]
 
 
 class OutOfStepError(MoelessError):
@@ -27,11 +29,44 @@ class OutOfStepError(MoelessError):
 
 
 class _Step(NamedTuple):
-    """Where a rank stands, and how many share policies it was given; or a column [R] of each."""
+    """Where a rank stands, how many share policies it has, checksum of the next; or a column [R] of each."""
 
     passes: Any
     layer: Any
     policies: Any
+    policy: Any
+
+
+#: Where the numbers of the migrator and of the lanes begin.
+CUTS = [len(_Step._fields), len(_Step._fields) + len(Header._fields)]
+
+
+def _digest(value: Any) -> int:
+    """A number of what a value says, the same in every process: without addresses and private parts."""
+    fields = getattr(value, "__dict__", None)
+    if fields is not None:
+        shown = {k: _digest(v) for k, v in fields.items() if not k.startswith("_")}
+        value = f"{type(value).__qualname__} {getattr(value, 'name', '')} {shown}"
+    return zlib.crc32(re.sub(r"0x[0-9a-f]+", "", repr(value)).encode())
+
+
+def same_everywhere(group: ExpertGroup, told: Mapping[str, Any]) -> None:
+    """Refuse what the ranks were told differently; a collective.
+
+    Raises
+    ------
+    ProblemError
+        On all of them, with the names of what differs and the ranks that differ from the first.
+    """
+    rows = np.asarray(group.gather_ints([_digest(value) for value in told.values()]), dtype=np.int64)
+    for name, column_R in zip(told, rows.T, strict=True):
+        others = [group.ranks[r] for r in np.flatnonzero(column_R != column_R[0])]
+        if others:
+            raise ProblemError(
+                name,
+                f"is another one on ranks {others} than on rank {group.ranks[0]} (here: {told[name]!r}); "
+                "give it all ranks alike",
+            )
 
 
 #: Stands for a layer between forward passes.
@@ -56,23 +91,33 @@ class Agreement:
         self.layers = layers
         self.batches = 0
         # Policies as they were asked for; the ranks agree on how many of them all know.
-        self.policies = [share_policy(shares)]
+        self.policies: list[SharePolicy] = []
+        self._digests: list[int] = []
+        self.ask(shares)
         #: Called with the policy that has come into force.
         self.on_policy: Callable[[SharePolicy], None] = lambda _: None
         self.migrator: Migrator
         self.lanes: Lanes
-        self._in_force = 0
+        self._asked = 0
         self._passes = 0
 
     def drive(self, migrator: Migrator, lanes: Lanes) -> None:
         """Let these act on what the ranks say; once, before the first batch."""
         self.migrator, self.lanes = migrator, lanes
 
+    def ask(self, shares: str | SharePolicy) -> None:
+        """Use another policy from the first batch on that all ranks know of it."""
+        policy = share_policy(shares)
+        self._digests.append(1 + _digest(policy))
+        self.policies.append(policy)  # last: how many there are is what the others hear
+
     def header(self, layer: int | None) -> tuple[int, ...]:
         """What this rank tells the others now, in front of a batch of a layer (None: between passes)."""
         self._passes += layer == 0
         where = BETWEEN if layer is None else layer
-        step = _Step(self._passes, where, len(self.policies) - 1)
+        asked, following = len(self.policies) - 1, self._asked + 1
+        policy = self._digests[following] if following <= asked else 0
+        step = _Step(self._passes, where, asked, policy)
         return (*step, *self.migrator.header(), *self.lanes.header())
 
     def agree(self, layer: int | None, headers_RK: IntArray) -> None:
@@ -82,18 +127,31 @@ class Agreement:
         ------
         OutOfStepError
             If the ranks stand at different points; nothing was decided then.
+        MoelessError
+            If they were asked for different share policies; the old one stays.
         """
-        steps, plans = len(_Step._fields), len(Header._fields)
-        told_R = _Step(*headers_RK[:, :steps].T)
+        steps_RK, plans_RK, lanes_RK = np.split(headers_RK, CUTS, axis=1)
+        told_R = _Step(*steps_RK.T)
         if (told_R.layer != told_R.layer[0]).any() or (told_R.passes != told_R.passes[0]).any():
             self._part(told_R)
         if layer == 0:
             self.batches += 1
-        self.migrator.agree(layer, headers_RK[:, steps : steps + plans])
-        self.lanes.agree(layer, headers_RK[:, steps + plans : steps + plans + len(LaneHeader._fields)])
-        known = int(told_R.policies.min())
-        if known > self._in_force:
-            self._use(known)
+        self.migrator.agree(layer, plans_RK)
+        self.lanes.agree(layer, lanes_RK)
+        if int(told_R.policies.min()) > self._asked:
+            self._asked += 1
+            if (told_R.policy != told_R.policy[0]).any():
+                others = self._ranks(told_R.policy != told_R.policy[0])
+                name = self.policies[self._asked].name
+                self.policies[self._asked] = self.policies[self._asked - 1]
+                raise MoelessError(
+                    f"ranks {others} were asked for other shares than rank {self.group.ranks[0]} (here: "
+                    f"{name!r}); the shares stay as they were"
+                )
+            self._use(self._asked)
+
+    def _ranks(self, which_R: BoolArray) -> list[int]:
+        return [self.group.ranks[r] for r in np.flatnonzero(which_R)]
 
     def _part(self, told_R: _Step) -> None:
         # From here on all count alike again: who starts a pass anew on all ranks can go on.
@@ -109,20 +167,52 @@ class Agreement:
             "them; all of them have to begin the same pass again"
         )
 
-    def round(self) -> bool:
-        """Agree outside a forward; whether anything was under way on any rank before."""
+    def round(self, *, last: bool = False) -> bool:
+        """Agree outside a forward; whether anything was under way on any rank before.
+
+        Parameters
+        ----------
+        last : bool
+            Nothing more will be handed in on any rank: what not all have will never start.
+
+        Raises
+        ------
+        MoelessError
+            On all ranks, if it is the last and they have different plans; these are dropped.
+        """
         busy = not (self.migrator.idle and self.lanes.idle)
         rows = np.asarray(self.group.gather_ints([*self.header(None), int(busy)]), dtype=np.int64)
         self.agree(None, rows[:, :-1])
+        if last:
+            self._refuse_uneven(rows[:, :-1])
         return bool(rows[:, -1].any())
 
+    def _refuse_uneven(self, headers_RK: IntArray) -> None:
+        steps_RK, plans_RK, lanes_RK = np.split(headers_RK, CUTS, axis=1)
+        step_R, plan_R, lane_R = _Step(*steps_RK.T), Header(*plans_RK.T), LaneHeader(*lanes_RK.T)
+        for what, number_R in (
+            ("plan", plan_R.number),
+            ("plan of a layer", lane_R.opened),
+            ("share policy", step_R.policies),
+        ):
+            if (number_R == number_R[0]).all():
+                continue
+            have, lack = number_R == number_R.max(), number_R < number_R.max()
+            reason = (
+                f"ranks {self._ranks(have)} were handed a {what} that ranks {self._ranks(lack)} were not; "
+                "all ranks have to be given the same ones: it was dropped"
+            )
+            self.migrator.forget(int(plan_R.number.max()), reason)
+            del self.policies[int(step_R.policies.min()) + 1 :]
+            raise MoelessError(reason)
+
     def _use(self, number: int) -> None:
-        self._in_force = number
+        self._asked = number
         self.on_policy(self.policies[number])
 
     def regroup(self, group: ExpertGroup) -> None:
         """Go on with other ranks."""
         self.group = group
         self.batches = self._passes = 0
-        # Some may have switched in the batch that failed, and others not: take what all have.
-        self._use(min(row[0] for row in group.gather_ints([len(self.policies) - 1])))
+        # Some may have switched in the batch that failed, and others not; all have what one uses.
+        self._use(max(row[0] for row in group.gather_ints([self._asked])))

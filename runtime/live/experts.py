@@ -129,9 +129,16 @@ class SlotBank:
         self.order: tuple[int, ...] = tuple(resident)
         self.expert_bytes = weights_bytes(like)
         self.on_install = on_install
+        self._trained = False
         for weights in self.resident.values():
             for tensor in weights:
                 meter.track(tensor)
+
+    def trains(self) -> bool:
+        """Whether the experts' weights want gradients; those that arrive do if the others did."""
+        if self.resident:
+            self._trained = any(t.requires_grad for weights in self.resident.values() for t in weights)
+        return self._trained
 
     def allocate(self) -> Weights:
         """Room for one expert.
@@ -164,11 +171,13 @@ class SlotBank:
 
         What is in `keep` stays in memory: staged, as if it had just arrived.
         """
+        trains = self.trains()
         kept = {e: self.resident[e] for e in keep}
         self.resident = {e: self.weights(e) for e in experts}
         self.staged |= kept
         for e in experts:
-            self.staged.pop(e, None)
+            for tensor in self.staged.pop(e, ()):
+                tensor.requires_grad_(trains)
         self.order = tuple(experts)
         if self.on_install is not None:
             self.on_install(self)

@@ -80,7 +80,7 @@ class Guard:
         How long survivors wait for each other after the last of them has reported.
     slots : int, optional
         Slots per layer that each rank may use when experts have to be placed anew; by default as many as it
-        takes to hold all experts.
+        takes to hold all experts. The first survivor's counts.
     replan : callable, optional
         ``replan(have_LG, load_LE)`` gives the placement after a loss; only the first survivor calls it.
         `repair_slots` by default.
@@ -168,13 +168,13 @@ class Guard:
         live.regroup(group)
         experts = live.experts
         held = [int(e in bank.resident) for bank in live.banks for e in range(experts)]
-        rows = group.gather_ints([self._completed, *held])
-        have_RLE = np.asarray([row[1:] for row in rows]).reshape(group.size, len(live.banks), experts)
+        rows = group.gather_ints([self._completed, self.slots or 0, *held])
+        have_RLE = np.asarray([row[2:] for row in rows]).reshape(group.size, len(live.banks), experts)
         have_LG = [
             [np.flatnonzero(have_RLE[g, layer]).tolist() for g in range(group.size)]
             for layer in range(len(live.banks))
         ]
-        target = self._target(group, have_LG)
+        target = self._target(group, have_LG, rows[0][1])
         moved = live.migrator.restore(have_LG, target, timeout=group.timeout)
         live.refill_home()
         fewest = min(row[0] for row in rows)
@@ -218,11 +218,11 @@ class Guard:
             raise EvictedError(f"rank {me} came too late: ranks {ranks} went on")
         return ranks
 
-    def _target(self, group: ExpertGroup, have_LG: list[list[list[int]]]) -> SlotArray:
+    def _target(self, group: ExpertGroup, have_LG: list[list[list[int]]], slots: int) -> SlotArray:
         """The placement after the loss, from the first survivor, so that all have the same."""
         live = self.live
         most = max(len(row) for rows in have_LG for row in rows)
-        width = max(self.slots or 0, most, -(-live.experts // group.size))
+        width = max(slots, most, -(-live.experts // group.size))
         shape = (len(live.banks), group.size, width)
         flat, error = np.full(shape, -1, dtype=np.int32), None
         if group.rank == 0:
@@ -230,7 +230,7 @@ class Guard:
                 if self.replan is not None:
                     found = np.asarray(self.replan(have_LG, self.load_LE), dtype=np.int32)
                 else:
-                    cap = self.slots if self.slots is not None else width
+                    cap = slots or width
                     found = repair_slots(have_LG, live.experts, np.full(shape[:2], cap), self.load_LE)
                 if found.shape[2] > width:
                     raise MoelessError(

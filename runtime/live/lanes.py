@@ -61,6 +61,8 @@ class LaneHeader(NamedTuple):
         What went wrong, see `courier`.
     clock : int
         Microseconds of this rank's clock.
+    opened : int
+        Tickets that were ever opened.
     """
 
     next1: Any
@@ -70,6 +72,7 @@ class LaneHeader(NamedTuple):
     arrived: Any
     fault: Any
     clock: Any
+    opened: Any
 
 
 class Lanes:
@@ -195,7 +198,7 @@ class Lanes:
                     fault, ticket.reason = ticket.flight.fault, ticket.flight.error
                     break
             arrived += 1
-        return LaneHeader._make((*digests, arrived, fault, time.monotonic_ns() // 1000))
+        return LaneHeader._make((*digests, arrived, fault, time.monotonic_ns() // 1000, self._opened))
 
     def _with_room(self, ticket: Ticket) -> int:
         """The ticket's checksum, once there is memory here for what it brings."""
@@ -217,6 +220,8 @@ class Lanes:
     def agree(self, layer: int | None, headers_RK: IntArray) -> None:
         """Act on everybody's numbers, in front of a batch of `layer` (None: between forwards)."""
         told_R = LaneHeader(*headers_RK.T)
+        if (told_R.opened != told_R.opened[0]).any():
+            self._drop_uneven(told_R.opened)
         if layer == 0:
             self.passes += 1
         self.now = max(self.now, int(told_R.clock[0]) * 1e-6)
@@ -249,6 +254,14 @@ class Lanes:
                     self._changed.add(one)
         while self._changed:
             self._let_go(self._changed.pop())
+
+    def _drop_uneven(self, opened_R: IntArray) -> None:
+        """Void the tickets that not all ranks have opened, and count alike from here."""
+        fewest = int(opened_R.min())
+        late = [self.migrator.group.ranks[g] for g in np.flatnonzero(opened_R < opened_R.max())]
+        while self._open and self._open[-1].number > fewest:
+            self._end(self._open.pop(), "void", f"ranks {late} did not open it at the same point")
+        self._opened = int(opened_R.max())
 
     def _decide(self, ticket: Ticket, column_R: IntArray) -> None:
         if (column_R < 0).any():

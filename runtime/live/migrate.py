@@ -332,6 +332,9 @@ class Migrator:
         self.claims = False
         if self._schedule is None and self._request is None and (numbers == self._seen).all():
             return
+        if self._request is not None:
+            late = [self.group.ranks[g] for g in np.flatnonzero(numbers < self._request.number)]
+            self.reports[self._request.number].reason = f"not handed in on ranks {late} yet" if late else ""
         # A newer number that everybody has, and the same plan behind it (none: all refused it).
         newer = int(numbers.min()) > self._seen and bool((numbers == numbers[0]).all())
         same = bool((told_R.digest == told_R.digest[0]).all())
@@ -583,6 +586,13 @@ class Migrator:
         for bank in self.banks:
             bank.drop_staged()
 
+    def forget(self, number: int, reason: str) -> None:
+        """Drop what waits to be started; all ranks do so, and count on from this number."""
+        if self._request is not None:
+            report = self.reports[self._request.number]
+            report.status, report.reason = "aborted", reason
+        self._request, self._digest, self._number = None, 0, number
+
     # -- after a loss ------------------------------------------------------------------------------
 
     def reset(self, group: ExpertGroup) -> None:
@@ -641,7 +651,7 @@ class Migrator:
         stages = list(schedule.stages)
         for s, step in enumerate(schedule.steps):
             mine = [t for t in step if t.destination == self.group.rank]
-            self._room = {t: self.banks[t.layer].allocate() for t in mine}
+            self._room = self._reserved(mine)
             self._post(step)
             self.courier.wait(self._flights[s], timeout)
             fault = self._flights[s].fault if self._flights[s].done.is_set() else LOST
@@ -660,6 +670,20 @@ class Migrator:
         for layer, slots_GC in enumerate(target_LGC):
             self.install(layer, slots_GC)
         return moved
+
+    def _reserved(self, mine: Sequence[Shipment]) -> dict[Shipment, Weights]:
+        """Memory for a step's arrivals, or one error on all ranks before anybody sends; a collective."""
+        room: dict[Shipment, Weights] = {}
+        lacking = ""
+        try:
+            room = {t: self.banks[t.layer].allocate() for t in mine}
+        except MemoryError as error:
+            lacking = f": {error}"
+        rows = self.group.gather_ints([int(bool(lacking))])
+        short = [rank for rank, row in zip(self.group.ranks, rows, strict=True) if row[0]]
+        if short:
+            raise MoelessError(f"restoring failed: no memory for an arrival on ranks {short}{lacking}")
+        return room
 
     def close(self) -> None:
         """End the thread."""

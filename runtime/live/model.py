@@ -18,8 +18,8 @@ from moeless_opt.problems.spec import TimeModel
 from moeless_opt.runtime.control import MemoryReport, Observation, stacked
 from moeless_opt.runtime.live import watch
 from moeless_opt.runtime.live.adopt import Adopted, AttachOptions
-from moeless_opt.runtime.live.agreement import Agreement
-from moeless_opt.runtime.live.dispatch import PlannedShares, SharePolicy, SlotDispatcher, share_policy
+from moeless_opt.runtime.live.agreement import Agreement, same_everywhere
+from moeless_opt.runtime.live.dispatch import PlannedShares, SharePolicy, SlotDispatcher
 from moeless_opt.runtime.live.elastic import Elastic, become_elastic
 from moeless_opt.runtime.live.groups import ExpertGroup, SideGroup
 from moeless_opt.runtime.live.home import HomeStore, PinnedHome, save_experts
@@ -72,6 +72,7 @@ class LiveModel:
             else RowBlock(options.row_block)
         )
         self._agreement = Agreement(self.group, self.layers, options.shares)
+        same_everywhere(self.group, {**adopted.told(), **options.told()})
         tables = [SlotTable(static_slots(self.experts, self.group.size), self.experts) for _ in self.banks]
         self.dispatchers = [
             SlotDispatcher(
@@ -87,6 +88,8 @@ class LiveModel:
             )
             for index, table in enumerate(tables)
         ]
+        for dispatcher, bank in zip(self.dispatchers, self.banks, strict=True):
+            dispatcher.experts_train = bank.trains
         self.migrator = Migrator(
             self.group, self.banks, tables, self._switched, home=self.home, links=options.links
         )
@@ -184,10 +187,16 @@ class LiveModel:
         return self.migrator.reports[number] if number > 0 else self._plans.report(number)
 
     def settle(self, timeout: float = 600.0) -> None:
-        """Finish what is under way without traffic."""
+        """Finish what is under way without traffic.
+
+        Raises
+        ------
+        MoelessError
+            On all ranks, if one was handed a plan that others were not.
+        """
         self._alive()
         deadline = time.monotonic() + timeout
-        while self._agreement.round():
+        while self._agreement.round(last=True):
             time.sleep(0.0005)
             if time.monotonic() > deadline:
                 raise MoelessError(f"the migrations did not end within {timeout:g} s")
@@ -199,7 +208,7 @@ class LiveModel:
 
     def set_shares(self, shares: str | SharePolicy) -> None:
         """Use another policy from the first batch on that all ranks know of it."""
-        self._agreement.policies.append(share_policy(shares))
+        self._agreement.ask(shares)
 
     def set_planned_shares(self, plan: Any) -> None:
         """Use a plan's own ``share_LGC`` instead of solving for every batch."""
@@ -365,6 +374,7 @@ class LiveModel:
             ``repeats``, ``quantile``, ``clock``, as of `measure_experts`.
         """
         index = self._index(self.layers[0] if layer is None else layer)
+        same_everywhere(self.group, {"tokens": list(tokens), "layer": index})
         return watch.measure(self.adopted, self.group, index, tokens, **how)
 
     # -- home copies and checksums -----------------------------------------------------------------

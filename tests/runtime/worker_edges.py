@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from worlds import batch, forward, join, report, tiny_model
+from worlds import EXPERTS, batch, forward, join, report, tiny_model
 
-from moeless_opt.problems.errors import MoelessError
+from moeless_opt.problems.errors import MoelessError, ProblemError, UnsupportedFeatureError
+from moeless_opt.runtime.checkpoint.parts import causal_positions
 from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.live.agreement import OutOfStepError
 from moeless_opt.runtime.live.faults import Guard
@@ -88,6 +90,111 @@ def detached() -> Any:
     return {"changed": [n for n in before if before[n] != after[n]], "same": same}
 
 
+def uneven() -> Any:
+    """What one rank alone is told: heard of at once, on all ranks, and all is well afterwards."""
+    rank, size = join(timeout=30.0)
+    model, x = tiny_model(layers=2, exact=True), batch(rank)
+    for name, options in (
+        ("shares", {"shares": "equal" if rank else "balanced"}),
+        ("node_G", {"node_G": [0, rank]}),
+        ("home", {"home": PinnedHome(1 + rank)}),
+        ("checksums", {"checksums": rank == 0}),
+    ):
+        with pytest.raises(ProblemError, match=rf"{name}: is another one on ranks \[1\] than on rank 0"):
+            attach(model, timeout=20, **options)
+    live = attach(model, timeout=20)
+    want = forward(model, x)
+    swap = static_slots(EXPERTS, size, 2)[:, ::-1].copy()
+    waits = ""
+    if rank == 0:
+        number = live.apply(swap)
+        swap_again = live.apply(swap)
+        assert live.migration(number).status == "superseded"
+    assert torch.equal(forward(model, x), want)
+    if rank == 0:
+        waits = live.migration(swap_again).reason
+        assert live.migration(swap_again).status == "waiting"
+    with pytest.raises(MoelessError, match=r"ranks \[0\] were handed a plan that ranks \[1\] were not"):
+        live.settle()
+    if rank == 0:
+        assert live.migration(swap_again).status == "aborted"
+    live.settle()
+    number = live.apply(swap)
+    live.settle()
+    assert live.migration(number).status == "done"
+    # A layer's plan, which all have to open at the same point: within a pass, and between passes.
+    layer = live.layers[1]
+    back = live.slots_LGC[1][::-1]
+    alone = live.apply_layer(layer, back) if rank == 1 else None
+    assert torch.equal(forward(model, x), want)
+    if alone is not None:
+        ticket = live.layer_plan(alone)
+        assert (ticket.status, ticket.reason) == ("void", "ranks [0] did not open it at the same point")
+    if rank == 0:
+        live.apply_layer(layer, back)
+    with pytest.raises(MoelessError, match=r"ranks \[0\] were handed a plan of a layer that ranks \[1\]"):
+        live.settle()
+    together = live.apply_layer(layer, back)
+    live.settle()
+    assert live.layer_plan(together).status == "done"
+    # Other shares on every rank would send tokens to where nobody waits for them.
+    live.apply([[[0, 1, 2, 3, 4], [4, 5, 6, 7, 0]]] * 2)
+    live.settle()
+    live.set_shares("equal" if rank else "balanced")
+    with pytest.raises(MoelessError, match=r"ranks \[1\] were asked for other shares than rank 0"):
+        forward(model, x)
+    assert torch.equal(forward(model, x), want)
+    if rank == 0:
+        live.set_shares("equal")
+    with pytest.raises(
+        MoelessError, match=r"ranks \[0\] were handed a share policy that ranks \[1\] were not"
+    ):
+        live.settle()
+    assert torch.equal(forward(model, x), want)
+    if rank == 1:
+        live.apply(swap)
+    with pytest.raises(ProblemError, match="tokens: is another one"):
+        live.measure([1 + rank, 8])
+    with pytest.raises(MoelessError, match=r"ranks \[1\] were handed a plan"):
+        live.detach()
+    live.detach()
+    return waits
+
+
+def gradients() -> Any:
+    """Refused by name wherever something of a MoE layer wants them, also where the hidden states do not."""
+    rank, size = join(timeout=30.0)
+    model, x = tiny_model(layers=2), batch(rank)
+    live = attach(model, timeout=20)
+
+    def refusal() -> str:
+        try:
+            model(x, causal_positions(x), None)
+        except UnsupportedFeatureError as error:
+            return str(error).split("gradients are on for ")[1].split(" (")[0]
+        return ""
+
+    said = [refusal()]
+    model.requires_grad_(False)
+    said.append(refusal())
+    router, experts = model.decoder.layers[1].mlp.router, model.decoder.layers[1].mlp.experts
+    router.requires_grad_(True)
+    said.append(refusal())
+    router.requires_grad_(False)
+    experts.requires_grad_(True)
+    said.append(refusal())
+    # Experts that come from elsewhere are no less trained than those that were here.
+    live.apply(static_slots(EXPERTS, size, 2)[:, ::-1].copy())
+    live.settle()
+    said.append(refusal())
+    model.requires_grad_(False)
+    model.output_layer.requires_grad_(True)
+    model(x, causal_positions(x), None).sum().backward()
+    assert model.output_layer.weight.grad is not None
+    live.detach()
+    return said
+
+
 def guarded(home: PinnedHome, prepare: Callable[[int, LiveModel], None] = lambda rank, live: None) -> Any:
     """Rank 2 is killed in the second pass, the others go on under a guard."""
     rank, _ = join(timeout=30.0)
@@ -119,6 +226,15 @@ class Unreadable(PinnedHome):
         raise OSError(5, "Input/output error")
 
 
+def cramped() -> Any:
+    """One survivor has no memory for what it is to take over."""
+
+    def prepare(rank: int, live: LiveModel) -> None:
+        live.meter.hard_limit = live.meter.now if rank == 1 else None
+
+    return guarded(PinnedHome(3), prepare)
+
+
 def refill() -> Any:
     """A second rank dies while the recovery from the first death refills home copies."""
 
@@ -135,6 +251,9 @@ if __name__ == "__main__":
         "detached": detached,
         "unreadable": lambda: guarded(Unreadable(3)),
         "refill": refill,
+        "cramped": cramped,
+        "uneven": uneven,
+        "gradients": gradients,
     }
     what = sys.argv[1]
     report(cases[what]() if what in cases else early(what))

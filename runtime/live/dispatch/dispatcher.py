@@ -119,6 +119,8 @@ class SlotDispatcher:
         # Real tokens of the next batches: bool [T], or None for all. What is masked out is not observed.
         self.valid: Tensor | None = None
         self.skip_invalid = False
+        #: Whether the experts' weights want gradients.
+        self.experts_train: Callable[[], bool] = lambda: False
         self.on_batch: list[Callable[[SlotDispatcher, Tensor], None]] = []
         self.sends_RP: IntArray = np.zeros((group.size, 0), dtype=np.int64)
         self.batch_counts_RE: IntArray = np.zeros((group.size, experts), dtype=np.int64)
@@ -165,10 +167,8 @@ class SlotDispatcher:
         -------
         tokens [N, H], weights [N], sorted by destination rank and slot
         """
-        if torch.is_grad_enabled() and x_TH.requires_grad:
-            raise UnsupportedFeatureError(
-                "training through a live placement is not supported: run under torch.no_grad()"
-            )
+        if torch.is_grad_enabled():
+            self._refuse_gradients(x_TH, prob_Tk)
         self._entered = time.perf_counter()
         n_tokens, k = expert_Tk.shape
         if self.valid is not None and self.valid.numel() != n_tokens:
@@ -191,6 +191,19 @@ class SlotDispatcher:
             order = order.index_select(0, self._to_slot_order(order.device))
         self._place(order, n_tokens, k)
         return x_TH.index_select(0, order // k), prob_Tk.reshape(-1).index_select(0, order)
+
+    def _refuse_gradients(self, x_TH: Tensor, prob_Tk: Tensor) -> None:
+        wanting = (
+            (x_TH.requires_grad, "hidden states"),
+            (prob_Tk.requires_grad, "router"),
+            (self.experts_train(), "experts"),
+        )
+        for wants, what in wanting:
+            if wants:
+                raise UnsupportedFeatureError(
+                    "training through a live placement is not supported, and gradients are on for the "
+                    f"{what} of MoE layer {self.index} (counted from 0): run under torch.no_grad()"
+                )
 
     def _count(self, flat: Tensor) -> Tensor:
         if flat.is_cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -86,6 +87,8 @@ class PlannedShares:
     name = "planned"
 
     def __init__(self, share_LGC: FloatArray, slots_LGC: SlotArray) -> None:
+        #: Tells these shares from others.
+        self.digest = zlib.crc32(np.asarray(slots_LGC).tobytes(), zlib.crc32(np.asarray(share_LGC).tobytes()))
         self._of = [
             {
                 (int(e), g): float(s)

@@ -121,6 +121,28 @@ def test_a_home_copy_that_cannot_be_read_ends_a_recovery_with_one_error(run_worl
     assert any("Input/output error" in result["error"] for result in results if result)
 
 
+def test_a_survivor_without_memory_ends_a_recovery_with_one_error(run_world: World) -> None:
+    results = run_world("worker_edges.py", 4, "cramped", expect_killed=1)
+    for rank in (0, 1, 3):
+        assert results[rank]["step"] == 1
+        assert "no memory for an arrival on ranks [1]" in results[rank]["error"]
+
+
+def test_what_one_rank_alone_is_told_is_heard_of_on_all(run_world: World) -> None:
+    assert run_world("worker_edges.py", 2, "uneven") == ["not handed in on ranks [1] yet", ""]
+
+
+def test_training_is_refused_by_name(run_world: World) -> None:
+    said = [
+        "the hidden states of MoE layer 0",
+        "",
+        "the router of MoE layer 1",
+        "the experts of MoE layer 1",
+        "the experts of MoE layer 1",
+    ]
+    assert run_world("worker_edges.py", 2, "gradients") == [said, said]
+
+
 def test_a_death_while_home_copies_are_refilled(run_world: World) -> None:
     results = run_world("worker_edges.py", 4, "refill", expect_killed=2)
     for result in results[:2]:
