@@ -48,6 +48,7 @@ from moeless_opt.solvers.core import get_solver, list_solvers, solver_names
 from moeless_opt.solvers.shares import ShareTable, share_table
 
 if TYPE_CHECKING:
+    from moeless_opt.adapters import export, read_placement
     from moeless_opt.conflicts import Contradiction
     from moeless_opt.explaining import Explanation, explain
     from moeless_opt.fronts import ParetoFront, migration, pareto
@@ -92,6 +93,7 @@ __all__ = [
     "__version__",
     "compare",
     "explain",
+    "export",
     "export_model",
     "get_solver",
     "instance_names",
@@ -104,6 +106,7 @@ __all__ = [
     "pareto",
     "plan",
     "read_loads",
+    "read_placement",
     "recommend_redundancy",
     "save_plan",
     "save_problem",
@@ -123,8 +126,10 @@ _LATE = {
     "Explanation": "moeless_opt.explaining",
     "ParetoFront": "moeless_opt.fronts",
     "explain": "moeless_opt.explaining",
+    "export": "moeless_opt.adapters",
     "migration": "moeless_opt.fronts",
     "pareto": "moeless_opt.fronts",
+    "read_placement": "moeless_opt.adapters",
 }
 
 

@@ -80,6 +80,8 @@ class EngineMap(Record):
         The model's own number of each row, where the format says it.
     all_layers : bool
         Row i is the model's layer i, dense layers included (SGLang).
+    repeated : bool
+        The one row is that of every layer (vLLM).
     experts : int, optional
         Experts per layer, where the format says it.
 
@@ -94,6 +96,7 @@ class EngineMap(Record):
     gpus: int | None = None
     layers: tuple[int, ...] | None = None
     all_layers: bool = False
+    repeated: bool = False
     experts: int | None = None
 
     def __post_init__(self) -> None:
@@ -130,19 +133,15 @@ class EngineMap(Record):
         ProblemError
             If it does not fit: naming layer, GPU and slot.
         """
-        count = self._gpus(gpus)
-        rows, names = self._rows(layers)
-        map_LS = self.map_LS[rows]
+        slots_LGC, names = self.slots(gpus=gpus, layers=layers)
         most = self.experts if experts is None else whole("experts", experts, low=1)
-        most = int(map_LS.max(initial=0)) + 1 if most is None else most
-        slots_LGC = slots_of_map(map_LS, count)
-        wide = slots_LGC.shape[2]
-        unknown = np.argwhere(map_LS >= most)
+        most = int(slots_LGC.max(initial=0)) + 1 if most is None else most
+        unknown = np.argwhere(slots_LGC >= most)
         if unknown.size:
-            row, slot = (int(i) for i in unknown[0])
+            row, gpu, slot = (int(i) for i in unknown[0])
             raise ProblemError(
-                f"layer {names[row]}, slot {slot} (GPU {slot // wide})",
-                f"expert {map_LS[row, slot]} is unknown; a layer has the experts 0 to {most - 1}",
+                f"layer {names[row]}, slot {gpu * slots_LGC.shape[2] + slot} (GPU {gpu})",
+                f"expert {slots_LGC[row, gpu, slot]} is unknown; a layer has the experts 0 to {most - 1}",
             )
         missing = np.argwhere(replica_counts(slots_LGC, most) == 0)
         if missing.size and not partial:
@@ -152,6 +151,14 @@ class EngineMap(Record):
                 f"no slot holds expert {expert}; each of the {most} experts needs one",
             )
         return Placement(slots_LGC=slots_LGC, experts=most, partial=bool(missing.size))
+
+    def slots(
+        self, *, gpus: int | None = None, layers: Sequence[int] | None = None
+    ) -> tuple[SlotArray, tuple[int, ...]]:
+        """The slots [L, G, C] as they stand, whichever experts are in them, and each row's layer."""
+        count = self._gpus(gpus)
+        rows, names = self._rows(layers)
+        return slots_of_map(self.map_LS[rows], count), tuple(names)
 
     def _gpus(self, asked: int | None) -> int:
         if asked is None and self.gpus is None:
@@ -169,6 +176,8 @@ class EngineMap(Record):
         if layers is None:
             return have, own
         want = list(layers)
+        if self.repeated:
+            return [0] * len(want), want
         if self.layers is None and not self.all_layers:
             if len(have) != len(want):
                 raise ProblemError("layers", f"are {len(have)} in the map, {len(want)} are wanted")

@@ -6,6 +6,7 @@ from .documents import load_problem as load_problem
 from .documents import problem_from_json as problem_from_json
 from .documents import problem_to_json as problem_to_json
 from .documents import save_problem as save_problem
+from .files import json_bytes as json_bytes
 from .files import parse_json as parse_json
 from .files import read_arrays as read_arrays
 from .files import read_json as read_json

@@ -180,18 +180,20 @@ def save_plan(plan: Plan, path: str | PathLike[str]) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def load_plan(path: str | PathLike[str]) -> Plan:
+def load_plan(path: str | PathLike[str], *, content: bytes | None = None) -> Plan:
     """Read a plan that `save_plan` wrote, in either form, from a file, a pipe or standard input (``-``).
+
+    With `content` its bytes have been read already.
 
     Raises
     ------
     FormatError, ProblemError
         If the file is no plan; naming the file.
     """
-    return _read(path, plan_from_json)
+    return _read(path, content, plan_from_json)
 
 
-def load_slots(path: str | PathLike[str]) -> tuple[IntArray, int]:
+def load_slots(path: str | PathLike[str], *, content: bytes | None = None) -> tuple[IntArray, int]:
     """The slots of a plan as they stand in its file, whatever rule they break, and its experts per layer.
 
     Raises
@@ -199,7 +201,7 @@ def load_slots(path: str | PathLike[str]) -> tuple[IntArray, int]:
     FormatError, ProblemError
         If the file is no plan; naming the file.
     """
-    return _read(path, _slots_from_json)
+    return _read(path, content, _slots_from_json)
 
 
 def _slots_from_json(data: object) -> tuple[IntArray, int]:
@@ -209,8 +211,8 @@ def _slots_from_json(data: object) -> tuple[IntArray, int]:
     return integers("slots", entry.take("slots"), low=-(2**31), high=2**31 - 1), experts
 
 
-def _read(path: str | PathLike[str], build: Callable[[object], _Read]) -> _Read:
-    name, raw = os.fspath(path), read_bytes(path)
+def _read(path: str | PathLike[str], content: bytes | None, build: Callable[[object], _Read]) -> _Read:
+    name, raw = os.fspath(path), read_bytes(path) if content is None else content
     if not raw.startswith(b"PK"):
         with named(name):
             return build(parse_json(raw, name))
