@@ -87,6 +87,7 @@ def make_problem(
     current: Any = None,
     model: ModelSpec | str | None = None,
     split: str = "fractional",
+    fill: str = "none",
     balance_tolerance: float | None = None,
     objective: Objective | None = None,
     limits: Limits | None = None,
@@ -132,6 +133,7 @@ def make_problem(
         topology=topology,
         model=model_preset(model) if isinstance(model, str) else model,
         split=split,
+        fill=fill,
         name=name,
         **extra,
     )
@@ -147,6 +149,7 @@ def plan(
     current: Any = None,
     model: ModelSpec | str | None = None,
     split: str = "fractional",
+    fill: str = "none",
     solver: str = "auto",
     balance_tolerance: float | None = None,
     objective: Objective | None = None,
@@ -177,6 +180,9 @@ def plan(
         Gives the bytes of an expert.
     split : {"fractional", "equal"}
         Whether token shares are free, or even over the replicas of an expert.
+    fill : {"none", "distinct", "copies"}
+        Whether every slot must be full: without an expert twice on a GPU, or with second copies allowed. With
+        an equal split each of an expert's n slots serves one n-th of its tokens.
     solver : str
         Name in the registry.
     balance_tolerance : float, default 0.01
@@ -193,8 +199,8 @@ def plan(
     name : str
         For people.
     repair : bool
-        Accept a `current` that breaks the rules (an unknown expert, two copies on a GPU, more than fits, an
-        expert without a replica) and mend it with the least change, instead of refusing it.
+        Accept a `current` that breaks the rules (an unknown expert, more than fits, an expert without a
+        replica) and mend it with the least change, instead of refusing it.
     progress : callable, optional
         Called with `Progress` objects.
     **options
@@ -225,6 +231,7 @@ def plan(
         current=current,
         model=model,
         split=split,
+        fill=fill,
         balance_tolerance=balance_tolerance,
         objective=objective,
         limits=limits,
@@ -510,10 +517,12 @@ def export_model(problem: Problem, path: str | PathLike[str], *, layer: int | No
     Raises
     ------
     ProblemError
-        If there is no such layer, the suffix is neither, or the file cannot be written.
+        If there is no such layer, the suffix is neither, the file cannot be written, or slots must be full.
     """
     from moeless_opt.solvers.exact import layer_of, write_model
 
+    if problem.fill != "none":
+        raise ProblemError("fill", f"is {problem.fill!r}, must be 'none': the model may leave slots empty")
     layers = problem.loads.layers
     if layer is not None and layer not in layers:
         raise ProblemError("layer", f"is {layer}, must be one of the problem's: {layers[0]} to {layers[-1]}")

@@ -167,16 +167,7 @@ def pareto(
     Merging hulls by slope is the greedy of the multiple-choice knapsack (Sinha and Zoltners, 1979): exact at
     the points that it stops at, for the placements that the layers offer.
     """
-    names = tuple(objectives)
-    unknown = [name for name in names if name not in PRIORITIES]
-    if unknown or len(names) != 2:
-        raise ProblemError("objectives", f"are {names}, must be two of {PRIORITIES}")
-    if isinstance(points, bool) or points < 2:
-        raise ProblemError("points", f"is {points!r}, must be at least 2")
-    if names not in (("balance", "moves"), ("balance", "memory")):
-        raise UnsupportedFeatureError(
-            f"pareto: {names} is not supported; ('balance', 'moves') and ('balance', 'memory') are"
-        )
+    names = _pair_of(problem, objectives, points)
     problem.check_feasible()
     began = Clock.begin()
     if names[1] == "moves":
@@ -200,6 +191,25 @@ def pareto(
         plans.append(plan)
     values = [(float(plan.imbalance_L.mean()), objective_vector(problem, plan)[names[1]]) for plan in plans]
     return ParetoFront(problem, ("balance", names[1]), tuple(plans), tuple(values))
+
+
+def _pair_of(problem: Problem, objectives: Sequence[str], points: int) -> tuple[str, ...]:
+    """The two objectives, where they can be traded."""
+    names = tuple(objectives)
+    unknown = [name for name in names if name not in PRIORITIES]
+    if unknown or len(names) != 2:
+        raise ProblemError("objectives", f"are {names}, must be two of {PRIORITIES}")
+    if isinstance(points, bool) or points < 2:
+        raise ProblemError("points", f"is {points!r}, must be at least 2")
+    if names not in (("balance", "moves"), ("balance", "memory")):
+        raise UnsupportedFeatureError(
+            f"pareto: {names} is not supported; ('balance', 'moves') and ('balance', 'memory') are"
+        )
+    if names[1] == "memory" and problem.fill != "none":
+        raise UnsupportedFeatureError(
+            f"pareto: with fill {problem.fill!r} every plan holds every slot: there is no memory to trade"
+        )
+    return names
 
 
 def migration(

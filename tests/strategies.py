@@ -131,6 +131,21 @@ def random_slots(rng: np.random.Generator, capacity_LG: Any, experts: int) -> np
     return slots
 
 
+def full_slots(rng: np.random.Generator, slots_LGC: Any, problem: Problem) -> np.ndarray:
+    """The same slots, all full: with experts that the GPU lacks, or any where second copies may be."""
+    wide = max(int(problem.capacity_LG.max()), slots_LGC.shape[2])
+    slots = np.full((*slots_LGC.shape[:2], wide), -1, dtype=np.int32)
+    slots[:, :, : slots_LGC.shape[2]] = slots_LGC
+    for layer, gpu in np.ndindex(slots.shape[:2]):
+        row = slots[layer, gpu]
+        while (row >= 0).sum() < problem.capacity_LG[layer, gpu]:
+            free = (
+                range(problem.experts) if problem.fill == "copies" else set(range(problem.experts)) - {*row}
+            )
+            row[int(np.flatnonzero(row < 0)[0])] = rng.choice(sorted(free))
+    return slots
+
+
 def random_shares(rng: np.random.Generator, slots_LGC: Any, experts: int) -> np.ndarray:
     """Shares that sum to 1 over each expert's replicas, some of them 0."""
     raw = rng.random(slots_LGC.shape) * (rng.random(slots_LGC.shape) > 0.2) + 1e-9
@@ -185,7 +200,8 @@ def problems(draw: Any, *, plain: bool = False, max_layers: int = 3) -> Problem:
         loads(layers, experts, max_scenarios=1 if plain else 3, nodes=topology.nodes if by_node else 0)
     )
     if plain:
-        return Problem(loads=load, topology=topology, split=draw(st.sampled_from(("fractional", "equal"))))
+        split = draw(st.sampled_from(("fractional", "equal")))
+        return Problem(loads=load, topology=topology, split=split)
     problem = Problem(
         loads=load,
         topology=topology,

@@ -99,6 +99,7 @@ def _recorded(raw: bytes, args: argparse.Namespace) -> Problem:
         topology,
         model=args.model,
         split=args.split or "fractional",
+        fill=args.fill or "none",
         balance_tolerance=args.tolerance,
         limits=_limits(args, None),
         sizing=args.sizing,
@@ -119,6 +120,8 @@ def _override(problem: Problem, args: argparse.Namespace, what: str) -> Problem:
         changes["model"] = model_preset(args.model)
     if args.split is not None and args.split != problem.split:
         changes |= {"split": args.split, "known": None}
+    if args.fill is not None and args.fill != problem.fill:
+        changes |= {"fill": args.fill, "known": None}
     if args.sizing is not None:
         changes["sizing"] = Sizing.of(args.sizing)
     if args.max_moves is not None or args.max_move_bytes is not None:
@@ -172,7 +175,7 @@ def _relive(problem: Problem, slots_LGC: Any, args: argparse.Namespace) -> Probl
         live = Placement(slots_LGC=slots.astype(np.int32), experts=experts, partial=bool(missing))
     gone = before - int((live.slots_LGC >= 0).sum())
     alone = int((live.replicas_LE == 0).sum())
-    if gone and not args.quiet:
+    if (gone or (alone and args.repair)) and not args.quiet:
         text = f"note: {gone} of {before} live replicas are lost or dropped"
         say(text + (f"; {alone} experts are left without one" if alone else ""))
     return problem.replace(current=live)

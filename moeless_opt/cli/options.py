@@ -9,7 +9,7 @@ from typing import Any
 
 import moeless_opt
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.spec import SPLITS, TOPOLOGY_PRESETS
+from moeless_opt.problems.spec import FILLS, SPLITS, TOPOLOGY_PRESETS
 from moeless_opt.report import BOUND_ROW
 
 __all__ = ["DEFAULT_COMPARISON", "MODES", "OPTIONS", "Option", "parser", "read_arguments"]
@@ -171,6 +171,12 @@ OPTIONS: tuple[Option, ...] = (
     _input("--lost", modes=_ALL, metavar="GPUS", help="GPUs that are dead: 3,17 or 8-15"),
     _input("--model", modes=_ALL, help="model preset, for the bytes of an expert (e.g. DeepSeek-V3)"),
     _input("--split", modes=_RULES, choices=SPLITS, help="free or equal token shares (default: fractional)"),
+    _input(
+        "--fill",
+        modes=_RULES,
+        choices=FILLS,
+        help="every slot full: distinct (no expert twice on a GPU) or copies (default: none)",
+    ),
     _input("--current", modes=_LIVE, metavar="PLAN", help="the plan that is live now"),
     _flag(
         "--repair",

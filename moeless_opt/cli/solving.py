@@ -146,6 +146,7 @@ def _document(outcome: Comparison, best: Plan | None) -> dict[str, Any]:
             "experts": problem.experts,
             "gpus": problem.topology.gpus,
             "split": problem.split,
+            "fill": problem.fill,
         },
         "solvers": [
             row.to_dict()
@@ -183,7 +184,11 @@ def _schedule(problem: Problem, plan: Plan) -> bytes:
 def describe(problem: Problem) -> str:
     """The problem in a few lines."""
     loads, topology = problem.loads, problem.topology
-    lines = [f"{printable(problem.name) or 'problem'}: {loads!r}", f"on {topology!r}, {problem.split} split"]
+    full = "" if problem.fill == "none" else f", every slot full ({problem.fill})"
+    lines = [
+        f"{printable(problem.name) or 'problem'}: {loads!r}",
+        f"on {topology!r}, {problem.split} split{full}",
+    ]
     lines += [f"note: {printable(note)}" for note in loads.notes]
     if problem.known is not None and problem.known.best_L:
         lines.append(

@@ -22,6 +22,7 @@ from moeless_opt.problems.io.files import VERSION, check_header, json_bytes, par
 from moeless_opt.problems.io.plans import load_plan
 from moeless_opt.problems.io.recordings import read_loads
 from moeless_opt.problems.spec import (
+    Fill,
     Known,
     Limits,
     Loads,
@@ -201,10 +202,11 @@ def problem_from_json(data: object, *, folder: str | PathLike[str] = ".", where:
     if size is not None:
         optional["expert_bytes_L"] = integers(entry.path("expert_bytes"), size, low=1)
     split = entry.take("split", str, "fractional")
+    fill = entry.take("fill", str, "none")
     name = entry.take("name", str, "")
     live = entry.take("current", dict, None)
     entry.done()
-    problem = Problem(loads=loads, topology=topology, split=split, name=name, **optional)
+    problem = Problem(loads=loads, topology=topology, split=split, fill=fill, name=name, **optional)
     if live is None:
         return problem
     return problem.replace(current=_current(live, entry.path("current"), base, problem))
@@ -241,6 +243,8 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
     if problem.name:
         document["name"] = problem.name
     document |= {"loads": entry, "topology": problem.topology.to_dict(), "split": problem.split}
+    if problem.fill != Fill.NONE:
+        document["fill"] = problem.fill
     if problem.model is not None:
         document["model"] = plain_fields(problem.model)
     if problem.expert_bytes_L is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.spec import TimeModel, Topology, replica_counts
+from moeless_opt.problems.spec import TimeModel, Topology, replica_counts, without_copies
 
 __all__ = [
     "activated",
@@ -38,9 +38,10 @@ def _slot_loads(load_LE: FloatArray, slots_LGC: SlotArray) -> FloatArray:
 
 
 def activated(load_LE: FloatArray, slots_LGC: SlotArray, share_LGC: FloatArray) -> IntArray:
-    """Replicas of each GPU that serve tokens, shape [L, G]."""
+    """Experts of each GPU that serve tokens, shape [L, G]; of several copies on a GPU one counts."""
     load = _slot_loads(load_LE, slots_LGC)
-    return np.asarray(((load > 0) & (share_LGC > 0) & (slots_LGC >= 0)).sum(2))
+    serves_LGC = (load > 0) & (share_LGC > 0) & (slots_LGC >= 0)
+    return np.asarray((without_copies(np.where(serves_LGC, slots_LGC, np.int32(-1))) >= 0).sum(2))
 
 
 def gpu_times(
@@ -128,12 +129,21 @@ def over_perfect(top_L: FloatArray, perfect_L: FloatArray) -> FloatArray:
 
 
 def new_replicas(slots_LGC: SlotArray, before_LGC: SlotArray, experts: int) -> BoolArray:
-    """Slots whose expert the GPU did not hold before, shape [L, G, C]."""
+    """Slots whose expert the GPU did not hold before, shape [L, G, C].
+
+    A second copy comes from the first one on the same GPU, over no link: of several only the first is new.
+    """
     gpus = np.arange(slots_LGC.shape[0] * slots_LGC.shape[1]).reshape(*slots_LGC.shape[:2], 1) * experts
     had_P = (gpus + before_LGC)[before_LGC >= 0]
     filled_LGC = slots_LGC >= 0
     new_LGC = np.zeros(slots_LGC.shape, dtype=np.bool_)
-    new_LGC[filled_LGC] = np.isin((gpus + slots_LGC)[filled_LGC], had_P, invert=True)
+    key_P = (gpus + slots_LGC)[filled_LGC]
+    new_P = np.isin(key_P, had_P, invert=True)
+    came = np.flatnonzero(new_P)
+    first = np.unique(key_P[came], return_index=True)[1]
+    if len(first) < len(came):
+        new_P[np.delete(came, first)] = False
+    new_LGC[filled_LGC] = new_P
     return new_LGC
 
 

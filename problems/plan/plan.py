@@ -10,7 +10,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, SlotArray, frozen, number
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.evaluate import new_replicas
-from moeless_opt.problems.spec import Placement, Problem, replica_counts, span
+from moeless_opt.problems.spec import Placement, Problem, replica_counts, span, without_copies
 from moeless_opt.problems.text import bytes_text, html_facts, printable
 
 __all__ = ["PROVEN", "Certificate", "Moves", "Payback", "Plan", "Status", "count_moves"]
@@ -105,7 +105,7 @@ class Moves(Record):
     Parameters
     ----------
     count : int
-        Replicas on a GPU that did not hold the expert before.
+        Replicas on a GPU that did not hold the expert before; of several copies there, one.
     bytes : int
         Their weights (0 where the size of an expert is unknown).
     fraction : float
@@ -146,7 +146,7 @@ def count_moves(slots_LGC: SlotArray, before_LGC: SlotArray | None, experts: int
     """
     filled_L = np.count_nonzero(slots_LGC >= 0, axis=(1, 2))
     if before_LGC is None:
-        count_L = filled_L
+        count_L = np.count_nonzero(without_copies(slots_LGC) >= 0, axis=(1, 2))
     else:
         count_L = np.count_nonzero(new_replicas(slots_LGC, before_LGC, experts), axis=(1, 2))
     count = int(count_L.sum())
@@ -263,10 +263,11 @@ class Plan(Record):
 
     @property
     def share_LGE(self) -> FloatArray:
-        """Shares by expert instead of by slot, shape [L, G, E]."""
-        dense = np.zeros((*self.slots_LGC.shape[:2], self.experts + 1))
-        np.put_along_axis(dense, self.slots_LGC.astype(np.int64) + 1, self.share_LGC, axis=2)
-        return dense[:, :, 1:]
+        """Shares by expert instead of by slot, those of its copies on a GPU together, shape [L, G, E]."""
+        dense = np.zeros((*self.slots_LGC.shape[:2], self.experts))
+        layer, gpu, slot = np.nonzero(self.slots_LGC >= 0)
+        np.add.at(dense, (layer, gpu, self.slots_LGC[layer, gpu, slot]), self.share_LGC[layer, gpu, slot])
+        return dense
 
     @property
     def problem_digest(self) -> str:

@@ -38,7 +38,8 @@ def verify(problem: Problem, plan: Plan) -> None:
 def violations(problem: Problem, plan: Plan) -> list[str]:
     """Every rule that the plan breaks, as text with the place; empty for a valid plan.
 
-    Checked: shapes and expert ids, no expert twice on a GPU, coverage, slots, memory, token shares
+    Checked: shapes and expert ids, no expert twice on a GPU unless the problem's `fill` lets copies be,
+    coverage, slots and that all are full where they must be, memory, token shares
     (and that an equal split is equal), replica limits, pinned and forbidden pairs, failure domains,
     moves and their limits, and the plan's own claims: times, imbalance, moves, bounds.
     """
@@ -79,7 +80,7 @@ class _Held:
     layer_P, gpu_P, expert_P : arrays of int, shape [P]
         Where (the layer as a row of the problem), and which expert.
     slots_P : array of int, shape [P]
-        Slots of the GPU that hold it; in a valid plan 1.
+        Slots of the GPU that hold it; 1 in a valid plan, unless second copies may be.
     share_P : array, shape [P]
         Share of its tokens that the GPU serves.
     key_P : array of int, shape [P]
@@ -150,7 +151,7 @@ def _summed(key: IntArray, value: FloatArray | IntArray | BoolArray, shape: tupl
 def _rules(problem: Problem, plan: Plan, held: _Held) -> list[str]:
     """What holds for every plan: no expert twice on a GPU, all there, slots, and shares."""
     layers, found = problem.loads.layers, []
-    for p in np.flatnonzero(held.slots_P > 1)[:_MOST]:
+    for p in np.flatnonzero(held.slots_P > 1)[:_MOST] if problem.fill != "copies" else ():
         place = f"layer {layers[held.layer_P[p]]} GPU {held.gpu_P[p]}"
         found.append(f"{place}: expert {held.expert_P[p]} sits there {held.slots_P[p]} times")
     found += [
@@ -163,6 +164,12 @@ def _rules(problem: Problem, plan: Plan, held: _Held) -> list[str]:
         f"layer {layers[x]} GPU {g}: {used_LG[x, g]} replicas, room for {capacity_LG[x, g]}"
         for x, g in np.argwhere(used_LG > capacity_LG)[:_MOST]
     ]
+    if problem.fill != "none":
+        found += [
+            f"layer {layers[x]} GPU {g}: {used_LG[x, g]} of {capacity_LG[x, g]} slots are full, "
+            f"fill {problem.fill!r} wants all"
+            for x, g in np.argwhere(used_LG < capacity_LG)[:_MOST]
+        ]
     each = plan.scenario_share_TLGC
     for share_LGC in (plan.share_LGC, *(() if each is None else each)):
         if not (float(share_LGC.min()) >= -TOLERANCE and float(share_LGC.max()) < np.inf):
@@ -203,11 +210,15 @@ def _served(problem: Problem, plan: Plan, held: _Held) -> tuple[FloatArray, IntA
 
 
 def _uneven(problem: Problem, held: _Held) -> list[str]:
-    """Where an equal split is not equal."""
+    """Where an equal split is not equal: an expert's tokens are divided evenly over its slots.
+
+    Without `fill`, slots that hold copies of what the GPU has may have been freed (`_even_over_slots`).
+    """
     even_P = held.slots_P / held.replicas_LE[held.layer_P, held.expert_P]
     off_P = np.abs(held.share_P - even_P)
     uneven_LE = held.by_expert(off_P > TOLERANCE) > 0
-    if not uneven_LE.any() or _even_over_slots(problem, held, uneven_LE):
+    freed = problem.fill == "none" and _even_over_slots(problem, held, uneven_LE)
+    if not uneven_LE.any() or freed:
         return []
     worst = int(off_P.argmax())
     place = f"layer {problem.loads.layers[held.layer_P[worst]]} GPU {held.gpu_P[worst]}"
@@ -477,8 +488,10 @@ _NOT_SHARES = "shares must be finite and at least 0"
 _NO_LIMITS = Problem.__dataclass_fields__["limits"].default
 
 
-def check_slots(slots_GC: SlotArray, experts: int, capacity_G: IntArray) -> None:
+def check_slots(slots_GC: SlotArray, experts: int, capacity_G: IntArray, *, copies: bool = False) -> None:
     """Raise unless slots place a layer: known experts, each somewhere, none twice on a GPU, all fit.
+
+    With `copies` an expert may be on a GPU several times.
 
     Raises
     ------
@@ -489,7 +502,7 @@ def check_slots(slots_GC: SlotArray, experts: int, capacity_G: IntArray) -> None
         raise InvalidPlanError([f"slots hold an expert outside -1..{experts - 1}"])
     found = []
     ordered = np.sort(slots_GC, axis=1)
-    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+    if not copies and ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         found.append("an expert sits on a GPU twice")
     count_E = np.bincount(slots_GC.ravel() + 1, minlength=experts + 1)[1:]
     if not count_E.all():

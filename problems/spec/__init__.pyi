@@ -12,6 +12,9 @@ from .placement import equal_shares as equal_shares
 from .placement import held_LGE as held_LGE
 from .placement import replica_counts as replica_counts
 from .placement import replica_keys as replica_keys
+from .placement import seat_in_place as seat_in_place
+from .placement import second_copies as second_copies
+from .placement import without_copies as without_copies
 from .problem import Known as Known
 from .problem import Problem as Problem
 from .time_model import TOKENS as TOKENS
@@ -20,8 +23,10 @@ from .topology import TOPOLOGY_PRESETS as TOPOLOGY_PRESETS
 from .topology import Links as Links
 from .topology import Topology as Topology
 from .topology import uniform as uniform
+from .wishes import FILLS as FILLS
 from .wishes import PRIORITIES as PRIORITIES
 from .wishes import SPLITS as SPLITS
+from .wishes import Fill as Fill
 from .wishes import Limits as Limits
 from .wishes import Objective as Objective
 from .wishes import Priority as Priority

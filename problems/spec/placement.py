@@ -19,11 +19,14 @@ __all__ = [
     "held_LGE",
     "replica_counts",
     "replica_keys",
+    "seat_in_place",
+    "second_copies",
+    "without_copies",
 ]
 
 
 def replica_counts(slots_LGC: SlotArray, experts: int) -> SlotArray:
-    """Replicas of every expert, shape [L, E] (int32)."""
+    """Replicas of every expert, shape [L, E] (int32); copies on one GPU count each."""
     layers = slots_LGC.shape[0]
     flat_LP = slots_LGC.reshape(layers, -1)
     # -1 lands in a column of its own, which is cut off
@@ -43,12 +46,86 @@ def held_LGE(slots_LGC: SlotArray, experts: int) -> BoolArray:
 def replica_keys(slots_LGC: SlotArray, experts: int) -> IntArray:
     """Replicas as one number each, ``(layer * GPUs + GPU) * experts + expert``, ascending.
 
-    What `held_LGE` says, in a list as long as there are replicas; no expert may be twice on a GPU.
+    What `held_LGE` says, in a list: an expert of which a GPU has several copies stands there once.
     """
     layers, gpus, _ = slots_LGC.shape
     ordered = np.sort(slots_LGC, axis=2).astype(np.int64)
+    once = ordered >= 0
+    once[:, :, 1:] &= ordered[:, :, 1:] != ordered[:, :, :-1]
     key = ordered + np.arange(layers * gpus).reshape(layers, gpus, 1) * experts
-    return np.asarray(key[ordered >= 0])
+    return np.asarray(key[once])
+
+
+def second_copies(slots_LGC: SlotArray) -> BoolArray:
+    """Slots whose expert an earlier slot of the same GPU holds, shape [L, G, C]."""
+    order = np.argsort(slots_LGC, axis=2, kind="stable")
+    ordered = np.take_along_axis(slots_LGC, order, axis=2)
+    again = np.zeros(slots_LGC.shape, dtype=np.bool_)
+    again[:, :, 1:] = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
+    second = np.zeros_like(again)
+    np.put_along_axis(second, order, again, axis=2)
+    return second
+
+
+def without_copies(slots_LGC: SlotArray) -> SlotArray:
+    """The same slots with all but the first copy of an expert on a GPU emptied."""
+    second = second_copies(slots_LGC)
+    return np.where(second, np.int32(-1), slots_LGC) if second.any() else slots_LGC
+
+
+def seat_in_place(slots_LGC: SlotArray, live_LGC: SlotArray, capacity_LG: IntArray | None = None) -> IntArray:
+    """Order of each GPU's slots in which what stays keeps its slot, shape [L, G, C].
+
+    Engines pay for an expert that changes its slot on a GPU, or refuse the layer. ``np.take_along_axis(slots,
+    order, axis=2)``, and so with shares, seats a plan. What is new takes the first slots that are left, empty
+    ones come last; between slots that are kept some may be empty.
+
+    Parameters
+    ----------
+    slots_LGC : array of int32, shape [L, G, C]
+        The new placement.
+    live_LGC : array of int32, shape [L, G, any]
+        What is live. What lies beyond the slots of the new placement cannot stay there.
+    capacity_LG : array of int, shape [L, G], optional
+        Slots that each GPU has; nothing stays beyond them.
+    """
+    layers, gpus, wide = slots_LGC.shape
+    rows = layers * gpus
+    live = np.full((rows, wide), -1, dtype=np.int64)
+    same = min(wide, live_LGC.shape[2])
+    live[:, :same] = live_LGC.reshape(rows, -1)[:, :same]
+    if capacity_LG is not None:
+        live[np.arange(wide) >= capacity_LG.reshape(rows, 1)] = -1
+    new = slots_LGC.reshape(rows, wide).astype(np.int64)
+    base = max(int(new.max(initial=0)), int(live.max(initial=0))) + 1
+    key, at = _copy_keys(new, base)
+    old_key, old_at = _copy_keys(live, base)
+    place = np.minimum(np.searchsorted(old_key, key), max(len(old_key) - 1, 0))
+    stays = old_key[place] == key if len(old_key) else np.zeros(len(key), dtype=np.bool_)
+    seat = np.full(rows * wide, -1, dtype=np.int64)
+    seat[old_at[place[stays]]] = at[stays] % wide
+    moved = np.where(new >= 0, 0, 1)  # what does not stay: experts first, then empty slots
+    moved.reshape(-1)[at[stays]] = 2
+    seat = seat.reshape(rows, wide)
+    coming = np.argsort(moved, axis=1, kind="stable")
+    free = np.argsort(seat >= 0, axis=1, kind="stable")
+    left = np.arange(wide) < (moved < 2).sum(1)[:, None]
+    row = np.broadcast_to(np.arange(rows)[:, None], left.shape)
+    seat[row[left], free[left]] = coming[left]
+    return seat.reshape(slots_LGC.shape)
+
+
+def _copy_keys(slots_XC: IntArray, base: int) -> tuple[IntArray, IntArray]:
+    """(row, expert, which of its copies there) as one ascending number, and the flat slot of each."""
+    rows, wide = slots_XC.shape
+    order = np.argsort(slots_XC, axis=1, kind="stable")
+    ordered = np.take_along_axis(slots_XC, order, axis=1)
+    first = np.ones((rows, wide), dtype=np.bool_)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    begin = np.maximum.accumulate(np.where(first, np.arange(wide), 0), axis=1)
+    key = ((np.arange(rows)[:, None] * base) + ordered) * wide + np.arange(wide) - begin
+    filled = ordered >= 0
+    return key[filled], (order + np.arange(rows)[:, None] * wide)[filled]
 
 
 def equal_shares(slots_LGC: SlotArray, experts: int) -> FloatArray:
@@ -161,6 +238,8 @@ def checked_capacity(experts: int, capacity_LG: ArrayLike) -> IntArray:
 class Placement(Record):
     """The experts in the slots of every GPU.
 
+    A GPU may hold several copies of an expert, as engines let it; whether a plan may is its problem's `fill`.
+
     Parameters
     ----------
     slots_LGC : array of int32, shape [L, G, C]
@@ -173,7 +252,7 @@ class Placement(Record):
     Raises
     ------
     ProblemError
-        If an expert is out of range, has no replica, or sits twice on one GPU.
+        If an expert is out of range or has no replica.
     """
 
     slots_LGC: SlotArray
@@ -192,14 +271,6 @@ class Placement(Record):
             )
         slots.flags.writeable = False
         object.__setattr__(self, "slots_LGC", slots)
-        ordered = np.sort(slots, axis=2)
-        twice = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
-        if twice.any():
-            layer, gpu, c = (int(i) for i in np.argwhere(twice)[0])
-            raise ProblemError(
-                f"placement.slots[{layer}][{gpu}]",
-                f"expert {ordered[layer, gpu, c]} sits twice on GPU {gpu}; once is enough",
-            )
         missing = self.replicas_LE == 0
         if missing.any() and not self.partial:
             layer, expert = (int(i) for i in np.argwhere(missing)[0])
@@ -207,7 +278,7 @@ class Placement(Record):
 
     @property
     def replicas_LE(self) -> SlotArray:
-        """Replicas of every expert, shape [L, E]."""
+        """Replicas of every expert, shape [L, E]; copies on one GPU count each."""
         return replica_counts(self.slots_LGC, self.experts)
 
     @property
@@ -224,7 +295,7 @@ class Placement(Record):
     def repaired(cls, value: ArrayLike | object, experts: int, capacity_LG: IntArray) -> Placement:
         """What is usable of a placement that may break every rule; the least is dropped, nothing invented.
 
-        Unknown experts and second copies go; a GPU over its slots gives up replicas that others have first.
+        Unknown experts go; a GPU over its slots gives up second copies first, then replicas that others have.
         Experts without a replica are left to the solver (`partial`).
 
         Parameters
@@ -243,12 +314,14 @@ class Placement(Record):
             raise ProblemError("current", f"has shape {found.shape}, must be [{layers}, {gpus}, slots]")
         kept = np.full(found.shape, -1, dtype=np.int32)
         for layer, rows in enumerate(found.tolist()):
-            content = [list(dict.fromkeys(e for e in row if 0 <= e < experts)) for row in rows]
+            content = [[e for e in row if 0 <= e < experts] for row in rows]
             count = np.bincount([e for row in content for e in row], minlength=experts)
             for gpu, row in enumerate(content):
                 while len(row) > capacity_LG[layer, gpu]:
-                    gone = max(row, key=lambda e: (count[e], row.index(e)))
+                    gone = max(row, key=lambda e: (row.count(e) > 1, count[e], row.index(e)))
+                    row.reverse()  # of several copies the last one goes
                     row.remove(gone)
+                    row.reverse()
                     count[gone] -= 1
                 kept[layer, gpu, : len(row)] = row
         bare = cls(slots_LGC=kept, experts=experts, partial=True)

@@ -17,7 +17,7 @@ from moeless_opt.problems.spec.nearest import source_parts
 from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 from moeless_opt.problems.spec.topology import Topology
-from moeless_opt.problems.spec.wishes import SPLITS, Limits, Objective, Sizing, Split
+from moeless_opt.problems.spec.wishes import FILLS, SPLITS, Fill, Limits, Objective, Sizing, Split
 from moeless_opt.problems.text import bytes_text, html_facts, printable
 
 __all__ = ["Known", "Problem"]
@@ -25,6 +25,7 @@ __all__ = ["Known", "Problem"]
 _OBJECTIVE = Objective()
 _LIMITS = Limits()
 _SLOTS = Sizing()
+_MOST_SLOTS = 10**8  # to be filled with copies, over layers and GPUs
 _MOST_BYTES = 10**15  # of one expert; sums over layers and replicas then fit 64 bits
 
 
@@ -84,6 +85,8 @@ class Problem(Record):
     split : Split or str
         Whether the token shares of an expert's replicas are free, even, or follow from where its tokens come
         from (see `Split`).
+    fill : Fill or str
+        Whether every slot of a plan must be full, and if so whether with second copies on a GPU.
     sizing : Sizing
         How many replicas there are to be.
     current : Placement, optional
@@ -108,6 +111,7 @@ class Problem(Record):
     model: ModelSpec | None = None
     expert_bytes_L: IntArray | None = None
     split: str = Split.FRACTIONAL
+    fill: str = Fill.NONE
     sizing: Sizing = _SLOTS
     current: Placement | None = None
     time: TimeModel = TOKENS
@@ -127,6 +131,9 @@ class Problem(Record):
         if self.split not in SPLITS:
             raise ProblemError("split", f"is {self.split!r}, must be one of {SPLITS}")
         object.__setattr__(self, "split", Split(self.split))
+        if self.fill not in FILLS:
+            raise ProblemError("fill", f"is {self.fill!r}, must be 'none', 'distinct' or 'copies'")
+        object.__setattr__(self, "fill", Fill(self.fill))
         _, layers, experts = self.loads.shape
         if self.model is not None and self.model.experts != experts:
             raise ProblemError(
@@ -147,8 +154,10 @@ class Problem(Record):
             if len(told_L) not in (0, layers):
                 raise ProblemError(f"known.{key}", f"has {len(told_L)} numbers, there are {layers} layers")
         shared = self.sizing.policy == "memory"
-        capacity_LG = self.topology.capacity_LG(self.bytes_L, experts, shared=shared)
+        copies = self.fill == Fill.COPIES
+        capacity_LG = self.topology.capacity_LG(self.bytes_L, experts, shared=shared, copies=copies)
         object.__setattr__(self, "capacity_LG", capacity_LG)
+        self._check_fill()
         if self.current is not None:
             self._check_current(self.current)
         for key in ("pinned", "forbidden"):
@@ -158,6 +167,21 @@ class Problem(Record):
         if by_node is not None and by_node.shape[2] != self.topology.nodes:
             raise ProblemError(
                 "loads.by_node", f"has {by_node.shape[2]} nodes, the topology has {self.topology.nodes}"
+            )
+
+    def _check_fill(self) -> None:
+        if self.fill == Fill.NONE:
+            return
+        if self.sizing.policy not in ("slots", "fill"):
+            raise ProblemError(
+                "fill",
+                f"is {self.fill!r} beside the sizing {self.sizing.policy!r}, which leaves slots empty; "
+                "must be 'none', or the sizing 'slots'",
+            )
+        if int(self.capacity_LG.sum()) > _MOST_SLOTS:
+            raise ProblemError(
+                "fill",
+                f"is {self.fill!r} with {self.capacity_LG.sum()} slots, at most {_MOST_SLOTS} are filled",
             )
 
     def _check_pair(self, where: str, layer: int, expert: int, gpu: int) -> None:
@@ -180,12 +204,15 @@ class Problem(Record):
                     *have, *want
                 ),
             )
-        over = current.used_LG - self.capacity_LG
+        used_LG = current.used_LG
+        if self.fill != Fill.COPIES and (used_LG > self.capacity_LG).any():
+            used_LG = np.asarray(current.held_LGE.sum(2))  # second copies go
+        over = used_LG - self.capacity_LG
         if (over > 0).any():
             layer, gpu = (int(i) for i in np.argwhere(over > 0)[0])
             raise ProblemError(
                 f"current[{layer}][{gpu}]",
-                f"holds {current.used_LG[layer, gpu]} replicas of layer {self.loads.layers[layer]}, "
+                f"holds {used_LG[layer, gpu]} replicas of layer {self.loads.layers[layer]}, "
                 f"GPU {gpu} has room for {self.capacity_LG[layer, gpu]}",
             )
 
@@ -277,6 +304,40 @@ class Problem(Record):
 
         if limits.pinned or limits.forbidden:
             self._check_pairs()
+        if self.fill != Fill.NONE:
+            self._check_full()
+
+    def _check_full(self) -> None:
+        """Raise where full slots are more than the caps allow, or than there are experts."""
+        limits, slots_L, what = self.limits, self.capacity_LG.sum(1), f"fill: {self.fill!r} fills"
+        given_G = self.topology.slots_G
+        if self.fill == Fill.DISTINCT and given_G is not None:
+            full_LG = self.topology.capacity_LG(self.bytes_L, self.experts, copies=True)
+            if (full_LG > self.experts).any():
+                row, gpu = np.argwhere(full_LG > self.experts)[0]
+                raise InfeasibleError(
+                    f"topology.slots: GPU {gpu} has {full_LG[row, gpu]} slots, there are {self.experts} "
+                    f"experts: with fill 'distinct' {full_LG[row, gpu] - self.experts} stay empty "
+                    "(second copies: fill 'copies')"
+                )
+        if limits.max_replicas is not None and int(slots_L.max()) > limits.max_replicas * self.experts:
+            raise InfeasibleError(
+                f"limits.max_replicas: {limits.max_replicas} of each of {self.experts} experts are "
+                f"{limits.max_replicas * self.experts}, {what} {slots_L.max()} slots of a layer"
+            )
+        if limits.max_layer_replicas is not None and int(slots_L.max()) > limits.max_layer_replicas:
+            raise InfeasibleError(
+                f"limits.max_layer_replicas: is {limits.max_layer_replicas}, {what} {slots_L.max()} slots"
+            )
+        if limits.max_total_replicas is not None and int(slots_L.sum()) > limits.max_total_replicas:
+            raise InfeasibleError(
+                f"limits.max_total_replicas: is {limits.max_total_replicas}, {what} {slots_L.sum()} slots"
+            )
+        need = int(slots_L @ self.bytes_L)
+        if limits.max_total_bytes is not None and need > limits.max_total_bytes:
+            raise InfeasibleError(
+                f"limits.max_total_bytes: is {limits.max_total_bytes}, {what} {need} bytes of slots"
+            )
 
     def _check_spread(self) -> None:
         spread, most = self.limits.spread, self.limits.max_replicas
@@ -342,13 +403,14 @@ class Problem(Record):
     def __repr__(self) -> str:
         title = f"{printable(self.name)}: " if self.name else ""
         live = "" if self.current is None else ", from a live placement"
-        return f"Problem({title}{self.loads!r} on {self.topology!r}, {self.split} split{live})"
+        full = "" if self.fill == Fill.NONE else f", every slot full ({self.fill})"
+        return f"Problem({title}{self.loads!r} on {self.topology!r}, {self.split} split{full}{live})"
 
     def _repr_html_(self) -> str:
         facts = [
             ("loads", repr(self.loads)),
             ("on", repr(self.topology)),
-            ("split, sizing", f"{self.split}, {self.sizing.policy}"),
+            ("split, sizing, fill", f"{self.split}, {self.sizing.policy}, {self.fill}"),
             ("one replica", bytes_text(int(self.bytes_L[0])) if self.bytes_L.any() else "of unknown size"),
             ("live", "nothing" if self.current is None else f"{int(self.current.used_LG.sum())} replicas"),
             ("digest", self.digest()),

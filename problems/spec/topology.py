@@ -218,11 +218,13 @@ class Topology(Record):
             memory = int(gigabytes * GB * expert_memory)
         return cls.uniform(nodes, per_node, slots=slots, memory=memory, links=links, name=name)
 
-    def capacity_LG(self, bytes_L: ArrayLike, experts: int, *, shared: bool = False) -> IntArray:
+    def capacity_LG(
+        self, bytes_L: ArrayLike, experts: int, *, shared: bool = False, copies: bool = False
+    ) -> IntArray:
         """Slots of each GPU in each layer, shape [L, G].
 
-        Bytes are divided so that every layer gets the same number of slots; no GPU can use more
-        than one slot per expert.
+        Bytes are divided so that every layer gets the same number of slots; without second copies no GPU can
+        use more than one slot per expert.
 
         Parameters
         ----------
@@ -232,9 +234,13 @@ class Topology(Record):
             Experts per layer.
         shared : bool
             The layers compete for the bytes: each could have them all.
+        copies : bool
+            A GPU may hold several copies of an expert: all its slots count, more than experts too.
         """
         size_L = np.asarray(bytes_L, dtype=np.int64)
-        slots_G = np.full(self.gpus, experts, dtype=np.int64)
+        # Where slots are given, copies may take them all; bytes alone are not there to be used up.
+        most = np.iinfo(np.int32).max if copies and self.slots_G is not None else experts
+        slots_G = np.full(self.gpus, most, dtype=np.int64)
         if self.slots_G is not None:
             slots_G = np.minimum(slots_G, self.slots_G)
         if shared and self.memory_G is not None and size_L.all():

@@ -11,8 +11,10 @@ from moeless_opt.problems.arrays import Record, number, whole
 from moeless_opt.problems.errors import ProblemError
 
 __all__ = [
+    "FILLS",
     "PRIORITIES",
     "SPLITS",
+    "Fill",
     "Limits",
     "Objective",
     "Priority",
@@ -39,6 +41,18 @@ class Split(_Choice):
     """Evenly, for engines that cannot weight."""
     NEAREST = "nearest"
     """By source: to the replica on the same GPU, else evenly to those on the node, else evenly to all."""
+
+
+class Fill(_Choice):
+    """Whether every slot of a plan must hold an expert, as inference engines want."""
+
+    NONE = "none"
+    """Slots may stay empty; no expert is twice on a GPU."""
+    DISTINCT = "distinct"
+    """Every slot is full; no expert is twice on a GPU."""
+    COPIES = "copies"
+    """Every slot is full; a GPU may hold several copies of an expert. Of n slots of an expert, each gets one
+    n-th of its tokens under an equal split: a GPU with k of them serves k/n."""
 
 
 class Priority(_Choice):
@@ -70,6 +84,7 @@ class SizingPolicy(_Choice):
 
 _LOOSEST = 1e6  # beyond it anything is balanced; token counts within it stay below 64 bits
 SPLITS = tuple(Split)
+FILLS = tuple(Fill)
 PRIORITIES = tuple(Priority)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import whole
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.problems.spec import Problem, contiguous
+from moeless_opt.problems.spec import Fill, Problem, contiguous
 from moeless_opt.solvers.baselines import eplb, moeless
 from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task
 
@@ -52,7 +52,7 @@ class EplbOptions:
 
 
 class Eplb(_Published):
-    """DeepSeek's EPLB, global policy; duplicates on a GPU merged, their double share kept."""
+    """DeepSeek's EPLB, global policy; duplicates on a GPU are merged, unless `fill` lets copies be."""
 
     name = "eplb"
     summary = "DeepSeek's EPLB, global policy"
@@ -82,6 +82,8 @@ class Eplb(_Published):
             topology.gpus,
             policy=self.policy,
         )
+        if problem.fill == Fill.COPIES:
+            return Built(slots_LGC=found.slots_LGC)
         slots_LGC, share_LGC, wasted_L = found.merged()
         wasted = int(wasted_L.sum())
         message = f"{wasted} slots wasted on second copies" if wasted else ""

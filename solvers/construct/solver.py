@@ -9,10 +9,19 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.spec import Problem, equal_shares
+from moeless_opt.problems.spec import Fill, Problem, equal_shares
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
-from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, best_over_scenarios, in_time, one_of
+from moeless_opt.solvers.core import (
+    Built,
+    Heuristic,
+    NoOptions,
+    Task,
+    best_over_scenarios,
+    empty_slots,
+    in_time,
+    one_of,
+)
 from moeless_opt.solvers.limits import place_within, rules_of
 from moeless_opt.solvers.shares import best_shares
 
@@ -128,4 +137,11 @@ class Stay(Heuristic):
                 "staying cannot bring it back"
             )
         slots_LGC = problem.current.slots_LGC
+        empty = np.argwhere(empty_slots(problem, slots_LGC) > 0)
+        if empty.size and problem.fill == Fill.DISTINCT:
+            row, gpu = empty[0]
+            raise InfeasibleError(
+                f"current: GPU {gpu} has empty slots in layer {problem.loads.layers[row]}; staying cannot "
+                "fill them with other experts (fill 'distinct')"
+            )
         return Built(slots_LGC=slots_LGC, share_LGC=best_shares(problem, slots_LGC))

@@ -5,6 +5,10 @@ from .features import PUBLISHED as PUBLISHED
 from .features import Feature as Feature
 from .features import bytes_alone as bytes_alone
 from .features import required_features as required_features
+from .filling import empty_slots as empty_slots
+from .filling import filled as filled
+from .filling import topped_up as topped_up
+from .filling import with_plain_live as with_plain_live
 from .finish import Bound as Bound
 from .finish import Built as Built
 from .finish import in_time as in_time

@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 
 from moeless_opt.problems.plan import usual_order
-from moeless_opt.problems.spec import Problem
-from moeless_opt.solvers.core.slack import without_slack
+from moeless_opt.problems.spec import Fill, Problem
+from moeless_opt.solvers.core.slack import only_moves, without_slack
 
 __all__ = ["FEATURES", "PUBLISHED", "Feature", "bytes_alone", "required_features"]
 
@@ -30,6 +30,10 @@ class Feature(enum.StrEnum):
     SIZING_CV = "cv sizing"
     SIZING_MAKESPAN = "makespan sizing"
     SIZING_MEMORY = "memory sizing"
+    FILL_DISTINCT = "every slot full, no expert twice on a GPU"
+    FILL_COPIES = "every slot full, second copies on a GPU"
+    FILL_EQUAL = "full slots without free shares"
+    FILL_LIMITS = "full slots within limits on replicas, pairs or domains"
     PRIORITIES = "this order of priorities"
     CERTIFIES = "proofs of optimality"
 
@@ -43,14 +47,15 @@ _CONSTRUCT = _SPLITS | {
     Feature.SCENARIOS,
     Feature.NODE_AWARE,
 }
+_FILL = frozenset({Feature.FILL_DISTINCT, Feature.FILL_COPIES})
 _LIMITS = frozenset({Feature.REPLICA_LIMITS, Feature.PAIRS, Feature.SPREAD})
-_REPLAN = _CONSTRUCT | _LIMITS | {Feature.MOVE_LIMITS}
+_REPLAN = _CONSTRUCT | _LIMITS | _FILL | {Feature.MOVE_LIMITS, Feature.FILL_EQUAL}
 _EVEN_OR_FREE = _CONSTRUCT - {Feature.NEAREST}
 _CONSTRAINED = _EVEN_OR_FREE | _LIMITS | {Feature.SIZING_CV}
 _SIZED = _EVEN_OR_FREE | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
-_ACTIVATION = _EVEN_OR_FREE | {Feature.TIME_MODEL}
+_ACTIVATION = _EVEN_OR_FREE | _FILL | {Feature.TIME_MODEL}
 _LEXICOGRAPHIC = _EVEN_OR_FREE | _LIMITS | {Feature.PRIORITIES}
-_EXACT = _SPLITS | {Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
+_EXACT = _SPLITS | _FILL | {Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
 # The published methods ignore the live placement and all but the expected loads; their plans are valid and
 # pay for it.
 _PUBLISHED = _SPLITS | {
@@ -67,7 +72,7 @@ PUBLISHED = frozenset({"static", "eplb", "eplb-hierarchical", "moeless"})
 
 FEATURES: dict[str, frozenset[Feature]] = {
     "auto": _REPLAN | _CONSTRAINED | _SIZED | _ACTIVATION | {Feature.PRIORITIES},
-    "construct": _CONSTRUCT | _LIMITS,
+    "construct": _CONSTRUCT | _LIMITS | _FILL | {Feature.FILL_EQUAL},
     "replan": _REPLAN,
     "min-moves": frozenset(
         {
@@ -82,10 +87,10 @@ FEATURES: dict[str, frozenset[Feature]] = {
     "sized": _SIZED,
     "activation": _ACTIVATION,
     "lexicographic": _LEXICOGRAPHIC,
-    "stay": _CONSTRUCT | {Feature.MOVE_LIMITS},
+    "stay": _CONSTRUCT | _FILL | {Feature.MOVE_LIMITS, Feature.FILL_EQUAL},
     "static": _PUBLISHED | {Feature.HETEROGENEOUS},
-    "eplb": _PUBLISHED,
-    "eplb-hierarchical": _PUBLISHED,
+    "eplb": _PUBLISHED | {Feature.FILL_COPIES, Feature.FILL_EQUAL},
+    "eplb-hierarchical": _PUBLISHED | {Feature.FILL_COPIES, Feature.FILL_EQUAL},
     "moeless": _PUBLISHED | {Feature.HETEROGENEOUS, Feature.SIZING_CV},
     "portfolio": _EXACT,
     "patterns": _EXACT - {Feature.FRACTIONAL},
@@ -108,6 +113,7 @@ def bytes_alone(problem: Problem) -> bool:
         and topology.slots_G is None
         and problem.current is None
         and problem.sizing.policy == "slots"
+        and problem.fill == Fill.NONE
         and without_slack(problem).limits is _NO_LIMITS
         and not _more_than_tokens(problem)
     )
@@ -135,6 +141,10 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         needs.add(_SIZING[problem.sizing.policy])
     if not usual_order(problem):
         needs.add(Feature.PRIORITIES)
+    if problem.fill != Fill.NONE:
+        needs.add(Feature.FILL_COPIES if problem.fill == Fill.COPIES else Feature.FILL_DISTINCT)
+        if problem.split != "fractional":
+            needs.add(Feature.FILL_EQUAL)
     if limits is _NO_LIMITS:
         return frozenset(needs)
     if limits.bounds_moves:
@@ -145,6 +155,8 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         needs.add(Feature.PAIRS)
     if limits.spread > 1:
         needs.add(Feature.SPREAD)
+    if problem.fill != Fill.NONE and limits != only_moves(limits):
+        needs.add(Feature.FILL_LIMITS)
     return frozenset(needs)
 
 

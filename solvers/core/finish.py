@@ -24,12 +24,12 @@ from moeless_opt.problems.plan import (
     tau_star,
     timed_bound,
 )
-from moeless_opt.problems.spec import Problem, equal_shares
+from moeless_opt.problems.spec import Fill, Problem, equal_shares, seat_in_place
 from moeless_opt.solvers.core.scenarios import scenario_shares
 from moeless_opt.solvers.core.slack import only_moves, without_slack
 from moeless_opt.solvers.core.stopping import Clock
 
-__all__ = ["Bound", "Built", "finish", "in_time", "lower_bound", "token_bound"]
+__all__ = ["Bound", "Built", "finish", "in_time", "kept_in_place", "lower_bound", "token_bound"]
 
 Bound = tuple[FloatArray, tuple[str, ...]]
 """A lower bound on each layer's largest GPU time, shape [L], and its name by layer."""
@@ -80,10 +80,26 @@ class Built:
         return replace(self, scenario_share_TLGC=scenario_shares(problem, self.slots_LGC, self.shares_LGC))
 
 
+def kept_in_place(problem: Problem, built: Built) -> Built:
+    """The same, every expert that stays on its GPU in the slot where it is live."""
+    if problem.current is None:
+        return built
+    order_LGC = seat_in_place(built.slots_LGC, problem.current.slots_LGC, problem.capacity_LG)
+    each = built.scenario_share_TLGC
+    return replace(
+        built,
+        slots_LGC=np.take_along_axis(built.slots_LGC, order_LGC, axis=2),
+        share_LGC=np.take_along_axis(built.shares_LGC, order_LGC, axis=2),
+        scenario_share_TLGC=None
+        if each is None
+        else np.stack([np.take_along_axis(one, order_LGC, axis=2) for one in each]),
+    )
+
+
 def check_layers(problem: Problem, slots_LGC: SlotArray) -> None:
     """Raise unless slots place every layer by the rules (see `check_slots`)."""
     for slots_GC, capacity_G in zip(slots_LGC, problem.capacity_LG, strict=True):
-        check_slots(slots_GC, problem.experts, capacity_G)
+        check_slots(slots_GC, problem.experts, capacity_G, copies=problem.fill == Fill.COPIES)
 
 
 def lower_bound(problem: Problem, split: str | None = None) -> Bound:
@@ -148,8 +164,11 @@ def _provable(problem: Problem) -> str:
     """The split whose bounds hold for the problem's.
 
     Tokens that go to the nearest replica are divided in some way, so what holds for free shares holds for
-    them; and on a single node evenly.
+    them; and on a single node evenly. Second copies are weights: a GPU with k of an expert's n slots serves
+    k/n of it, so of plans with these, too, only what holds for free shares is true.
     """
+    if problem.fill == Fill.COPIES:
+        return "fractional"
     if problem.split != "nearest":
         return problem.split
     return "equal" if np.unique(problem.topology.node_G[problem.usable_LG.any(0)]).size <= 1 else "fractional"

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from moeless_opt.problems.spec import Limits, Problem
+from moeless_opt.problems.spec import Fill, Limits, Problem
 
 __all__ = ["only_moves", "without_slack"]
 
@@ -18,7 +18,8 @@ def without_slack(problem: Problem) -> Problem:
     limits = problem.limits
     if limits is _NONE:
         return problem
-    capacity_LG = np.minimum(problem.capacity_LG, problem.experts)
+    copies = problem.fill == Fill.COPIES
+    capacity_LG = problem.capacity_LG if copies else np.minimum(problem.capacity_LG, problem.experts)
     gpus, room_L = int((capacity_LG > 0).sum(1).max()), capacity_LG.sum(1)
     size_L = problem.bytes_L
     drop: dict[str, Any] = {}
@@ -28,7 +29,7 @@ def without_slack(problem: Problem) -> Problem:
         if limit is not None and limit >= reached:
             drop[name] = None
 
-    at_most("max_replicas", gpus)
+    at_most("max_replicas", int(room_L.max()) - problem.experts + 1 if copies else gpus)
     at_most("max_layer_replicas", int(room_L.max()))
     at_most("max_total_replicas", int(room_L.sum()))
     at_most("max_total_bytes", int(room_L @ size_L))

@@ -31,7 +31,8 @@ from moeless_opt.problems.plan import Plan, Progress, ProgressCallback, Result, 
 from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core.compare import best_of
 from moeless_opt.solvers.core.features import FEATURES, Feature
-from moeless_opt.solvers.core.finish import Built, finish
+from moeless_opt.solvers.core.filling import filled, with_plain_live
+from moeless_opt.solvers.core.finish import Built, finish, kept_in_place
 from moeless_opt.solvers.core.options import NoOptions, read_options
 from moeless_opt.solvers.core.slack import without_slack
 from moeless_opt.solvers.core.stopping import Clock, FirstOf, MaxTime, Stop
@@ -181,7 +182,7 @@ class Heuristic(ABC):
         if self.patience < float("inf") and stop.remaining == float("inf"):
             stop = FirstOf(stop, MaxTime(self.patience))
         task: Task[Any] = Task(
-            problem=without_slack(problem),
+            problem=with_plain_live(without_slack(problem)),
             options=chosen,
             stop=stop,
             seed=seed,
@@ -203,6 +204,7 @@ class Heuristic(ABC):
                 seed=seed,
                 message=f"nothing was found before the search was stopped ({stopped_by})",
             )
+        best = kept_in_place(problem, best)
         plan = self.finished(problem, finish(problem, best, solver=self.name, began=began))
         status = plan.certificate.status
         return Result(
@@ -264,6 +266,7 @@ class Heuristic(ABC):
         for one in [built] if isinstance(built, Built) else built:
             if wrong := _malformed(task.problem, one):
                 raise InvalidPlanError([f"solver {self.name!r} built {wrong}"])
+            one = filled(task.problem, one)
             if task.problem.split == "nearest":  # shares follow from the placement, whoever made it
                 one = replace(one, share_LGC=best_shares(task.problem, one.slots_LGC))
             yield one.for_scenarios(task.problem)

@@ -9,7 +9,7 @@ import numpy as np
 from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import new_replicas
-from moeless_opt.problems.spec import Problem
+from moeless_opt.problems.spec import Problem, without_copies
 from moeless_opt.solvers.core import mended
 
 __all__ = [
@@ -27,10 +27,13 @@ Content = list[list[int]]
 
 
 def live_slots(problem: Problem) -> SlotArray:
-    """The live placement with as many slots per GPU as the problem allows, shape [L, G, C]."""
+    """The live placement with as many slots per GPU as the problem allows, shape [L, G, C].
+
+    Second copies on a GPU are left out.
+    """
     if problem.current is None:
         raise ProblemError("current", "is missing: re-planning starts from a live placement")
-    slots_LGC = problem.current.slots_LGC
+    slots_LGC = without_copies(problem.current.slots_LGC)
     wide = max(int(problem.capacity_LG.max()), slots_LGC.shape[2])
     padded = np.full((*slots_LGC.shape[:2], wide), -1, dtype=np.int32)
     # Filled slots first: the kernels take a GPU's slots to be its capacity.

@@ -33,6 +33,7 @@ from moeless_opt.solvers.core import (
     part_of,
     risk_L,
     token_bound,
+    topped_up,
 )
 from moeless_opt.solvers.limits import rules_of
 from moeless_opt.solvers.migration import schedule_migration
@@ -117,7 +118,7 @@ def frontier(
         start_LGC = slots[-1] if slots and problem.split == "equal" else None
         wish = ReplanWish(tolerance=tolerance, seed=seed, rounds=rounds, start_LGC=start_LGC)
         own = part_of(stop, 1.0 / (len(rungs) - rung))
-        slots.append(replan_within(problem, wish, stop=own).slots_LGC)
+        slots.append(topped_up(problem, replan_within(problem, wish, stop=own).slots_LGC))
         if progress is not None:
             best, floor = float(risk_L(problem, slots[-1]).sum()), float(token_bound(problem).sum())
             note = f"{int(layer_moves(problem, slots[-1], live_LGC).sum())} moves"
@@ -125,7 +126,7 @@ def frontier(
             progress(Progress(seconds=began.seconds, best=best, bound=floor, done=done, note=note))
     slots.reverse()
     if not astray:
-        slots.append(live_LGC)
+        slots.append(topped_up(problem, live_LGC))
     return Frontier(
         np.stack(slots),
         np.stack([risk_L(problem, one) for one in slots]),
@@ -171,10 +172,11 @@ class Replan(Heuristic):
         if free is not problem:
             rules_of(problem)  # says what is impossible
             slots_LGC = self._kept(task, live_LGC, slots_LGC)
+        slots_LGC = topped_up(problem, slots_LGC)
         share_LGC = best_shares(problem, slots_LGC)
         known_L = least[0] if least and problem.loads.shape[0] == 1 else None
         if problem.limits.bounds_moves and problem.experts * problem.topology.gpus <= TINY:
-            slots_LGC = self._tiny(task, live_LGC, slots_LGC)
+            slots_LGC = topped_up(problem, self._tiny(task, live_LGC, slots_LGC))
             share_LGC = best_shares(problem, slots_LGC)
         # What any plan needs, a plan within the limits needs as well.
         proof = _moves_proof(free, live_LGC, slots_LGC, share_LGC, known_L)

@@ -42,6 +42,10 @@ WANTED: dict[Feature, dict[str, Any]] = {
         "limits": mo.Limits(spread=2),
         "topology": mo.uniform(2, 2, slots=4).replace(domain_G=[0, 0, 1, 1]),
     },
+    Feature.FILL_DISTINCT: {"fill": "distinct"},
+    Feature.FILL_COPIES: {"fill": "copies"},
+    Feature.FILL_EQUAL: {"fill": "copies", "split": "equal"},
+    Feature.FILL_LIMITS: {"fill": "copies", "limits": mo.Limits(forbidden=((-1, 0, 0),))},
     Feature.PRIORITIES: {"objective": mo.Objective(priorities=("memory", "balance"))},
     Feature.SIZING_CV: {"sizing": mo.Sizing(policy="cv", cv=0.5)},
     Feature.SIZING_MAKESPAN: {"sizing": mo.Sizing(policy="makespan", imbalance=2.0)},
@@ -70,7 +74,7 @@ def problem_for(name: str, feature: Feature | None = None) -> mo.Problem:
     if asked.pop("live", False) or name in LIVE:
         held = topology if topology.slots_G is not None else mo.uniform(1, 4, slots=2)
         asked["current"] = mo.plan(OTHER_LE, held, split=split, solver="construct")
-    if name == "sized":
+    if name == "sized" and "fill" not in asked:
         asked.setdefault("sizing", mo.Sizing(policy="makespan", imbalance=2.0))
     return make_problem(loads, topology, split=split, **asked)
 

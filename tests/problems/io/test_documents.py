@@ -184,7 +184,6 @@ BAD_PLANS = [
     ("experts", 10**12, "experts: is 1000000000000"),
     ("experts", 0, "experts: is 0"),
     ("slots", [[[0, 1], [2, 5]]], "slots[0][1][1]: is 5, must be from -1 to 2"),
-    ("slots", [[[0, 1], [2, 2]]], "slots[0][1]: expert 2 sits twice"),
     ("slots", [[[0, 1], [1, -1]]], "slots[0]: expert 2 has no replica"),
     ("slots", [[[0, 1], [2]]], "slots: not an array"),
     ("slots", "none", "slots: must hold numbers"),

@@ -136,7 +136,6 @@ BEYOND = (
     "has no replica",
     "room for",
     "cannot be read: No such file",
-    "sits twice",
     "is 5, must be from",
     "experts: is 1000000000000",
     "is inf",

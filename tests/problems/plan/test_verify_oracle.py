@@ -18,7 +18,7 @@ from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.problems.spec.wishes import Limits
-from tests.strategies import plan_of, random_shares, random_slots, slow_time
+from tests.strategies import full_slots, plan_of, random_shares, random_slots, slow_time
 
 SLACK = 1e-6
 LISTED = 5
@@ -66,15 +66,20 @@ class Judge:
     def tables(self) -> list[str]:
         """Rules on the placement and the shares."""
         least = self.problem.limits.min_replicas
-        twice, short, over, off = [], [], [], []
+        twice, short, over, short_of, off = [], [], [], [], []
         for x in range(self.L):
             for g in range(self.G):
                 for e, n in sorted(self.count[x][g].items()):
-                    if n > 1:
+                    if n > 1 and self.problem.fill != "copies":
                         twice.append(f"layer {self.layer[x]} GPU {g}: expert {e} sits there {n} times")
                 room = self.problem.capacity_LG[x, g]
                 if self.used[x][g] > room:
                     over.append(f"layer {self.layer[x]} GPU {g}: {self.used[x][g]} replicas, room for {room}")
+                elif self.used[x][g] < room and self.problem.fill != "none":
+                    short_of.append(
+                        f"layer {self.layer[x]} GPU {g}: {self.used[x][g]} of {room} slots are full, "
+                        f"fill {str(self.problem.fill)!r} wants all"
+                    )
             for e in range(self.E):
                 n = self.replicas[x][e]
                 if n < least:
@@ -82,7 +87,7 @@ class Judge:
                 total = np.sum([part.get(e, 0.0) for part in self.share[x]])
                 if abs(total - 1) > SLACK:
                     off.append(f"layer {self.layer[x]}: the shares of expert {e} sum to {total:.9g}, not 1")
-        said = twice[:LISTED] + short[:LISTED] + over[:LISTED]
+        said = twice[:LISTED] + short[:LISTED] + over[:LISTED] + short_of[:LISTED]
         flat = [part for x in range(self.L) for row in self.plan.share_LGC[x].tolist() for part in row]
         if not all(-SLACK <= part < math.inf for part in flat):
             return [*said, "shares must be finite and at least 0"]
@@ -96,14 +101,14 @@ class Judge:
         return said + (self.uneven() if self.problem.split == "equal" else [])
 
     def uneven(self) -> list[str]:
-        """An equal split: every replica 1/r; or slots counted twice on a GPU, if they are there."""
+        """An equal split: every slot 1/r; or, without fill, freed slots counted, if they are there."""
         cells = [(x, g, e) for x in range(self.L) for g in range(self.G) for e in sorted(self.count[x][g])]
         off = {
             (x, g, e): abs(self.share[x][g][e] - self.count[x][g][e] / self.replicas[x][e])
             for x, g, e in cells
         }
         uneven = sorted({(x, e) for (x, g, e), by in off.items() if by > SLACK})
-        if not uneven or self.over_slots(uneven):
+        if not uneven or (self.problem.fill == "none" and self.over_slots(uneven)):
             return []
         x, g, e = max(off, key=lambda cell: off[cell])
         even = self.count[x][g][e] / self.replicas[x][e]
@@ -267,7 +272,7 @@ def random_limits(rng: Any, plan: Plan, problem: Problem) -> Limits:
     if problem.current is not None:
         for x, g in np.ndindex(L, G):
             held = [e for e in plan.slots_LGC[x, g] if e >= 0]
-            fresh[g] += size[x] * sum(e not in problem.current.slots_LGC[x, g] for e in held)
+            fresh[g] += size[x] * sum(e not in problem.current.slots_LGC[x, g] for e in set(held))
     least = fresh.max() / (links.intra_node + links.inter_node + links.host)
 
     def near(value: float, low: int) -> Any:
@@ -350,6 +355,13 @@ def random_case(rng: Any) -> tuple[Problem, Plan]:
     share = random_shares(rng, slots, E) if problem.split == "fractional" else None
     if share is None and rng.random() < 0.4:
         share = slot_shares(rng, slots, E)
+    if rng.random() < 0.4:
+        before = problem.current
+        if before is not None and rng.random() < 0.5:
+            before = before.replace(slots_LGC=full_slots(rng, before.slots_LGC, problem))
+        problem = problem.replace(fill=str(rng.choice(["distinct", "copies"])), current=before)
+        slots = full_slots(rng, slots, problem)
+        share = random_shares(rng, slots, E) if share is not None and problem.split == "fractional" else None
     plan = plan_of(problem, slots, share)
     if memory is not None and problem.current is None:
         need = size_L @ (slots >= 0).sum(2)

@@ -10,7 +10,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.spec.placement import Placement, contiguous, equal_shares, held_LGE, replica_counts
+from moeless_opt.problems.spec.placement import (
+    Placement,
+    contiguous,
+    equal_shares,
+    held_LGE,
+    replica_counts,
+    replica_keys,
+    seat_in_place,
+    second_copies,
+    without_copies,
+)
 from tests.strategies import few, planned
 
 
@@ -47,7 +57,6 @@ def test_derived_arrays(drawn: Any) -> None:
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        ([[[0, 1], [1, 1]]], r"placement\.slots\[0\]\[1\]: expert 1 sits twice on GPU 1"),
         ([[[0, -1], [0, -1]]], r"placement\.slots\[0\]: expert 1 has no replica; it needs one"),
         ([[[0, 2], [1, -1]]], r"placement\.slots\[0\]\[0\]\[1\]: is 2, must be from -1 to 1"),
         ([[[0, -2], [1, -1]]], r"placement\.slots\[0\]\[0\]\[1\]: is -2"),
@@ -132,3 +141,42 @@ def test_bad_capacities(capacity: list[object]) -> None:
 def test_no_experts() -> None:
     with pytest.raises(ProblemError, match="experts: must be at least 1, got 0"):
         contiguous(0, [[1]])
+
+
+@few
+@given(st.integers(0, 2**32 - 1))
+def test_what_is_held_once_and_again(seed: int) -> None:
+    """Second copies, what is left without them, what is held, and seats: against loops."""
+    rng = np.random.default_rng(seed)
+    L, G, C, E = (int(n) for n in rng.integers(1, 5, 4))
+    slots = rng.integers(-1, E, (L, G, C)).astype(np.int32)
+    live = rng.integers(-1, E, (L, G, int(rng.integers(1, 6)))).astype(np.int32)
+    room = rng.integers(0, C + 1, (L, G))
+    second, plain = second_copies(slots), without_copies(slots)
+    order = seat_in_place(slots, live, room)
+    sat = np.take_along_axis(slots, order, axis=2)
+    keys = []
+    for x, g in np.ndindex(L, G):
+        row, old = slots[x, g].tolist(), live[x, g].tolist()[: int(room[x, g])]
+        assert second[x, g].tolist() == [e >= 0 and e in row[:c] for c, e in enumerate(row)]
+        assert plain[x, g].tolist() == [-1 if e in row[:c] else e for c, e in enumerate(row)]
+        keys += [(x * G + g) * E + e for e in sorted({e for e in row if e >= 0})]
+        assert sorted(order[x, g].tolist()) == list(range(C))
+        old = (old + [-1] * C)[:C]
+        for e in range(E):  # as many copies stay in their slots as can
+            stay = sum(a == b == e for a, b in zip(old, sat[x, g], strict=True))
+            assert stay == min(old.count(e), row.count(e))
+        free = [c for c in range(C) if not (old[c] == sat[x, g, c] >= 0)]
+        assert sorted(sat[x, g, free].tolist(), key=lambda e: e < 0) == sat[x, g, free].tolist()
+    assert replica_keys(slots, E).tolist() == keys
+
+
+def test_a_gpu_may_hold_copies() -> None:
+    """Even shares go by slots; the expert is held once."""
+    live = Placement(slots_LGC=[[[0, 0, 1], [0, 2, -1]]], experts=3)
+    assert live.replicas_LE.tolist() == [[3, 1, 1]]
+    assert live.held_LGE.sum() == 4
+    share = equal_shares(live.slots_LGC, 3)
+    assert share[0, 0, :2].sum() == pytest.approx(2 / 3)
+    fixed = Placement.repaired([[[0, 0, 1], [0, 2, 9]]], 3, np.array([[2, 3]]))
+    assert fixed.slots_LGC.tolist() == [[[0, 1, -1], [0, 2, -1]]]

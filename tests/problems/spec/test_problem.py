@@ -194,6 +194,8 @@ def test_pairs_as_masks() -> None:
         {"topology": uniform(1, 4, slots=2)},
         {"topology": uniform(2, 2, slots=2, speed=[1, 1, 1, 0.5])},
         {"split": "equal"},
+        {"fill": "distinct"},
+        {"fill": "copies"},
         {"expert_bytes_L": 5},
         {"sizing": Sizing(policy="cv")},
         {"time": TimeModel(launch=1)},
