@@ -5,17 +5,25 @@ recording           how it is recognised
 ==================  =======================================================================================
 SGLang, JSON        ``{"logical_count": ...}``, [layers, experts] or [steps, layers, experts]
 SGLang, recorder    PyTorch file with ``logical_count`` (mode ``stat``), or with ``records`` that hold
-                    ``global_physical_count`` (modes ``per_pass``, ``per_token``)
+                    ``global_physical_count`` (modes ``per_pass``, ``per_token``), one for each rank
 vLLM                physical loads (``expert_load_window``, ``expert_load_pass``, ...) beside their
-                    ``physical_to_logical_map``, in JSON, .npz or PyTorch form; summed to logical experts
-token trace         experts chosen by each token, [tokens, layers, top-k] (``experts``, ``topk_ids``); counted
+                    ``physical_to_logical_map``, in JSON, JSON lines, .npz or PyTorch form
+TensorRT-LLM        a folder of ``meta_info.json`` and ``rank*.safetensors``, counts under ``ITERATION_LAYER``
+Megatron            dumps (``loads``, ``layer_numbers``, ``forward_counts``), one for each rank;
+                    ``tokens_per_expert.log``; the router's trace (JSON lines with ``top_indices``)
+token trace         experts chosen by each token, [tokens, layers, top-k] (``routed_experts``, ``topk_ids``)
 arrays              .npy, .npz, PyTorch or JSON with one array of loads, or the one named by ``key``
-table               CSV, TSV or the like with columns layer, expert, count (and scenario), or a bare matrix
+dictionaries        by the name or number of a layer, expert, step or rank
+rows                JSON lines, or a list of objects, with layer, expert, count or an array of loads
+table               CSV, TSV or the like with columns layer, expert, count (and scenario, step, rank), with a
+                    column for each expert, or a bare matrix
+several files       a folder or a glob with one for each rank, layer or step
 ==================  =======================================================================================
 
 Each may be gzipped. An axis in front of [layers, experts] is kept as scenarios, unless the format says that
 it counts the steps of one run: then the steps are summed (``steps="keep"`` keeps them). Layers without any
-load, the dense ones, are left out and named.
+load, the dense ones, are left out and named. What can be two things is refused, unless its values say what it
+is, or the caller does (``as_``); what they say is in the notes.
 
 Nothing in a file is ever run: NumPy's object arrays and pickles are refused, PyTorch files are loaded with
 ``weights_only=True``. Sizes are checked before memory is taken for them.
@@ -30,50 +38,36 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Literal
+from zipfile import ZipFile
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray
 from moeless_opt.problems.errors import FormatError, SolverUnavailableError
 from moeless_opt.problems.files import gunzipped, open_zip, read_bytes, read_limit, text_limit
 from moeless_opt.problems.io.recordings.arrays import Array, NpzArray, Value, npy_array, plain_numbers
-from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, Found, Source, cut, shape_text
+from moeless_opt.problems.io.recordings.choose import CHOICES, LOGICAL, MAPS, PHYSICAL, Chooser
+from moeless_opt.problems.io.recordings.engines import (
+    is_safetensors,
+    megatron_dump,
+    sglang_records,
+    tensorrt_statistics,
+)
+from moeless_opt.problems.io.recordings.folders import is_many, read_many, told_by_name
+from moeless_opt.problems.io.recordings.lines import is_token_log, json_rows, read_rows, read_token_log
+from moeless_opt.problems.io.recordings.names import named_loads
+from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, As, Found, Source, cut, shape_text
 from moeless_opt.problems.io.recordings.tables import TableReader
 from moeless_opt.problems.spec import Loads
 from moeless_opt.problems.text import bytes_text
 
 __all__ = ["Recording", "frame_loads", "read_loads", "read_recording"]
-
-
-# Names of arrays that hold loads of logical experts, the likelier first. Those of `_STEPPED` have a leading
-# axis of steps of one run, where they have one at all.
-_LOGICAL = (
-    "logical_count", "global_expert_load_window", "global_expert_load", "logical_expert_load_window",
-    "load_TLE", "load_LE", "loads", "load", "counts", "count", "expert_counts", "expert_count",
-    "expert_load", "tokens_per_expert", "tokens", "weight", "weights", "hist", "histogram",
-)  # fmt: skip
-_PHYSICAL = (
-    "expert_load_window", "expert_load_pass", "expert_load_view", "global_physical_count",
-    "global_physical_count_of_buffered_step", "physical_count", "physical_load", "physical_loads",
-)  # fmt: skip
-_STEPPED = frozenset(
-    ("logical_count", "global_expert_load_window", "logical_expert_load_window", "expert_load_window",
-     "global_physical_count_of_buffered_step")
-)  # fmt: skip
-_MAPS = (
-    "physical_to_logical_map", "last_physical_to_logical_map", "physical_to_logical", "phy2log",
-    "physical_to_logical_map_cpu",
-)  # fmt: skip
-_CHOICES = ("experts", "topk_ids", "topk", "topk_indices", "expert_ids", "router_indices", "selected_experts")
-_NAMES = ("workloads", "scenarios", "names", "datasets", "domains", "labels")
 
 
 _TORCH_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of torch.save before zip files
@@ -120,6 +114,8 @@ def read_recording(
     scenario: str | int | None = None,
     steps: Literal["sum", "keep"] = "sum",
     experts: int | None = None,
+    as_: As | None = None,
+    physical_to_logical: ArrayLike | str | PathLike[str] | None = None,
     max_bytes: int | None = None,
     content: bytes | None = None,
 ) -> Recording:
@@ -128,7 +124,8 @@ def read_recording(
     Parameters
     ----------
     path : path
-        The file; ``-`` is standard input. It may be a pipe, and it may be gzipped.
+        The file; ``-`` is standard input. It may be a pipe, and it may be gzipped. A folder, or a pattern
+        like ``run/*.pt``, is a recording of one file for each rank, layer or step.
     key : str, optional
         Array to read, where a file holds several. With ``*`` or ``?`` it stands for all arrays that match:
         equal [layers, experts] arrays, which become scenarios with their keys as names.
@@ -140,6 +137,12 @@ def read_recording(
     experts : int, optional
         Experts of a layer, where the file lists only those that were chosen (tables, token traces, physical
         loads). Default: up to the highest that occurs.
+    as_ : {"counts", "trace", "physical"}, optional
+        What the array is, where it can be several things: loads of experts, the experts that tokens chose
+        ([tokens, layers, top-k], or [tokens, layers] of one choice each), or loads of physical slots. By
+        default its values and its name decide, or it is refused.
+    physical_to_logical : array or path, optional
+        Map [layers, slots] (or [slots]) from slots to experts, -1 for an unused one; where the file has none.
     max_bytes : int, optional
         Largest file, after decompression, and largest array as float64. Text (JSON, tables), which takes many
         times its size in memory, is read up to a quarter of it. By default the limit of all readers: 256 MB,
@@ -163,10 +166,44 @@ def read_recording(
         raise FormatError("steps", f"must be sum or keep, got {steps!r}")
     if experts is not None and experts < 1:
         raise FormatError("experts", f"must be at least 1, got {experts}")
+    if as_ not in (None, "counts", "trace", "physical"):
+        raise FormatError("as", f"must be counts, trace or physical, got {as_!r}")
     limit = read_limit() if max_bytes is None else max_bytes
+    name = str(path)
+    source = Source(name, key, experts, limit, as_, _map(physical_to_logical, limit))
+    if content is None and is_many(name):
+        return _Reader(source).finish(read_many(source, _read_one), scenario, steps)
     raw = read_bytes(path, limit=limit) if content is None else content
-    reader = _Reader(Source(str(path), key, experts, limit))
-    return reader.finish(reader.dispatch(raw), scenario, steps)
+    found = _read_one(source, raw)
+    found = replace(found, rank=told_by_name(name, "rank") if found.rank is None else found.rank)
+    if found.rank is not None or len(found.ranks) > 1:
+        who = "" if found.rank is None else f"of rank {found.rank} "
+        known = f"of {len(found.ranks)} " if len(found.ranks) > 1 else ""
+        found = found.with_notes(
+            f"{who}{known}alone; all ranks' files (a folder, or a glob) are added up".strip()
+        )
+    return _Reader(source).finish(found, scenario, steps)
+
+
+def _read_one(source: Source, raw: bytes) -> Found:
+    return _Reader(source).dispatch(raw)
+
+
+def _map(given: ArrayLike | str | PathLike[str] | None, limit: int) -> NDArray[Any] | None:
+    """The map from slots to experts that the caller gives: an array, or a file that holds one."""
+    if given is None:
+        return None
+    if not isinstance(given, str | PathLike):
+        array = np.asarray(given)
+    else:
+        reader = _Reader(Source(str(given), None, None, limit, "counts"))
+        array = reader.map_of(read_bytes(given, limit=limit))
+    if array.ndim not in (1, 2) or array.size == 0:
+        where = str(given) if isinstance(given, str | PathLike) else "physical_to_logical"
+        raise FormatError(
+            where, f"has shape {shape_text(array.shape)}, must be a map [layers, slots] or [slots]"
+        )
+    return array
 
 
 def read_loads(path: str | PathLike[str], **options: Any) -> Loads:
@@ -234,7 +271,33 @@ class _Reader:
                 "is a bare Python pickle, which could run code when loaded and is never read; save the array "
                 "with numpy.save, numpy.savez, torch.save or as JSON"
             )
+        if is_safetensors(raw):
+            return tensorrt_statistics(self.source, raw)
         return self._from_text(raw)
+
+    def map_of(self, raw: bytes) -> NDArray[Any]:
+        """The map from slots to experts in a file: the array by one of its names, or the only one."""
+        raw = gunzipped(raw, self.source.path, limit=self.source.max_bytes)
+        if raw.startswith(b"\x93NUMPY"):
+            return npy_array(self.source, raw)
+        if raw.startswith(b"PK"):
+            with open_zip(raw, self.source.path) as archive:
+                if not any(member.endswith("data.pkl") for member in archive.namelist()):
+                    return self._map_among(self._members(archive))
+        if raw.lstrip()[:1] in (b"{", b"["):
+            content = self._parsed(raw.decode("utf-8", "replace"))
+            return self._map_among(content if isinstance(content, dict) else {"array": content})
+        content = self._torch_content(raw)
+        return self._map_among(content if isinstance(content, Mapping) else {"tensor": content})
+
+    def _map_among(self, found: Mapping[Any, Any]) -> NDArray[Any]:
+        name = next((name for name in MAPS if name in found), None)
+        if name is None and len(found) == 1:
+            name = next(iter(found))
+        if name is None:
+            raise self.error(f"has no {MAPS[0]}; it has {cut(', '.join(map(str, found)) or 'nothing')}")
+        value = found[name]
+        return value.get() if isinstance(value, Array) else Value(self.source, str(name), value).get()
 
     def _from_text(self, raw: bytes) -> Found:
         try:
@@ -252,14 +315,26 @@ class _Reader:
             )
         if "\0" in text:
             raise self.error(f"is binary in no known format; known: {_KNOWN_FORMATS}")
-        return self._from_json(text) if start in "{[" else TableReader(self.source).read(text)
+        if start in "{[":
+            return self._from_json(text)
+        if re.match(r"num_slots\s*:", text.lstrip()):
+            raise self.error("is a placement (TensorRT-LLM's moe_load_balancer) and holds no loads")
+        if is_token_log(text):
+            return read_token_log(self.source, text)
+        return TableReader(self.source).read(text)
 
     # --- arrays: .npy, .npz ------------------------------------------------------------------------------
 
     def _from_npy(self, raw: bytes) -> Found:
         if self.source.key is not None:
             raise self.error(f"is a single .npy array and has no key {self.source.key!r}; leave key out")
-        return Found(load=npy_array(self.source, raw), format="npy")
+        return self._one_array(npy_array(self.source, raw), "array", "npy")
+
+    def _one_array(self, array: NDArray[Any], name: str, form: str) -> Found:
+        """Read a file's only array; of two axes it may be steps of the layer that the file is named by."""
+        if self.source.layer is not None and array.ndim in (1, 2):
+            return Found(load=array, format=form)
+        return Chooser(self.source).read_array(array, name, form)
 
     def _from_zip(self, raw: bytes) -> Found:
         archive = open_zip(raw, self.source.path)
@@ -270,15 +345,27 @@ class _Reader:
                         f"unpacks to more than {self.source.most}; raise MOELESS_MAX_READ to read it"
                     )
                 return self._from_torch(raw)
-            members = {m.removesuffix(".npy"): m for m in archive.namelist() if m.endswith(".npy")}
-            if not members:
-                raise self.error("is a zip archive without arrays; expected .npz or a PyTorch file")
-            arrays = {key: NpzArray(self.source, archive, key, member) for key, member in members.items()}
-            return self._choose(arrays, "npz")
+            return self._choose(self._members(archive), "npz")
+
+    def _members(self, archive: ZipFile) -> dict[str, Array]:
+        members = {m.removesuffix(".npy"): m for m in archive.namelist() if m.endswith(".npy")}
+        if not members:
+            raise self.error("is a zip archive without arrays; expected .npz or a PyTorch file")
+        return {key: NpzArray(self.source, archive, key, member) for key, member in members.items()}
 
     # --- PyTorch -----------------------------------------------------------------------------------------
 
     def _from_torch(self, raw: bytes) -> Found:
+        content = self._torch_content(raw)
+        if isinstance(content, Mapping):
+            if "records" in content and self.source.key is None:
+                return sglang_records(self.source, content)
+            return self._choose({str(k): Value(self.source, str(k), v) for k, v in content.items()}, "torch")
+        if self.source.key is not None:
+            raise self.error(f"is a single PyTorch object and has no key {self.source.key!r}; leave key out")
+        return self._one_array(Value(self.source, "tensor", content).get(), "tensor", "torch")
+
+    def _torch_content(self, raw: bytes) -> Any:
         try:
             import torch
         except ImportError:
@@ -288,7 +375,7 @@ class _Reader:
         import pickle
 
         try:
-            content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise self.error(
                 "holds Python objects beside tensors and plain containers; they could run code when loaded "
@@ -297,211 +384,82 @@ class _Reader:
         except Exception as error:  # torch raises whatever its C++ reader meets
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise self.error(f"is a truncated or damaged PyTorch file ({reason})") from None
-        if isinstance(content, Mapping):
-            if "records" in content and self.source.key is None:
-                return self._from_records(content)
-            return self._choose({str(k): Value(self.source, str(k), v) for k, v in content.items()}, "torch")
-        if self.source.key is not None:
-            raise self.error(f"is a single PyTorch object and has no key {self.source.key!r}; leave key out")
-        return Found(load=Value(self.source, "tensor", content).get(), format="torch")
-
-    def _from_records(self, content: Mapping[Any, Any]) -> Found:
-        """Read SGLang's modes per_pass and per_token: a record for each forward pass, by physical slot."""
-        records = content["records"]
-        if not isinstance(records, Sequence) or not records:
-            raise self.error("holds no records: the recorder was dumped before any forward pass")
-        map_key = next((k for k in _MAPS if k in content), None)
-        if map_key is None:
-            raise self.error(f"has records of physical experts but no map; expected {_MAPS[1]} beside them")
-        physical, ranks = [], set()
-        for i, record in enumerate(records):
-            if not isinstance(record, Mapping) or "global_physical_count" not in record:
-                raise self.error(f"records[{i}] has no global_physical_count")
-            physical.append(
-                Value(
-                    self.source, f"records[{i}].global_physical_count", record["global_physical_count"]
-                ).get()
-            )
-            ranks.add(record.get("rank"))
-            if physical[i].shape != physical[0].shape:
-                raise self.error(
-                    f"records[{i}].global_physical_count has shape {shape_text(physical[i].shape)}, "
-                    f"the first record's has {shape_text(physical[0].shape)}"
-                )
-            if (i + 1) * physical[0].size * 8 > self.source.max_bytes:
-                raise self.error(
-                    f"records take more than {self.source.most}; raise MOELESS_MAX_READ to read them"
-                )
-        load = self._to_logical(
-            np.stack(physical),
-            Value(self.source, map_key, content[map_key]).get(),
-            "global_physical_count",
-            map_key,
-        )
-        note = f"{len(records)} forward passes of rank(s) {', '.join(sorted(map(str, ranks)))}"
-        return Found(load=load, format="sglang-recorder", axis="steps", notes=(note,))
 
     # --- JSON --------------------------------------------------------------------------------------------
 
     def _from_json(self, text: str) -> Found:
+        content = self._parsed(text)
+        if isinstance(content, list) and content and all(isinstance(row, dict) for row in content):
+            return read_rows(self.source, [(f"[{i}]", row) for i, row in enumerate(content)])
+        if isinstance(content, dict):
+            return self._from_object(content)
+        if self.source.key is not None:
+            raise self.error(f"is a bare JSON array and has no key {self.source.key!r}; leave key out")
+        return self._one_array(Value(self.source, "array", content).get(), "array", "json")
+
+    def _from_object(self, content: dict[str, Any]) -> Found:
+        if str(content.get("format", "")).startswith("moeless-"):
+            raise self.error(f"is a {content['format']} document, not a recording of loads")
+        if "layer_list" in content and "moe_layer_count" in content:
+            raise self.error("is a placement (vllm-ascend's expert map) and holds no loads")
+        rows = content.get("_rows")
+        if rows is not None:
+            return read_rows(self.source, rows)
+        if "top_indices" in content:
+            return read_rows(self.source, [("line 1", content)])
+        return self._choose({k: Value(self.source, k, v) for k, v in content.items()}, "json")
+
+    def _parsed(self, text: str) -> Any:
+        """The JSON document; several behind each other (JSON lines) come as the rows of one object."""
+
+        def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            found = dict(pairs)
+            if len(found) < len(pairs):
+                twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+                raise self.error(f"has the key {cut(repr(twice), 60)} twice in one object; once is enough")
+            return found
+
         try:
-            content = json.loads(text)
+            return json.loads(text, object_pairs_hook=once)
         except json.JSONDecodeError as error:
+            if error.msg == "Extra data" and text.lstrip().startswith("{"):
+                return {"_rows": json_rows(self.source, text)}
             end = " (the file ends there: truncated?)" if error.pos >= len(text.rstrip()) - 1 else ""
             raise self.error(
                 f"is no valid JSON: {error.msg} at line {error.lineno}, column {error.colno}{end}"
             ) from None
+        except FormatError:
+            raise
         except (RecursionError, ValueError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise self.error(f"is no usable JSON: {reason}") from None
-        if isinstance(content, dict):
-            if str(content.get("format", "")).startswith("moeless-"):
-                raise self.error(f"is a {content['format']} document, not a recording of loads")
-            return self._choose({k: Value(self.source, k, v) for k, v in content.items()}, "json")
-        if self.source.key is not None:
-            raise self.error(f"is a bare JSON array and has no key {self.source.key!r}; leave key out")
-        return Found(load=Value(self.source, "array", content).get(), format="json")
 
     # --- which array -------------------------------------------------------------------------------------
 
     def _choose(self, arrays: Mapping[str, Array], container: str) -> Found:
-        """Pick the array of loads: the caller's key, a known name, or the only one that can be."""
-        if (
-            self.source.key is not None
-            and self.source.key not in arrays
-            and any(c in self.source.key for c in "*?[")
-        ):
-            return self._stack(arrays, container)
-        names = self.source.key or next((n for n in (*_LOGICAL, *_PHYSICAL) if n in arrays), None)
-        choices = next((n for n in _CHOICES if n in arrays and len(arrays[n].shape()) == 3), None)
-        if names is None and choices is not None:
-            return self._count_choices(arrays[choices].get(), choices)
-        if names is None:
-            able = [k for k in arrays if len(arrays[k].shape()) in (2, 3) and k not in _MAPS]
-            if len(able) > 1:
-                listed = ", ".join(f"{k} {shape_text(arrays[k].shape())}" for k in able)
-                raise self.error(
-                    f"has several arrays that could be the loads; choose one by key: {cut(listed)}"
-                )
-            if not able:
-                raise self.error(
-                    "has no array [layers, experts] or [scenarios, layers, experts]; its keys: "
-                    f"{cut(', '.join(arrays) or 'none')}; expected logical_count, counts or the like"
-                )
-            names = able[0]
-        if names not in arrays:
-            raise self.error(f"has no key {names!r}; it has {cut(', '.join(arrays) or 'none')}")
-        if names in _CHOICES and self.source.key is not None:
-            return self._count_choices(arrays[names].get(), names)
-        load = arrays[names].get()
-        axis: Literal["steps", "scenarios"] = "steps" if names in _STEPPED else "scenarios"
-        if names in _PHYSICAL:
-            map_key = next((k for k in _MAPS if k in arrays), None)
-            if map_key is None:
-                raise self.error(
-                    f"{names} counts physical experts, and the map to logical ones is missing; expected "
-                    f"physical_to_logical_map [layers, physical experts] beside it"
-                )
-            load = self._to_logical(load, arrays[map_key].get(), names, map_key)
-            note = f"{names} summed to logical experts by {map_key}"
-            return Found(load=load, format=f"vllm-{container}", axis=axis, notes=(note,))
-        kind = f"sglang-{container}" if names == "logical_count" else container
-        labels = self._labels(arrays, load.shape[0]) if load.ndim == 3 else ()
-        if labels:
-            axis = "scenarios"
-        return Found(load=load, format=kind, axis=axis, scenarios=labels, notes=(f"loads from {names}",))
+        """Read the array of loads; or what the arrays are together: a dump, a dictionary of layers."""
+        if self.source.key is None:
+            if {"loads", "layer_numbers"} <= arrays.keys():
+                return megatron_dump(self.source, arrays)
+            found = self._named(arrays)
+            if found is not None:
+                return found
+        return Chooser(self.source).choose(arrays, container)
 
-    def _labels(self, arrays: Mapping[str, Array], length: int) -> tuple[str, ...]:
-        """Names of the leading axis: an array of as many strings."""
-        for name in sorted(arrays, key=lambda k: (k not in _NAMES, k)):
-            labels = arrays[name].strings()
-            if labels is not None and len(labels) == length:
-                return labels
-        return ()
-
-    def _stack(self, arrays: Mapping[str, Array], container: str) -> Found:
-        assert self.source.key is not None
-        matching = [k for k in arrays if fnmatchcase(k, self.source.key)]
-        if not matching:
-            raise self.error(
-                f"has no key like {self.source.key!r}; it has {cut(', '.join(arrays) or 'none')}"
-            )
-        shapes = {k: arrays[k].shape() for k in matching}
-        first = shapes[matching[0]]
-        for k, shape in shapes.items():
-            if len(shape) != 2 or shape != first:
-                raise self.error(
-                    f"{k} has shape {shape_text(shape)}; arrays stacked by key={self.source.key!r} must all "
-                    f"be [layers, experts] and equal, like {matching[0]} {shape_text(first)}"
-                )
-        if len(matching) * math.prod(first) * 8 > self.source.max_bytes:
-            raise self.error(f"the arrays of key={self.source.key!r} take more than {self.source.most}")
-        load = np.stack([plain_numbers(self.source, k, arrays[k].get()) for k in matching])
-        return Found(
-            load=load, format=container, scenarios=tuple(matching), notes=(f"{len(load)} arrays stacked",)
-        )
-
-    # --- to logical counts -------------------------------------------------------------------------------
-
-    def _to_logical(
-        self, physical: NDArray[Any], to_logical: NDArray[Any], name: str, map_name: str
-    ) -> FloatArray:
-        """Sum loads [..., layers, physical] to logical experts by the map [layers, physical] (-1: unused)."""
-        if physical.ndim not in (2, 3) or 0 in physical.shape:
-            raise self.error(
-                f"{name} has shape {shape_text(physical.shape)}, must be [(steps,) layers, physical experts]"
-            )
-        layers, slots = physical.shape[-2:]
-        if to_logical.ndim == 1 and to_logical.shape == (slots,):
-            to_logical = np.broadcast_to(to_logical, (layers, slots))
-        if to_logical.shape != (layers, slots):
-            raise self.error(
-                f"{map_name} has shape {shape_text(to_logical.shape)}, {name} needs "
-                f"[{layers} layers, {slots} slots]"
-            )
-        load = plain_numbers(self.source, name, physical)
-        if to_logical.dtype.kind == "f":
-            to_logical = to_logical.astype(np.float64)  # half a float does not reach the limit below
-        fits = to_logical.dtype.kind in "iuf" and bool(((to_logical >= -1) & (to_logical < 2**31)).all())
-        if not fits or (to_logical.dtype.kind == "f" and (to_logical % 1 != 0).any()):
-            raise self.error(f"{map_name} must hold logical experts from 0, or -1 for an unused slot")
-        to_logical = to_logical.astype(np.int64)
-        count = self.source.expert_count(int(to_logical.max()) + 1, map_name)
-        steps = load.shape[0] if load.ndim == 3 else 1
-        if steps * layers * count * 8 > self.source.max_bytes:
-            raise self.error(
-                f"{map_name} names expert {count - 1}: the loads would take over {self.source.most}"
-            )
-        load_TLP = load.reshape(steps, layers, slots)
-        used_LP = to_logical >= 0
-        if load_TLP[:, ~used_LP].any():
-            layer = int(np.argwhere(load_TLP.any(axis=0) & ~used_LP)[0, 0])
-            raise self.error(f"{name}: layer {layer} has load on a slot that {map_name} calls unused (-1)")
-        at = (np.arange(layers)[:, None] * count + to_logical)[used_LP]
-        logical = [
-            np.bincount(at, weights=load_LP[used_LP], minlength=layers * count) for load_LP in load_TLP
-        ]
-        return np.stack(logical).astype(np.float64).reshape(*physical.shape[:-1], count)
-
-    def _count_choices(self, chosen: NDArray[Any], name: str) -> Found:
-        """Count how often each expert was chosen in a trace [tokens, layers, top-k] (-1: no token)."""
-        if chosen.ndim != 3 or chosen.dtype.kind not in "iu" or chosen.size == 0:
-            raise self.error(
-                f"{name} has shape {shape_text(chosen.shape)} of {chosen.dtype}; a token trace must be a "
-                "non-empty integer array [tokens, layers, top-k]"
-            )
-        if chosen.min() < -1:
-            raise self.error(f"{name} names expert {chosen.min()}; experts count from 0 (-1: none)")
-        tokens, layers, top_k = chosen.shape
-        count = self.source.expert_count(int(chosen.max()) + 1, name)
-        if layers * count * 8 > self.source.max_bytes:
-            raise self.error(f"{name} names expert {count - 1}: the loads would take over {self.source.most}")
-        load_LE = np.zeros((layers, count))
-        for layer in range(layers):
-            picks = chosen[:, layer].ravel()
-            load_LE[layer] = np.bincount(picks[picks >= 0], minlength=count)
-        note = f"{name}: {tokens} tokens counted, top-{top_k}, over {count} experts"
-        return Found(load=load_LE, format="token-trace", notes=(note,))
+    def _named(self, arrays: Mapping[str, Array]) -> Found | None:
+        """Loads in dictionaries by layer, expert, step or rank: of the file itself, or under a known name."""
+        plain: dict[str, Any] = {}
+        for name, array in arrays.items():
+            value = getattr(array, "value", None)
+            if name in LOGICAL and isinstance(value, Mapping):
+                found = named_loads(self.source, value, f"{name}, ")
+                if found is not None:
+                    return found
+            if not isinstance(value, int | float):
+                plain[name] = value if isinstance(value, Mapping) else array
+        if any(name in (*LOGICAL, *PHYSICAL, *CHOICES) for name in arrays):
+            return None
+        return named_loads(self.source, plain)
 
     # --- checks --------------------------------------------------------------------------------------------
 
@@ -515,9 +473,12 @@ class _Reader:
                 f"[scenarios, layers, experts], none of them 0{hint}"
             )
         want = self.source.experts
+        if want is not None and found.sparse and load.shape[-1] < want:
+            load = np.pad(load, [(0, 0)] * (load.ndim - 1) + [(0, want - load.shape[-1])])
         if want is not None and load.shape[-1] != want:
             raise self.error(
-                f"has loads of {load.shape[-1]} experts per layer; experts={want} cannot change that"
+                f"has loads of {load.shape[-1]} experts per layer; experts={want} cannot change that "
+                "(another model?)"
             )
         self._check_values(load)
         load_TLE = load if load.ndim == 3 else load[None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from numpy.typing import NDArray
@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from moeless_opt.problems.errors import FormatError
 from moeless_opt.problems.text import bytes_text
 
-__all__ = ["LARGEST_LOAD", "Found", "Source", "cut", "kind_text", "shape_text"]
+__all__ = ["LARGEST_LOAD", "As", "Found", "Source", "cut", "kind_text", "shape_text"]
 
+As = Literal["counts", "trace", "physical"]
+"""What the caller says an array is: loads of experts, experts of tokens, or loads of slots."""
 LARGEST_LOAD = 1e30  # what `Loads` takes: sums and products must stay finite
 
 
@@ -19,7 +21,8 @@ LARGEST_LOAD = 1e30  # what `Loads` takes: sums and products must stay finite
 class Found:
     """Loads before checks: what one format's reader hands on.
 
-    `axis` says what the leading axis of a 3-D array is: "steps" of one run, or "scenarios".
+    `axis` says what the leading axis of a 3-D array is: "steps" of one run, or "scenarios". `rank` wrote it,
+    of `ranks` in its group as far as the file says; `sparse`: what it does not list is 0.
     """
 
     load: NDArray[Any]
@@ -28,16 +31,26 @@ class Found:
     layers: tuple[int, ...] = ()
     scenarios: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    rank: int | None = None
+    ranks: tuple[int, ...] = ()
+    sparse: bool = False
+
+    def with_notes(self, *notes: str) -> Found:
+        """The same with more to tell."""
+        return replace(self, notes=(*self.notes, *notes))
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file being read: its name for messages, and the caller's options."""
+    """One file being read: its name for messages, the caller's options, and the layer that its name tells."""
 
     path: str
     key: str | None
     experts: int | None
     max_bytes: int
+    as_: As | None = None
+    map: NDArray[Any] | None = None
+    layer: int | None = None
 
     @property
     def most(self) -> str:
