@@ -98,7 +98,14 @@ def make_problem(
     repair: bool = False,
 ) -> Problem:
     """The `Problem` that `plan` with the same arguments solves."""
+    spec = model_preset(model) if isinstance(model, str) else model
+    if spec is not None and isinstance(loads, str | PathLike):
+        loads = read_loads(loads, experts=spec.experts)
     load = as_loads(loads)
+    if spec is not None and load.source and load.shape[1] != spec.layers:
+        load = load.replace(
+            notes=(*load.notes, f"{load.shape[1]} layers, {spec.name} has {spec.layers} with experts")
+        )
     if isinstance(current, str | PathLike):
         current = load_plan(current)
     if isinstance(topology, str):
@@ -131,7 +138,7 @@ def make_problem(
     problem = Problem(
         loads=load,
         topology=topology,
-        model=model_preset(model) if isinstance(model, str) else model,
+        model=spec,
         split=split,
         fill=fill,
         name=name,

@@ -46,6 +46,7 @@ def run(args: argparse.Namespace, signals: Signals) -> int:
     if args.mode == "list-instances":
         return modes.instances(args)
     files = {"problem": args.problem, "--current": args.current, "--topology": args.topology}
+    files["--map"] = args.map
     made = {"--output": args.output, "--plot": args.plot, "--schedule": args.schedule}
     if args.mode == "check":
         files["--check"] = args.check

@@ -19,7 +19,7 @@ from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.files import STDIN, gunzipped, named, read_bytes
 from moeless_opt.problems.instances import instance_names, load_instance
 from moeless_opt.problems.io import load_plan, load_slots, parse_json, problem_from_json, read_json
-from moeless_opt.problems.io.recordings import read_loads
+from moeless_opt.problems.io.recordings import is_many, read_loads
 from moeless_opt.problems.spec import (
     TOPOLOGY_PRESETS,
     Limits,
@@ -45,7 +45,7 @@ def read_problem(args: argparse.Namespace) -> Problem:
         If a file cannot be read, or an option is of no use for it.
     """
     name = args.problem
-    if name != STDIN and not os.path.lexists(name.replace("\0", "?")):
+    if name != STDIN and not os.path.lexists(name.replace("\0", "?")) and not is_many(name):
         if name not in instance_names():
             near = difflib.get_close_matches(name, instance_names(), n=1)
             hint = (
@@ -54,8 +54,8 @@ def read_problem(args: argparse.Namespace) -> Problem:
             raise FormatError(name or "problem", f"is no file{hint}")
         problem = _override(load_instance(name), args, f"{name} is a shipped instance")
     else:
-        raw = read_bytes(name)  # once: it may be a pipe
-        document = _document(raw, name)
+        raw = None if is_many(name) else read_bytes(name)  # once: it may be a pipe
+        document = None if raw is None else _document(raw, name)
         if document is None:
             problem = _recorded(raw, args)
         else:
@@ -84,8 +84,10 @@ def _document(raw: bytes, name: str) -> Any:
     return data if isinstance(form, str) else None
 
 
-def _recorded(raw: bytes, args: argparse.Namespace) -> Problem:
-    options = {key: getattr(args, key) for key in RECORDINGS if getattr(args, key) is not None}
+def _recorded(raw: bytes | None, args: argparse.Namespace) -> Problem:
+    options = {read: getattr(args, key) for key, read in RECORDINGS.items() if getattr(args, key) is not None}
+    if args.experts is None and args.model is not None:
+        options["experts"] = model_preset(args.model).experts
     loads = read_loads(args.problem, content=raw, **options)
     topology = _topology(args, None)
     if topology is None:
@@ -110,8 +112,7 @@ def _recorded(raw: bytes, args: argparse.Namespace) -> Problem:
 def _override(problem: Problem, args: argparse.Namespace, what: str) -> Problem:
     for key in RECORDINGS:
         if getattr(args, key) is not None:
-            option = "--steps" if key == "steps" else f"--{key}"
-            raise ProblemError(option, f"is for recordings; {what}")
+            raise ProblemError(f"--{key}", f"is for recordings; {what}")
     changes: dict[str, Any] = {}
     topology = _topology(args, problem.topology)
     if topology is not None and topology != problem.topology:

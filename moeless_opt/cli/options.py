@@ -231,11 +231,26 @@ OPTIONS: tuple[Option, ...] = (
         metavar="E",
         help="experts per layer, where a recording lists only busy ones",
     ),
+    _input(
+        "--as",
+        modes=_ALL,
+        choices=("counts", "trace", "physical"),
+        help="what a recording's array is, where it can be several things",
+    ),
+    _input(
+        "--map",
+        modes=_ALL,
+        metavar="FILE",
+        help="map from slots to experts of a recording of physical loads, where it has none",
+    ),
 )
 """All options but those that choose the mode."""
 
-RECORDINGS = ("key", "scenario", "steps", "experts")
-"""Of no use where the problem is none of our own recordings' readers'."""
+RECORDINGS = {
+    "key": "key", "scenario": "scenario", "steps": "steps", "experts": "experts", "as": "as_",
+    "map": "physical_to_logical",
+}  # fmt: skip
+"""Options of recordings and the reader's names for them; of no use for other problems."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -45,12 +45,14 @@ def _loads(data: object, where: str, folder: Path) -> Loads:
     kind = entry.take("kind", str, "inline")
     if kind == "recording":
         path = _beside(folder, entry)
-        kinds: dict[str, Any] = {"key": str, "scenario": (str, int)}
+        kinds: dict[str, Any] = {"key": str, "scenario": (str, int), "as": str}
         options = {key: entry.take(key, kind) for key, kind in kinds.items() if key in entry.data}
         entry.asked += kinds
         entry.done()
         with named(entry.path("path")):
-            return read_loads(path, **options)
+            return read_loads(
+                path, **{"as_" if key == "as" else key: value for key, value in options.items()}
+            )
     if kind == "inline":
         load: Any = entry.take("load", list)
     elif kind == "npz":

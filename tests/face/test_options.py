@@ -66,6 +66,8 @@ VALUES: dict[str, list[str]] = {
     "key": ["a"],
     "steps": ["keep"],
     "experts": ["8"],
+    "as": ["counts"],
+    "map": ["map.json"],
 }
 """A value of each option."""
 
@@ -87,6 +89,10 @@ def folder(tmp_path: Path, monkeypatch: Any) -> Path:
     np.savez("loads.npz", a=LOAD, b=LOAD[:, ::-1])
     np.save("table.npy", LOAD)
     Path("busy.csv").write_text("layer,expert,count\n0,0,5\n0,6,3\n")
+    Path("map.json").write_text('{"physical_to_logical_map": [0, 1, 2, 3, 4, 5, 6, 7, 0]}')
+    Path("slots.json").write_text(
+        '{"physical_count": [[1, 2, 3, 4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5, 4, 3, 2, 1]]}'
+    )
     problem = mo.Problem(loads=mo.Loads(load_TLE=LOAD), topology=mo.uniform(1, 4, slots=3), name="small")
     save_problem(problem, "problem.json")
     save_plan(plan_of(problem, contiguous(8, problem.capacity_LG)), "live.json")
@@ -113,10 +119,12 @@ def call(mode: str, option: Option) -> list[str]:
             argv += [flag, value]
     if mode in ("list-solvers", "list-instances"):
         return argv
-    if option.dest in ("key", "scenario", "steps"):
+    if option.dest in ("key", "scenario", "steps", "as"):
         gpus = ["--gpus", "4", *([] if mode == "recommend" else ["--slots", "3"])]
         loads = ["loads.npz"] if option.dest == "key" else ["table.npy"]
         return [*loads, *argv, *gpus]
+    if option.dest == "map":
+        return ["slots.json", *argv, "--gpus", "4", *([] if mode == "recommend" else ["--slots", "3"])]
     if option.dest == "experts":
         return ["busy.csv", *argv, "--gpus", "4", *([] if mode == "recommend" else ["--slots", "3"])]
     if option.dest == "gpus" and mode != "recommend":

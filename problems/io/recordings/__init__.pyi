@@ -1,2 +1,3 @@
+from .folders import is_many as is_many
 from .read import frame_loads as frame_loads
 from .read import read_loads as read_loads
