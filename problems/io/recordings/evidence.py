@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from moeless_opt.problems.arrays import BoolArray
 from moeless_opt.problems.io.recordings.source import LARGEST_LOAD
 
-__all__ = ["Choices", "Reading", "choices_of", "either_way", "map_like", "reading_of", "whole_numbers"]
+__all__ = [
+    "Choices",
+    "Reading",
+    "choices_of",
+    "either_way",
+    "map_like",
+    "reading_of",
+    "repeats",
+    "whole_numbers",
+]
 
 _MOST_CHOICES = 64  # no router chooses more experts for a token
 _MOST_EXPERTS = 2**14  # no model has more in a layer
@@ -79,7 +88,7 @@ def _of_choices(array: NDArray[Any]) -> Reading | None:
         return Reading("counts", "every row holds one value")
     if rows.max() >= _MOST_EXPERTS:
         return None
-    if width > _MOST_CHOICES or rows.min() < -1 or (width > 1 and _repeats(rows).any()):
+    if width > _MOST_CHOICES or rows.min() < -1 or (width > 1 and repeats(rows).any()):
         return None
     if array.min() < 0:
         return Reading("trace", "rows never repeat a value, and -1 stands for none")
@@ -97,7 +106,7 @@ def _recurs(array: NDArray[Any]) -> bool:
     return array.size >= 4 * (high + 1) and len(np.unique(array[array >= 0])) == high + 1
 
 
-def _repeats(rows: NDArray[Any]) -> BoolArray:
+def repeats(rows: NDArray[Any]) -> BoolArray:
     """Whether each row holds a value of at least 0 twice."""
     ordered = np.sort(rows, axis=1)
     return np.asarray(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1))
@@ -155,7 +164,7 @@ def either_way(chosen_PLK: NDArray[Any]) -> bool:
     rows = some.reshape(-1, width)
     columns = some.transpose(0, 2, 1).reshape(-1, layers)
     rows, columns = (found[(found != found[:, :1]).any(1)] for found in (rows, columns))
-    return not _repeats(columns).any() and len(rows) > 0 and _log_chance(rows) >= _CHANCE
+    return not repeats(columns).any() and len(rows) > 0 and _log_chance(rows) >= _CHANCE
 
 
 def choices_of(chosen_PLK: NDArray[Any]) -> Choices:
@@ -182,7 +191,7 @@ def choices_of(chosen_PLK: NDArray[Any]) -> Choices:
     wrong = None
     if width > 1:
         flat = chosen_PLK.reshape(-1, width)
-        twice = _repeats(flat).reshape(tokens, layers) & valid_PL
+        twice = repeats(flat).reshape(tokens, layers) & valid_PL
         if twice.any():
             at = np.argwhere(twice)[0]
             wrong = (int(at[0]), int(at[1]))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moeless_opt.problems.io.recordings.arrays import Array, Value, plain_numbers
 from moeless_opt.problems.io.recordings.cells import Cells
 from moeless_opt.problems.io.recordings.choose import CHOICES, LOGICAL, MAPS, PHYSICAL, Chooser
-from moeless_opt.problems.io.recordings.evidence import choices_of, whole_numbers
+from moeless_opt.problems.io.recordings.evidence import repeats, whole_numbers
 from moeless_opt.problems.io.recordings.source import Found, Source, cut, kind_text
 from moeless_opt.problems.io.recordings.tables import TableReader
 
@@ -179,9 +179,10 @@ def _by_choice(source: Source, rows: list[tuple[str, dict[str, Any]]]) -> Found:
                 f"{where}: {chosen.shape[1]} choices for each token, the first row has {width}"
             )
         ids = chosen.astype(np.int64)
-        wrong = choices_of(ids[:, None]).wrong if width > 1 else None
-        if wrong is not None:
-            raise source.error(f"{where}: token {wrong[0]} chooses an expert twice, which no router does")
+        if (twice := repeats(ids)).any():
+            raise source.error(
+                f"{where}: token {int(np.argmax(twice))} chooses an expert twice, which no router does"
+            )
         cells.add(where, *_place(source, where, row), _counted(source, ids, f"{where}: {key}"))
         tokens += len(ids)
     notes = [f"{tokens} rows of tokens counted, top-{width}"]

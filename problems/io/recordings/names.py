@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeless_opt.problems.io.recordings.arrays import Value, plain_numbers
+from moeless_opt.problems.io.recordings.arrays import Array, Value, plain_numbers
 from moeless_opt.problems.io.recordings.source import Found, Source, cut, shape_text
 
 __all__ = ["named_loads"]
@@ -68,6 +68,8 @@ def _kind(key: str) -> tuple[str, int] | None:
     if key.strip() == digits[0]:
         return _BARE, int(digits[0])
     words = re.findall(r"[a-z]+", key.lower())
+    if len(words) > 1 or len(words[0]) > 1:
+        words = [word for word in words if len(word) > 1]
     found = [kind for kind, known in _WORDS.items() if set(words) & set(known)]
     return (found[0], int(digits[0])) if len(found) == 1 else None
 
@@ -187,5 +189,5 @@ def _gap(entries: Mapping[int, Any]) -> int:
 
 
 def _numbers(source: Source, at: str, value: Any) -> NDArray[Any]:
-    array = value if isinstance(value, np.ndarray) else Value(source, at, value).get()
+    array = (value if isinstance(value, Array) else Value(source, at, value)).get()
     return plain_numbers(source, at, array)
