@@ -88,6 +88,7 @@ def make_problem(
     model: ModelSpec | str | None = None,
     split: str = "fractional",
     fill: str = "none",
+    share_entries: int | None = None,
     balance_tolerance: float | None = None,
     objective: Objective | None = None,
     limits: Limits | None = None,
@@ -141,6 +142,7 @@ def make_problem(
         model=spec,
         split=split,
         fill=fill,
+        share_entries=share_entries,
         name=name,
         **extra,
     )
@@ -157,6 +159,7 @@ def plan(
     model: ModelSpec | str | None = None,
     split: str = "fractional",
     fill: str = "none",
+    share_entries: int | None = None,
     solver: str = "auto",
     balance_tolerance: float | None = None,
     objective: Objective | None = None,
@@ -190,6 +193,9 @@ def plan(
     fill : {"none", "distinct", "copies"}
         Whether every slot must be full: without an expert twice on a GPU, or with second copies allowed. With
         an equal split each of an expert's n slots serves one n-th of its tokens.
+    share_entries : int, optional
+        Free shares are to be multiples of one in so many, for an engine whose dispatch table has so many
+        entries for an expert (see `share_table`).
     solver : str
         Name in the registry.
     balance_tolerance : float, default 0.01
@@ -239,6 +245,7 @@ def plan(
         model=model,
         split=split,
         fill=fill,
+        share_entries=share_entries,
         balance_tolerance=balance_tolerance,
         objective=objective,
         limits=limits,
@@ -424,8 +431,9 @@ def warm_up() -> bool:
     """
     from moeless_opt.solvers.pack import fast
     from moeless_opt.solvers.replan import warm_equal
+    from moeless_opt.solvers.shares import warm_entries
 
-    return fast.warm() and warm_equal()
+    return fast.warm() and warm_equal() and warm_entries()
 
 
 def recommend_redundancy(

@@ -102,6 +102,7 @@ def _recorded(raw: bytes | None, args: argparse.Namespace) -> Problem:
         model=args.model,
         split=args.split or "fractional",
         fill=args.fill or "none",
+        share_entries=args.share_entries,
         balance_tolerance=args.tolerance,
         limits=_limits(args, None),
         sizing=args.sizing,
@@ -123,6 +124,8 @@ def _override(problem: Problem, args: argparse.Namespace, what: str) -> Problem:
         changes |= {"split": args.split, "known": None}
     if args.fill is not None and args.fill != problem.fill:
         changes |= {"fill": args.fill, "known": None}
+    if args.share_entries is not None and args.share_entries != problem.share_entries:
+        changes |= {"share_entries": args.share_entries, "known": None}
     if args.sizing is not None:
         changes["sizing"] = Sizing.of(args.sizing)
     if args.max_moves is not None or args.max_move_bytes is not None:

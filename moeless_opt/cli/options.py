@@ -177,6 +177,13 @@ OPTIONS: tuple[Option, ...] = (
         choices=FILLS,
         help="every slot full: distinct (no expert twice on a GPU) or copies (default: none)",
     ),
+    _input(
+        "--share-entries",
+        modes=_RULES,
+        type=int,
+        metavar="N",
+        help="free shares as multiples of 1/N, for engines whose dispatch table has N entries for an expert",
+    ),
     _input("--current", modes=_LIVE, metavar="PLAN", help="the plan that is live now"),
     _flag(
         "--repair",

@@ -147,6 +147,7 @@ def _document(outcome: Comparison, best: Plan | None) -> dict[str, Any]:
             "gpus": problem.topology.gpus,
             "split": problem.split,
             "fill": problem.fill,
+            "share_entries": problem.share_entries,
         },
         "solvers": [
             row.to_dict()
@@ -185,9 +186,10 @@ def describe(problem: Problem) -> str:
     """The problem in a few lines."""
     loads, topology = problem.loads, problem.topology
     full = "" if problem.fill == "none" else f", every slot full ({problem.fill})"
+    table = "" if problem.share_entries is None else f" in {problem.share_entries} entries"
     lines = [
         f"{printable(problem.name) or 'problem'}: {loads!r}",
-        f"on {topology!r}, {problem.split} split{full}",
+        f"on {topology!r}, {problem.split} split{table}{full}",
     ]
     lines += [f"note: {printable(note)}" for note in loads.notes]
     if problem.known is not None and problem.known.best_L:

@@ -205,10 +205,12 @@ def problem_from_json(data: object, *, folder: str | PathLike[str] = ".", where:
         optional["expert_bytes_L"] = integers(entry.path("expert_bytes"), size, low=1)
     split = entry.take("split", str, "fractional")
     fill = entry.take("fill", str, "none")
+    entries = entry.take("share_entries", (int, type(None)), None)
     name = entry.take("name", str, "")
     live = entry.take("current", dict, None)
     entry.done()
-    problem = Problem(loads=loads, topology=topology, split=split, fill=fill, name=name, **optional)
+    optional |= {"share_entries": entries, "name": name}
+    problem = Problem(loads=loads, topology=topology, split=split, fill=fill, **optional)
     if live is None:
         return problem
     return problem.replace(current=_current(live, entry.path("current"), base, problem))
@@ -247,6 +249,8 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
     document |= {"loads": entry, "topology": problem.topology.to_dict(), "split": problem.split}
     if problem.fill != Fill.NONE:
         document["fill"] = problem.fill
+    if problem.share_entries is not None:
+        document["share_entries"] = problem.share_entries
     if problem.model is not None:
         document["model"] = plain_fields(problem.model)
     if problem.expert_bytes_L is not None:

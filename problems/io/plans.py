@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, floats, integers, number
+from moeless_opt.problems.arrays import FloatArray, IntArray, floats, integers, number, whole
 from moeless_opt.problems.codec import NUMBER, Fields, kind_name, read_record
 from moeless_opt.problems.errors import FormatError
 from moeless_opt.problems.files import atomic_write, format_of, named, read_bytes
 from moeless_opt.problems.io.files import VERSION, check_header, json_bytes, parse_json, read_arrays
 from moeless_opt.problems.plan import Certificate, Moves, Payback, Plan
-from moeless_opt.problems.spec import SPLITS, Placement, Split
+from moeless_opt.problems.spec import MOST_ENTRIES, SPLITS, Placement, Split
 
 __all__ = ["load_plan", "load_slots", "plan_format", "plan_from_json", "plan_to_json", "save_plan"]
 
@@ -34,6 +34,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "name": plan.name,
         "problem_digest": plan.problem_digest,
         "split": plan.split,
+        "share_entries": plan.share_entries,
         "unit": plan.unit,
         "experts": plan.experts,
         "layers": list(plan.layers),
@@ -86,12 +87,16 @@ def plan_from_json(data: object, where: str = "") -> Plan:
     split = entry.take("split", str)
     if split not in SPLITS:
         raise FormatError(entry.path("split"), f"is {split!r}, must be one of {SPLITS}")
+    entries = entry.take("share_entries", (int, type(None)), None)
+    if entries is not None:
+        entries = whole(entry.path("share_entries"), entries, low=1, high=MOST_ENTRIES)
     plan = Plan(
         slots_LGC=slots,
         share_LGC=arrays["shares"],
         experts=experts,
         layers=tuple(integers(entry.path("layers"), entry.take("layers", list)).tolist()),
         split=Split(split),
+        share_entries=entries,
         time_LG=arrays["times"],
         imbalance_L=arrays["imbalance"],
         moves=Moves(

@@ -226,6 +226,8 @@ class Plan(Record):
         For people.
     payback : Payback, optional
         Time saved against the cost of the moves, where times are in seconds and something was live.
+    share_entries : int, optional
+        The shares are multiples of one in so many, where the problem asked for it.
     scenario_share_TLGC : array of float, shape [T, L, G, C], optional
         The shares of each scenario, where the loads have several and the split is fractional: shares follow
         the traffic and move no weights. `share_LGC` has those for the expected loads.
@@ -244,6 +246,7 @@ class Plan(Record):
     unit: str = "tokens"
     name: str = ""
     payback: Payback | None = None
+    share_entries: int | None = None
     scenario_share_TLGC: FloatArray | None = None
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from moeless_opt.problems.spec import Problem, TimeModel
 __all__ = ["check_slots", "verify", "violations"]
 
 TOLERANCE = 1e-6
+_WHOLE = 1e-9  # how far from whole entries may be
 _MOST = 5  # examples listed of each kind
 
 
@@ -40,8 +41,8 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
 
     Checked: shapes and expert ids, no expert twice on a GPU unless the problem's `fill` lets copies be,
     coverage, slots and that all are full where they must be, memory, token shares
-    (and that an equal split is equal), replica limits, pinned and forbidden pairs, failure domains,
-    moves and their limits, and the plan's own claims: times, imbalance, moves, bounds.
+    (that an equal split is equal, and entries of a table whole), replica limits, pinned and forbidden pairs,
+    failure domains, moves and their limits, and the plan's own claims: times, imbalance, moves, bounds.
     """
     slots, share = plan.slots_LGC, plan.share_LGC
     layers, experts, gpus = problem.layers, problem.experts, problem.topology.gpus
@@ -65,6 +66,8 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
     found += _memory(problem, held)
     if plan.split != problem.split:
         found.append(f"plan has a {plan.split} split, the problem asks for {problem.split}")
+    if problem.share_entries is not None or plan.share_entries is not None:
+        found += _entries(problem, plan)
     if problem.limits is not _NO_LIMITS:
         found += _limits(problem, held)
     found += _moves(problem, plan, held)
@@ -316,6 +319,27 @@ def _even_over_slots(problem: Problem, held: _Held, uneven_LE: BoolArray) -> boo
             return False
         slots_P[pairs] = np.rint(shares * counts[int(whole.argmax())])
     return bool((held.by_gpu(slots_P) <= problem.capacity_LG).all())
+
+
+def _entries(problem: Problem, plan: Plan) -> list[str]:
+    """Where shares are no whole entries of the dispatch table."""
+    entries = problem.share_entries
+    if entries is None or plan.share_entries != entries:
+        return [f"plan has shares of {plan.share_entries} entries, the problem asks for {entries}"]
+    each = plan.scenario_share_TLGC
+    for name, share_LGC in (
+        ("", plan.share_LGC),
+        *((f"scenario {t}, ", s) for t, s in enumerate(() if each is None else each)),
+    ):
+        count_LGC = share_LGC * entries
+        off = np.argwhere(~(np.abs(count_LGC - np.rint(count_LGC)) <= _WHOLE))
+        if len(off):
+            x, g, c = off[0]
+            return [
+                f"{name}layer {problem.loads.layers[x]} GPU {g}: expert {plan.slots_LGC[x, g, c]} has share "
+                f"{share_LGC[x, g, c]:.9g}, no multiple of 1/{entries}"
+            ]
+    return []
 
 
 def _memory(problem: Problem, held: _Held) -> list[str]:

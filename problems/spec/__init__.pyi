@@ -24,6 +24,7 @@ from .topology import Links as Links
 from .topology import Topology as Topology
 from .topology import uniform as uniform
 from .wishes import FILLS as FILLS
+from .wishes import MOST_ENTRIES as MOST_ENTRIES
 from .wishes import PRIORITIES as PRIORITIES
 from .wishes import SPLITS as SPLITS
 from .wishes import Fill as Fill

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, floats, integers
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, floats, integers, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.loads import Loads, span
@@ -17,7 +17,16 @@ from moeless_opt.problems.spec.nearest import source_parts
 from moeless_opt.problems.spec.placement import Placement
 from moeless_opt.problems.spec.time_model import TOKENS, TimeModel
 from moeless_opt.problems.spec.topology import Topology
-from moeless_opt.problems.spec.wishes import FILLS, SPLITS, Fill, Limits, Objective, Sizing, Split
+from moeless_opt.problems.spec.wishes import (
+    FILLS,
+    MOST_ENTRIES,
+    SPLITS,
+    Fill,
+    Limits,
+    Objective,
+    Sizing,
+    Split,
+)
 from moeless_opt.problems.text import bytes_text, html_facts, printable
 
 __all__ = ["Known", "Problem"]
@@ -87,6 +96,9 @@ class Problem(Record):
         from (see `Split`).
     fill : Fill or str
         Whether every slot of a plan must be full, and if so whether with second copies on a GPU.
+    share_entries : int, optional
+        Entries of an expert in the engine's dispatch table: shares are multiples of one in so many. Free by
+        default; with a fractional split only.
     sizing : Sizing
         How many replicas there are to be.
     current : Placement, optional
@@ -112,6 +124,7 @@ class Problem(Record):
     expert_bytes_L: IntArray | None = None
     split: str = Split.FRACTIONAL
     fill: str = Fill.NONE
+    share_entries: int | None = None
     sizing: Sizing = _SLOTS
     current: Placement | None = None
     time: TimeModel = TOKENS
@@ -134,6 +147,8 @@ class Problem(Record):
         if self.fill not in FILLS:
             raise ProblemError("fill", f"is {self.fill!r}, must be 'none', 'distinct' or 'copies'")
         object.__setattr__(self, "fill", Fill(self.fill))
+        if self.share_entries is not None:
+            self._check_entries(self.share_entries)
         _, layers, experts = self.loads.shape
         if self.model is not None and self.model.experts != experts:
             raise ProblemError(
@@ -183,6 +198,15 @@ class Problem(Record):
                 "fill",
                 f"is {self.fill!r} with {self.capacity_LG.sum()} slots, at most {_MOST_SLOTS} are filled",
             )
+
+    def _check_entries(self, entries: int) -> None:
+        if self.split != Split.FRACTIONAL:
+            raise ProblemError(
+                "share_entries",
+                f"is {entries} with an {self.split} split, must be left out: its shares are given",
+            )
+        entries = whole("share_entries", entries, low=1, high=MOST_ENTRIES)
+        object.__setattr__(self, "share_entries", entries)
 
     def _check_pair(self, where: str, layer: int, expert: int, gpu: int) -> None:
         if layer >= 0 and layer not in self.loads.layers:
@@ -403,8 +427,9 @@ class Problem(Record):
     def __repr__(self) -> str:
         title = f"{printable(self.name)}: " if self.name else ""
         live = "" if self.current is None else ", from a live placement"
+        table = "" if self.share_entries is None else f" of {self.share_entries} entries"
         full = "" if self.fill == Fill.NONE else f", every slot full ({self.fill})"
-        return f"Problem({title}{self.loads!r} on {self.topology!r}, {self.split} split{full}{live})"
+        return f"Problem({title}{self.loads!r} on {self.topology!r}, {self.split} split{table}{full}{live})"
 
     def _repr_html_(self) -> str:
         facts = [

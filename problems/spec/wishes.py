@@ -12,6 +12,7 @@ from moeless_opt.problems.errors import ProblemError
 
 __all__ = [
     "FILLS",
+    "MOST_ENTRIES",
     "PRIORITIES",
     "SPLITS",
     "Fill",
@@ -83,6 +84,9 @@ class SizingPolicy(_Choice):
 
 
 _LOOSEST = 1e6  # beyond it anything is balanced; token counts within it stay below 64 bits
+MOST_ENTRIES = 1 << 16
+"""Entries that a dispatch table may have for an expert."""
+
 SPLITS = tuple(Split)
 FILLS = tuple(Fill)
 PRIORITIES = tuple(Priority)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,8 +59,18 @@ class Construct(Heuristic):
         """Only the equal split has two backends to choose from."""
         return {} if problem.split == "equal" else {"backend": "with a fractional split"}
 
-    def build(self, task: Task[ConstructOptions]) -> Built:
-        """Construct a placement for the expected loads, or the best of several where there are scenarios."""
+    def build(self, task: Task[ConstructOptions]) -> Iterator[Built]:
+        """Construct a placement for the expected loads, or the best of several where there are scenarios.
+
+        Where shares are whole entries, the placement for an even split is another one to be looked at: shares
+        of one half or one quarter lose nothing by rounding.
+        """
+        yield self._built(task)
+        if task.problem.share_entries is not None:
+            even = task.problem.replace(split="equal", share_entries=None, known=None)
+            yield replace(self._built(replace(task, problem=even)), share_LGC=None, bound=None)
+
+    def _built(self, task: Task[ConstructOptions]) -> Built:
         problem = task.problem
         if problem.split == "nearest":
             even = self.build(replace(task, problem=problem.replace(split="equal", known=None)))
@@ -82,7 +92,7 @@ class Construct(Heuristic):
         """As without limits where that keeps them, and within them elsewhere."""
         problem = task.problem
         rules_of(problem)  # says what is impossible before anything is built
-        free = self.build(replace(task, problem=problem.replace(limits=type(problem.limits)())))
+        free = self._built(replace(task, problem=problem.replace(limits=type(problem.limits)())))
         found = place_within(problem, free.slots_LGC, stop=task.stop)
         if found.free_L.all():
             return free

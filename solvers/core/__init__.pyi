@@ -1,5 +1,6 @@
 from . import finish as finish
 from .cp import solve_cp as solve_cp
+from .entries import in_entries as in_entries
 from .features import FEATURES as FEATURES
 from .features import PUBLISHED as PUBLISHED
 from .features import Feature as Feature

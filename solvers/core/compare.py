@@ -36,7 +36,7 @@ EQUAL = 1e-9
 
 def layer_values(problem: Problem, built: Built) -> FloatArray:
     """Largest GPU time of each layer, over the scenarios by the objective's risk, shape [L]."""
-    built = built.for_scenarios(problem)
+    built = built.with_shares(problem)
     return judged(problem, built.slots_LGC, built.shares_LGC, built.scenario_share_TLGC).value_L
 
 

@@ -35,6 +35,7 @@ class Feature(enum.StrEnum):
     FILL_EQUAL = "full slots without free shares"
     FILL_LIMITS = "full slots within limits on replicas, pairs or domains"
     PRIORITIES = "this order of priorities"
+    SHARE_ENTRIES = "shares in whole entries of a dispatch table"
     CERTIFIES = "proofs of optimality"
 
 
@@ -47,13 +48,14 @@ _CONSTRUCT = _SPLITS | {
     Feature.SCENARIOS,
     Feature.NODE_AWARE,
 }
+_ENTRIES = frozenset({Feature.SHARE_ENTRIES})  # the base of the solvers rounds; what they prove must allow it
 _FILL = frozenset({Feature.FILL_DISTINCT, Feature.FILL_COPIES})
 _LIMITS = frozenset({Feature.REPLICA_LIMITS, Feature.PAIRS, Feature.SPREAD})
-_REPLAN = _CONSTRUCT | _LIMITS | _FILL | {Feature.MOVE_LIMITS, Feature.FILL_EQUAL}
+_REPLAN = _CONSTRUCT | _LIMITS | _ENTRIES | _FILL | {Feature.MOVE_LIMITS, Feature.FILL_EQUAL}
 _EVEN_OR_FREE = _CONSTRUCT - {Feature.NEAREST}
-_CONSTRAINED = _EVEN_OR_FREE | _LIMITS | {Feature.SIZING_CV}
-_SIZED = _EVEN_OR_FREE | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
-_ACTIVATION = _EVEN_OR_FREE | _FILL | {Feature.TIME_MODEL}
+_CONSTRAINED = _EVEN_OR_FREE | _LIMITS | _ENTRIES | {Feature.SIZING_CV}
+_SIZED = _EVEN_OR_FREE | _ENTRIES | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
+_ACTIVATION = _EVEN_OR_FREE | _ENTRIES | _FILL | {Feature.TIME_MODEL}
 _LEXICOGRAPHIC = _EVEN_OR_FREE | _LIMITS | {Feature.PRIORITIES}
 _EXACT = _SPLITS | _FILL | {Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
 # The published methods ignore the live placement and all but the expected loads; their plans are valid and
@@ -72,7 +74,7 @@ PUBLISHED = frozenset({"static", "eplb", "eplb-hierarchical", "moeless"})
 
 FEATURES: dict[str, frozenset[Feature]] = {
     "auto": _REPLAN | _CONSTRAINED | _SIZED | _ACTIVATION | {Feature.PRIORITIES},
-    "construct": _CONSTRUCT | _LIMITS | _FILL | {Feature.FILL_EQUAL},
+    "construct": _CONSTRUCT | _LIMITS | _FILL | _ENTRIES | {Feature.FILL_EQUAL},
     "replan": _REPLAN,
     "min-moves": frozenset(
         {
@@ -87,7 +89,7 @@ FEATURES: dict[str, frozenset[Feature]] = {
     "sized": _SIZED,
     "activation": _ACTIVATION,
     "lexicographic": _LEXICOGRAPHIC,
-    "stay": _CONSTRUCT | _FILL | {Feature.MOVE_LIMITS, Feature.FILL_EQUAL},
+    "stay": _CONSTRUCT | _FILL | _ENTRIES | {Feature.MOVE_LIMITS, Feature.FILL_EQUAL},
     "static": _PUBLISHED | {Feature.HETEROGENEOUS},
     "eplb": _PUBLISHED | {Feature.FILL_COPIES, Feature.FILL_EQUAL},
     "eplb-hierarchical": _PUBLISHED | {Feature.FILL_COPIES, Feature.FILL_EQUAL},
@@ -135,6 +137,8 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         needs.add(Feature.SCENARIOS)
     if problem.loads.load_TLNE is not None:
         needs.add(Feature.NODE_AWARE)
+    if problem.share_entries is not None:
+        needs.add(Feature.SHARE_ENTRIES)
     if _more_than_tokens(problem):
         needs.add(Feature.TIME_MODEL)
     if problem.sizing.policy not in _EVERY_SLOT:

@@ -17,6 +17,7 @@ from moeless_opt.problems.plan import (
     best_bound,
     check_slots,
     count_moves,
+    entry_bound,
     judged,
     limit_bound,
     replica_limits,
@@ -25,6 +26,7 @@ from moeless_opt.problems.plan import (
     timed_bound,
 )
 from moeless_opt.problems.spec import Fill, Problem, equal_shares, seat_in_place
+from moeless_opt.solvers.core.entries import in_entries
 from moeless_opt.solvers.core.scenarios import scenario_shares
 from moeless_opt.solvers.core.slack import only_moves, without_slack
 from moeless_opt.solvers.core.stopping import Clock
@@ -72,12 +74,19 @@ class Built:
             return self.share_LGC
         return equal_shares(self.slots_LGC, int(self.slots_LGC.max()) + 1)
 
-    def for_scenarios(self, problem: Problem) -> Built:
-        """The same with shares for every scenario, where the problem wants them."""
-        if self.scenario_share_TLGC is not None or problem.loads.shape[0] == 1:
-            return self
-        check_layers(problem, self.slots_LGC)
-        return replace(self, scenario_share_TLGC=scenario_shares(problem, self.slots_LGC, self.shares_LGC))
+    def with_shares(self, problem: Problem) -> Built:
+        """The same with shares for every scenario, and in whole entries, where the problem wants them so."""
+        each, loads = self.scenario_share_TLGC, problem.loads
+        if each is None and loads.shape[0] > 1:
+            check_layers(problem, self.slots_LGC)
+            each = scenario_shares(problem, self.slots_LGC, self.shares_LGC)
+        if problem.share_entries is None:
+            return self if each is self.scenario_share_TLGC else replace(self, scenario_share_TLGC=each)
+        if each is not None:
+            pairs = zip(loads.load_TLE, each, strict=True)
+            each = np.array([in_entries(problem, load_LE, self.slots_LGC, one) for load_LE, one in pairs])
+        share_LGC = in_entries(problem, problem.load_LE, self.slots_LGC, self.shares_LGC)
+        return replace(self, share_LGC=share_LGC, scenario_share_TLGC=each)
 
 
 def kept_in_place(problem: Problem, built: Built) -> Built:
@@ -143,6 +152,12 @@ def _bound_of(problem: Problem, load_LE: FloatArray, split: str | None) -> Bound
         )
         return bound_L, ("capacity",) * problem.layers
     split = split or _provable(problem)
+    if problem.share_entries is not None and split == "fractional":
+        free = _bound_of(problem.replace(share_entries=None), load_LE, split)
+        launch, speed_G = _launch(problem), problem.topology.speed_G
+        low_L = np.maximum(free[0] - launch, 0.0) / time.token_cost
+        token_L = entry_bound(load_LE, problem.capacity_LG, speed_G, problem.share_entries, low_L)
+        return _higher(free, (token_L * time.token_cost + launch, ("entries",) * problem.layers))
     given = (load_LE, problem.capacity_LG, problem.topology.speed_G, split)
     problem = without_slack(problem)
     if problem.limits is (moves := only_moves(problem.limits)) or problem.limits == moves:
@@ -220,7 +235,7 @@ def finish(problem: Problem, built: Built, *, solver: str, began: Clock, certify
     InvalidPlanError
         If a bound is above the value of the plan by more than rounding: one of them is wrong.
     """
-    built = built.for_scenarios(problem)
+    built = built.with_shares(problem)
     slots_LGC, share_LGC = built.slots_LGC, built.shares_LGC
     told = judged(problem, slots_LGC, share_LGC, built.scenario_share_TLGC)
     value_L = told.value_L
@@ -236,6 +251,7 @@ def finish(problem: Problem, built: Built, *, solver: str, began: Clock, certify
         experts=problem.experts,
         layers=problem.loads.layers,
         split=problem.split,
+        share_entries=problem.share_entries,
         time_LG=told.time_LG,
         imbalance_L=told.imbalance_L,
         moves=count_moves(slots_LGC, current, problem.experts, problem.bytes_L),

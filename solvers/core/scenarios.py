@@ -13,7 +13,8 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.plan import gpu_times, new_replicas, risk
-from moeless_opt.problems.spec import Loads, Problem, equal_shares, nearest_shares
+from moeless_opt.problems.spec import TOKENS, Loads, Problem, equal_shares, nearest_shares
+from moeless_opt.solvers.core.entries import in_entries
 from moeless_opt.solvers.core.placing import keeps_limits, random_change, widened
 from moeless_opt.solvers.core.risk_descent import descend_even
 from moeless_opt.solvers.core.stopping import Stop
@@ -61,7 +62,16 @@ def risk_L(problem: Problem, slots_LGC: SlotArray, rows: IntArray | slice = ALL)
         ]
     else:
         graph = ReplicaGraph(slots_LGC, speed_G, problem.experts)
-        top_TL = [solve_shares(load_LE, graph).time_L for load_LE in load_TLE]
+        found = [solve_shares(load_LE, graph) for load_LE in load_TLE]
+        top_TL = [one.time_L for one in found]
+        if problem.share_entries is not None:
+            plain = problem.replace(time=TOKENS)
+            share_TLGC = [
+                in_entries(plain, load_LE, slots_LGC, one.share_LGC)
+                for load_LE, one in zip(load_TLE, found, strict=True)
+            ]
+            pairs = zip(load_TLE, share_TLGC, strict=True)
+            top_TL = [gpu_times(load_LE, slots_LGC, one, speed_G).max(1) for load_LE, one in pairs]
     return risk(np.array(top_TL), problem.loads.weight_T, problem.objective)
 
 
@@ -154,7 +164,7 @@ def best_over_scenarios(
     live = problem.current if moves else None
     free = live is None and not _coupled(problem) and problem.sizing.policy in ("slots", "fill")
     if free and problem.split != "nearest":
-        even = problem.replace(split="equal", known=None)
+        even = problem.replace(split="equal", share_entries=None, known=None)
         more = tables if problem.split == "equal" else _built(guises(even), build, stop, at_least=0)
         tables += _descended(even, more, NEAR[problem.split], stop)
     wide = max(table.shape[2] for table in tables)

@@ -269,7 +269,7 @@ class Heuristic(ABC):
             one = filled(task.problem, one)
             if task.problem.split == "nearest":  # shares follow from the placement, whoever made it
                 one = replace(one, share_LGC=best_shares(task.problem, one.slots_LGC))
-            yield one.for_scenarios(task.problem)
+            yield one.with_shares(task.problem)
 
     def _start(self, problem: Problem, initial: Plan) -> Built | None:
         """What was given to start from, for this problem; None if it breaks a rule."""
@@ -289,7 +289,7 @@ class Heuristic(ABC):
         share_LGC = initial.share_LGC
         if problem.split != "fractional":  # by the rule over the replicas, whatever was merged there
             share_LGC = best_shares(problem, initial.slots_LGC)
-        built = Built(slots_LGC=initial.slots_LGC, share_LGC=share_LGC).for_scenarios(problem)
+        built = Built(slots_LGC=initial.slots_LGC, share_LGC=share_LGC).with_shares(problem)
         plan = finish(problem, built, solver=self.name, began=Clock.begin(), certify=False)
         return None if violations(problem, plan) else built
 

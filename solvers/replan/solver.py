@@ -28,6 +28,7 @@ from moeless_opt.solvers.core import (
     Task,
     best_over_scenarios,
     choose_points,
+    in_entries,
     keeps_limits,
     only_moves,
     part_of,
@@ -57,6 +58,9 @@ _ANY = 1e9
 
 _AMPLE = 0.9
 """Part of what may move that a search has to leave unused for the limit not to be what ended it."""
+
+TIGHTER = (0.6, 0.3, 0.0)
+"""Parts of the tolerance that layers are planned for which rounding to whole entries makes too slow."""
 
 SCRATCH_FROM = 0.3
 """Share of a layer's replicas whose move makes a fresh construction worth a look."""
@@ -169,15 +173,17 @@ class Replan(Heuristic):
         free = problem if moves == problem.limits else problem.replace(limits=moves)
         least: list[IntArray] = []
         slots_LGC = self._slots(replace(task, problem=free), live_LGC, least)
+        if problem.share_entries is not None:
+            slots_LGC = self._tightened(replace(task, problem=free), live_LGC, slots_LGC)
         if free is not problem:
             rules_of(problem)  # says what is impossible
             slots_LGC = self._kept(task, live_LGC, slots_LGC)
         slots_LGC = topped_up(problem, slots_LGC)
-        share_LGC = best_shares(problem, slots_LGC)
+        share_LGC = _shares(problem, slots_LGC)
         known_L = least[0] if least and problem.loads.shape[0] == 1 else None
         if problem.limits.bounds_moves and problem.experts * problem.topology.gpus <= TINY:
             slots_LGC = topped_up(problem, self._tiny(task, live_LGC, slots_LGC))
-            share_LGC = best_shares(problem, slots_LGC)
+            share_LGC = _shares(problem, slots_LGC)
         # What any plan needs, a plan within the limits needs as well.
         proof = _moves_proof(free, live_LGC, slots_LGC, share_LGC, known_L)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, proof=proof)
@@ -194,6 +200,35 @@ class Replan(Heuristic):
             stop=task.stop,
             moves=True,
         )
+
+    def _tightened(self, task: Task[ReplanOptions], live_LGC: SlotArray, slots_LGC: SlotArray) -> SlotArray:
+        """Layers that whole entries make too slow planned again, for ever shorter times, as limits allow.
+
+        The tolerance is judged after the rounding. Of what is in time the first stays, which moves least.
+        """
+        problem, wish = task.problem, task.problem.objective
+        wanted_L = token_bound(problem) * (1 + wish.balance_tolerance) * (1 + 1e-9)
+        if wish.horizon is not None or problem.limits.max_move_seconds is not None:
+            return slots_LGC
+        alike = bool((problem.capacity_LG == problem.capacity_LG[0]).all())
+        for part in TIGHTER:
+            value_L = risk_L(problem, slots_LGC)
+            rows = np.flatnonzero(value_L > wanted_L)
+            if not len(rows) or task.stop():
+                break
+            tight = problem.replace(objective=wish.replace(balance_tolerance=wish.balance_tolerance * part))
+            found_LGC, time_L = slots_LGC.copy(), value_L.copy()
+            for some in [rows.tolist()] if alike else [[row] for row in rows.tolist()]:
+                alone = part_problem(tight, some)
+                found_LGC[some] = self._slots(replace(task, problem=alone), live_LGC[some], [])
+                time_L[some] = risk_L(alone, found_LGC[some])
+            for row in np.argsort(time_L / np.maximum(value_L, 1e-300), kind="stable").tolist():
+                if time_L[row] < value_L[row] * (1 - 1e-9):
+                    mixed_LGC = slots_LGC.copy()
+                    mixed_LGC[row] = found_LGC[row]
+                    if _moves_kept(problem, mixed_LGC, live_LGC):
+                        slots_LGC = mixed_LGC
+        return slots_LGC
 
     def _kept(self, task: Task[ReplanOptions], live_LGC: SlotArray, free_LGC: SlotArray) -> SlotArray:
         """What is planned without limits on replicas, pairs and domains where it keeps them, else within."""
@@ -400,6 +435,11 @@ def _or_mended(
     same_L = np.abs(late_XL[1] - late_XL[0]) <= 1e-9 * late_XL[0]
     better_L = np.where(same_L, moves_XL[1] < moves_XL[0], late_XL[1] < late_XL[0])
     return np.where(better_L[:, None, None], other.slots_LGC, slots_LGC)
+
+
+def _shares(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
+    """The best shares on a placement, in whole entries where the problem wants them so."""
+    return in_entries(problem, problem.load_LE, slots_LGC, best_shares(problem, slots_LGC))
 
 
 def _astray(problem: Problem, live_LGC: SlotArray) -> bool:

@@ -1,5 +1,6 @@
 from .best import best_shares as best_shares
 from .entries import entry_shares as entry_shares
+from .entries import warm_entries as warm_entries
 from .entry_table import ShareTable as ShareTable
 from .entry_table import share_table as share_table
 from .flow import descend as descend

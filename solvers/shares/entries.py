@@ -23,7 +23,7 @@ from moeless_opt.solvers.shares import entry_search
 from moeless_opt.solvers.shares.entry_search import EntryGraph
 from moeless_opt.solvers.shares.rounding import round_tokens
 
-__all__ = ["entry_shares"]
+__all__ = ["entry_shares", "warm_entries"]
 
 _MUCH = 2000  # replicas from which on loading compiled code pays
 
@@ -128,8 +128,7 @@ def _counted(
         (base_LG / speed_G).max(1),
         count_P.copy(),
         *(np.zeros(size, dtype=np.int64) for size in (nodes, nodes, nodes, edges, edges, experts, experts)),
-        np.zeros(gpus, dtype=np.int64),
-        np.zeros(gpus, dtype=np.int64),
+        *(np.zeros(gpus, dtype=np.int64) for _ in range(3)),
         np.zeros(gpus),
     ]
     search = _twin(backend, edges)
@@ -160,6 +159,15 @@ def _twin(backend: str, edges: int) -> Callable[[EntryGraph], None]:
     if backend == "numpy":
         return entry_search.lower_peaks
     return _kernel()
+
+
+def warm_entries() -> bool:
+    """Load the compiled search (compiling it where that was never done); returns whether it could be."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    slots_LGC = np.array([[[0], [0]]], dtype=np.int32)
+    entry_shares(np.ones((1, 1)), slots_LGC, np.full((1, 2, 1), 0.5), 2, backend="numba")
+    return True
 
 
 def _loaded() -> bool:

@@ -26,7 +26,7 @@ _NEAR = 1e-7  # relative difference of two times that are the same
 _TINY = 1e-12
 _UNIT_TINY = 1e-9  # of an entry: room that lacks so little is room enough
 _STEPS = 48  # of a bisection
-_IDLE = 12  # spanning trees tried in vain
+_IDLE = 6  # spanning trees tried in vain
 _REACH = 3  # entries up and down that an edge outside the tree is tried at
 
 
@@ -63,7 +63,7 @@ class EntryGraph(NamedTuple):
         Largest time of each layer without these edges.
     count_P : sequence of int
         Entries; those of an expert sum to `entries`, before and after.
-    order_N, up_N, seen_N, tree_P, most_P, rest_X, free_X, root_K, cycles_K, peak_K : sequences
+    order_N, up_N, seen_N, tree_P, most_P, rest_X, free_X, root_K, cycles_K, turns_K, peak_K : sequences
         Room to work in; `seen_N` and `tree_P` are zero at first.
     """
 
@@ -89,6 +89,7 @@ class EntryGraph(NamedTuple):
     free_X: Any
     root_K: Any
     cycles_K: Any
+    turns_K: Any
     peak_K: Any
 
 
@@ -100,7 +101,7 @@ def lower_peaks(graph: EntryGraph) -> None:
 
 
 def lower_peak(graph: EntryGraph, layer: int, stamp: int) -> int:
-    """A layer: every component on one tree, the worst on several, all others near what is wanted."""
+    """A layer: its worst component on a tree, one after the other, and on more trees where one has cycles."""
     before, parts = stamp, 0
     for cell in range(layer * graph.gpus, (layer + 1) * graph.gpus):
         if graph.first_C[cell] == graph.first_C[cell + 1] or graph.seen_N[cell] > before:
@@ -109,25 +110,29 @@ def lower_peak(graph: EntryGraph, layer: int, stamp: int) -> int:
         end = grow(graph, cell, 0, stamp)
         graph.root_K[parts] = cell
         graph.cycles_K[parts] = cycles(graph, end)
-        graph.peak_K[parts] = settle(graph, end, stamp, peak(graph, end))
+        graph.turns_K[parts] = 0
+        graph.peak_K[parts] = peak(graph, end)
         parts += 1
     if parts == 0:
         return stamp
-    floor, turn, idle = graph.floor_L[layer], 0, 0
+    floor, idle = graph.floor_L[layer], 0
     while True:
         k = worst(graph, parts)
-        if graph.cycles_K[k] == 0 or idle >= _IDLE or graph.peak_K[k] <= floor * (1.0 + _NEAR):
+        turn, was = graph.turns_K[k], graph.peak_K[k]
+        if was <= floor * (1.0 + _NEAR) or (turn > 0 and (graph.cycles_K[k] == 0 or idle >= _IDLE)):
             break
-        turn, stamp = turn + 1, stamp + 1
+        stamp += 1
         end = grow(graph, graph.root_K[k], turn, stamp)
-        was = graph.peak_K[k]
         if was <= evenly(graph, end) * (1.0 + _NEAR):
             break
-        graph.peak_K[k] = vary(graph, end, stamp, settle(graph, end, stamp, was))
-        idle = 0 if graph.peak_K[k] < was * (1.0 - _NEAR) else idle + 1
+        graph.turns_K[k] = turn + 1
+        graph.peak_K[k] = settle(graph, end, stamp, was)
+        if turn > 0:
+            graph.peak_K[k] = vary(graph, end, stamp, graph.peak_K[k])
+        idle = 0 if turn == 0 or graph.peak_K[k] < was * (1.0 - _NEAR) else idle + 1
     allowed = max(floor, graph.peak_K[worst(graph, parts)])
     for k in range(parts):
-        if graph.peak_K[k] < allowed:
+        if graph.turns_K[k] > 0 and graph.peak_K[k] < allowed:
             stamp += 1
             end = grow(graph, graph.root_K[k], 0, stamp)
             if fits(graph, end, stamp, allowed):
@@ -303,6 +308,8 @@ def hand_out(graph: EntryGraph, x: int, up: int, stamp: int) -> None:
 
 def settle(graph: EntryGraph, end: int, stamp: int, high: float) -> float:
     """The best counts on a tree, those of a largest time `high` being known; returns the largest time."""
+    if not fits(graph, end, stamp, high * (1.0 - _NEAR)):
+        return high
     low, known = evenly(graph, end), high
     for _ in range(_STEPS):
         if high - low <= _NEAR * high:

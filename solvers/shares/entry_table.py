@@ -19,14 +19,11 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import Plan
-from moeless_opt.problems.spec import Problem, replica_counts
+from moeless_opt.problems.spec import MOST_ENTRIES, Problem, replica_counts
 from moeless_opt.solvers.shares.entries import entry_shares
 from moeless_opt.solvers.shares.rounding import round_tokens
 
-__all__ = ["MOST_ENTRIES", "ShareTable", "share_table"]
-
-MOST_ENTRIES = 1 << 16
-"""Entries that a table may have for an expert."""
+__all__ = ["ShareTable", "share_table"]
 
 _MULTIPLIER = 2654435769
 _LOOKED = 64  # times as many tokens as entries are looked at for the order in which the entries are met
@@ -58,7 +55,8 @@ def share_table(plan: Plan, entries: int | None = None) -> ShareTable:
         where they are multiples of ``1 / entries``, and are rounded to such where they are not: so that the
         largest GPU time is least where the plan knows its problem, else by largest remainders.
     entries : int, optional
-        Entries of an expert, N; without it as many as an equal split's most replicated expert has replicas.
+        Entries of an expert, N. Without it those of the plan's problem, or with an equal split as many as
+        its most replicated expert has replicas.
 
     Returns
     -------
@@ -74,9 +72,11 @@ def share_table(plan: Plan, entries: int | None = None) -> ShareTable:
     layers = len(slots_LGC)
     even = plan.split != "fractional"
     most = int(replica_counts(slots_LGC, experts).max())
-    if entries is None and not even:
+    if entries is None:
+        entries = most if even else plan.share_entries
+    if entries is None:
         raise ProblemError("entries", "is missing: a fractional split needs a number of entries")
-    entries = most if entries is None else whole("entries", entries, low=1, high=MOST_ENTRIES)
+    entries = whole("entries", entries, low=1, high=MOST_ENTRIES)
     if even and entries < most:
         raise ProblemError("entries", f"is {entries}, must be at least {most}, the replicas of an expert")
     where_R = np.nonzero(slots_LGC >= 0)

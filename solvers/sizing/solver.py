@@ -80,7 +80,7 @@ def _few_replicas(problem: Problem, stop: Stop) -> tuple[SlotArray, str] | None:
         "equal" if problem.split == "equal" else "fractional",
         stop=stop,
     )
-    if loads.shape[0] > 1:
+    if loads.shape[0] > 1 or problem.share_entries is not None:
         found = _in_every_scenario(problem, found, target_L, stop)
     if not found.met_L.all() and stop():
         return None
@@ -155,7 +155,8 @@ def _narrowest(task: Task[NoOptions], near: float) -> SlotArray:
 def _in_every_scenario(problem: Problem, found: TimeSizing, target_L: FloatArray, stop: Stop) -> TimeSizing:
     """Fewest replicas whose risk over the scenarios is within the time, of those made for each by itself.
 
-    What suffices for one scenario may be too slow in another, so ever shorter times are asked for. Nothing
+    What suffices for one scenario may be too slow in another, or in whole entries of a table, so ever shorter
+    times are asked for. Nothing
     has fewer replicas than the bound for the expected loads: their least time is no more than any risk.
     """
     slots_LGC = found.slots_LGC.copy()

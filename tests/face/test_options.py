@@ -57,6 +57,7 @@ VALUES: dict[str, list[str]] = {
     "model": ["Mixtral-8x7B"],
     "split": ["equal"],
     "fill": ["copies"],
+    "share_entries": ["16"],
     "current": ["live.json"],
     "sizing": ["slots"],
     "max_moves": ["100"],

@@ -46,6 +46,7 @@ WANTED: dict[Feature, dict[str, Any]] = {
     Feature.FILL_COPIES: {"fill": "copies"},
     Feature.FILL_EQUAL: {"fill": "copies", "split": "equal"},
     Feature.FILL_LIMITS: {"fill": "copies", "limits": mo.Limits(forbidden=((-1, 0, 0),))},
+    Feature.SHARE_ENTRIES: {"split": "fractional", "share_entries": 8},
     Feature.PRIORITIES: {"objective": mo.Objective(priorities=("memory", "balance"))},
     Feature.SIZING_CV: {"sizing": mo.Sizing(policy="cv", cv=0.5)},
     Feature.SIZING_MAKESPAN: {"sizing": mo.Sizing(policy="makespan", imbalance=2.0)},
