@@ -73,7 +73,7 @@ class Construct(Heuristic):
     def _built(self, task: Task[ConstructOptions]) -> Built:
         problem = task.problem
         if problem.split == "nearest":
-            even = self.build(replace(task, problem=problem.replace(split="equal", known=None)))
+            even = self._built(replace(task, problem=problem.replace(split="equal", known=None)))
             return Built(slots_LGC=even.slots_LGC)
         if problem.limits != type(problem.limits)():
             return self._within(task)
