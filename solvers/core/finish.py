@@ -116,12 +116,14 @@ def lower_bound(problem: Problem, split: str | None = None) -> Bound:
 
     Over several scenarios no placement beats the risk of the scenarios' own bounds, since a risk measure
     never falls where a time rises; nor the bound for the expected loads, since a layer's time is convex in
-    them; nor, in the worst case, replicas that must do for every expert's largest load.
+    them (of free shares, not of whole entries); nor, in the worst case, replicas that must do for every
+    expert's largest load.
     """
     loads = problem.loads
-    expected_L, names = _bound_of(problem, problem.load_LE, split)
     if loads.shape[0] == 1:
-        return expected_L, names
+        return _bound_of(problem, problem.load_LE, split)
+    free = problem if problem.share_entries is None else problem.replace(share_entries=None)
+    expected_L, names = _bound_of(free, problem.load_LE, split)
     each = [_bound_of(problem, load_LE, split) for load_LE in loads.load_TLE]
     together_L = risk(np.array([bound_L for bound_L, _ in each]), loads.weight_T, problem.objective)
     known = [{own[x] for _, own in each} for x in range(problem.layers)]
