@@ -1,3 +1,4 @@
+from .eplb import rebalance_experts as rebalance_experts
 from .files import ENGINES as ENGINES
 from .files import export as export
 from .files import read_map as read_map
