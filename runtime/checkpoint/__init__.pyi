@@ -8,3 +8,4 @@ from .parts import moe_layers as moe_layers
 from .parts import neutral_config_fields as neutral_config_fields
 from .parts import parallel_state as parallel_state
 from .parts import quiet_config as quiet_config
+from .release import check_megatron as check_megatron

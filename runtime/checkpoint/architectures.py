@@ -732,6 +732,7 @@ def recipe(config: dict[str, Any], max_sequence_length: int | None = None) -> Re
     qk_l2 = (False,) * len(moe_L)
     if found.title.startswith("Llama 4") and hf.get("use_qk_norm", True):
         qk_l2 = tuple(bool(x) for x in _llama4_rope_layers(hf))
+        fields["qk_l2_norm"] = any(qk_l2)
     return Recipe(
         architecture=found,
         hf=hf,

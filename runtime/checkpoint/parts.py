@@ -1,8 +1,8 @@
 """Megatron-core parts that run on any device: what a `GPTModel` needs to live on a CPU as well as on a GPU.
 
-Megatron-core 0.16.1 builds a model without a GPU but cannot run it: some of its modules name the current CUDA
-device. The classes here replace just those modules, by subclass and layer specification; nothing of megatron
-or torch is patched, and on a GPU the same classes run.
+Megatron-core (0.16.1 as well as 0.19.2) builds a model without a GPU but cannot run it: some of its modules
+name the current CUDA device. The classes here replace just those modules, by subclass and layer
+specification; nothing of megatron or torch is patched, and on a GPU the same classes run.
 
 - `TopKRouter.gating` moves its weights to the current CUDA device, and wants TransformerEngine's product;
 - `TopKRouter.__init__` puts the expert-bias buffers on the current CUDA device;
@@ -17,6 +17,7 @@ The stand-ins keep the parameter names and shapes of the stock parts, so checkpo
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.runtime.checkpoint.release import check_megatron
 
+check_megatron()
 with warnings.catch_warnings():
     # Megatron-core announces at import every accelerator package that it did not find.
     warnings.simplefilter("ignore")
@@ -39,6 +42,7 @@ with warnings.catch_warnings():
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.moe.moe_utils import (
@@ -68,7 +72,9 @@ __all__ = [
     "causal_positions",
     "cpu_capable_layer_spec",
     "ensure_model_parallel",
+    "expert_linears",
     "moe_layers",
+    "moe_submodules",
     "neutral_config_fields",
     "parallel_state",
     "quiet_config",
@@ -261,6 +267,7 @@ class _NeutralLatentBase(MultiLatentAttention):  # type: ignore[misc]
         attention_type: str,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        **newer: Any,
     ) -> None:
         Attention.__init__(
             self,
@@ -270,6 +277,7 @@ class _NeutralLatentBase(MultiLatentAttention):  # type: ignore[misc]
             attention_type=attention_type,
             attn_mask_type=attn_mask_type,
             pg_collection=pg_collection,
+            **newer,
         )
         self.query_projection_size = config.v_head_dim * config.num_attention_heads
         self.q_head_dim = config.qk_head_dim + config.qk_pos_emb_head_dim
@@ -323,6 +331,14 @@ class NeutralLatentAttention(MLASelfAttention, _NeutralLatentBase):  # type: ign
     instead of the stock one: the rest of the class is megatron-core's own.
     """
 
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """Take the norms and projections that the specification has.
+
+        Since megatron-core 0.17 a norm of the keys alone wants TransformerEngine's fused projection else.
+        """
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
 
 class StaticDispatcher(MoETokenDispatcher):  # type: ignore[misc]
     """Plain expert parallelism on any device: expert `e` lives on rank ``e // (E / ranks)`` and nowhere else.
@@ -357,7 +373,8 @@ class StaticDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         self.chunks_RS = host_RE[:, self.first : self.first + self.local].contiguous()
         self.output_splits = self.chunks_RS.sum(1).tolist()
         rows = int(host_RE[rank].sum())
-        sorted_tokens, sorted_probs, self.order = permute(
+        # Two more values since megatron-core 0.17.
+        sorted_tokens, sorted_probs, self.order, *_ = permute(
             tokens, routing_map, probs=probs, num_out_tokens=rows
         )
         return sorted_tokens, sorted_probs
@@ -439,6 +456,32 @@ def _moe_pattern(config: TransformerConfig) -> list[bool]:
     return [bool(x) for x in freq]
 
 
+def moe_submodules(layer_spec: Any) -> Any:
+    """What the MoE layer of a layer's specification is built from: router, experts, shared experts.
+
+    Megatron-core 0.16 has it as an attribute; since 0.17 layers are functions with arguments.
+    """
+    return _submodules(layer_spec.submodules.mlp)
+
+
+def expert_linears(layer_spec: Any) -> Any:
+    """What the experts of a layer's specification are built from: the classes of their linears."""
+    return _submodules(moe_submodules(layer_spec).experts)
+
+
+def _submodules(builder: Any) -> Any:
+    return builder.keywords["submodules"] if isinstance(builder, functools.partial) else builder.submodules
+
+
+def _of_class(builder: Any, kind: type[Any]) -> Any:
+    """The same builder for another class."""
+    if isinstance(builder, functools.partial):
+        partial: Any = functools.partial
+        return partial(kind, **builder.keywords)
+    builder.module = kind
+    return builder
+
+
 def cpu_capable_layer_spec(
     config: TransformerConfig,
     *,
@@ -480,10 +523,13 @@ def cpu_capable_layer_spec(
         attention.submodules.core_attention = SdpaCoreAttention
         if latent:
             attention.module = NeutralLatentAttention
+            if config.q_lora_rank is None:
+                attention.submodules.q_layernorm = IdentityOp
         if has_experts:
-            spec.submodules.mlp.submodules.router = router
+            parts = moe_submodules(spec)
+            parts.router = router
             if experts is not None:
-                spec.submodules.mlp.submodules.experts.module = experts
+                parts.experts = _of_class(parts.experts, experts)
         specs.append(spec)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=WrappedTorchNorm)
 

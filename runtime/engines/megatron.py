@@ -2,7 +2,7 @@
 
 Two attributes of each `MoELayer` are replaced, ``token_dispatcher`` and ``experts``; the router, the shared
 experts and everything around them stay as they are, and nothing of megatron-core is patched. Both attributes
-and the six stages of a dispatcher are the same from megatron-core 0.16.1 to 0.19.
+and the six stages of a dispatcher are the same in megatron-core 0.16.1 and 0.19.2, which are tested.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.runtime.checkpoint import check_megatron
 from moeless_opt.runtime.live import Adopted, AttachOptions, MemoryMeter, SlotBank, SlotExperts, meta_shell
 from moeless_opt.runtime.live.dispatch import SlotDispatcher, chosen_experts
 
+check_megatron()
 with warnings.catch_warnings():
     # Megatron-core announces at import every accelerator package that it did not find.
     warnings.simplefilter("ignore")
@@ -71,6 +73,15 @@ def _refuse(config: Any, layers: list[Any], options: AttachOptions) -> None:
         (bool(config.fp8) or bool(getattr(config, "fp4", None)), "fp8 and fp4"),
         (getattr(config, "moe_router_padding_for_quantization", False), "padding for quantization"),
         (getattr(config, "overlap_moe_expert_parallel_comm", False), "overlap_moe_expert_parallel_comm"),
+        # Of megatron-core from 0.17 on.
+        (
+            getattr(config, "moe_latent_size", None),
+            "experts of another width than the model (moe_latent_size)",
+        ),
+        (
+            getattr(config, "transformer_impl", "") == "inference_optimized",
+            "the inference-optimized layers (transformer_impl)",
+        ),
     )
     if options.ranks is not None or options.store is not None:
         raise UnsupportedFeatureError(

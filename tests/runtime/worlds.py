@@ -207,13 +207,13 @@ def tiny_model(
     """
     import torch
 
-    from moeless_opt.runtime.checkpoint.parts import build_gpt, cpu_capable_layer_spec
+    from moeless_opt.runtime.checkpoint.parts import build_gpt, cpu_capable_layer_spec, expert_linears
 
     config = tiny_config(layers, topk, dtype, **more)
     spec = (spec_of or cpu_capable_layer_spec)(config)
     if exact:
         for layer in spec.layer_specs:
-            linears = layer.submodules.mlp.submodules.experts.submodules
+            linears = expert_linears(layer)
             linears.linear_fc1 = row_exact(linears.linear_fc1)
             linears.linear_fc2 = row_exact(linears.linear_fc2)
     model = build_gpt(config, VOCAB, 128, layer_spec=spec)

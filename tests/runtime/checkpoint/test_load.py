@@ -25,6 +25,7 @@ from moeless_opt.runtime.checkpoint.architectures import recipe
 from moeless_opt.runtime.checkpoint.files import SafetensorsFolder
 from moeless_opt.runtime.checkpoint.load import CheckpointHome, ExpertSource, load_checkpoint, recipe_of
 from moeless_opt.runtime.checkpoint.parts import causal_positions, moe_layers
+from moeless_opt.runtime.live.experts import bind_weights
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -356,13 +357,7 @@ def test_expert_source(name: str, folders: dict[str, tuple[Path, Any]]) -> None:
     layer, moe = moe_layers(model)[-1]
     for expert in (0, source.recipe.experts - 1):
         wanted = moe.experts.local_experts[expert]
-        spare = type(wanted)(
-            moe.experts.config,
-            moe.submodules.experts.submodules,
-            is_expert=True,
-            ffn_hidden_size=moe.experts.config.moe_ffn_hidden_size,
-            tp_group=moe.experts.tp_group,
-        )
+        spare = bind_weights(wanted, [torch.zeros_like(p) for p in wanted.parameters()])
         size = source.fill(layer, expert, spare)
         assert size == sum(p.nbytes for p in spare.parameters())
         half = source.read(layer, expert, torch.bfloat16)
