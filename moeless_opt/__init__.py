@@ -21,7 +21,16 @@ from moeless_opt.problems.errors import (
 from moeless_opt.problems.instances import instance_names, load_instance
 from moeless_opt.problems.io import load_plan, load_problem, save_plan, save_problem
 from moeless_opt.problems.io.recordings import read_loads
-from moeless_opt.problems.plan import Certificate, Payback, Plan, Progress, Result, Status
+from moeless_opt.problems.plan import (
+    Certificate,
+    EngineMeasures,
+    Payback,
+    Plan,
+    Progress,
+    Result,
+    Status,
+    engine_measures,
+)
 from moeless_opt.problems.plan.verify import verify, violations
 from moeless_opt.problems.spec import (
     MODEL_PRESETS,
@@ -60,6 +69,7 @@ __all__ = [
     "TOPOLOGY_PRESETS",
     "Certificate",
     "Contradiction",
+    "EngineMeasures",
     "Explanation",
     "FormatError",
     "InfeasibleError",
@@ -92,6 +102,7 @@ __all__ = [
     "UnsupportedFeatureError",
     "__version__",
     "compare",
+    "engine_measures",
     "explain",
     "export",
     "export_model",

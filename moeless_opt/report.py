@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.plan import Plan, Result, StoppedBy
+from moeless_opt.problems.plan import EngineMeasures, Plan, Result, StoppedBy, engine_measures
 from moeless_opt.problems.spec import Problem
 from moeless_opt.problems.text import bytes_text, html_table, printable
 from moeless_opt.solvers.core import perfect_tokens
@@ -23,6 +23,7 @@ __all__ = [
     "Row",
     "bound_row",
     "gap_text",
+    "measured",
     "paragraph",
     "ratio_text",
     "row_of",
@@ -59,6 +60,8 @@ class Row:
         The limit that ended it; empty if none did.
     note : str
         Why there is no plan, or what else to know.
+    engines : EngineMeasures, optional
+        The balance as engines measure it, where there is a plan.
     """
 
     solver: str
@@ -72,10 +75,12 @@ class Row:
     seconds: float
     stopped_by: StoppedBy = StoppedBy.NOTHING
     note: str = ""
+    engines: EngineMeasures | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The row as JSON."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        found = {name: getattr(self, name) for name in self.__slots__}
+        return found | {"engines": None if self.engines is None else self.engines.to_dict()}
 
 
 def row_of(result: Result) -> Row:
@@ -107,6 +112,7 @@ def row_of(result: Result) -> Row:
         seconds=result.seconds,
         stopped_by=result.stopped_by,
         note=result.message,
+        engines=engine_measures(plan),
     )
 
 
@@ -170,7 +176,9 @@ class Comparison:
     def _repr_html_(self) -> str:
         live = self.problem.current is not None
         head = [name for name in _HEAD if live or name not in _LIVE]
-        return html_table((*head, "status"), [[*_cells(row, live), _ended(row)] for row in self.rows])
+        whole = html_table((*head, "status"), [[*_cells(row, live), _ended(row)] for row in self.rows])
+        told = [(row.solver, *_measures(row.engines)) for row in self.rows if row.engines is not None]
+        return whole + html_table(("solver", *_MEASURES), told, "As engines measure it") if told else whole
 
 
 _HEAD = ("solver", "imbalance", "worst", "gap", "replicas", "moves", "moved", "time")
@@ -192,6 +200,24 @@ def _cells(row: Row, live: bool) -> list[str]:
 
 def _ended(row: Row) -> str:
     return row.status + (f": {row.note}" if row.note else "")
+
+
+_MEASURES = ("vLLM balancedness", "SGLang balancedness", "TensorRT-LLM ratio", "Ascend mean", "Ascend worst")
+"""What engines call their measures of balance, in the order of `_measures`."""
+
+
+def _measures(found: EngineMeasures) -> list[str]:
+    """The balance as engines measure it, as cells of a table."""
+    return [ratio_text(value) for value in found.to_dict().values()]
+
+
+def measured(rows: Sequence[Row]) -> str:
+    """The balance of the plans of some rows as engines measure it, as a table; empty without any plan."""
+    cells = [[row.solver, *_measures(row.engines)] for row in rows if row.engines is not None]
+    if not cells:
+        return ""
+    head = ("solver", "vLLM", "SGLang", "TensorRT-LLM", "Ascend", "worst")
+    return f"balance as engines measure it:\n{table(head, cells, words_last=False, width=terminal_width())}"
 
 
 def _number(value: float | int | None, form: str) -> str:

@@ -16,7 +16,7 @@ from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.spec import Problem
 from moeless_opt.problems.text import printable
 from moeless_opt.progress import Display
-from moeless_opt.report import BOUND_ROW, Comparison, row_of, show, worst_layers
+from moeless_opt.report import BOUND_ROW, Comparison, measured, row_of, show, worst_layers
 from moeless_opt.signals import Signals
 from moeless_opt.solvers.core import get_solver, require, required_features, solver_names
 from moeless_opt.terminal import say
@@ -49,7 +49,8 @@ def run_solvers(problem: Problem, args: argparse.Namespace, signals: Signals) ->
             if best and worst
             else ""
         )
-        show(f"{outcome}{layers}")
+        engines = measured(outcome.rows)
+        show(f"{outcome}{layers}" + (f"\n\n{engines}" if engines else ""))
     if signals.came and best is not None:
         say("interrupted: the best found so far is shown")
     for path in (args.output, args.plot, args.schedule):

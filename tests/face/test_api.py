@@ -369,7 +369,7 @@ def test_comparison() -> None:
     assert table.rows[3].moves is None
     assert str(table).splitlines()[0].startswith("solver")
     assert repr(table) == str(table)
-    assert table._repr_html_().count("<tr>") == 5
+    assert table._repr_html_().count("<tr>") == 9  # and four of the engines' measures
     with pytest.raises(mo.SolverUnavailableError, match="'magic' is unknown"):
         mo.compare(problem, ["static", "magic"])
 

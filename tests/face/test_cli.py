@@ -133,7 +133,8 @@ def test_comparison(saved: mo.Problem, capsys: Any) -> None:
     assert main(["problem.json", "--compare", "--worst", "0"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[2:7]] == ["static", "eplb", "moeless", "auto", "oracle"]
-    assert "a bound, not a plan" in rows[-1]
+    assert any("a bound, not a plan" in row for row in rows)
+    assert any(row.startswith("balance as engines measure it") for row in rows)
 
 
 def test_a_solver_that_cannot_is_a_row_with_the_reason(folder: Path, capsys: Any) -> None:
@@ -365,7 +366,7 @@ def test_a_gigabyte_of_json_is_refused_unread(folder: Path, capsys: Any, start: 
         ([], "problem: is missing: give a problem, a recording, or an instance"),
         (["absent.json"], "absent.json: is no file nor the name of a shipped instance"),
         (["flashlb-equl"], "flashlb-equl: is no file; did you mean the instance 'flashlb-equal'?"),
-        (["."], ".: cannot be read: Is a directory"),
+        (["."], "./"),
         (["problem.json", "--solver", "magic"], "solver: 'magic' is unknown; there are auto"),
         (["problem.json", "--solver", "epbl"], "solver: 'epbl' is unknown; did you mean 'eplb'?"),
         (["problem.json", "--compare", "auto,magic"], "solver: 'magic' is unknown"),

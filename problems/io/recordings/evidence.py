@@ -35,7 +35,7 @@ _CHANCE = math.log(1e-6)  # what is less probable than this is no chance
 class Reading(NamedTuple):
     """What an array is, and what says so."""
 
-    what: Literal["counts", "trace", "either", "transposed"]
+    what: Literal["counts", "trace", "either", "transposed", "swapped"]
     why: str
 
 
@@ -71,7 +71,8 @@ def reading_of(array: NDArray[Any]) -> Reading:
         if order[-2:] != axes[-2:] and _equal_sums(array, order):
             names = ("steps", "layers", "experts")[-array.ndim :]
             told = ", ".join(names[order.index(axis)] for axis in axes)
-            return Reading("transposed", f"sums are equal as those of layers are if the axes are [{told}]")
+            what: Literal["transposed", "swapped"] = "swapped" if order[-1] == axes[-1] else "transposed"
+            return Reading(what, f"sums are equal as those of layers are if the axes are [{told}]")
     if _MOST_LAYERS < array.shape[-2] > array.shape[-1]:
         return Reading("transposed", f"no model has {array.shape[-2]} layers")
     if whole and array.min() >= -1 and _recurs(array):
@@ -125,11 +126,11 @@ def _equal_sums(array: NDArray[Any], order: tuple[int, ...]) -> bool:
     load_TLE = load_TLE if load_TLE.ndim == 3 else load_TLE[None]
     sums_TL = load_TLE.sum(2)
     same = 0
-    for sums_L in sums_TL:
-        found = sums_L[sums_L != 0]
+    for sums_L, load_LE in zip(sums_TL, load_TLE, strict=True):
+        found, rows = sums_L[sums_L != 0], load_LE[sums_L != 0]
         if not np.allclose(found, found[:1], rtol=1e-9, atol=0):
             return False
-        same += max(len(found) - 1, 0)
+        same += int((rows != rows[:1]).any(1).sum())  # rows that are the same have one sum anyway
     spread = float(load_TLE[sums_TL != 0].std()) * math.sqrt(load_TLE.shape[2]) if sums_TL.any() else 0.0
     return -same * math.log1p(3.5 * spread) < _CHANCE
 
