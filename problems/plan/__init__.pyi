@@ -4,9 +4,9 @@ from .bounds import best_bound as best_bound
 from .bounds import replicas_needed as replicas_needed
 from .bounds import tau_curve as tau_curve
 from .bounds import tau_star as tau_star
-from .entry_bounds import entry_bound as entry_bound
 from .engine_measures import EngineMeasures as EngineMeasures
 from .engine_measures import engine_measures as engine_measures
+from .entry_bounds import entry_bound as entry_bound
 from .evaluate import activated as activated
 from .evaluate import even_pieces as even_pieces
 from .evaluate import even_times as even_times
