@@ -37,6 +37,8 @@ REACH, ROUNDS, STEP = 0, 1, 2
 _SOFT = 4  # load between a GPU's fair share and its room counts 2**-_SOFT of what lies above the room
 _FREE = 10.0  # what costs no move counts as a tenth of one
 _BEST = 2  # changes that are tried exactly in each step
+BARRED = 1 << 60
+_WORK = 9  # rows of `LayerState.work_WX`
 _CHAOS = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
 
@@ -72,7 +74,7 @@ class LayerState(NamedTuple):
         Slots, load on each, and what it would be with one more and one fewer.
     on_EG : array of int64, shape [E, G]
         Slots of an expert on a GPU.
-    host_EK, hosts_E : array of int64, shapes [E, G] and [E]
+    host_KE, hosts_E : arrays of int, shapes [G, E] and [E]
         GPUs that hold an expert (the first `hosts_E` entries), in no order.
     carried_G : array of int64, shape [G]
         Load of each GPU.
@@ -84,6 +86,14 @@ class LayerState(NamedTuple):
         GPUs of each domain that hold an expert, and domains that it reaches.
     spread_1 : array of int64, shape [1]
         Domains that an expert must reach.
+    arrive_GE : array of int64, shape [G, E]
+        `price_EG` the other way round, `BARRED` where an expert may not be placed.
+    back_GC : array of int64, shape [G, C]
+        What it pays back to empty each slot.
+    facts_2 : array of int64, shape [2]
+        The least price that is not 0, and whether anything is held.
+    work_WX, steps_X4 : arrays of int64
+        Room for the compiled form.
     """
 
     load_E: Any
@@ -101,7 +111,7 @@ class LayerState(NamedTuple):
     lighter_E: Any
     heavier_E: Any
     on_EG: Any
-    host_EK: Any
+    host_KE: Any
     hosts_E: Any
     carried_G: Any
     left_1: Any
@@ -109,6 +119,11 @@ class LayerState(NamedTuple):
     inside_ED: Any
     reach_E: Any
     spread_1: Any
+    arrive_GE: Any
+    back_GC: Any
+    facts_2: Any
+    work_WX: Any
+    steps_X4: Any
 
 
 class EqualSearch(NamedTuple):
@@ -159,7 +174,7 @@ def refresh(state: LayerState, most: int) -> None:
     state.on_EG[:] = np.bincount(e * G + g, minlength=E * G).reshape(E, G)
     x, host = np.nonzero(state.on_EG)
     state.hosts_E[:] = np.bincount(x, minlength=E)
-    state.host_EK[x, np.arange(len(x)) - (np.cumsum(state.hosts_E) - state.hosts_E)[x]] = host
+    state.host_KE[np.arange(len(x)) - (np.cumsum(state.hosts_E) - state.hosts_E)[x], x] = host
     state.count_E[:] = np.bincount(e, minlength=E)
     count = state.count_E
     state.piece_E[:] = np.where(count > 0, state.load_E // np.maximum(count, 1), 0)
@@ -169,13 +184,23 @@ def refresh(state: LayerState, most: int) -> None:
     state.inside_ED[:] = 0
     np.add.at(state.inside_ED, (x, state.domain_G[host]), 1)
     state.reach_E[:] = (state.inside_ED > 0).sum(1)
+    state.back_GC.ravel()[:] = 0
+    state.back_GC.ravel()[full] = np.where(state.on_EG[e, g] == 1, state.price_EG[e, g], 0)
     state.left_1[0] = most - len(full)
+
+
+def _pays_back(state: LayerState, e: int, g: int) -> None:
+    """Set what it pays back to empty a slot of an expert on a GPU."""
+    back = state.price_EG[e, g] if state.on_EG[e, g] == 1 else 0
+    for c in range(state.content_GC.shape[1]):
+        if state.content_GC[g, c] == e:
+            state.back_GC[g, c] = back
 
 
 def _shift(state: LayerState, e: int, by: int) -> None:
     """Add `by` to the load of each slot of an expert."""
     for k in range(state.hosts_E[e]):
-        g = state.host_EK[e, k]
+        g = state.host_KE[k, e]
         state.carried_G[g] += state.on_EG[e, g] * by
 
 
@@ -185,7 +210,7 @@ def place(state: LayerState, e: int, g: int, c: int) -> None:
     recount(state, e, state.count_E[e] + 1)
     _shift(state, e, state.piece_E[e] - before)
     if state.on_EG[e, g] == 0:
-        state.host_EK[e, state.hosts_E[e]] = g
+        state.host_KE[state.hosts_E[e], e] = g
         state.hosts_E[e] += 1
         domain = state.domain_G[g]
         state.inside_ED[e, domain] += 1
@@ -194,6 +219,7 @@ def place(state: LayerState, e: int, g: int, c: int) -> None:
     state.on_EG[e, g] += 1
     state.carried_G[g] += state.piece_E[e]
     state.content_GC[g, c] = e
+    _pays_back(state, e, g)
     state.left_1[0] -= 1
 
 
@@ -205,8 +231,8 @@ def remove(state: LayerState, e: int, g: int, c: int) -> None:
     if state.on_EG[e, g] == 0:
         last = state.hosts_E[e] - 1
         for k in range(last):
-            if state.host_EK[e, k] == g:
-                state.host_EK[e, k] = state.host_EK[e, last]
+            if state.host_KE[k, e] == g:
+                state.host_KE[k, e] = state.host_KE[last, e]
                 break
         state.hosts_E[e] = last
         domain = state.domain_G[g]
@@ -216,6 +242,8 @@ def remove(state: LayerState, e: int, g: int, c: int) -> None:
     recount(state, e, state.count_E[e] - 1)
     _shift(state, e, state.piece_E[e] - before)
     state.content_GC[g, c] = -1
+    state.back_GC[g, c] = 0
+    _pays_back(state, e, g)
     state.left_1[0] += 1
 
 
@@ -245,6 +273,18 @@ def unmake(state: LayerState, change: Any) -> None:
         place(state, f, g, to)
     if kind != ADD:
         place(state, e, h, at)
+
+
+def together(state: LayerState, change: Any) -> bool:
+    """Whether a GPU that the change does not name holds the expert and the one that yields."""
+    kind, e, f, g = change[0], change[1], change[4], change[5]
+    if f < 0 or kind == SWAP:
+        return False
+    for k in range(state.hosts_E[f]):
+        other = state.host_KE[k, f]
+        if other != g and state.on_EG[e, other] > 0:
+            return True
+    return False
 
 
 def enter(state: LayerState, e: int, g: int, c: int) -> int:
@@ -403,8 +443,8 @@ def best_changes(state: LayerState, search: EqualSearch, seed: int, best: Any) -
         Whether slots stay full, and second copies are allowed.
     seed : int
         Perturbs the ranking unless 0.
-    best : array of int64, shape [K, 7]
-        Filled with up to K changes, the best first.
+    best : array of int64, shape [K, 9]
+        Filled with up to K changes, their gains and prices, the best first.
     """
     over_G = state.carried_G - state.room_G
     h = int(over_G.argmax())
@@ -426,9 +466,10 @@ def best_changes(state: LayerState, search: EqualSearch, seed: int, best: Any) -
         if rate[top] <= 0.0:
             break
         family = int(np.searchsorted(ends, top, side="right"))
-        kind, i, target, expert = found[family].row(top - int(ends[family - 1] if family else 0))
+        kind, i, target, expert, gain, price = found[family].row(top - int(ends[family - 1] if family else 0))
         g, to = divmod(target, C)
-        best[count] = (kind, expert, h, int(at[i]), -1 if kind == DROP else int(content[g, to]), g, to)
+        yields = -1 if kind == DROP else int(content[g, to])
+        best[count] = (kind, expert, h, int(at[i]), yields, g, to, gain, price)
         rate[top] = -1.0
         count += 1
     return count
@@ -440,16 +481,20 @@ class _Family(NamedTuple):
     kind: int
     rate: Any  # of those kept
     kept: Any  # flat places in the grid
+    gain: Any  # by flat place
+    price: Any
     wide: int  # choices for each slot
     target: Any  # GPU * C + slot by choice, or by slot of the hot GPU where `enters`
     expert: Any  # by slot of the hot GPU, or by choice where `enters`
     enters: bool  # whether the choice is who enters, else where to
 
-    def row(self, k: int) -> tuple[int, int, int, int]:
-        """Kind, place of the hot GPU's slot, flat target, expert."""
-        i, j = divmod(int(self.kept[k]), self.wide)
+    def row(self, k: int) -> tuple[int, int, int, int, int, int]:
+        """Kind, place of the hot GPU's slot, flat target, expert, gain, price."""
+        flat = int(self.kept[k])
+        i, j = divmod(flat, self.wide)
         slot, who = (i, i) if self.kind == DROP else (i, j) if self.enters else (j, i)
-        return self.kind, i, int(self.target[slot]), int(self.expert[who])
+        gain, price = int(self.gain.ravel()[flat]), int(self.price.ravel()[flat])
+        return self.kind, i, int(self.target[slot]), int(self.expert[who]), gain, price
 
 
 def _family(
@@ -462,7 +507,7 @@ def _family(
     slot, who = (i, i) if kind == DROP else (i, j) if enters else (j, i)
     noise = DROP if enters else kind
     rate = _rates(gain.ravel()[kept], price.ravel()[kept], seed, expert[who] * 4 + noise, target[slot])
-    return _Family(kind, rate, kept, wide, target, expert, enters)
+    return _Family(kind, rate, kept, gain, price, wide, target, expert, enters)
 
 
 def _elsewhere(
@@ -567,7 +612,7 @@ def descend(
         Price of the placement then.
     """
     G, C = state.content_GC.shape
-    best = np.zeros((_BEST, 7), dtype=np.int64)
+    best = np.zeros((_BEST, 9), dtype=np.int64)
     now = pressure(state)
     for turn in range(search.steps if search.steps > 0 else 4 * G + G * C):
         if overflow(state) == 0:
@@ -579,9 +624,11 @@ def descend(
         found = best_changes(state, search, seed + turn if seed != 0 else 0, best)
         pick, top, after = -1, 0.0, now
         for k in range(found):
-            price = make(state, best[k])
-            then = pressure(state)
-            unmake(state, best[k])
+            price, then = best[k, 8], now - best[k, 7]
+            if together(state, best[k]):
+                price = make(state, best[k])
+                then = pressure(state)
+                unmake(state, best[k])
             rate = (now - then) / price if price > 0 else (now - then) * _FREE
             if spent + price <= budget and rate > top:
                 pick, top, after = k, rate, then
@@ -595,6 +642,8 @@ def descend(
 def fill_up(state: LayerState, search: EqualSearch) -> int:
     """Put the expert into each free slot that costs least and helps most; returns the price."""
     G, C = state.content_GC.shape
+    change = np.zeros(9, dtype=np.int64)
+    change[0], change[4] = ADD, -1
     price = 0
     for g in range(G):
         for c in range(min(C, state.capacity_G[g])):
@@ -610,32 +659,35 @@ def fill_up(state: LayerState, search: EqualSearch) -> int:
                 cost = 0 if on > 0 else int(state.price_EG[e, g])
                 if pick >= 0 and cost > cheapest:
                     continue
-                place(state, e, g, c)
+                change[1], change[5], change[6] = e, g, c
+                make(state, change)
                 then = pressure(state)
-                remove(state, e, g, c)
+                unmake(state, change)
                 if pick < 0 or cost < cheapest or then < least:
                     pick, cheapest, least = e, cost, then
             if pick >= 0:
-                place(state, pick, g, c)
-                price += cheapest
+                change[1], change[5], change[6] = pick, g, c
+                price += make(state, change)
     return price
+
+
+def bring(state: LayerState, start_GC: Any, chosen_G: Any, best_GC: Any, most: int) -> None:
+    """Give some GPUs their content at the start, the others that of the best."""
+    state.content_GC[:] = np.where(chosen_G[:, None], start_GC, best_GC)
+    refresh(state, most)
 
 
 def put_back(state: LayerState, start_GC: Any, chosen_G: Any, best_GC: Any, most: int) -> bool:
     """Some GPUs as at the start, the others as in the best; more of them where coverage asks for it."""
-    G, C = start_GC.shape
     while True:
-        for g in range(G):
-            for c in range(C):
-                state.content_GC[g, c] = start_GC[g, c] if chosen_G[g] else best_GC[g, c]
-        refresh(state, most)
+        bring(state, start_GC, chosen_G, best_GC, most)
         missing = False
         grown = False
         for e in range(len(state.load_E)):
             if state.count_E[e] >= state.least_E[e]:
                 continue
             missing = True
-            for g in range(G):
+            for g in range(len(start_GC)):
                 if not chosen_G[g] and (start_GC[g] == e).any():
                     chosen_G[g] = True
                     grown = True
@@ -657,31 +709,34 @@ def shake(
     best_GC = state.content_GC.copy()
     chosen_G = np.zeros(G, dtype=np.bool_)
     changed_G = np.zeros(G, dtype=np.int64)
+    changed, stale = 0, True
     for _ in range(search.rounds):
         if told[0] != 0:
             break
-        changed = 0
-        for g in range(G):
-            for c in range(C):
-                if best_GC[g, c] >= 0 and state.price_EG[best_GC[g, c], g] > 0:
-                    changed_G[changed] = g
-                    changed += 1
-                    break
+        if stale:
+            changed, stale = 0, False
+            for g in range(G):
+                for c in range(C):
+                    if best_GC[g, c] >= 0 and state.price_EG[best_GC[g, c], g] > 0:
+                        changed_G[changed] = g
+                        changed += 1
+                        break
         if changed == 0:
             break
         chosen_G[:] = False
         size = 1 + draw(word_1, min(changed, search.most_back))
         for k in range(size):
             other = k + draw(word_1, changed - k)
-            chosen_G[changed_G[other]] = True
-            changed_G[other] = changed_G[k]
+            gpu = changed_G[other]
+            changed_G[other], changed_G[k] = changed_G[k], gpu
+            chosen_G[gpu] = True
         seed = 1 + draw(word_1, 1 << 40)
         if not put_back(state, start_GC, chosen_G, best_GC, most):
             continue
         reached, price = descend(state, search, paid(state), spent, seed, told)
         if reached and price <= spent:
             best_GC[:] = state.content_GC
-            spent = price
+            spent, stale = price, True
     state.content_GC[:] = best_GC
     refresh(state, most)
     return spent
@@ -792,7 +847,7 @@ def new_state(
         np.zeros(E, dtype=np.int64),
         np.zeros(E, dtype=np.int64),
         np.zeros((E, G), dtype=np.int32),
-        np.zeros((E, G), dtype=np.int32),
+        np.zeros((G, E), dtype=np.int32),
         np.zeros(E, dtype=np.int64),
         np.zeros(G, dtype=np.int64),
         np.zeros(1, dtype=np.int64),
@@ -800,6 +855,11 @@ def new_state(
         np.zeros((E, domain_G.max() + 1), dtype=np.int64),
         np.zeros(E, dtype=np.int64),
         np.full(1, spread, dtype=np.int64),
+        np.where(open_EG, price_EG, BARRED).T.copy(),
+        np.zeros(content_GC.shape, dtype=np.int64),
+        np.array([np.where(price_EG > 0, price_EG, BARRED).min(), int(held_EG.any())], dtype=np.int64),
+        np.zeros((_WORK, max(content_GC.size, E)), dtype=np.int64),
+        np.zeros((2 * content_GC.size + 4, 4), dtype=np.int64),
     )
 
 

@@ -65,7 +65,7 @@ def test_changes_are_exact_kept_up_to_date_and_taken_back(seed: int, copies: boo
     rng = np.random.default_rng(seed)
     state = random_state(rng, copies=copies, full=full)
     search = EqualSearch(full, copies, 0, 3, 0, 0)
-    best = np.zeros((4, 7), dtype=np.int64)
+    best = np.zeros((4, 9), dtype=np.int64)
     for change in best[: equal_state.best_changes(state, search, seed % 3, best)]:
         before = [one.copy() for one in state]
         paid, pressure = equal_state.paid(state), equal_state.pressure(state)
@@ -75,11 +75,11 @@ def test_changes_are_exact_kept_up_to_date_and_taken_back(seed: int, copies: boo
         kept = [one.copy() for one in state]
         equal_state.refresh(state, state.content_GC.size)
         for name, one, other in zip(LayerState._fields, kept, state, strict=True):
-            if name != "host_EK":
+            if name != "host_KE":
                 np.testing.assert_array_equal(one, other, err_msg=name)
-        for e, gpus in enumerate(state.host_EK):
+        for e, gpus in enumerate(state.host_KE.T):
             assert sorted(gpus[: state.hosts_E[e]]) == np.flatnonzero(state.on_EG[e]).tolist()
-        kind, e, h, _, f, g, _ = change.tolist()
+        kind, e, h, _, f, g, _ = change.tolist()[:7]
         if kind != equal_state.DROP:
             assert state.open_EG[e, g]
             assert copies or state.on_EG[e].max() == 1
@@ -100,7 +100,7 @@ def test_changes_are_exact_kept_up_to_date_and_taken_back(seed: int, copies: boo
 def test_the_first_change_is_the_best_of_all_single_ones(seed: int) -> None:
     """Of every change that touches the hottest GPU none has a better rate (experts that share no GPU)."""
     state = random_state(np.random.default_rng(seed))
-    best = np.zeros((1, 7), dtype=np.int64)
+    best = np.zeros((1, 9), dtype=np.int64)
     over = state.carried_G - state.room_G
     h, before = int(over.argmax()), equal_state.pressure(state)
     if equal_state.best_changes(state, EqualSearch(False, False, 0, 3, 0, 0), 0, best) == 0:
