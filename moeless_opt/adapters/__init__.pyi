@@ -1,8 +1,13 @@
 from .eplb import rebalance_experts as rebalance_experts
 from .files import ENGINES as ENGINES
+from .files import NUMBERED as NUMBERED
+from .files import OURS as OURS
+from .files import check_name as check_name
 from .files import export as export
+from .files import model_numbers as model_numbers
 from .files import read_map as read_map
 from .files import read_placement as read_placement
+from .files import wanted_layers as wanted_layers
 from .maps import EngineMap as EngineMap
 from .maps import expert_slots as expert_slots
 from .maps import map_of_slots as map_of_slots

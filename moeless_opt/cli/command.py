@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
+from moeless_opt.adapters import check_name
 from moeless_opt.cli import modes
 from moeless_opt.cli.inputs import read_problem
 from moeless_opt.cli.options import read_arguments
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace, signals: Signals) -> int:
         return modes.instances(args)
     files = {"problem": args.problem, "--current": args.current, "--topology": args.topology}
     files["--map"] = args.map
-    made = {"--output": args.output, "--plot": args.plot, "--schedule": args.schedule}
+    made = {"--output": args.output, "--plan": args.plan, "--plot": args.plot, "--schedule": args.schedule}
     if args.mode == "check":
         files["--check"] = args.check
     if args.mode == "explain" and args.explain:
@@ -57,8 +58,11 @@ def run(args: argparse.Namespace, signals: Signals) -> int:
     check_outputs(made, files)
     if args.mode == "export":
         format_of(args.export, (".lp", ".mps"))
-    if args.output is not None:
-        plan_format(args.output)
+    if args.output is not None and args.engine is not None:
+        check_name(args.engine, args.output)
+    for path in (args.output if args.engine is None else None, args.plan):
+        if path is not None:
+            plan_format(path)
     if args.plot is not None:
         picture_format(args.plot)
         need_matplotlib()

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from moeless_opt.adapters import OURS, EngineMap, read_map, wanted_layers
 from moeless_opt.api import make_problem
 from moeless_opt.cli.options import RECORDINGS
 from moeless_opt.cli.units import gpu_list, per_gpu, size
-from moeless_opt.problems.arrays import integers
+from moeless_opt.problems.arrays import IntArray, integers, whole
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.files import STDIN, gunzipped, named, read_bytes
 from moeless_opt.problems.instances import instance_names, load_instance
-from moeless_opt.problems.io import load_plan, load_slots, parse_json, problem_from_json, read_json
+from moeless_opt.problems.io import parse_json, problem_from_json, read_json
 from moeless_opt.problems.io.recordings import is_many, read_loads
 from moeless_opt.problems.spec import (
     TOPOLOGY_PRESETS,
@@ -29,6 +30,7 @@ from moeless_opt.problems.spec import (
     Topology,
     held_LGE,
     model_preset,
+    span,
 )
 from moeless_opt.problems.text import bytes_text
 from moeless_opt.terminal import say
@@ -143,17 +145,46 @@ def _override(problem: Problem, args: argparse.Namespace, what: str) -> Problem:
 
 
 def _with_live(problem: Problem, args: argparse.Namespace) -> Problem:
-    """The problem with the live plan of ``--current``."""
+    """The problem with the live placement of ``--current``: a plan, or a map in an engine's own format."""
     if args.current is None:
         return problem
+    found = read_map(args.current, broken=args.repair)
     with named(args.current):
-        if args.repair:
-            slots_LGC, _ = load_slots(args.current)
+        wanted = wanted_layers(found, problem.loads.layers, problem.model, args.model_layers)
+        gpus = _live_gpus(found, problem, args)
+        same = gpus == problem.topology.gpus and args.gone is None
+        if args.repair or (found.experts == problem.experts and not (same and args.lost is None)):
+            slots_LGC, _ = found.slots(gpus=gpus, layers=wanted)
             return _relive(problem.replace(current=None), slots_LGC, args)
-        plan = load_plan(args.current)
-        if plan.experts != problem.experts or not args.lost:
-            return problem.replace(current=Placement.of(plan, problem.experts))
-        return _relive(problem.replace(current=None), plan.slots_LGC, args)
+        experts = problem.experts if found.engine != OURS else found.experts
+        live = found.placement(gpus=gpus, experts=experts, layers=wanted)
+        if same and args.lost is None:
+            return problem.replace(current=live)
+        return _relive(problem.replace(current=None), live.slots_LGC, args)
+
+
+def _live_gpus(found: EngineMap, problem: Problem, args: argparse.Namespace) -> int:
+    """GPUs of a live map, which many formats leave out: by the slots that each has."""
+    now, slots = problem.topology.gpus, found.map_LS.shape[1]
+    given: int | None = args.live_gpus
+    if found.gpus is not None:
+        if given is not None and given != found.gpus:
+            raise ProblemError("--live-gpus", f"is {given}, the map says {found.gpus}")
+        return found.gpus
+    if given is not None:
+        return whole("--live-gpus", given, low=1)
+    if args.gone is None and slots == int(problem.capacity_LG.max()) * now:
+        return now
+    each = int(problem.capacity_LG.max())
+    fit = sorted({now} if slots % now == 0 and slots // now <= each else set())
+    if each and slots % each == 0:
+        fit = sorted({*fit, slots // each})
+    if len(fit) != 1:
+        either = f": {' or '.join(map(str, fit))} GPUs fit" if fit else ""
+        raise ProblemError(
+            "gpus", f"of {slots} slots per layer are not in the map{either}; say how many with --live-gpus N"
+        )
+    return fit[0]
 
 
 def _relive(problem: Problem, slots_LGC: Any, args: argparse.Namespace) -> Problem:
@@ -163,19 +194,13 @@ def _relive(problem: Problem, slots_LGC: Any, args: argparse.Namespace) -> Probl
     if slots.ndim != 3 or len(slots) != layers:
         raise ProblemError("current", f"has shape {slots.shape}, must be [{layers}, GPUs, slots]")
     before = int((slots >= 0).sum())
-    if args.repair and slots.shape[1] != gpus:
-        same = min(gpus, slots.shape[1])
-        fitted = np.full((layers, gpus, slots.shape[2]), -1, dtype=np.int64)
-        fitted[:, :same] = slots[:, :same]
-        say(f"note: {args.current} is for {slots.shape[1]} GPUs, taken as the first {same} of {gpus}")
-        slots = fitted
-    if args.lost and slots.shape[1] == gpus:
-        slots = slots.copy()
+    slots = _same_gpus(slots, gpus, args)
+    if args.lost:
         slots[:, gpu_list(args.lost, gpus, "--lost")] = -1
     if args.repair:
         live = Placement.repaired(slots, experts, problem.capacity_LG)
     else:
-        missing = slots.shape[1] == gpus and not held_LGE(slots.astype(np.int32), experts).any(1).all()
+        missing = not held_LGE(slots.astype(np.int32), experts).any(1).all()
         live = Placement(slots_LGC=slots.astype(np.int32), experts=experts, partial=bool(missing))
     gone = before - int((live.slots_LGC >= 0).sum())
     alone = int((live.replicas_LE == 0).sum())
@@ -183,6 +208,33 @@ def _relive(problem: Problem, slots_LGC: Any, args: argparse.Namespace) -> Probl
         text = f"note: {gone} of {before} live replicas are lost or dropped"
         say(text + (f"; {alone} experts are left without one" if alone else ""))
     return problem.replace(current=live)
+
+
+def _same_gpus(slots_LGC: IntArray, gpus: int, args: argparse.Namespace) -> IntArray:
+    """A live placement on the GPUs that there are now: without those that are gone, new ones empty."""
+    slots_LGC, notes = slots_LGC.copy(), []
+    if args.gone is not None:
+        gone = gpu_list(args.gone, slots_LGC.shape[1], "--gone")
+        slots_LGC = np.delete(slots_LGC, gone, axis=1)
+        notes.append(f"taken without {len(gone)} GPUs that are gone, the others numbered anew in order")
+    have = slots_LGC.shape[1]
+    if have > gpus and not args.repair:
+        raise ProblemError(
+            "current",
+            f"is for {have} GPUs, the problem has {gpus}: say which are gone (such as --gone "
+            f"{span(range(gpus, have))}), or keep them all and name the dead ones (--lost)",
+        )
+    if have > gpus:
+        slots_LGC = slots_LGC[:, :gpus]
+        notes.append(f"for {have} GPUs, taken as the first {gpus}")
+    if have < gpus:
+        more = np.full((len(slots_LGC), gpus - have, slots_LGC.shape[2]), -1, dtype=slots_LGC.dtype)
+        slots_LGC = np.concatenate([slots_LGC, more], axis=1)
+        which = f"GPU {have} is" if have + 1 == gpus else f"GPUs {have}-{gpus - 1} are"
+        notes.append(f"for {have} GPUs; {which} new and empty")
+    for note in notes if not args.quiet else []:
+        say(f"note: {args.current or 'the live placement'} is {note}")
+    return slots_LGC
 
 
 def _limits(args: argparse.Namespace, given: Limits | None) -> Limits | None:

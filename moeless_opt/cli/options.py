@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import moeless_opt
+from moeless_opt.adapters import ENGINES
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.spec import FILLS, SPLITS, TOPOLOGY_PRESETS
 from moeless_opt.report import BOUND_ROW
@@ -88,6 +89,13 @@ OPTIONS: tuple[Option, ...] = (
         metavar="PLAN",
         help="write the plan here (.json, or .npz); of several, the best",
     ),
+    _option(
+        "--engine",
+        modes=_PLANS,
+        choices=tuple(ENGINES),
+        help="write --output as the placement file of this engine, and plan as it serves",
+    ),
+    _option("--plan", modes=_PLANS, metavar="PLAN", help="with --engine: write our plan here as well"),
     _option(
         "--solver",
         modes=("solve", "explain"),
@@ -184,7 +192,32 @@ OPTIONS: tuple[Option, ...] = (
         metavar="N",
         help="free shares as multiples of 1/N, for engines whose dispatch table has N entries for an expert",
     ),
-    _input("--current", modes=_LIVE, metavar="PLAN", help="the plan that is live now"),
+    _input(
+        "--current",
+        modes=_LIVE,
+        metavar="PLAN",
+        help="what is live now: a plan, or a placement in any engine's own format",
+    ),
+    _input(
+        "--live-gpus",
+        modes=_LIVE,
+        type=int,
+        metavar="N",
+        help="GPUs of a live map whose format does not say it and whose slots leave it open",
+    ),
+    _input(
+        "--gone",
+        modes=_LIVE,
+        metavar="GPUS",
+        help="GPUs of the live plan that are no more; the others are numbered anew: 3,17 or 8-15",
+    ),
+    _input(
+        "--model-layers",
+        modes=_LIVE,
+        metavar="N|LIST",
+        help="for engines that count dense layers: the model's layers in all (61), or the numbers of those "
+        "that are planned (3-60)",
+    ),
     _flag(
         "--repair",
         modes=_LIVE,
@@ -350,6 +383,9 @@ def read_arguments(argv: Sequence[str] | None, into: argparse.Namespace | None =
             "problem", "is missing: give a problem, a recording, or an instance (--list-instances)"
         )
     _check(args)
+    if args.engine is not None:  # as the engine serves, unless the command line says something else
+        args.split = args.split or "equal"
+        args.fill = args.fill or ("distinct" if args.engine == "ascend" else "copies")
     return args
 
 
@@ -367,6 +403,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ProblemError("--compare", f"is {args.compare!r}, must name solvers (see --list-solvers)")
     if args.mode == "compare" and "" in [name.strip() for name in args.compare.split(",")]:
         raise ProblemError("--compare", f"is {args.compare!r}: a name between two commas is missing")
+    for name in ("live-gpus", "gone"):
+        if getattr(args, name.replace("-", "_")) is not None and args.current is None:
+            raise ProblemError(f"--{name}", "is about a live placement: give --current PLAN")
+    if args.model_layers is not None and args.current is None and args.engine is None:
+        raise ProblemError("--model-layers", "is for engines' files: give --engine or --current")
+    if args.engine is not None and args.output is None:
+        raise ProblemError("--engine", "needs a file to write: give --output FILE")
+    if args.plan is not None and args.engine is None:
+        raise ProblemError("--plan", "is for --engine; without one --output is the plan")
     if args.repair and args.current is None:
         raise ProblemError("--repair", "needs a live plan to mend: give --current PLAN")
     if args.mode == "explain" and args.explain:

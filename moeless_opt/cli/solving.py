@@ -7,13 +7,17 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from moeless_opt.adapters import NUMBERED, export, model_numbers
 from moeless_opt.api import compare, solve
+from moeless_opt.cli.change import Change, change_of
 from moeless_opt.plots import picture_format, plot_loads
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.files import atomic_write
 from moeless_opt.problems.io import plan_to_json, save_plan
 from moeless_opt.problems.plan import Plan
-from moeless_opt.problems.spec import Problem
+from moeless_opt.problems.spec import Fill, Placement, Problem, span
 from moeless_opt.problems.text import printable
 from moeless_opt.progress import Display
 from moeless_opt.report import BOUND_ROW, Comparison, measured, row_of, show, worst_layers
@@ -40,8 +44,9 @@ def run_solvers(problem: Problem, args: argparse.Namespace, signals: Signals) ->
     best = _best(outcome, names)
     if best is not None:
         _write(problem, best, args)
+    change = None if best is None or problem.current is None else change_of(problem, best)
     if args.json:
-        print(json.dumps(_document(outcome, best)))
+        print(json.dumps(_document(outcome, best, change)))
     elif not args.quiet:
         worst = best is not None and args.worst > 0
         layers = (
@@ -49,11 +54,13 @@ def run_solvers(problem: Problem, args: argparse.Namespace, signals: Signals) ->
             if best and worst
             else ""
         )
-        engines = measured(outcome.rows)
-        show(f"{outcome}{layers}" + (f"\n\n{engines}" if engines else ""))
+        parts = (measured(outcome.rows), "" if change is None else str(change))
+        show("
+
+".join([f"{outcome}{layers}", *filter(None, parts)]))
     if signals.came and best is not None:
         say("interrupted: the best found so far is shown")
-    for path in (args.output, args.plot, args.schedule):
+    for path in (args.output, args.plan, args.plot, args.schedule):
         if path and best is not None and not args.quiet:
             say(f"wrote {path}")
     if best is None and names != [BOUND_ROW]:
@@ -72,9 +79,11 @@ def find_plan(problem: Problem, args: argparse.Namespace, signals: Signals) -> P
 
 def _check_outputs(problem: Problem, names: list[str], args: argparse.Namespace) -> None:
     """Refuse files that nothing would be written to."""
+    if args.engine is not None:
+        _check_engine(problem, args)
     if args.schedule is not None and problem.current is None:
         raise ProblemError("--schedule", "needs a live plan to start from: give --current PLAN")
-    for option in ("output", "plot", "schedule"):
+    for option in ("output", "plan", "plot", "schedule"):
         if getattr(args, option) is not None and names == [BOUND_ROW]:
             raise ProblemError(f"--{option}", f"needs a plan; {BOUND_ROW!r} is a bound, no plan")
 
@@ -117,12 +126,46 @@ def _best(outcome: Comparison, names: Sequence[str]) -> Plan | None:
 
 
 def _write(problem: Problem, best: Plan, args: argparse.Namespace) -> None:
-    if args.output:
+    if args.engine:
+        _write_engine(problem, best, args)
+    elif args.output:
         save_plan(best, args.output)
+    if args.plan:
+        save_plan(best, args.plan)
     if args.plot:
         atomic_write(args.plot, plot_loads(problem, best, form=picture_format(args.plot)))
     if args.schedule:
         atomic_write(args.schedule, _schedule(problem, best))
+
+
+def _write_engine(problem: Problem, best: Plan, args: argparse.Namespace) -> None:
+    """Write the engine's file; GPUs that are dead have no rank in it."""
+    alive_G = problem.usable_LG.any(axis=0)
+    if not alive_G.all() and not args.quiet:
+        dead = span(np.flatnonzero(~alive_G).tolist())
+        say(f"note: {args.output} has {int(alive_G.sum())} ranks: the GPUs but {dead}, in order")
+    placement = Placement(slots_LGC=best.slots_LGC[:, alive_G], experts=best.experts)
+    told = args.model_layers
+    export(placement, args.engine, args.output, layers=best.layers, model=problem.model, model_layers=told)
+
+
+def _check_engine(problem: Problem, args: argparse.Namespace) -> None:
+    """Refuse, before anything is solved, what the engine's file could not hold."""
+    if args.engine in NUMBERED:
+        model_numbers(problem.loads.layers, model=problem.model, told=args.model_layers)
+    elif args.model_layers is not None and args.current is None:
+        raise ProblemError("--model-layers", f"is of no use for {args.engine}, whose rows are the MoE layers")
+    slots_LG = problem.capacity_LG[:, problem.usable_LG.any(axis=0)]
+    if (slots_LG != slots_LG[0, 0]).any():
+        raise ProblemError(
+            "--engine",
+            f"{args.engine} needs as many slots on every GPU, they are {slots_LG.min()} to {slots_LG.max()}: "
+            "give --slots C",
+        )
+    if problem.fill == Fill.NONE:
+        raise ProblemError("--fill", f"is none, and {args.engine} needs every slot filled: leave it out")
+    if args.engine == "ascend" and problem.fill == Fill.COPIES:
+        raise ProblemError("--fill", "is copies, and vllm-ascend takes no second copy on an NPU: distinct")
 
 
 def _nothing(outcome: Comparison, names: list[str], signals: Signals) -> int:
@@ -135,7 +178,7 @@ def _nothing(outcome: Comparison, names: list[str], signals: Signals) -> int:
     return signals.code or 1
 
 
-def _document(outcome: Comparison, best: Plan | None) -> dict[str, Any]:
+def _document(outcome: Comparison, best: Plan | None, change: Change | None) -> dict[str, Any]:
     problem = outcome.problem
     return {
         "format": "moeless-result",
@@ -155,6 +198,7 @@ def _document(outcome: Comparison, best: Plan | None) -> dict[str, Any]:
             | {"objective": outcome.results[row.solver].objective if row.solver in outcome.results else {}}
             for row in outcome.rows
         ],
+        "change": None if change is None else change.to_dict(),
         "plan": None if best is None else plan_to_json(best),
     }
 

@@ -176,6 +176,21 @@ def test_what_an_engine_cannot_take(engine: str, tmp_path: Path, slots_LGC: np.n
     assert not list(tmp_path.iterdir())
 
 
+def test_second_copies(tmp_path: Path) -> None:
+    slots_LGC = [[[0, 1, 0], [2, 1, 2]]]
+    with pytest.raises(ProblemError, match=r"layer 0, slot 2 \(GPU 0\): holds a second copy of expert 0"):
+        export(slots_LGC, "ascend", tmp_path / "map.json")
+    for engine, suffix in (
+        ("vllm", ".json"),
+        ("sglang", ".json"),
+        ("tensorrt-llm", ".yml"),
+        ("eplb", ".npz"),
+    ):
+        path = tmp_path / f"{engine}{suffix}"
+        export(slots_LGC, engine, path, model_layers=1)
+        assert read_placement(path, gpus=2).slots_LGC.tolist() == slots_LGC
+
+
 def test_no_such_engine(tmp_path: Path, slots_LGC: np.ndarray) -> None:
     with pytest.raises(ProblemError, match="engine: is 'trt', must be one of vllm, sglang, tensorrt-llm"):
         export(slots_LGC, "trt", tmp_path / "map.yaml")

@@ -456,8 +456,14 @@ def test_plans_of_another_problem(saved: mo.Problem, capsys: Any) -> None:
     save_plan(plan_of(other, contiguous(8, other.capacity_LG)), "other.json")
     few = problem(topology=mo.uniform(1, 3, slots=3))
     save_plan(plan_of(few, contiguous(8, few.capacity_LG)), "few.json")
-    line = refused(capsys, "problem.json", "--current", "few.json", "--quiet")
-    assert line == "few.json: current: is for 2 layers, 3 GPUs and 8 experts; the problem has 2, 4 and 8"
+    assert main(["problem.json", "--current", "few.json", "--quiet"]) == 0  # GPU 3 is new
+    many = problem(topology=mo.uniform(1, 5, slots=3))
+    save_plan(plan_of(many, contiguous(8, many.capacity_LG)), "many.json")
+    line = refused(capsys, "problem.json", "--current", "many.json", "--quiet")
+    assert line.startswith(
+        "many.json: current: is for 5 GPUs, the problem has 4: say which are gone (such as --"
+    )
+    assert main(["problem.json", "--current", "many.json", "--gone", "1", "--quiet"]) == 0
 
 
 def test_a_failed_solve_leaves_the_old_plan(saved: mo.Problem, capsys: Any) -> None:

@@ -40,6 +40,8 @@ CALLS: dict[str, list[str]] = {
 
 VALUES: dict[str, list[str]] = {
     "output": ["out.json"],
+    "engine": ["vllm"],
+    "plan": ["ours.json"],
     "solver": ["construct"],
     "time": ["20"],
     "seed": ["1"],
@@ -59,6 +61,9 @@ VALUES: dict[str, list[str]] = {
     "fill": ["copies"],
     "share_entries": ["16"],
     "current": ["live.json"],
+    "live_gpus": ["4"],
+    "gone": ["3"],
+    "model_layers": ["2"],
     "sizing": ["slots"],
     "max_moves": ["100"],
     "max_move_bytes": ["900GB"],
@@ -74,6 +79,11 @@ VALUES: dict[str, list[str]] = {
 
 NEEDS: dict[str, list[str]] = {
     "schedule": ["--current", "live.json"],
+    "engine": ["--output", "out.json"],
+    "plan": ["--output", "out.json", "--engine", "vllm"],
+    "live_gpus": ["--current", "live.json"],
+    "gone": ["--current", "live.json"],
+    "model_layers": ["--current", "live.json"],
     "repair": ["--current", "live.json"],
     "max_moves": ["--current", "live.json"],
     "max_move_bytes": ["--current", "live.json", "--model", "Mixtral-8x7B"],
@@ -179,6 +189,36 @@ def test_modes_refuse_each_other(first: str, second: str) -> None:
         (
             ["problem.json", "--compare", "auto,,eplb"],
             "--compare: is 'auto,,eplb': a name between two commas",
+        ),
+        (["problem.json", "--gone", "3"], "--gone: is about a live placement: give --current"),
+        (["problem.json", "--live-gpus", "3"], "--live-gpus: is about a live placement: give --current"),
+        (["problem.json", "--engine", "vllm"], "--engine: needs a file to write: give --output FILE"),
+        (["problem.json", "--plan", "x.json"], "--plan: is for --engine; without one"),
+        (["problem.json", "--model-layers", "2"], "--model-layers: is for engines' files"),
+        (
+            ["problem.json", "--engine", "sglang", "-o", "x.json"],
+            "model-layers: is missing: 2 layers are numbered from 0",
+        ),
+        (
+            ["problem.json", "--engine", "vllm", "-o", "x.json", "--model-layers", "2"],
+            "--model-layers: is of no use for vllm",
+        ),
+        (["problem.json", "--engine", "vllm", "-o", "x.yaml"], "x.yaml: must end in .json"),
+        (
+            ["problem.json", "--engine", "vllm", "-o", "x.json", "--slots", "3,1=4"],
+            "--engine: vllm needs as many slots on every GPU, they are 3 to 4: give --slots C",
+        ),
+        (
+            ["problem.json", "--engine", "eplb", "-o", "x.npz", "--fill", "none"],
+            "--fill: is none, and eplb needs",
+        ),
+        (
+            ["problem.json", "--engine", "ascend", "-o", "x.json", "--fill", "copies"],
+            "--fill: is copies, and vllm-asc",
+        ),
+        (
+            ["problem.json", "--engine", "vllm", "-o", "x.json", "--plan", "x.json"],
+            "x.json: is written by --output; --plan needs another name",
         ),
         (["problem.json", "--repair"], "--repair: needs a live plan to mend"),
         (["problem.json", "--max-moves", "3"], "--max-moves: needs a live plan to move from"),
@@ -309,10 +349,14 @@ def test_repair_of_a_plan_that_breaks_every_rule(folder: Path, capsys: Any) -> N
 @pytest.mark.parametrize("gpus", [3, 6])
 def test_repair_of_a_plan_for_other_gpus(folder: Path, capsys: Any, gpus: int) -> None:
     argv = ["problem.json", "--gpus", str(gpus), "--slots", "4", "--current", "live.json", "-o", "out.json"]
-    assert main(argv) == 2
-    assert "the problem has 2, " in capsys.readouterr().err
+    assert main(argv) == (2 if gpus < 4 else 0)
+    told = (
+        "say which are gone (such as --gone 3)" if gpus < 4 else "is for 4 GPUs; GPUs 4-5 are new and empty"
+    )
+    assert told in capsys.readouterr().err
     assert main([*argv, "--repair"]) == 0
-    assert f"is for 4 GPUs, taken as the first {min(gpus, 4)} of {gpus}" in capsys.readouterr().err
+    told = "is for 4 GPUs, taken as the first 3" if gpus < 4 else "GPUs 4-5 are new and empty"
+    assert told in capsys.readouterr().err
     assert mo.load_plan("out.json").slots_LGC.shape[1] == gpus
 
 

@@ -4,5 +4,6 @@ from .reading import read_map as read_map
 from .reading import read_placement as read_placement
 from .reading import wanted_layers as wanted_layers
 from .writing import ENGINES as ENGINES
+from .writing import NUMBERED as NUMBERED
 from .writing import check_name as check_name
 from .writing import export as export

@@ -18,7 +18,7 @@ from moeless_opt.problems.files import atomic_write, format_of
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.spec import ModelSpec, Placement, Problem
 
-__all__ = ["ENGINES", "check_name", "export"]
+__all__ = ["ENGINES", "NUMBERED", "check_name", "export"]
 
 ENGINES: dict[str, tuple[str, ...]] = {
     "vllm": (".json",),
@@ -28,6 +28,8 @@ ENGINES: dict[str, tuple[str, ...]] = {
     "eplb": (".npz", ".pt", ".json"),
 }
 """Engines by name, and what their files may be called."""
+NUMBERED = ("sglang", "tensorrt-llm")
+"""Those whose files go by the model's own numbers of its layers, dense ones counted."""
 
 
 def export(
@@ -83,7 +85,7 @@ def export(
     if updates and engine != "tensorrt-llm":
         raise ProblemError("updates", f"are TensorRT-LLM's, {engine} has none")
     updates = whole("updates", updates)
-    if engine in ("sglang", "tensorrt-llm"):
+    if engine in NUMBERED:
         numbers, total = model_numbers(own, model=model or made_for, told=model_layers)
         if engine == "sglang":
             data = sglang.render(map_LS, experts, numbers, total)
