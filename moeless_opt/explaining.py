@@ -421,7 +421,8 @@ def _tight(case: _Case) -> Tight:
     load = float(load_E[inside_E].sum())
     if problem.split != "fractional":  # an engine with a rule of its own has no shares to change
         closed, inside_E = True, (load_E > 0) & (held_EG & tight_G).any(1)
-        load = float(gpu_tokens(load_E[None], case.slots_GC[None], share_GC[None])[0, tight_G].sum())
+        slots_GC = case.slots_GC[:, : share_GC.shape[1]]  # a case may have room for more
+        load = float(gpu_tokens(load_E[None], slots_GC[None], share_GC[None])[0, tight_G].sum())
     experts = np.flatnonzero(inside_E)
     experts = experts[np.argsort(-load_E[experts], kind="stable")]
     return Tight(
