@@ -55,9 +55,7 @@ def run_solvers(problem: Problem, args: argparse.Namespace, signals: Signals) ->
             else ""
         )
         parts = (measured(outcome.rows), "" if change is None else str(change))
-        show("
-
-".join([f"{outcome}{layers}", *filter(None, parts)]))
+        show("\n\n".join([f"{outcome}{layers}", *filter(None, parts)]))
     if signals.came and best is not None:
         say("interrupted: the best found so far is shown")
     for path in (args.output, args.plan, args.plot, args.schedule):
