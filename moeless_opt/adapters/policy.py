@@ -170,22 +170,28 @@ def answer(task: MapTask, options: PolicyOptions, split: str) -> MapAnswer:
     ProblemError, InfeasibleError
         If the task cannot be planned.
     """
-    if task.wanted_LGC is not None:
-        return _judged(task, options, split, _full(task, options, split), "the plan to begin with")
     now_LGC, loaded_L = task.now_LGC, task.loaded_L
+    before_L = np.full(len(loaded_L), np.inf)
+    if now_LGC is not None:
+        before_L = _imbalance(task, now_LGC, options, split)
+    if task.wanted_LGC is not None:
+        every_L = np.ones_like(loaded_L)
+        slots_LGC = _stay(task, every_L, task.wanted_LGC, options, split).slots_LGC  # with every slot full
+        return _judged(task, options, split, (before_L, slots_LGC), "the plan to begin with")
     if now_LGC is None:
-        return _judged(task, options, split, _planned(task, loaded_L | True, options, split), "")
+        slots_LGC = _planned(task, np.ones_like(loaded_L), options, split)
+        return _judged(task, options, split, (before_L, slots_LGC), "")
     whole_L, slots_LGC, reasons = is_whole(now_LGC, task.experts), now_LGC.copy(), []
     if not loaded_L.all():
         reasons.append(f"{int((~loaded_L).sum())} layers without loads")
     planned_L = loaded_L | ~whole_L
     if planned_L.any():
         slots_LGC[planned_L] = _planned(task, planned_L, options, split)
-        stay_L = planned_L & whole_L & ~_pays(task, now_LGC, slots_LGC, options, split)
+        stay_L = planned_L & whole_L & ~_pays(task, before_L, slots_LGC, options, split)
         slots_LGC[stay_L] = now_LGC[stay_L]
         if stay_L.any():
             reasons.append(f"{int(stay_L.sum())} layers would gain less than it costs")
-    return _judged(task, options, split, slots_LGC, "; ".join(reasons))
+    return _judged(task, options, split, (before_L, slots_LGC), "; ".join(reasons))
 
 
 def idle_answer(task: MapTask) -> MapAnswer | None:
@@ -212,16 +218,25 @@ def is_whole(slots_LGC: SlotArray, experts: int) -> BoolArray:
 def _problem(task: MapTask, rows_L: BoolArray, split: str, options: PolicyOptions, **more: Any) -> Problem:
     """Some layers as a problem; of those without loads all experts have the same."""
     load_LE = np.where(task.loaded_L[:, None], task.load_LE, 1.0)[rows_L]
-    tolerance = (
-        _TOLERANCE.get(Split(split), _TOLERANCE_ELSE) if options.tolerance is None else options.tolerance
-    )
+    tolerance = options.tolerance
+    if tolerance is None:
+        tolerance = _TOLERANCE.get(Split(split), _TOLERANCE_ELSE)
     return make_problem(
-        load_LE, task.topology, split=split, fill=options.fill, balance_tolerance=tolerance, **more
+        load_LE,
+        task.topology,
+        split=split,
+        fill=options.fill,
+        balance_tolerance=tolerance,
+        **more,
     )
 
 
 def _planned(task: MapTask, rows_L: BoolArray, options: PolicyOptions, split: str) -> SlotArray:
-    """Full slots for some layers."""
+    """Full slots for some layers.
+
+    Shares are free here and whole entries later: a placement made for entries levels no better by more than
+    their rounding, and costs twice the moves.
+    """
     live: dict[str, Any] = {}
     if task.now_LGC is not None:
         live = {
@@ -241,11 +256,12 @@ def _planned(task: MapTask, rows_L: BoolArray, options: PolicyOptions, split: st
 
 
 def _pays(
-    task: MapTask, now_LGC: SlotArray, slots_LGC: SlotArray, options: PolicyOptions, split: str
+    task: MapTask, before_L: FloatArray, slots_LGC: SlotArray, options: PolicyOptions, split: str
 ) -> BoolArray:
-    """Whether a layer's largest GPU load falls enough for what it ships, shape [L]."""
-    gain_L = _imbalance(task, now_LGC, options, split) - _imbalance(task, slots_LGC, options, split)
-    moved_L = new_replicas(slots_LGC, now_LGC, task.experts).sum(axis=(1, 2))
+    """Whether a layer's imbalance falls enough for what it ships, shape [L]."""
+    gain_L = before_L - _imbalance(task, slots_LGC, options, split)
+    assert task.now_LGC is not None
+    moved_L = new_replicas(slots_LGC, task.now_LGC, task.experts).sum(axis=(1, 2))
     return np.asarray((gain_L > 0) & (gain_L >= np.maximum(options.min_gain, options.move_price * moved_L)))
 
 
@@ -260,37 +276,32 @@ def _imbalance(task: MapTask, slots_LGC: SlotArray, options: PolicyOptions, spli
 
 
 def _stay(task: MapTask, rows_L: BoolArray, slots_LGC: SlotArray, options: PolicyOptions, split: str) -> Plan:
-    """The plan that keeps slots as they are, with the shares that the split gives them."""
-    problem = _problem(task, rows_L, split, options, current=slots_LGC[rows_L])
+    """The plan that keeps slots as they are, with the shares that the split, and the table, give them."""
+    entries = options.entries if split == Split.FRACTIONAL else None
+    problem = _problem(task, rows_L, split, options, current=slots_LGC[rows_L], share_entries=entries)
     plan = solve(problem, "stay").plan
     assert plan is not None
     return plan
 
 
-def _full(task: MapTask, options: PolicyOptions, split: str) -> SlotArray:
-    """The wanted placement with every slot full."""
-    assert task.wanted_LGC is not None
-    layers, gpus, width = task.shape
-    wanted_LGC = np.full((layers, gpus, width), -1, dtype=np.int32)
-    wanted_LGC[:, :, : task.wanted_LGC.shape[2]] = task.wanted_LGC
-    return _stay(task, np.ones(layers, dtype=np.bool_), wanted_LGC, options, split).slots_LGC
-
-
 def _judged(
-    task: MapTask, options: PolicyOptions, split: str, slots_LGC: SlotArray, reason: str
+    task: MapTask, options: PolicyOptions, split: str, found: tuple[FloatArray, SlotArray], reason: str
 ) -> MapAnswer:
-    """The answer, with what it is worth and, where replicas are weighted, its dispatch table."""
+    """The answer for slots, with what it is worth and, where replicas are weighted, its dispatch table.
+
+    `found` are the imbalance of what is live, infinite where there is none, and the slots.
+    """
+    before_L, slots_LGC = found
     layers, now_LGC = len(slots_LGC), task.now_LGC
     plan = _stay(task, np.ones(layers, dtype=np.bool_), slots_LGC, options, split)
-    before_L, moved_L = np.zeros(layers), np.zeros(layers, dtype=np.int64)
+    moved_L = np.zeros(layers, dtype=np.int64)
     if now_LGC is not None:
-        before_L = _imbalance(task, now_LGC, options, split)
-        before_L[~np.isfinite(before_L)] = 0.0
         moved_L = np.asarray(new_replicas(slots_LGC, now_LGC, task.experts).sum(axis=(1, 2)))
+    weighted = options.entries is not None and split == Split.FRACTIONAL
     return MapAnswer(
         map_LS=slots_LGC.reshape(layers, task.slots).astype(np.int64),
-        table=share_table(plan, options.entries) if split == Split.FRACTIONAL and options.entries else None,
-        before_L=before_L,
+        table=share_table(plan, options.entries) if weighted else None,
+        before_L=np.where(np.isfinite(before_L), before_L, 0.0),
         after_L=np.where(task.loaded_L, plan.imbalance_L, 1.0),
         moved_L=moved_L,
         reason=reason,

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moeless_opt.adapters.files import read_map
 from moeless_opt.adapters.journal import Journal
+from moeless_opt.adapters.maps import slots_of_map
 from moeless_opt.adapters.options import PolicyOptions, options_from
 from moeless_opt.adapters.planner import PlannerProcess
 from moeless_opt.adapters.policy import MapTask, first_map, idle_answer
 from moeless_opt.problems.arrays import IntArray, SlotArray, integers
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.io import load_plan
 from moeless_opt.problems.spec import Split
 from moeless_opt.solvers.shares import ShareTable
 
@@ -112,7 +113,7 @@ class Balancer:
             options = options.replace(entries=_ENTRIES)
         self.options, self.tables = options, DispatchTables()
         self.split = Split.EQUAL if options.entries is None else Split.FRACTIONAL
-        self.begin = None if options.plan is None else load_plan(options.plan)
+        self.begin = None if options.plan is None else read_map(options.plan)
         self.journal = Journal(options, _logger)
         self.planner = PlannerProcess(options, _logger.warning)
 
@@ -143,29 +144,24 @@ class Balancer:
         return map_LS
 
     def _task(self, weight: Any, slots: int, nodes: int, gpus: int, live: Any) -> MapTask:
+        """What vLLM asks; while its map is still the one it begins with, with the plan to begin with."""
         task = MapTask(load_LE=weight, slots=slots, gpus=gpus, nodes=nodes, live_LS=live)
-        plan, at_start = self.begin, task.live_LS is None
-        if plan is None or not task.load_LE.any():
-            return task
+        begin, at_start = self.begin, task.live_LS is None
         if task.live_LS is not None:
             at_start = np.array_equal(task.live_LS, first_map(len(task.load_LE), task.experts, slots))
-        if not at_start:
+        if begin is None or not at_start or not task.load_LE.any():
             return task
-        if (
-            plan.slots_LGC.shape[:2] != task.shape[:2]
-            or plan.slots_LGC.shape[2] > task.shape[2]
-            or plan.experts != task.experts
-        ):
+        fits = begin.map_LS.shape == (len(task.load_LE), slots) and begin.gpus in (None, gpus)
+        if not fits or int(begin.map_LS.max()) >= task.experts:
+            have, want = begin.map_LS.shape, (len(task.load_LE), slots)
             _logger.warning(
-                "moeless-opt: %s is for %s (layers, GPUs, slots) and %d experts, not %s and %d: not taken",
+                "moeless-opt: %s is not taken: it is for %s (layers, slots) or other GPUs or experts, not %s",
                 self.options.plan,
-                plan.slots_LGC.shape,
-                plan.experts,
-                task.shape,
-                task.experts,
+                have,
+                want,
             )
             return task
-        return task.replace(wanted_LGC=plan.slots_LGC)
+        return task.replace(wanted_LGC=slots_of_map(begin.map_LS, gpus))
 
 
 def _fallback(weight: Any, slots: int, live: Any) -> IntArray:
