@@ -78,6 +78,7 @@ FEATURES: dict[str, frozenset[Feature]] = {
     "replan": _REPLAN,
     "min-moves": frozenset(
         {
+            Feature.EQUAL_SPLIT,
             Feature.FRACTIONAL,
             Feature.MIGRATION,
             Feature.HETEROGENEOUS,

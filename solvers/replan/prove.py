@@ -1,22 +1,28 @@
-"""The fewest moves, proven layer by layer: `MinMoves` of the registry."""
+"""The fewest moves, proven layer by layer, for either split: `MinMoves` of the registry."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core import Built, Heuristic, Task, check_engine, part_of, risk_L, token_bound
+from moeless_opt.solvers.replan.even_counts import fewest_even_moves
 from moeless_opt.solvers.replan.live import layer_moves, live_slots
 from moeless_opt.solvers.replan.min_moves import min_moves, min_moves_bound
 from moeless_opt.solvers.replan.relabel import seat
-from moeless_opt.solvers.replan.solver import replan_within
+from moeless_opt.solvers.replan.solver import Replan, replan_within
 from moeless_opt.solvers.replan.task import ReplanWish
 from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["MinMoves", "MinMovesOptions"]
+
+EXACT = 128
+"""Experts x GPUs of a layer up to which an even split's moves are proven by the programme of pairs."""
+
+ROUNDS = 8  # of destroying and repairing before it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +46,14 @@ class MinMoves(Heuristic):
     """The thorough re-plan, then the proof: the fewest replicas that must move for the wanted balance."""
 
     name = "min-moves"
-    summary = "the fewest moves to the balance tolerance, proven layer by layer (fractional split)"
+    summary = "the fewest moves to the balance tolerance, proven layer by layer"
     Options = MinMovesOptions
     patience = 60.0
 
     def build(self, task: Task[MinMovesOptions]) -> Built:
         """Re-plan, then prove each layer's moves by a mixed-integer programme, as time allows."""
+        if task.problem.split == "equal":
+            return _even(task)
         problem, stop = task.problem, task.stop
         live_LGC, tolerance = live_slots(problem), problem.objective.balance_tolerance
         wish = ReplanWish(tolerance=tolerance, seed=task.seed, until_stopped=True)
@@ -83,6 +91,47 @@ class MinMoves(Heuristic):
                 note=f"moves, layer {problem.loads.layers[layer]}",
             )
         return _told(problem, slots_LGC, moves_L, least_L)
+
+
+def _even(task: Task[MinMovesOptions]) -> Built:
+    """The same for an even split: small layers by the programme of pairs, others by that of counts."""
+    problem, stop = task.problem, task.stop
+    live_LGC = live_slots(problem)
+    small = problem.experts * problem.topology.gpus <= EXACT  # the programme finds what a long search would
+    options = {"rounds": ROUNDS} if small else {}
+    first = Replan().placed(replace(task, stop=part_of(stop, 0.4)), problem, **options)
+    slots_LGC = first.slots_LGC.copy()
+    wanted_L = token_bound(problem) * (1 + problem.objective.balance_tolerance)
+    wanted_L = np.maximum(wanted_L, risk_L(problem, slots_LGC))
+    moves_L = layer_moves(problem, slots_LGC, live_LGC)
+    least_L = np.zeros_like(moves_L)
+    open_L = [int(x) for x in np.flatnonzero(moves_L > 0)]
+    for done, layer in enumerate(sorted(open_L, key=lambda x: (moves_L[x], x))):
+        if stop(float(moves_L.sum()), float(least_L.sum())):
+            break
+        answer = fewest_even_moves(
+            problem.load_LE[layer],
+            live_LGC[layer],
+            problem.capacity_LG[layer],
+            problem.topology.speed_G,
+            float(wanted_L[layer]),
+            below=int(moves_L[layer]),
+            exact=small,
+            stop=part_of(stop, 1.0 / (len(open_L) - done)),
+            engine=task.options.engine,
+        )
+        least_L[layer] = answer.bound
+        if answer.content is not None:
+            for gpu, row in enumerate(answer.content):
+                slots_LGC[layer, gpu] = seat(live_LGC[layer, gpu].tolist(), row)
+            moves_L[layer] = layer_moves(problem, slots_LGC, live_LGC)[layer]
+        task.report(
+            float(moves_L.sum()),
+            float(least_L.sum()),
+            done=(done + 1) / len(open_L),
+            note=f"moves, layer {problem.loads.layers[layer]}",
+        )
+    return _told(problem, slots_LGC, moves_L, least_L)
 
 
 def _told(problem: Problem, slots_LGC: SlotArray, moves_L: IntArray, least_L: IntArray) -> Built:
