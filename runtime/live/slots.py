@@ -63,7 +63,18 @@ def slots_of(plan: Any) -> SlotArray:
     ----------
     plan : object
         Something with ``slots_LGC``, something with ``placement.slots_LGC``, or the array itself.
+
+    Raises
+    ------
+    ProblemError
+        If it is no such thing, or its shares are entries of a table, which a live model has not.
     """
+    entries = getattr(plan, "share_entries", None)
+    if entries is not None:
+        raise ProblemError(
+            "share_entries",
+            f"is {entries}: a live model divides every batch into whole tokens; must be None in its plans",
+        )
     for holder in (plan, getattr(plan, "placement", None)):
         if holder is not None and hasattr(holder, "slots_LGC"):
             plan = holder.slots_LGC

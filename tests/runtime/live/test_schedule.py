@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moeless_opt as mo
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.runtime.control.backend import LoadWindow, Observation
@@ -305,3 +306,9 @@ def test_one_replica_of_each_stays_where_it_is() -> None:
     for g, row in enumerate(kept.tolist()):
         assert set(row) - {-1} <= set(rows[g])
     assert (kept >= 0).sum(1).max() == 1
+
+
+def test_a_plan_for_a_table_of_entries_is_refused() -> None:
+    plan = mo.plan([[4.0, 3.0, 2.0, 1.0]], mo.uniform(1, 2, slots=3), share_entries=8)
+    with pytest.raises(ProblemError, match="share_entries: is 8: a live model divides every batch"):
+        slots_of(plan)
