@@ -82,6 +82,7 @@ class _Layer:
         self.load_E, self.speed_G = problem.load_LE[row], problem.topology.speed_G
         self.even, self.copies = problem.split != "fractional", problem.fill == Fill.COPIES
         self.slots_GC, experts = slots_GC, problem.experts
+        self.moves_bound = problem.limits.bounds_moves
         self.count_GE = _counts(slots_GC, experts)
         self.live_GE = None if problem.current is None else _counts(problem.current.slots_LGC[row], experts)
 
@@ -123,5 +124,6 @@ class _Layer:
         top_E = after_EG.max(1)
         now = float(time_G.max())
         rises_E = np.where(top_E <= now * (1 + _SAME), now, top_E)
-        keys = (np.arange(len(here_E)), (after_EG**2).sum(1), comes_E, rises_E, ~fits_E)
+        costs_E, rest_E = (rises_E, comes_E) if self.moves_bound else (comes_E, rises_E)
+        keys = (np.arange(len(here_E)), (after_EG**2).sum(1), costs_E, rest_E, ~fits_E)
         return int(np.lexsort(keys)[0])

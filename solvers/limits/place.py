@@ -333,6 +333,6 @@ def slots_holding(problem: Problem, held: list[BoolArray], rows: IntArray | int 
         for gpu, held_E in enumerate(held_EG.T):
             kept = [] if problem.current is None else problem.current.slots_LGC[row, gpu].tolist()
             content = set(np.flatnonzero(held_E).tolist())
-            stay = [expert for expert in kept if expert in content]
+            stay = [expert for expert in dict.fromkeys(kept) if expert in content]
             slots_LGC[at, gpu, : len(content)] = stay + sorted(content.difference(stay))
     return slots_LGC

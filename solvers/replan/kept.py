@@ -5,9 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, SlotArray
-from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.spec import Problem, held_LGE, replica_counts
-from moeless_opt.solvers.core import NeverStop, Stop, choose_points, keeps_limits, risk_L, token_bound
+from moeless_opt.problems.errors import InfeasibleError, UnsupportedFeatureError
+from moeless_opt.problems.spec import Fill, Problem, held_LGE, replica_counts
+from moeless_opt.solvers.core import (
+    NeverStop,
+    Stop,
+    choose_points,
+    empty_slots,
+    keeps_limits,
+    risk_L,
+    token_bound,
+)
 from moeless_opt.solvers.limits import (
     Rules,
     apportioned,
@@ -21,10 +29,53 @@ from moeless_opt.solvers.limits import (
 from moeless_opt.solvers.replan.live import layer_moves
 from moeless_opt.solvers.replan.task import front_of
 
-__all__ = ["TINY", "search_small", "shared_rules", "within_all"]
+__all__ = ["TINY", "besides_filling", "search_small", "shared_rules", "within_all"]
 
 TINY = 64
 """Pairs of expert and GPU of layers that are searched where limits tie layers together or moves bind."""
+
+
+def besides_filling(problem: Problem, live_LGC: SlotArray) -> Problem:
+    """The problem with what its limits on moves leave once the empty slots are filled.
+
+    A GPU with fewer live experts than slots needs new ones, whatever the plan, or a first one where copies of
+    it may fill the rest; a search that knows nothing of it leaves as many moves unused.
+
+    Raises
+    ------
+    InfeasibleError
+        If filling the slots alone takes more moves than may be.
+    UnsupportedFeatureError
+        If seconds are the limit: nobody knows yet which replicas are to come.
+    """
+    limits = problem.limits
+    if problem.fill == Fill.NONE or not limits.bounds_moves:
+        return problem
+    short_L = np.maximum(empty_slots(problem, live_LGC), 0).sum(1)
+    if problem.fill == Fill.COPIES:
+        short_L = (problem.usable_LG & (live_LGC < 0).all(2)).sum(1)
+    if not short_L.any():
+        return problem
+    if limits.max_move_seconds is not None:
+        raise UnsupportedFeatureError(
+            f"limits.max_move_seconds: no solver keeps it where live slots are empty and all must be full "
+            f"(fill {problem.fill!r})"
+        )
+    needed = {
+        "max_moves": int(short_L.sum()),
+        "max_layer_moves": int(short_L.max()),
+        "max_move_bytes": int(short_L @ problem.bytes_L),
+    }
+    left: dict[str, int] = {}
+    for key, need in needed.items():
+        most = getattr(limits, key)
+        if most is not None and most < need:
+            raise InfeasibleError(
+                f"limits.{key}: is {most}, filling the empty slots (fill {problem.fill!r}) takes {need} or more"
+            )
+        if most is not None:
+            left[key] = most - need
+    return problem.replace(limits=limits.replace(**left))
 
 
 def within_all(problem: Problem, slots_LGC: SlotArray) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import Payback, Plan, Progress, ProgressCallback, gpu_times, move_seconds
-from moeless_opt.problems.spec import Problem
+from moeless_opt.problems.spec import Fill, Problem
 from moeless_opt.solvers.construct import Construct
 from moeless_opt.solvers.core import (
     Built,
@@ -40,7 +40,7 @@ from moeless_opt.solvers.limits import rules_of
 from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import replan_fractional
-from moeless_opt.solvers.replan.kept import TINY, search_small, shared_rules, within_all
+from moeless_opt.solvers.replan.kept import TINY, besides_filling, search_small, shared_rules, within_all
 from moeless_opt.solvers.replan.live import layer_moves, layer_problem, live_slots, part_problem
 from moeless_opt.solvers.replan.min_moves import min_moves_bound
 from moeless_opt.solvers.replan.relabel import relabel
@@ -167,8 +167,9 @@ class Replan(Heuristic):
 
     def build(self, task: Task[ReplanOptions]) -> Built:
         """Re-plan within the limits; with a horizon, only as far as it pays."""
-        problem = task.problem
-        live_LGC = live_slots(problem)
+        live_LGC = live_slots(task.problem)
+        problem = besides_filling(task.problem, live_LGC)
+        task = replace(task, problem=problem)
         moves = only_moves(problem.limits)
         free = problem if moves == problem.limits else problem.replace(limits=moves)
         least: list[IntArray] = []
@@ -257,6 +258,8 @@ class Replan(Heuristic):
         problem = task.problem
         if problem.objective.horizon is not None or problem.loads.shape[0] > 1:
             return slots_LGC
+        if problem.fill != Fill.NONE and problem.split != "fractional":
+            return slots_LGC  # the search leaves slots empty, and what fills them changes even shares
         loose = replace(task, problem=problem.replace(limits=type(problem.limits)()))
         if np.array_equal(self._slots(loose, live_LGC, []), slots_LGC):
             return slots_LGC

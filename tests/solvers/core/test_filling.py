@@ -146,3 +146,25 @@ def test_eplb_keeps_its_second_copies() -> None:
     assert whole.replicas == 8 * 20
     assert whole.share_LGE == pytest.approx(merged.share_LGE)
     assert whole.moves.count == merged.moves.count
+
+
+@few
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["fractional", "equal"]), st.sampled_from(FILLS))
+def test_limits_on_moves_hold_with_full_slots(seed: int, split: str, fill: str) -> None:
+    """From a full placement any limit can be kept; from one that is not, filling takes its part, or all."""
+    rng = np.random.default_rng(seed)
+    for live in ("some", "full"):
+        problem = random_problem(rng, split, fill, live)
+        assert problem.current is not None
+        held_LG = problem.current.held_LGE.sum(2)
+        alone = (problem.capacity_LG > 0) & (held_LG == 0)  # its first expert has to come
+        short = int((problem.capacity_LG - held_LG).sum() if fill == "distinct" else alone.sum())
+        for most in (0, short, short + 2):
+            limited = problem.replace(limits=mo.Limits(max_moves=most))
+            if most < short:
+                with pytest.raises(mo.InfeasibleError, match=r"^limits\.max_moves: is .*, filling"):
+                    mo.solve(limited)
+                continue
+            plan = mo.solve(limited).plan
+            assert plan is not None
+            assert plan.moves.count <= most
