@@ -57,6 +57,8 @@ class Effort:
         Most replica counts that are enumerated for a layer of two slots per GPU, see `two_slots.best_counts`.
     tiny : int
         Experts x GPUs up to which a layer is solved to optimality, see `exact_patterns`: a few milliseconds.
+    full : int
+        Changes of a layer whose slots must all be full, see `full.best_full`.
     """
 
     target: float
@@ -69,6 +71,7 @@ class Effort:
     width: int
     ways: int
     tiny: int
+    full: int
 
 
 _TINY_SECONDS = 30.0  # never reached at this size: the result does not depend on the clock
@@ -77,7 +80,17 @@ _NEAR = 1e-4  # above the target, where other counts are not worth their search
 
 EFFORTS = {
     "quick": Effort(
-        target=1.001, rounds=8, focus=24, suspect=np.inf, worst=0, pairs=0, steps=0, width=0, ways=0, tiny=0
+        target=1.001,
+        rounds=8,
+        focus=24,
+        suspect=np.inf,
+        worst=0,
+        pairs=0,
+        steps=0,
+        width=0,
+        ways=0,
+        tiny=0,
+        full=8,
     ),
     "normal": Effort(
         target=1.00035,
@@ -90,6 +103,7 @@ EFFORTS = {
         width=32,
         ways=20_000,
         tiny=40,
+        full=48,
     ),
     "thorough": Effort(
         target=1.0001,
@@ -102,6 +116,7 @@ EFFORTS = {
         width=256,
         ways=400_000,
         tiny=64,
+        full=512,
     ),
 }
 

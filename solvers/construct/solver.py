@@ -10,8 +10,9 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec import Fill, Problem, equal_shares
-from moeless_opt.solvers.construct.equal import construct_equal
+from moeless_opt.solvers.construct.equal import EFFORTS, construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
+from moeless_opt.solvers.construct.full import best_full
 from moeless_opt.solvers.core import (
     Built,
     Heuristic,
@@ -21,6 +22,8 @@ from moeless_opt.solvers.core import (
     empty_slots,
     in_time,
     one_of,
+    token_bound,
+    topped_up,
 )
 from moeless_opt.solvers.limits import place_within, rules_of
 from moeless_opt.solvers.shares import best_shares
@@ -111,18 +114,36 @@ class Construct(Heuristic):
         if problem.split == "equal":
             slots_LGC = construct_equal(
                 load_LE,
-                capacity_LG,
+                np.minimum(capacity_LG, problem.experts),
                 speed_G,
                 seed=task.seed,
                 effort=options.effort,
                 backend=options.backend,
                 stop=task.stop,
             )
+            if problem.fill != Fill.NONE:
+                slots_LGC = _full(task, slots_LGC)
             return slots_LGC, equal_shares(slots_LGC, problem.experts)
         effort = "normal" if options.effort == "quick" else options.effort
         return construct_fractional(
             load_LE, capacity_LG, speed_G, seed=task.seed, effort=effort, stop=task.stop
         )
+
+
+def _full(task: Task[ConstructOptions], slots_LGC: SlotArray) -> SlotArray:
+    """An even placement with every slot full: other replicas than without, or second copies as weights."""
+    problem, options = task.problem, task.options
+    load_LE, speed_G = problem.load_LE, problem.topology.speed_G
+    effort, copies = EFFORTS[options.effort], problem.fill == Fill.COPIES
+    first_LGC = topped_up(problem, slots_LGC)
+    if first_LGC is slots_LGC and not copies:
+        return slots_LGC
+    starts = [first_LGC]
+    if first_LGC is not slots_LGC and options.effort != "quick":  # what likes its slots empty misleads
+        room_LG = np.minimum(problem.capacity_LG, problem.experts)
+        starts.append(topped_up(problem, construct_equal(load_LE, room_LG, speed_G, effort="quick")))
+    goal_L = token_bound(problem) * effort.target
+    return best_full(load_LE, starts, speed_G, goal_L, copies=copies, steps=effort.full, stop=task.stop)
 
 
 class Stay(Heuristic):

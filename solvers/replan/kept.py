@@ -71,7 +71,7 @@ def besides_filling(problem: Problem, live_LGC: SlotArray) -> Problem:
         most = getattr(limits, key)
         if most is not None and most < need:
             raise InfeasibleError(
-                f"limits.{key}: is {most}, filling the empty slots (fill {problem.fill!r}) takes {need} or more"
+                f"limits.{key}: is {most}; filling empty slots (fill {problem.fill!r}) takes {need} or more"
             )
         if most is not None:
             left[key] = most - need

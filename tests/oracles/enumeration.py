@@ -54,6 +54,26 @@ def even_times(held_PEG: BoolArray, load_E: FloatArray, speed_G: FloatArray) -> 
     return np.asarray((np.einsum("peg,pe->pg", held_PEG.astype(float), piece_PE) / speed_G).max(1))
 
 
+def full_counts(capacity_G: list[int], experts: int, *, copies: bool) -> IntArray:
+    """All ways to fill every slot of one layer, as slots of each expert on each GPU, shape [P, E, G]."""
+    draw = itertools.combinations_with_replacement if copies else itertools.combinations
+    contents = [
+        np.array([np.bincount(row, minlength=experts) for row in draw(range(experts), room)], dtype=np.int64)
+        if room
+        else np.zeros((1, experts), dtype=np.int64)
+        for room in capacity_G
+    ]
+    index = np.stack([i.ravel() for i in np.meshgrid(*(np.arange(len(c)) for c in contents), indexing="ij")])
+    found = np.stack([rows[i] for rows, i in zip(contents, index, strict=True)], axis=2)
+    return np.asarray(found[(found.sum(2) > 0).all(1)])
+
+
+def even_slot_times(count_PEG: IntArray, load_E: FloatArray, speed_G: FloatArray) -> FloatArray:
+    """Largest GPU time of every placement whose experts are divided evenly over their slots, shape [P]."""
+    piece_PE = load_E / count_PEG.sum(2)
+    return np.asarray((np.einsum("peg,pe->pg", count_PEG.astype(float), piece_PE) / speed_G).max(1))
+
+
 def clock_times(held_PEG: BoolArray, load_E: FloatArray, speed_G: FloatArray, time: TimeModel) -> FloatArray:
     """Least largest GPU time of every placement by a linear time model, all its replicas in use, shape [P].
 
