@@ -14,7 +14,7 @@ from moeless_opt.problems.spec.placement import without_copies
 from moeless_opt.solvers.construct.full import best_full
 from tests.oracles.enumeration import even_slot_times, full_counts
 
-CASES = 60
+CASES = 40
 
 
 def small(rng: Any, fill: str) -> mo.Problem:
