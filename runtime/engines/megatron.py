@@ -19,7 +19,18 @@ from torch import Tensor
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
 from moeless_opt.runtime.checkpoint import check_megatron
-from moeless_opt.runtime.live import Adopted, AttachOptions, MemoryMeter, SlotBank, SlotExperts, meta_shell
+from moeless_opt.runtime.engines.stock_experts import StockWeights, activation_of
+from moeless_opt.runtime.live import (
+    Adopted,
+    AttachOptions,
+    GroupedExperts,
+    MemoryMeter,
+    PooledBank,
+    SlotBank,
+    SlotExperts,
+    can_group,
+    meta_shell,
+)
 from moeless_opt.runtime.live.dispatch import SlotDispatcher, chosen_experts
 
 check_megatron()
@@ -92,12 +103,6 @@ def _refuse(config: Any, layers: list[Any], options: AttachOptions) -> None:
         if used:
             raise UnsupportedFeatureError(f"attach does not support {name} yet")
     for layer in layers:
-        if not hasattr(layer.experts, "local_experts"):
-            kind = type(layer.experts).__name__
-            raise UnsupportedFeatureError(
-                f"attach does not support {kind} (fused expert weights) yet: "
-                "build the model with SequentialMLP (moe_grouped_gemm=False)"
-            )
         if isinstance(layer.token_dispatcher, MegatronDispatcher):
             raise UnsupportedFeatureError("the model is attached already: detach it first")
 
@@ -166,7 +171,7 @@ def adopt(model: Any, options: AttachOptions) -> Adopted:
     experts = int(inner.config.num_moe_experts)
     begin = group.rank * (experts // group.size)
     meter = MemoryMeter(options.memory_limit)
-    owned = [_Owned(layer, number, begin, device, meter) for number, layer in layers.items()]
+    owned = [_own(layer, number, begin, device, meter, options) for number, layer in layers.items()]
 
     def install(dispatchers: Sequence[SlotDispatcher], most_rows: int | None) -> None:
         for one, core in zip(owned, dispatchers, strict=True):
@@ -188,7 +193,67 @@ def adopt(model: Any, options: AttachOptions) -> Adopted:
         run_experts=lambda i, rows, sizes: owned[i].experts(rows, sizes, rows.new_ones(len(rows))),
         install=install,
         restore=restore,
+        row_exact=not any(isinstance(one, _Pooled) for one in owned),
     )
+
+
+def _own(
+    layer: Any, number: int, begin: int, device: torch.device, meter: MemoryMeter, options: AttachOptions
+) -> _Owned | _Pooled:
+    """Take a layer over, its experts to be computed as asked."""
+    single = hasattr(layer.experts, "local_experts")
+    dtype = next(layer.experts.parameters()).dtype
+    if options.experts == "grouped" and not can_group(dtype):
+        raise UnsupportedFeatureError(f"attach: there are no grouped products of {dtype}; use experts='loop'")
+    group = options.experts == "grouped" or (device.type == "cuda" and options.experts == "auto")
+    if single and not (group and can_group(dtype)):
+        return _Owned(layer, number, begin, device, meter)
+    try:
+        stock, activation = StockWeights(layer.experts), activation_of(layer.config)
+    except UnsupportedFeatureError as error:
+        if single and options.experts == "auto":
+            return _Owned(layer, number, begin, device, meter)
+        raise UnsupportedFeatureError(f"attach cannot group the experts of layer {number}: {error}") from None
+    read = stock.read()
+    places = options.places or len(read) + max(2, len(read) // 4)
+    resident: dict[int, list[Tensor]] = {begin + i: list(weights) for i, weights in enumerate(read)}
+    like = [torch.empty_like(t, memory_format=torch.contiguous_format, device="meta") for t in read[0]]
+    bank = PooledBank(number, resident, like, device, meter, max(places, len(read)))
+    experts = GroupedExperts(bank, activation, bool(layer.config.moe_apply_probs_on_input))
+    if options.experts == "loop":
+        experts.grouped = False
+    bank.on_install = experts.follow
+    stock.alias([bank.resident[e] for e in bank.order])
+    return _Pooled(layer, bank, experts, stock)
+
+
+class _Pooled:
+    """One MoE layer whose experts' weights were taken into a pool.
+
+    Parameters
+    ----------
+    layer : MoELayer
+        In its stock state.
+    bank, experts, stock
+        The pool, what computes, and what the weights were taken from.
+    """
+
+    def __init__(self, layer: Any, bank: PooledBank, experts: GroupedExperts, stock: StockWeights) -> None:
+        self.layer, self.dispatcher, self.module = layer, layer.token_dispatcher, layer.experts
+        self.bank, self.experts, self.stock = bank, experts, stock
+        self.experts.train(self.module.training)
+
+    def install(self, core: SlotDispatcher, most_rows: int | None) -> None:
+        """Let the core dispatch for the layer."""
+        self.stock.hollow()
+        core.slot_order = self.experts.slot_order
+        self.layer.experts = self.experts
+        self.layer.token_dispatcher = MegatronDispatcher(self.dispatcher, core)
+
+    def restore(self) -> None:
+        """Give the layer its stock parts again."""
+        self.stock.write([self.bank.resident[e] for e in self.bank.order])
+        self.layer.experts, self.layer.token_dispatcher = self.module, self.dispatcher
 
 
 class _Owned:

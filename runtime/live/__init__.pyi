@@ -7,11 +7,14 @@ from .experts import SlotExperts as SlotExperts
 from .experts import Weights as Weights
 from .experts import meta_shell as meta_shell
 from .faults import Guard as Guard
+from .grouped import GroupedExperts as GroupedExperts
+from .grouped import can_group as can_group
 from .groups import ExpertGroup as ExpertGroup
 from .home import MappedHome as MappedHome
 from .home import PinnedHome as PinnedHome
 from .home import host_copy as host_copy
 from .model import LiveModel as LiveModel
+from .pooled import PooledBank as PooledBank
 from .rows import pieces as pieces
 from .slots import SlotTable as SlotTable
 from .slots import static_slots as static_slots

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from moeless_opt.problems.arrays import IntArray
+from moeless_opt.problems.arrays import IntArray, whole
+from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.spec import Links
 from moeless_opt.runtime.live.dispatch import SharePolicy, SlotDispatcher
 from moeless_opt.runtime.live.experts import MemoryMeter, SlotBank
@@ -34,6 +35,12 @@ class AttachOptions:
     row_block : int, optional
         Rows to which expert batches are padded; by default what makes results independent of the split
         (tried out on a CPU, see `live.rows`; 1 on a GPU).
+    experts : {"auto", "loop", "grouped"}
+        How a rank's experts are computed: one after the other, or in grouped products over a pool that holds
+        all of them (`live.grouped`; not in float64). By default grouped on a GPU where that is possible.
+    places : int, optional
+        Experts of a layer for which the pool has room; by default a quarter more than a rank has at first, at
+        least two. More are possible, at the cost of an allocation.
     timeout : float
         Seconds after which a collective of a batch fails; bounds how late a dead rank is noticed.
     node_G : sequence of int, optional
@@ -53,12 +60,20 @@ class AttachOptions:
     home: HomeStore | None = None
     checksums: bool = False
     row_block: int | None = None
+    experts: str = "auto"
+    places: int | None = None
     timeout: float = 600.0
     node_G: Sequence[int] | None = None
     memory_limit: int | None = None
     links: Links | None = None
     ranks: Sequence[int] | None = None
     store: Any = None
+
+    def __post_init__(self) -> None:
+        if self.experts not in ("auto", "loop", "grouped"):
+            raise ProblemError("experts", f"is {self.experts!r}, must be 'auto', 'loop' or 'grouped'")
+        if self.places is not None:
+            whole("places", self.places, low=1)
 
     def told(self) -> dict[str, Any]:
         """What has to be the same on all ranks."""
@@ -113,6 +128,8 @@ class Adopted:
         Second source that the engine keeps anyway.
     transposed : bool
         Whether the experts' matrices are stored [inner, outer].
+    row_exact : bool
+        Whether sizes of batches are chosen so that a row's result does not depend on the batch.
     """
 
     model: Any
@@ -128,6 +145,7 @@ class Adopted:
     restore: Callable[[], None]
     home: HomeStore | None = None
     transposed: bool = False
+    row_exact: bool = True
 
     def told(self) -> dict[str, Any]:
         """What has to be the same on all ranks."""

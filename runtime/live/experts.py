@@ -148,16 +148,21 @@ class SlotBank:
         MemoryError
             If the meter's limit or the device does not allow it.
         """
-        limit = self.meter.hard_limit
-        if limit is not None and self.meter.now + self.expert_bytes > limit:
-            raise MemoryError(
-                f"{self.expert_bytes} bytes more than the {self.meter.now} held exceed the limit of {limit}"
-            )
+        self.check_room(1)
         try:
             fresh = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.shapes]
         except torch.OutOfMemoryError as error:
             raise MemoryError(str(error)) from error
         return [self.meter.track(Parameter(t, requires_grad=False)) for t in fresh]
+
+    def check_room(self, experts: int) -> None:
+        """Raise MemoryError where so many more would exceed the meter's limit."""
+        limit, more = self.meter.hard_limit, experts * self.expert_bytes
+        if limit is not None and self.meter.now + more > limit:
+            raise MemoryError(f"{more} bytes more than the {self.meter.now} held exceed the limit of {limit}")
+
+    def settle(self) -> None:
+        """Called when what serves has changed, and nothing holds what left any more."""
 
     def weights(self, expert: int) -> Weights:
         """Tensors of an expert that serves or is staged here."""
@@ -181,6 +186,7 @@ class SlotBank:
         self.order = tuple(experts)
         if self.on_install is not None:
             self.on_install(self)
+        self.settle()
 
     def drop_staged(self, keep: Sequence[int] = ()) -> None:
         """Free staged experts, except some."""

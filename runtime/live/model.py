@@ -66,11 +66,9 @@ class LiveModel:
         kinds = {(*shape, dtype) for bank in self.banks for shape, dtype in bank.shapes if len(shape) == 2}
         turned = adopted.transposed
         products = [(a, b, dtype) if turned else (b, a, dtype) for a, b, dtype in kinds]
-        self.row_block = (
-            default_row_block(self.group.device, products, transposed=turned)
-            if options.row_block is None
-            else RowBlock(options.row_block)
-        )
+        self.row_block = RowBlock(options.row_block or 1)
+        if options.row_block is None and adopted.row_exact:
+            self.row_block = default_row_block(self.group.device, products, transposed=turned)
         self._agreement = Agreement(self.group, self.layers, options.shares)
         same_everywhere(self.group, {**adopted.told(), **options.told()})
         tables = [SlotTable(static_slots(self.experts, self.group.size), self.experts) for _ in self.banks]

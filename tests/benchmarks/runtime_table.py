@@ -50,14 +50,28 @@ def show(title: str, rows: Sequence[tuple[str, str]]) -> None:
         print(f"  {name:<52s}{value}")
 
 
-def overhead(rounds: int) -> None:
+def grouped() -> None:
+    """All experts of a rank in grouped products, against one after the other."""
+    (rows,) = world("grouped", 256, 512, ranks=1)
+    print("Experts of 256 x 512 on one rank, one thread: processor time, best of 15, in ms:")
+    print("      type  experts  tokens    looped   grouped   ratio   difference of the largest value")
+    for r in rows:
+        loop, group = r["ms"]
+        print(
+            f"  {r['dtype']:>8s}  {r['experts']:7d}  {r['tokens']:6d}  {loop:8.3f}  {group:8.3f}"
+            f"  {group / loop:6.3f}   {r['difference'] / r['scale']:.1e}"
+        )
+
+
+def overhead(rounds: int, experts: str) -> None:
     """Against megatron-core's own dispatcher and experts."""
     print(
-        "Attached with the static placement, against stock megatron-core (all-to-all, SequentialMLP), fp32:"
+        "Attached with the static placement, against stock megatron-core (all-to-all, SequentialMLP), fp32, "
+        f"experts {experts}:"
     )
     print("  hidden  tokens     stock  attached  ratio of pairs   processor time (all ranks)    difference")
     for hidden, length in ((64, 16), (128, 64), (256, 128)):
-        ranks = world("overhead", rounds, hidden, length)
+        ranks = world("overhead", rounds, hidden, length, experts)
         ratio = statistics.median(r["ratio"] for r in ranks)
         stock, live = (sum(r["processor_ms"][i] for r in ranks) for i in (0, 1))
         r = ranks[0]
@@ -219,13 +233,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument(
-        "--only", choices=("placements", "overhead", "kills", "traffic", "modes", "lanes", "split")
+        "--only",
+        choices=("placements", "overhead", "grouped", "kills", "traffic", "modes", "lanes", "split"),
     )
     args = parser.parse_args()
     if args.only in (None, "placements"):
         placements(12 if args.quick else 60)
     if args.only in (None, "overhead"):
-        overhead(20 if args.quick else 100)
+        overhead(20 if args.quick else 100, "loop")
+    if args.only in (None, "grouped"):
+        grouped()
+        overhead(20 if args.quick else 100, "grouped")
     if args.only in (None, "traffic"):
         traffic(2 if args.quick else 6)
     if args.only in (None, "modes"):

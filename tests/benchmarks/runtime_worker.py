@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import statistics
@@ -72,7 +73,44 @@ def placements(plans: int) -> dict[str, Any]:
     }
 
 
-def overhead(rounds: int, hidden: int, length: int) -> dict[str, Any]:
+def grouped(hidden: int, inner: int) -> list[dict[str, Any]]:
+    """Grouped against looped experts of one rank: processor time, and the largest difference."""
+    worlds.join()
+    out = []
+    for dtype, experts in itertools.product((torch.float32, torch.bfloat16), (8, 32, 64)):
+        worlds.EXPERTS, worlds.HIDDEN = experts, hidden
+        lives = []
+        for how in ("loop", "grouped"):
+            model = worlds.tiny_model(1, 2, dtype, moe_ffn_hidden_size=inner, ffn_hidden_size=inner)
+            lives.append(attach(model, experts=how, row_block=1))
+        chance = torch.Generator().manual_seed(0)
+        for tokens in (1, 8, 64, 512):
+            x = torch.randn(tokens, hidden, generator=chance).to(dtype)
+            sizes = torch.randint(experts, (tokens,), generator=chance).bincount(minlength=experts).numpy()
+            results: list[Any] = [None, None]
+            took: list[list[float]] = [[], []]
+            for turn in range(16):
+                for which in (0, 1) if turn % 2 else (1, 0):
+                    began = time.process_time()
+                    with torch.no_grad():
+                        results[which] = lives[which].adopted.run_experts(0, x, sizes)[0]
+                    took[which].append(time.process_time() - began)
+            out.append(
+                {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "experts": experts,
+                    "tokens": tokens,
+                    "ms": [1e3 * min(times[1:]) for times in took],
+                    "difference": (results[0] - results[1]).abs().max().item(),
+                    "scale": results[0].abs().max().item(),
+                }
+            )
+        for live in lives:
+            live.detach()
+    return out
+
+
+def overhead(rounds: int, hidden: int, length: int, experts: str) -> dict[str, Any]:
     """An attached model with the static placement against megatron-core's own dispatcher and experts."""
     import stock_on_cpu
 
@@ -86,7 +124,7 @@ def overhead(rounds: int, hidden: int, length: int) -> dict[str, Any]:
         model = worlds.tiny_model(4, 2, torch.float32, **wide, **fields)
         models.append(model)
     stock_on_cpu.use_stock_dispatchers(models[0])
-    live = attach(models[1])
+    live = attach(models[1], experts=experts)
     x = worlds.batch(rank, 0, 4, length)
     seconds: list[list[float]] = [[], []]
     processor: list[list[float]] = [[], []]
@@ -331,8 +369,9 @@ if __name__ == "__main__":
     run = {
         "placements": placements,
         "overhead": overhead,
+        "grouped": grouped,
         "kills": kills,
         "traffic": traffic,
         "modes": modes,
     }[what]
-    worlds.report(run(*(int(n) for n in numbers)))
+    worlds.report(run(*(int(n) if n.isdigit() else n for n in numbers)))

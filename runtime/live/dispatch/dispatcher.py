@@ -119,6 +119,8 @@ class SlotDispatcher:
         # Real tokens of the next batches: bool [T], or None for all. What is masked out is not observed.
         self.valid: Tensor | None = None
         self.skip_invalid = False
+        #: Order in which the experts want the rows of the local slots; None: as the slots stand.
+        self.slot_order: Callable[[], IntArray | None] = lambda: None
         #: Whether the experts' weights want gradients.
         self.experts_train: Callable[[], bool] = lambda: False
         self.on_batch: list[Callable[[SlotDispatcher, Tensor], None]] = []
@@ -284,23 +286,32 @@ class SlotDispatcher:
         -------
         tokens [M, H], tokens of each local slot (array of int64 [S], with padding), weights [M]
         """
-        sizes_S = self.chunks_RS.sum(axis=0)
-        padded_S = -(-sizes_S // self.row_block) * self.row_block
-        self._order_in(sizes_S, padded_S, rows)
+        starts_RS = (np.cumsum(self.chunks_RS) - self.chunks_RS.ravel()).reshape(self.chunks_RS.shape)
+        sizes_RS, wanted = self.chunks_RS, self.slot_order()
+        if wanted is not None:
+            starts_RS, sizes_RS = starts_RS[:, wanted], sizes_RS[:, wanted]
+        padded_S = -(-sizes_RS.sum(axis=0) // self.row_block) * self.row_block
+        self._order_in(starts_RS, sizes_RS, padded_S, rows, sorted_already=wanted is None)
         if self._gather is not None:
             rows, probs = rows.index_select(0, self._gather), probs.index_select(0, self._gather)
-        self.tokens += int(sizes_S.sum())
+        self.tokens += int(sizes_RS.sum())
         self._start_clock(rows)
         return rows, padded_S, probs
 
-    def _order_in(self, sizes_S: IntArray, padded_S: IntArray, rows: Tensor) -> None:
-        n_rows = rows.size(0)
+    def _order_in(
+        self,
+        starts_RS: IntArray,
+        sizes_RS: IntArray,
+        padded_S: IntArray,
+        rows: Tensor,
+        *,
+        sorted_already: bool,
+    ) -> None:
+        n_rows, sizes_S = rows.size(0), sizes_RS.sum(axis=0)
         padding = int(padded_S.sum()) != n_rows
-        if n_rows == 0 or (not padding and (sizes_S.size <= 1 or self.group.size == 1)):
+        if n_rows == 0 or (not padding and (sizes_S.size <= 1 or (self.group.size == 1 and sorted_already))):
             self._gather = self._scatter = None
             return
-        sizes_RS = self.chunks_RS
-        starts_RS = (np.cumsum(sizes_RS) - sizes_RS.ravel()).reshape(sizes_RS.shape)
         arrived = _ramps(starts_RS.T.ravel(), sizes_RS.T.ravel())
         shift_S = np.cumsum(padded_S - sizes_S) - (padded_S - sizes_S)
         stands = np.arange(n_rows) + np.repeat(shift_S, sizes_S)

@@ -154,6 +154,14 @@ def test_detach_gives_parameters_back_as_they_were(run_world: World) -> None:
         assert result == {"changed": [], "same": True}
 
 
+def test_grouped_experts_give_the_same_outputs(run_world: World) -> None:
+    """Weights of every class of stock experts, under any placement, and given back as they were."""
+    for results in run_world("worker_grouped.py", 2):
+        for name, case in results.items():
+            allowed = 2e-6 if "fp32" in name else 1.6e-2
+            assert max(case["moving"], case["settled"]) <= allowed * case["scale"], name
+
+
 def test_transformers_models_give_the_same_logits(run_world: World) -> None:
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
