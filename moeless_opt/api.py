@@ -532,12 +532,15 @@ def export_model(problem: Problem, path: str | PathLike[str], *, layer: int | No
     Raises
     ------
     ProblemError
-        If there is no such layer, the suffix is neither, the file cannot be written, or slots must be full.
+        If there is no such layer, the suffix is neither, the file cannot be written, slots must be
+        full, or shares whole entries.
     """
     from moeless_opt.solvers.exact import layer_of, write_model
 
     if problem.fill != "none":
         raise ProblemError("fill", f"is {problem.fill!r}, must be 'none': the model may leave slots empty")
+    if problem.share_entries is not None:
+        raise ProblemError("share_entries", f"is {problem.share_entries}, must be None: the model's are free")
     layers = problem.loads.layers
     if layer is not None and layer not in layers:
         raise ProblemError("layer", f"is {layer}, must be one of the problem's: {layers[0]} to {layers[-1]}")

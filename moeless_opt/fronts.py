@@ -283,7 +283,7 @@ def _by_size(
             share = best_shares(problem, one)
         else:
             one, share = construct_fractional(load_LE, less_LG, speed_G, seed=seed)
-        several = problem.loads.shape[0] > 1
+        several = problem.loads.shape[0] > 1 or problem.share_entries is not None
         times.append(risk_L(problem, one) if several else gpu_times(load_LE, one, share, speed_G).max(1))
         padded = np.full((*one.shape[:2], wide), -1, dtype=np.int32)
         padded[:, :, : one.shape[2]] = one

@@ -178,6 +178,20 @@ def test_the_verifier_counts_entries() -> None:
         assert said.startswith("scenario 1, layer" if key != "share_LGC" else "layer")
 
 
+def test_models_of_free_shares_are_not_written_for_entries(tmp_path: Path) -> None:
+    problem = make_problem(loads(9, 1, 8), GPUS, share_entries=8)
+    with pytest.raises(mo.ProblemError, match="share_entries: is 8, must be None"):
+        mo.export_model(problem, tmp_path / "layer.lp")
+
+
+def test_fronts_are_of_rounded_plans() -> None:
+    problem = make_problem(loads(12, 1, 12), mo.uniform(1, 4, slots=5), share_entries=8)
+    front = mo.pareto(problem, ("balance", "memory"))
+    balance = [value for value, _ in front.values]
+    assert balance == sorted(balance, reverse=True)
+    assert all(plan.share_entries == 8 for plan in front.plans)
+
+
 # --- documents ---------------------------------------------------------------------------------------------
 
 
