@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from moeless_opt.solvers.shares import entry_search
 from moeless_opt.solvers.shares.entry_search import EntryGraph
 from moeless_opt.solvers.shares.rounding import round_tokens
 
-__all__ = ["entry_shares", "warm_entries"]
+__all__ = ["entry_shares", "kernels", "warm_entries"]
 
 _MUCH = 2000  # replicas from which on loading compiled code pays
 
@@ -131,15 +130,15 @@ def _counted(
         *(np.zeros(gpus, dtype=np.int64) for _ in range(3)),
         np.zeros(gpus),
     ]
-    search = _twin(backend, edges)
-    if search is entry_search.lower_peaks:
+    twin = kernels(backend, edges)
+    if twin is None:
         tables = [table.tolist() for table in tables]
     else:
         tables = [
             np.ascontiguousarray(t, dtype=np.float64 if t.dtype.kind == "f" else np.int64) for t in tables
         ]
     graph = EntryGraph(entries, gpus, *tables)
-    search(graph)
+    (entry_search if twin is None else twin).lower_peaks(graph)
     return np.asarray(graph.count_P, dtype=np.int64)
 
 
@@ -147,18 +146,19 @@ def _summed(key_R: IntArray, value_R: FloatArray, size: int) -> FloatArray:
     return np.asarray(np.bincount(key_R, weights=value_R, minlength=size), dtype=np.float64)
 
 
-def _twin(backend: str, edges: int) -> Callable[[EntryGraph], None]:
-    """The search for a backend; "auto" is the compiled one where that costs little against the work."""
+def kernels(backend: str, work: int) -> Any:
+    """The compiled twins for a backend, None for the plain ones; "auto" compiles where that costs little.
+
+    `work` is in replicas whose entries are counted.
+    """
     if backend not in ("auto", "numpy", "numba"):
         raise ProblemError("backend", f"is {backend!r}; it can be 'auto', 'numpy' or 'numba'")
     installed = importlib.util.find_spec("numba") is not None
     if backend == "numba" and not installed:
         raise SolverUnavailableError('the backend "numba" needs Numba: pip install "moeless-opt[fast]"')
-    if backend == "auto" and not (installed and (_loaded() or (edges > _MUCH and _compiled_before()))):
-        return entry_search.lower_peaks
-    if backend == "numpy":
-        return entry_search.lower_peaks
-    return _kernel()
+    if backend == "auto" and not (installed and (_loaded() or (work > _MUCH and _compiled_before()))):
+        return None
+    return None if backend == "numpy" else _kernels()
 
 
 def warm_entries() -> bool:
@@ -171,7 +171,7 @@ def warm_entries() -> bool:
 
 
 def _loaded() -> bool:
-    return "numba" in sys.modules and _kernel.cache_info().currsize > 0
+    return "numba" in sys.modules and _kernels.cache_info().currsize > 0
 
 
 def _compiled_before() -> bool:
@@ -181,8 +181,7 @@ def _compiled_before() -> bool:
 
 
 @functools.cache
-def _kernel() -> Callable[[EntryGraph], None]:
-    from moeless_opt.solvers.shares._entry_kernels import lower_peaks
+def _kernels() -> Any:
+    from moeless_opt.solvers.shares import _entry_kernels
 
-    found: Callable[[EntryGraph], None] = lower_peaks
-    return found
+    return _entry_kernels

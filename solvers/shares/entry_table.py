@@ -20,7 +20,7 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.spec import MOST_ENTRIES, Problem, replica_counts
-from moeless_opt.solvers.shares.entries import entry_shares
+from moeless_opt.solvers.shares.entries import entry_shares, kernels
 from moeless_opt.solvers.shares.rounding import round_tokens
 
 __all__ = ["ShareTable", "share_table"]
@@ -130,6 +130,13 @@ def _rows(key_R: IntArray, slot_R: IntArray, count_R: IntArray, rows: int) -> tu
 
 def _schedule(count_KR: IntArray, total: int) -> IntArray:
     """Which replica is served at each step, shape [total, K]; at no step is one off by a whole token."""
+    twin = kernels(
+        "auto", count_KR.size * total // 8
+    )  # a step of a schedule is an eighth of a replica's search
+    if twin is not None:
+        pick_TK = np.zeros((total, len(count_KR)), dtype=np.int64)
+        twin.schedule(np.ascontiguousarray(count_KR), total, pick_TK)
+        return pick_TK
     given_KR = np.zeros_like(count_KR)
     spread_K1 = np.maximum(2 * (count_KR > 0).sum(1, keepdims=True) - 2, 1)
     pick_TK = np.zeros((total, len(count_KR)), dtype=np.int64)

@@ -11,7 +11,8 @@ import pytest
 import moeless_opt as mo
 from moeless_opt.problems.plan import gpu_times
 from moeless_opt.problems.spec import equal_shares
-from moeless_opt.solvers.shares import entry_shares, solve_shares
+from moeless_opt.solvers.shares import entries as entry_module
+from moeless_opt.solvers.shares import entry_shares, entry_table, solve_shares
 from moeless_opt.solvers.shares.entry_table import met_order
 from moeless_opt.solvers.shares.rounding import round_tokens
 from tests.oracles.entries import best_entries
@@ -88,6 +89,7 @@ def test_no_rounding_is_better_where_replicas_have_few_cycles(seed: int) -> None
     assert ours >= least * (1 - 1e-9)
 
 
+@pytest.mark.xdist_group("numba")
 def test_the_search_beats_largest_remainders_and_the_twins_agree() -> None:
     rng = np.random.default_rng(1)
     load_LE = rng.lognormal(0, 1, (6, 64))
@@ -140,6 +142,20 @@ def test_a_table_serves_the_shares_from_the_first_tokens_on() -> None:
                     met = row[met_order(count)[:tokens]]
                     off = max(abs((met == slot).sum() - tokens * part) for slot, part in served.items())
                     assert off < 1
+
+
+@pytest.mark.xdist_group("numba")
+def test_the_twins_schedule_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    for total in (1, 7, 64):
+        count_KR = rng.multinomial(total, [0.4, 0.3, 0.2, 0.1, 0.0], 20)
+        plain, quick = [], []
+        for name, found in (("numpy", plain), ("numba", quick)):
+            monkeypatch.setattr(
+                entry_table, "kernels", lambda _, work, name=name: entry_module.kernels(name, work)
+            )
+            found.append(entry_table._schedule(count_KR, total))
+        assert np.array_equal(plain[0], quick[0])
 
 
 def test_tokens_meet_entries_as_the_hash_says() -> None:
