@@ -25,3 +25,13 @@ def shared_data() -> Path:
     if not (root / "deepseek_v3_counts.npz").is_file():
         pytest.skip(f"measured recordings not found at {root} (set MOELESS_DATA)")
     return root
+
+
+@pytest.fixture(scope="session")
+def engine_cases() -> Path:
+    """Folder of small files in the engines' own formats, which are not part of the project; skips without."""
+    data = Path(os.environ.get("MOELESS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    root = data.parent / "cases" / "engines"
+    if not (root / "eplb_triple.json").is_file():
+        pytest.skip(f"engines' files not found at {root} (set MOELESS_DATA)")
+    return root

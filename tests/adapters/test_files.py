@@ -138,7 +138,10 @@ def test_plans_are_read_as_well(tmp_path: Path) -> None:
 def test_arrays_alone(tmp_path: Path, slots_LGC: np.ndarray, gpus: int | None) -> None:
     given = slots_LGC if gpus is None else slots_LGC.reshape(4, 12)
     np.save(tmp_path / "map.npy", given)
-    np.savez(tmp_path / "map.npz", anything=given)
+    np.savez(tmp_path / "map.npz", given)
+    np.savez(tmp_path / "loads.npz", loads=given)
+    with pytest.raises(ProblemError, match="holds no map of experts"):
+        read_map(tmp_path / "loads.npz")
     for name in ("map.npy", "map.npz"):
         assert (read_placement(tmp_path / name, gpus=gpus).slots_LGC == slots_LGC).all()
 

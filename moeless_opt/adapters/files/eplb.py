@@ -24,12 +24,15 @@ MAPS = (
     "phy2log", "physical_to_logical_map", "last_physical_to_logical_map", "physical_to_logical",
     "physical_to_logical_map_cpu",
 )  # fmt: skip
+_BARE = ("arr_0", "array", "tensor", "map", "slots", "placement")  # of one array alone, and none of loads
 _COUNTS = ("logcnt", "logical_replica_count", "replica_count")
 
 
 def parse(arrays: Mapping[str, NDArray[Any]], where: str = "") -> EngineMap:
     """The map among arrays by name."""
-    names = [name for name in MAPS if name in arrays] or (list(arrays) if len(arrays) == 1 else [])
+    names = [name for name in MAPS if name in arrays]
+    if not names and len(arrays) == 1 and set(arrays) <= set(_BARE):
+        names = list(arrays)
     if not names:
         raise FormatError(
             where or "file",
