@@ -23,7 +23,8 @@ class Loads(Record):
     Parameters
     ----------
     load_TLE : array of float, shape [T, L, E]
-        Token-expert pairs (tokens x top-k) routed to each expert; finite and at least 0.
+        Token-expert pairs (tokens x top-k) routed to each expert; finite and at least 0. All zeros are an
+        idle window: what is live stays, and of plans one is as good as another.
     weight_T : array of float, shape [T], optional
         Weights of the scenarios; equal by default. They are scaled to sum to 1.
     layers : sequence of int, optional
@@ -42,7 +43,7 @@ class Loads(Record):
     Raises
     ------
     ProblemError
-        If a field is malformed, or all loads are zero.
+        If a field is malformed.
     """
 
     load_TLE: FloatArray
@@ -71,10 +72,6 @@ class Loads(Record):
         most = float(load_TLE.max())
         if most > _MOST:
             raise ProblemError("loads", f"reach {most:g}, must be at most {_MOST:g}")
-        if most == 0:
-            raise ProblemError(
-                "loads", "are all zero: nothing says which expert is busy; at least one must be above 0"
-            )
         put(self, "load_TLE", load_TLE)
         scenarios, layers, experts = load_TLE.shape
         if self.weight_T is not None:
@@ -168,8 +165,10 @@ class Loads(Record):
         t, layers, experts = self.shape
         load_LE = self.load_LE
         mean_L = load_LE.mean(1)
-        skew = float((load_LE.max(1)[mean_L > 0] / mean_L[mean_L > 0]).mean())
-        parts = [f"{layers} layers x {experts} experts", f"hottest expert {skew:.2f} x mean"]
+        busy_L = mean_L > 0
+        skew = float((load_LE.max(1)[busy_L] / mean_L[busy_L]).mean()) if busy_L.any() else 0.0
+        hottest = f"hottest expert {skew:.2f} x mean" if busy_L.any() else "no tokens"
+        parts = [f"{layers} layers x {experts} experts", hottest]
         if t > 1:
             parts.insert(0, f"{t} scenarios")
         source = f", from {printable(self.source)}" if self.source else ""

@@ -129,7 +129,7 @@ def guises(problem: Problem) -> Iterator[Problem]:
         (None, loads.load_TLE.max(0)),
         *((int(t), loads.load_TLE[t]) for t in heaviest),
     ):
-        if load_LE.any():
+        if load_LE.any() or (t is None and not loads.load_TLE.any()):  # of idle scenarios one stands for all
             by_node = None
             if problem.split == "nearest" and loads.load_TLNE is not None:
                 by_node = (problem.source_parts(t) * load_LE[:, None, :])[None]

@@ -306,7 +306,6 @@ BAD_DOCUMENTS = [
     ({"loads": {"load": [1, 2]}}, "loads: has shape (2,), must be [layers, experts]"),
     ({"loads": {"load": [[1, 2], [3]]}}, "loads: not an array of numbers"),
     ({"loads": {"load": [[1, -2]]}}, "loads.load[0][1]: is -2.0, must be finite and at least 0"),
-    ({"loads": {"load": [[0, 0]]}}, "loads: are all zero"),
     ({"loads": {"load": [["a", "b"]]}}, "loads: must hold numbers"),
     ({"topology": {"gpus_per_node": 0, "slots": 1}}, "topology.gpus_per_node: is 0"),
     ({"topology": {"gpus": []}}, "topology.gpus: needs at least one GPU"),

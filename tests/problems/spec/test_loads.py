@@ -21,7 +21,6 @@ from tests.strategies import few, loads
         ({"load_TLE": 3.0}, r"loads: has shape \(\), must be \[layers, experts\]"),
         ({"load_TLE": np.ones((1, 1, 1, 1))}, r"loads: has shape \(1, 1, 1, 1\)"),
         ({"load_TLE": np.ones((0, 4))}, "loads: is empty"),
-        ({"load_TLE": [[0, 0]]}, "loads: are all zero: .*at least one must be above 0"),
         ({"load_TLE": [[1, -1]]}, r"loads\[0\]\[1\]: is -1.0, must be finite and at least 0"),
         ({"load_TLE": [[[1, 2], [np.nan, 1]]]}, r"loads\[0\]\[1\]\[0\]: is nan"),
         ({"load_TLE": [[1, np.inf]]}, r"loads\[0\]\[1\]: is inf"),

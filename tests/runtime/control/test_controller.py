@@ -144,6 +144,8 @@ def test_per_layer_mode_plans_the_prediction() -> None:
     assert decision.applied == 1
     assert (backend.slots_LGC == 2).sum() == L * G  # the hot expert is everywhere
     assert controller.before(skewed(2).astype(float)).applied is None
+    idle = Controller(backend, Planner(topology=TOPOLOGY)).before(np.zeros((L, E)))
+    assert idle.applied is None  # a pass without tokens changes nothing
 
 
 def test_bad_arguments() -> None:
