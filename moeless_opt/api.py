@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from moeless_opt.adapters import OURS, read_map, wanted_layers
 from moeless_opt.problems.errors import (
     InfeasibleError,
     ProblemError,
     SolverUnavailableError,
     UnsupportedFeatureError,
 )
-from moeless_opt.problems.io import load_plan
+from moeless_opt.problems.files import named
 from moeless_opt.problems.io.recordings import frame_loads, read_loads
 from moeless_opt.problems.plan import Plan, ProgressCallback, Result, Status
 from moeless_opt.problems.plan.verify import verify
@@ -107,8 +108,6 @@ def make_problem(
         load = load.replace(
             notes=(*load.notes, f"{load.shape[1]} layers, {spec.name} has {spec.layers} with experts")
         )
-    if isinstance(current, str | PathLike):
-        current = load_plan(current)
     if isinstance(topology, str):
         topology = Topology.preset(topology)
     elif isinstance(topology, Mapping):
@@ -118,6 +117,9 @@ def make_problem(
             "topology",
             f"is {type(topology).__name__}, must be a Topology, the name of a preset, or its JSON form",
         )
+    if isinstance(current, str | PathLike):
+        spec = model_preset(model) if isinstance(model, str) else model
+        current = _live_from(current, load, topology, spec, broken=repair)
     extra: dict[str, Any] = {}
     if objective is not None or balance_tolerance is not None:
         wanted = Objective() if objective is None else objective
@@ -149,6 +151,20 @@ def make_problem(
     if current is None or not repair:
         return problem
     return problem.replace(current=Placement.repaired(current, problem.experts, problem.capacity_LG))
+
+
+def _live_from(
+    path: str | PathLike[str], loads: Loads, topology: Topology, model: ModelSpec | None, *, broken: bool
+) -> Any:
+    """What is live, from the file of a plan or of any engine."""
+    found = read_map(path, broken=broken)
+    with named(path):
+        layers = wanted_layers(found, loads.layers, model)
+        gpus = topology.gpus if found.gpus is None else found.gpus
+        if broken:
+            return found.slots(gpus=gpus, layers=layers)[0]
+        experts = found.experts if found.engine == OURS else loads.shape[2]
+        return found.placement(gpus=gpus, experts=experts, layers=layers)
 
 
 def plan(
@@ -184,7 +200,7 @@ def plan(
         expert and count is a table.
     topology : Topology, str or mapping
         The GPUs; a preset's name; or the JSON form.
-    current : Plan, Placement, array [L, G, C] or path of a plan, optional
+    current : Plan, Placement, array [L, G, C] or path (of a plan or an engine's map), optional
         What is live now: the plan then moves as little as it can.
     model : ModelSpec or str, optional
         Gives the bytes of an expert.

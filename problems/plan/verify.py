@@ -531,7 +531,11 @@ def check_slots(slots_GC: SlotArray, experts: int, capacity_G: IntArray, *, copi
     count_E = np.bincount(slots_GC.ravel() + 1, minlength=experts + 1)[1:]
     if not count_E.all():
         found.append(f"expert {int((count_E > 0).argmin())} has no replica")
-    if ((slots_GC >= 0).sum(1) > capacity_G).any():
-        found.append("a GPU holds more replicas than fit")
+    used_G = (slots_GC >= 0).sum(1)
+    if (used_G > capacity_G).any():
+        gpu = int((used_G > capacity_G).argmax())
+        found.append(
+            f"GPU {gpu} holds more replicas than fit: {used_G[gpu]}, it has room for {capacity_G[gpu]}"
+        )
     if found:
         raise InvalidPlanError(found)

@@ -82,9 +82,12 @@ class Eplb(_Published):
             topology.gpus,
             policy=self.policy,
         )
+        # The method numbers GPUs node by node.
+        back_G = np.argsort(np.argsort(topology.node_G, kind="stable"))
         if problem.fill == Fill.COPIES:
-            return Built(slots_LGC=found.slots_LGC)
+            return Built(slots_LGC=found.slots_LGC[:, back_G])
         slots_LGC, share_LGC, wasted_L = found.merged()
+        slots_LGC, share_LGC = slots_LGC[:, back_G], share_LGC[:, back_G]
         wasted = int(wasted_L.sum())
         message = f"{wasted} slots wasted on second copies" if wasted else ""
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, message=message)

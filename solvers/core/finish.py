@@ -107,8 +107,11 @@ def kept_in_place(problem: Problem, built: Built) -> Built:
 
 def check_layers(problem: Problem, slots_LGC: SlotArray) -> None:
     """Raise unless slots place every layer by the rules (see `check_slots`)."""
-    for slots_GC, capacity_G in zip(slots_LGC, problem.capacity_LG, strict=True):
-        check_slots(slots_GC, problem.experts, capacity_G, copies=problem.fill == Fill.COPIES)
+    for layer, slots_GC, capacity_G in zip(problem.loads.layers, slots_LGC, problem.capacity_LG, strict=True):
+        try:
+            check_slots(slots_GC, problem.experts, capacity_G, copies=problem.fill == Fill.COPIES)
+        except InvalidPlanError as error:
+            raise InvalidPlanError([f"layer {layer}: {text}" for text in error.violations]) from None
 
 
 def lower_bound(problem: Problem, split: str | None = None) -> Bound:

@@ -146,6 +146,21 @@ def test_arrays_alone(tmp_path: Path, slots_LGC: np.ndarray, gpus: int | None) -
         assert (read_placement(tmp_path / name, gpus=gpus).slots_LGC == slots_LGC).all()
 
 
+def test_a_re_plan_from_an_engine_s_file(tmp_path: Path) -> None:
+    loads = mo.Loads(load_TLE=np.random.default_rng(0).lognormal(5, 1, (3, 8)), layers=(1, 2, 3))
+    topology = mo.uniform(1, 4, slots=3)
+    plan = mo.plan(loads, topology, split="equal", fill="copies")
+    for engine, suffixes in ENGINES.items():
+        if engine != "ascend":
+            export(plan, engine, tmp_path / f"{engine}{suffixes[0]}")
+            live = str(tmp_path / f"{engine}{suffixes[0]}")
+            again = mo.plan(loads, topology, split="equal", fill="copies", current=live)
+            assert again.moves.count == 0
+            assert (again.slots_LGC == plan.slots_LGC).all()
+    with pytest.raises(ProblemError, match=r"vllm.json: layers: are 3 in the map, 1 are wanted"):
+        mo.plan([[1.0] * 8], topology, current=tmp_path / "vllm.json")
+
+
 # --- what is refused ---------------------------------------------------------------------------------------
 
 

@@ -379,4 +379,7 @@ def test_a_live_plan_is_judged_on_other_loads(folder: Path, capsys: Any) -> None
     assert main(["today.npy", "--gpus", "3", "--slots", "3", "--check", "plan.json"]) == 2
     assert "plan: is for 2 layers, 4 GPUs and 8 experts" in capsys.readouterr().err
     assert main(["today.npy", "--gpus", "4", "--slots", "3", "--lost", "0", "--check", "plan.json"]) == 1
-    assert "plan.json: a GPU holds more replicas than fit" in capsys.readouterr().err
+    assert (
+        "plan.json: layer 0: GPU 0 holds more replicas than fit: 2, it has room for 0"
+        in capsys.readouterr().err
+    )

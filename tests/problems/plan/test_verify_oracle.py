@@ -487,8 +487,10 @@ def test_any_layer_of_slots_is_judged() -> None:
             wanted.append("an expert sits on a GPU twice")
         if len(held) < E:
             wanted.append(f"expert {min(set(range(E)) - held)} has no replica")
-        if any(len(row) > n for row, n in zip(rows, room, strict=True)):
-            wanted.append("a GPU holds more replicas than fit")
+        over = [gpu for gpu, row in enumerate(rows) if len(row) > room[gpu]]
+        if over:
+            fits = f"{len(rows[over[0]])}, it has room for {room[over[0]]}"
+            wanted.append(f"GPU {over[0]} holds more replicas than fit: {fits}")
         if slots.min() < -1 or slots.max() >= E:
             wanted = [f"slots hold an expert outside -1..{E - 1}"]
         assert words_of(slots, E, room) == wanted

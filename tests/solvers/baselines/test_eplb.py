@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import moeless_opt as mo
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.solvers.baselines import eplb
 
@@ -179,6 +180,26 @@ def test_hierarchical_policy_keeps_groups_on_one_node() -> None:
         groups_by_node = [set((node // 4).tolist()) for node in layer_slots]
         assert sum(len(groups) for groups in groups_by_node) == 8
         assert set.union(*groups_by_node) == set(range(8))
+
+
+@pytest.mark.parametrize("fill", ["none", "copies"])
+def test_groups_stay_on_nodes_whose_gpus_are_not_numbered_in_a_row(fill: str) -> None:
+    node_G = np.array([0, 1, 2, 0, 1, 2])
+    topology = mo.Topology(node_G=node_G, speed_G=np.ones(6), slots_G=np.full(6, 4))
+    load_LE = np.random.default_rng(5).lognormal(size=(3, 12))
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=load_LE),
+        topology=topology,
+        split="equal" if fill == "copies" else "fractional",
+        fill=fill,
+    )
+    plan = mo.solve(problem, "eplb-hierarchical", groups=6).plan
+    assert plan is not None
+    for slots_GC in plan.slots_LGC:
+        groups = [
+            set((slots_GC[node_G == node] // 2)[slots_GC[node_G == node] >= 0].tolist()) for node in range(3)
+        ]
+        assert sum(map(len, groups)) == 6
 
 
 def test_auto_is_the_rule_of_the_source_and_says_so() -> None:
