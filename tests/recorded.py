@@ -11,17 +11,82 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAP", "STEPS", "TRACE", "Kind", "kinds", "slot_loads"]
+__all__ = ["MAP", "STEPS", "TRACE", "Kind", "World", "kinds", "slot_loads"]
 
-_rng = np.random.default_rng(14)
-STEPS = _rng.multinomial(512, _rng.dirichlet(np.full(8, 0.8)), size=(4, 3)).astype(np.int64)
-"""Loads of four steps, [steps, layers, experts]; all layers of a step see the same tokens."""
-TRACE = _rng.gumbel(size=(100, 3, 8)).argsort(2)[:, :, :2] % 8
-"""The experts of 100 tokens, [tokens, layers, top-k]."""
-MAP = np.stack([_rng.permutation([*range(8), 0, 3, 5]) for _ in range(3)])
-"""From slots to experts, [layers, slots]."""
 RANKS = 3
-LAYERS = (4, 5, 6)
+
+
+@dataclass(frozen=True)
+class World:
+    """What is recorded: loads of a model's layers in some steps, or the experts that tokens chose.
+
+    Parameters
+    ----------
+    steps_TLE : array
+        Loads [steps, layers, experts]; all layers of a step see the same tokens.
+    trace_PLK : array
+        The experts of tokens [tokens, layers, top-k].
+    map_LS : array
+        From slots to experts, [layers, slots].
+    """
+
+    steps_TLE: NDArray[Any]
+    trace_PLK: NDArray[Any]
+    map_LS: NDArray[Any]
+
+    @classmethod
+    def drawn(
+        cls, seed: int, steps: int = 4, layers: int = 3, experts: int = 8, top_k: int = 2, tokens: int = 100
+    ) -> World:
+        """One by chance; `experts` is even."""
+        rng = np.random.default_rng(seed)
+        skew = rng.dirichlet(np.full(experts, 0.8), size=layers)
+        steps_TLE = np.stack([rng.multinomial(512, skew) for _ in range(steps)]).astype(np.int64)
+        trace = rng.gumbel(size=(tokens, layers, experts)).argsort(2)[:, :, :top_k]
+        spare = rng.choice(experts, 3, replace=False)
+        to_logical = np.stack([rng.permutation([*range(experts), *spare]) for _ in range(layers)])
+        return cls(steps_TLE, trace, to_logical)
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer."""
+        return int(self.steps_TLE.shape[2])
+
+    @property
+    def layers(self) -> range:
+        """Rows of the layers."""
+        return range(self.steps_TLE.shape[1])
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The model's own numbers of the layers, where a kind says them."""
+        return tuple(4 + i for i in self.layers)
+
+    @property
+    def total(self) -> NDArray[Any]:
+        """Loads summed over the steps."""
+        return np.asarray(self.steps_TLE.sum(0))
+
+    def slots(self, load: NDArray[Any]) -> NDArray[Any]:
+        """Loads of slots, [.., layers, slots], whose sums by the map are the loads of the experts."""
+        out = np.zeros((*load.shape[:-1], self.map_LS.shape[1]), dtype=np.int64)
+        for layer, row in enumerate(self.map_LS):
+            for expert in range(self.experts):
+                slots = np.flatnonzero(row == expert)
+                out[..., layer, slots[0]] = load[..., layer, expert]
+                if len(slots) > 1:
+                    out[..., layer, slots[1]] = load[..., layer, expert] // 3
+                    out[..., layer, slots[0]] -= out[..., layer, slots[1]]
+        return out
+
+    def counted(self) -> NDArray[Any]:
+        """Loads of the trace."""
+        rows = [np.bincount(self.trace_PLK[:, i].ravel(), minlength=self.experts) for i in self.layers]
+        return np.stack(rows)
+
+
+WORLD = World.drawn(14)
+STEPS, TRACE, MAP = WORLD.steps_TLE, WORLD.trace_PLK, WORLD.map_LS
 
 
 @dataclass(frozen=True)
@@ -39,7 +104,7 @@ class Kind:
     format : str
         As what it is recognised.
     layers : tuple of int
-        The model's numbers of its layers.
+        The model's numbers of its layers; None: 0, 1, ...
     ranks : bool
         Whether each rank has a file of its own, with its number in the name.
     options : mapping
@@ -50,33 +115,20 @@ class Kind:
     write: Callable[[Path], Path]
     load_LE: NDArray[Any]
     format: str
-    layers: tuple[int, ...] = (0, 1, 2)
+    layers: tuple[int, ...] | None = None
     ranks: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def slot_loads(load_TLE: NDArray[Any]) -> NDArray[Any]:
-    """Loads of slots, [.., layers, slots], whose sums by `MAP` are the loads of the experts."""
-    out = np.zeros((*load_TLE.shape[:-1], MAP.shape[1]), dtype=np.int64)
-    for layer, row in enumerate(MAP):
-        for expert in range(8):
-            slots = np.flatnonzero(row == expert)
-            out[..., layer, slots[0]] = load_TLE[..., layer, expert]
-            if len(slots) > 1:
-                out[..., layer, slots[1]] = load_TLE[..., layer, expert] // 3
-                out[..., layer, slots[0]] -= out[..., layer, slots[1]]
-    return out
+def slot_loads(load: NDArray[Any]) -> NDArray[Any]:
+    """Loads of slots of `WORLD`."""
+    return WORLD.slots(load)
 
 
 def shares(load: NDArray[Any]) -> list[NDArray[Any]]:
     """What each rank saw of loads."""
     first, second = load // 2, load // 3
     return [first, second, load - first - second]
-
-
-def counted(trace: NDArray[Any]) -> NDArray[Any]:
-    """Loads of a trace."""
-    return np.stack([np.bincount(trace[:, i].ravel(), minlength=8) for i in range(trace.shape[1])])
 
 
 def _text(name: str, text: str) -> Callable[[Path], Path]:
@@ -142,11 +194,11 @@ def _safetensors(name: str, arrays: dict[str, NDArray[Any]]) -> Callable[[Path],
     return write
 
 
-def _long(load: NDArray[Any], lead: str = "", layers: tuple[int, ...] = (0, 1, 2)) -> str:
-    return "".join(f"{lead}{layers[i]},{e},{x}\n" for (i, e), x in np.ndenumerate(load))
+def _long(load: NDArray[Any], lead: str = "", first: int = 0) -> str:
+    return "".join(f"{lead}{first + i},{e},{x}\n" for (i, e), x in np.ndenumerate(load))
 
 
-def _records(rank: int, load_TLE: NDArray[Any]) -> Callable[[Any], Any]:
+def _records(world: World, rank: int, load_TLE: NDArray[Any]) -> Callable[[Any], Any]:
     def content(torch: Any) -> Any:
         records = [
             {
@@ -155,30 +207,34 @@ def _records(rank: int, load_TLE: NDArray[Any]) -> Callable[[Any], Any]:
                 "gatherer_key": "primary",
                 "global_physical_count": torch.tensor(step).int(),
             }
-            for i, step in enumerate(slot_loads(load_TLE))
+            for i, step in enumerate(world.slots(load_TLE))
         ]
-        return {"records": records, "last_physical_to_logical_map": torch.tensor(MAP)}
+        return {"records": records, "last_physical_to_logical_map": torch.tensor(world.map_LS)}
 
     return content
 
 
-def _dump(rank: int, load_TLE: NDArray[Any]) -> Callable[[Path], Path]:
-    written = np.concatenate([load_TLE, np.full((2, 3, 8), -77)])  # memory that was never written
+def _dump(world: World, rank: int, load_TLE: NDArray[Any]) -> Callable[[Path], Path]:
+    written = np.concatenate(
+        [load_TLE, np.full((2, *load_TLE.shape[1:]), -77)]
+    )  # memory that was never written
     return _npz(
         f"loads_rank{rank}.npz",
         dump_version="mcore_ep_load_dump_v1",
         loads=written.transpose(1, 0, 2),
-        layer_numbers=np.array(LAYERS),
-        forward_counts=np.full(3, len(load_TLE)),
+        layer_numbers=np.array(world.numbers),
+        forward_counts=np.full(len(world.layers), len(load_TLE)),
         ep_size=RANKS,
         global_rank=rank,
     )
 
 
-def _statistics() -> Callable[[Path], Path]:
-    files = {"meta": _document("meta_info.json", {"num_experts": 8, "num_experts_per_token": 2})}
-    for rank, load_TLE in enumerate(shares(STEPS)):
-        arrays = {f"{5 + t}_{LAYERS[i]}": load_TLE[t, i].copy() for t in range(4) for i in range(3)}
+def _statistics(world: World) -> Callable[[Path], Path]:
+    files = {"meta": _document("meta_info.json", {"num_experts": world.experts, "num_experts_per_token": 2})}
+    for rank, load_TLE in enumerate(shares(world.steps_TLE)):
+        arrays = {
+            f"{5 + t}_{4 + i}": load_TLE[t, i].copy() for t in range(len(load_TLE)) for i in world.layers
+        }
         files[f"rank{rank}"] = _safetensors(f"rank{rank}.safetensors", arrays)
         files[f"raw{rank}"] = _safetensors(
             f"rank{rank}_raw.safetensors", {"5_4": np.zeros((9, 2), dtype=np.int64)}
@@ -186,7 +242,7 @@ def _statistics() -> Callable[[Path], Path]:
     return _folder(files)
 
 
-def _router_trace(rank: int, trace: NDArray[Any]) -> Callable[[Path], Path]:
+def _router_trace(world: World, rank: int, trace: NDArray[Any]) -> Callable[[Path], Path]:
     rows = [
         {
             "step": step,
@@ -195,54 +251,60 @@ def _router_trace(rank: int, trace: NDArray[Any]) -> Callable[[Path], Path]:
             "layer": i,
             "rank": rank,
             "num_tokens": len(part),
-            "topk": 2,
+            "topk": trace.shape[2],
             "top_indices": part[:, i].tolist(),
         }
         for step, part in enumerate(np.array_split(trace, 2))
-        for i in range(3)
+        for i in world.layers
     ]
     extra = dict(rows[0], block="mtp", mtp_idx=0)
     return _lines(f"router_trace_rank{rank}.jsonl", [*rows, extra])
 
 
-def _megatron_log() -> str:
+def _megatron_log(world: World) -> str:
     lines = []
-    for step, load_LE in enumerate(STEPS):
-        for rank in range(4):
-            for layer in range(3):
-                row = load_LE[layer, 2 * rank : 2 * rank + 2].tolist()
+    for step, load_LE in enumerate(world.steps_TLE):
+        for rank in range(2):
+            for layer in world.layers:
+                half = world.experts // 2
+                row = load_LE[layer, half * rank : half * (rank + 1)].tolist()
                 lines.append(f"Rank={rank} iter={step + 10} layer={layer} tokens_per_expert={row}\n")
     return "".join(lines)
 
 
-def kinds() -> list[Kind]:
+def kinds(world: World = WORLD) -> list[Kind]:
     """Every kind of recording."""
-    total = STEPS.sum(0)
-    trace = counted(TRACE)
-    return [*_engine_kinds(total, trace), *_own_kinds(total, trace)]
+    total, trace = world.total, world.counted()
+    return [*_engine_kinds(world, total, trace), *_own_kinds(world, total)]
 
 
-def _engine_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
-    dense = np.concatenate([np.zeros((100, 1, 2), dtype=np.int64), TRACE], axis=1)
-    meta = {"record_type": "meta", "num_layers": 3}
+def _engine_kinds(world: World, total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
+    dense = np.concatenate([np.zeros_like(world.trace_PLK[:, :1]), world.trace_PLK], axis=1)
+    meta = {"record_type": "meta", "num_layers": len(world.layers)}
     stats = [
         {
             "record_type": "eplb_load_stats",
             "version": 1,
             "step": i,
             "expert_load": step.tolist(),
-            "p2l_map": MAP.tolist(),
+            "p2l_map": world.map_LS.tolist(),
         }
-        for i, step in enumerate(slot_loads(STEPS))
+        for i, step in enumerate(world.slots(world.steps_TLE))
     ]
     by_rank = {
-        rank: _torch(f"r_rank{rank}.pt", _records(rank, load)) for rank, load in enumerate(shares(STEPS))
+        rank: _torch(f"r_rank{rank}.pt", _records(world, rank, load))
+        for rank, load in enumerate(shares(world.steps_TLE))
     }
     return [
-        Kind("sglang-json", _document("a.json", {"logical_count": STEPS.tolist()}), total, "sglang-json"),
+        Kind(
+            "sglang-json",
+            _document("a.json", {"logical_count": world.steps_TLE.tolist()}),
+            total,
+            "sglang-json",
+        ),
         Kind(
             "sglang-stat",
-            _torch("a.pt", lambda torch: {"rank": 0, "logical_count": torch.tensor(STEPS).int()}),
+            _torch("a.pt", lambda torch: {"rank": 0, "logical_count": torch.tensor(world.steps_TLE).int()}),
             total,
             "sglang-torch",
         ),
@@ -253,33 +315,39 @@ def _engine_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
             "sglang-recorder",
             ranks=True,
         ),
-        Kind("tensorrt-llm", _statistics(), total, "tensorrt-llm", LAYERS, ranks=True),
+        Kind("tensorrt-llm", _statistics(world), total, "tensorrt-llm", world.numbers, ranks=True),
         Kind(
             "megatron-dump",
-            _folder({str(rank): _dump(rank, load) for rank, load in enumerate(shares(STEPS))}),
+            _folder(
+                {str(rank): _dump(world, rank, load) for rank, load in enumerate(shares(world.steps_TLE))}
+            ),
             total,
             "megatron-dump",
-            LAYERS,
+            world.numbers,
             ranks=True,
         ),
         Kind(
             "router-trace",
-            _folder({str(rank): _router_trace(rank, TRACE[rank::3]) for rank in range(3)}),
+            _folder(
+                {str(rank): _router_trace(world, rank, world.trace_PLK[rank::RANKS]) for rank in range(RANKS)}
+            ),
             trace,
             "router-trace",
             ranks=True,
         ),
         Kind(
             "megatron-log",
-            _text("tokens_per_expert.log", _megatron_log()),
+            _text("tokens_per_expert.log", _megatron_log(world)),
             total,
             "megatron-log",
-            options={"experts": 8},
+            options={"experts": world.experts},
         ),
         Kind("vllm-stats", _lines("a.jsonl", [meta, *stats]), total, "vllm-jsonl"),
         Kind(
             "vllm-window",
-            _npz("a.npz", expert_load_window=slot_loads(STEPS), physical_to_logical_map=MAP),
+            _npz(
+                "a.npz", expert_load_window=world.slots(world.steps_TLE), physical_to_logical_map=world.map_LS
+            ),
             total,
             "vllm-npz",
         ),
@@ -288,14 +356,17 @@ def _engine_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
             _npz("a.npz", routed_experts=dense.astype(np.int32)),
             trace,
             "token-trace",
-            (1, 2, 3),
+            tuple(i + 1 for i in world.layers),
         ),
-        Kind("routed-experts-bare", _npy("a.npy", TRACE.astype(np.uint8)), trace, "token-trace"),
+        Kind("routed-experts-bare", _npy("a.npy", world.trace_PLK.astype(np.uint8)), trace, "token-trace"),
         Kind(
             "routed-experts-lines",
             _lines(
                 "a.jsonl",
-                [{"id": i, "routed_experts": part.tolist()} for i, part in enumerate(np.split(TRACE, 4))],
+                [
+                    {"id": i, "routed_experts": part.tolist()}
+                    for i, part in enumerate(np.array_split(world.trace_PLK, 4))
+                ],
             ),
             trace,
             "token-trace",
@@ -303,23 +374,29 @@ def _engine_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
     ]
 
 
-def _own_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
-    wide = "layer," + ",".join(f"expert_{e}" for e in range(8)) + "\n"
+def _own_kinds(world: World, total: NDArray[Any]) -> list[Kind]:
+    wide = "layer," + ",".join(f"expert_{e}" for e in range(world.experts)) + "\n"
     rows = [",".join([str(i), *map(str, row)]) for i, row in enumerate(total.tolist())]
     lines = [
         {"step": t, "rank": rank, "layer": i, "tokens_per_expert": load_TLE[t, i].tolist()}
-        for rank, load_TLE in enumerate(shares(STEPS))
-        for t in range(4)
-        for i in range(3)
+        for rank, load_TLE in enumerate(shares(world.steps_TLE))
+        for t in range(len(load_TLE))
+        for i in world.layers
     ]
     cells = [{"layer": i, "expert": e, "count": int(x)} for (i, e), x in np.ndenumerate(total)]
-    named = {f"model.layers.{i}.mlp": row for i, row in zip(LAYERS, total.tolist(), strict=True)}
+    named = {f"model.layers.{i}.mlp": row for i, row in zip(world.numbers, total.tolist(), strict=True)}
     by_layer = {
         f"layer_{i}": {f"expert_{e}": x for e, x in enumerate(row)} for i, row in enumerate(total.tolist())
     }
     header = "layer,expert,count\n"
     return [
-        Kind("by-layer", _document("a.json", {"model": "m", "top_k": 2, **named}), total, "by-layer", LAYERS),
+        Kind(
+            "by-layer",
+            _document("a.json", {"model": "m", "top_k": 2, **named}),
+            total,
+            "by-layer",
+            world.numbers,
+        ),
         Kind("by-layer-and-expert", _document("a.json", {"counts": by_layer}), total, "by-layer"),
         Kind(
             "by-number",
@@ -329,7 +406,7 @@ def _own_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
         ),
         Kind(
             "by-expert",
-            _document("a.json", {f"expert_{e}": total[:, e].tolist() for e in range(8)}),
+            _document("a.json", {f"expert_{e}": total[:, e].tolist() for e in range(world.experts)}),
             total,
             "by-expert",
         ),
@@ -351,14 +428,16 @@ def _own_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
         Kind("table", _text("a.csv", header + _long(total)), total, "csv"),
         Kind(
             "tables-joined",
-            _text("a.csv", "".join(header + _long(total[i : i + 1], layers=(i,)) for i in range(3))),
+            _text("a.csv", "".join(header + _long(total[i : i + 1], first=i) for i in world.layers)),
             total,
             "csv",
         ),
         Kind(
             "table-steps",
             _text(
-                "a.csv", "step,layer,expert,count\n" + "".join(_long(x, f"{t},") for t, x in enumerate(STEPS))
+                "a.csv",
+                "step,layer,expert,count\n"
+                + "".join(_long(x, f"{t},") for t, x in enumerate(world.steps_TLE)),
             ),
             total,
             "csv",
@@ -375,7 +454,7 @@ def _own_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
         Kind("wide", _text("a.csv", wide + "\n".join(rows)), total, "csv-wide"),
         Kind(
             "wide-pandas",
-            _text("a.csv", "," + ",".join(map(str, range(8))) + "\n" + "\n".join(rows)),
+            _text("a.csv", "," + ",".join(map(str, range(world.experts))) + "\n" + "\n".join(rows)),
             total,
             "csv-wide",
         ),
@@ -387,7 +466,7 @@ def _own_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
                 + wide
                 + "\n".join(
                     ",".join([str(t), str(i), *map(str, row)])
-                    for t, x in enumerate(STEPS.tolist())
+                    for t, x in enumerate(world.steps_TLE.tolist())
                     for i, row in enumerate(x)
                 ),
             ),
@@ -406,7 +485,7 @@ def _own_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
             _folder(
                 {
                     str(i): _text(
-                        f"layer{LAYERS[i]}.csv",
+                        f"layer{world.numbers[i]}.csv",
                         "expert,count\n" + "".join(f"{e},{x}\n" for e, x in enumerate(row)),
                     )
                     for i, row in enumerate(total.tolist())
@@ -414,15 +493,15 @@ def _own_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
             ),
             total,
             "csv",
-            LAYERS,
+            world.numbers,
         ),
         Kind(
             "arrays-of-layers-and-ranks",
             _folder(
                 {
                     f"{r}{i}": _npy(f"layer{i}_rank{r}.npy", x[:, i])
-                    for r, x in enumerate(shares(STEPS))
-                    for i in range(3)
+                    for r, x in enumerate(shares(world.steps_TLE))
+                    for i in world.layers
                 }
             ),
             total,
@@ -432,9 +511,9 @@ def _own_kinds(total: NDArray[Any], trace: NDArray[Any]) -> list[Kind]:
         Kind("matrix", _npy("a.npy", total), total, "npy"),
         Kind(
             "slots",
-            _npy("a.npy", slot_loads(total)),
+            _npy("a.npy", world.slots(total)),
             total,
             "npy",
-            options={"as_": "physical", "physical_to_logical": MAP},
+            options={"as_": "physical", "physical_to_logical": world.map_LS},
         ),
     ]

@@ -115,7 +115,7 @@ class Chooser:
                 load=found.load, format=found.format, notes=(f"{name} is a trace: {why}", *found.notes)
             )
         shape = shape_text(array.shape)
-        if what == "transposed" or (what == "swapped" and not known):
+        if what in ("transposed", "swapped"):
             raise self.error(
                 f"{name} {shape} has its axes in another order than [(steps,) layers, experts]: {why}; "
                 "transpose it, or give --as counts (as_='counts') to take it as it is"
@@ -326,11 +326,10 @@ class Chooser:
         if chosen.min() < -1:
             raise self.error(f"{name} names expert {chosen.min()}; experts count from 0 (-1: none)")
         tokens, layers, top_k = chosen.shape
-        if self.source.as_ is None and not turned and tokens < max(layers, top_k):
+        if self.source.as_ is None and tokens < (16 if turned else max(layers, top_k, 16)):
             raise self.error(
-                f"{name} {shape_text(chosen.shape)} is a trace of fewer tokens than layers, or its axes "
-                "are not "
-                "[tokens, layers, top-k]; transpose it, or give --as trace (as_='trace') if they are"
+                f"{name} {shape_text(chosen.shape)} is a trace of few tokens, or its axes are not [tokens, "
+                "layers, top-k]: too few to tell; transpose it, or give --as trace (as_='trace') if they are"
             )
         if self.source.as_ is None and either_way(chosen):
             raise self.error(

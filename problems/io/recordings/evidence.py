@@ -30,6 +30,7 @@ _MOST_CHOICES = 64  # no router chooses more experts for a token
 _MOST_EXPERTS = 2**14  # no model has more in a layer
 _MOST_LAYERS = 160
 _CHANCE = math.log(1e-6)  # what is less probable than this is no chance
+_LIKELY = math.log(1e-2)  # the same where there would be more layers than experts
 
 
 class Reading(NamedTuple):
@@ -62,17 +63,23 @@ def reading_of(array: NDArray[Any]) -> Reading:
         if not -1 <= float(array.min()) <= float(array.max()) <= LARGEST_LOAD:  # is refused later
             return Reading("counts", "values out of range")
     whole = whole_numbers(array)
-    if whole and array.ndim == 3 and (found := _of_choices(array)) is not None:
+    found = _of_choices(array) if whole and array.ndim == 3 else None
+    if found is not None and found.what != "either":
         return found
     axes = tuple(range(array.ndim))
-    if _equal_sums(array, axes):
+    if found is None and _equal_sums(array, axes):
         return Reading("counts", "all layers of a step have one sum")
     for order in permutations(axes):
-        if order[-2:] != axes[-2:] and _equal_sums(array, order):
+        turned = array.shape[order[-1]] > array.shape[order[-2]] and array.shape[-1] < array.shape[-2]
+        if order[-2:] != axes[-2:] and _equal_sums(array, order, _LIKELY if turned else _CHANCE):
             names = ("steps", "layers", "experts")[-array.ndim :]
             told = ", ".join(names[order.index(axis)] for axis in axes)
             what: Literal["transposed", "swapped"] = "swapped" if order[-1] == axes[-1] else "transposed"
             return Reading(what, f"sums are equal as those of layers are if the axes are [{told}]")
+    if found is not None:
+        return found
+    if array.shape[-1] == 1 < array.shape[-2]:
+        return Reading("transposed", "no router chooses among one expert")
     if _MOST_LAYERS < array.shape[-2] > array.shape[-1]:
         return Reading("transposed", f"no model has {array.shape[-2]} layers")
     if whole and array.min() >= -1 and _recurs(array):
@@ -120,7 +127,7 @@ def _log_chance(rows: NDArray[Any]) -> float:
     return float(pairs) * math.log1p(-min(float((share**2).sum()), 1 - 1e-12))
 
 
-def _equal_sums(array: NDArray[Any], order: tuple[int, ...]) -> bool:
+def _equal_sums(array: NDArray[Any], order: tuple[int, ...], chance: float = _CHANCE) -> bool:
     """Whether the busy layers of every step have one sum, by more than chance, in that order of axes."""
     load_TLE = array.transpose(order).astype(np.float64)
     load_TLE = load_TLE if load_TLE.ndim == 3 else load_TLE[None]
@@ -132,7 +139,7 @@ def _equal_sums(array: NDArray[Any], order: tuple[int, ...]) -> bool:
             return False
         same += int((rows != rows[:1]).any(1).sum())  # rows that are the same have one sum anyway
     spread = float(load_TLE[sums_TL != 0].std()) * math.sqrt(load_TLE.shape[2]) if sums_TL.any() else 0.0
-    return -same * math.log1p(3.5 * spread) < _CHANCE
+    return -same * math.log1p(3.5 * spread) < chance
 
 
 def map_like(array: NDArray[Any], slots: int) -> bool:
@@ -174,7 +181,7 @@ def choices_of(chosen_PLK: NDArray[Any]) -> Choices:
     first_PL1 = chosen_PLK[:, :, :1]
     notes = []
     if width == 1:
-        busy_L = (chosen_PLK != chosen_PLK[:1]).any((0, 2)) if tokens >= 16 else np.ones(layers, dtype=bool)
+        busy_L = (chosen_PLK != chosen_PLK[:1]).any((0, 2))
         dense_L = ~busy_L & busy_L.any()
         valid_PL = np.broadcast_to(~dense_L, (tokens, layers))
     else:

@@ -17,7 +17,7 @@ from moeless_opt.problems.io.recordings.arrays import Array, Value, plain_number
 from moeless_opt.problems.io.recordings.cells import Cells
 from moeless_opt.problems.io.recordings.choose import CHOICES, LOGICAL, MAPS, PHYSICAL, Chooser
 from moeless_opt.problems.io.recordings.evidence import repeats, whole_numbers
-from moeless_opt.problems.io.recordings.source import Found, Source, cut, kind_text
+from moeless_opt.problems.io.recordings.source import Found, Source, cut, kind_text, shape_text
 from moeless_opt.problems.io.recordings.tables import TableReader
 
 __all__ = ["is_token_log", "json_rows", "read_rows", "read_token_log"]
@@ -69,6 +69,8 @@ def read_rows(source: Source, rows: list[tuple[str, dict[str, Any]]]) -> Found:
         found = _by_layer(source, used)
     elif known[0] == "choices":
         found = _by_choice(source, used)
+    elif known[0] == "requests":
+        found = _by_request(source, used)
     else:
         found = _by_step(source, used)
     return found.with_notes(*notes)
@@ -83,7 +85,9 @@ def _kind(source: Source, row: Mapping[str, Any]) -> str:
         return "choices"
     if not _loads_key(source, row) and not any(isinstance(row.get(key), list) for key in CHOICES):
         return ""
-    return "layers" if one_layer else "steps"
+    if one_layer:
+        return "layers"
+    return "steps" if _loads_key(source, row) else "requests"
 
 
 def _loads_key(source: Source, row: Mapping[str, Any]) -> str | None:
@@ -163,7 +167,8 @@ def _by_choice(source: Source, rows: list[tuple[str, dict[str, Any]]]) -> Found:
             extra += 1
             continue
         key = next(name for name in CHOICES if isinstance(row.get(name), list))
-        if not row[key]:
+        if not row[key]:  # a rank without tokens in this step
+            cells.add(where, *_place(source, where, row), np.zeros(1))
             continue
         chosen = Value(source, f"{where}: {key}", row[key]).get()
         if chosen.ndim != 2 or not whole_numbers(chosen) or chosen.min() < -1 or chosen.max() >= 2**31:
@@ -199,38 +204,43 @@ def _counted(source: Source, ids: NDArray[Any], where: str) -> NDArray[Any]:
 
 
 def _by_step(source: Source, rows: list[tuple[str, dict[str, Any]]]) -> Found:
-    """Loads of all layers in each row, or a request's trace: each read like a file of its own."""
+    """Loads of all layers in each row: each read like a file of its own."""
     chooser = Chooser(source)
     cells = Cells(source)
-    total = None
     form, notes = "", tuple[str, ...]()
     for i, (where, row) in enumerate(rows):
         arrays: dict[str, Array] = {name: Value(source, f"{where}: {name}", x) for name, x in row.items()}
         found = chooser.choose(arrays, "jsonl")
         form, notes = found.format, found.notes
-        if found.format == "token-trace":
-            total = found.load if total is None else _sum(source, where, total, found.load)
-            continue
         load = plain_numbers(source, where, found.load)
         if load.ndim == 3:
             load = load.sum(0)
-        if load.ndim != 2:
-            raise source.error(f"{where}: loads must be [layers, experts]")
+        if load.ndim != 2 or form == "token-trace":
+            raise source.error(f"{where}: must be loads [layers, experts] as in other rows")
         step, rank = _whole(source, where, row, _STEP, "step"), _whole(source, where, row, _RANK, "rank")
         for layer, load_E in enumerate(load):
             cells.add(where, rank, i if step is None else step, layer, load_E)
-    if total is not None:
-        return Found(load=total, format=form, notes=(f"{len(rows)} traces added up",), sparse=True)
     return cells.found(form).with_notes(*notes)
 
 
-def _sum(source: Source, where: str, one: NDArray[Any], two: NDArray[Any]) -> NDArray[Any]:
-    if len(one) != len(two):
-        raise source.error(f"{where}: a trace of {len(two)} layers, the first has {len(one)}: two models?")
-    total = np.zeros((len(one), max(one.shape[1], two.shape[1])))
-    for part in (one, two):
-        total[:, : part.shape[1]] += part
-    return total
+def _by_request(source: Source, rows: list[tuple[str, dict[str, Any]]]) -> Found:
+    """A request's trace [tokens, layers, top-k] in each row: one trace of all of them."""
+    parts: list[NDArray[Any]] = []
+    for where, row in rows:
+        key = next(name for name in CHOICES if isinstance(row.get(name), list))
+        if not row[key]:
+            continue
+        part = Value(source, f"{where}: {key}", row[key]).get()
+        if part.ndim != 3 or (parts and part.shape[1:] != parts[0].shape[1:]):
+            first = f", like the first {shape_text(parts[0].shape)}" if parts else ""
+            raise source.error(
+                f"{where}: {key} {shape_text(part.shape)} must be [tokens, layers, top-k]{first}"
+            )
+        parts.append(part)
+    if not parts:
+        raise source.error("holds no tokens")
+    found = Chooser(source).count_choices(np.concatenate(parts), key, by_name=True)
+    return found.with_notes(f"{len(parts)} requests")
 
 
 # --- Megatron-LM's log -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moeless_opt.problems.io.recordings.arrays import Array, Value, plain_numbers
 from moeless_opt.problems.io.recordings.source import Found, Source, cut, shape_text
 
-__all__ = ["named_loads"]
+__all__ = ["named_loads", "names_part"]
 
 _WORDS = {
     "expert": ("expert", "experts", "exp", "e"),
@@ -36,6 +36,13 @@ def named_loads(source: Source, data: Mapping[Any, Any], where: str = "") -> Fou
     said = {kind for kind, _ in kinds.values()}
     if not said or (said == {_BARE} and len(kinds) < len(data)):
         return None
+    for key, value in data.items():
+        if key not in kinds and not isinstance(value, str | bool | int | float | None):
+            raise source.error(
+                f"{where or 'it'} has {cut(repr(key), 60)} beside keys that name a {sorted(said)[0]}, "
+                "which names "
+                "none; leave it out, or give its key"
+            )
     if len(said) > 1:
         some = ", ".join(str(key) for key in list(kinds)[:4])
         raise source.error(f"{where or 'it'} has keys of several kinds ({cut(some)}); name layers alone")
@@ -58,6 +65,12 @@ def named_loads(source: Source, data: Mapping[Any, Any], where: str = "") -> Fou
             else found
         )
     return _parts(source, entries, what, where)
+
+
+def names_part(key: str) -> bool:
+    """Whether a key names a layer, an expert, a step or a rank by more than a bare number."""
+    kind = _kind(key)
+    return kind is not None and kind[0] != _BARE
 
 
 def _kind(key: str) -> tuple[str, int] | None:

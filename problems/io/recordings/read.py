@@ -59,9 +59,10 @@ from moeless_opt.problems.io.recordings.engines import (
     sglang_records,
     tensorrt_statistics,
 )
+from moeless_opt.problems.io.recordings.evidence import reading_of
 from moeless_opt.problems.io.recordings.folders import is_many, read_many, told_by_name
 from moeless_opt.problems.io.recordings.lines import is_token_log, json_rows, read_rows, read_token_log
-from moeless_opt.problems.io.recordings.names import named_loads
+from moeless_opt.problems.io.recordings.names import named_loads, names_part
 from moeless_opt.problems.io.recordings.source import LARGEST_LOAD, As, Found, Source, cut, shape_text
 from moeless_opt.problems.io.recordings.tables import TableReader
 from moeless_opt.problems.spec import Loads
@@ -455,9 +456,13 @@ class _Reader:
                 found = named_loads(self.source, value, f"{name}, ")
                 if found is not None:
                     return found
-            if not isinstance(value, int | float):
+            if not hasattr(array, "value") or isinstance(value, Mapping | list) or array.shape():
                 plain[name] = value if isinstance(value, Mapping) else array
-        if any(name in (*LOGICAL, *PHYSICAL, *CHOICES) for name in arrays):
+        known = next((name for name in (*LOGICAL, *PHYSICAL, *CHOICES) if name in arrays), None)
+        if known is not None:
+            other = next((name for name in plain if name not in MAPS and names_part(name)), None)
+            if other is not None:
+                raise self.error(f"has {known} and beside it {other}; choose one by key (--key)")
             return None
         return named_loads(self.source, plain)
 
@@ -481,6 +486,15 @@ class _Reader:
                 "(another model?)"
             )
         self._check_values(load)
+        if self.source.as_ is None and found.format != "token-trace":
+            what, why = reading_of(load)
+            if what in ("transposed", "swapped"):
+                raise self.error(
+                    f"its loads {shape_text(load.shape)} have their axes in another order than [(steps,) "
+                    "layers, "
+                    f"experts]: {why}; transpose them, or give --as counts (as_='counts') to take them as "
+                    "they are"
+                )
         load_TLE = load if load.ndim == 3 else load[None]
         scenarios, notes = found.scenarios, list(found.notes)
         if found.axis == "steps" and len(load_TLE) > 1:

@@ -216,6 +216,7 @@ class TableReader:
         expert_column, count_column = columns["expert"], columns["count"]
         layer_column, rank_column = columns.get("layer"), columns.get("rank")
         ranks: dict[str, int] = {}
+        rank_R: list[str] = []
         index: dict[str, int] = {}  # the same few cells come back in every step
         scenario_at: dict[str, int] = {}
         at_R, layer_R, expert_R, count_R = array("q"), array("q"), array("q"), array("d")  # R: rows
@@ -227,6 +228,7 @@ class TableReader:
                     index[cells[column]] = self._index(line, role, cells[column])
             if rank_column is not None:
                 ranks[cells[rank_column]] = index[cells[rank_column]]
+                rank_R.append(cells[rank_column])
             count = self._count(line, cells[count_column])
             scenario = "" if lead_column is None else cells[lead_column]
             at_R.append(scenario_at.setdefault(scenario, len(scenario_at)))
@@ -253,6 +255,10 @@ class TableReader:
         cell_R = np.ravel_multi_index((np.asarray(at_R), row_R, np.asarray(expert_R)), shape)
         load_TLE = np.bincount(cell_R, weights=np.asarray(count_R), minlength=math.prod(shape)).reshape(shape)
         self._check_end(cell_R, shape[2])
+        if lead_column is not None and lead == "steps":
+            self._check_last(np.asarray(at_R), row_R, "step")
+        if len(ranks) > 1:
+            self._check_last(np.asarray([index[name] for name in rank_R]), row_R, "rank")
         repeated = len(cell_R) - np.count_nonzero(np.bincount(cell_R))
         if len(ranks) > 1:
             notes = (*notes, f"{len(ranks)} ranks added up")
@@ -266,12 +272,22 @@ class TableReader:
             scenarios=() if lead_column is None else tuple(scenario_at),
             notes=notes,
             rank=next(iter(ranks.values())) if len(ranks) == 1 else None,
-            sparse=True,
+            sparse=len(np.unique(cell_R)) < math.prod(shape),
         )
         if not physical or self.source.as_ == "counts":
             return found
         logical = Chooser(self.source).read_physical(load_TLE, "the table's loads")
         return replace(found, load=logical.load, notes=(*notes, *logical.notes))
+
+    def _check_last(self, part_R: IntArray, layer_R: IntArray, what: str) -> None:
+        """Refuse a table whose last step (or rank) lacks layers that all others have."""
+        last = part_R[-1]
+        counts = [len(np.unique(layer_R[part_R == part])) for part in np.unique(part_R) if part != last]
+        have = len(np.unique(layer_R[part_R == last]))
+        if counts and have < min(counts):
+            raise self.source.error(
+                f"ends after {have} layers of a {what}; others have {min(counts)}: cut off?"
+            )
 
     def _check_end(self, cell_R: IntArray, experts: int) -> None:
         """Refuse a table that ends within a layer, where all others list every expert."""

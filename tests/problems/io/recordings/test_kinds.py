@@ -43,7 +43,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Kind, P
 def test_a_kind_is_read_right(written: dict[str, tuple[Kind, Path]], name: str) -> None:
     kind, path = written[name]
     got = read_recording(path, **kind.options)
-    same(got, kind.load_LE, kind.layers)
+    same(got, kind.load_LE, kind.layers or (0, 1, 2))
     assert got.format == kind.format
 
 
