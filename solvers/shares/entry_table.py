@@ -130,9 +130,7 @@ def _rows(key_R: IntArray, slot_R: IntArray, count_R: IntArray, rows: int) -> tu
 
 def _schedule(count_KR: IntArray, total: int) -> IntArray:
     """Which replica is served at each step, shape [total, K]; at no step is one off by a whole token."""
-    twin = kernels(
-        "auto", count_KR.size * total // 8
-    )  # a step of a schedule is an eighth of a replica's search
+    twin = kernels("auto", count_KR.size * total // 8)  # a step is about an eighth of a replica's search
     if twin is not None:
         pick_TK = np.zeros((total, len(count_KR)), dtype=np.int64)
         twin.schedule(np.ascontiguousarray(count_KR), total, pick_TK)

@@ -129,7 +129,6 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=40, help="small layers")
     arguments = parser.parse_args()
     print(f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}")
-    mo.warm_up()
     small(arguments.small)
     large(arguments.data, arguments.seconds, arguments.step)
 
