@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeless_opt as mo
@@ -18,6 +18,7 @@ from moeless_opt.solvers.core.finish import Built
 from tests.strategies import few, full_slots, random_slots
 
 FILLS = ("distinct", "copies")
+fewer = settings(few, max_examples=10)
 
 
 def random_problem(rng: Any, split: str, fill: str, live: str = "none") -> mo.Problem:
@@ -63,7 +64,7 @@ def test_whatever_is_built_is_full(seed: int, split: str, fill: str) -> None:
             assert np.count_nonzero(built.share_LGC) == np.count_nonzero(share)
 
 
-@few
+@fewer
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["fractional", "equal"]), st.sampled_from(FILLS))
 def test_plans_are_full_and_what_stays_keeps_its_slot(seed: int, split: str, fill: str) -> None:
     """Of every solver that takes it, with and without a live placement."""
@@ -148,7 +149,7 @@ def test_eplb_keeps_its_second_copies() -> None:
     assert whole.moves.count == merged.moves.count
 
 
-@few
+@fewer
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["fractional", "equal"]), st.sampled_from(FILLS))
 def test_limits_on_moves_hold_with_full_slots(seed: int, split: str, fill: str) -> None:
     """From a full placement any limit can be kept; from one that is not, filling takes its part, or all."""
