@@ -17,7 +17,16 @@ from moeless_opt.api import make_problem, solve
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, floats, integers
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import Plan, new_replicas
-from moeless_opt.problems.spec import Limits, Problem, Split, Topology, replica_counts, uniform
+from moeless_opt.problems.spec import (
+    Fill,
+    Limits,
+    Problem,
+    Split,
+    Topology,
+    replica_counts,
+    second_copies,
+    uniform,
+)
 from moeless_opt.solvers.shares import ShareTable, share_table
 
 __all__ = ["MapAnswer", "MapTask", "answer", "first_map", "idle_answer"]
@@ -181,7 +190,8 @@ def answer(task: MapTask, options: PolicyOptions, split: str) -> MapAnswer:
     if now_LGC is None:
         slots_LGC = _planned(task, np.ones_like(loaded_L), options, split)
         return _judged(task, options, split, (before_L, slots_LGC), "")
-    whole_L, slots_LGC, reasons = is_whole(now_LGC, task.experts), now_LGC.copy(), []
+    whole_L = is_whole(now_LGC, task.experts, options.fill)
+    slots_LGC, reasons = now_LGC.copy(), []
     if not loaded_L.all():
         reasons.append(f"{int((~loaded_L).sum())} layers without loads")
     planned_L = loaded_L | ~whole_L
@@ -209,9 +219,11 @@ def idle_answer(task: MapTask) -> MapAnswer | None:
     )
 
 
-def is_whole(slots_LGC: SlotArray, experts: int) -> BoolArray:
-    """Whether a layer has every slot full and every expert, shape [L]."""
+def is_whole(slots_LGC: SlotArray, experts: int, fill: str = Fill.COPIES) -> BoolArray:
+    """Whether a layer has every slot full, every expert, and second copies only where they may be, [L]."""
     full_L = (slots_LGC >= 0).all(axis=(1, 2))
+    if fill == Fill.DISTINCT:
+        full_L &= ~second_copies(slots_LGC).any(axis=(1, 2))
     return np.asarray(full_L & (replica_counts(slots_LGC, experts) > 0).all(axis=1))
 
 
@@ -225,7 +237,6 @@ def _problem(task: MapTask, rows_L: BoolArray, split: str, options: PolicyOption
         load_LE,
         task.topology,
         split=split,
-        fill=options.fill,
         balance_tolerance=tolerance,
         **more,
     )
@@ -237,14 +248,11 @@ def _planned(task: MapTask, rows_L: BoolArray, options: PolicyOptions, split: st
     Shares are free here and whole entries later: a placement made for entries levels no better by more than
     their rounding, and costs twice the moves.
     """
-    live: dict[str, Any] = {}
+    more: dict[str, Any] = {"fill": options.fill}
     if task.now_LGC is not None:
-        live = {
-            "current": task.now_LGC[rows_L],
-            "repair": True,
-            "limits": Limits(max_moves=options.max_moves),
-        }
-    problem = _problem(task, rows_L, split, options, **live)
+        more |= {"current": task.now_LGC[rows_L], "repair": True}
+        more |= {"limits": Limits(max_moves=options.max_moves)}
+    problem = _problem(task, rows_L, split, options, **more)
     try:
         plan = solve(problem).plan
     except InfeasibleError:
@@ -276,9 +284,13 @@ def _imbalance(task: MapTask, slots_LGC: SlotArray, options: PolicyOptions, spli
 
 
 def _stay(task: MapTask, rows_L: BoolArray, slots_LGC: SlotArray, options: PolicyOptions, split: str) -> Plan:
-    """The plan that keeps slots as they are, with the shares that the split, and the table, give them."""
+    """The plan that keeps slots as they are, with the shares that the split, and the table, give them.
+
+    Second copies are taken as they are found, whatever the options want of new plans.
+    """
+    more = {"current": slots_LGC[rows_L], "fill": Fill.COPIES}
     entries = options.entries if split == Split.FRACTIONAL else None
-    problem = _problem(task, rows_L, split, options, current=slots_LGC[rows_L], share_entries=entries)
+    problem = _problem(task, rows_L, split, options, share_entries=entries, **more)
     plan = solve(problem, "stay").plan
     assert plan is not None
     return plan
