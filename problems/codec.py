@@ -68,6 +68,7 @@ class Fields:
 
 NUMBER = (int, float)
 _NAMES: dict[Any, str] = {
+    type(None): "null",
     str: "a string",
     int: "a whole number",
     float: "a number",

@@ -121,6 +121,7 @@ def document(load: list[list[float]], slots: list[Any]) -> dict[str, Any]:
         "name": "whole",
         "split": "fractional",
         "fill": "none",
+        "share_entries": 16,
         "loads": {
             "kind": "inline",
             "load": [load, [row[::-1] for row in load]],
@@ -329,6 +330,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--lost": ("0", "1,2", "0-3", "9", "3-1", "", "x"),
     "--model": ("Mixtral-8x7B", "DeepSeek-V3", "Phi-3.5-MoE", "x"),
     "--split": ("equal", "fractional", "x"),
+    "--share-entries": ("1", "16", "0", "x"),
     "--fill": ("none", "distinct", "copies", "x"),
     "--sizing": ("slots", "cv=0.2", "makespan=1.05", "memory", "cv=x", "makespan=0", "cv=1e-12", "x"),
     "--max-moves": ("0", "3", "-1", "9" * 30),
@@ -531,9 +533,9 @@ def argument_case(rng: random.Random, folder: Path, whole: dict[str, bytes]) -> 
     """Call `plan` with odd arguments: a plan, or an error of ours."""
     load = np.random.default_rng(0).integers(1, 99, (2, 6)).astype(float)
     kwargs: dict[str, Any] = {"topology": mo.uniform(2, 2, slots=3)}
-    options = ("current", "model", "split", "fill", "solver", "balance_tolerance", "objective", "limits",
-               "sizing", "time", "expert_bytes", "time_limit", "seed", "name", "repair", "topology",
-               "loads")  # fmt: skip
+    options = ("current", "model", "split", "fill", "share_entries", "solver", "balance_tolerance",
+               "objective", "limits", "sizing", "time", "expert_bytes", "time_limit", "seed", "name",
+               "repair", "topology", "loads")  # fmt: skip
     for key in rng.sample(options, rng.choice((1, 1, 2))):
         kwargs[key] = odd(rng, key, load)
     loads = kwargs.pop("loads", load)
