@@ -135,7 +135,8 @@ class EngineMap(Record):
         """
         slots_LGC, names = self.slots(gpus=gpus, layers=layers)
         most = self.experts if experts is None else whole("experts", experts, low=1)
-        most = int(slots_LGC.max(initial=0)) + 1 if most is None else most
+        if most is None:  # no more than there are slots, or one of them would be nowhere
+            most = min(int(slots_LGC.max(initial=0)) + 1, slots_LGC[0].size)
         unknown = np.argwhere(slots_LGC >= most)
         if unknown.size:
             row, gpu, slot = (int(i) for i in unknown[0])

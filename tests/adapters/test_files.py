@@ -364,7 +364,11 @@ def test_arrays_that_are_no_map(tmp_path: Path) -> None:
             "differ",
         ),
         ("flat", {"phy2log": np.arange(4)}, "has shape"),
-        ("counts", {"phy2log": np.array([[0, 1]]), "logcnt": np.array([[2, 0]])}, "logcnt: is not how often"),
+        (
+            "counts",
+            {"phy2log": np.array([[0, 1]]), "logcnt": np.array([[2, 0]])},
+            "logcnt: does not follow from phy2log",
+        ),
         ("none", {"a": np.eye(2), "b": np.eye(2)}, "holds no map of experts"),
     ):
         np.savez(tmp_path / f"{name}.npz", **arrays)

@@ -105,6 +105,11 @@ def test_no_map(value: object) -> None:
         slots_of_map(value, 1)  # type: ignore[arg-type]
 
 
+def test_experts_beyond_all_slots_are_unknown() -> None:
+    with pytest.raises(ProblemError, match=r"layer 0, slot 1 \(GPU 1\): expert 2147483646 is unknown"):
+        EngineMap(map_LS=[[0, 2**31 - 2]]).placement(gpus=2)
+
+
 def test_slots_beyond_those_of_a_gpu() -> None:
     with pytest.raises(ProblemError, match=r"slots\[0\]\[1\]: go beyond the 1 slots of a GPU"):
         map_of_slots([[[0, -1], [1, 2]]], 1)

@@ -27,6 +27,7 @@ from moeless_opt.adapters import EngineMap, map_of_slots
 from moeless_opt.adapters.files import ascend, eplb, sglang, tensorrt_llm, vllm
 from moeless_opt.adapters.files.layers import model_numbers
 from moeless_opt.problems.arrays import IntArray
+from moeless_opt.problems.codec import kind_name
 from moeless_opt.problems.errors import FormatError, SolverUnavailableError
 from moeless_opt.problems.files import check_archive, gunzipped, named, open_zip, read_bytes, text_limit
 from moeless_opt.problems.io import load_plan, load_slots, parse_json, read_arrays
@@ -215,10 +216,18 @@ def _document(document: Mapping[str, Any]) -> EngineMap:
     given = [key for key in eplb.MAPS if key in document]
     if not given:
         raise FormatError("document", f"has the keys {sorted(document)[:8]}; it must be {_KNOWN}")
-    arrays = {}
-    for key in (*given, "logcnt", "logical_replica_count"):
+    arrays: dict[str, Any] = {}
+    for key in given:
+        found = document[key]
+        if not isinstance(found, list):
+            raise FormatError(key, f"must be a list of layers, got {kind_name(found)}")
+        arrays[key] = vllm.parse(found).map_LS
+    for key in eplb.DERIVED:
         if key in document:
-            arrays[key] = vllm.parse(document[key]).map_LS if key in given else np.asarray(document[key])
+            try:
+                arrays[key] = np.array(document[key])
+            except ValueError:
+                raise FormatError(key, "is no array: its rows differ in length") from None
     return eplb.parse(arrays)
 
 
