@@ -453,9 +453,16 @@ def test_a_rank_that_fails_still_answers_the_others(on: Any, monkeypatch: pytest
     assert len(asked) == 2
 
 
+_COLD = (
+    "import sys; sys.path[:] = sys.argv[1:]; from moeless_opt.adapters import planner;"
+    "planner.warm_up = bool; planner.serve()"
+)
+
+
 @pytest.fixture
-def beside() -> Any:
-    """A planner in a process of its own."""
+def beside(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A planner in a process of its own, which compiles nothing first."""
+    monkeypatch.setattr(planner, "_START", _COLD)
     told: list[str] = []
     made = planner.PlannerProcess(PolicyOptions(), told.append)
     yield SimpleNamespace(planner=made, told=told)
@@ -477,7 +484,7 @@ def test_planning_leaves_the_interpreter_to_others(beside: Any) -> None:
         assert not found
     finally:
         os.kill(pid, signal.SIGCONT)
-    thread.join(timeout=120)
+    thread.join()
     assert np.array_equal(found[0].map_LS, answer(task, PolicyOptions(), "equal").map_LS)
     # An error comes back as itself, and the process lives on.
     with pytest.raises(ValueError, match="nonsense"):
@@ -489,6 +496,7 @@ def test_planning_leaves_the_interpreter_to_others(beside: Any) -> None:
     beside.planner._process.returncode = None  # as if nobody had noticed
     again = beside.planner.plan(task, "equal")
     assert np.array_equal(again.map_LS, found[0].map_LS)
+    assert len(beside.told) <= 1
 
 
 # -- files -----------------------------------------------------------------------------------------------
