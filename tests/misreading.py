@@ -142,8 +142,10 @@ def rename(case: Case, rng: random.Random) -> bool:
 
 
 def transpose(case: Case, rng: random.Random) -> bool:
-    """Arrays with their axes in another order."""
+    """Arrays with their axes in another order; of one layer, steps cannot be told from layers then."""
     done = False
+    if len(case.world.layers) == 1:
+        return False
     which = rng.random()
     for path in case.files():
         arrays = _arrays(path)
@@ -160,8 +162,6 @@ def transpose(case: Case, rng: random.Random) -> bool:
                 done = True
         if arrays and done:
             _save(path, arrays)
-    if done and case.kind.name == "matrix" and case.world.total.shape[0] == case.world.total.shape[1]:
-        case.right = []
     return done
 
 

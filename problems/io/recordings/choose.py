@@ -115,7 +115,7 @@ class Chooser:
                 load=found.load, format=found.format, notes=(f"{name} is a trace: {why}", *found.notes)
             )
         shape = shape_text(array.shape)
-        if what in ("transposed", "swapped"):
+        if what == "transposed" or (what == "swapped" and (array.shape[-2] > 1 or not known)):
             raise self.error(
                 f"{name} {shape} has its axes in another order than [(steps,) layers, experts]: {why}; "
                 "transpose it, or give --as counts (as_='counts') to take it as it is"

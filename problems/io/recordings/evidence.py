@@ -181,7 +181,8 @@ def choices_of(chosen_PLK: NDArray[Any]) -> Choices:
     first_PL1 = chosen_PLK[:, :, :1]
     notes = []
     if width == 1:
-        busy_L = (chosen_PLK != chosen_PLK[:1]).any((0, 2))
+        high_L = chosen_PLK.max((0, 2))
+        busy_L = ((chosen_PLK[:, :, 0] != high_L) & (chosen_PLK[:, :, 0] >= 0)).any(0)
         dense_L = ~busy_L & busy_L.any()
         valid_PL = np.broadcast_to(~dense_L, (tokens, layers))
     else:

@@ -488,7 +488,7 @@ class _Reader:
         self._check_values(load)
         if self.source.as_ is None and found.format != "token-trace":
             what, why = reading_of(load)
-            if what in ("transposed", "swapped"):
+            if what == "transposed":
                 raise self.error(
                     f"its loads {shape_text(load.shape)} have their axes in another order than [(steps,) "
                     "layers, "

@@ -146,6 +146,23 @@ def test_padding_is_no_choice(tmp_path: Path) -> None:
         read_recording(tmp_path / "t.npz")
 
 
+def test_one_choice_each_beside_a_dense_layer_and_padding(tmp_path: Path) -> None:
+    top1 = np.random.default_rng(5).integers(0, 8, (60, 3, 1))
+    padded = np.concatenate([top1, np.full((5, 3, 1), -1)])
+    dense = np.concatenate([np.where(padded[:, :1] < 0, -1, 0), padded], axis=1)
+    np.savez(tmp_path / "a.npz", routed_experts=dense)
+    right = np.array([np.bincount(column, minlength=8) for column in top1[:, :, 0].T])
+    same(read_recording(tmp_path / "a.npz"), right, (1, 2, 3))
+
+
+def test_steps_of_one_layer(tmp_path: Path) -> None:
+    steps = np.random.default_rng(1).multinomial(512, np.full(8, 1 / 8), size=5)[:, None]
+    (tmp_path / "a.json").write_text(json.dumps({"logical_count": steps.tolist()}))
+    same(read_recording(tmp_path / "a.json"), steps.sum(0))
+    with pytest.raises(FormatError, match=r"\[layers, steps, experts\]"):
+        read_recording(saved(tmp_path / "a.npy", steps))
+
+
 def test_weights_of_the_choices_are_no_loads(tmp_path: Path) -> None:
     right = read_recording(saved(tmp_path / "a.npy", TRACE)).load_TLE[0]
     np.savez(tmp_path / "b.npz", experts=TRACE, weights=np.full(TRACE.shape, 0.5))
