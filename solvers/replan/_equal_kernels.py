@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, uint64
-from numba.extending import overload, register_jitable
+from numba import njit, types, uint64
+from numba.extending import intrinsic, overload, register_jitable
 
 from moeless_opt.solvers.replan import equal_state as plain
 from moeless_opt.solvers.replan.equal_state import _FREE, _SOFT, ADD, BARRED, DROP, MOVE, SWAP
@@ -743,13 +743,43 @@ def _best_changes(state: Any, search: Any, seed: int, best: Any) -> Any:
     return best_changes
 
 
+@intrinsic
+def _count(context: Any, array: Any, at: Any, by: Any) -> Any:
+    """Add to an entry of an array of int64, alone; returns what was there."""
+
+    def make(context: Any, builder: Any, _: Any, values: Any) -> Any:
+        view = context.make_array(array)(context, builder, values[0])
+        place = builder.gep(view.data, [values[1]])
+        return builder.atomic_rmw("add", place, values[2], "seq_cst")
+
+    return types.int64(array, types.int64, types.int64), make
+
+
+@overload(plain.take)
+def _take(turns_2: Any, at: int) -> Any:
+    def take(turns_2: Any, at: int) -> Any:  # pragma: no cover
+        return _count(turns_2, at, 1)
+
+    return take
+
+
+@overload(plain.await_others)
+def _await_others(turns_2: Any, count: int) -> Any:
+    def await_others(turns_2: Any, count: int) -> None:  # pragma: no cover
+        while _count(turns_2, 1, 0) < count:
+            pass
+
+    return await_others
+
+
+register_jitable(plain.search_layer)
 register_jitable(plain.search_layers)
 
 
 def _search_layers(
-    layers: Any, search: Any, task: Any, first: Any, step: Any, told: Any
+    layers: Any, search: Any, task: Any, turns_2: Any, told: Any, waits: Any
 ) -> None:  # pragma: no cover
-    plain.search_layers(layers, search, task, first, step, told)
+    plain.search_layers(layers, search, task, turns_2, told, waits)
 
 
 # Numba looks at one file alone to tell whether cached code is stale: the name of this one tells of both.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,23 +24,30 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan import best_bound, even_times, new_replicas
-from moeless_opt.problems.spec import equal_shares
-from moeless_opt.solvers.core import NeverStop, Stop
+from moeless_opt.problems.spec import (
+    Fill,
+    equal_shares,
+    replica_counts,
+    seat_in_place,
+    second_copies,
+    without_copies,
+)
+from moeless_opt.solvers.core import FirstOf, NeverStop, Stop
 from moeless_opt.solvers.limits import Rules, mended_within
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.replan import equal_state
-from moeless_opt.solvers.replan.equal_state import LOAD_UNIT, REACH, ROUNDS, STEP, EqualSearch, Layers
-from moeless_opt.solvers.replan.equal_wide import MANY_PAIRS, replan_equal_wide
-from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
-from moeless_opt.solvers.replan.task import (
-    Point,
-    Replanned,
-    ReplanTask,
-    ReplanWish,
-    front_of,
-    seated,
-    spread_budget,
+from moeless_opt.solvers.replan.equal_state import (
+    FILL,
+    LOAD_UNIT,
+    REACH,
+    ROUNDS,
+    STEP,
+    EqualSearch,
+    Layers,
 )
+from moeless_opt.solvers.replan.equal_wide import MANY_PAIRS, replan_equal_wide
+from moeless_opt.solvers.replan.live import mend_content
+from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, front_of, spread_budget
 
 __all__ = ["replan_equal", "warm_equal"]
 
@@ -73,6 +80,7 @@ def replan_equal(
     """
     wish, stop = wish or ReplanWish(), stop or NeverStop()
     if task.load_LE.shape[1] * len(task.speed_G) >= MANY_PAIRS:
+        task = replace(task, live_LGC=without_copies(task.live_LGC), fill=Fill.NONE)
         if task.rules is None:
             return replan_equal_wide(task, wish, stop=stop)
         if wish.max_moves is None:
@@ -80,38 +88,43 @@ def replan_equal(
     load, speed = task.load_LE, task.speed_G
     L, E = load.shape
     if wish.bound_L is None:
-        bound = best_bound(load, task.capacity_LG, speed, "equal")[0]
+        split = "fractional" if task.fill == Fill.COPIES else "equal"  # copies are weights
+        bound = best_bound(load, task.capacity_LG, speed, split)[0]
     else:
         bound = np.asarray(wish.bound_L, dtype=np.float64)
-    base = _mended(task, task.live_LGC, wish.repair)
-    start = base if wish.start_LGC is None else _mended(task, wish.start_LGC, wish.repair)
-    live = [[frozenset(e for e in row if 0 <= e < E) for row in rows] for rows in task.live_LGC.tolist()]
-    forced_L = _moves(live, start)
-    wish.check_budget(forced_L)
     target_L = (1.0 + wish.tolerance) * bound
-    begun_L = _times(task, start)
+    rounds = wish.most_rounds(_ROUNDS)
+    worker = _worker(backend, float(L) * float(task.capacity_LG.max()) * len(speed) * (1.0 + rounds))
+    base = _mended(task, task.live_LGC, wish.repair)
+    base = _filled(task, wish, base, target_L, worker)
+    start = base
+    if wish.start_LGC is not None:
+        start = _filled(task, wish, _mended(task, wish.start_LGC, wish.repair), target_L, worker)
+    forced_L = _moves(task, start)
+    wish.check_budget(forced_L)
+    begun_L = even_times(load, start, speed).max(axis=1)
     late_L = begun_L > target_L * (1.0 + 1e-9)
     # The worst first: who knows for how many there is time.
     rows = np.argsort((target_L - begun_L) / np.maximum(bound, 1e-300), kind="stable")
-    rounds = wish.most_rounds(_ROUNDS)
-    worker = _worker(backend, int(late_L.sum()) * float(task.capacity_LG.max()) * len(speed) * (1.0 + rounds))
     search = _Search.of(task, wish, (base, start), rows[late_L[rows]], target_L, worker, stop)
     search.run(rounds)
-    contents = search.contents(start)
+    slots = search.contents(start)
     if wish.max_moves is not None:
         price = wish.price_L(L)
-        if (
-            sum(by * moves for by, moves in zip(price, _moves(live, contents).tolist(), strict=True))
-            > wish.max_moves
+        if sum(by * moves for by, moves in zip(price, _moves(task, slots).tolist(), strict=True)) > (
+            wish.max_moves
         ):
-            fronts = search.fronts(live, start, contents)
+            fronts = search.fronts(task, start, slots)
             weights = (load.sum(axis=1) / search.mean_L).tolist()
-            contents = spread_budget(fronts, weights, price, wish.max_moves)
+            chosen = spread_budget(fronts, weights, price, wish.max_moves)
+            slots = np.stack(chosen)
+    order = seat_in_place(slots, task.live_LGC, task.capacity_LG)
+    slots = np.take_along_axis(slots, order, axis=2).astype(np.int32)
     return Replanned(
-        slots_LGC=(new := seated(task, contents)),
-        share_LGC=equal_shares(new, E),
-        time_L=_times(task, contents),
-        moves_L=_moves(live, contents),
+        slots_LGC=slots,
+        share_LGC=equal_shares(slots, E),
+        time_L=even_times(load, slots, speed).max(axis=1),
+        moves_L=_moves(task, slots),
         forced_L=forced_L,
         bound_L=bound,
         target_L=target_L,
@@ -124,65 +137,63 @@ def _wide_within(task: ReplanTask, rules: list[Rules], wish: ReplanWish, stop: S
     """Over many GPUs: as without limits, then mended where that breaks one."""
     found = replan_equal_wide(replace(task, rules=None), wish, stop=stop)
     load, speed = task.load_LE, task.speed_G
-    contents = [
-        mended_within(one, load_E, [[e for e in row if e >= 0] for row in rows], speed)
-        for one, load_E, rows in zip(rules, load, found.slots_LGC.tolist(), strict=True)
-    ]
-    new = seated(task, contents)
+    slots = np.full_like(task.live_LGC, -1)
+    for row, one in enumerate(rules):
+        content = [[e for e in held if e >= 0] for held in found.slots_LGC[row].tolist()]
+        _write(slots[row], mended_within(one, load[row], content, speed))
+    new = np.take_along_axis(slots, seat_in_place(slots, task.live_LGC, task.capacity_LG), axis=2)
     return replace(
         found,
         slots_LGC=new,
         share_LGC=equal_shares(new, load.shape[1]),
         time_L=even_times(load, new, speed).max(axis=1),
-        moves_L=new_replicas(new, task.live_LGC, load.shape[1]).sum(axis=(1, 2)),
+        moves_L=_moves(task, new),
     )
 
 
-def _mended(task: ReplanTask, slots_LGC: SlotArray, repair: bool) -> list[Content]:
-    """Contents of all layers, mended or refused where they break the rules."""
-    speed = task.speed_G.tolist()
-    contents = [
-        mend_content(load.tolist(), rows.tolist(), room.tolist(), speed, layer, repair)
-        for layer, (load, rows, room) in enumerate(
-            zip(task.load_LE, slots_LGC, task.capacity_LG, strict=True)
-        )
-    ]
-    if task.rules is None:
-        return contents
-    return [
-        mended_within(rules, load, content, task.speed_G)
-        for rules, load, content in zip(task.rules, task.load_LE, contents, strict=True)
-    ]
+def _write(slots_GC: SlotArray, content: list[list[int]]) -> None:
+    """Put contents into slots, the empty ones last."""
+    slots_GC[:] = -1
+    for row, held in zip(slots_GC, content, strict=True):
+        row[: len(held)] = held
 
 
-def _free(experts: int, capacity_G: IntArray) -> Rules:
-    """The rules of a layer without limits."""
-    gpus = len(capacity_G)
-    return Rules(
-        number=0,
-        allowed_EG=np.ones((experts, gpus), dtype=np.bool_),
-        pinned_EG=np.zeros((experts, gpus), dtype=np.bool_),
-        least_E=np.ones(experts, dtype=np.int64),
-        most_E=np.full(experts, gpus),
-        total=int(capacity_G.sum()),
-        capacity_G=capacity_G,
-        domain_G=np.zeros(gpus, dtype=np.int64),
-        spread=1,
-    )
+def _mended(task: ReplanTask, slots_LGC: SlotArray, repair: bool) -> SlotArray:
+    """A placement, mended or refused where it breaks the rules; experts in the first slots of a GPU."""
+    L, E = task.load_LE.shape
+    empty = slots_LGC < 0
+    slots = np.take_along_axis(slots_LGC, np.argsort(empty, axis=2, kind="stable"), axis=2)
+    fits_L = (slots < E).all(axis=(1, 2)) & ((~empty).sum(axis=2) <= task.capacity_LG).all(axis=1)
+    fits_L &= (replica_counts(np.where(slots < E, slots, -1), E) > 0).all(axis=1)
+    if task.fill != Fill.COPIES:
+        fits_L &= ~second_copies(slots).any(axis=(1, 2))
+    for layer in np.flatnonzero(~fits_L).tolist():
+        given = slots_LGC[layer].tolist(), task.capacity_LG[layer].tolist(), task.speed_G.tolist()
+        copies = task.fill == Fill.COPIES
+        _write(slots[layer], mend_content(task.load_LE[layer].tolist(), *given, layer, repair, copies))
+    for layer in range(L if task.rules is not None else 0):
+        assert task.rules is not None
+        content = [[e for e in held if e >= 0] for held in slots[layer].tolist()]
+        _write(slots[layer], mended_within(task.rules[layer], task.load_LE[layer], content, task.speed_G))
+    return slots
 
 
-def _moves(live: Sequence[Sequence[frozenset[int]]], contents: Sequence[Content]) -> IntArray:
-    return np.array([moves_between(a, b) for a, b in zip(live, contents, strict=True)], dtype=np.int64)
+def _filled(
+    task: ReplanTask, wish: ReplanWish, slots_LGC: SlotArray, target_L: FloatArray, worker: Worker
+) -> SlotArray:
+    """A placement with every slot full, where that is asked for."""
+    rows = np.flatnonzero(((slots_LGC >= 0).sum(axis=2) < task.capacity_LG).any(axis=1))
+    if task.fill == Fill.NONE or len(rows) == 0:
+        return slots_LGC
+    search = _Search.of(task, wish, (slots_LGC, slots_LGC), rows, target_L, worker, NeverStop())
+    worker(search.layers, search.settings, FILL, NeverStop())
+    return search.contents(slots_LGC)
 
 
-def _times(task: ReplanTask, contents: Sequence[Content]) -> FloatArray:
-    """Largest GPU time of each layer (tokens over speed)."""
-    slots = np.stack([_padded(content, task.live_LGC.shape[2]) for content in contents])
-    return np.asarray(even_times(task.load_LE, slots, task.speed_G).max(1))
-
-
-def _padded(content: Content, width: int) -> Any:
-    return np.array([[*row, *[-1] * (width - len(row))] for row in content], dtype=np.int32)
+def _moves(task: ReplanTask, slots_LGC: SlotArray) -> IntArray:
+    """Replicas of each layer that are not live."""
+    new_LGC = new_replicas(slots_LGC, task.live_LGC, task.load_LE.shape[1])
+    return np.asarray(new_LGC.sum(axis=(1, 2)))
 
 
 # -- the search, layer by layer --------------------------------------------------------------------------
@@ -228,20 +239,28 @@ def warm_equal() -> bool:
 
 
 def _plain(layers: Layers, search: EqualSearch, task: int, stop: Stop) -> None:
-    equal_state.search_layers(layers, search, task, 0, 1, _Asked(stop))
+    equal_state.search_layers(layers, search, task, np.zeros(2, dtype=np.int64), _Asked(stop), False)
 
 
 def _compiled(layers: Layers, search: EqualSearch, task: int, stop: Stop) -> None:
-    """Some layers on each core, none of them with the interpreter's lock."""
+    """Each core takes the next layer that nobody has, none of them with the interpreter's lock.
+
+    Where nothing can stop it this thread works as well, and comes back when all is done: beside busy threads
+    every other thread may wait long for the lock, and this one waits for it once.
+    """
     count, told = len(layers.load_LE), np.zeros(1, dtype=np.uint8)
     if count == 0:
         return
-    kernel, cores = _kernel(), os.cpu_count() or 1
-    step = min(count, cores)
+    kernel, cores, turns = _kernel(), min(count, os.cpu_count() or 1), np.zeros(2, dtype=np.int64)
+    if _endless(stop):
+        for _ in range(cores - 1):
+            _helpers().submit(kernel, layers, search, task, turns, told, False)
+        kernel(layers, search, task, turns, told, True)
+        return
     with ThreadPoolExecutor(max_workers=cores) as pool:
         try:
             told[0] = bool(stop())
-            left = {pool.submit(kernel, layers, search, task, first, step, told) for first in range(step)}
+            left = {pool.submit(kernel, layers, search, task, turns, told, False) for _ in range(cores)}
             while left:
                 done, left = wait(left, timeout=_ASK)
                 for one in done:
@@ -250,6 +269,21 @@ def _compiled(layers: Layers, search: EqualSearch, task: int, stop: Stop) -> Non
         except BaseException:
             told[0] = 1
             raise
+
+
+def _endless(stop: Stop) -> bool:
+    """Whether a stop never says so."""
+    return isinstance(stop, NeverStop) or (isinstance(stop, FirstOf) and all(map(_endless, stop.stops)))
+
+
+@functools.cache
+def _helpers() -> ThreadPoolExecutor:
+    """Threads that stay: to start one beside busy threads takes long. A forked process needs its own."""
+    return ThreadPoolExecutor(max_workers=64, thread_name_prefix="moeless-replan")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_helpers.cache_clear)
 
 
 @functools.cache
@@ -276,7 +310,7 @@ class _Search:
         cls,
         task: ReplanTask,
         wish: ReplanWish,
-        begin: tuple[list[Content], list[Content]],
+        begin: tuple[SlotArray, SlotArray],
         rows: IntArray,
         target_L: FloatArray,
         worker: Worker,
@@ -287,36 +321,44 @@ class _Search:
         (_, G, C), E, n = task.live_LGC.shape, load.shape[1], len(rows)
         total_L = load.sum(axis=1)
         mean_L = np.where(total_L > 0.0, total_L / speed.sum(), 1.0)
-        base, slots = (
-            np.array([_padded(one[row], C) for row in rows], dtype=np.int64).reshape(n, G, C) for one in begin
-        )
+        base, slots = (one[rows].astype(np.int64) for one in begin)
         live = task.live_LGC[rows].astype(np.int64)
-        free = [_free(E, room_G) for room_G in task.capacity_LG[rows]]
-        rules = free if task.rules is None else [task.rules[row] for row in rows]
-        # Without limits one table is enough for all layers.
-        one_or_all = [_free(E, task.capacity_LG[0])] if task.rules is None or n == 0 else rules
+        full, copies = task.fill != Fill.NONE, task.fill == Fill.COPIES
         layers = Layers(
             load_LE=np.rint(load[rows] / mean_L[rows, None] * LOAD_UNIT).astype(np.int64),
             content_LGC=slots,
             capacity_LG=np.ascontiguousarray(task.capacity_LG[rows]),
-            least_LE=np.array([rule.least_E for rule in rules], dtype=np.int64).reshape(n, E),
-            most_LE=np.array([rule.most_E for rule in rules], dtype=np.int64).reshape(n, E),
+            least_LE=np.ones((n, E), dtype=np.int64),
+            most_LE=np.full((n, E), G * C if copies else G),
             live_LGC=np.where(live < E, live, -1),
             price_LEG=np.ones((1, E, G), dtype=np.int64),
-            open_LEG=np.stack([rule.allowed_EG for rule in one_or_all]),
-            held_LEG=np.stack([rule.pinned_EG for rule in one_or_all]),
+            open_LEG=np.ones((1, E, G), dtype=np.bool_),
+            held_LEG=np.zeros((1, E, G), dtype=np.bool_),
             speed_G=speed.copy(),  # arrays that may not be written to are another type, and compiled anew
-            domain_G=np.array(one_or_all[0].domain_G, dtype=np.int64),
-            spread_L=np.array([rule.spread for rule in rules], dtype=np.int64),
-            replicas_L=np.array([rule.total for rule in rules], dtype=np.int64),
-            word_L=np.array([equal_state.first_word(wish.seed, int(row)) for row in rows], dtype=np.uint64),
+            domain_G=np.zeros(G, dtype=np.int64),
+            spread_L=np.ones(n, dtype=np.int64),
+            replicas_L=task.capacity_LG[rows].sum(axis=1),
+            word_L=np.array(
+                [equal_state.first_word(wish.seed, row) for row in rows.tolist()], dtype=np.uint64
+            ),
             base_LGC=base,
             goal_L=target_L[rows] / mean_L[rows],
             price_L=np.zeros(n, dtype=np.int64),
             reached_L=np.zeros(n, dtype=np.bool_),
             cut_L=np.zeros(n, dtype=np.bool_),
         )
-        settings = EqualSearch(False, False, 0, _MOST_BACK, _TRIES, 0)
+        if task.rules is not None and n > 0:
+            rules = [task.rules[row] for row in rows.tolist()]
+            layers = layers._replace(
+                least_LE=np.array([rule.least_E for rule in rules], dtype=np.int64),
+                most_LE=np.array([rule.most_E for rule in rules], dtype=np.int64),
+                open_LEG=np.stack([rule.allowed_EG for rule in rules]),
+                held_LEG=np.stack([rule.pinned_EG for rule in rules]),
+                domain_G=np.array(rules[0].domain_G, dtype=np.int64),
+                spread_L=np.array([rule.spread for rule in rules], dtype=np.int64),
+                replicas_L=np.array([rule.total for rule in rules], dtype=np.int64),
+            )
+        settings = EqualSearch(full, copies, 0, _MOST_BACK, _TRIES, 0)
         cut_L = np.zeros(len(load), dtype=np.bool_)
         return cls(rows, layers, mean_L, cut_L, settings, worker, stop)
 
@@ -333,48 +375,46 @@ class _Search:
                 break
             task = ROUNDS
 
-    def contents(self, start: list[Content]) -> list[Content]:
-        """Experts on each GPU: of the layers that were searched what was found, else the start."""
-        found = list(start)
-        for row, slots in zip(self.rows.tolist(), self.layers.content_LGC.tolist(), strict=True):
-            found[row] = [[e for e in content if e >= 0] for content in slots]
+    def contents(self, start: SlotArray) -> SlotArray:
+        """Slots: of the layers that were searched what was found, else the start."""
+        found = start.copy()
+        found[self.rows] = self.layers.content_LGC
         return found
 
     def fronts(
-        self, live: list[list[frozenset[int]]], start: list[Content], finished: list[Content]
-    ) -> list[list[Point]]:
+        self, task: ReplanTask, start: SlotArray, finished: SlotArray
+    ) -> list[list[tuple[int, float, SlotArray]]]:
         """Points of each layer between start and end, each with more moves and faster than the last."""
-        layers = self.layers
-        target_L, speed_G = layers.goal_L.copy(), layers.speed_G
-        points: list[list[Point]] = [[] for _ in start]
-
-        def note(x: int, time: float, content: Content) -> None:
-            row = int(self.rows[x])
-            points[row].append((moves_between(live[row], content), max(time, float(target_L[x])), content))
-
-        def times(contents: list[Content]) -> FloatArray:
-            slots = np.array([_padded(contents[row], layers.content_LGC.shape[2]) for row in self.rows])
-            return np.asarray(even_times(layers.load_LE / LOAD_UNIT, slots, speed_G).max(1))
-
-        for row, content in enumerate(start):
-            points[row] = [(moves_between(live[row], content), 0.0, content)]
-        if len(self.rows) == 0:
+        layers, rows = self.layers, self.rows
+        target_L = layers.goal_L.copy()
+        points: list[list[tuple[int, float, SlotArray]]] = [
+            [(moves, 0.0, slots)] for moves, slots in zip(_moves(task, start).tolist(), start, strict=True)
+        ]
+        if len(rows) == 0:
             return points
+
+        def times(slots: SlotArray) -> FloatArray:
+            return np.asarray(even_times(layers.load_LE / LOAD_UNIT, slots[rows], layers.speed_G).max(1))
+
+        def note(time_L: FloatArray, slots: SlotArray, changed_L: BoolArray) -> None:
+            moves_L = _moves(task, slots)
+            for x in np.flatnonzero(changed_L).tolist():
+                row = int(rows[x])
+                points[row].append((int(moves_L[row]), max(float(time_L[x]), float(target_L[x])), slots[row]))
+
         first_L, last_L = times(start), times(finished)
-        for x, row in enumerate(self.rows.tolist()):
+        for row in rows.tolist():
             points[row].clear()
-            note(x, float(first_L[x]), start[row])
-            note(x, float(last_L[x]), finished[row])
+        every_L = np.ones(len(rows), dtype=np.bool_)
+        note(first_L, start, every_L)
+        note(last_L, finished, every_L)
         settings = self.settings._replace(steps=1)
-        begun = np.array([_padded(start[row], layers.content_LGC.shape[2]) for row in self.rows])
         for part in _PARTS:
-            layers.content_LGC[:] = begun
+            layers.content_LGC[:] = start[rows]
             layers.reached_L[:] = True
             goal_L = last_L + part * (first_L - last_L)
             while layers.reached_L.any() and not self.stop():
                 layers.goal_L[:] = goal_L
                 self.worker(layers, settings, STEP, self.stop)
-                contents = self.contents(start)
-                for x in np.flatnonzero(layers.reached_L).tolist():
-                    note(x, float(layers.goal_L[x]), contents[int(self.rows[x])])
+                note(layers.goal_L, self.contents(start), layers.reached_L)
         return [front_of(one) for one in points]

@@ -27,13 +27,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["LOAD_UNIT", "REACH", "ROUNDS", "STEP", "EqualSearch", "LayerState", "Layers", "search_layers"]
+__all__ = [
+    "FILL",
+    "LOAD_UNIT",
+    "REACH",
+    "ROUNDS",
+    "STEP",
+    "EqualSearch",
+    "LayerState",
+    "Layers",
+    "search_layers",
+]
 
 LOAD_UNIT = 1 << 40
 """The mean GPU load."""
 
 ADD, MOVE, SWAP, DROP = 0, 1, 2, 3
-REACH, ROUNDS, STEP = 0, 1, 2
+REACH, ROUNDS, STEP, FILL = 0, 1, 2, 3
 _SOFT = 4  # load between a GPU's fair share and its room counts 2**-_SOFT of what lies above the room
 _FREE = 10.0  # what costs no move counts as a tenth of one
 _BEST = 2  # changes that are tried exactly in each step
@@ -887,7 +897,7 @@ class Layers(NamedTuple):
     word_L : array of uint64, shape [L]
         State of the random choices.
     base_LGC : array of int64, shape [L, G, C]
-        What rounds put back; replaced by what the search started from.
+        What rounds put back; every slot full where that is asked for.
     goal_L : array of float, shape [L]
         Times that the layers are to keep; replaced by those that they do.
     price_L : array of int64, shape [L]
@@ -919,56 +929,78 @@ class Layers(NamedTuple):
     cut_L: Any
 
 
-def search_layers(layers: Layers, search: EqualSearch, task: int, first: int, step: int, told: Any) -> None:
-    """Search every `step`-th layer from `first` on.
+def take(turns_2: Any, at: int) -> int:
+    """Count one more; returns how many there were. Compiled: no two threads get the same."""
+    turns_2[at] += 1
+    return int(turns_2[at]) - 1
+
+
+def await_others(turns_2: Any, count: int) -> None:
+    """Wait until so many layers are done; others do theirs only in the compiled form."""
+
+
+def search_layers(
+    layers: Layers, search: EqualSearch, task: int, turns_2: Any, told: Any, waits: bool
+) -> None:
+    """Search layers, each as its turn comes, until none is left.
 
     `task` says what for: ``REACH`` the wanted times, then rounds of destroying and repairing; ``ROUNDS``
-    alone; ``STEP`` once, after which `reached_L` tells whether it changed anything.
+    alone; ``STEP`` once, after which `reached_L` tells whether it changed anything; ``FILL`` free slots.
+    `turns_2` counts the layers that were begun and that are done; who `waits` ends when all are done.
     """
-    for x in range(first, len(layers.load_LE), step):
-        if told[0] != 0 and task != REACH:
+    count = len(layers.load_LE)
+    x = take(turns_2, 0)
+    while x < count:
+        if told[0] == 0 or task == REACH:
+            search_layer(layers, search, task, x, told)
+        take(turns_2, 1)
+        x = take(turns_2, 0)
+    if waits:
+        await_others(turns_2, count)
+
+
+def search_layer(layers: Layers, search: EqualSearch, task: int, x: int, told: Any) -> None:
+    """Search one layer (see `search_layers`)."""
+    price_EG = layers.price_LEG[x if len(layers.price_LEG) > 1 else 0].copy()
+    for g in range(layers.live_LGC.shape[1]):
+        for c in range(layers.live_LGC.shape[2]):
+            if layers.live_LGC[x, g, c] >= 0:
+                price_EG[layers.live_LGC[x, g, c], g] = 0
+    state = new_state(
+        layers.load_LE[x],
+        layers.content_LGC[x],
+        layers.capacity_LG[x],
+        price_EG,
+        layers.open_LEG[x if len(layers.open_LEG) > 1 else 0],
+        layers.held_LEG[x if len(layers.held_LEG) > 1 else 0],
+        layers.least_LE[x],
+        layers.most_LE[x],
+        layers.domain_G,
+        layers.spread_L[x],
+    )
+    most = layers.replicas_L[x]
+    refresh(state, most)
+    give_rooms(state, layers.speed_G, layers.goal_L[x])
+    if task == FILL:
+        fill_up(state, search)
+        return
+    if task == STEP:
+        before = pressure(state)
+        _, layers.price_L[x] = descend(state, search, layers.price_L[x], 1 << 60, 0, told)
+        layers.reached_L[x] = pressure(state) != before
+        layers.goal_L[x] = slowest(state, layers.speed_G)
+        return
+    if task == REACH:
+        if told[0] != 0:
+            layers.cut_L[x] = True
+            layers.price_L[x] = paid(state)
             return
-        price_EG = layers.price_LEG[x if len(layers.price_LEG) > 1 else 0].copy()
-        for g in range(layers.live_LGC.shape[1]):
-            for c in range(layers.live_LGC.shape[2]):
-                if layers.live_LGC[x, g, c] >= 0:
-                    price_EG[layers.live_LGC[x, g, c], g] = 0
-        state = new_state(
-            layers.load_LE[x],
-            layers.content_LGC[x],
-            layers.capacity_LG[x],
-            price_EG,
-            layers.open_LEG[x if len(layers.open_LEG) > 1 else 0],
-            layers.held_LEG[x if len(layers.held_LEG) > 1 else 0],
-            layers.least_LE[x],
-            layers.most_LE[x],
-            layers.domain_G,
-            layers.spread_L[x],
-        )
-        most = layers.replicas_L[x]
-        refresh(state, most)
+        reached, goal, spent = reach(state, layers.speed_G, search, layers.goal_L[x], most, told)
+        layers.reached_L[x] = reached
+        layers.goal_L[x] = goal
+        layers.price_L[x] = spent
+        layers.cut_L[x] = not reached and told[0] != 0
+    if layers.price_L[x] > 0:
         give_rooms(state, layers.speed_G, layers.goal_L[x])
-        if task == REACH:
-            if search.full:
-                fill_up(state, search)
-                layers.base_LGC[x] = state.content_GC
-            if told[0] != 0:
-                layers.cut_L[x] = True
-                layers.price_L[x] = paid(state)
-                continue
-            reached, goal, spent = reach(state, layers.speed_G, search, layers.goal_L[x], most, told)
-            layers.reached_L[x] = reached
-            layers.goal_L[x] = goal
-            layers.price_L[x] = spent
-            layers.cut_L[x] = not reached and told[0] != 0
-        if task != STEP and layers.price_L[x] > 0:
-            give_rooms(state, layers.speed_G, layers.goal_L[x])
-            word_1 = layers.word_L[x : x + 1]
-            layers.price_L[x] = shake(
-                state, layers.base_LGC[x], search, most, layers.price_L[x], word_1, told
-            )
-        elif task == STEP:
-            before = pressure(state)
-            _, layers.price_L[x] = descend(state, search, layers.price_L[x], 1 << 60, 0, told)
-            layers.reached_L[x] = pressure(state) != before
-            layers.goal_L[x] = slowest(state, layers.speed_G)
+        word_1 = layers.word_L[x : x + 1]
+        layers.price_L[x] = shake(state, layers.base_LGC[x], search, most, layers.price_L[x], word_1, told)

@@ -26,6 +26,7 @@ from moeless_opt.solvers.limits import (
     within_budgets,
     within_caps,
 )
+from moeless_opt.solvers.replan.equal_wide import MANY_PAIRS
 from moeless_opt.solvers.replan.live import layer_moves
 from moeless_opt.solvers.replan.task import front_of
 
@@ -75,6 +76,8 @@ def besides_filling(problem: Problem, live_LGC: SlotArray) -> Problem:
             )
         if most is not None:
             left[key] = most - need
+    if problem.split == "equal" and problem.experts * problem.topology.gpus < MANY_PAIRS:
+        return problem  # that search fills the slots itself, and counts what comes
     return problem.replace(limits=limits.replace(**left))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import new_replicas
-from moeless_opt.problems.spec import Problem, without_copies
+from moeless_opt.problems.spec import Fill, Problem, without_copies
 from moeless_opt.solvers.core import mended
 
 __all__ = [
@@ -29,11 +29,13 @@ Content = list[list[int]]
 def live_slots(problem: Problem) -> SlotArray:
     """The live placement with as many slots per GPU as the problem allows, shape [L, G, C].
 
-    Second copies on a GPU are left out.
+    Second copies on a GPU are left out, unless the plan may have such and they weigh.
     """
     if problem.current is None:
         raise ProblemError("current", "is missing: re-planning starts from a live placement")
-    slots_LGC = without_copies(problem.current.slots_LGC)
+    slots_LGC = problem.current.slots_LGC
+    if problem.fill != Fill.COPIES or problem.split != "equal":
+        slots_LGC = without_copies(slots_LGC)
     wide = max(int(problem.capacity_LG.max()), slots_LGC.shape[2])
     padded = np.full((*slots_LGC.shape[:2], wide), -1, dtype=np.int32)
     # Filled slots first: the kernels take a GPU's slots to be its capacity.
@@ -88,6 +90,7 @@ def mend_content(
     speed: list[float],
     layer: int = 0,
     repair: bool = False,
+    copies: bool = False,
 ) -> Content:
     """Contents of each GPU of a live placement, mended or refused where they break the rules.
 
@@ -106,6 +109,8 @@ def mend_content(
     repair : bool
         Mend instead of refusing: unknown experts and duplicates are dropped, the rest as
         `core.mending.mended` says.
+    copies : bool
+        An expert may have several slots of a GPU.
 
     Returns
     -------
@@ -119,7 +124,7 @@ def mend_content(
         for expert in row:
             if expert < 0:
                 continue
-            wrong = "unknown" if expert >= experts else "held twice" if expert in kept else ""
+            wrong = "unknown" if expert >= experts else "held twice" if expert in kept and not copies else ""
             if not wrong:
                 kept.append(expert)
             elif not repair:

@@ -90,7 +90,8 @@ def replan_within(problem: Problem, wish: ReplanWish, *, stop: Stop | None = Non
     assert problem.current is not None
     rules = None if problem.limits == only_moves(problem.limits) else shared_rules(problem)
     speed_G = problem.topology.speed_G
-    task = ReplanTask(problem.load_LE, live_slots(problem), problem.capacity_LG, speed_G, rules)
+    given = problem.load_LE, live_slots(problem), problem.capacity_LG, speed_G, rules
+    task = ReplanTask(*given, Fill(problem.fill))
     wish = replace(wish, bound_L=token_bound(problem), repair=problem.current.partial)
     kernel = replan_equal if problem.split == "equal" else replan_fractional
     return kernel(task, wish, stop=stop)

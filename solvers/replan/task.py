@@ -10,6 +10,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.spec import Fill
 from moeless_opt.solvers.core import choose_points
 from moeless_opt.solvers.limits import Rules
 from moeless_opt.solvers.replan.live import Content
@@ -34,6 +35,8 @@ class ReplanTask:
         Relative speeds, ones by default.
     rules : list of Rules, optional
         Limits of each layer that the plan is to keep; none by default.
+    fill : Fill
+        Whether every slot is to be full, and second copies on a GPU are allowed; an equal split's only.
 
     Raises
     ------
@@ -46,6 +49,7 @@ class ReplanTask:
     capacity_LG: IntArray
     speed_G: FloatArray = None  # type: ignore[assignment]
     rules: list[Rules] | None = None
+    fill: Fill = Fill.NONE
 
     def __post_init__(self) -> None:
         load = np.asarray(self.load_LE, dtype=np.float64)
@@ -209,8 +213,8 @@ def front_of(points: list[tuple[int, float, Taken]]) -> list[tuple[int, float, T
 
 
 def spread_budget(
-    fronts: list[list[Point]], weight_L: Sequence[Any], price_L: list[int], budget: int
-) -> list[Content]:
+    fronts: list[list[tuple[int, float, Taken]]], weight_L: Sequence[Any], price_L: list[int], budget: int
+) -> list[Taken]:
     """Where each layer stops so that all moves together keep a budget and the whole gains most.
 
     `weight_L` makes the times of different layers comparable.

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from moeless_opt.solvers.construct.equal import construct_equal
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.replan import equal, equal_state
-from moeless_opt.solvers.replan.equal_state import LOAD_UNIT, REACH, ROUNDS, EqualSearch, Layers, LayerState
+from moeless_opt.solvers.replan.equal_state import (
+    FILL,
+    LOAD_UNIT,
+    REACH,
+    ROUNDS,
+    EqualSearch,
+    Layers,
+    LayerState,
+)
 from moeless_opt.solvers.replan.task import ReplanTask, ReplanWish
 
 
@@ -167,8 +175,9 @@ def test_twins_find_the_same_plans_with_any_threads(monkeypatch: pytest.MonkeyPa
             one = random_state(np.random.default_rng(seed), copies=copies, full=full)
             layers = one_layer(one, np.random.default_rng(seed))
             told = np.zeros(1, dtype=np.uint8)
-            for task_code in (REACH, ROUNDS):
-                run(layers, EqualSearch(full, copies, 4, 3, 2, 0), task_code, 0, 1, told)
+            for task_code in (FILL, REACH, ROUNDS) if full else (REACH, ROUNDS):
+                turns = np.zeros(2, dtype=np.int64)
+                run(layers, EqualSearch(full, copies, 4, 3, 2, 0), task_code, turns, told, True)
             found.append(layers)
         for name, a, b in zip(Layers._fields, *found, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=name)
