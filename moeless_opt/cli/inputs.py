@@ -204,9 +204,10 @@ def _relive(problem: Problem, slots_LGC: Any, args: argparse.Namespace) -> Probl
         live = Placement(slots_LGC=slots.astype(np.int32), experts=experts, partial=bool(missing))
     gone = before - int((live.slots_LGC >= 0).sum())
     alone = int((live.replicas_LE == 0).sum())
-    if (gone or (alone and args.repair)) and not args.quiet:
-        text = f"note: {gone} of {before} live replicas are lost or dropped"
-        say(text + (f"; {alone} experts are left without one" if alone else ""))
+    notes = [f"{gone} of {before} live replicas are lost or dropped"] if gone else []
+    notes += [f"{alone} experts are left without a replica"] if alone else []
+    if notes and not args.quiet:
+        say(f"note: {'; '.join(notes)}")
     return problem.replace(current=live)
 
 
@@ -216,7 +217,9 @@ def _same_gpus(slots_LGC: IntArray, gpus: int, args: argparse.Namespace) -> IntA
     if args.gone is not None:
         gone = gpu_list(args.gone, slots_LGC.shape[1], "--gone")
         slots_LGC = np.delete(slots_LGC, gone, axis=1)
-        notes.append(f"taken without {len(gone)} GPUs that are gone, the others numbered anew in order")
+        notes.append(
+            f"taken without the GPUs that are gone ({span(gone.tolist())}), the others numbered anew in order"
+        )
     have = slots_LGC.shape[1]
     if have > gpus and not args.repair:
         raise ProblemError(

@@ -95,7 +95,7 @@ def test_a_broken_map_is_repaired(folder: Path, capsys: Any) -> None:
     argv = ["loads.csv", "--gpus", "4", "--slots", "2", "--current", "map.json"]
     assert main(argv) == 2
     assert main([*argv, "--repair", "-o", "next.json", "--max-moves", "10"]) == 0
-    assert "experts are left without one" in capsys.readouterr().err
+    assert "experts are left without a replica" in capsys.readouterr().err
 
 
 def test_dense_layers_on_the_command_line(folder: Path, capsys: Any) -> None:

@@ -342,7 +342,7 @@ def test_repair_of_a_plan_that_breaks_every_rule(folder: Path, capsys: Any) -> N
     assert main(["problem.json", "--current", "broken.json", "--quiet"]) == 2
     assert "expert 0 has no replica" in capsys.readouterr().err
     assert main(["problem.json", "--current", "broken.json", "--repair", "-o", "out.json"]) == 0
-    assert "1 experts are left without one" in capsys.readouterr().err
+    assert "1 experts are left without a replica" in capsys.readouterr().err
     assert (mo.load_plan("out.json").replicas_LE >= 1).all()
 
 
