@@ -22,6 +22,7 @@ from moeless_opt.problems.instances import instance_names, load_instance
 from moeless_opt.problems.io import parse_json, problem_from_json, read_json
 from moeless_opt.problems.io.recordings import is_many, read_loads
 from moeless_opt.problems.spec import (
+    PRIORITIES,
     TOPOLOGY_PRESETS,
     Limits,
     Placement,
@@ -69,9 +70,19 @@ def read_problem(args: argparse.Namespace) -> Problem:
         if getattr(args, key) is not None and problem.current is None:
             option = "--" + key.replace("_", "-")
             raise ProblemError(option, "needs a live plan to move from: give --current PLAN")
+    if args.tolerance is not None and _all_for_balance(problem):
+        raise ProblemError(
+            "--tolerance", "gives balance up for fewer moves, and nothing is live: give --current"
+        )
     if args.max_move_bytes is not None and not problem.bytes_L.any():
         raise ProblemError("--max-move-bytes", "needs the size of an expert: give --model NAME")
     return problem
+
+
+def _all_for_balance(problem: Problem) -> bool:
+    """Whether nothing but balance is planned for: slots cost nothing, and nothing is live to move from."""
+    slots = problem.topology.slots_G is not None and problem.sizing.policy in ("slots", "fill")
+    return problem.current is None and slots and problem.objective.priorities == PRIORITIES
 
 
 def _document(raw: bytes, name: str) -> Any:

@@ -85,6 +85,7 @@ NEEDS: dict[str, list[str]] = {
     "gone": ["--current", "live.json"],
     "model_layers": ["--current", "live.json"],
     "repair": ["--current", "live.json"],
+    "tolerance": ["--current", "live.json"],
     "max_moves": ["--current", "live.json"],
     "max_move_bytes": ["--current", "live.json", "--model", "Mixtral-8x7B"],
     "memory": ["--model", "Mixtral-8x7B"],
@@ -221,6 +222,10 @@ def test_modes_refuse_each_other(first: str, second: str) -> None:
             "x.json: is written by --output; --plan needs another name",
         ),
         (["problem.json", "--repair"], "--repair: needs a live plan to mend"),
+        (
+            ["problem.json", "--tolerance", "0.1"],
+            "--tolerance: gives balance up for fewer moves, and nothing",
+        ),
         (["problem.json", "--max-moves", "3"], "--max-moves: needs a live plan to move from"),
         (["problem.json", "--max-move-bytes", "3GB"], "--max-move-bytes: needs a live plan to move from"),
         (["problem.json", "--steps", "sum"], "--steps: is for recordings; problem.json is a problem"),
