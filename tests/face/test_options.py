@@ -169,6 +169,7 @@ def test_an_option_is_read_or_refused(folder: Path, capsys: Any, mode: str, opti
     # Read all the same where it makes another problem of it, for which the plan is none.
     other = mode == "check" and option.dest in ("gpus", "topology", "key", "scenario", "steps", "experts")
     other |= option.dest == "fill" and mode in ("pareto", "export")  # full slots trade no memory
+    other |= option.dest == "share_entries" and mode == "export"  # the model's shares are free
     with suppress(ProblemError, mo.UnsupportedFeatureError) if other else nullcontext():
         run(args, Signals())
     assert option.dest in vars(args)["_read"], argv
