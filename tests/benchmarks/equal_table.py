@@ -2,9 +2,9 @@
 
 ``python tests/benchmarks/equal_table.py [--data DIR] [--repeats 5] [--rounds N] [--plain] [--busy]`` plans
 traffic A from nothing, lets it become B and re-plans all layers to 1.02 or 1.05 of the bound, slots as they
-come or all full: measured loads in DIR (``deepseek_v3_counts.npz``), else a drifting lognormal of the same shape.
-``--plain`` times the twin without Numba too, whose plan is the same. Busy: the median beside three Python
-threads that count. The last row of each case is EPLB on the new loads: what it moves, and its imbalance.
+come or all full: measured loads in DIR (``deepseek_v3_counts.npz``), else a drifting lognormal of the same
+shape. ``--plain`` times the twin without Numba too, whose plan is the same. Busy: the median beside three
+Python threads that count. The last row of each case is EPLB on the new loads: what it moves, its imbalance.
 """
 
 from __future__ import annotations
