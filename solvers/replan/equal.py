@@ -94,7 +94,8 @@ def replan_equal(
         bound = np.asarray(wish.bound_L, dtype=np.float64)
     target_L = (1.0 + wish.tolerance) * bound
     rounds = wish.most_rounds(_ROUNDS)
-    worker = _worker(backend, float(L) * float(task.capacity_LG.max()) * len(speed) * (1.0 + rounds))
+    work = float(L) * float(task.capacity_LG.max()) * len(speed) * (1.0 + rounds)
+    worker = _worker(backend, work, stop)
     base = _mended(task, task.live_LGC, wish.repair)
     base = _filled(task, wish, base, target_L, worker)
     start = base
@@ -212,17 +213,19 @@ class _Asked:
 Worker = Callable[[Layers, EqualSearch, int, Stop], None]
 
 
-def _worker(backend: str, work: float) -> Worker:
-    """The twin for a backend; "auto" is the compiled one where that costs little against the work."""
-    if backend == "auto" and work > _MUCH and fast.available() and _compiled_before():
-        return _compiled
+def _worker(backend: str, work: float, stop: Stop) -> Worker:
+    """The twin for a backend; "auto" is the compiled one where it is loaded, or that costs little."""
+    if backend == "auto" and fast.available():
+        ready = _kernel.cache_info().currsize > 0  # then it is quicker however little there is to do
+        if (ready and (work > _MUCH or _endless(stop))) or (work > _MUCH and _compiled_before()):
+            return _compiled
     return _compiled if fast.choose_backend(backend) == "numba" else _plain
 
 
 def _compiled_before() -> bool:
-    """Whether the compiled twin is in this process, or in Numba's cache beside its source."""
+    """Whether the compiled twin is in Numba's cache beside its source."""
     folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__")
-    return _kernel.cache_info().currsize > 0 or any(folder.rglob(f"*{equal_state.compiled_name()}*.nbc"))
+    return any(folder.rglob(f"*{equal_state.compiled_name()}*.nbc"))
 
 
 def warm_equal() -> bool:
