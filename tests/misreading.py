@@ -142,10 +142,8 @@ def rename(case: Case, rng: random.Random) -> bool:
 
 
 def transpose(case: Case, rng: random.Random) -> bool:
-    """Arrays with their axes in another order; of one layer, steps cannot be told from layers then."""
+    """Arrays with their axes in another order; with one layer, steps could not be told from layers then."""
     done = False
-    if len(case.world.layers) == 1:
-        return False
     which = rng.random()
     for path in case.files():
         arrays = _arrays(path)
@@ -320,18 +318,18 @@ CHANGES: tuple[Callable[[Case, random.Random], bool], ...] = (
 def run_case(seed: int, number: int, folder: Path) -> Verdict:
     """One case, from its number alone; `folder` is empty and is left so."""
     rng = random.Random(f"{seed}/misreading/{number}")
+    change = rng.choice(CHANGES)
     top_k = rng.choice((1, 2, 4))
     experts = 2 * rng.randrange(2, 17)
     top_k = min(top_k, experts - 1)
     world = World.drawn(
         rng.randrange(10**6),
         rng.randrange(2, 7),
-        rng.randrange(1, 7),
+        rng.randrange(2 if change is transpose else 1, 7),
         experts,
         top_k,
         rng.choice((8, 40, 200)),
     )
-    change = rng.choice(CHANGES)
     kind = rng.choice(kinds(world))
     verdict = Verdict(kind.name, change.__name__)
     inner = folder / "case"

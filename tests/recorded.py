@@ -41,7 +41,8 @@ class World:
         """One by chance; `experts` is even."""
         rng = np.random.default_rng(seed)
         skew = rng.dirichlet(np.full(experts, 0.8), size=layers)
-        steps_TLE = np.stack([rng.multinomial(512, skew) for _ in range(steps)]).astype(np.int64)
+        sizes = rng.choice(np.arange(300, 800), steps, replace=False)
+        steps_TLE = np.stack([rng.multinomial(size, skew) for size in sizes]).astype(np.int64)
         trace = rng.gumbel(size=(tokens, layers, experts)).argsort(2)[:, :, :top_k]
         spare = rng.choice(experts, 3, replace=False)
         to_logical = np.stack([rng.permutation([*range(experts), *spare]) for _ in range(layers)])

@@ -86,6 +86,12 @@ class Chooser:
             assert to_logical is not None
             logical = self.to_logical(load, to_logical, name, map_name)
             note = f"{name} summed to logical experts by {map_name}"
+            what, why = reading_of(logical)
+            if what == "swapped" and logical.shape[-2] > 1 and self.source.as_ is None:
+                raise self.error(
+                    f"{name} {shape_text(load.shape)} has its axes in another order than [steps, layers, slots]: "
+                    f"{why}; transpose it, or give --as physical (as_='physical') to take it as it is"
+                )
             return Found(load=logical, format=f"vllm-{container}", axis=axis, notes=(note,))
         labels = self._labels(arrays, load.shape[0]) if load.ndim == 3 else ()
         known = name in (*LOGICAL, *PHYSICAL)
