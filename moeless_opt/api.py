@@ -445,11 +445,12 @@ def warm_up() -> bool:
     bool
         Whether there is Numba (the extra ``fast``).
     """
+    from moeless_opt.solvers.nearest import warm_nearest
     from moeless_opt.solvers.pack import fast
     from moeless_opt.solvers.replan import warm_equal
     from moeless_opt.solvers.shares import warm_entries
 
-    return fast.warm() and warm_equal() and warm_entries()
+    return fast.warm() and warm_equal() and warm_entries() and warm_nearest()
 
 
 def recommend_redundancy(

@@ -22,13 +22,24 @@ from moeless_opt.solvers.core import (
     empty_slots,
     in_time,
     one_of,
+    settle_small,
     token_bound,
     topped_up,
+    widened,
 )
 from moeless_opt.solvers.limits import place_within, rules_of
+from moeless_opt.solvers.nearest import MOST_GPUS, NearestTask, beam_layers, nearest_times, settle_nearest
 from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["Construct", "ConstructOptions", "Stay"]
+
+_STEPS = {
+    "quick": ((5e-3, 0),),
+    "normal": ((1e-3, 0),),
+    "thorough": ((1e-3, 0), (3e-4, 1), (0.0, 4)),
+}
+"""With tokens that go to the nearest replica: tolerances that are tried, and how often."""
+_FEW = 4096  # pairs of expert and GPU of a layer that costs little to search again and again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +51,8 @@ class ConstructOptions:
     effort : {"quick", "normal", "thorough"}
         How long to search; with a fractional split "quick" is "normal".
     backend : {"auto", "numpy", "numba"}
-        Whose kernels an equal split uses; the plans are the same (see `pack.fast.choose_backend`).
+        Whose kernels an equal split uses, or one by the nearest replica; the plans are the same (see
+        `pack.fast.choose_backend`).
     """
 
     effort: str = "normal"
@@ -59,8 +71,8 @@ class Construct(Heuristic):
     Options = ConstructOptions
 
     def unused(self, problem: Problem) -> Mapping[str, str]:
-        """Only the equal split has two backends to choose from."""
-        return {} if problem.split == "equal" else {"backend": "with a fractional split"}
+        """Shares that are free have no two backends to choose from."""
+        return {"backend": "with a fractional split"} if problem.split == "fractional" else {}
 
     def build(self, task: Task[ConstructOptions]) -> Iterator[Built]:
         """Construct a placement for the expected loads, or the best of several where there are scenarios.
@@ -76,8 +88,12 @@ class Construct(Heuristic):
     def _built(self, task: Task[ConstructOptions]) -> Built:
         problem = task.problem
         if problem.split == "nearest":
-            even = self._built(replace(task, problem=problem.replace(split="equal", known=None)))
-            return Built(slots_LGC=even.slots_LGC)
+            slots_LGC = best_over_scenarios(
+                problem, lambda guise: self._nearest(replace(task, problem=guise)), stop=task.stop
+            )
+            if problem.loads.shape[0] == 1 and problem.fill == Fill.NONE:
+                settle_small(problem, slots_LGC, task.stop)
+            return Built(slots_LGC=slots_LGC)
         if problem.limits != type(problem.limits)():
             return self._within(task)
         if problem.loads.shape[0] > 1:
@@ -104,6 +120,41 @@ class Construct(Heuristic):
             slots_LGC=found.slots_LGC,
             share_LGC=best_shares(problem, found.slots_LGC),
             bound=(in_time(problem, found.proven_L), names) if problem.loads.shape[0] == 1 else None,
+        )
+
+    def _nearest(self, task: Task[ConstructOptions]) -> SlotArray:
+        """An even split's placement, searched for tokens that go to the nearest replica."""
+        problem = task.problem
+        even = problem.replace(split="equal", fill=Fill.NONE, known=None)
+        slots_LGC, rules = self._built(replace(task, problem=even)).slots_LGC, None
+        if problem.limits != type(problem.limits)():
+            held_L = (slots_LGC >= 0).sum((1, 2))  # where layers share a limit, none takes more of it
+            tied = problem.limits.max_total_replicas is not None or problem.limits.max_total_bytes is not None
+            rules = rules_of(problem, held_L if tied else None)
+        steps = _STEPS[task.options.effort]
+        if problem.experts * problem.topology.gpus <= _FEW:
+            steps = (*steps[:-1], (0.0, 6))
+        near = NearestTask(
+            load_LE=problem.load_LE,
+            part_LNE=problem.source_parts(),
+            node_G=problem.topology.node_G,
+            speed_G=problem.topology.speed_G,
+            capacity_LG=problem.capacity_LG,
+            start_LGC=widened(slots_LGC, int(problem.capacity_LG.max())),
+            rules=rules,
+            full=problem.fill == Fill.DISTINCT,
+        )
+        for layer, slots_GC in enumerate(_small_layers(near, problem)):
+            if slots_GC is not None:
+                near.start_LGC[layer] = widened(slots_GC[None], near.start_LGC.shape[2])[0]
+        if near.full:
+            near = replace(near, start_LGC=topped_up(problem, near.start_LGC))
+        return settle_nearest(
+            near,
+            token_bound(problem),
+            steps=steps,
+            backend=task.options.backend,
+            stop=task.stop,
         )
 
     @staticmethod
@@ -144,6 +195,20 @@ def _full(task: Task[ConstructOptions], slots_LGC: SlotArray) -> SlotArray:
         starts.append(topped_up(problem, construct_equal(load_LE, room_LG, speed_G, effort="quick")))
     goal_L = token_bound(problem) * effort.target
     return best_full(load_LE, starts, speed_G, goal_L, copies=copies, steps=effort.full, stop=task.stop)
+
+
+def _small_layers(near: NearestTask, problem: Problem) -> list[SlotArray | None]:
+    """Small layers of another kind of search, where that is faster than the start."""
+    if len(near.node_G) > MOST_GPUS:
+        return [None] * problem.layers
+    rules = near.rules or rules_of(problem)
+    found = beam_layers(near.load_LE, near.part_LNE, near.node_G, near.speed_G, rules)
+    start_L = nearest_times(near, near.start_LGC)
+    for layer, slots_GC in enumerate(found):
+        if slots_GC is not None:
+            time_L = nearest_times(near.rows(np.array([layer])), slots_GC[None])
+            found[layer] = slots_GC if time_L[0] < start_L[layer] else None
+    return found
 
 
 class Stay(Heuristic):

@@ -81,6 +81,7 @@ class _Layer:
     def __init__(self, problem: Problem, row: int, slots_GC: SlotArray) -> None:
         self.load_E, self.speed_G = problem.load_LE[row], problem.topology.speed_G
         self.even, self.copies = problem.split != "fractional", problem.fill == Fill.COPIES
+        self.near = problem.split == "nearest"
         self.slots_GC, experts = slots_GC, problem.experts
         self.moves_bound = problem.limits.bounds_moves
         self.count_GE = _counts(slots_GC, experts)
@@ -109,6 +110,9 @@ class _Layer:
         had_E = np.zeros_like(self.load_E) if self.live_GE is None else self.live_GE[gpu]
         comes_E = ~here_E & (had_E == 0)
         count_E = self.count_GE.sum(0)
+        if self.near and self.copies and here_E.any():
+            # To senders two copies on a GPU are one place: the loads stay as they are.
+            return int(np.lexsort((np.arange(len(here_E)), had_E <= self.count_GE[gpu], ~here_E))[0])
         if not self.even:
             # With free shares a second copy is of no use to the loads; it only costs no transfer, and where
             # nothing is live all do. What was here comes back, what was here twice as well.

@@ -20,7 +20,15 @@ from moeless_opt.solvers.core.risk_descent import descend_even
 from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
 
-__all__ = ["MOST_SCENARIOS", "best_over_scenarios", "guises", "perfect_tokens", "risk_L", "scenario_shares"]
+__all__ = [
+    "MOST_SCENARIOS",
+    "best_over_scenarios",
+    "guises",
+    "perfect_tokens",
+    "risk_L",
+    "scenario_shares",
+    "settle_small",
+]
 
 MOST_SCENARIOS = 8
 """Scenarios that a placement of their own is made for, the heaviest first."""
@@ -187,7 +195,7 @@ def best_over_scenarios(
     index_L = ((rank_XL == rank_XL.min(0)) & (value_XL <= fastest_L * (1 + _EQUAL))).argmax(0)
     slots_LGC = np.asarray(slots_XLGC[index_L, np.arange(problem.layers)])
     if free:
-        _settle(problem, slots_LGC, stop)
+        settle_small(problem, slots_LGC, stop)
     return slots_LGC
 
 
@@ -236,13 +244,13 @@ def _descended(even: Problem, tables: list[SlotArray], near: float, stop: Stop) 
     return [found_LGC]
 
 
-def _settle(problem: Problem, slots_LGC: SlotArray, stop: Stop) -> None:
+def settle_small(problem: Problem, slots_LGC: SlotArray, stop: Stop) -> None:
     """Random changes of small layers, in place, that lower the risk itself: threshold accepting.
 
     A change may raise the risk by a share that falls to nothing on the way; the best that was seen is kept
     (Dueck and Scheuer 1990).
     """
-    if problem.experts * problem.topology.gpus > SMALL:
+    if problem.experts * problem.topology.gpus > SMALL or _coupled(problem):
         return
     rng = np.random.default_rng(0)
     floor_L = perfect_tokens(problem)

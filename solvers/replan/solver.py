@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import Payback, Plan, Progress, ProgressCallback, gpu_times, move_seconds
-from moeless_opt.problems.spec import Fill, Problem
+from moeless_opt.problems.spec import Fill, Problem, without_copies
 from moeless_opt.solvers.construct import Construct
 from moeless_opt.solvers.core import (
     Built,
@@ -43,8 +44,9 @@ from moeless_opt.solvers.replan.fractional import replan_fractional
 from moeless_opt.solvers.replan.kept import TINY, besides_filling, search_small, shared_rules, within_all
 from moeless_opt.solvers.replan.live import layer_moves, layer_problem, live_slots, part_problem
 from moeless_opt.solvers.replan.min_moves import min_moves_bound
+from moeless_opt.solvers.replan.nearest import replan_nearest
 from moeless_opt.solvers.replan.relabel import relabel
-from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, front_of
+from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, Sources, front_of
 from moeless_opt.solvers.replan.wide import MANY_GPUS
 from moeless_opt.solvers.shares import best_shares
 
@@ -61,6 +63,12 @@ _AMPLE = 0.9
 
 TIGHTER = (0.6, 0.3, 0.0)
 """Parts of the tolerance that layers are planned for which rounding to whole entries makes too slow."""
+
+_KERNELS: dict[str, Callable[..., Replanned]] = {
+    "equal": replan_equal,
+    "fractional": replan_fractional,
+    "nearest": replan_nearest,
+}
 
 SCRATCH_FROM = 0.3
 """Share of a layer's replicas whose move makes a fresh construction worth a look."""
@@ -90,11 +98,18 @@ def replan_within(problem: Problem, wish: ReplanWish, *, stop: Stop | None = Non
     assert problem.current is not None
     rules = None if problem.limits == only_moves(problem.limits) else shared_rules(problem)
     speed_G = problem.topology.speed_G
-    given = problem.load_LE, live_slots(problem), problem.capacity_LG, speed_G, rules
-    task = ReplanTask(*given, Fill(problem.fill))
+    live_LGC, sources = live_slots(problem), None
+    if problem.split == "nearest":
+        live_LGC = without_copies(live_LGC)  # to senders two copies on a GPU are one place
+        sources = Sources(
+            part_LNE=problem.source_parts(),
+            node_G=problem.topology.node_G,
+            filled=partial(topped_up, problem) if problem.fill == Fill.DISTINCT else None,
+        )
+    given = problem.load_LE, live_LGC, problem.capacity_LG, speed_G, rules
+    task = ReplanTask(*given, Fill(problem.fill), sources)
     wish = replace(wish, bound_L=token_bound(problem), repair=problem.current.partial)
-    kernel = replan_equal if problem.split == "equal" else replan_fractional
-    return kernel(task, wish, stop=stop)
+    return _KERNELS[problem.split](task, wish, stop=stop)
 
 
 def frontier(
@@ -120,7 +135,7 @@ def frontier(
     for rung, tolerance in enumerate(rungs[::-1]):
         if slots and stop():
             break
-        start_LGC = slots[-1] if slots and problem.split == "equal" else None
+        start_LGC = slots[-1] if slots and problem.split != "fractional" else None
         wish = ReplanWish(tolerance=tolerance, seed=seed, rounds=rounds, start_LGC=start_LGC)
         own = part_of(stop, 1.0 / (len(rungs) - rung))
         slots.append(topped_up(problem, replan_within(problem, wish, stop=own).slots_LGC))
@@ -147,7 +162,7 @@ class ReplanOptions:
     ----------
     rounds : int, optional
         Rounds of destroying and repairing after the first descent; by default 0 with a fractional split, 8
-        with an equal one.
+        with others.
     """
 
     rounds: int | None = None
@@ -257,7 +272,7 @@ class Replan(Heuristic):
     def _tiny(self, task: Task[ReplanOptions], live_LGC: SlotArray, slots_LGC: SlotArray) -> SlotArray:
         """A re-plan of tiny layers whose limits on moves bind, searched."""
         problem = task.problem
-        if problem.objective.horizon is not None or problem.loads.shape[0] > 1:
+        if problem.objective.horizon is not None or problem.loads.shape[0] > 1 or problem.split == "nearest":
             return slots_LGC
         if problem.fill != Fill.NONE and problem.split != "fractional":
             return slots_LGC  # the search leaves slots empty, and what fills them changes even shares
@@ -269,7 +284,7 @@ class Replan(Heuristic):
     def _searched(self, task: Task[ReplanOptions], live_LGC: SlotArray) -> SlotArray:
         """Within the limits, and small layers searched."""
         problem, slots_LGC = task.problem, self._slots(task, live_LGC, [])
-        if problem.objective.horizon is not None or problem.loads.shape[0] > 1:
+        if problem.objective.horizon is not None or problem.loads.shape[0] > 1 or problem.split == "nearest":
             return slots_LGC
         return search_small(problem, live_LGC, slots_LGC, task.stop)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +16,26 @@ from moeless_opt.solvers.limits import Rules
 from moeless_opt.solvers.replan.live import Content
 from moeless_opt.solvers.replan.relabel import seat_all
 
-__all__ = ["Point", "ReplanTask", "ReplanWish", "Replanned", "front_of", "seated", "spread_budget"]
+__all__ = ["Point", "ReplanTask", "ReplanWish", "Replanned", "Sources", "front_of", "seated", "spread_budget"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sources:
+    """Where the tokens come from that go to the nearest replica.
+
+    Parameters
+    ----------
+    part_LNE : array of float, shape [L, N, E] or [L, N, 1]
+        Part of an expert's tokens that comes from each node.
+    node_G : array of int, shape [G]
+        Node of each GPU.
+    filled : callable, optional
+        Placement -> the same with every slot full, where that is wanted.
+    """
+
+    part_LNE: FloatArray
+    node_G: IntArray
+    filled: Callable[[SlotArray], SlotArray] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +56,8 @@ class ReplanTask:
         Limits of each layer that the plan is to keep; none by default.
     fill : Fill
         Whether every slot is to be full, and second copies on a GPU are allowed; an equal split's only.
+    sources : Sources, optional
+        Where the tokens come from, where they go to the nearest replica.
 
     Raises
     ------
@@ -50,6 +71,7 @@ class ReplanTask:
     speed_G: FloatArray = None  # type: ignore[assignment]
     rules: list[Rules] | None = None
     fill: Fill = Fill.NONE
+    sources: Sources | None = None
 
     def __post_init__(self) -> None:
         load = np.asarray(self.load_LE, dtype=np.float64)

@@ -88,6 +88,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("core",),
         ("pack", "migration"),
         ("limits",),
+        ("nearest",),
         ("construct", "baselines"),
         ("sizing", "replan", "exact"),
         ("timed", "lexicographic"),
