@@ -1,3 +1,5 @@
+from .dispatch import sglang_loads as sglang_loads
+from .dispatch import sglang_targets as sglang_targets
 from .eplb import rebalance_experts as rebalance_experts
 from .files import ENGINES as ENGINES
 from .files import NUMBERED as NUMBERED

@@ -178,7 +178,9 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _input("--lost", modes=_ALL, metavar="GPUS", help="GPUs that are dead: 3,17 or 8-15"),
     _input("--model", modes=_ALL, help="model preset, for the bytes of an expert (e.g. DeepSeek-V3)"),
-    _input("--split", modes=_RULES, choices=SPLITS, help="free or equal token shares (default: fractional)"),
+    _input(
+        "--split", modes=_RULES, choices=SPLITS, help="token shares: free, even, or to the nearest replica"
+    ),
     _input(
         "--fill",
         modes=_RULES,

@@ -133,7 +133,7 @@ class Construct(Heuristic):
             rules = rules_of(problem, held_L if tied else None)
         steps = _STEPS[task.options.effort]
         if problem.experts * problem.topology.gpus <= _FEW:
-            steps = (*steps[:-1], (0.0, 6))
+            steps = (*steps[:-1], (0.0, 2))
         near = NearestTask(
             load_LE=problem.load_LE,
             part_LNE=problem.source_parts(),

@@ -175,6 +175,8 @@ def best_over_scenarios(
         even = problem.replace(split="equal", share_entries=None, known=None)
         more = tables if problem.split == "equal" else _built(guises(even), build, stop, at_least=0)
         tables += _descended(even, more, NEAR[problem.split], stop)
+    if live is not None and _may_stay(problem):
+        tables.append(live.slots_LGC)
     wide = max(table.shape[2] for table in tables)
     slots_XLGC = np.stack(
         [np.pad(table, ((0, 0), (0, 0), (0, wide - table.shape[2])), constant_values=-1) for table in tables]
@@ -272,6 +274,14 @@ def settle_small(problem: Problem, slots_LGC: SlotArray, stop: Stop) -> None:
         now_LGC[rows[taken_R]], now_L[rows[taken_R]] = trial[rows[taken_R]], value_R[taken_R]
         better_R = value_R < best_L[rows] * (1 - _EQUAL)
         slots_LGC[rows[better_R]], best_L[rows[better_R]] = trial[rows[better_R]], value_R[better_R]
+
+
+def _may_stay(problem: Problem) -> bool:
+    """Whether the live placement is one to be looked at: few changes for one scenario may harm another."""
+    live = problem.current
+    if live is None or problem.split != "nearest" or live.partial or problem.fill != "none":
+        return False
+    return bool(keeps_limits(problem, live.slots_LGC).all())
 
 
 def _coupled(problem: Problem) -> bool:
