@@ -9,6 +9,11 @@ tokens of the nodes that hold none: a replica there serves ``own // k + others /
 depends on the numbers by node alone, so that a change of one expert changes the loads of the GPUs that hold
 it, and no others.
 
+Some engines send all that a GPU has no replica for to the first one on its node. Which one that is, is not
+looked at: where a node has several replicas (and others have some, too), each can be counted as the first,
+which serves all of the node's tokens but for those that the other replicas' GPUs keep. What is fast so is
+fast by both rules: hardly an expert is twice on a node.
+
 A *change* relieves a GPU g that carries too much, and is a row of eight numbers: what becomes of an expert e
 that g holds, what becomes of the slot that is used for it, then e, g and its slot, the other GPU and its
 slot, and the other expert (-1: none).
@@ -59,6 +64,9 @@ class NearState(NamedTuple):
         Tokens of each expert by source node.
     node_G : array of int64, shape [G]
         Node of each GPU.
+    senders_N : array of int64, shape [N]
+        GPUs of each node that send to its first replica where it has several and others have some (see
+        above); 0: they send evenly to all of them.
     content_GC : array of int64, shape [G, C]
         Expert in each slot, -1 where empty.
     capacity_G, used_G : array of int64, shape [G]
@@ -91,6 +99,7 @@ class NearState(NamedTuple):
 
     source_EN: Any
     node_G: Any
+    senders_N: Any
     content_GC: Any
     capacity_G: Any
     used_G: Any
@@ -145,7 +154,11 @@ def pieces(state: NearState, e: int, out: int, into: int, count: int, piece_N: A
     each = others // max(count, 1)
     for n in range(len(piece_N)):
         near = state.near_EN[e, n] - (n == out) + (n == into)
-        piece_N[n] = each + (state.source_EN[e, n] // near if near > 0 else 0)
+        own = state.source_EN[e, n]
+        if 1 < near < count and state.senders_N[n] > 0:
+            piece_N[n] = each + own - own * (near - 1) // state.senders_N[n]
+        else:
+            piece_N[n] = each + (own // near if near > 0 else 0)
 
 
 def _recount(state: NearState, e: int) -> None:
@@ -317,8 +330,12 @@ def _tables(state: NearState, e_X: Any, out_X: Any, into_X: Any, more: int) -> A
     node_N = np.arange(state.near_EN.shape[1])
     near = state.near_EN[e_X] - (node_N == out_X[:, None]) + (node_N == into_X[:, None])
     source = state.source_EN[e_X]
-    each_X = np.where(near == 0, source, 0).sum(1) // np.maximum(state.count_E[e_X] + more, 1)
-    return each_X[:, None] + np.where(near > 0, source // np.maximum(near, 1), 0)
+    count_X = state.count_E[e_X] + more
+    each_X = np.where(near == 0, source, 0).sum(1) // np.maximum(count_X, 1)
+    piece_XN = np.where(near > 0, source // np.maximum(near, 1), 0)
+    first = (near > 1) & (near < count_X[:, None]) & (state.senders_N > 0)
+    first_XN = source - source * (near - 1) // np.maximum(state.senders_N, 1)
+    return each_X[:, None] + np.where(first, first_XN, piece_XN)
 
 
 def _deltas(state: NearState, e_X: Any, out_X: Any, into_X: Any, piece_XN: Any) -> Any:
@@ -624,7 +641,7 @@ class NearLayers(NamedTuple):
 
     Attributes
     ----------
-    source_LEN, content_LGC, capacity_LG, least_LE, most_LE : arrays of int64
+    source_LEN, senders_LN, content_LGC, capacity_LG, least_LE, most_LE : arrays of int64
         One row for each layer; the contents are replaced by what is found.
     base_LGC : array of int64, shape [L, G, C]
         What rounds put back.
@@ -651,6 +668,7 @@ class NearLayers(NamedTuple):
     """
 
     source_LEN: Any
+    senders_LN: Any
     content_LGC: Any
     capacity_LG: Any
     least_LE: Any
@@ -683,6 +701,7 @@ def new_state(layers: NearLayers, x: int) -> NearState:
     return NearState(
         layers.source_LEN[x],
         layers.node_G,
+        layers.senders_LN[x],
         layers.content_LGC[x],
         layers.capacity_LG[x],
         np.zeros(G, dtype=np.int64),

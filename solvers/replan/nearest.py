@@ -32,6 +32,7 @@ __all__ = ["replan_nearest"]
 
 _ROUNDS = 8  # of putting back and repairing, where none are wished for
 _TRIES = 4  # perturbed descents, then looser times, for layers that miss theirs
+_SMALL = 256  # pairs of expert and GPU of a layer in which a stricter rule leaves too little choice
 _PARTS = (0.75, 0.5, 0.35, 0.2, 0.1, 0.05, 0.0)  # of the way to the wanted time, where a budget may end
 
 
@@ -73,21 +74,29 @@ def replan_nearest(
     rows = np.flatnonzero(late_L | (_moves(task, start_LGC) > forced_L))
     rounds = wish.most_rounds(_ROUNDS)
     slots_LGC, cut_L = start_LGC.copy(), np.zeros(L, dtype=np.bool_)
-    turn = 0
-    while len(rows):
-        now = int(min(rounds, 4 * _ROUNDS))
-        part = replace(near.rows(rows), start_LGC=slots_LGC[rows])
-        tries = _TRIES if turn == 0 else 0
-        found = search_nearest(
-            part, np.maximum(target_L, nearest_times(near, slots_LGC) * (turn > 0))[rows],
-            tries=tries, rounds=now, seed=wish.seed + turn, stop=stop,
-        )  # fmt: skip
-        slots_LGC[rows] = found.slots_LGC
-        if turn == 0:
-            cut_L[rows] = found.cut_L
-        rounds, turn = rounds - now, turn + 1
-        if rounds <= 0 or stop():
-            break
+    for first in (
+        True,
+        False,
+    ):  # what is fast where a node sends to its first replica, is by the rule as well
+        if first and (load.shape[1] * len(speed) <= _SMALL or wish.max_moves is not None):
+            continue
+        turn, left = 0, rounds
+        while len(rows):
+            now = int(min(left, 4 * _ROUNDS))
+            part = replace(near.rows(rows), start_LGC=slots_LGC[rows], first=first)
+            goal_L = target_L if turn == 0 else np.maximum(target_L, nearest_times(near, slots_LGC))
+            tries = _TRIES if turn == 0 and not first else 0
+            found = search_nearest(
+                part, goal_L[rows], tries=tries, rounds=now, seed=wish.seed + turn, stop=stop
+            )
+            slots_LGC[rows] = found.slots_LGC
+            if turn == 0:
+                cut_L[rows] = found.cut_L
+            left, turn = left - now, turn + 1
+            if left <= 0 or first or stop():
+                break
+        rows = rows[(nearest_times(near, slots_LGC) > target_L * (1 + 1e-9))[rows]]
+        slots_LGC[rows] = start_LGC[rows] if first else slots_LGC[rows]
     if wish.max_moves is not None:
         slots_LGC = _within(task, near, wish, target_L, (start_LGC, slots_LGC), stop)
     contents = [[[e for e in row if e >= 0] for row in rows_GC] for rows_GC in slots_LGC.tolist()]
