@@ -28,7 +28,7 @@ from moeless_opt.solvers.core import (
     widened,
 )
 from moeless_opt.solvers.limits import place_within, rules_of
-from moeless_opt.solvers.nearest import MOST_GPUS, NearestTask, beam_layers, nearest_times, settle_nearest
+from moeless_opt.solvers.nearest import FEW_GPUS, NearestTask, beam_layers, nearest_times, settle_nearest
 from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["Construct", "ConstructOptions", "Stay"]
@@ -199,7 +199,7 @@ def _full(task: Task[ConstructOptions], slots_LGC: SlotArray) -> SlotArray:
 
 def _small_layers(near: NearestTask, problem: Problem) -> list[SlotArray | None]:
     """Small layers of another kind of search, where that is faster than the start."""
-    if len(near.node_G) > MOST_GPUS:
+    if len(near.node_G) > FEW_GPUS:
         return [None] * problem.layers
     rules = near.rules or rules_of(problem)
     found = beam_layers(near.load_LE, near.part_LNE, near.node_G, near.speed_G, rules)

@@ -8,9 +8,9 @@ from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArr
 from moeless_opt.problems.spec import nearest_shares
 from moeless_opt.solvers.limits import Rules
 
-__all__ = ["MOST_GPUS", "beam_layers"]
+__all__ = ["FEW_GPUS", "beam_layers"]
 
-MOST_GPUS = 6
+FEW_GPUS = 6
 """GPUs of a layer whose sets are listed."""
 _EXPERTS = 24
 _WIDE = 3000  # partial placements that are kept
@@ -19,7 +19,7 @@ _WIDE = 3000  # partial placements that are kept
 def beam_layers(
     load_LE: FloatArray, part_LNE: FloatArray, node_G: IntArray, speed_G: FloatArray, rules: list[Rules]
 ) -> list[SlotArray | None]:
-    """Place layers of up to `MOST_GPUS` GPUs; None for a layer that is too large, or that finds no room.
+    """Place layers of up to `FEW_GPUS` GPUs; None for a layer that is too large, or that finds no room.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def beam_layers(
         Limits of each layer.
     """
     G, E = len(node_G), load_LE.shape[1]
-    if G > MOST_GPUS or E > _EXPERTS:
+    if G > FEW_GPUS or E > _EXPERTS:
         return [None] * len(load_LE)
     sets_SG = (np.arange(1, 1 << G)[:, None] >> np.arange(G)) % 2 > 0
     return [
