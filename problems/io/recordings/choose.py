@@ -89,7 +89,7 @@ class Chooser:
             what, why = reading_of(logical)
             if what == "swapped" and logical.shape[-2] > 1 and self.source.as_ is None:
                 raise self.error(
-                    f"{name} {shape_text(load.shape)} has its axes in another order than [steps, layers, slots]: "
+                    f"{name} {shape_text(load.shape)} has not the axes [steps, layers, slots]: "
                     f"{why}; transpose it, or give --as physical (as_='physical') to take it as it is"
                 )
             return Found(load=logical, format=f"vllm-{container}", axis=axis, notes=(note,))
