@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.spec import without_copies
 
 __all__ = ["ColourClass", "ReplicaGraph"]
 
@@ -40,7 +41,7 @@ class ReplicaGraph:
     Parameters
     ----------
     slots_LGC : array of int, shape [L, G, C]
-        Expert in each slot, -1 where empty.
+        Expert in each slot, -1 where empty. Second copies on a GPU get no share.
     speed_G : array of float, shape [G]
         Relative speeds, positive.
     experts : int
@@ -69,7 +70,8 @@ class ReplicaGraph:
         self.experts = experts
         L, G, C = slots_LGC.shape
         self.shape = (L, G, C)
-        flat = slots_LGC.reshape(-1)
+        # Of several copies on a GPU the first serves all that is served there.
+        flat = without_copies(slots_LGC).reshape(-1)
         layer_of = np.repeat(np.arange(L) * (experts + 1), G * C)
         # Empty slots count as an extra expert at the end of the layer's range.
         self._key = layer_of + np.where(flat < 0, experts, flat)

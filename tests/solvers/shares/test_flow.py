@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.spec import without_copies
 from moeless_opt.solvers.pack.counts import apportion, trim
 from moeless_opt.solvers.pack.packing import pack
 from moeless_opt.solvers.shares.flow import solve_shares
@@ -194,3 +195,22 @@ def test_recorded_loads_are_solved_exactly(shared_data: Path) -> None:
         optimum_L = [lp.time(load_E) for lp, load_E in zip(programmes, load_LE, strict=True)]
         np.testing.assert_allclose(found.time_L, optimum_L, rtol=1e-9)
         assert found.gap_L.max() < 1e-9
+
+
+def test_second_copies_on_a_gpu_are_one_place() -> None:
+    """Slots drawn with copies: the least time of the placement without them, in truth and as claimed."""
+    rng = np.random.default_rng(4)
+    tried = 0
+    while tried < 60:
+        gpus, experts = int(rng.integers(2, 5)), int(rng.integers(1, 5))
+        slots_LGC = rng.integers(-1, experts, (1, gpus, 3)).astype(np.int32)
+        if len(np.unique(slots_LGC[slots_LGC >= 0])) < experts:
+            continue
+        tried += 1
+        load_LE, speed_G = rng.lognormal(0, 1, (1, experts)), rng.choice([1.0, 2.0], gpus)
+        found = solve_shares(load_LE, slots_LGC, speed_G)
+        plain = solve_shares(load_LE, without_copies(slots_LGC), speed_G)
+        check_shares(slots_LGC, found.share_LGC, experts)
+        top = times(load_LE, slots_LGC, found.share_LGC, speed_G).max()
+        assert found.time_L == pytest.approx(top, rel=1e-9)
+        assert top == pytest.approx(float(plain.time_L[0]), rel=1e-9)
