@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from moeless_opt.solvers.limits import Rules
 from moeless_opt.solvers.nearest import state as plain
 from moeless_opt.solvers.nearest.state import NEAR_UNIT, NearLayers, NearSearch
 from moeless_opt.solvers.pack import fast
+from moeless_opt.solvers.twins import Asked, in_cache, until_stopped
 
 __all__ = ["NearestFound", "NearestTask", "nearest_times", "search_nearest", "settle_nearest", "warm_nearest"]
 
-_ASK = 0.02  # seconds between two questions whether to stop
 _MUCH = 2e5  # experts of all layers times GPUs, from which on loading compiled code pays
 
 Steps = Sequence[tuple[float, int]]
@@ -260,16 +259,6 @@ def _layers(task: NearestTask, goal_L: FloatArray, seed: int) -> NearLayers:
 # -- the two twins ---------------------------------------------------------------------------------------
 
 
-class _Asked:
-    """A stop as the plain twin sees it."""
-
-    def __init__(self, stop: Stop) -> None:
-        self._stop = stop
-
-    def __getitem__(self, _: int) -> int:
-        return int(bool(self._stop()))
-
-
 def _worker(backend: str, work: float) -> Worker:
     """The twin for a backend; "auto" is the compiled one where that costs little against the work."""
     if backend == "auto" and fast.available() and work > _MUCH and _compiled_before():
@@ -278,9 +267,8 @@ def _worker(backend: str, work: float) -> Worker:
 
 
 def _compiled_before() -> bool:
-    """Whether the compiled twin is in this process, or in Numba's cache beside its source."""
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__")
-    return _kernel.cache_info().currsize > 0 or any(folder.rglob(f"*{plain.compiled_name()}*.nbc"))
+    """Whether the compiled twin is in this process or in Numba's cache."""
+    return _kernel.cache_info().currsize > 0 or in_cache(plain.compiled_name(), Path(__file__))
 
 
 def warm_nearest() -> bool:
@@ -302,7 +290,7 @@ def warm_nearest() -> bool:
 
 
 def _plain(layers: NearLayers, search: NearSearch, stop: Stop) -> None:
-    plain.search_near(layers, search, 0, 1, _Asked(stop))
+    plain.search_near(layers, search, 0, 1, Asked(stop))
 
 
 def _compiled(layers: NearLayers, search: NearSearch, stop: Stop) -> None:
@@ -310,20 +298,10 @@ def _compiled(layers: NearLayers, search: NearSearch, stop: Stop) -> None:
     count, told = len(layers.source_LEN), np.zeros(1, dtype=np.uint8)
     if count == 0:
         return
-    kernel, cores = _kernel(), os.cpu_count() or 1
-    step = min(count, cores)
-    with ThreadPoolExecutor(max_workers=cores) as pool:
-        try:
-            told[0] = bool(stop())
-            left = {pool.submit(kernel, layers, search, first, step, told) for first in range(step)}
-            while left:
-                done, left = wait(left, timeout=_ASK)
-                for one in done:
-                    one.result()
-                told[0] = told[0] or bool(stop())
-        except BaseException:
-            told[0] = 1
-            raise
+    kernel, step = _kernel(), min(count, os.cpu_count() or 1)
+    until_stopped(
+        [functools.partial(kernel, layers, search, first, step, told) for first in range(step)], told, stop
+    )
 
 
 @functools.cache

@@ -29,11 +29,12 @@ slot, and the other expert (-1: none).
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from moeless_opt.solvers.twins import source_name
 
 __all__ = ["NEAR_UNIT", "NearLayers", "NearSearch", "NearState", "compiled_name", "search_near"]
 
@@ -50,9 +51,7 @@ _PRIME = 65521
 @functools.cache
 def compiled_name() -> str:
     """What the compiled form of these very sources is called in Numba's cache."""
-    files = (Path(__file__), Path(__file__).with_name("_kernels.py"))
-    sources = b"".join(file.read_bytes() for file in files)
-    return f"search_near_{hashlib.sha256(sources).hexdigest()[:16]}"
+    return source_name("search_near", Path(__file__), Path(__file__).with_name("_kernels.py"))
 
 
 class NearState(NamedTuple):

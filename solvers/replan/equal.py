@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from moeless_opt.solvers.replan.equal_state import (
 from moeless_opt.solvers.replan.equal_wide import MANY_PAIRS, replan_equal_wide
 from moeless_opt.solvers.replan.live import mend_content
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, front_of, spread_budget
+from moeless_opt.solvers.twins import Asked, in_cache, until_stopped
 
 __all__ = ["replan_equal", "warm_equal"]
 
@@ -55,7 +56,6 @@ _ROUNDS = 20  # of destroying and repairing, where none are wished for
 _MOST_BACK = 4  # GPUs put back in one of them
 _TRIES = 6  # wanted times tried for a layer that cannot reach its own
 _PARTS = (0.5, 0.25, 0.1, 0.0)  # of the way to the wanted time, where a budget may end
-_ASK = 0.02  # seconds between two questions whether to stop
 _MUCH = 1e5  # slots of all layers and rounds, from which on loading compiled code pays
 
 
@@ -200,16 +200,6 @@ def _moves(task: ReplanTask, slots_LGC: SlotArray) -> IntArray:
 # -- the search, layer by layer --------------------------------------------------------------------------
 
 
-class _Asked:
-    """A stop as the plain twin sees it."""
-
-    def __init__(self, stop: Stop) -> None:
-        self._stop = stop
-
-    def __getitem__(self, _: int) -> int:
-        return int(bool(self._stop()))
-
-
 Worker = Callable[[Layers, EqualSearch, int, Stop], None]
 
 
@@ -217,15 +207,11 @@ def _worker(backend: str, work: float, stop: Stop) -> Worker:
     """The twin for a backend; "auto" is the compiled one where it is loaded, or that costs little."""
     if backend == "auto" and fast.available():
         ready = _kernel.cache_info().currsize > 0  # then it is quicker however little there is to do
-        if (ready and (work > _MUCH or _endless(stop))) or (work > _MUCH and _compiled_before()):
+        if (ready and (work > _MUCH or _endless(stop))) or (
+            work > _MUCH and in_cache(equal_state.compiled_name(), Path(__file__))
+        ):
             return _compiled
     return _compiled if fast.choose_backend(backend) == "numba" else _plain
-
-
-def _compiled_before() -> bool:
-    """Whether the compiled twin is in Numba's cache beside its source."""
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__")
-    return any(folder.rglob(f"*{equal_state.compiled_name()}*.nbc"))
 
 
 def warm_equal() -> bool:
@@ -242,7 +228,7 @@ def warm_equal() -> bool:
 
 
 def _plain(layers: Layers, search: EqualSearch, task: int, stop: Stop) -> None:
-    equal_state.search_layers(layers, search, task, np.zeros(2, dtype=np.int64), _Asked(stop), False)
+    equal_state.search_layers(layers, search, task, np.zeros(2, dtype=np.int64), Asked(stop), False)
 
 
 def _compiled(layers: Layers, search: EqualSearch, task: int, stop: Stop) -> None:
@@ -260,18 +246,7 @@ def _compiled(layers: Layers, search: EqualSearch, task: int, stop: Stop) -> Non
             _helpers().submit(kernel, layers, search, task, turns, told, False)
         kernel(layers, search, task, turns, told, True)
         return
-    with ThreadPoolExecutor(max_workers=cores) as pool:
-        try:
-            told[0] = bool(stop())
-            left = {pool.submit(kernel, layers, search, task, turns, told, False) for _ in range(cores)}
-            while left:
-                done, left = wait(left, timeout=_ASK)
-                for one in done:
-                    one.result()
-                told[0] = told[0] or bool(stop())
-        except BaseException:
-            told[0] = 1
-            raise
+    until_stopped([functools.partial(kernel, layers, search, task, turns, told, False)] * cores, told, stop)
 
 
 def _endless(stop: Stop) -> bool:

@@ -21,11 +21,12 @@ An expert *yields* when it has more slots than it must have; the others then tak
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from moeless_opt.solvers.twins import source_name
 
 __all__ = [
     "FILL",
@@ -56,9 +57,7 @@ _WORD = (1 << 64) - 1
 @functools.cache
 def compiled_name() -> str:
     """What the compiled form of these very sources is called in Numba's cache."""
-    files = (Path(__file__), Path(__file__).with_name("_equal_kernels.py"))
-    sources = b"".join(file.read_bytes() for file in files)
-    return f"search_layers_{hashlib.sha256(sources).hexdigest()[:16]}"
+    return source_name("search_layers", Path(__file__), Path(__file__).with_name("_equal_kernels.py"))
 
 
 class LayerState(NamedTuple):

@@ -21,6 +21,7 @@ from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 from moeless_opt.solvers.shares import entry_search
 from moeless_opt.solvers.shares.entry_search import EntryGraph
 from moeless_opt.solvers.shares.rounding import round_tokens
+from moeless_opt.solvers.twins import in_cache
 
 __all__ = ["entry_shares", "kernels", "warm_entries"]
 
@@ -156,7 +157,9 @@ def kernels(backend: str, work: int) -> Any:
     installed = importlib.util.find_spec("numba") is not None
     if backend == "numba" and not installed:
         raise SolverUnavailableError('the backend "numba" needs Numba: pip install "moeless-opt[fast]"')
-    if backend == "auto" and not (installed and (_loaded() or (work > _MUCH and _compiled_before()))):
+    if backend == "auto" and not (
+        installed and (_loaded() or (work > _MUCH and in_cache(entry_search.compiled_name(), Path(__file__))))
+    ):
         return None
     return None if backend == "numpy" else _kernels()
 
@@ -172,12 +175,6 @@ def warm_entries() -> bool:
 
 def _loaded() -> bool:
     return "numba" in sys.modules and _kernels.cache_info().currsize > 0
-
-
-def _compiled_before() -> bool:
-    """Whether Numba's cache beside the source has the compiled form."""
-    folder = Path(__file__).parent
-    return any(folder.rglob(f"*{entry_search.compiled_name()}*.nbc"))
 
 
 @functools.cache

@@ -15,10 +15,11 @@ layers, K components of a layer.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from moeless_opt.solvers.twins import source_name
 
 __all__ = ["EntryGraph", "lower_peaks"]
 
@@ -33,9 +34,7 @@ _REACH = 3  # entries up and down that an edge outside the tree is tried at
 @functools.cache
 def compiled_name() -> str:
     """What the compiled form of these very sources is called in Numba's cache."""
-    files = (Path(__file__), Path(__file__).with_name("_entry_kernels.py"))
-    sources = b"".join(file.read_bytes() for file in files)
-    return f"lower_peaks_{hashlib.sha256(sources).hexdigest()[:16]}"
+    return source_name("lower_peaks", Path(__file__), Path(__file__).with_name("_entry_kernels.py"))
 
 
 class EntryGraph(NamedTuple):

@@ -84,6 +84,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("instances",),
     ),
     "solvers": (
+        ("twins",),
         ("shares",),
         ("core",),
         ("pack", "migration"),
@@ -105,7 +106,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Rooms of each folder, floor by floor: a module imports its own room and those of lower floors."""
 
-RUNTIME_MAY_USE = ("core", "shares", "timed", "migration", "pack.fast")
+RUNTIME_MAY_USE = ("core", "shares", "timed", "migration", "pack.fast", "twins")
 """Of the solvers."""
 
 
