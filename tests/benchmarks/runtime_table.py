@@ -139,37 +139,6 @@ def modes(steps: int) -> None:
     )
 
 
-def split() -> None:
-    """What computing the token split costs on the host."""
-    import numpy as np
-
-    from moeless_opt.runtime.live.dispatch.routes import source_aware
-    from moeless_opt.runtime.live.dispatch.shares import BalancedShares, EqualShares
-    from moeless_opt.runtime.live.slots import SlotTable, rows_to_slots
-
-    print("Token split of one layer on the host, microseconds (median of 100; nodes of 8 ranks):")
-    print("  experts  ranks  replicas more    equal   water-filling   routes")
-    for experts, ranks, more in ((8, 4, 4), (16, 8, 8), (256, 32, 32), (256, 64, 64)):
-        chance = np.random.default_rng(0)
-        load_E = chance.lognormal(0, 1, experts)
-        rows = [row.tolist() for row in np.array_split(chance.permutation(experts), ranks)]
-        for e in np.argsort(-load_E)[:more].tolist():
-            others = [g for g in range(ranks) if e not in rows[g]]
-            rows[min(others, key=lambda g: sum(load_E[x] for x in rows[g]))].append(e)
-        table = SlotTable(rows_to_slots(rows), experts)
-        counts_RE = chance.multinomial(2000, load_E / load_E.sum(), size=ranks).astype(np.int64)
-        total_E = counts_RE.sum(axis=0)
-        quota_P = BalancedShares().quotas(0, total_E, table)
-        node_R = [r // 8 for r in range(ranks)]
-        times = [
-            microseconds(lambda t=table, n=total_E: EqualShares().quotas(0, n, t)),
-            microseconds(lambda t=table, n=total_E: BalancedShares().quotas(0, n, t)),
-            microseconds(lambda t=table, c=counts_RE, q=quota_P, n=node_R: source_aware(c, q, t, n)),
-        ]
-        figures = f"{times[0]:7.0f} {times[1]:15.0f} {times[2]:8.0f}"
-        print(f"  {experts:7d} {ranks:6d} {more:14d}  {figures}")
-
-
 def lanes() -> None:
     """What the per-layer mode's agreement costs a batch, apart from the plans and the transfers."""
     import numpy as np
@@ -234,7 +203,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument(
         "--only",
-        choices=("placements", "overhead", "grouped", "kills", "traffic", "modes", "lanes", "split"),
+        choices=("placements", "overhead", "grouped", "kills", "traffic", "modes", "lanes"),
     )
     args = parser.parse_args()
     if args.only in (None, "placements"):
@@ -250,8 +219,6 @@ def main() -> None:
         modes(4 if args.quick else 12)
     if args.only in (None, "lanes"):
         lanes()
-    if args.only in (None, "split"):
-        split()
     if args.only in (None, "kills"):
         kills(1 if args.quick else 7)
 

@@ -32,7 +32,7 @@ from moeless_opt.problems.arrays import IntArray
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
 from moeless_opt.runtime.live import ExpertGroup, SlotTable
 from moeless_opt.runtime.live.dispatch.routes import source_aware
-from moeless_opt.runtime.live.dispatch.shares import SharePolicy
+from moeless_opt.runtime.live.dispatch.shares import SharePolicy, warm_split
 
 __all__ = ["SlotDispatcher", "chosen_experts"]
 
@@ -137,6 +137,8 @@ class SlotDispatcher:
         self.clock: Callable[[], float] = time.perf_counter
         self._events: list[tuple[Any, Any]] = []
         self.set_table(table)
+        # A kernel must not be compiled, nor Numba imported, in the first forward.
+        warm_split()
 
     def set_table(self, table: SlotTable) -> None:
         """Use another placement from the next split on."""

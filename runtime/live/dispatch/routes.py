@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, IntArray
 from moeless_opt.runtime.live import SlotTable
+from moeless_opt.runtime.live.dispatch.shares import split_kernels
 
 __all__ = ["source_aware"]
 
@@ -37,6 +38,17 @@ def source_aware(counts_RE: IntArray, quota_P: IntArray, table: SlotTable, node_
     For the given quotas this keeps the most tokens on their GPU, and of the rest the most in their node: the
     matching inside a group is min(supply, demand) per expert, which no other choice can exceed.
     """
+    if (kernels := split_kernels()) is not None:
+        found_RP: IntArray = kernels.route(
+            np.require(counts_RE, np.int64, "W"),
+            np.require(quota_P, np.int64, ("C", "W")),
+            table.expert_P,
+            table.rank_P,
+            table.replicas_E,
+            table.to_slots_P,
+            np.array(node_R, dtype=np.int64),
+        )
+        return found_RP
     sends_RP = np.zeros((counts_RE.shape[0], quota_P.size), dtype=np.int64)
     supply_RE, demand_P = counts_RE.copy(), quota_P.copy()
     slots = np.arange(quota_P.size)

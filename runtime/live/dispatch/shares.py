@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from functools import lru_cache
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +22,8 @@ __all__ = [
     "SharePolicy",
     "pour",
     "share_policy",
+    "split_kernels",
+    "warm_split",
 ]
 
 
@@ -59,6 +63,30 @@ def share_policy(shares: str | SharePolicy) -> SharePolicy:
     return known[shares]()
 
 
+@lru_cache(maxsize=1)
+def split_kernels() -> Any:
+    """The compiled twins of the splits, loaded by the first call; None without Numba (the extra ``fast``)."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from moeless_opt.runtime.live.dispatch import _kernels
+
+    return _kernels
+
+
+def warm_split() -> bool:
+    """Load the compiled kernels of the token split, as every dispatcher does; say whether there are any.
+
+    Some seconds at the first call in an installation, when Numba compiles them. The split is the same with
+    and without.
+    """
+    return split_kernels() is not None
+
+
+def _whole(array: IntArray) -> IntArray:
+    """As the kernels take it."""
+    return np.require(array, np.int64, ("C", "W"))
+
+
 class EqualShares:
     """Every replica of an expert serves the same number of tokens, up to one."""
 
@@ -66,6 +94,9 @@ class EqualShares:
 
     def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`; the first replicas take the remainder."""
+        if (kernels := split_kernels()) is not None:
+            found_P: IntArray = kernels.equal_quotas(_whole(load_E), table.replicas_E, table.to_slots_P)
+            return found_P
         nth_P = np.empty_like(table.expert_P)
         order = table.to_slots_P
         starts_E = np.cumsum(table.replicas_E) - table.replicas_E
@@ -98,17 +129,33 @@ class PlannedShares:
             }
             for layer, share in zip(slots_LGC, share_LGC, strict=True)
         ]
+        self._known: dict[int, tuple[SlotTable, FloatArray, FloatArray]] = {}
 
     def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`; slots that the plan does not know share what is left equally."""
-        of = self._of[index]
-        pairs = zip(table.expert_P.tolist(), table.rank_P.tolist(), strict=True)
-        weight_P = np.array([of.get(pair, 0.0) for pair in pairs])
-        total_E = np.bincount(table.expert_P, weights=weight_P, minlength=table.experts)
-        weight_P = np.where(total_E[table.expert_P] > 0, weight_P, 1.0)
-        total_E = np.bincount(table.expert_P, weights=weight_P, minlength=table.experts)
+        weight_P, total_E = self._weights(index, table)
+        if (kernels := split_kernels()) is not None:
+            found_P: IntArray = kernels.planned_quotas(
+                _whole(load_E), weight_P, total_E, table.replicas_E, table.to_slots_P
+            )
+            return found_P
         exact_P = load_E[table.expert_P] * weight_P / total_E[table.expert_P]
         return round_tokens(exact_P, table.expert_P, load_E)
+
+    def _weights(self, index: int, table: SlotTable) -> tuple[FloatArray, FloatArray]:
+        """Weight of each slot, and their sum for each expert; worked out when a layer's table changes."""
+        known = self._known.get(index)
+        if known is not None and known[0] is table:
+            return known[1:]
+        of = self._of[index]
+        pairs = zip(table.expert_P.tolist(), table.rank_P.tolist(), strict=True)
+        weight_P: FloatArray = np.array([of.get(pair, 0.0) for pair in pairs])
+        total_E = np.bincount(table.expert_P, weights=weight_P, minlength=table.experts)
+        weight_P[total_E[table.expert_P] <= 0] = 1.0
+        sum_E = np.bincount(table.expert_P, weights=weight_P, minlength=table.experts)
+        weighted = table, weight_P, sum_E.astype(np.float64)
+        self._known[index] = weighted
+        return weighted[1:]
 
 
 class BalancedShares:
@@ -136,8 +183,20 @@ class BalancedShares:
 
     def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`."""
-        quota_P = load_E[table.expert_P]
         speed = self.speed_G or [1] * table.gpus
+        # The compiled twin's numbers have 63 bits.
+        small = int(load_E.sum()) * max(2**20, sum(speed)) < 2**62
+        if small and (kernels := split_kernels()) is not None:
+            found_P: IntArray = kernels.balanced_quotas(
+                _whole(load_E),
+                table.replicas_E,
+                table.to_slots_P,
+                table.rank_P,
+                np.array(speed, dtype=np.int64),
+                self.sweeps,
+            )
+            return found_P
+        quota_P = load_E[table.expert_P]
         several = [int(e) for e in np.flatnonzero((table.replicas_E > 1) & (load_E > 0))]
         several.sort(key=lambda e: (-int(load_E[e]), e))
         one_P = table.replicas_E[table.expert_P] == 1
