@@ -146,4 +146,5 @@ def _shares(
     room_GA = table.largest(value * (1.0 + 1e-12) * speed_G)
     total = float(load_E.sum())
     room_G = np.clip(room_GA[np.arange(len(speed_G)), used_G], 1e-9 * total, 2.0 * total)
-    return np.asarray(solve_shares(load_E[None], slots_GC[None], room_G).share_LGC[0])
+    usual_G = np.ldexp(room_G, -np.frexp(total)[1])  # the flow counts in units of tokens over speed
+    return np.asarray(solve_shares(load_E[None], slots_GC[None], usual_G).share_LGC[0])

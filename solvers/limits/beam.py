@@ -260,7 +260,8 @@ class _Search:
     ) -> tuple[_States, bool]:
         """Place one expert in every way that fits, and keep the most promising states."""
         fits_WM = self._fits(e, states)
-        time_TWM, weight_WM = self._times(e, states, mean_T)
+        with np.errstate(over="ignore"):  # where no room is left, no time is enough
+            time_TWM, weight_WM = self._times(e, states, mean_T)
         slots_WM = states.total_W[:, None] + self.size_M
         left_WM = np.clip(self.slots - slots_WM, 0, self.slots)
         shape = time_TWM.shape

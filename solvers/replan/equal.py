@@ -76,7 +76,7 @@ def replan_equal(
     -------
     Replanned
         Placement, equal shares, times, moves and bounds. A layer that the search cannot bring to the wanted
-        time has the best time that it found; ``least_moves_L`` is one where the live placement misses it.
+        time has the best time that it found.
     """
     wish, stop = wish or ReplanWish(), stop or NeverStop()
     if task.load_LE.shape[1] * len(task.speed_G) >= MANY_PAIRS:
@@ -129,7 +129,7 @@ def replan_equal(
         forced_L=forced_L,
         bound_L=bound,
         target_L=target_L,
-        least_moves_L=late_L.astype(np.int64),
+        least_moves_L=np.zeros(L, dtype=np.int64),
         cut_L=search.cut_L,
     )
 

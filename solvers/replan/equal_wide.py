@@ -89,7 +89,7 @@ def replan_equal_wide(
         forced_L=forced_L,
         bound_L=np.asarray(bound, dtype=np.float64),
         target_L=target_L,
-        least_moves_L=(first_L > target_L * (1.0 + _SLACK)).astype(np.int64),
+        least_moves_L=np.zeros(L, dtype=np.int64),
         cut_L=cut_L,
     )
 

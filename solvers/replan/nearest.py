@@ -109,7 +109,7 @@ def replan_nearest(
         forced_L=forced_L,
         bound_L=bound,
         target_L=target_L,
-        least_moves_L=late_L.astype(np.int64),
+        least_moves_L=np.zeros(L, dtype=np.int64),
         cut_L=cut_L,
     )
 

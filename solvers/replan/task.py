@@ -192,7 +192,8 @@ class Replanned:
     target_L : array of float, shape [L]
         Wanted time, ``(1 + tolerance) * bound``.
     least_moves_L : array of int, shape [L]
-        Proven least number of moves that any plan within the wanted time needs.
+        Proven least number of moves that any plan within the wanted time needs; 0 where shares are not free,
+        since to drop a replica, which is no move, may make a layer faster there.
     cut_L : array of bool, shape [L]
         Layers that the search was stopped before or in the middle of.
     """

@@ -123,3 +123,9 @@ def test_coverage_is_found_whenever_it_exists(data: st.DataObject) -> None:
     else:
         with pytest.raises(mo.InfeasibleError):
             mo.solve(problem)
+
+
+def test_large_loads_under_a_limit_on_all_replicas() -> None:
+    limits = mo.Limits(max_total_replicas=6)
+    plan = mo.plan([[1e12] * 3], mo.uniform(2, 2, slots=2), split="equal", limits=limits)
+    assert plan.imbalance_L[0] == pytest.approx(4 / 3)

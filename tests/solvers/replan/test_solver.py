@@ -322,3 +322,11 @@ def test_a_limit_on_moves_that_cannot_bind_changes_nothing() -> None:
     for limits in (mo.Limits(max_moves=80), mo.Limits(max_layer_moves=80)):
         bound = mo.plan(after, wide, split="equal", current=live, limits=limits)
         np.testing.assert_array_equal(bound.slots_LGC, free.slots_LGC)
+
+
+def test_no_moves_are_said_to_be_needed_where_dropping_a_replica_is_enough() -> None:
+    gpus = mo.Topology(node_G=[0, 0], speed_G=[3.0, 0.5], slots_G=[1, 1])
+    plan = mo.plan([[1.0]], gpus, current=[[[0], [0]]], split="nearest")
+    assert plan.moves.count == 0
+    assert plan.slots_LGC.tolist() == [[[0], [-1]]]
+    assert plan.certificate.proof.endswith("at least 0")

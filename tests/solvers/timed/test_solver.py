@@ -77,3 +77,13 @@ def test_with_an_activation_cost_a_horizon_weighs_moves(split: str) -> None:
         saved_L = horizon * (plans[0].certificate.value_L - plan.certificate.value_L)
         cost_L = move_seconds(topology, plan.slots_LGC, live.slots_LGC, 5, np.full(2, 10**9))
         assert (saved_L >= cost_L * (1 - 1e-9)).all()
+
+
+def test_large_loads_in_whole_entries() -> None:
+    load_LE = np.array(
+        [[6.8738109788e19, 1.34230371271642e20, 7.7093921976e19, 1.68620823935e20, 9.8409748256e19]]
+    )
+    gpus = mo.Topology(node_G=[0, 0, 1], speed_G=[2.0, 2.0, 0.5], slots_G=[3, 3, 3])
+    time = mo.TimeModel(activation_cost=0.5)
+    plan = mo.plan(load_LE, gpus, time=time, share_entries=4, balance_tolerance=0.0)
+    assert plan.imbalance_L[0] < 1.2
