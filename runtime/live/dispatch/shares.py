@@ -24,6 +24,7 @@ __all__ = [
     "share_policy",
     "split_kernels",
     "warm_split",
+    "weighted_quotas",
 ]
 
 
@@ -87,6 +88,19 @@ def _whole(array: IntArray) -> IntArray:
     return np.require(array, np.int64, ("C", "W"))
 
 
+def weighted_quotas(
+    load_E: IntArray, weight_P: FloatArray, total_E: FloatArray, table: SlotTable
+) -> IntArray:
+    """Tokens in proportion to the slots' weights, whole by largest remainders; `total_E` are their sums."""
+    if (kernels := split_kernels()) is not None:
+        found_P: IntArray = kernels.planned_quotas(
+            _whole(load_E), weight_P, total_E, table.replicas_E, table.to_slots_P
+        )
+        return found_P
+    exact_P = load_E[table.expert_P] * weight_P / total_E[table.expert_P]
+    return round_tokens(exact_P, table.expert_P, load_E)
+
+
 class EqualShares:
     """Every replica of an expert serves the same number of tokens, up to one."""
 
@@ -134,13 +148,7 @@ class PlannedShares:
     def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`; slots that the plan does not know share what is left equally."""
         weight_P, total_E = self._weights(index, table)
-        if (kernels := split_kernels()) is not None:
-            found_P: IntArray = kernels.planned_quotas(
-                _whole(load_E), weight_P, total_E, table.replicas_E, table.to_slots_P
-            )
-            return found_P
-        exact_P = load_E[table.expert_P] * weight_P / total_E[table.expert_P]
-        return round_tokens(exact_P, table.expert_P, load_E)
+        return weighted_quotas(load_E, weight_P, total_E, table)
 
     def _weights(self, index: int, table: SlotTable) -> tuple[FloatArray, FloatArray]:
         """Weight of each slot, and their sum for each expert; worked out when a layer's table changes."""

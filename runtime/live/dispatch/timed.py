@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import FloatArray, IntArray
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan import TimeTable
 from moeless_opt.problems.spec import TimeModel
 from moeless_opt.runtime.live import SlotTable
-from moeless_opt.runtime.live.dispatch.shares import BalancedShares
-from moeless_opt.solvers.shares import round_tokens
+from moeless_opt.runtime.live.dispatch.shares import BalancedShares, weighted_quotas
 from moeless_opt.solvers.timed import timed_shares
 
 __all__ = ["TimedShares"]
@@ -46,29 +45,40 @@ class TimedShares:
         kicks: int | None = None,
     ) -> None:
         self.time, self.per_token, self.kicks = time, per_token, kicks
-        self.speed_G = None if speed_G is None else np.asarray(speed_G, dtype=np.float64)
+        self.speed_G: FloatArray | None = None if speed_G is None else np.asarray(speed_G, dtype=np.float64)
         mille = (
             None if self.speed_G is None else np.maximum(np.rint(1000 * self.speed_G), 1).astype(int).tolist()
         )
         self._balanced = BalancedShares(mille)
         self._tables: dict[int, TimeTable] = {}
+        self._slots: dict[int, tuple[SlotTable, SlotArray]] = {}
+        # The search is compiled, or read from the cache, at its first use: which must not be in a forward.
+        self.quotas(
+            0,
+            np.ones(1, dtype=np.int64),
+            SlotTable(np.zeros((2 if self.speed_G is None else self.speed_G.size, 1)), 1),
+        )
 
     def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`."""
-        most = max(len(row) for row in table.rows)
+        known = self._slots.get(index)
+        if known is None or known[0] is not table:
+            known = self._slots[index] = table, table.slots()[None]
+        slots_1GC = known[1]
+        most = slots_1GC.shape[2]
         if most not in self._tables:
             self._tables[most] = TimeTable.of(self.time, most, per_token=self.per_token)
         speed_G = np.ones(table.gpus) if self.speed_G is None else self.speed_G
         share_1GC, _ = timed_shares(
             load_E[None].astype(np.float64),
-            table.slots()[None],
+            slots_1GC,
             speed_G,
             self._tables[most],
             kicks=self.kicks,
         )
         # Filled slots stand first in a row: the flat slots are the rows one after the other.
-        share_P = np.concatenate([share_1GC[0, g, : len(row)] for g, row in enumerate(table.rows)])
-        searched_P = round_tokens(load_E[table.expert_P] * share_P, table.expert_P, load_E)
+        share_P = share_1GC[slots_1GC >= 0]
+        searched_P = weighted_quotas(load_E, share_P, np.ones(table.experts), table)
         balanced_P = self._balanced.quotas(index, load_E, table)
         quicker = self._took(searched_P, table, speed_G) <= self._took(balanced_P, table, speed_G)
         return searched_P if quicker else balanced_P

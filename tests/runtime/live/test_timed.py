@@ -55,3 +55,16 @@ def test_dear_experts_are_activated_once() -> None:
     policy = TimedShares(TimeModel(token_cost=0.01, activation_cost=10.0))
     quota_P = policy.quotas(0, np.full(8, 20), table)
     assert (quota_P > 0).sum() == 8
+
+
+@pytest.mark.parametrize("speed", [None, [1.0, 2.0, 1.0, 1.0]])
+def test_the_search_is_compiled_when_the_policy_is_made(speed: list[float] | None) -> None:
+    pytest.importorskip("numba")
+    from moeless_opt.solvers.timed import _kernels
+
+    policy = TimedShares(TimeModel(token_cost=1.0, activation_cost=5.0), speed_G=speed)
+    made = set(_kernels.rows.signatures)
+    assert made
+    for slots in (3, 4):
+        policy.quotas(0, np.arange(8), table_of(0, 4, slots, 8))
+    assert set(_kernels.rows.signatures) == made
