@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
-from moeless_opt.problems.spec import Problem, Split
+from moeless_opt.problems.spec import Fill, Problem, Split
 
 __all__ = ["ReplicaLimits", "least_and_most", "limit_bound", "replica_limits"]
 
@@ -53,6 +53,8 @@ def least_and_most(problem: Problem) -> tuple[IntArray, IntArray]:
     # Pins in one domain leave the others to be reached by further replicas.
     needed_LE = pinned_LEG.sum(2) + np.maximum(limits.spread - reached_LE, 0)
     most_LE = allowed_LEG.sum(2)
+    if problem.fill == Fill.COPIES:  # they count as replicas
+        most_LE = (allowed_LEG * problem.capacity_LG[:, None, :]).sum(2)
     if limits.max_replicas is not None:
         most_LE = np.minimum(most_LE, limits.max_replicas)
     return np.maximum(limits.min_replicas, needed_LE), most_LE
@@ -62,7 +64,8 @@ def replica_limits(problem: Problem) -> ReplicaLimits:
     """The limits on replicas of every expert and layer that follow from a problem's."""
     limits = problem.limits
     least_LE, most_LE = least_and_most(problem)
-    room_L = np.minimum(problem.capacity_LG, problem.experts).sum(1)
+    copies = problem.fill == Fill.COPIES
+    room_L = (problem.capacity_LG if copies else np.minimum(problem.capacity_LG, problem.experts)).sum(1)
     if limits.max_layer_replicas is not None:
         room_L = np.minimum(room_L, limits.max_layer_replicas)
     floor_L, size_L = least_LE.sum(1), problem.bytes_L
@@ -73,6 +76,8 @@ def replica_limits(problem: Problem) -> ReplicaLimits:
         room_L = np.minimum(room_L, (left + floor_L * size_L) // size_L)
     spare_L = np.maximum(room_L - floor_L, 0)
     most_LE = np.minimum(most_LE, least_LE + spare_L[:, None])
+    if copies:  # on no more GPUs than there are, and two of them on one are no more than one to the bounds
+        most_LE, least_LE = np.minimum(most_LE, problem.topology.gpus), np.ones_like(least_LE)
     return ReplicaLimits(least_LE, np.maximum(most_LE, 1), room_L)
 
 

@@ -392,7 +392,8 @@ class Problem(Record):
                 f"limits.pinned: {want} experts are pinned to GPU {gpu} in layer {self.loads.layers[row]}, "
                 f"it has room for {room}: {want - room} too many"
             )
-        allowed_LE = (~forbidden_LEG & (self.capacity_LG > 0)[:, None, :]).sum(2)
+        room_LG = self.capacity_LG if self.fill == Fill.COPIES else self.capacity_LG > 0
+        allowed_LE = (~forbidden_LEG * room_LG[:, None, :]).sum(2)
         short = np.argwhere(allowed_LE < self.limits.min_replicas)
         if short.size:
             row, expert = short[0]

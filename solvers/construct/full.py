@@ -22,6 +22,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan import even_times
 from moeless_opt.solvers.core import NeverStop, Stop
+from moeless_opt.solvers.limits import Rules
 
 __all__ = ["best_full"]
 
@@ -37,6 +38,7 @@ def best_full(
     *,
     copies: bool,
     steps: int,
+    rules: Sequence[Rules] | None = None,
     stop: Stop | None = None,
 ) -> SlotArray:
     """Better full placements with an even split over slots.
@@ -56,6 +58,8 @@ def best_full(
         one start more: the heaviest slots first, each to the GPU that it leaves least busy.
     steps : int
         Changes of each layer, from each start.
+    rules : sequence of Rules, optional
+        Limits of each layer, which the starts keep.
     stop : Stop, optional
         When to be content.
 
@@ -75,14 +79,14 @@ def best_full(
         if int(room_G.sum()) * experts * len(speed_G) > _CELLS:
             continue
         begin = [_counts(one[row], experts) for one in starts]
-        if copies:
+        if copies and rules is None:
             begin.append(_heaviest_first(load_LE[row], room_G, speed_G))
         for at, start_GE in enumerate(begin):
             if stop() or time_L[row] <= goal_L[row]:
                 break
             if any(np.array_equal(start_GE, other) for other in begin[:at]):
                 continue
-            search = _Search(load_LE[row], speed_G, float(goal_L[row]), copies, steps)
+            search = _Search(load_LE[row], speed_G, float(goal_L[row]), copies, steps, rules and rules[row])
             found_GE, time = search.run(start_GE, stop)
             if time < time_L[row] * (1 - 1e-12):
                 time_L[row], best_LGC[row] = time, _slots(found_GE, best_LGC.shape[2])
@@ -122,6 +126,28 @@ def _heaviest_first(load_E: FloatArray, room_G: IntArray, speed_G: FloatArray) -
     return count_GE
 
 
+def _obeys(
+    rules: Rules, count_GE: IntArray, to_K: IntArray, old_K: IntArray, new_K: IntArray, from_K: IntArray
+) -> BoolArray:
+    """Whether limits that are kept still are after each change, shape [K]; the changes are `_Changes`."""
+    total_E, swaps_K, domain_G = count_GE.sum(0), from_K >= 0, rules.domain_G
+    may_K = rules.allowed_EG[new_K, to_K] & ~(rules.pinned_EG[old_K, to_K] & (count_GE[to_K, old_K] == 1))
+    may_K &= swaps_K | ((total_E[new_K] < rules.most_E[new_K]) & (total_E[old_K] > rules.least_E[old_K]))
+    back_K = rules.allowed_EG[old_K, from_K]
+    back_K &= ~(rules.pinned_EG[new_K, from_K] & (count_GE[from_K, new_K] == 1))
+    may_K &= ~swaps_K | back_K
+    if rules.spread > 1:
+        in_ED = rules.domains_ED(count_GE.T)
+        reach_E, to_D, from_D = (in_ED > 0).sum(1), domain_G[to_K], domain_G[from_K]
+        other_K = ~swaps_K | (to_D != from_D)
+        lost_K = other_K & (in_ED[old_K, to_D] == 1)
+        won_K = swaps_K & other_K & (in_ED[old_K, from_D] == 0)
+        may_K &= reach_E[old_K] - lost_K + won_K >= rules.spread
+        lost_K = swaps_K & other_K & (in_ED[new_K, from_D] == 1)
+        may_K &= reach_E[new_K] - lost_K + (other_K & (in_ED[new_K, to_D] == 0)) >= rules.spread
+    return np.asarray(may_K)
+
+
 _Changes = tuple[IntArray, IntArray, IntArray, IntArray, FloatArray, FloatArray]
 """Changes [K]: the slot of which GPU gives up which expert for which, the GPU that swaps with it or -1, the
 largest time that it leads to, and what that is worth."""
@@ -144,6 +170,7 @@ class _Search:
     goal: float
     copies: bool
     steps: int
+    rules: Rules | None
 
     def run(self, count_GE: IntArray, stop: Stop) -> tuple[IntArray, float]:
         """The best counts seen, and their largest time."""
@@ -192,6 +219,8 @@ class _Search:
             no_K = banned_GE[to_K, new_K] & (time_K >= best * (1 - 1e-12))
             if not self.copies:
                 no_K |= (count_GE[to_K, new_K] > 0) | ((from_K >= 0) & (count_GE[from_K, old_K] > 0))
+            if self.rules is not None:
+                no_K |= ~_obeys(self.rules, count_GE, to_K, old_K, new_K, from_K)
             worths.append(np.where(no_K, np.inf, worth_K))
             changes.append(np.stack([to_K, old_K, new_K, from_K]))
         worth_K, change_4K = np.concatenate(worths), np.concatenate(changes, axis=1)

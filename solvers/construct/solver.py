@@ -9,7 +9,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.spec import Fill, Problem, equal_shares
+from moeless_opt.problems.spec import Fill, Problem, equal_shares, without_copies
 from moeless_opt.solvers.construct.equal import EFFORTS, construct_equal
 from moeless_opt.solvers.construct.fractional import construct_fractional
 from moeless_opt.solvers.construct.full import best_full
@@ -21,13 +21,15 @@ from moeless_opt.solvers.core import (
     best_over_scenarios,
     empty_slots,
     in_time,
+    keeps_limits,
     one_of,
+    risk_L,
     settle_small,
     token_bound,
     topped_up,
     widened,
 )
-from moeless_opt.solvers.limits import place_within, rules_of
+from moeless_opt.solvers.limits import full_within, place_within, rules_of
 from moeless_opt.solvers.nearest import FEW_GPUS, NearestTask, beam_layers, nearest_times, settle_nearest
 from moeless_opt.solvers.shares import best_shares
 
@@ -93,7 +95,7 @@ class Construct(Heuristic):
             )
             if problem.loads.shape[0] == 1 and problem.fill == Fill.NONE:
                 settle_small(problem, slots_LGC, task.stop)
-            return Built(slots_LGC=slots_LGC)
+            return Built(slots_LGC=full_within(problem, slots_LGC))
         if problem.limits != type(problem.limits)():
             return self._within(task)
         if problem.loads.shape[0] > 1:
@@ -112,6 +114,8 @@ class Construct(Heuristic):
         problem = task.problem
         rules_of(problem)  # says what is impossible before anything is built
         free = self._built(replace(task, problem=problem.replace(limits=type(problem.limits)())))
+        if problem.fill != Fill.NONE:
+            return self._full_within(task, free)
         found = place_within(problem, free.slots_LGC, stop=task.stop)
         if found.free_L.all():
             return free
@@ -121,6 +125,34 @@ class Construct(Heuristic):
             share_LGC=best_shares(problem, found.slots_LGC),
             bound=(in_time(problem, found.proven_L), names) if problem.loads.shape[0] == 1 else None,
         )
+
+    def _full_within(self, task: Task[ConstructOptions], free: Built) -> Built:
+        """Every slot full: what there is without limits mended, or without `fill` filled, then searched."""
+        problem, effort = task.problem, EFFORTS[task.options.effort]
+        if keeps_limits(problem, free.slots_LGC).all() and not empty_slots(problem, free.slots_LGC).any():
+            return free
+        starts = [full_within(problem, free.slots_LGC)]
+        loose = problem.replace(fill=Fill.NONE, known=None)
+        try:
+            within_LGC = place_within(loose, without_copies(free.slots_LGC), stop=task.stop).slots_LGC
+        except InfeasibleError:  # what second copies alone make possible
+            pass
+        else:
+            starts.append(full_within(problem, within_LGC))
+        time_L = [risk_L(problem, one) for one in starts]
+        slots_LGC = np.stack(starts)[np.argmin(time_L, axis=0), np.arange(problem.layers)]
+        if problem.split == "equal" and problem.loads.shape[0] == 1:
+            slots_LGC = best_full(
+                problem.load_LE,
+                starts,
+                problem.topology.speed_G,
+                token_bound(problem) * effort.target,
+                copies=problem.fill == Fill.COPIES,
+                steps=effort.full,
+                rules=rules_of(problem),
+                stop=task.stop,
+            )
+        return Built(slots_LGC=slots_LGC, share_LGC=best_shares(problem, slots_LGC))
 
     def _nearest(self, task: Task[ConstructOptions]) -> SlotArray:
         """An even split's placement, searched for tokens that go to the nearest replica."""
@@ -148,7 +180,7 @@ class Construct(Heuristic):
             if slots_GC is not None:
                 near.start_LGC[layer] = widened(slots_GC[None], near.start_LGC.shape[2])[0]
         if near.full:
-            near = replace(near, start_LGC=topped_up(problem, near.start_LGC))
+            near = replace(near, start_LGC=full_within(problem, near.start_LGC))
         return settle_nearest(
             near,
             token_bound(problem),

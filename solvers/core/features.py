@@ -51,7 +51,8 @@ _CONSTRUCT = _SPLITS | {
 _ENTRIES = frozenset({Feature.SHARE_ENTRIES})  # the base of the solvers rounds; what they prove must allow it
 _FILL = frozenset({Feature.FILL_DISTINCT, Feature.FILL_COPIES})
 _LIMITS = frozenset({Feature.REPLICA_LIMITS, Feature.PAIRS, Feature.SPREAD})
-_REPLAN = _CONSTRUCT | _LIMITS | _ENTRIES | _FILL | {Feature.MOVE_LIMITS, Feature.FILL_EQUAL}
+_FILL_ALL = _FILL | {Feature.FILL_EQUAL, Feature.FILL_LIMITS}
+_REPLAN = _CONSTRUCT | _LIMITS | _ENTRIES | _FILL_ALL | {Feature.MOVE_LIMITS}
 _EVEN_OR_FREE = _CONSTRUCT - {Feature.NEAREST}
 _CONSTRAINED = _EVEN_OR_FREE | _LIMITS | _ENTRIES | {Feature.SIZING_CV}
 _SIZED = _EVEN_OR_FREE | _ENTRIES | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
@@ -74,7 +75,7 @@ PUBLISHED = frozenset({"static", "eplb", "eplb-hierarchical", "moeless"})
 
 FEATURES: dict[str, frozenset[Feature]] = {
     "auto": _REPLAN | _CONSTRAINED | _SIZED | _ACTIVATION | {Feature.PRIORITIES},
-    "construct": _CONSTRUCT | _LIMITS | _FILL | _ENTRIES | {Feature.FILL_EQUAL},
+    "construct": _CONSTRUCT | _LIMITS | _FILL_ALL | _ENTRIES,
     "replan": _REPLAN,
     "min-moves": frozenset(
         {

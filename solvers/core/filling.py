@@ -12,10 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
+from moeless_opt.problems.plan import least_and_most
 from moeless_opt.problems.spec import Fill, Problem, equal_shares, without_copies
 from moeless_opt.solvers.core.finish import Built
 from moeless_opt.solvers.core.placing import widened
+from moeless_opt.solvers.core.slack import only_moves
 
 __all__ = ["empty_slots", "filled", "topped_up", "with_plain_live"]
 
@@ -52,8 +54,9 @@ def filled(problem: Problem, built: Built) -> Built:
         return built
     wide = max(int(problem.capacity_LG.max()), built.slots_LGC.shape[2])
     slots_LGC = widened(built.slots_LGC, wide)
+    open_LEG, most_LE = _open(problem)
     for row in np.flatnonzero((empty_LG > 0).any(1)).tolist():
-        _Layer(problem, row, slots_LGC[row]).fill(empty_LG[row])
+        _Layer(problem, row, slots_LGC[row], open_LEG[row], most_LE[row]).fill(empty_LG[row])
     if problem.split == "equal":
         return replace(built, slots_LGC=slots_LGC, share_LGC=equal_shares(slots_LGC, problem.experts))
     more = wide - built.slots_LGC.shape[2]
@@ -70,6 +73,16 @@ def filled(problem: Problem, built: Built) -> Built:
     )
 
 
+def _open(problem: Problem) -> tuple[BoolArray, IntArray]:
+    """Pairs that may be, shape [L, E, G], and replicas that each expert may have, shape [L, E]."""
+    limits, shape = problem.limits, (problem.layers, problem.experts)
+    if limits == only_moves(limits):
+        everywhere_LEG: BoolArray = np.ones((1, 1, 1), dtype=np.bool_)
+        gpus = problem.topology.gpus
+        return np.broadcast_to(everywhere_LEG, (*shape, gpus)), np.full(shape, np.iinfo(np.int64).max)
+    return ~problem.pairs_LEG("forbidden"), least_and_most(problem)[1]
+
+
 def _counts(slots_GC: SlotArray, experts: int) -> IntArray:
     """Copies of each expert on each GPU, shape [G, E]."""
     return np.stack([np.bincount(row[row >= 0], minlength=experts) for row in slots_GC])
@@ -78,7 +91,10 @@ def _counts(slots_GC: SlotArray, experts: int) -> IntArray:
 class _Layer:
     """The slots of one layer while they are filled, in place."""
 
-    def __init__(self, problem: Problem, row: int, slots_GC: SlotArray) -> None:
+    def __init__(
+        self, problem: Problem, row: int, slots_GC: SlotArray, open_EG: BoolArray, most_E: IntArray
+    ) -> None:
+        self.open_EG, self.most_E = open_EG, most_E
         self.load_E, self.speed_G = problem.load_LE[row], problem.topology.speed_G
         self.even, self.copies = problem.split != "fractional", problem.fill == Fill.COPIES
         self.near = problem.split == "nearest"
@@ -88,12 +104,15 @@ class _Layer:
         self.live_GE = None if problem.current is None else _counts(problem.current.slots_LGC[row], experts)
 
     def fill(self, empty_G: IntArray) -> None:
-        """Fill so many slots of each GPU, those of the least busy GPU first."""
+        """Fill so many slots of each GPU, those of the least busy GPU first, as far as limits let it."""
         left_G = np.maximum(empty_G, 0).copy()
         while left_G.any():
             time_G = self._times()
             gpu = int(np.where(left_G > 0, time_G, np.inf).argmin())
             expert = self._choice(gpu, time_G)
+            if expert < 0:
+                left_G[gpu] = 0
+                continue
             self.slots_GC[gpu, int((self.slots_GC[gpu] < 0).argmax())] = expert
             self.count_GE[gpu, expert] += 1
             left_G[gpu] -= 1
@@ -104,15 +123,21 @@ class _Layer:
         return np.asarray((self.count_GE @ share_E) / self.speed_G)
 
     def _choice(self, gpu: int, time_G: FloatArray) -> int:
-        """The expert for a slot of a GPU."""
+        """The expert for a slot of a GPU; -1 if limits leave none."""
         here_E = self.count_GE[gpu] > 0
-        fits_E = np.ones_like(here_E) if self.copies else ~here_E
+        fits_E = self.open_EG[:, gpu] & (self.count_GE.sum(0) < self.most_E)
+        if not self.copies:
+            fits_E &= ~here_E
+        if not fits_E.any():
+            return -1
         had_E = np.zeros_like(self.load_E) if self.live_GE is None else self.live_GE[gpu]
         comes_E = ~here_E & (had_E == 0)
         count_E = self.count_GE.sum(0)
-        if self.near and self.copies and here_E.any():
+        if self.near and self.copies and (here_E & fits_E).any():
             # To senders two copies on a GPU are one place: the loads stay as they are.
-            return int(np.lexsort((np.arange(len(here_E)), had_E <= self.count_GE[gpu], ~here_E))[0])
+            return int(
+                np.lexsort((np.arange(len(here_E)), had_E <= self.count_GE[gpu], ~(here_E & fits_E)))[0]
+            )
         if not self.even:
             # With free shares a second copy is of no use to the loads; it only costs no transfer, and where
             # nothing is live all do. What was here comes back, what was here twice as well.

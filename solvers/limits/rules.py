@@ -48,17 +48,17 @@ class Rules:
     domain_G: IntArray
     spread: int
 
-    def keeps(self, held_EG: BoolArray) -> bool:
-        """Whether a placement obeys everything."""
-        count_E = held_EG.sum(1)
+    def keeps(self, held_EG: BoolArray | IntArray) -> bool:
+        """Whether a placement obeys everything; as a mask, or as slots where second copies may be."""
+        count_E, here_EG = held_EG.sum(1), held_EG > 0
         return bool(
             (count_E >= self.least_E).all()
             and (count_E <= self.most_E).all()
             and count_E.sum() <= self.total
             and (held_EG.sum(0) <= self.capacity_G).all()
-            and not (held_EG & ~self.allowed_EG).any()
-            and not (self.pinned_EG & ~held_EG).any()
-            and (self.reach_E(held_EG) >= self.spread).all()
+            and not (here_EG & ~self.allowed_EG).any()
+            and not (self.pinned_EG & ~here_EG).any()
+            and (self.reach_E(here_EG) >= self.spread).all()
         )
 
     def reach_E(self, held_EG: BoolArray) -> IntArray:

@@ -33,7 +33,7 @@ from moeless_opt.problems.spec import (
     without_copies,
 )
 from moeless_opt.solvers.core import FirstOf, NeverStop, Stop
-from moeless_opt.solvers.limits import Rules, mended_within
+from moeless_opt.solvers.limits import Rules, counts_of, full_counts_within, mended_within, slots_of
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.replan import equal_state
 from moeless_opt.solvers.replan.equal_state import (
@@ -174,9 +174,23 @@ def _mended(task: ReplanTask, slots_LGC: SlotArray, repair: bool) -> SlotArray:
         _write(slots[layer], mend_content(task.load_LE[layer].tolist(), *given, layer, repair, copies))
     for layer in range(L if task.rules is not None else 0):
         assert task.rules is not None
+        if task.fill != Fill.NONE:
+            if not task.rules[layer].keeps(counts_of(slots[layer], E)):
+                _fill_within(task, layer, slots[layer], slots[layer])
+            continue
         content = [[e for e in held if e >= 0] for held in slots[layer].tolist()]
         _write(slots[layer], mended_within(task.rules[layer], task.load_LE[layer], content, task.speed_G))
     return slots
+
+
+def _fill_within(task: ReplanTask, layer: int, from_GC: SlotArray, into_GC: SlotArray) -> None:
+    """All slots of a layer full within the limits, with as much of what they are made from as can stay."""
+    assert task.rules is not None
+    there_EG = counts_of(from_GC, task.load_LE.shape[1])
+    found_EG = full_counts_within(
+        task.rules[layer], task.load_LE[layer], there_EG, copies=task.fill == Fill.COPIES
+    )
+    into_GC[:] = slots_of(found_EG, into_GC.shape[1])
 
 
 def _filled(
@@ -188,7 +202,11 @@ def _filled(
         return slots_LGC
     search = _Search.of(task, wish, (slots_LGC, slots_LGC), rows, target_L, worker, NeverStop())
     worker(search.layers, search.settings, FILL, NeverStop())
-    return search.contents(slots_LGC)
+    found = search.contents(slots_LGC)
+    short_L = ((found >= 0).sum(axis=2) < task.capacity_LG).any(axis=1)
+    for layer in np.flatnonzero(short_L).tolist() if task.rules is not None else ():
+        _fill_within(task, layer, slots_LGC[layer], found[layer])  # one by one they did not fit
+    return found
 
 
 def _moves(task: ReplanTask, slots_LGC: SlotArray) -> IntArray:

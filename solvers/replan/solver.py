@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, whole
-from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.errors import InfeasibleError, ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.plan import Payback, Plan, Progress, ProgressCallback, gpu_times, move_seconds
 from moeless_opt.problems.spec import Fill, Problem, without_copies
 from moeless_opt.solvers.construct import Construct
@@ -35,9 +35,8 @@ from moeless_opt.solvers.core import (
     part_of,
     risk_L,
     token_bound,
-    topped_up,
 )
-from moeless_opt.solvers.limits import rules_of
+from moeless_opt.solvers.limits import counts_of, full_counts_within, full_within, rules_of, slots_of
 from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import replan_fractional
@@ -96,7 +95,7 @@ class Frontier:
 def replan_within(problem: Problem, wish: ReplanWish, *, stop: Stop | None = None) -> Replanned:
     """Re-plan by the kernel of the problem's split, within its limits, measured against its bound."""
     assert problem.current is not None
-    rules = None if problem.limits == only_moves(problem.limits) else shared_rules(problem)
+    rules = shared_rules(problem) if _limited(problem) else None
     speed_G = problem.topology.speed_G
     live_LGC, sources = live_slots(problem), None
     if problem.split == "nearest":
@@ -104,7 +103,7 @@ def replan_within(problem: Problem, wish: ReplanWish, *, stop: Stop | None = Non
         sources = Sources(
             part_LNE=problem.source_parts(),
             node_G=problem.topology.node_G,
-            filled=partial(topped_up, problem) if problem.fill == Fill.DISTINCT else None,
+            filled=partial(full_within, problem) if problem.fill == Fill.DISTINCT else None,
         )
     given = problem.load_LE, live_LGC, problem.capacity_LG, speed_G, rules
     task = ReplanTask(*given, Fill(problem.fill), sources)
@@ -138,7 +137,7 @@ def frontier(
         start_LGC = slots[-1] if slots and problem.split != "fractional" else None
         wish = ReplanWish(tolerance=tolerance, seed=seed, rounds=rounds, start_LGC=start_LGC)
         own = part_of(stop, 1.0 / (len(rungs) - rung))
-        slots.append(topped_up(problem, replan_within(problem, wish, stop=own).slots_LGC))
+        slots.append(full_within(problem, replan_within(problem, wish, stop=own).slots_LGC))
         if progress is not None:
             best, floor = float(risk_L(problem, slots[-1]).sum()), float(token_bound(problem).sum())
             note = f"{int(layer_moves(problem, slots[-1], live_LGC).sum())} moves"
@@ -146,7 +145,7 @@ def frontier(
             progress(Progress(seconds=began.seconds, best=best, bound=floor, done=done, note=note))
     slots.reverse()
     if not astray:
-        slots.append(topped_up(problem, live_LGC))
+        slots.append(full_within(problem, live_LGC))
     return Frontier(
         np.stack(slots),
         np.stack([risk_L(problem, one) for one in slots]),
@@ -194,16 +193,27 @@ class Replan(Heuristic):
             slots_LGC = self._tightened(replace(task, problem=free), live_LGC, slots_LGC)
         if free is not problem:
             rules_of(problem)  # says what is impossible
-            slots_LGC = self._kept(task, live_LGC, slots_LGC)
-        slots_LGC = topped_up(problem, slots_LGC)
+            slots_LGC = self._full_kept(task, live_LGC, slots_LGC)
+        slots_LGC = full_within(problem, slots_LGC)
         share_LGC = _shares(problem, slots_LGC)
         known_L = least[0] if least and problem.loads.shape[0] == 1 else None
         if problem.limits.bounds_moves and problem.experts * problem.topology.gpus <= TINY:
-            slots_LGC = topped_up(problem, self._tiny(task, live_LGC, slots_LGC))
+            slots_LGC = full_within(problem, self._tiny(task, live_LGC, slots_LGC))
             share_LGC = _shares(problem, slots_LGC)
         # What any plan needs, a plan within the limits needs as well.
         proof = _moves_proof(free, live_LGC, slots_LGC, share_LGC, known_L)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, proof=proof)
+
+    def _full_kept(self, task: Task[ReplanOptions], live_LGC: SlotArray, free_LGC: SlotArray) -> SlotArray:
+        """As `_kept`, and with full slots no more moves than may be."""
+        problem = task.problem
+        if problem.fill == Fill.NONE or not problem.limits.bounds_moves:
+            return self._kept(task, live_LGC, free_LGC)
+        try:
+            slots_LGC = full_within(problem, self._kept(task, live_LGC, free_LGC))
+        except InfeasibleError:  # to the search; what moves least decides
+            slots_LGC = full_within(problem, live_LGC)
+        return _within_moves(problem, live_LGC, slots_LGC)
 
     def _slots(self, task: Task[ReplanOptions], live_LGC: SlotArray, least: list[IntArray]) -> SlotArray:
         """Slots within the limits, with a horizon as far as it pays; `least` gets what moves are needed."""
@@ -274,7 +284,7 @@ class Replan(Heuristic):
         problem = task.problem
         if problem.objective.horizon is not None or problem.loads.shape[0] > 1 or problem.split == "nearest":
             return slots_LGC
-        if problem.fill != Fill.NONE and problem.split != "fractional":
+        if problem.fill != Fill.NONE and (problem.split != "fractional" or _limited(problem)):
             return slots_LGC  # the search leaves slots empty, and what fills them changes even shares
         loose = replace(task, problem=problem.replace(limits=type(problem.limits)()))
         if np.array_equal(self._slots(loose, live_LGC, []), slots_LGC):
@@ -285,6 +295,8 @@ class Replan(Heuristic):
         """Within the limits, and small layers searched."""
         problem, slots_LGC = task.problem, self._slots(task, live_LGC, [])
         if problem.objective.horizon is not None or problem.loads.shape[0] > 1 or problem.split == "nearest":
+            return slots_LGC
+        if problem.fill != Fill.NONE:  # as in `_tiny`
             return slots_LGC
         return search_small(problem, live_LGC, slots_LGC, task.stop)
 
@@ -472,6 +484,66 @@ def _astray(problem: Problem, live_LGC: SlotArray) -> bool:
         or (most is not None and filled_L.sum() > most)
         or (size is not None and filled_L @ problem.bytes_L > size)
     )
+
+
+def _limited(problem: Problem) -> bool:
+    """Whether anything but moves is limited."""
+    return problem.limits != only_moves(problem.limits)
+
+
+def _within_moves(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray) -> SlotArray:
+    """Full slots within limits on moves as on others: where too many move, layers that move least.
+
+    Raises
+    ------
+    InfeasibleError
+        If they move too much as well.
+    UnsupportedFeatureError
+        If a limit on moves is not kept, and second copies or seconds leave it open whether it could be.
+    """
+    copies = problem.fill == Fill.COPIES
+    if not _moves_kept(problem, slots_LGC, live_LGC):
+        least_LGC = slots_LGC.copy()
+        for row, rules in enumerate(rules_of(problem)):
+            live_EG = counts_of(live_LGC[row], problem.experts)
+            count_EG = full_counts_within(rules, problem.load_LE[row], live_EG, copies=copies)
+            least_LGC[row] = slots_of(count_EG, slots_LGC.shape[2])
+        moves_2L = [layer_moves(problem, one, live_LGC) for one in (slots_LGC, least_LGC)]
+        time_2L = [risk_L(problem, one) for one in (slots_LGC, least_LGC)]
+        # Back to the fewer moves where that costs least, until the limits are kept.
+        cost_L = (time_2L[1] - time_2L[0]) / np.maximum(moves_2L[0] - moves_2L[1], 1e-9)
+        for row in np.argsort(cost_L, kind="stable").tolist():
+            if _moves_kept(problem, slots_LGC, live_LGC):
+                break
+            slots_LGC = slots_LGC.copy()
+            slots_LGC[row] = least_LGC[row]
+    name = _broken_moves(problem, slots_LGC, live_LGC)
+    if not name:
+        return slots_LGC
+    most = getattr(problem.limits, name)
+    told = f"limits.{name}: is {most}; full slots within the limits (fill {problem.fill!r}) take more"
+    if name == "max_move_seconds" or (copies and int(problem.capacity_LG.max()) > 1):
+        raise UnsupportedFeatureError(f"{told} in every plan that was found")
+    raise InfeasibleError(told)
+
+
+def _broken_moves(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) -> str:
+    """The limit on moves that a placement breaks, if any."""
+    limits, moves_L = problem.limits, layer_moves(problem, slots_LGC, live_LGC)
+    for name, used in (
+        ("max_moves", int(moves_L.sum())),
+        ("max_layer_moves", int(moves_L.max())),
+        ("max_move_bytes", int(moves_L @ problem.bytes_L)),
+    ):
+        most = getattr(limits, name)
+        if most is not None and used > most:
+            return name
+    if limits.max_move_seconds is None:
+        return ""
+    schedule = schedule_migration(
+        live_LGC, slots_LGC, problem.experts, problem.topology, bytes_L=problem.bytes_L
+    )
+    return "max_move_seconds" if schedule.seconds > limits.max_move_seconds else ""
 
 
 def _ties(problem: Problem) -> bool:
