@@ -86,7 +86,8 @@ def best_full(
                 break
             if any(np.array_equal(start_GE, other) for other in begin[:at]):
                 continue
-            search = _Search(load_LE[row], speed_G, float(goal_L[row]), copies, steps, rules and rules[row])
+            own = None if rules is None else rules[row]
+            search = _Search(load_LE[row], speed_G, float(goal_L[row]), copies, steps, own)
             found_GE, time = search.run(start_GE, stop)
             if time < time_L[row] * (1 - 1e-12):
                 time_L[row], best_LGC[row] = time, _slots(found_GE, best_LGC.shape[2])

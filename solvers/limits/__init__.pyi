@@ -4,7 +4,7 @@ from .counts import within_caps as within_caps
 from .full import counts_of as counts_of
 from .full import full_counts_within as full_counts_within
 from .full import full_within as full_within
-from .full import slots_of as slots_of
+from .full import slots_counted as slots_counted
 from .needed import mended_within as mended_within
 from .place import layer_front as layer_front
 from .place import place_counts as place_counts

@@ -25,7 +25,7 @@ from moeless_opt.problems.spec import Fill, Problem
 from moeless_opt.solvers.core import only_moves, topped_up, widened
 from moeless_opt.solvers.limits.rules import Rules, rules_of
 
-__all__ = ["counts_of", "full_counts_within", "full_within", "slots_of"]
+__all__ = ["counts_of", "full_counts_within", "full_within", "slots_counted"]
 
 _STEPS = 8  # further replicas of an expert whose order is told apart
 
@@ -47,7 +47,7 @@ def full_within(problem: Problem, slots_LGC: SlotArray) -> SlotArray:
         count_EG = counts_of(slots_LGC[row], problem.experts)
         if (count_EG.sum(0) < rules.capacity_G).any() or not rules.keeps(count_EG):
             count_EG = full_counts_within(rules, load_LE[row], count_EG, copies=copies)
-            slots_LGC[row] = slots_of(count_EG, slots_LGC.shape[2])
+            slots_LGC[row] = slots_counted(count_EG, slots_LGC.shape[2])
     return slots_LGC
 
 
@@ -57,7 +57,7 @@ def counts_of(slots_GC: SlotArray, experts: int) -> IntArray:
     return np.stack(rows, axis=1).astype(np.int64)
 
 
-def slots_of(count_EG: IntArray, wide: int) -> SlotArray:
+def slots_counted(count_EG: IntArray, wide: int) -> SlotArray:
     """The way back, experts ascending, shape [G, C]."""
     experts, gpus = count_EG.shape
     slots_GC = np.full((gpus, wide), -1, dtype=np.int32)

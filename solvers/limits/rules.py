@@ -65,7 +65,7 @@ class Rules:
         """Failure domains that each expert reaches, shape [E]."""
         return np.asarray((self.domains_ED(held_EG) > 0).sum(1))
 
-    def domains_ED(self, held_EG: BoolArray) -> IntArray:
+    def domains_ED(self, held_EG: BoolArray | IntArray) -> IntArray:
         """Replicas of each expert in each domain, shape [E, D]."""
         member_GD = self.domain_G[:, None] == np.arange(int(self.domain_G.max(initial=0)) + 1)
         return np.asarray(held_EG.astype(np.int64) @ member_GD)

@@ -33,7 +33,7 @@ from moeless_opt.problems.spec import (
     without_copies,
 )
 from moeless_opt.solvers.core import FirstOf, NeverStop, Stop
-from moeless_opt.solvers.limits import Rules, counts_of, full_counts_within, mended_within, slots_of
+from moeless_opt.solvers.limits import Rules, counts_of, full_counts_within, mended_within, slots_counted
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.replan import equal_state
 from moeless_opt.solvers.replan.equal_state import (
@@ -190,7 +190,7 @@ def _fill_within(task: ReplanTask, layer: int, from_GC: SlotArray, into_GC: Slot
     found_EG = full_counts_within(
         task.rules[layer], task.load_LE[layer], there_EG, copies=task.fill == Fill.COPIES
     )
-    into_GC[:] = slots_of(found_EG, into_GC.shape[1])
+    into_GC[:] = slots_counted(found_EG, into_GC.shape[1])
 
 
 def _filled(

@@ -36,7 +36,7 @@ from moeless_opt.solvers.core import (
     risk_L,
     token_bound,
 )
-from moeless_opt.solvers.limits import counts_of, full_counts_within, full_within, rules_of, slots_of
+from moeless_opt.solvers.limits import counts_of, full_counts_within, full_within, rules_of, slots_counted
 from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import replan_fractional
@@ -507,7 +507,7 @@ def _within_moves(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray) -
         for row, rules in enumerate(rules_of(problem)):
             live_EG = counts_of(live_LGC[row], problem.experts)
             count_EG = full_counts_within(rules, problem.load_LE[row], live_EG, copies=copies)
-            least_LGC[row] = slots_of(count_EG, slots_LGC.shape[2])
+            least_LGC[row] = slots_counted(count_EG, slots_LGC.shape[2])
         moves_2L = [layer_moves(problem, one, live_LGC) for one in (slots_LGC, least_LGC)]
         time_2L = [risk_L(problem, one) for one in (slots_LGC, least_LGC)]
         # Back to the fewer moves where that costs least, until the limits are kept.
