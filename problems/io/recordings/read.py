@@ -522,6 +522,9 @@ class _Reader:
         skipped = tuple(layer for layer, busy in zip(layers, busy_L, strict=True) if not busy)
         if skipped:
             notes.append(f"layers without any load (dense) left out: {', '.join(map(str, skipped))}")
+        busy_E: BoolArray = np.asarray(load_TLE.any(axis=(0, 1)))
+        if len(busy_E) > 2 and not busy_E[0] and busy_E[1:].all():
+            notes.append("expert 0 has no load, every other one has: are they numbered from 1?")
         load_TLE = np.ascontiguousarray(load_TLE[:, busy_L])
         load_TLE.flags.writeable = False
         return Recording(

@@ -52,7 +52,8 @@ class TableReader:
             if wide is not None and not self.is_long(cells):
                 found = self._from_wide(rows, cells, wide)
             else:
-                found = self._from_long(rows, self._columns(cells), len(cells), ())
+                columns = self._columns(cells)
+                found = self._from_long(rows, columns, len(cells), _left_out(cells, columns))
             return found.with_notes(*(f"{count} repeated headers left out" for count in again if count))
         if len(cells) > 3:
             if cells == [str(i) for i in range(len(cells))]:
@@ -153,7 +154,8 @@ class TableReader:
             (number, [str(cell).strip() for cell in row])
             for number, row in enumerate(zip(*columns, strict=True), start=1)
         )
-        return self._from_long(rows, self._columns(names), len(names), ())
+        roles = self._columns(names)
+        return self._from_long(rows, roles, len(names), _left_out(names, roles))
 
     def _rows(self, text: str) -> Iterator[tuple[int, list[str]]]:
         """Yield (line number, cells) of the rows that are neither blank nor comments."""
@@ -362,6 +364,12 @@ class TableReader:
         if len(digits) == 1 and len(digits[0]) < 10 and "-" not in cell:
             return int(digits[0])
         raise self.source.error(f"line {line}: {role} is {cut(cell, 40)!r}, must be a whole number from 0")
+
+
+def _left_out(names: list[str], columns: dict[str, int]) -> tuple[str, ...]:
+    """A note of the columns that play no part."""
+    others = [name for at, name in enumerate(names) if name and at not in columns.values()]
+    return (f"columns left out: {cut(', '.join(others))}",) if others else ()
 
 
 def _number(cell: str) -> float | None:

@@ -441,3 +441,19 @@ def test_engines_files() -> None:
     for name in ("ascend_expert_map.json", "sglang_init_map.json", "trtllm_moe_load_balancer.yaml"):
         with pytest.raises(FormatError, match="is a placement"):
             read_recording(folder / name)
+
+
+def test_columns_that_play_no_part_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "loads.csv"
+    path.write_text("layer,expert,count,dropped,share\n0,0,5,1,0.5\n0,1,5,2,0.5\n1,0,4,0,0.4\n1,1,6,0,0.6\n")
+    found = read_recording(path)
+    assert found.load_TLE.tolist() == [[[5, 5], [4, 6]]]
+    assert list(found.notes) == ["columns left out: dropped, share"]
+
+
+def test_experts_numbered_from_1_are_not_taken_for_others_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "loads.csv"
+    path.write_text("layer,expert,count\n1,1,5\n1,2,4\n2,2,5\n2,3,7\n")
+    assert any("expert 0 has no load" in note for note in read_recording(path).notes)
+    path.write_text("layer,expert,count\n1,1,5\n1,3,4\n2,4,5\n2,3,7\n")  # expert 2 is idle, too
+    assert not any("expert 0" in note for note in read_recording(path).notes)
