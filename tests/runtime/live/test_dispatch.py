@@ -21,11 +21,15 @@ from moeless_opt.runtime.live.dispatch.shares import (  # noqa: E402
     PlannedShares,
     SharePolicy,
     pour,
+    warm_split,
 )
 from moeless_opt.runtime.live.experts import checksum  # noqa: E402
 from moeless_opt.runtime.live.groups import ExpertGroup  # noqa: E402
 from moeless_opt.runtime.live.rows import default_row_block, pieces  # noqa: E402
 from moeless_opt.runtime.live.slots import SlotTable, rows_to_slots, static_slots  # noqa: E402
+
+# Not in an example: those have a deadline.
+warm_split()
 
 
 @st.composite
