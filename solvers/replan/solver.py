@@ -183,7 +183,8 @@ class Replan(Heuristic):
     def build(self, task: Task[ReplanOptions]) -> Built:
         """Re-plan within the limits; with a horizon, only as far as it pays."""
         live_LGC = live_slots(task.problem)
-        problem = besides_filling(task.problem, live_LGC)
+        asked = task.problem
+        problem = besides_filling(asked, live_LGC)
         task = replace(task, problem=problem)
         moves = only_moves(problem.limits)
         free = problem if moves == problem.limits else problem.replace(limits=moves)
@@ -193,7 +194,7 @@ class Replan(Heuristic):
             slots_LGC = self._tightened(replace(task, problem=free), live_LGC, slots_LGC)
         if free is not problem:
             rules_of(problem)  # says what is impossible
-            slots_LGC = self._full_kept(task, live_LGC, slots_LGC)
+            slots_LGC = self._full_kept(task, asked, live_LGC, slots_LGC)
         slots_LGC = full_within(problem, slots_LGC)
         share_LGC = _shares(problem, slots_LGC)
         known_L = least[0] if least and problem.loads.shape[0] == 1 else None
@@ -204,8 +205,10 @@ class Replan(Heuristic):
         proof = _moves_proof(free, live_LGC, slots_LGC, share_LGC, known_L)
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC, proof=proof)
 
-    def _full_kept(self, task: Task[ReplanOptions], live_LGC: SlotArray, free_LGC: SlotArray) -> SlotArray:
-        """As `_kept`, and with full slots no more moves than may be."""
+    def _full_kept(
+        self, task: Task[ReplanOptions], asked: Problem, live_LGC: SlotArray, free_LGC: SlotArray
+    ) -> SlotArray:
+        """As `_kept`, and with full slots no more moves than `asked` allows, filling included."""
         problem = task.problem
         if problem.fill == Fill.NONE or not problem.limits.bounds_moves:
             return self._kept(task, live_LGC, free_LGC)
@@ -213,7 +216,7 @@ class Replan(Heuristic):
             slots_LGC = full_within(problem, self._kept(task, live_LGC, free_LGC))
         except InfeasibleError:  # to the search; what moves least decides
             slots_LGC = full_within(problem, live_LGC)
-        return _within_moves(problem, live_LGC, slots_LGC)
+        return _within_moves(asked, live_LGC, slots_LGC)
 
     def _slots(self, task: Task[ReplanOptions], live_LGC: SlotArray, least: list[IntArray]) -> SlotArray:
         """Slots within the limits, with a horizon as far as it pays; `least` gets what moves are needed."""
