@@ -38,8 +38,8 @@ def passes(load_LE: np.ndarray) -> Passes:
 
 
 def filled(slots_GC: list[list[int]]) -> list[list[int]]:
-    """Without empty slots, of which a layer may have more in one world than in the other."""
-    return [[e for e in row if e >= 0] for row in slots_GC]
+    """What each GPU holds: empty slots, and the order of the others, may differ between the two worlds."""
+    return [sorted(e for e in row if e >= 0) for row in slots_GC]
 
 
 @dataclass
