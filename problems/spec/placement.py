@@ -62,6 +62,8 @@ def second_copies(slots_LGC: SlotArray) -> BoolArray:
     ordered = np.take_along_axis(slots_LGC, order, axis=2)
     again = np.zeros(slots_LGC.shape, dtype=np.bool_)
     again[:, :, 1:] = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
+    if not again.any():
+        return again
     second = np.zeros_like(again)
     np.put_along_axis(second, order, again, axis=2)
     return second
@@ -97,6 +99,16 @@ def seat_in_place(slots_LGC: SlotArray, live_LGC: SlotArray, capacity_LG: IntArr
     if capacity_LG is not None:
         live[np.arange(wide) >= capacity_LG.reshape(rows, 1)] = -1
     new = slots_LGC.reshape(rows, wide).astype(np.int64)
+    seat = np.tile(np.arange(wide), (rows, 1))
+    changed = np.flatnonzero((new != live).any(axis=1))
+    if len(changed):
+        seat[changed] = _seats(new[changed], live[changed])
+    return seat.reshape(slots_LGC.shape)
+
+
+def _seats(new: IntArray, live: IntArray) -> IntArray:
+    """Order of the slots of some GPUs in which what stays keeps its slot, shape [rows, C]."""
+    rows, wide = new.shape
     base = max(int(new.max(initial=0)), int(live.max(initial=0))) + 1
     key, at = _copy_keys(new, base)
     old_key, old_at = _copy_keys(live, base)
@@ -112,7 +124,7 @@ def seat_in_place(slots_LGC: SlotArray, live_LGC: SlotArray, capacity_LG: IntArr
     left = np.arange(wide) < (moved < 2).sum(1)[:, None]
     row = np.broadcast_to(np.arange(rows)[:, None], left.shape)
     seat[row[left], free[left]] = coming[left]
-    return seat.reshape(slots_LGC.shape)
+    return seat
 
 
 def _copy_keys(slots_XC: IntArray, base: int) -> tuple[IntArray, IntArray]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import warnings
-from collections.abc import Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, is_dataclass
+from functools import lru_cache
 from importlib.metadata import entry_points
+from inspect import Parameter, signature
+from types import MethodType
 
 from moeless_opt.problems.errors import SolverUnavailableError, UnsupportedFeatureError
 from moeless_opt.problems.spec import Problem
@@ -94,12 +96,18 @@ def contract_gaps(solver: object) -> list[str]:
     solve = getattr(solver, "solve", None)
     if not callable(solve):
         return [*gaps, "has no 'solve'"]
-    takes = inspect.signature(solve).parameters
+    takes = _parameters(solve.__func__) if isinstance(solve, MethodType) else signature(solve).parameters
     if not any(one.kind is one.VAR_KEYWORD for one in takes.values()):
         lacking = [key for key in ("stop", "seed", "initial", "progress") if key not in takes]
         if lacking:
             gaps.append(f"has a 'solve' without {', '.join(lacking)}")
     return gaps
+
+
+@lru_cache(maxsize=64)
+def _parameters(function: Callable[..., object]) -> Mapping[str, Parameter]:
+    """Parameters of a method, which take longer to find out than a small layer to plan."""
+    return signature(function).parameters
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 A stream of decode steps is composed from recorded routing and recorded arrivals (see
 `compose.compose_steps`). Every 64 steps each policy re-plans with the loads of the window
 that has just ended, and serves the next window with it; window 0 is the first plan's and is not served.
+Where a decay is named, the loads are those of all windows so far with a fading memory: a controller's
+`LoadWindow` (``Controller(..., decay=0.97)``).
 Shares are either fixed until the next re-plan or re-solved for every batch and layer on its actual loads
 (`solve_shares`, exact). Migration itself takes no time here: the table counts what moves.
 
@@ -31,6 +33,7 @@ from moeless_opt.problems.io.arrivals import poisson_arrivals, read_arrivals
 from moeless_opt.problems.io.traces import RoutedRequests, read_token_traces
 from moeless_opt.problems.plan.evaluate import activated, gpu_tokens, new_replicas
 from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
+from moeless_opt.runtime.control.backend import LoadWindow, Observation
 from moeless_opt.runtime.simulate.compose import COMPOSITION, StepLoads, compose_steps
 from moeless_opt.solvers.shares.flow import solve_shares
 from moeless_opt.solvers.shares.graph import ReplicaGraph
@@ -49,17 +52,35 @@ def fresh(solver: str, split: str = "equal") -> Planner:
     return make
 
 
+def steady(tolerance: float) -> Planner:
+    """Equal split, every slot full, and a layer within the tolerance stays as it is."""
+
+    def make(load_LE: Floats, topology: mo.Topology, live: mo.Plan | None) -> mo.Plan:
+        wish = {"split": "equal", "fill": "distinct", "balance_tolerance": tolerance}
+        return mo.plan(load_LE, topology, current=live, **wish)  # type: ignore[arg-type]
+
+    return make
+
+
+def budgeted(load_LE: Floats, topology: mo.Topology, live: mo.Plan | None) -> mo.Plan:
+    """Equal split, every slot full, and at most 3 % of the replicas move."""
+    most = int(0.03 * len(load_LE) * topology.slots_G.sum())
+    limits = None if live is None else mo.Limits(max_moves=most)
+    return mo.plan(load_LE, topology, split="equal", fill="distinct", current=live, limits=limits)
+
+
 def first_kept(load_LE: Floats, topology: mo.Topology, live: mo.Plan | None) -> mo.Plan:
     """The first plan, for ever."""
     return live or mo.plan(load_LE, topology)
 
 
 class Policy(NamedTuple):
-    """How to plan, and whether shares follow every batch."""
+    """How to plan, whether shares follow every batch, and what is left of older loads at a re-plan."""
 
     name: str
     plan: Planner
     live_shares: bool
+    decay: float = 0.0
 
 
 POLICIES = (
@@ -67,6 +88,9 @@ POLICIES = (
     Policy("eplb", fresh("eplb"), False),
     Policy("moeless (cv 0.2)", fresh("moeless"), False),
     Policy("ours, equal split", fresh("auto"), False),
+    Policy("ours, equal, 3 % budget", budgeted, False),
+    Policy("ours, equal, decay 0.95", steady(0.02), False, 0.95),
+    Policy("ours, equal, decay 0.97", steady(0.015), False, 0.97),
     Policy("ours, shares of the window", fresh("auto", "fractional"), False),
     Policy("eplb, shares re-solved", fresh("eplb"), True),
     Policy("shares only (stay)", first_kept, True),
@@ -79,6 +103,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.largest = self.whole = self.mean = self.busiest = 0.0
+        self.windows: list[tuple[float, float]] = []  # largest and mean loads, summed
         self.moved: list[int] = []
         self.held: list[int] = []
         self.milliseconds: list[float] = []
@@ -93,19 +118,34 @@ class Tally:
         else:
             share_BGC = np.tile(plan.share_LGC, (steps, 1, 1))
         tokens_BG = gpu_tokens(load_BE, slots_BGC, share_BGC)
-        self.largest += float(tokens_BG.max(1).sum())
+        self.windows.append((float(tokens_BG.max(1).sum()), float(tokens_BG.mean(1).sum())))
+        self.largest += self.windows[-1][0]
         # Whole tokens: rounding the shares never needs more than the next whole number (`round_shares`).
         self.whole += float(np.ceil(tokens_BG.max(1) - 1e-6).sum())
-        self.mean += float(tokens_BG.mean(1).sum())
+        self.mean += self.windows[-1][1]
         self.busiest += float(activated(load_BE, slots_BGC, share_BGC).max(1).sum())
+
+    def later(self) -> float:
+        """Imbalance of the second half of the windows: settings are tuned on the first."""
+        largest, mean = np.sum(self.windows[len(self.windows) // 2 :], axis=0)
+        return float(largest / mean)
+
+
+def observed(window: StepLoads, gpus: int) -> Observation:
+    """A window as a controller sees it; nobody looks at the ranks' own times here."""
+    steps, layers, _ = window.load_SLE.shape
+    none_LG = np.zeros((layers, gpus), dtype=np.int64)
+    load_LE = window.load_LE.astype(np.int64)
+    return Observation(load_LE=load_LE, tokens_LG=none_LG, seconds_LG=none_LG * 0.0, batches=steps)
 
 
 def run(policy: Policy, windows: list[StepLoads], topology: mo.Topology) -> Tally:
     """Re-plan at the end of every window, serve the next one."""
-    tally, live = Tally(), None
+    tally, live, memory = Tally(), None, LoadWindow(policy.decay)
     for seen, served in itertools.pairwise(windows):
+        load_LE = memory.update(observed(seen, topology.gpus))
         began = time.perf_counter()
-        new = policy.plan(seen.load_LE, topology, live)
+        new = policy.plan(load_LE, topology, live)
         if live is not None:
             tally.milliseconds.append((time.perf_counter() - began) * 1e3)
             moved = new_replicas(new.slots_LGC, live.slots_LGC, new.experts)
@@ -176,6 +216,7 @@ def main() -> None:
     options = parser.parse_args()
     slots = options.slots or (5 if options.data else 3)
     topology = mo.uniform(1, options.gpus, slots=slots)
+    mo.warm_up()
     stream = stream_of(options)
     unknown = set((options.only or "").split(";")) - {"", *(policy.name for policy in POLICIES)}
     if unknown:
@@ -194,7 +235,7 @@ def main() -> None:
         "tokens (an upper bound); activated: largest number of experts that a GPU reads, mean over steps\n"
         "and layers; moved: replicas per re-plan, share of those held, MB"
     )
-    head = f"{'policy':<28}{'shares':>12}{'imbalance':>11}{'whole':>8}{'activated':>11}"
+    head = f"{'policy':<28}{'shares':>12}{'imbalance':>11}{'2nd half':>10}{'whole':>8}{'activated':>11}"
     print(f"{head}{'moved':>9}{'%':>8}{'MB':>9}{'held':>8}{'plan ms':>9}")
     for policy in POLICIES:
         if options.only and policy.name not in options.only.split(";"):
@@ -204,7 +245,7 @@ def main() -> None:
         moved, held = statistics.mean(tally.moved), statistics.mean(tally.held)
         print(
             f"{policy.name:<28}{'every batch' if policy.live_shares else 'per window':>12}"
-            f"{tally.largest / tally.mean:>11.4f}{tally.whole / tally.mean:>8.4f}"
+            f"{tally.largest / tally.mean:>11.4f}{tally.later():>10.4f}{tally.whole / tally.mean:>8.4f}"
             f"{tally.busiest / cells:>11.2f}{moved:>9.2f}{moved / held:>8.2%}{moved * size / 1e6:>9.1f}"
             f"{held:>8.0f}{statistics.median(tally.milliseconds):>9.1f}",
             flush=True,

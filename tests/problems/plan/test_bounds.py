@@ -134,6 +134,19 @@ def test_tau_is_what_greedy_apportionment_reaches(load: list[int], gpus: int, sp
     assert replicas_needed([load], tau, np.ones(gpus)).sum() <= slots
 
 
+def test_a_bound_that_is_known_is_the_askers_own_and_only_for_what_it_was_asked_of() -> None:
+    load, slots = np.array([[9.0, 5.0, 2.0]]), np.array([[2, 2]])
+    first, name = best_bound(load, slots)
+    wanted = float(first[0])
+    first[:], name[:] = -1.0, ""
+    assert best_bound(load, slots)[0].tolist() == [wanted] and best_bound(load, slots)[1].tolist() != [""]
+    load[0, 0] = 90.0  # the same array, other loads
+    assert best_bound(load, slots)[0][0] > wanted
+    assert best_bound(load, slots, np.array([2.0, 2.0]))[0][0] < best_bound(load, slots)[0][0]
+    assert best_bound(load, slots, max_replicas=1)[0][0] > best_bound(load, slots)[0][0]
+    assert best_bound(load, slots, time=TimeModel(token_cost=2.0))[0][0] > best_bound(load, slots)[0][0]
+
+
 def test_layers_are_independent() -> None:
     rng = np.random.default_rng(5)
     load = rng.lognormal(0, 1.5, (30, 9))

@@ -180,3 +180,11 @@ def test_a_gpu_may_hold_copies() -> None:
     assert share[0, 0, :2].sum() == pytest.approx(2 / 3)
     fixed = Placement.repaired([[[0, 0, 1], [0, 2, 9]]], 3, np.array([[2, 3]]))
     assert fixed.slots_LGC.tolist() == [[[0, 1, -1], [0, 2, -1]]]
+
+
+@pytest.mark.parametrize("row", [[1, 2, 3], [2, -1, 2], [-1, -1, 4], [-1, -1, -1]])
+def test_a_gpu_on_which_nothing_changes_keeps_its_slots_beside_one_that_changes(row: list[int]) -> None:
+    live = np.array([[row, [5, 6, 7]]], dtype=np.int32)
+    new = np.array([[row, [7, 8, 5]]], dtype=np.int32)
+    assert seat_in_place(live, live).tolist() == [[[0, 1, 2], [0, 1, 2]]]
+    assert seat_in_place(new, live).tolist() == [[[0, 1, 2], [2, 1, 0]]]
