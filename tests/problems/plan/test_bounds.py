@@ -139,7 +139,8 @@ def test_a_bound_that_is_known_is_the_askers_own_and_only_for_what_it_was_asked_
     first, name = best_bound(load, slots)
     wanted = float(first[0])
     first[:], name[:] = -1.0, ""
-    assert best_bound(load, slots)[0].tolist() == [wanted] and best_bound(load, slots)[1].tolist() != [""]
+    assert best_bound(load, slots)[0].tolist() == [wanted]
+    assert best_bound(load, slots)[1].tolist() != [""]
     load[0, 0] = 90.0  # the same array, other loads
     assert best_bound(load, slots)[0][0] > wanted
     assert best_bound(load, slots, np.array([2.0, 2.0]))[0][0] < best_bound(load, slots)[0][0]
