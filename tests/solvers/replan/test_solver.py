@@ -13,6 +13,7 @@ from moeless_opt.problems.plan.result import StoppedBy
 from moeless_opt.problems.spec.generators import lognormal, surprise
 from moeless_opt.problems.spec.placement import replica_counts
 from moeless_opt.problems.spec.problem import Problem
+from moeless_opt.solvers.replan import equal
 from tests.strategies import After
 
 TOPOLOGY = mo.uniform(2, 4, slots=5, links=mo.Links(intra_node=1e9, inter_node=1e8, host=1e8, latency=0.0))
@@ -169,7 +170,7 @@ def test_layers_that_there_was_no_time_for_stay_as_they_are(
 ) -> None:
     # Compiled kernels are told to stop by a clock, not at the n-th question.
     monkeypatch.setattr("moeless_opt.solvers.pack.fast.loaded", lambda: False)
-    monkeypatch.setattr("moeless_opt.solvers.replan.equal._compiled_before", lambda: False)
+    monkeypatch.setattr(equal, "_worker", lambda *_: equal._plain)
     problem = drifted(split)
     result = mo.solve(problem, "replan", stop=After(4))
     assert result.stopped_by is StoppedBy.TIME
