@@ -46,7 +46,7 @@ from moeless_opt.solvers.replan.equal_state import (
     Layers,
 )
 from moeless_opt.solvers.replan.equal_wide import MANY_PAIRS, replan_equal_wide
-from moeless_opt.solvers.replan.live import mend_content
+from moeless_opt.solvers.replan.live import mend_content, mend_within
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, front_of, spread_budget
 from moeless_opt.solvers.twins import Asked, in_cache, until_stopped
 
@@ -179,7 +179,8 @@ def _mended(task: ReplanTask, slots_LGC: SlotArray, repair: bool) -> SlotArray:
                 _fill_within(task, layer, slots[layer], slots[layer])
             continue
         content = [[e for e in held if e >= 0] for held in slots[layer].tolist()]
-        _write(slots[layer], mended_within(task.rules[layer], task.load_LE[layer], content, task.speed_G))
+        given = slots_LGC[layer], content, task.speed_G
+        _write(slots[layer], mend_within(task.rules[layer], task.load_LE[layer], *given))
     return slots
 
 

@@ -22,7 +22,7 @@ from moeless_opt.solvers.core import NeverStop, Stop, part_of
 from moeless_opt.solvers.limits import Rules, mended_within, rows_of
 from moeless_opt.solvers.replan.fill import LIGHT, QUICK, Search, fill_overflow
 from moeless_opt.solvers.replan.flow import UNIT, LayerFlow, least_time
-from moeless_opt.solvers.replan.live import Content, mend_content, moves_between
+from moeless_opt.solvers.replan.live import Content, mend_content, mend_within, moves_between
 from moeless_opt.solvers.replan.min_moves import close_moves_bound, flow_moves_bound, min_moves
 from moeless_opt.solvers.replan.shake import Shaker
 from moeless_opt.solvers.replan.task import (
@@ -144,7 +144,7 @@ def _begin(task: ReplanTask, layer: int, mean: float, repair: bool) -> _Layer:
     rules = None if task.rules is None else task.rules[layer]
     start = mend_content(load, slots, capacity, speed, layer, repair)
     if rules is not None:
-        start = mended_within(rules, load_E, start, task.speed_G)
+        start = mend_within(rules, load_E, task.live_LGC[layer], start, task.speed_G)
     live = [frozenset(expert for expert in row if 0 <= expert < len(load)) for row in slots]
     return _Layer(load, capacity, speed, live, start, start, 0.0, rules=rules)
 

@@ -36,11 +36,12 @@ TINY = 64
 """Pairs of expert and GPU of layers that are searched where limits tie layers together or moves bind."""
 
 
-def besides_filling(problem: Problem, live_LGC: SlotArray) -> Problem:
+def besides_filling(problem: Problem, live_LGC: SlotArray, *, covers: bool = False) -> Problem:
     """The problem with what its limits on moves leave once the empty slots are filled.
 
     A GPU with fewer live experts than slots needs new ones, whatever the plan, or a first one where copies of
-    it may fill the rest; a search that knows nothing of it leaves as many moves unused.
+    it may fill the rest; a search that knows nothing of it leaves as many moves unused. With `covers` only
+    those that are more than the experts without a replica, which the search itself brings back.
 
     Raises
     ------
@@ -62,11 +63,16 @@ def besides_filling(problem: Problem, live_LGC: SlotArray) -> Problem:
             f"limits.max_move_seconds: no solver keeps it where live slots are empty and all must be full "
             f"(fill {problem.fill!r})"
         )
-    needed = {
-        "max_moves": int(short_L.sum()),
-        "max_layer_moves": int(short_L.max()),
-        "max_move_bytes": int(short_L @ problem.bytes_L),
-    }
+    missing_L = (replica_counts(live_LGC, problem.experts) == 0).sum(1)
+    kept_L = np.maximum(short_L - missing_L, 0) if covers else short_L
+    needed, kept = (
+        {
+            "max_moves": int(each_L.sum()),
+            "max_layer_moves": int(each_L.max()),
+            "max_move_bytes": int(each_L @ problem.bytes_L),
+        }
+        for each_L in (short_L, kept_L)
+    )
     left: dict[str, int] = {}
     for key, need in needed.items():
         most = getattr(limits, key)
@@ -75,7 +81,7 @@ def besides_filling(problem: Problem, live_LGC: SlotArray) -> Problem:
                 f"limits.{key}: is {most}; filling empty slots (fill {problem.fill!r}) takes {need} or more"
             )
         if most is not None:
-            left[key] = most - need
+            left[key] = most - kept[key]
     if problem.split == "equal" and problem.experts * problem.topology.gpus < MANY_PAIRS:
         return problem  # that search fills the slots itself, and counts what comes
     return problem.replace(limits=limits.replace(**left))

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moeless_opt.problems.arrays import IntArray, SlotArray
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import new_replicas
 from moeless_opt.problems.spec import Fill, Problem, without_copies
 from moeless_opt.solvers.core import mended
+from moeless_opt.solvers.limits import Rules, mended_within
 
 __all__ = [
     "Content",
@@ -18,6 +19,7 @@ __all__ = [
     "layer_problem",
     "live_slots",
     "mend_content",
+    "mend_within",
     "moves_between",
     "part_problem",
 ]
@@ -154,3 +156,20 @@ def mend_content(
             f"{experts - sum(capacity)} more would"
         )
     return mended(load, content, capacity, speed)
+
+
+def mend_within(
+    rules: Rules, load_E: FloatArray, slots_GC: SlotArray, content: Content, speed_G: FloatArray
+) -> Content:
+    """A live layer within its rules by the fewest moves: from what `mend_content` made, or as it was.
+
+    What was mended without the rules may have to move again for a pin.
+    """
+    experts = len(load_E)
+    live = [[*dict.fromkeys(e for e in row if 0 <= e < experts)] for row in slots_GC.tolist()]
+    found = mended_within(rules, load_E, content, speed_G)
+    held = [frozenset(row) for row in live]
+    if held == [frozenset(row) for row in content]:
+        return found
+    direct = mended_within(rules, load_E, live, speed_G)
+    return direct if moves_between(held, direct) < moves_between(held, found) else found

@@ -15,9 +15,8 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan import best_bound, new_replicas
 from moeless_opt.problems.spec import nearest_shares
 from moeless_opt.solvers.core import NeverStop, Stop
-from moeless_opt.solvers.limits import mended_within
 from moeless_opt.solvers.nearest import NearestTask, nearest_times, search_nearest
-from moeless_opt.solvers.replan.live import Content, mend_content
+from moeless_opt.solvers.replan.live import Content, mend_content, mend_within
 from moeless_opt.solvers.replan.task import (
     Point,
     Replanned,
@@ -121,7 +120,7 @@ def _mended(task: ReplanTask, slots_LGC: SlotArray, repair: bool) -> SlotArray:
     for layer, (load, rows, room) in enumerate(zip(task.load_LE, slots_LGC, task.capacity_LG, strict=True)):
         content = mend_content(load.tolist(), rows.tolist(), room.tolist(), speed, layer, repair)
         if task.rules is not None:
-            content = mended_within(task.rules[layer], load, content, task.speed_G)
+            content = mend_within(task.rules[layer], load, rows, content, task.speed_G)
         contents.append(content)
     whole = seated(task, contents)
     return whole if task.sources is None or task.sources.filled is None else task.sources.filled(whole)

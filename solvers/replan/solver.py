@@ -182,12 +182,30 @@ class Replan(Heuristic):
 
     def build(self, task: Task[ReplanOptions]) -> Built:
         """Re-plan within the limits; with a horizon, only as far as it pays."""
-        live_LGC = live_slots(task.problem)
-        asked = task.problem
+        asked, live_LGC = task.problem, live_slots(task.problem)
         problem = besides_filling(asked, live_LGC)
-        task = replace(task, problem=problem)
-        moves = only_moves(problem.limits)
-        free = problem if moves == problem.limits else problem.replace(limits=moves)
+        try:
+            return self._built(replace(task, problem=problem), asked, live_LGC)
+        except InfeasibleError:
+            if asked.fill == Fill.NONE or not asked.limits.bounds_moves:
+                raise
+            least_LGC = _within_moves(asked, live_LGC, _least_full(asked, live_LGC))
+        # It can be done. Experts without a replica come into empty slots: those moves were counted twice.
+        problem = besides_filling(asked, live_LGC, covers=True)
+        try:
+            found = self._built(replace(task, problem=problem), asked, live_LGC)
+            if _moves_kept(asked, found.slots_LGC, live_LGC):
+                return found
+        except InfeasibleError:
+            pass
+        share_LGC = _shares(asked, least_LGC)
+        proof = _moves_proof(_moves_alone(asked), live_LGC, least_LGC, share_LGC, None)
+        return Built(slots_LGC=least_LGC, share_LGC=share_LGC, proof=proof)
+
+    def _built(self, task: Task[ReplanOptions], asked: Problem, live_LGC: SlotArray) -> Built:
+        """A plan of the task's problem: `asked`, less what filling takes of the limits on moves."""
+        problem = task.problem
+        free = _moves_alone(problem)
         least: list[IntArray] = []
         slots_LGC = self._slots(replace(task, problem=free), live_LGC, least)
         if problem.share_entries is not None:
@@ -494,6 +512,25 @@ def _limited(problem: Problem) -> bool:
     return problem.limits != only_moves(problem.limits)
 
 
+def _moves_alone(problem: Problem) -> Problem:
+    """The problem with its limits on moves and no others."""
+    moves = only_moves(problem.limits)
+    return problem if moves == problem.limits else problem.replace(limits=moves)
+
+
+def _least_full(problem: Problem, live_LGC: SlotArray) -> SlotArray:
+    """Full slots within the limits that each layer reaches with the fewest moves from the live ones."""
+    wide = max(int(problem.capacity_LG.max()), live_LGC.shape[2])
+    least_LGC = np.full((*live_LGC.shape[:2], wide), -1, dtype=np.int32)
+    for row, rules in enumerate(rules_of(problem)):
+        live_EG = counts_of(live_LGC[row], problem.experts)
+        count_EG = full_counts_within(
+            rules, problem.load_LE[row], live_EG, copies=problem.fill == Fill.COPIES
+        )
+        least_LGC[row] = slots_counted(count_EG, wide)
+    return least_LGC
+
+
 def _within_moves(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray) -> SlotArray:
     """Full slots within limits on moves as on others: where too many move, layers that move least.
 
@@ -506,11 +543,7 @@ def _within_moves(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray) -
     """
     copies = problem.fill == Fill.COPIES
     if not _moves_kept(problem, slots_LGC, live_LGC):
-        least_LGC = slots_LGC.copy()
-        for row, rules in enumerate(rules_of(problem)):
-            live_EG = counts_of(live_LGC[row], problem.experts)
-            count_EG = full_counts_within(rules, problem.load_LE[row], live_EG, copies=copies)
-            least_LGC[row] = slots_counted(count_EG, slots_LGC.shape[2])
+        least_LGC = _least_full(problem, live_LGC)
         moves_2L = [layer_moves(problem, one, live_LGC) for one in (slots_LGC, least_LGC)]
         time_2L = [risk_L(problem, one) for one in (slots_LGC, least_LGC)]
         # Back to the fewer moves where that costs least, until the limits are kept.
