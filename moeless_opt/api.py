@@ -437,8 +437,8 @@ def _without_order(problem: Problem) -> Problem:
 def warm_up() -> bool:
     """Load the compiled kernels of constructions and re-plans; later ones use them where that is quicker.
 
-    Half a minute and more at the first call in an installation, when Numba compiles them; a second or two in
-    later processes. Plans are the same with and without.
+    Some minutes at the first call in an installation, when Numba compiles them; a second or two in later
+    processes. Plans are the same with and without.
 
     Returns
     -------

@@ -15,7 +15,7 @@ import numpy as np
 from moeless_opt.adapters.options import PolicyOptions
 from moeless_opt.api import make_problem, solve
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, floats, integers
-from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.errors import InfeasibleError, ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.plan import Plan, new_replicas
 from moeless_opt.problems.spec import (
     Fill,
@@ -255,7 +255,7 @@ def _planned(task: MapTask, rows_L: BoolArray, options: PolicyOptions, split: st
     problem = _problem(task, rows_L, split, options, **more)
     try:
         plan = solve(problem).plan
-    except InfeasibleError:
+    except (InfeasibleError, UnsupportedFeatureError):
         if not problem.limits.bounds_moves:
             raise
         plan = solve(problem.replace(limits=Limits())).plan  # what is lost must come back, whatever it costs

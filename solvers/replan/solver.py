@@ -18,7 +18,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.plan import Payback, Plan, Progress, ProgressCallback, gpu_times, move_seconds
-from moeless_opt.problems.spec import Fill, Problem, without_copies
+from moeless_opt.problems.spec import Fill, Problem, replica_counts, without_copies
 from moeless_opt.solvers.construct import Construct
 from moeless_opt.solvers.core import (
     Built,
@@ -187,7 +187,7 @@ class Replan(Heuristic):
         try:
             return self._built(replace(task, problem=problem), asked, live_LGC)
         except InfeasibleError:
-            if asked.fill == Fill.NONE or not asked.limits.bounds_moves:
+            if asked.fill == Fill.NONE or not asked.limits.bounds_moves or _more_missing(asked, live_LGC):
                 raise
             least_LGC = _within_moves(asked, live_LGC, _least_full(asked, live_LGC))
         # It can be done. Experts without a replica come into empty slots: those moves were counted twice.
@@ -516,6 +516,15 @@ def _moves_alone(problem: Problem) -> Problem:
     """The problem with its limits on moves and no others."""
     moves = only_moves(problem.limits)
     return problem if moves == problem.limits else problem.replace(limits=moves)
+
+
+def _more_missing(problem: Problem, live_LGC: SlotArray) -> bool:
+    """Whether more experts lack a replica than may move: then no plan keeps the limits."""
+    missing_L = (replica_counts(live_LGC, problem.experts) == 0).sum(1)
+    most, most_L = problem.limits.max_moves, problem.limits.max_layer_moves
+    return (most is not None and int(missing_L.sum()) > most) or (
+        most_L is not None and int(missing_L.max()) > most_L
+    )
 
 
 def _least_full(problem: Problem, live_LGC: SlotArray) -> SlotArray:
