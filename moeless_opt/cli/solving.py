@@ -16,8 +16,8 @@ from moeless_opt.plots import picture_format, plot_loads
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.files import atomic_write
 from moeless_opt.problems.io import plan_to_json, save_plan
-from moeless_opt.problems.plan import Plan
-from moeless_opt.problems.spec import Fill, Placement, Problem, span
+from moeless_opt.problems.plan import Plan, even_times, imbalance
+from moeless_opt.problems.spec import Fill, Placement, Problem, Split, span
 from moeless_opt.problems.text import printable
 from moeless_opt.progress import Display
 from moeless_opt.report import BOUND_ROW, Comparison, measured, row_of, show, worst_layers
@@ -143,8 +143,21 @@ def _write_engine(problem: Problem, best: Plan, args: argparse.Namespace) -> Non
         dead = span(np.flatnonzero(~alive_G).tolist())
         say(f"note: {args.output} has {int(alive_G.sum())} ranks: the GPUs but {dead}, in order")
     placement = Placement(slots_LGC=best.slots_LGC[:, alive_G], experts=best.experts)
+    if problem.split == Split.FRACTIONAL and not args.quiet:
+        say(_shares_left_out(problem, best, args.output))
     told = args.model_layers
     export(placement, args.engine, args.output, layers=best.layers, model=problem.model, model_layers=told)
+
+
+def _shares_left_out(problem: Problem, best: Plan, path: str) -> str:
+    """What an engine's file, which holds slots alone, makes of a plan of free shares."""
+    speed_G = problem.topology.speed_G
+    even_LG = even_times(problem.loads.load_LE, best.slots_LGC, speed_G)
+    even = imbalance(even_LG, speed_G, problem.usable_LG).mean()
+    return (
+        f"note: {path} holds slots and no shares: divided evenly over an expert's slots its tokens give an "
+        f"imbalance of {even:.4f}, by the plan's shares {best.imbalance_L.mean():.4f}; --plan FILE keeps the shares"
+    )
 
 
 def _check_engine(problem: Problem, args: argparse.Namespace) -> None:

@@ -71,6 +71,26 @@ def test_a_map_of_slots_for_two_numbers_of_gpus(folder: Path, capsys: Any) -> No
     assert "map.json: gpus: of 12 slots per layer are not in the map; say how many" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+def test_shares_that_a_map_of_slots_cannot_hold_are_told(split: str, folder: Path, capsys: Any) -> None:
+    argv = [
+        "loads.csv",
+        "--engine",
+        "vllm",
+        "-o",
+        "map.json",
+        "--gpus",
+        "4",
+        "--slots",
+        "3",
+        "--split",
+        split,
+    ]
+    assert main(argv) == 0
+    told = "map.json holds slots and no shares" in capsys.readouterr().err
+    assert told == (split == "fractional")
+
+
 def test_a_map_of_another_model(folder: Path, capsys: Any) -> None:
     for name, rows, message in (
         ("unknown", [[0, 1, 2, 3, 4, 5, 6, 9]] * 3, "layer 2, slot 7 (GPU 3): expert 9 is unknown"),
