@@ -151,12 +151,12 @@ def _write_engine(problem: Problem, best: Plan, args: argparse.Namespace) -> Non
 
 def _shares_left_out(problem: Problem, best: Plan, path: str) -> str:
     """What an engine's file, which holds slots alone, makes of a plan of free shares."""
-    speed_G = problem.topology.speed_G
-    even_LG = even_times(problem.loads.load_LE, best.slots_LGC, speed_G)
-    even = imbalance(even_LG, speed_G, problem.usable_LG).mean()
+    even_LG = even_times(problem.loads.load_LE, best.slots_LGC, problem.topology.speed_G)
+    even = imbalance(even_LG, problem.topology.speed_G, problem.usable_LG).mean()
+    planned = best.imbalance_L.mean()
     return (
         f"note: {path} holds slots and no shares: divided evenly over an expert's slots its tokens give an "
-        f"imbalance of {even:.4f}, by the plan's shares {best.imbalance_L.mean():.4f}; --plan FILE keeps the shares"
+        f"imbalance of {even:.4f}, by the plan's shares {planned:.4f}; --plan FILE keeps the shares"
     )
 
 
