@@ -102,6 +102,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("predict",),
         ("simulate",),
         ("tiny_moe",),
+        ("serve",),
     ),
 }
 """Rooms of each folder, floor by floor: a module imports its own room and those of lower floors."""

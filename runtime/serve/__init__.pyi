@@ -1,0 +1,13 @@
+from .protocol import POLICIES as POLICIES
+from .protocol import Deliver as Deliver
+from .protocol import Emitted as Emitted
+from .protocol import EngineBusyError as EngineBusyError
+from .protocol import EngineStoppedError as EngineStoppedError
+from .protocol import Finish as Finish
+from .protocol import PlanEvent as PlanEvent
+from .protocol import Planning as Planning
+from .protocol import Sampling as Sampling
+from .protocol import ServeEngine as ServeEngine
+from .protocol import ServeRequest as ServeRequest
+from .protocol import ServeStatus as ServeStatus
+from .protocol import TextCodec as TextCodec
