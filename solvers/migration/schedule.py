@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 
@@ -39,10 +40,20 @@ __all__ = ["migration_bound", "migration_graph", "schedule_migration", "staging_
 
 MANY, MANY_ACROSS = 256, 4096
 """More transfers than this, on one node and over several, are ordered greedily (`migration_greedy`): the same
-number of steps within a tenth, in a tenth of the time or less. With limits a flow always decides."""
+number of steps within a tenth, in a tenth of the time or less. With limits a flow decides up to `MANY`; of
+more, a greedy matching of the first few that each GPU waits for."""
+
+WINDOW = 6
+"""A step looks at so many of the replicas that each GPU waits for, where there are over `MANY` in all."""
+
+SOURCES = 4
+"""Live copies that such a replica is looked for at, in a step."""
 
 Key = tuple[int, int, int]
 """Layer, expert, GPU."""
+
+Way = tuple[int, int, int, int]
+"""Layer, expert, source, target of a transfer that could run."""
 
 
 def staging_limit(
@@ -106,13 +117,15 @@ def schedule_migration(
         moves = int(np.count_nonzero(new_replicas(after_LGC, before_LGC, experts)))
         if moves > (MANY if topology.nodes == 1 else MANY_ACROSS):
             return schedule_greedily(before_LGC, after_LGC, experts, topology, size_L)
-    board = _Board(before_LGC, after_LGC, experts, topology, size_L, limit_G)
     rank_L = np.zeros(len(size_L), dtype=np.int64) if priority_L is None else np.asarray(priority_L)
+    board = _Board(before_LGC, after_LGC, experts, topology, size_L, limit_G, rank_L)
     bound = migration_bound(before_LGC, after_LGC, experts, topology, size_L)
     steps: list[Step] = []
     staged, most_parked = 0, 4 * len(board.adds) + 16
     while board.adds or board.drops:
-        step = board.step(rank_L, max_step_bytes)
+        step = board.step(rank_L, max_step_bytes, few=board.many)
+        if board.many and not step.transfers:  # none of the few: any other?
+            step = _joined(step, board.step(rank_L, max_step_bytes))
         if not (step.transfers or step.drops_before or step.drops_after):
             board.park()
             staged += 1
@@ -129,8 +142,18 @@ def schedule_migration(
     )
 
 
+def _joined(first: Step, then: Step) -> Step:
+    """A step without transfers and the one after it, as one."""
+    before = first.drops_before + first.drops_after + then.drops_before
+    return Step(before, then.transfers, then.drops_after, then.seconds)
+
+
 class _Board:
-    """What lives where while the schedule is being written."""
+    """What lives where while the schedule is being written.
+
+    Kept up as it changes, and not counted anew in every step: what each GPU waits for (`adds_G`), gives up
+    (`drops_G`) and could give up now (`loose_G`, bytes); copies that an expert still has to make (`copies`).
+    """
 
     def __init__(
         self,
@@ -140,6 +163,7 @@ class _Board:
         topology: Topology,
         size_L: IntArray,
         limit_G: IntArray | None,
+        rank_L: IntArray,
     ) -> None:
         held, wanted = held_LGE(before_LGC, experts), held_LGE(after_LGC, experts)
         self.topology, self.size_L = topology, size_L
@@ -147,10 +171,33 @@ class _Board:
         self.gpus = topology.gpus
         self.adds: dict[Key, None] = dict.fromkeys(_keys(wanted & ~held))
         self.drops: dict[Key, None] = dict.fromkeys(_keys(held & ~wanted))
+        self.many = len(self.adds) > MANY
+        self.adds_G: list[dict[Key, None]] = [{} for _ in range(self.gpus)]
+        self.drops_G: list[dict[Key, None]] = [{} for _ in range(self.gpus)]
+        layers, rank = len(size_L), rank_L.tolist()
+
+        def turn(key: Key) -> tuple[int, int]:  # GPUs begin with different layers, and ask different ones
+            return -rank[key[0]], (key[0] - key[2]) % layers
+
+        for key in sorted(self.adds, key=turn) if self.many else self.adds:
+            self.adds_G[key[2]][key] = None
+        for key in self.drops:
+            self.drops_G[key[2]][key] = None
+        self.copies = Counter(key[:2] for key in self.adds)
         # Only experts that move matter; the others' replicas are memory and nothing else.
-        self.holders: dict[tuple[int, int], set[int]] = {}
-        for layer, expert, _ in (*self.adds, *self.drops):
-            self.holders[layer, expert] = set(np.flatnonzero(held[layer, :, expert]).tolist())
+        layer_H, gpu_H, expert_H = (part.tolist() for part in np.nonzero(held))
+        moving = {key[:2] for key in (*self.adds, *self.drops)}
+        self.holders: dict[tuple[int, int], set[int]] = {kind: set() for kind in moving}
+        for layer, gpu, expert in zip(layer_H, gpu_H, expert_H, strict=True):
+            if (layer, expert) in moving:
+                self.holders[layer, expert].add(gpu)
+        self.bytes_L: list[int] = size_L.tolist()
+        self.loose_G = [0] * self.gpus
+        for key in self.drops:
+            if len(self.holders[key[:2]]) > 1:
+                self.loose_G[key[2]] += self.bytes_L[key[0]]
+        self.replaced = [kind for kind in self.holders if kind not in self.copies]
+        """Experts of which no copy is to come any more, and whose drops have not been looked at since."""
         self.used_G: list[int] = (held.sum(2).T @ size_L).tolist()
         self.limit_G: list[float] = [math.inf] * self.gpus if limit_G is None else limit_G.tolist()
         over = [g for g in range(self.gpus) if self.used_G[g] > self.limit_G[g]]
@@ -163,8 +210,11 @@ class _Board:
 
     # --- one step ------------------------------------------------------------------------------------------
 
-    def step(self, rank_L: IntArray, max_bytes: int | None) -> Step:
-        chosen = self._match(rank_L, max_bytes)
+    def step(self, rank_L: IntArray, max_bytes: int | None, *, few: bool = False) -> Step:
+        """Transfers that run at once, and what is given up before and after; of `few`, those at the heads."""
+        ready = self._heads() if few else self._ready()
+        ways = self._greedy(ready, rank_L, max_bytes) if self.many else self._match(ready, rank_L, max_bytes)
+        chosen = [Transfer(*way, self.bytes_L[way[0]]) for way in ways]
         before: list[Drop] = []
         going: list[Transfer] = []
         sending = {(t.layer, t.expert, t.source) for t in chosen}
@@ -177,31 +227,84 @@ class _Board:
             arriving[transfer.target] += transfer.bytes
             going.append(transfer)
         for transfer in going:
-            key = (transfer.layer, transfer.expert, transfer.target)
-            del self.adds[key]
-            self.holders[key[:2]].add(transfer.target)
-            self.used_G[transfer.target] += transfer.bytes
+            self._arrived((transfer.layer, transfer.expert, transfer.target))
         np.maximum(self.peak_G, np.array(self.used_G), out=self.peak_G)
         seconds = max(
             (transfer_seconds(self.topology, t.source, t.target, t.bytes) for t in going), default=0.0
         )
         return Step(tuple(before), tuple(going), tuple(self._drop_replaced()), seconds)
 
-    def _match(self, rank_L: IntArray, max_bytes: int | None) -> list[Transfer]:
+    def _arrived(self, key: Key) -> None:
+        kind, gpu = key[:2], key[2]
+        del self.adds[key], self.adds_G[gpu][key]
+        self._hold(kind, gpu)
+        self.used_G[gpu] += self.bytes_L[key[0]]
+        self.copies[kind] -= 1
+        if not self.copies[kind]:
+            del self.copies[kind]
+            self.replaced.append(kind)
+
+    def _hold(self, kind: tuple[int, int], gpu: int) -> None:
+        """A GPU holds an expert: what was its only replica may go now."""
+        holders = self.holders[kind]
+        if len(holders) == 1:
+            (alone,) = holders
+            if (*kind, alone) in self.drops:
+                self.loose_G[alone] += self.bytes_L[kind[0]]
+        holders.add(gpu)
+        if (*kind, gpu) in self.drops and len(holders) > 1:
+            self.loose_G[gpu] += self.bytes_L[kind[0]]
+
+    def _room_G(self) -> list[int]:
+        """How many of the largest replicas each GPU has room for, up to three."""
+        largest = max(self.bytes_L)
+        return [int(min(free // largest, 3)) if free < math.inf else 3 for free in self._free()]
+
+    def _greedy(self, ready: list[Way], rank_L: IntArray, max_bytes: int | None) -> list[Way]:
+        """As `_match`, but each way by itself, the most urgent first; nothing can be added to them."""
+        room, rank = [max(one, 1) for one in self._room_G()], rank_L.tolist()
+        left = len(ready) if max_bytes is None else max_bytes // max(self.bytes_L)
+        waiting = [len(keys) for keys in self.adds_G]
+
+        def urgency(way: Way) -> tuple[int, int]:
+            return -rank[way[0]], -max(waiting[way[3]], self.copies[way[:2]].bit_length())
+
+        taken: list[Way] = []
+        ports: set[tuple[str, str, int]] = set()
+        coming: set[Key] = set()
+        for way in sorted(ready, key=urgency):
+            layer, expert, source, target = way
+            kind = self._kind(source, target)
+            into, out = (kind, "in", target), (kind, "out", source)
+            key = (layer, expert, target)
+            if not left or into in ports or out in ports or key in coming or not room[target]:
+                continue
+            ports.add(into)
+            if source != HOST:  # the host serves every GPU at once
+                ports.add(out)
+            coming.add(key)
+            room[target] -= 1
+            left -= 1
+            taken.append(way)
+        return taken
+
+    def _kind(self, source: int, target: int) -> str:
+        if source == HOST:
+            return "host"
+        return "intra" if self.node_G[source] == self.node_G[target] else "inter"
+
+    def _match(self, ready: list[Way], rank_L: IntArray, max_bytes: int | None) -> list[Way]:
         """The transfers of the next step: a matching of sender ports to receiver ports of most priority."""
-        ready = self._ready()
         if len(ready) <= 1:
-            return ready[:1]
+            return ready
         from ortools.graph.python import min_cost_flow
 
-        waiting_in = Counter((port_kind(self.topology, t.source, t.target), t.target) for t in ready)
-        copies = Counter((layer, expert) for layer, expert, _ in self.adds)
+        waiting_in = Counter((self._kind(source, target), target) for _, _, source, target in ready)
         nodes: dict[object, int] = {"source": 0, "sink": 1}
         flow = min_cost_flow.SimpleMinCostFlow()
-        arcs: dict[int, Transfer] = {}
+        arcs: dict[int, Way] = {}
         spread = 1 + int(rank_L.max()) - int(rank_L.min())
-        largest = int(self.size_L.max())
-        room = [int(min(free // largest, 3)) if free < math.inf else 3 for free in self._free()]
+        room = self._room_G()
         limit = len(ready) if max_bytes is None else max_bytes // int(self.size_L.max())
 
         def node(key: object) -> int:
@@ -214,87 +317,108 @@ class _Board:
                 ports.add((tail, head))
                 flow.add_arc_with_capacity_and_unit_cost(tail, head, capacity, 0)
 
-        for transfer in ready:
-            kind = port_kind(self.topology, transfer.source, transfer.target)
-            doubling = (copies[transfer.layer, transfer.expert]).bit_length()
-            urgency = max(waiting_in[kind, transfer.target], doubling)
-            worth = urgency * spread + int(rank_L[transfer.layer]) - int(rank_L.min())
-            head, tail = node(("in", kind, transfer.target)), node(("out", kind, transfer.source))
-            if transfer.source == HOST:  # the host serves every GPU at once
-                tail = node(("out", kind, "host", transfer.target))
-            copy = node(("copy", transfer.layer, transfer.expert, transfer.target))
+        for way in ready:
+            layer, expert, source, target = way
+            kind = self._kind(source, target)
+            urgency = max(waiting_in[kind, target], self.copies[layer, expert].bit_length())
+            worth = urgency * spread + int(rank_L[layer]) - int(rank_L.min())
+            head, tail = node(("in", kind, target)), node(("out", kind, source))
+            if source == HOST:  # the host serves every GPU at once
+                tail = node(("out", kind, "host", target))
+            copy = node(("copy", layer, expert, target))
             port(0, tail, 1)
-            arc = flow.add_arc_with_capacity_and_unit_cost(tail, copy, 1, -worth)
-            arcs[arc] = transfer
+            arcs[flow.add_arc_with_capacity_and_unit_cost(tail, copy, 1, -worth)] = way
             port(copy, head, 1)
-            port(head, node(("gpu", transfer.target)), 1)
-            port(node(("gpu", transfer.target)), 1, max(room[transfer.target], 1))
+            port(head, node(("gpu", target)), 1)
+            port(node(("gpu", target)), 1, max(room[target], 1))
         flow.set_node_supply(0, min(limit, len(ready)))
         flow.set_node_supply(1, -min(limit, len(ready)))
         if flow.solve_max_flow_with_min_cost() != flow.OPTIMAL:
             raise RuntimeError("the matching of a migration step failed")
-        return [transfer for arc, transfer in arcs.items() if flow.flow(arc)]
+        return [way for arc, way in arcs.items() if flow.flow(arc)]
 
-    def _ready(self) -> list[Transfer]:
+    def _ready(self) -> list[Way]:
         """Every transfer that could run now: from each of the nearest live copies."""
-        free_G = self._free()
-        ready = []
-        for layer, expert, target in self.adds:
-            if free_G[target] < self.size_L[layer]:
-                continue
-            live = sorted(self.holders[layer, expert])
-            near = [g for g in live if self.node_G[g] == self.node_G[target]]
-            for source in near or live or [HOST]:
-                ready.append(Transfer(layer, expert, source, target, int(self.size_L[layer])))
+        free_G, ready = self._free(), []
+        for key in self.adds:
+            if free_G[key[2]] >= self.bytes_L[key[0]]:
+                ready += self._ways(key)
         return ready
+
+    def _heads(self) -> list[Way]:
+        """As `_ready`, of the first few replicas that each GPU waits for."""
+        free_G, ready = self._free(), []
+        for gpu, keys in enumerate(self.adds_G):
+            fits = (key for key in keys if self.bytes_L[key[0]] <= free_G[gpu])
+            for key in islice(fits, WINDOW if free_G[gpu] > 0 else 0):
+                ways = self._ways(key)
+                turn = gpu % len(ways)
+                ready += (ways[turn:] + ways[:turn])[:SOURCES]
+        return ready
+
+    def _ways(self, key: Key) -> list[Way]:
+        """A replica from each of its nearest live copies, or from the host."""
+        layer, expert, target = key
+        live = sorted(self.holders[layer, expert])
+        near = [g for g in live if self.node_G[g] == self.node_G[target]]
+        return [(layer, expert, source, target) for source in near or live or [HOST]]
 
     def _free(self) -> list[float]:
         """Bytes that each GPU could receive, if it gave up what lives elsewhere."""
-        free = [limit - used for limit, used in zip(self.limit_G, self.used_G, strict=True)]
-        for layer, expert, gpu in self.drops:
-            if len(self.holders[layer, expert]) > 1:
-                free[gpu] += int(self.size_L[layer])
-        return free
+        parts = zip(self.limit_G, self.used_G, self.loose_G, strict=True)
+        return [limit - used + loose for limit, used, loose in parts]
 
     def _make_room(self, transfer: Transfer, arriving: int, sending: set[Key]) -> list[Drop] | None:
         """Drops that let a transfer in; None if there is no safe way in this step."""
         gpu = transfer.target
+        room = self.limit_G[gpu] - arriving - transfer.bytes
+        if self.used_G[gpu] <= room:
+            return []
         freed: list[Drop] = []
-        for key in [key for key in self.drops if key[2] == gpu]:
-            if self.used_G[gpu] + arriving + transfer.bytes <= self.limit_G[gpu]:
+        for key in list(self.drops_G[gpu]):
+            if self.used_G[gpu] <= room:
                 break
-            if key not in sending and len(self.holders[key[:2]]) > 1:
+            holders = self.holders[key[:2]]
+            if key not in sending and len(holders) > 1 and gpu in holders:
                 freed.append(self._drop(key))
-        if self.used_G[gpu] + arriving + transfer.bytes <= self.limit_G[gpu]:
+        if self.used_G[gpu] <= room:
             return freed
         for gone in freed:  # undo: they did not suffice
             key = (gone.layer, gone.expert, gone.gpu)
-            self.drops[key] = None
-            self.holders[key[:2]].add(gpu)
-            self.used_G[gpu] += int(self.size_L[gone.layer])
+            self.drops[key] = self.drops_G[gpu][key] = None
+            self._hold(key[:2], gpu)
+            self.used_G[gpu] += self.bytes_L[gone.layer]
         return None
 
     def _drop_replaced(self) -> list[Drop]:
         """Give up what lives elsewhere and is no source of anything still to come."""
-        coming = {key[:2] for key in self.adds}
-        return [
-            self._drop(key)
-            for key in list(self.drops)
-            if key[:2] not in coming and len(self.holders[key[:2]]) > 1
-        ]
+        found = []
+        for kind in self.replaced:
+            for gpu in sorted(self.holders[kind]):
+                if (*kind, gpu) in self.drops and len(self.holders[kind]) > 1 and kind not in self.copies:
+                    found.append(self._drop((*kind, gpu)))
+        self.replaced = []
+        return sorted(found, key=lambda one: (one.layer, one.gpu, one.expert))
 
     def _drop(self, key: Key) -> Drop:
-        del self.drops[key]
-        self.holders[key[:2]].discard(key[2])
-        self.used_G[key[2]] -= int(self.size_L[key[0]])
+        kind, gpu, size = key[:2], key[2], self.bytes_L[key[0]]
+        del self.drops[key], self.drops_G[gpu][key]
+        holders = self.holders[kind]
+        if len(holders) > 1:
+            self.loose_G[gpu] -= size
+        holders.discard(gpu)
+        if len(holders) == 1:
+            (alone,) = holders
+            if (*kind, alone) in self.drops:
+                self.loose_G[alone] -= size
+        self.used_G[gpu] -= size
         return Drop(*key)
 
     def park(self) -> None:
         """Break a cycle: a GPU that blocks another copies its only replica to a third one, for a while."""
         for layer, expert, gpu in self.drops:
-            size = int(self.size_L[layer])
-            blocked = any(key[2] == gpu for key in self.adds)
-            if not blocked or len(self.holders[layer, expert]) != 1:
+            size = self.bytes_L[layer]
+            if not self.adds_G[gpu] or len(self.holders[layer, expert]) != 1:
                 continue
             free = [
                 g
@@ -303,9 +427,11 @@ class _Board:
             ]
             if free:
                 same = [g for g in free if self.node_G[g] == self.node_G[gpu]]
-                third = (same or free)[0]
-                self.adds = {(layer, expert, third): None, **self.adds}
-                self.drops[layer, expert, third] = None
+                key = (layer, expert, (same or free)[0])
+                self.adds = {key: None, **self.adds}
+                self.adds_G[key[2]] = {key: None, **self.adds_G[key[2]]}
+                self.drops[key] = self.drops_G[key[2]][key] = None
+                self.copies[layer, expert] += 1
                 return
         need = min(int(self.size_L[layer]) for layer, _, _ in self.adds)
         raise InfeasibleError(

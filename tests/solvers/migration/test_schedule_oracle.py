@@ -206,3 +206,36 @@ def test_many_transfers_without_a_limit_are_ordered_greedily(monkeypatch: pytest
         ):
             assert schedule_migration(before, after, 9, topology, **limit) is not greedy
         monkeypatch.undo()
+
+
+def test_many_transfers_within_limits_are_safe_and_quick(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is done where there are many, done to few: replayed, and beside what the flow makes of them."""
+    rng = np.random.default_rng(3)
+    flows, greedy = [], []
+    for _ in range(150):
+        before, after, experts, topology, size_L = drawn(rng)
+        limit_G = (size_L @ (np.maximum((before >= 0).sum(2), (after >= 0).sum(2)))).astype(np.int64)
+        limits = {
+            "limit_G": limit_G + int(rng.integers(0, 5)),
+            "max_step_bytes": int(rng.integers(size_L.max(), 20)) if rng.random() < 0.3 else None,
+            "priority_L": rng.integers(0, 3, len(size_L)) if rng.random() < 0.3 else None,
+        }
+        given = (before, after, experts, topology)
+        try:
+            flow = schedule_migration(*given, bytes_L=size_L, **limits)
+        except InfeasibleError:
+            continue
+        monkeypatch.setattr(module, "MANY", -1)
+        monkeypatch.setattr(module, "WINDOW", int(rng.integers(1, 4)))
+        found = schedule_migration(*given, bytes_L=size_L, **limits)
+        monkeypatch.undo()
+        broken = migration_violations(found, *given, bytes_L=size_L, limit_G=limits["limit_G"])
+        assert broken == []
+        most = limits["max_step_bytes"]
+        assert most is None or all(sum(t.bytes for t in step.transfers) <= most for step in found.steps)
+        flows.append(flow)
+        greedy.append(found)
+    assert len(flows) > 110
+    assert spent(greedy)[0] <= 1.15 * spent(flows)[0], (spent(greedy), spent(flows))
