@@ -98,6 +98,7 @@ class SimulatedBackend:
         self._place(slots_LGC, None)
         self._switch: tuple[float, SlotArray, Any] | None = None
         self._stall = 0.0
+        self._cold = (0, 0)  # replicas loaded for the next pass, and their bytes
         self._charged = (0.0, 0.0)
         self._load_L: FloatArray = np.zeros(layers)
         self._previous: FloatArray = np.zeros((2, layers))  # of the last pass: seconds of layers, of networks
@@ -184,8 +185,8 @@ class SimulatedBackend:
             found, self._served_LGC = self.shares.times(part.load_BLE, self._placed)
             times, exposed_BL = self._delayed(found)
             seconds_B = (times.layer_BL + 0.0).sum(1) + self.machine.rest(part.tokens_B, part.kv_tokens_B)
-            # A pass that stands for many is waited on once, however many it stands for.
-            whole_B = part.weight_B * seconds_B + exposed_BL.sum(1)
+            # Each of the passes that one stands for is planned for, and waits, as that one does.
+            whole_B = part.weight_B * (seconds_B + exposed_BL.sum(1))
             whole_B[0] += self._stall
             done_B = np.cumsum(whole_B)
             start_B = np.maximum.accumulate(np.maximum(part.start_B, self.now) - (done_B - whole_B))
@@ -193,7 +194,7 @@ class SimulatedBackend:
             count = part.count
             if self._switch is not None:
                 count = max(int(np.searchsorted(start_B, self._switch[0])), 1)
-            self._commit(part, times, exposed_BL, seconds_B, start_B, whole_B, count)
+            self._commit(part, times, exposed_BL, start_B, whole_B, count)
             low += count
 
     def wait_until(self, start: float) -> None:
@@ -239,7 +240,6 @@ class SimulatedBackend:
         part: Passes,
         times: LayerTimes,
         exposed_BL: FloatArray,
-        seconds_B: FloatArray,
         start_B: FloatArray,
         whole_B: FloatArray,
         count: int,
@@ -251,8 +251,15 @@ class SimulatedBackend:
         end = float(start_B[count - 1] + whole_B[count - 1])
         kv_B = self.machine.kv_bytes_of(part.kv_tokens_B[done])
         held_L = self.pool.held_L
-        self.meter.add_passes(held_L, times.used_BL[done], layer_BL, seconds_B[done], kv_B, weight_B)
+        if report.first_start < 0:
+            self._begin(float(start_B[0]))
+        seconds_B = whole_B[done] / weight_B
+        self.meter.add_passes(held_L, times.used_BL[done], layer_BL, seconds_B, kv_B, weight_B)
         if self.transfers.per_pass:
+            # What was loaded for the first of them is loaded anew for each that it stands for.
+            report.moved += float(weight_B[0]) * self._cold[0]
+            report.moved_bytes += float(weight_B[0]) * self._cold[1]
+            self._cold = (0, 0)
             # Where shares are live, what serves no token of a pass is idle in it.
             used_LGC = self.slots_LGC
             if self._served_LGC is not None:
@@ -276,8 +283,6 @@ class SimulatedBackend:
         report.mean += float((weight_B[:, None] * times.tokens_BLG[done].mean(2)).sum())
         report.busy += busy
         report.held_seconds += float(held_L.sum()) * busy
-        if report.first_start < 0:
-            report.first_start = float(start_B[0])
         report.lag = float(start_B[count - 1] - part.start_B[count - 1])
         report.end = end
         load, tokens, spent, batches = self._seen
@@ -289,8 +294,15 @@ class SimulatedBackend:
         self._stall = 0.0
         self._load_L = np.zeros_like(self._load_L)
         self._previous = np.stack([times.layer_BL[count - 1], times.network_BL[count - 1]])
-        self._network_share = float(self._previous[1].sum() / max(seconds_B[count - 1], 1e-30))
+        self._network_share = float(self._previous[1].sum() / max(seconds_B[-1], 1e-30))
         self._peak_G = np.maximum(self._peak_G, self.bytes_L @ self.pool.held_LG)
+
+    def _begin(self, start: float) -> None:
+        """The first pass: what was held before it is not charged."""
+        self.report.first_start = start
+        self.pool.hold(self.slots_LGC, start)
+        self.pool.advance(max(start, self.pool.now))
+        self._charged = (self.pool.byte_seconds, self.pool.now)
 
     def _place(self, slots_LGC: SlotArray, share_LGC: FloatArray | None) -> None:
         self._placed = Placed(self.machine, self._table, slots_LGC, share_LGC, brief=self.transfers.per_pass)
@@ -309,8 +321,12 @@ class SimulatedBackend:
 
     def _count_moves(self, cold: IntArray) -> None:
         layer = cold // (self.machine.topology.gpus * self.experts)
-        self.report.moved += len(cold)
-        self.report.moved_bytes += int(self.bytes_L[layer].sum())
+        moved, moved_bytes = len(cold), int(self.bytes_L[layer].sum())
+        if self.transfers.per_pass:
+            self._cold = (self._cold[0] + moved, self._cold[1] + moved_bytes)
+        else:
+            self.report.moved += moved
+            self.report.moved_bytes += moved_bytes
 
     def _blank(self, layers: int, gpus: int) -> tuple[FloatArray, FloatArray, FloatArray, int]:
         return np.zeros((layers, self.experts)), np.zeros((layers, gpus)), np.zeros((layers, gpus)), 0

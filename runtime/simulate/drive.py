@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.runtime.control import Controller
@@ -46,8 +46,9 @@ def drive(
         if controller is None:
             backend.run(passes)
         elif foresight is None:
-            backend.run(passes)
-            controller.after(passes.count)
+            for part in _windows(passes):
+                backend.run(part)
+                controller.after(int(part.weight_B.sum()))
         else:
             foreseen_BLE = foresight(passes)
             for i in range(passes.count):
@@ -59,3 +60,11 @@ def drive(
         if progress is not None:
             progress(float(passes.start_B[-1]))
     return backend.report
+
+
+def _windows(passes: Passes) -> Iterator[Passes]:
+    """All at once, or one by one where some stand for many."""
+    if (passes.weight_B == 1).all():
+        yield passes
+    else:
+        yield from (passes.part(i, i + 1) for i in range(passes.count))

@@ -24,8 +24,8 @@ class SimReport:
         How many passes each stands for, and whether it reads prompts.
     largest, mean : float
         Sums over passes and layers of the largest and of the mean GPU tokens.
-    moved, moved_bytes : int
-        Replicas loaded after the start, and their bytes.
+    moved, moved_bytes : float
+        Replicas loaded after the start, and their bytes; for every pass that one stands for.
     plans : int
         Placements applied.
     held_seconds : float
@@ -41,8 +41,8 @@ class SimReport:
     prefill_B: list[BoolArray] = field(default_factory=list)
     largest: float = 0.0
     mean: float = 0.0
-    moved: int = 0
-    moved_bytes: int = 0
+    moved: float = 0
+    moved_bytes: float = 0
     plans: int = 0
     held_seconds: float = 0.0
     busy: float = 0.0

@@ -3,8 +3,9 @@
 Batching, one of two rules:
 
 *seconds* (the paper's): the requests that arrive within one second form a batch. Its prompts are read in one
-forward pass; then all its answers are written together, a token of each per pass. Of the writing passes every
-`decode_every`-th is simulated and stands for as many.
+forward pass; then all its answers are written together, a token of each per pass. Of every `decode_every`
+writing passes two are simulated, with loads of their own: one that stands for itself, and after it one that
+stands for the others, so that what changes from one such pass to the next is what is counted.
 
 *continuous*: passes start at a fixed period; a request's prompt is read in the first pass after its arrival,
 then it writes one token per pass until it is done.
@@ -363,9 +364,11 @@ def one_second_batches(
             live_R = (output_R > middle).astype(np.float64)
             if not live_R.any():
                 break
-            rows.append(live_R)
-            weights.append(float(weight))
-            cached.append(float((live_R * (prompt_R + middle)).sum()))
+            # The first comes after something else; all the others after one like themselves.
+            for part in (1, weight - 1) if weight > 1 else (1,):
+                rows.append(live_R)
+                weights.append(float(part))
+                cached.append(float((live_R * (prompt_R + middle)).sum()))
         token_BR = np.stack(rows)
         yield Passes(
             start_B=np.full(len(rows), (batch + 1) * seconds),

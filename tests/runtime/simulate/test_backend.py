@@ -298,6 +298,50 @@ def test_charging_rules_by_hand() -> None:
         assert meter.cost("resident").total == pytest.approx(7 + 100)
 
 
+def test_a_pass_that_stands_for_many_waits_moves_and_costs_so_often() -> None:
+    passes = passes_of(3, 2, gap=1.0)
+    runs = {}
+    for weight in (1.0, 7.0):
+        backend = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="equal", transfers="per-pass")
+        backend.run(passes.part(0, 1))
+        first, cost = backend.report.busy, backend.meter.cost("passes").total
+        backend.wait_until(1.0)
+        backend.apply(replicated(3))
+        backend.run(passes.part(1, 2).replace(weight_B=np.array([weight])))
+        assert backend.report.exposed_BL[1].any(), "else nothing is waited for"
+        runs[weight] = (
+            backend.report.busy - first,
+            backend.now - 1.0,
+            backend.report.moved,
+            backend.report.moved_bytes,
+            backend.meter.cost("passes").total - cost,
+        )
+    assert runs[7.0] == pytest.approx([7 * one for one in runs[1.0]])
+
+
+def test_waiting_is_charged_as_time_of_passes() -> None:
+    """Under the rule `passes` somebody who waits holds what it holds for as long."""
+    backend = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="equal", transfers="per-pass")
+    backend.run(passes_of(3, 1))
+    cost, busy = backend.meter.cost("passes").experts, backend.report.busy
+    backend.apply(replicated(3))
+    backend.run(passes_of(3, 1))
+    held = int((replicated(3) >= 0).sum()) * MODEL.expert_bytes / 1e9
+    assert backend.meter.cost("passes").experts - cost == pytest.approx(held * (backend.report.busy - busy))
+
+
+@pytest.mark.parametrize("transfers", ["overlapped", "per-pass"])
+def test_resident_charges_from_the_first_pass_on(transfers: str) -> None:
+    passes = passes_of(3, 4)
+    late = passes.replace(start_B=passes.start_B + 1000.0)
+    costs = []
+    for part in (passes, late):
+        backend = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="equal", transfers=transfers)
+        backend.run(part)
+        costs.append(backend.meter.cost("resident").total)
+    assert costs[1] == pytest.approx(costs[0])
+
+
 # --- traffic -----------------------------------------------------------------------------------------------
 
 
@@ -314,6 +358,13 @@ def test_generated_loads_have_the_routers_totals() -> None:
     longest = sum(int(arrivals.output_R[second == s].max()) - 1 for s in np.unique(second))
     stood = sum(part.weight_B[~part.prefill_B].sum() for part in batches)
     assert longest - 4 * len(batches) <= stood <= longest
+    # Two of each four are simulated: the first, and one like it with loads of its own for the others.
+    weight = np.concatenate([part.weight_B[~part.prefill_B] for part in batches])
+    assert set(weight) <= {1.0, 2.0, 3.0}
+    assert (weight == 3).sum() > 2
+    pairs = [(part, i) for part in batches for i in np.flatnonzero(part.weight_B == 3)]
+    assert all(part.tokens_B[i] == part.tokens_B[i - 1] for part, i in pairs)
+    assert any((part.load_BLE[i] != part.load_BLE[i - 1]).any() for part, i in pairs)
     steps = list(continuous(model, arrivals, period=0.1, window=8))
     assert np.array_equal(
         np.concatenate([s.load_BLE.sum(2)[:, 0] for s in steps]),
