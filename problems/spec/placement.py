@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,6 +247,53 @@ def checked_capacity(experts: int, capacity_LG: ArrayLike) -> IntArray:
     return given.astype(np.int64)
 
 
+def _bring_back(live: Sequence[frozenset[int]], content: list[list[int]], count: IntArray) -> None:
+    """Let experts that were dropped everywhere take the slots of others that can do without, in place.
+
+    Who gives up a slot has another replica, or takes a slot of its own on another GPU where it was live, and so
+    on: an augmenting path. Without one, as many experts are kept as GPUs have room for.
+
+    Parameters
+    ----------
+    live : sequence of sets of int
+        What each GPU held.
+    content : list of lists of int
+        What of it was kept.
+    count : array of int, shape [E]
+        Replicas that were kept.
+    """
+    homes: dict[int, list[int]] = {}
+    for gpu, held in enumerate(live):
+        for expert in held:
+            homes.setdefault(expert, []).append(gpu)
+    for missing in sorted(expert for expert in homes if not count[expert]):
+        taken: dict[int, tuple[int, int]] = {}  # by whom, and on which GPU, an expert would lose its slot
+        seen: set[int] = set()
+        queue, last = [missing], -1
+        while queue and last < 0:
+            expert = queue.pop(0)
+            for gpu in homes[expert]:
+                if gpu in seen:
+                    continue
+                seen.add(gpu)
+                for other in content[gpu]:
+                    if other not in taken:
+                        taken[other] = expert, gpu
+                        queue.append(other)
+                spare = [other for other in content[gpu] if count[other] > 1]
+                if spare:
+                    last = max(spare, key=lambda other: (count[other], other))
+                    taken[last] = expert, gpu
+                    break
+        if last >= 0:
+            count[last] -= 1
+            count[missing] += 1
+        while last >= 0:
+            expert, gpu = taken[last]
+            content[gpu][content[gpu].index(last)] = expert
+            last = -1 if expert == missing else expert
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Placement(Record):
     """The experts in the slots of every GPU.
@@ -308,7 +356,7 @@ class Placement(Record):
         """What is usable of a placement that may break every rule; the least is dropped, nothing invented.
 
         Unknown experts go; a GPU over its slots gives up second copies first, then replicas that others have.
-        Experts without a replica are left to the solver (`partial`).
+        As many experts as can keep a replica do. Those without one are left to the solver (`partial`).
 
         Parameters
         ----------
@@ -328,6 +376,7 @@ class Placement(Record):
         for layer, rows in enumerate(found.tolist()):
             content = [[e for e in row if 0 <= e < experts] for row in rows]
             count = np.bincount([e for row in content for e in row], minlength=experts)
+            live = [frozenset(row) for row in content]
             for gpu, row in enumerate(content):
                 while len(row) > capacity_LG[layer, gpu]:
                     gone = max(row, key=lambda e: (row.count(e) > 1, count[e], row.index(e)))
@@ -335,6 +384,8 @@ class Placement(Record):
                     row.remove(gone)
                     row.reverse()
                     count[gone] -= 1
+            _bring_back(live, content, count)
+            for gpu, row in enumerate(content):
                 kept[layer, gpu, : len(row)] = row
         bare = cls(slots_LGC=kept, experts=experts, partial=True)
         return bare if (bare.replicas_LE == 0).any() else bare.replace(partial=False)

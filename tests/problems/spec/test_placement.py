@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -188,3 +189,30 @@ def test_a_gpu_on_which_nothing_changes_keeps_its_slots_beside_one_that_changes(
     new = np.array([[row, [7, 8, 5]]], dtype=np.int32)
     assert seat_in_place(live, live).tolist() == [[[0, 1, 2], [0, 1, 2]]]
     assert seat_in_place(new, live).tolist() == [[[0, 1, 2], [2, 1, 0]]]
+
+
+def test_a_repair_keeps_as_many_experts_as_any_could() -> None:
+    """Held against a largest matching of experts to slots of GPUs that held them."""
+    rng = np.random.default_rng(5)
+    for _ in range(150):
+        gpus, slots, experts = (int(n) for n in rng.integers((2, 1, 2), (6, 3, 9)))
+        wide = slots + int(rng.integers(0, 4))
+        live = rng.integers(-1, experts, (1, gpus, wide))
+        capacity = rng.integers(0, slots + 1, (1, gpus))
+        fixed = Placement.repaired(live, experts, capacity)
+        graph = nx.Graph()
+        tops = [("expert", e) for e in set(live.ravel().tolist()) - {-1}]
+        graph.add_nodes_from(tops)
+        graph.add_edges_from(
+            (("expert", int(e)), (g, c))
+            for g in range(gpus)
+            for e in live[0, g]
+            if e >= 0
+            for c in range(capacity[0, g])
+        )
+        most = len(nx.bipartite.hopcroft_karp_matching(graph, top_nodes=tops)) // 2
+        assert int((fixed.replicas_LE > 0).sum()) == most
+        assert (fixed.used_LG <= capacity).all()
+        for row, kept in zip(live[0].tolist(), fixed.slots_LGC[0].tolist(), strict=True):
+            assert all(kept.count(e) <= row.count(e) for e in kept if e >= 0)
+            assert len(row) == wide
