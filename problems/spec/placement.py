@@ -250,7 +250,7 @@ def checked_capacity(experts: int, capacity_LG: ArrayLike) -> IntArray:
 def _bring_back(live: Sequence[frozenset[int]], content: list[list[int]], count: IntArray) -> None:
     """Let experts that were dropped everywhere take the slots of others that can do without, in place.
 
-    Who gives up a slot has another replica, or takes a slot of its own on another GPU where it was live, and so
+    Who gives up a slot has another replica, or takes a slot on another GPU where it was live as well, and so
     on: an augmenting path. Without one, as many experts are kept as GPUs have room for.
 
     Parameters
