@@ -1,0 +1,110 @@
+"""The answers of one HTTP request while the engine makes them: submitted together, ended together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from moeless_opt.problems.errors import MoelessError
+from moeless_opt.runtime.serve.http.errors import ApiError, api_error_of
+from moeless_opt.runtime.serve.http.mailbox import Letters, Mailbox
+from moeless_opt.runtime.serve.http.metrics import FrontMetrics
+from moeless_opt.runtime.serve.protocol import Emitted, Sampling, ServeEngine, ServeRequest
+
+__all__ = ["Generation"]
+
+
+class Generation:
+    """One or more answers that are under way.
+
+    Parameters
+    ----------
+    engine : ServeEngine
+        Who makes them.
+    mailbox : Mailbox
+        How they arrive.
+    metrics : FrontMetrics
+        Is told of first tokens, tokens, and ends.
+    name : str
+        Id of the HTTP request.
+
+    Attributes
+    ----------
+    prompt_tokens, cached_tokens, generated_tokens : int
+        So far.
+    """
+
+    def __init__(self, engine: ServeEngine, mailbox: Mailbox, metrics: FrontMetrics, name: str) -> None:
+        self._engine, self._mailbox, self._metrics = engine, mailbox, metrics
+        self._name = name
+        self._letters: Letters = Letters()
+        self._running: set[int] = set()
+        self._begun = time.monotonic()
+        self._last: dict[int, float] = {}
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+
+    def submit(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> None:
+        """Give all answers to the engine, or none.
+
+        Parameters
+        ----------
+        prompts : sequence of token sequences
+            Of every answer.
+        samplings : sequence of Sampling
+            Of every answer.
+
+        Raises
+        ------
+        ApiError
+            The engine takes them not.
+        """
+        try:
+            for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+                request = ServeRequest(id=f"{self._name}-{index}", prompt=tuple(prompt), sampling=sampling)
+                self._engine.submit(request, self._mailbox.slot(self._letters, index))
+                self._running.add(index)
+                self.prompt_tokens += len(request.prompt)
+        except MoelessError as error:
+            self.cancel()
+            raise api_error_of(error) from error
+
+    def cancel(self) -> None:
+        """End what still runs; nobody waits for it any longer."""
+        for index in self._running:
+            self._engine.cancel(f"{self._name}-{index}")
+            self._metrics.ended("cancelled")
+        self._running.clear()
+
+    async def pieces(self) -> AsyncIterator[list[tuple[int, Emitted]]]:
+        """All that has arrived, again and again until every answer has ended.
+
+        Raises
+        ------
+        ApiError
+            An answer ended with an error.
+        """
+        while self._running:
+            arrived = [await self._letters.get()]
+            while not self._letters.empty():
+                arrived.append(self._letters.get_nowait())
+            for index, emitted in arrived:
+                self._count(index, emitted)
+            yield arrived
+
+    def _count(self, index: int, emitted: Emitted) -> None:
+        if emitted.token is not None:
+            now = time.monotonic()
+            if index in self._last:
+                self._metrics.next_token(now - self._last[index])
+            else:
+                self._metrics.first_token(now - self._begun)
+                self.cached_tokens += emitted.cached
+            self._last[index] = now
+            self.generated_tokens += 1
+        if emitted.finish is None:
+            return
+        self._running.discard(index)
+        self._metrics.ended(emitted.finish, time.monotonic() - self._begun)
+        if emitted.finish in ("error", "cancelled"):
+            reason = emitted.error or "the request was ended by the server"
+            raise ApiError(503, reason, code=f"generation_{emitted.finish}", headers={"Retry-After": "1"})
