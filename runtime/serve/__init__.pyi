@@ -1,4 +1,4 @@
-from .protocol import POLICIES as POLICIES
+from .protocol import SERVE_POLICIES as SERVE_POLICIES
 from .protocol import Deliver as Deliver
 from .protocol import Emitted as Emitted
 from .protocol import EngineBusyError as EngineBusyError

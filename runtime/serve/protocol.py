@@ -16,7 +16,7 @@ from moeless_opt.problems.errors import MoelessError, ProblemError
 from moeless_opt.problems.plan import Plan
 
 __all__ = [
-    "POLICIES",
+    "SERVE_POLICIES",
     "Deliver",
     "Emitted",
     "EngineBusyError",
@@ -35,7 +35,7 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 
 #: Who decides where experts sit: "static" (nobody), the published "eplb" and "moeless", ours by windows, ours
 #: layer by layer.
-POLICIES = ("static", "eplb", "moeless", "windowed", "per-layer")
+SERVE_POLICIES = ("static", "eplb", "moeless", "windowed", "per-layer")
 
 #: Most alternatives of a token whose probabilities can be asked for.
 MOST_LOGPROBS = 20
@@ -215,7 +215,7 @@ class Planning:
     Parameters
     ----------
     policy : str
-        One of `POLICIES`.
+        One of `SERVE_POLICIES`.
     paused : bool
         Whether nothing is planned for the time being.
     every : int
@@ -243,8 +243,8 @@ class Planning:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        if self.policy not in POLICIES:
-            raise ProblemError("policy", f"is {self.policy!r}, must be one of {', '.join(POLICIES)}")
+        if self.policy not in SERVE_POLICIES:
+            raise ProblemError("policy", f"is {self.policy!r}, must be one of {', '.join(SERVE_POLICIES)}")
         if not isinstance(self.paused, bool):
             raise ProblemError("paused", f"is {self.paused!r}, must be true or false")
         put(self, "every", whole("every", self.every, low=1, high=10**9))

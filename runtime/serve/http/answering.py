@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from moeless_opt.runtime.serve import Emitted
 from moeless_opt.runtime.serve.http.errors import ApiError
 from moeless_opt.runtime.serve.http.forms import AnswerForm
 from moeless_opt.runtime.serve.http.generation import Generation
-from moeless_opt.runtime.serve.protocol import Emitted
 
 __all__ = ["AnswerStream", "answer_whole"]
 

@@ -18,15 +18,15 @@ from starlette.responses import HTMLResponse, Response
 
 from moeless_opt import __version__
 from moeless_opt.problems.errors import MoelessError
+from moeless_opt.runtime.serve import ServeEngine
 from moeless_opt.runtime.serve.http.control_routes import control_router
 from moeless_opt.runtime.serve.http.errors import ApiError, api_error_of, error_response, invalid_request
-from moeless_opt.runtime.serve.http.front import Front
-from moeless_opt.runtime.serve.http.guard import Guard
+from moeless_opt.runtime.serve.http.front import HttpFront
+from moeless_opt.runtime.serve.http.guard import RequestGuard
 from moeless_opt.runtime.serve.http.history import History
 from moeless_opt.runtime.serve.http.openai_routes import router
 from moeless_opt.runtime.serve.http.options import HttpOptions
 from moeless_opt.runtime.serve.http.schemas import UNSUPPORTED, ErrorAnswer
-from moeless_opt.runtime.serve.protocol import ServeEngine
 
 __all__ = ["create_app"]
 
@@ -48,9 +48,9 @@ def create_app(engine: ServeEngine, options: HttpOptions | None = None) -> FastA
     Returns
     -------
     FastAPI
-        An ASGI application; ``state.front`` is its `Front`.
+        An ASGI application; ``state.front`` is its `HttpFront`.
     """
-    front = Front(engine, options or HttpOptions())
+    front = HttpFront(engine, options or HttpOptions())
     app = FastAPI(
         title="moeless-serve",
         version=__version__,
@@ -62,7 +62,7 @@ def create_app(engine: ServeEngine, options: HttpOptions | None = None) -> FastA
     app.state.front = front
     for routes in (router, control_router, watching):
         app.include_router(routes)
-    app.add_middleware(Guard, front=front)
+    app.add_middleware(RequestGuard, front=front)
     app.add_exception_handler(ApiError, _told)
     app.add_exception_handler(MoelessError, _told)
     app.add_exception_handler(RequestValidationError, _told)
@@ -94,7 +94,7 @@ def _tidy(app: FastAPI) -> None:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    front: Front = app.state.front
+    front: HttpFront = app.state.front
     front.history = History(front.metrics)
     tasks = [asyncio.ensure_future(_start(front)), asyncio.ensure_future(_sample(front, front.history))]
     try:
@@ -107,7 +107,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(front.engine.close)
 
 
-async def _start(front: Front) -> None:
+async def _start(front: HttpFront) -> None:
     try:
         await asyncio.to_thread(front.engine.start)
     except Exception as error:
@@ -117,7 +117,7 @@ async def _start(front: Front) -> None:
         front.ready = True
 
 
-async def _sample(front: Front, history: History) -> None:
+async def _sample(front: HttpFront, history: History) -> None:
     while True:
         if front.ready:
             with contextlib.suppress(Exception):  # an engine that has failed says so to whoever asks it
@@ -156,7 +156,7 @@ async def _broken(_request: Request, _error: Exception) -> Response:
 @watching.get("/healthz", summary="Whether the process lives", responses={503: {"model": ErrorAnswer}})
 async def healthz(request: Request) -> dict[str, str]:
     """An orchestrator restarts what is not healthy."""
-    front: Front = request.app.state.front
+    front: HttpFront = request.app.state.front
     if front.failed:
         raise ApiError(503, f"the engine has failed: {front.failed}", code="engine_failed")
     return {"status": "ok"}
@@ -165,7 +165,7 @@ async def healthz(request: Request) -> dict[str, str]:
 @watching.get("/readyz", summary="Whether requests are taken", responses={503: {"model": ErrorAnswer}})
 async def readyz(request: Request) -> dict[str, str]:
     """No requests should be sent to what is not ready: it loads, shuts down, or has failed."""
-    front: Front = request.app.state.front
+    front: HttpFront = request.app.state.front
     front.check_open()
     if not front.engine.status().ready:
         raise ApiError(
@@ -182,7 +182,7 @@ async def readyz(request: Request) -> dict[str, str]:
 )
 def metrics(request: Request) -> Response:
     """In its text format."""
-    front: Front = request.app.state.front
+    front: HttpFront = request.app.state.front
     return Response(front.metrics.scrape(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

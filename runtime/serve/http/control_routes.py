@@ -8,7 +8,7 @@ from fastapi import APIRouter, Body, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from moeless_opt.problems.io import plan_to_json
-from moeless_opt.runtime.serve.http.front import Front
+from moeless_opt.runtime.serve.http.front import HttpFront
 from moeless_opt.runtime.serve.http.history import event_document, status_document
 from moeless_opt.runtime.serve.http.openai_routes import refusals
 
@@ -48,14 +48,14 @@ class PlanningChange(BaseModel):
     )
 
 
-def _front(request: Request) -> Front:
-    front: Front = request.app.state.front
+def _front(request: Request) -> HttpFront:
+    front: HttpFront = request.app.state.front
     if front.failed or not front.ready:
         front.check_open()
     return front
 
 
-def _planning(front: Front) -> dict[str, Any]:
+def _planning(front: HttpFront) -> dict[str, Any]:
     planning = front.engine.planning()
     return {name: getattr(planning, name) for name in PlanningChange.model_fields}
 

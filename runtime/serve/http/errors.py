@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 
 from moeless_opt.problems.errors import InfeasibleError, InvalidPlanError, MoelessError, ProblemError
 from moeless_opt.problems.text import printable
-from moeless_opt.runtime.serve.protocol import EngineBusyError, EngineStoppedError
+from moeless_opt.runtime.serve import EngineBusyError, EngineStoppedError
 
 __all__ = ["ApiError", "api_error_of", "error_response", "invalid_request"]
 

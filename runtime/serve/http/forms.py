@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from moeless_opt.runtime.serve.protocol import Emitted, TextCodec
+from moeless_opt.runtime.serve import Emitted, TextCodec
 
 __all__ = ["AnswerForm", "ChatForm", "CompletionForm"]
 

@@ -10,22 +10,22 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moeless_opt.problems.errors import MoelessError
+from moeless_opt.runtime.serve import ServeEngine
 from moeless_opt.runtime.serve.http.errors import ApiError, api_error_of
 from moeless_opt.runtime.serve.http.mailbox import Mailbox
 from moeless_opt.runtime.serve.http.metrics import FrontMetrics
 from moeless_opt.runtime.serve.http.options import HttpOptions
-from moeless_opt.runtime.serve.protocol import ServeEngine
 
 if TYPE_CHECKING:
     from moeless_opt.runtime.serve.http.history import History
 
-__all__ = ["Front"]
+__all__ = ["HttpFront"]
 
 LONG_TEXT = 4096
 """Texts above this are turned into tokens beside the event loop."""
 
 
-class Front:
+class HttpFront:
     """State of the HTTP side.
 
     Parameters

@@ -6,10 +6,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from moeless_opt.problems.errors import MoelessError
+from moeless_opt.runtime.serve import Emitted, Sampling, ServeEngine, ServeRequest
 from moeless_opt.runtime.serve.http.errors import ApiError, api_error_of
 from moeless_opt.runtime.serve.http.mailbox import Letters, Mailbox
 from moeless_opt.runtime.serve.http.metrics import FrontMetrics
-from moeless_opt.runtime.serve.protocol import Emitted, Sampling, ServeEngine, ServeRequest
 
 __all__ = ["Generation"]
 

@@ -15,10 +15,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moeless_opt.runtime.serve.http.errors import ApiError, error_response
-from moeless_opt.runtime.serve.http.front import Front
+from moeless_opt.runtime.serve.http.front import HttpFront
 from moeless_opt.runtime.serve.http.options import is_loopback
 
-__all__ = ["Guard"]
+__all__ = ["RequestGuard"]
 
 ALWAYS = ("/healthz", "/readyz", "/metrics")
 """Answered however busy the server is: what watches it must not be shut out."""
@@ -33,18 +33,18 @@ class _GoneError(Exception):
     """The client left before its request was complete."""
 
 
-class Guard:
+class RequestGuard:
     """Refuses what must not reach the routes.
 
     Parameters
     ----------
     app : ASGIApp
         What is guarded.
-    front : Front
+    front : HttpFront
         Its options and state.
     """
 
-    def __init__(self, app: ASGIApp, front: Front) -> None:
+    def __init__(self, app: ASGIApp, front: HttpFront) -> None:
         self._app, self._front = app, front
         options = front.options
         self._keys = options.api_keys

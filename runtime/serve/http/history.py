@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from moeless_opt.runtime.serve import ServeStatus
 from moeless_opt.runtime.serve.http.metrics import FrontMetrics
-from moeless_opt.runtime.serve.protocol import ServeStatus
 
 __all__ = ["History", "status_document"]
 

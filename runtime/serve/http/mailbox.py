@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from contextlib import suppress
 
-from moeless_opt.runtime.serve.protocol import Deliver, Emitted
+from moeless_opt.runtime.serve import Deliver, Emitted
 
 __all__ = ["Letters", "Mailbox"]
 

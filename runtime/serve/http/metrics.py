@@ -13,7 +13,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from moeless_opt.runtime.serve.protocol import ServeEngine, ServeStatus
+from moeless_opt.runtime.serve import ServeEngine, ServeStatus
 
 __all__ = ["FrontMetrics"]
 

@@ -14,7 +14,7 @@ from moeless_opt.problems.errors import MoelessError
 from moeless_opt.runtime.serve.http.answering import AnswerStream, answer_whole
 from moeless_opt.runtime.serve.http.errors import ApiError, api_error_of
 from moeless_opt.runtime.serve.http.forms import AnswerForm, ChatForm, CompletionForm
-from moeless_opt.runtime.serve.http.front import Front
+from moeless_opt.runtime.serve.http.front import HttpFront
 from moeless_opt.runtime.serve.http.generation import Generation
 from moeless_opt.runtime.serve.http.schemas import (
     ChatAnswer,
@@ -60,12 +60,12 @@ def _streams(what: str) -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {"text/event-stream": event}, "description": "The answers"}}
 
 
-def _front(request: Request) -> Front:
-    front: Front = request.app.state.front
+def _front(request: Request) -> HttpFront:
+    front: HttpFront = request.app.state.front
     return front
 
 
-def _card(front: Front) -> ModelCard:
+def _card(front: HttpFront) -> ModelCard:
     name = front.check_model(None)
     return ModelCard(
         id=name, created=front.created, owned_by="moeless-opt", max_model_len=front.engine.context_length
@@ -147,15 +147,15 @@ def _texts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | 
     return texts or [tokens]
 
 
-def _echo(front: Front, text: str | list[int]) -> str:
+def _echo(front: HttpFront, text: str | list[int]) -> str:
     return text if isinstance(text, str) else front.engine.codec.decode(text)
 
 
-def _default_length(front: Front, prompt: Sequence[int]) -> int:
+def _default_length(front: HttpFront, prompt: Sequence[int]) -> int:
     return min(DEFAULT_LENGTH, front.engine.context_length - len(prompt))
 
 
-def _check_count(front: Front, count: int) -> None:
+def _check_count(front: HttpFront, count: int) -> None:
     most = front.options.max_choices
     if count > most:
         raise ApiError(400, f"n: {count} answers are asked for, at most {most} are given", param="n")

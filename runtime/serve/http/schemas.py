@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moeless_opt.runtime.serve.protocol import Sampling
+from moeless_opt.runtime.serve import Sampling
 
 __all__ = [
     "UNSUPPORTED",

@@ -17,11 +17,11 @@ from typing import Any
 import uvicorn
 
 from moeless_opt.problems.errors import MoelessError
+from moeless_opt.runtime.serve import ServeEngine
 from moeless_opt.runtime.serve.http.app import create_app
-from moeless_opt.runtime.serve.http.front import Front
+from moeless_opt.runtime.serve.http.front import HttpFront
 from moeless_opt.runtime.serve.http.options import HttpOptions
 from moeless_opt.runtime.serve.http.wire import listening_socket, patient_protocol
-from moeless_opt.runtime.serve.protocol import ServeEngine
 
 __all__ = ["HttpServer"]
 
@@ -55,7 +55,7 @@ class HttpServer:
         host = f"[{options.host}]" if ":" in options.host else options.host
         self.address = f"http://{host}:{self._listener.getsockname()[1]}"
         app = create_app(engine, options)
-        self._front: Front = app.state.front
+        self._front: HttpFront = app.state.front
         config = uvicorn.Config(
             app,
             http=patient_protocol(options),
@@ -105,7 +105,7 @@ class HttpServer:
 class _Draining(uvicorn.Server):
     """A server that finishes what it has accepted before it stops to listen."""
 
-    def __init__(self, config: uvicorn.Config, front: Front) -> None:
+    def __init__(self, config: uvicorn.Config, front: HttpFront) -> None:
         super().__init__(config)
         self._front = front
         self.ready: Callable[[], None] | None = None
