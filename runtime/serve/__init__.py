@@ -1,5 +1,4 @@
-"""The serving runtime: an engine with continuous batching over elastic experts, and a front that clients
-know.
+"""The serving runtime: an engine with continuous batching over elastic experts, and its front.
 
 May import anything in `runtime`.
 """

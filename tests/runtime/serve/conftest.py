@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -55,9 +54,6 @@ class Served:
 @pytest.fixture(scope="session")
 def serving() -> Callable[..., Any]:
     """Serve an engine inside a ``with`` block: ``serving(engine, max_body=1000)``."""
-    for package in ("fastapi", "uvicorn", "httptools", "prometheus_client"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed (the extra 'serve')")
     from moeless_opt.runtime.serve.http import HttpOptions, HttpServer
 
     @contextmanager

@@ -14,6 +14,9 @@ import moeless_opt as mo
 from moeless_opt.problems.io import plan_to_json
 from tests.runtime.serve.doubles import RoteEngine
 
+for package in ("fastapi", "uvicorn", "httptools", "prometheus_client"):
+    pytest.importorskip(package, reason="needs the extra 'serve'")
+
 
 @pytest.fixture(scope="module")
 def rote(serving: Callable[..., Any]) -> Iterator[Any]:
