@@ -19,7 +19,6 @@ import csv
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -28,25 +27,10 @@ from moeless_opt.problems.errors import FormatError
 from moeless_opt.problems.files import read_text
 from moeless_opt.problems.plan import activated, gpu_tokens
 from moeless_opt.problems.spec import ModelSpec, TimeModel, Topology
+from moeless_opt.runtime.simulate.hardware import BESIDE, GPUS, UNKNOWN, Beside
 from moeless_opt.runtime.simulate.options import unknown
 
-__all__ = ["GPUS", "DataSheet", "LayerTimes", "Machine", "expert_curve"]
-
-
-class DataSheet(NamedTuple):
-    """Peaks of a GPU: dense 16-bit FLOP/s, bytes/s of memory; and its bytes of memory."""
-
-    flops: float
-    bandwidth: float
-    memory: float
-
-
-GPUS: dict[str, DataSheet] = {
-    "A6000": DataSheet(154.8e12, 768e9, 48e9),
-    "A100": DataSheet(312e12, 2039e9, 80e9),
-    "H100": DataSheet(989e12, 3350e9, 80e9),
-}
-"""GPUs by name."""
+__all__ = ["LayerTimes", "Machine", "expert_curve"]
 
 EFFICIENCY = (0.6, 0.75)
 """Assumed shares of the two peaks that kernels attain, where nothing was measured."""
@@ -99,6 +83,10 @@ class Machine(Record):
         FLOP/s and bytes/s that a GPU attains outside the experts.
     kv_bytes : float
         Bytes of the KV cache of one token in one layer: keys and values of 8 heads of 128, 16 bits.
+    once : float
+        Bytes of embeddings and dense layers, which the GPUs share evenly (assumed).
+    gpu : str
+        What the GPUs are.
     basis : str
         Where `time`, `flops` and `bandwidth` come from, for people.
     """
@@ -109,6 +97,8 @@ class Machine(Record):
     flops: float
     bandwidth: float
     kv_bytes: float = 4096.0
+    once: float = 0.0
+    gpu: str = "A6000"
     basis: str = ""
 
     def __post_init__(self) -> None:
@@ -124,7 +114,8 @@ class Machine(Record):
         *,
         gpu: str = "A6000",
         timings: str | PathLike[str] | None = None,
-        timed: tuple[int, int] = (4096, 960),
+        timed: tuple[int, int] | None = None,
+        beside: Beside | None = None,
     ) -> Machine:
         """A machine from its data sheet, or from measured times of one expert on it.
 
@@ -137,7 +128,9 @@ class Machine(Record):
         timings : path, optional
             Measured kernel times of an expert (see `expert_curve`) on this GPU.
         timed : (int, int)
-            Hidden and inner width of the expert that was measured.
+            Hidden and inner width of the expert that was measured; by default the model's own.
+        beside : Beside, optional
+            What the model holds beside its experts; by default what is known of its name.
 
         Raises
         ------
@@ -146,7 +139,9 @@ class Machine(Record):
         """
         if gpu not in GPUS:
             raise unknown("gpu", gpu, GPUS)
-        peak_flops, peak_bandwidth, _ = GPUS[gpu]
+        peak_flops, peak_bandwidth = GPUS[gpu].flops, GPUS[gpu].bandwidth
+        timed = timed or (model.hidden, model.ffn)
+        beside = beside or BESIDE.get(model.name.partition(" (")[0], UNKNOWN)
         flops, bandwidth = peak_flops * EFFICIENCY[0], peak_bandwidth * EFFICIENCY[1]
         if timings is None:
             time = TimeModel.roofline(model, flops=flops, bandwidth=bandwidth)
@@ -163,8 +158,16 @@ class Machine(Record):
                 f"the rest assumed: {EFFICIENCY[0]:.0%} and {EFFICIENCY[1]:.0%} of an {gpu}'s peaks"
             )
         return cls(
-            topology=topology, model=model, time=time, flops=flops, bandwidth=bandwidth, basis=basis
-        )  # fmt: skip
+            topology=topology,
+            model=model,
+            time=time,
+            flops=flops,
+            bandwidth=bandwidth,
+            kv_bytes=beside.kv_bytes,
+            once=2.0 * beside.once,
+            gpu=gpu,
+            basis=basis,
+        )
 
     @property
     def layer_bytes(self) -> float:
@@ -178,8 +181,13 @@ class Machine(Record):
 
     @property
     def other_bytes(self) -> float:
-        """Bytes of all weights outside the routed experts, over all GPUs (a copy on each)."""
-        return self.layer_bytes * self.model.layers * self.topology.gpus
+        """Bytes of all weights outside the routed experts, over all GPUs: a copy of the layers' on each."""
+        return self.layer_bytes * self.model.layers * self.topology.gpus + self.once
+
+    @property
+    def kv_token_bytes(self) -> float:
+        """Bytes of one token's keys and values in all layers."""
+        return self.kv_bytes * self.model.layers
 
     @property
     def text(self) -> str:

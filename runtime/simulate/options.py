@@ -172,7 +172,9 @@ def file() -> tuple[Check, Callable[[str], Any]]:
     return _maybe(check, True), Path
 
 
-def name_of(known: Mapping[str, Any] | Sequence[str]) -> tuple[Check, Callable[[str], Any]]:
+def name_of(
+    known: Mapping[str, Any] | Sequence[str], *, optional: bool = False
+) -> tuple[Check, Callable[[str], Any]]:
     """One of several names."""
 
     def check(where: str, value: Any) -> str:
@@ -180,7 +182,7 @@ def name_of(known: Mapping[str, Any] | Sequence[str]) -> tuple[Check, Callable[[
             raise unknown(where, value, known)
         return value
 
-    return check, str
+    return _maybe(check, optional), str
 
 
 def unknown(where: str, value: object, known: Mapping[str, Any] | Sequence[str]) -> ProblemError:

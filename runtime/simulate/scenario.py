@@ -8,16 +8,18 @@ is a field here, and the command line is made from the fields (`cli`).
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from moeless_opt.problems.arrays import whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.problems.spec import MODEL_PRESETS, TOPOLOGY_PRESETS, ModelSpec, Topology, model_preset
+from moeless_opt.problems.spec import MODEL_PRESETS, ModelSpec, Topology, model_preset
 from moeless_opt.runtime.simulate.foresight import NAMES, TINY_MOE
-from moeless_opt.runtime.simulate.machine import GPUS
+from moeless_opt.runtime.simulate.hardware import BESIDE, GPUS, UNKNOWN, Beside, gpu_of, topology_of
+from moeless_opt.runtime.simulate.model_file import read_model
 from moeless_opt.runtime.simulate.options import (
     check_fields,
     documented,
@@ -41,9 +43,12 @@ _SYSTEM, _TRAFFIC, _ROUTING = "what runs where", "traffic", "routing and predict
 
 
 def model_of(model: str | ModelSpec, sizes: str | None = None) -> ModelSpec:
-    """A preset or the tiny MoE; with the sizes of another preset's experts and hidden state, if asked."""
+    """A preset, the tiny MoE or a file's; with another preset's sizes of experts and hidden state."""
     if not isinstance(model, ModelSpec):
-        model = TINY_MOE if model.lower() == TINY_MOE.name else model_preset(model)
+        if model.lower() == TINY_MOE.name:
+            model = TINY_MOE
+        else:
+            model = read_model(model)[0] if _is_file(model) else model_preset(model)
     if sizes is None:
         return model
     other = model_preset(sizes)
@@ -68,22 +73,47 @@ def _preset(where: str, value: Any, further: tuple[str, ...] = ()) -> str:
     return value
 
 
+def _is_file(model: object) -> bool:
+    """Whether a model is named by a file: no preset's name, and there or spelled like one."""
+    if not isinstance(model, str) or not model or model.lower() in {name.lower() for name in MODEL_PRESETS}:
+        return False
+    return model.endswith(".json") or os.sep in model or Path(model).is_dir()
+
+
 def _model(where: str, value: Any) -> str | ModelSpec:
-    return value if isinstance(value, ModelSpec) else _preset(where, value, (TINY_MOE.name,))
+    if isinstance(value, ModelSpec):
+        return value
+    if _is_file(value):
+        read_model(value)
+        return str(value)
+    return _preset(where, value, (TINY_MOE.name, "or a config.json"))
+
+
+def _shape(where: str, value: Any) -> tuple[int, int] | None:
+    """Hidden and inner width of an expert."""
+    if value is None:
+        return None
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ProblemError(where, f"is {value!r}, must be two whole numbers, hidden and inner width")
+    hidden, inner = (whole(where, width, low=1) for width in value)
+    return hidden, inner
+
+
+def _two(text: str) -> tuple[int, int]:
+    hidden, inner = text.lower().split("x")
+    return int(hidden), int(inner)
 
 
 def _sizes(where: str, value: Any) -> str | None:
     return None if value is None else _preset(where, value)
 
 
-def _topology(where: str, value: Any) -> str | Topology:
-    if isinstance(value, Topology):
+def _topology(where: str, value: Any) -> str | Topology | None:
+    if value is None or isinstance(value, Topology):
         return value
     if not isinstance(value, str):
         raise ProblemError(where, f"is {value!r}, must be a Topology or the name of one")
-    if value not in TOPOLOGY_PRESETS and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", value):
-        error = unknown(where, value, TOPOLOGY_PRESETS)
-        raise ProblemError(where, f"{error.what}, or NODESxGPUS")
+    topology_of(value, None)
     return value
 
 
@@ -123,16 +153,36 @@ class Scenario(Settings):
         Naming the field that is wrong, or that nothing reads as the others are set.
     """
 
-    model: str | ModelSpec = option("Phi-3.5-MoE", (_model, str), "preset, or tiny-moe", group=_SYSTEM)
+    model: str | ModelSpec = option(
+        "Phi-3.5-MoE", (_model, str), "preset, tiny-moe, or a config.json", group=_SYSTEM
+    )
     sizes: str | None = option(
         None, (_sizes, str), "preset whose experts' and hidden sizes to take instead", group=_SYSTEM
     )
-    topology: str | Topology = option(
-        "8xA6000", (_topology, str), "preset, or NODESxGPUS with H100 links", group=_SYSTEM
+    topology: str | Topology | None = option(
+        None,
+        (_topology, str),
+        "preset, GPUSxKIND, NODESxGPUS, NODESxGPUSxKIND, or a topology file (.json)",
+        shown="8 of --gpu, A6000 if that is not given either",
+        group=_SYSTEM,
     )
-    gpu: str = option("A6000", name_of(GPUS), f"data sheet for the times ({', '.join(GPUS)})", group=_SYSTEM)
+    gpu: str | None = option(
+        None,
+        name_of(GPUS, optional=True),
+        f"data sheet for the times ({', '.join(GPUS)})",
+        shown="what --topology says, else H100",
+        group=_SYSTEM,
+    )
     timings: Path | None = option(
         None, file(), "measured expert kernel times of the GPU, instead of a roofline", group=_SYSTEM
+    )
+    timed: tuple[int, int] | None = option(
+        None,
+        (_shape, _two),
+        "hidden and inner width of the expert that was timed",
+        metavar="HIDDENxFFN",
+        shown="the model's own",
+        group=_SYSTEM,
     )
     slots: int | None = option(
         None,
@@ -141,7 +191,21 @@ class Scenario(Settings):
         shown="what static needs, and --spare",
         group=_SYSTEM,
     )
-    spare: int = option(1, whole_number(), "slots per GPU and layer beyond what static needs", group=_SYSTEM)
+    spare: int | None = option(
+        None,
+        whole_number(optional=True),
+        "slots per GPU and layer beyond what static needs",
+        shown="1, or 0 where that does not fit",
+        group=_SYSTEM,
+    )
+    memory: float | None = option(
+        None,
+        real(open_low=True, optional=True),
+        "of a GPU for weights and KV cache",
+        unit="GB",
+        shown="95% of the data sheet",
+        group=_SYSTEM,
+    )
     policies: tuple[str | Policy, ...] = option(
         DEFAULT,
         (_policies, str),
@@ -158,14 +222,6 @@ class Scenario(Settings):
     )
     decode_every: int = option(
         0, whole_number(), "with --batching seconds: also every n-th writing pass", group=_TRAFFIC
-    )
-    memory: float | None = option(
-        None,
-        real(open_low=True, optional=True),
-        "of a GPU for weights and KV cache, --batching closed",
-        unit="GB",
-        shown="90% of the data sheet",
-        group=_TRAFFIC,
     )
     most_tokens: int = option(8192, whole_number(1), "of a pass with --batching closed", group=_TRAFFIC)
     most_requests: int = option(256, whole_number(1), "of a pass with --batching closed", group=_TRAFFIC)
@@ -223,6 +279,7 @@ class Scenario(Settings):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        gpu_of(self.machine, self.gpu)
         for name, why in ignored({part.name: getattr(self, part.name) for part in fields(self)}).items():
             raise ProblemError(name, why)
 
@@ -235,6 +292,23 @@ class Scenario(Settings):
     def model_spec(self) -> ModelSpec:
         """The model, with the sizes that were asked for."""
         return model_of(self.model, self.sizes)
+
+    @property
+    def beside(self) -> Beside:
+        """What the model holds beside its experts."""
+        if isinstance(self.model, str) and _is_file(self.model):
+            return read_model(self.model)[1]
+        return BESIDE.get(model_of(self.model).name, UNKNOWN)
+
+    @property
+    def gpu_name(self) -> str:
+        """What the GPUs are."""
+        return gpu_of(self.machine, self.gpu)
+
+    @property
+    def machine(self) -> str | Topology:
+        """The topology, or the name of one."""
+        return f"8x{self.gpu or 'A6000'}" if self.topology is None else self.topology
 
     @property
     def tiny(self) -> bool:
@@ -286,7 +360,7 @@ def _by_mode(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool,
     yield ("stay",), not played, "it is for token traces; here routing is generated"
     yield ("decode_every",), batching != "seconds", f"it is for batching 'seconds', not {batching!r}"
     yield ("bank",), batching != "continuous", f"it is for batching 'continuous', not {batching!r}"
-    closed = ("memory", "most_tokens", "most_requests")
+    closed = ("most_tokens", "most_requests")
     yield closed, batching != "closed", f"it is for batching 'closed', not {batching!r}"
     # Recorded answers are written token by token at a period; texts that can be read at once are not.
     at_once = batching == "seconds" and (not played or (tiny and values["traces"] is None))
@@ -294,7 +368,9 @@ def _by_mode(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool,
     yield ("period",), at_once or batching == "closed", f"passes follow from batching {batching!r}"
     yield ("rate",), values["arrivals"] is not None, "arrivals are read from a file"
     yield ("spare",), values["slots"] is not None, "slots say how many there are"
-    given = isinstance(values["topology"], Topology)
+    given = values["topology"]
+    given = isinstance(given, Topology) or (given is not None and topology_of(given, None)[1])
+    yield ("timed",), values["timings"] is None, "no timings are given"
     yield ("slots", "spare"), given, "the topology has slots or memory of its own"
     yield ("error",), values["predictor"] != "assumed", f"predictor is {values['predictor']!r}"
 

@@ -7,7 +7,7 @@ the results.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from moeless_opt.problems.io import (
     read_lengths,
     read_token_traces,
 )
-from moeless_opt.problems.spec import TOPOLOGY_PRESETS, Topology
+from moeless_opt.problems.spec import Topology
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.foresight import (
     Composition,
@@ -33,9 +33,11 @@ from moeless_opt.runtime.simulate.foresight import (
     read_predictions,
     tiny_moe_predictions_file,
 )
-from moeless_opt.runtime.simulate.machine import EFFICIENCY, GPUS, Machine
+from moeless_opt.runtime.simulate.hardware import GPUS, slots_of, topology_of
+from moeless_opt.runtime.simulate.machine import EFFICIENCY, Machine
+from moeless_opt.runtime.simulate.memory import USABLE, Room
 from moeless_opt.runtime.simulate.scenario import Scenario
-from moeless_opt.runtime.simulate.serving import USABLE, ClosedLoop
+from moeless_opt.runtime.simulate.serving import ClosedLoop
 from moeless_opt.runtime.simulate.traffic import Passes, RoutingModel, continuous, one_second_batches
 
 __all__ = ["Scene", "scene"]
@@ -47,7 +49,11 @@ RATE = 5.5
 #: Names of recordings in the folder that a scenario names.
 _AZURE = "requests/AzureLLMInferenceTrace_conv_2023.csv.gz"
 _LENGTHS = "requests/sharegpt_8k_lengths_llama2.csv.gz"
-_TIMINGS = "latency/phiminimoe_a6000_tp1_expert_gate.csv.gz"
+#: Kernel times of one expert on a GPU, and its hidden and inner width.
+_TIMINGS = {
+    "A6000": ("latency/phiminimoe_a6000_tp1_expert_gate.csv.gz", (4096, 960)),
+    "H100": ("latency/mixtral8x7b_h100_tp1_expert_gate.csv.gz", (4096, 14336)),
+}
 _POPULARITY = "olmoe_mixtral_domain_counts.npz"
 
 
@@ -118,39 +124,46 @@ class _Setup:
         scenario, model = self.scenario, self.model
         if scenario.sizes is not None:
             self.say("composed", f"experts and hidden state as large as {scenario.sizes}'s")
-        topology = self.topology()
-        machine = self.machine(topology)
+        topology, machine, room = self.place()
         arrivals = self.arrivals()
         bytes_L = np.full(model.layers, model.expert_bytes, dtype=np.int64)
-        room = int(topology.capacity_LG(bytes_L, model.experts).max())
+        most = int(topology.capacity_LG(bytes_L, model.experts).max())
         text = (
             f"{model.name}: {model.layers} layers x {model.experts} experts, top {model.top_k}, "
-            f"{model.expert_bytes / 1e6:.1f} MB each; up to {room} replicas per GPU and layer",
+            f"{model.expert_bytes / 1e6:.1f} MB each; up to {most} replicas per GPU and layer",
             f"machine: {machine.text}",
+            room.text(topology),
             f"traffic: {arrivals.requests} requests in {arrivals.seconds:.0f} s, recorded texts in place of "
             f"their own, from {arrivals.source}"
             if scenario.played
             else f"traffic: {arrivals!r}",
         )
         made = self.played if scenario.played else self.generated
-        return made(machine, topology, arrivals, text)
+        found = made(machine, topology, arrivals, text)
+        return replace(found, traffic=lambda: _fitting(found.traffic(), room, topology))
 
-    def topology(self) -> Topology:
-        """As given; of a name with slots, by default `spare` more than static needs."""
-        scenario = self.scenario
-        if isinstance(scenario.topology, Topology):
-            return scenario.topology
-        if scenario.topology in TOPOLOGY_PRESETS:
-            plain = Topology.preset(scenario.topology, slots=1)
-        else:
-            nodes, per_node = map(int, scenario.topology.split("x"))
-            plain = Topology.uniform(nodes, per_node, slots=1, links=TOPOLOGY_PRESETS["4x8xH100"][3])
-        needed = -(-self.model.experts // plain.gpus) + scenario.spare
-        return plain.replace(slots_G=np.full(plain.gpus, scenario.slots or needed))
+    def place(self) -> tuple[Topology, Machine, Room]:
+        """The machine: as given, or with slots; by default one more than static needs, where that fits."""
+        scenario, given = self.scenario, self.scenario.machine
+        plain, own = (given, True) if isinstance(given, Topology) else topology_of(given, scenario.gpu_name)
+        needed = -(-self.model.experts // plain.gpus)
+        spare = 1 if scenario.spare is None else scenario.spare
+        topology = plain if own else slots_of(plain, scenario.slots or needed + spare)
+        machine = self.machine(topology)
+        room = Room.of(machine, scenario.memory)
+        if not own and scenario.slots is None and scenario.spare is None and not room.fits(topology):
+            topology = slots_of(plain, needed)
+            machine = machine.replace(topology=topology)
+            self.say("assumed", "no spare slot: none fits")
+        room.check(topology)
+        return topology, machine, room
 
     def machine(self, topology: Topology) -> Machine:
         scenario = self.scenario
-        timings = self.at(scenario.timings, _TIMINGS) if scenario.gpu == "A6000" else scenario.timings
+        timings, timed = scenario.timings, scenario.timed
+        if timings is None and scenario.gpu_name in _TIMINGS:
+            name, timed = _TIMINGS[scenario.gpu_name]
+            timings = self.at(None, name)
         flops, bandwidth = (f"{share:.0%}" for share in EFFICIENCY)
         if timings is not None:
             self.say("measured", f"expert kernel times of one shape on the GPU ({timings.name})")
@@ -161,7 +174,14 @@ class _Setup:
         self.say(
             "assumed", f"attention: {flops} and {bandwidth} of the data sheet; all-to-all: data-sheet links"
         )
-        return Machine.of(topology, self.model, gpu=scenario.gpu, timings=timings)
+        return Machine.of(
+            topology,
+            self.model,
+            gpu=scenario.gpu_name,
+            timings=timings,
+            timed=timed,
+            beside=scenario.beside,
+        )
 
     def arrivals(self) -> Arrivals:
         scenario = self.scenario
@@ -341,7 +361,7 @@ class _Setup:
     ) -> tuple[Callable[[SimulatedBackend], ClosedLoop], str]:
         """The closed loop of each policy, and what is said about it."""
         scenario = self.scenario
-        sheet = USABLE * GPUS[scenario.gpu].memory
+        sheet = USABLE * GPUS[scenario.gpu_name].memory
         memory = sheet if scenario.memory is None else scenario.memory * 1e9
 
         def loop(backend: SimulatedBackend) -> ClosedLoop:
@@ -367,6 +387,13 @@ class _Setup:
 def _spreads(affinity: bool) -> RoutingModel:
     """Routing as the tiny MoE's: the spreads that generated routing has."""
     return RoutingModel.fit(tiny_moe_traces(), affinity=affinity)
+
+
+def _fitting(traffic: Iterator[Passes], room: Room, topology: Topology) -> Iterator[Passes]:
+    """The passes, none of which may need more KV cache than there is room for."""
+    for passes in traffic:
+        room.check_cache(topology, float(passes.kv_tokens_B.max()))
+        yield passes
 
 
 def _none() -> Iterator[Passes]:

@@ -33,10 +33,8 @@ from moeless_opt.problems.io import Arrivals
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.traffic import Passes, RoutingModel
 
-__all__ = ["USABLE", "ClosedLoop", "Served"]
+__all__ = ["ClosedLoop", "Served"]
 
-USABLE = 0.9
-"""Share of a GPU's memory that weights and the KV cache may fill (assumed)."""
 
 _NEVER = float("nan")
 
@@ -155,7 +153,7 @@ class ClosedLoop:
                 f"memory: {self.memory:.4g} bytes a GPU do not hold the weights, which take "
                 f"{self.memory - free:.4g} on the fullest GPU"
             )
-        return gpus * free / (machine.kv_bytes * machine.model.layers)
+        return gpus * free / (machine.kv_token_bytes)
 
     def __iter__(self) -> Iterator[Passes]:
         """Make passes until everything is served (or `until` is reached)."""

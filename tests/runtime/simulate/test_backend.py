@@ -484,8 +484,8 @@ def test_command_prints_what_it_rests_on(capsys: pytest.CaptureFixture[str]) -> 
         SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="timid")
     with pytest.raises(ProblemError, match="transfers"):
         SimulatedBackend(MACHINE, STATIC, CAPACITY, transfers="x")
-    with pytest.raises(ProblemError, match=r"gpu: 'H200' is unknown; .*there are A6000, A100, H100"):
-        Machine.of(TOPOLOGY, MODEL, gpu="H200")
+    with pytest.raises(ProblemError, match=r"gpu: 'V100' is unknown; .*there are A6000, A100, H100, H200"):
+        Machine.of(TOPOLOGY, MODEL, gpu="V100")
 
 
 def test_contention_slows_passes_beside_a_migration_and_the_migration() -> None:
