@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, settings
 
+# Triton's kernels run on the CPU in tests; it looks when it is first imported, by whomever.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Where checks gate a change the same examples run every time; elsewhere new ones are explored.
 settings.register_profile("ci", derandomize=True)
 # For benchmarks/mutants.py: that a test fails is enough, its smallest example is not looked for.

@@ -147,10 +147,10 @@ class PlannedShares:
 
     def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`; slots that the plan does not know share what is left equally."""
-        weight_P, total_E = self._weights(index, table)
+        weight_P, total_E = self.weights(index, table)
         return weighted_quotas(load_E, weight_P, total_E, table)
 
-    def _weights(self, index: int, table: SlotTable) -> tuple[FloatArray, FloatArray]:
+    def weights(self, index: int, table: SlotTable) -> tuple[FloatArray, FloatArray]:
         """Weight of each slot, and their sum for each expert; worked out when a layer's table changes."""
         known = self._known.get(index)
         if known is not None and known[0] is table:

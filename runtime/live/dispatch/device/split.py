@@ -1,0 +1,376 @@
+"""The split of one layer's batches on the device; what the host has to know of it comes in one copy."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moeless_opt.problems.arrays import IntArray
+from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.runtime.live import ExpertGroup, SlotTable
+from moeless_opt.runtime.live.dispatch import BalancedShares, EqualShares, PlannedShares, SharePolicy
+
+__all__ = ["DeviceSplit", "Told", "on_device", "runs_here", "upload", "why_not"]
+
+#: Rows that a program moves at a time.
+BLOCK = 1024
+#: Sums of speeds up to which nothing exceeds 63 bits, for any batch of up to 2**31 rows.
+FAST = 2**31
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for it: from pinned memory, which torch keeps for the next."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> Any:
+    """The kernels, which import Triton."""
+    from moeless_opt.runtime.live.dispatch.device import _kernels as found
+
+    return found
+
+
+def why_not(device: torch.device) -> str | None:
+    """What is missing for splits on a device; None: nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device.type != "cuda" and not _kernels().interpreted():
+        return (
+            f"kernels do not run on {device.type}; for a trial, slowly, start Python with TRITON_INTERPRET=1 "
+            "in the environment"
+        )
+    return None
+
+
+def runs_here(split: str, device: torch.device) -> bool:
+    """Whether splits shall be on the device, by the option `split` of `attach`.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If they were asked for and cannot be.
+    """
+    reason = why_not(device)
+    if split == "device" and reason is not None:
+        raise UnsupportedFeatureError(f"split='device': {reason}; or use split='host'")
+    return split == "device" or (split == "auto" and device.type == "cuda" and reason is None)
+
+
+def on_device(policy: SharePolicy) -> bool:
+    """Whether there are kernels for a policy; others are computed on the host."""
+    if type(policy) is BalancedShares:
+        return sum(policy.speed_G or ()) < FAST
+    return type(policy) in (EqualShares, PlannedShares)
+
+
+def _power(size: int, least: int = 1) -> int:
+    """The next power of two."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+class Told(NamedTuple):
+    """What the host is told of a split.
+
+    Parameters
+    ----------
+    headers_RK : array of int64, shape [R, K]
+        What the ranks said besides their counts.
+    give_R, come_R : array of int64, shape [R]
+        Rows that this rank sends to each, and gets from each.
+    chunks_RS : array of int64, shape [R, S]
+        Rows from each rank for each local slot.
+    """
+
+    headers_RK: IntArray
+    give_R: IntArray
+    come_R: IntArray
+    chunks_RS: IntArray
+
+
+class _Placed:
+    """A layer's table as the kernels read it."""
+
+    def __init__(self, table: SlotTable, group: ExpertGroup, device: torch.device) -> None:
+        self.table = table
+        experts, slots, ranks = table.experts, table.expert_P.size, table.gpus
+        self.widest = _power(int(table.replicas_E.max()), 2)
+        by_expert = table.to_slots_P
+        starts_E = np.cumsum(table.replicas_E) - table.replicas_E
+        nth_P = np.arange(slots) - starts_E[table.expert_P[by_expert]]
+        cell = table.expert_P[by_expert], nth_P
+        #: Where a flat slot stands among its expert's.
+        self.cell = (table.expert_P, np.empty(slots, dtype=np.int64))
+        self.cell[1][by_expert] = nth_P
+        slot_EX = np.full((experts, self.widest), 0, dtype=np.int32)
+        slot_EX[cell] = by_expert
+        rank_EX = np.zeros((experts, self.widest), dtype=np.int32)
+        rank_EX[cell] = table.rank_P[by_expert]
+        many = np.flatnonzero(table.replicas_E > 1)
+        nth_E = np.zeros(experts, dtype=np.int32)
+        nth_E[many] = np.arange(many.size)
+        place_P = np.empty(slots, dtype=np.int32)
+        place_P[by_expert] = np.arange(slots)
+        filled_GC = table.slots().astype(np.int32)
+        single_GC = np.where(filled_GC >= 0, filled_GC, 0)
+        single_GC = np.where((filled_GC >= 0) & (table.replicas_E[single_GC] == 1), filled_GC, -1)
+
+        def there(array: NDArray[Any]) -> Tensor:
+            return upload(array.astype(np.int32), device)
+
+        self.slots, self.many_count, self.most = slots, int(many.size), filled_GC.shape[1]
+        self.slot_EX, self.rank_EX, self.copies_E = there(slot_EX), there(rank_EX), there(table.replicas_E)
+        self.many_S, self.nth_E, self.place_P = there(many), there(nth_E), there(place_P)
+        self.single_GC, self.node_R = there(single_GC), there(np.array(group.node_R))
+        self.nodes = len(set(group.node_R)) and max(group.node_R) + 1
+        self.first_G = there(np.append(table.starts_G, slots))
+        mine = len(table.rows[group.rank])
+        self.mine, self.first = mine, int(table.starts_G[group.rank])
+        self.as_they_stand = there(np.arange(max(mine, 1)))
+        new = torch.empty(0, dtype=torch.int64, device=device).new_empty
+        self.sends_RP = new((ranks, slots))
+        self.load_S, self.quota_SX = new(max(self.many_count, 1)), new((max(self.many_count, 1), self.widest))
+        self.order_S = torch.empty(max(self.many_count, 1), dtype=torch.int32, device=device)
+        self.busy_G = new(ranks)
+
+
+class DeviceSplit:
+    """Counts to routes of one layer, by kernels.
+
+    Parameters
+    ----------
+    index : int
+        Of the layer among the model's MoE layers.
+    group : ExpertGroup
+        The ranks.
+    device : torch.device
+        Where the counts are.
+    """
+
+    def __init__(self, index: int, group: ExpertGroup, device: torch.device) -> None:
+        self.index, self.group, self.device = index, group, device
+        self._placed: _Placed | None = None
+        self._weights: tuple[SlotTable, SharePolicy, Tensor, Tensor] | None = None
+        self._speeds: tuple[SharePolicy, Tensor] | None = None
+        self._nothing = torch.zeros(1, dtype=torch.float64, device=device)
+        self._wanted: tuple[bytes, Tensor] | None = None
+
+    # -- launches ----------------------------------------------------------------------------------
+
+    def follow(self, table: SlotTable) -> None:
+        """Take up another table, if it is another."""
+        if self._placed is None or self._placed.table is not table:
+            self._placed = _Placed(table, self.group, self.device)
+
+    @property
+    def sends_RP(self) -> Tensor:
+        """Who sends how many rows to which slot; int64 [R, P], of the last split."""
+        return self._at().sends_RP
+
+    def _at(self) -> _Placed:
+        assert self._placed is not None
+        return self._placed
+
+    def start(self, gathered: Tensor, policy: SharePolicy, table: SlotTable) -> None:
+        """Launch the split of a batch; the host waits for nothing.
+
+        Parameters
+        ----------
+        gathered : int64 tensor, shape [R, E + K]
+            Every rank's counts, and what else it says.
+        policy : SharePolicy
+            One that `on_device` knows.
+        table : SlotTable
+            The layer's slots.
+        """
+        self.follow(table)
+        at, kernels, ranks = self._at(), _kernels(), self.group.size
+        counts, stride = gathered, gathered.stride(0)
+        kind, weight_EX, total_E = 2, self._nothing, self._nothing
+        if type(policy) is EqualShares or table.single:
+            kind = 0
+        elif type(policy) is PlannedShares:
+            kind, (weight_EX, total_E) = 1, self._weighted(policy, table)
+        else:
+            assert isinstance(policy, BalancedShares)
+            self._balance(counts, policy)
+        tile = _power(ranks) * at.widest
+        kernels.split[(table.experts,)](
+            counts,
+            stride,
+            at.slot_EX,
+            at.rank_EX,
+            at.copies_E,
+            at.nth_E,
+            weight_EX,
+            total_E,
+            at.quota_SX,
+            at.node_R,
+            at.sends_RP,
+            ranks,
+            at.slots,
+            at.nodes,
+            RB=_power(ranks),
+            X=at.widest,
+            POLICY=kind,
+            num_warps=min(8, _power(tile // 256)),
+            enable_fp_fusion=False,
+        )
+
+    def _balance(self, counts: Tensor, policy: BalancedShares) -> None:
+        at, kernels, ranks = self._at(), _kernels(), self.group.size
+        SB = _power(at.many_count)
+        kernels.order[(at.many_count,)](
+            counts,
+            counts.stride(0),
+            at.many_S,
+            at.load_S,
+            at.order_S,
+            ranks,
+            at.many_count,
+            SB=SB,
+            num_warps=1,
+        )
+        if self._speeds is None or self._speeds[0] is not policy:
+            speed_G = np.array(policy.speed_G or [1] * ranks, dtype=np.int64)
+            self._speeds = policy, upload(speed_G, self.device)
+        kernels.pour[(1,)](
+            counts,
+            counts.stride(0),
+            at.many_S,
+            at.load_S,
+            at.order_S,
+            at.single_GC,
+            at.rank_EX,
+            at.copies_E,
+            self._speeds[1],
+            at.busy_G,
+            at.quota_SX,
+            policy.sweeps,
+            ranks,
+            ranks,
+            at.most,
+            at.many_count,
+            GB=_power(ranks),
+            CB=_power(at.most),
+            SB=SB,
+            X=at.widest,
+            UNIT=policy.speed_G is None,
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
+
+    def _weighted(self, policy: PlannedShares, table: SlotTable) -> tuple[Tensor, Tensor]:
+        """Weights of the slots by expert, and their sums; sent when plan or table change."""
+        known = self._weights
+        if known is None or known[0] is not table or known[1] is not policy:
+            weight_P, total_E = policy.weights(self.index, table)
+            at = self._at()
+            weight_EX = np.zeros((table.experts, at.widest))
+            weight_EX[at.cell] = weight_P
+            known = table, policy, upload(weight_EX, self.device), upload(total_E, self.device)
+            self._weights = known
+        return known[2:]
+
+    def tell(self, gathered: Tensor) -> Told:
+        """What the host must know of the split; waits for it: the one synchronisation of a layer."""
+        at, ranks = self._at(), self.group.size
+        experts = at.table.experts
+        extra = gathered.size(1) - experts
+        out = gathered.new_empty((ranks, extra + 2 + at.mine))
+        _kernels().pack[(ranks,)](
+            gathered,
+            gathered.stride(0),
+            experts,
+            extra,
+            at.sends_RP,
+            at.first_G,
+            out,
+            ranks,
+            at.slots,
+            self.group.rank,
+            at.mine,
+            KB=_power(extra),
+            SB=_power(at.mine),
+            num_warps=1,
+        )
+        if out.is_cuda:
+            here = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+            here.copy_(out, non_blocking=True)
+            torch.cuda.current_stream(out.device).synchronize()
+            out = here
+        found: IntArray = out.numpy()
+        return Told(
+            found[:, :extra],
+            found[:, extra],
+            found[:, extra + 1],
+            np.ascontiguousarray(found[:, extra + 2 :]),
+        )
+
+    # -- orders of rows ----------------------------------------------------------------------------
+
+    def by_slot(self, order: Tensor) -> Tensor:
+        """Rows of this rank in the order of the flat slots, from their order by expert."""
+        at = self._at()
+        out = torch.empty_like(order)
+        _kernels().fill[(at.slots,)](
+            at.sends_RP,
+            at.place_P,
+            order,
+            out,
+            at.slots,
+            self.group.rank,
+            PB=_power(at.slots),
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
+        return out
+
+    def by_local_slot(
+        self, wanted_S: IntArray | None, rows: int, padded: int, block: int
+    ) -> tuple[Tensor, Tensor]:
+        """Whence the rows come, slot by slot (0 where padded), and where each that arrives will stand.
+
+        Parameters
+        ----------
+        wanted_S : array of int64, shape [S], optional
+            Order of the slots; None: as they stand.
+        rows, padded : int
+            Rows that arrive, and how many they are with the padding.
+        block : int
+            Each slot's are padded to a multiple of so many.
+        """
+        at = self._at()
+        wanted = at.as_they_stand
+        if wanted_S is not None:
+            key = wanted_S.tobytes()
+            if self._wanted is None or self._wanted[0] != key:
+                self._wanted = key, upload(wanted_S.astype(np.int32), self.device)
+            wanted = self._wanted[1]
+        new = torch.zeros if padded > rows else torch.empty
+        gather = new(padded, dtype=torch.int64, device=self.device)
+        scatter = torch.empty(rows, dtype=torch.int64, device=self.device)
+        RB, SB = _power(self.group.size), _power(at.mine)
+        _kernels().arrange[(self.group.size, at.mine)](
+            at.sends_RP,
+            wanted,
+            gather,
+            scatter,
+            self.group.size,
+            at.slots,
+            at.first,
+            at.mine,
+            block,
+            RB=RB,
+            SB=SB,
+            BLOCK=BLOCK,
+            num_warps=min(8, _power(RB * SB // 256)),
+        )
+        return gather, scatter

@@ -1,0 +1,201 @@
+"""The split's kernels beside the host's split: the same integers; and compiled for a GPU that is not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+import torch
+
+from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.runtime.live.dispatch import device, routes, shares
+from moeless_opt.runtime.live.slots import SlotTable, rows_to_slots, static_slots
+
+CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+def policies(rng: np.random.Generator, table: SlotTable) -> list[shares.SharePolicy]:
+    slots = table.slots()[None]
+    known = np.where(rng.random(slots.shape) < 0.8, slots, -1)
+    return [
+        shares.EqualShares(),
+        shares.PlannedShares(rng.random(slots.shape), known),
+        shares.PlannedShares(rng.integers(0, 4, slots.shape) / 3, slots),
+        shares.BalancedShares(),
+        shares.BalancedShares(rng.integers(1, 4, table.gpus).tolist(), sweeps=7),
+    ]
+
+
+def same(
+    table: SlotTable,
+    counts_RE: np.ndarray,
+    nodes: list[int],
+    policy: shares.SharePolicy,
+    me: int,
+    extra: int = 3,
+) -> None:
+    """Kernels and host agree on everything that a split says."""
+    ranks = len(counts_RE)
+    group: Any = SimpleNamespace(size=ranks, rank=me, node_R=nodes)
+    headers = np.arange(ranks * extra).reshape(ranks, extra) - 5
+    gathered = torch.from_numpy(np.concatenate([counts_RE, headers], axis=1))
+    quota_P = policy.quotas(0, counts_RE.sum(axis=0), table)
+    sends_RP = routes.source_aware(counts_RE, quota_P, table, nodes)
+    split = device.DeviceSplit(0, group, CPU)
+    split.start(gathered, policy, table)
+    np.testing.assert_array_equal(split.sends_RP.numpy(), sends_RP, policy.name)
+    told = split.tell(gathered)
+    own = slice(int(table.starts_G[me]), int(table.ends_G[me]))
+    np.testing.assert_array_equal(told.headers_RK, headers)
+    np.testing.assert_array_equal(told.chunks_RS, sends_RP[:, own])
+    np.testing.assert_array_equal(told.come_R, sends_RP[:, own].sum(axis=1))
+    by_rank = [sends_RP[me, a:b].sum() for a, b in zip(table.starts_G, table.ends_G, strict=True)]
+    np.testing.assert_array_equal(told.give_R, by_rank)
+
+
+def some_layer(rng: np.random.Generator, most: int) -> tuple[SlotTable, np.ndarray, list[int]]:
+    """Slots in any order, ranks without slots or tokens, experts without tokens, nodes in any order."""
+    experts, ranks = int(rng.integers(1, most)), int(rng.integers(1, most))
+    rows: list[list[int]] = [[] for _ in range(ranks)]
+    for e in rng.permutation(experts).tolist():
+        n = 1 if rng.random() < 0.4 else int(rng.integers(1, ranks + 1))
+        for g in rng.permutation(ranks)[:n].tolist():
+            rows[g].append(e)
+    high = 10 ** int(rng.integers(0, 6))
+    counts = rng.integers(0, high, (ranks, experts)) * (rng.random((ranks, experts)) < 0.7)
+    counts *= (rng.random(experts) < 0.9) * (rng.random((ranks, 1)) < 0.9)
+    return SlotTable(rows_to_slots(rows), experts), counts, rng.integers(0, 3, ranks).tolist()
+
+
+@needs_triton
+def test_kernels_give_the_integers_of_the_host() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(8):
+        table, counts_RE, nodes = some_layer(rng, 9)
+        for policy in policies(rng, table):
+            assert device.on_device(policy)
+            same(table, counts_RE, nodes, policy, int(rng.integers(len(nodes))))
+
+
+def wide(experts: int, ranks: int, more: int) -> tuple[SlotTable, np.ndarray, list[int]]:
+    """A layer of a large model, the heaviest experts with a replica more."""
+    rng = np.random.default_rng(experts + ranks)
+    load_E = rng.lognormal(0, 1, experts)
+    rows = [row.tolist() for row in np.array_split(rng.permutation(experts), ranks)]
+    for e in np.argsort(-load_E)[:more].tolist():
+        open_to = [g for g in range(ranks) if e not in rows[g]]
+        rows[min(open_to, key=lambda g: len(rows[g]))].append(e)
+    counts = rng.multinomial(500, load_E / load_E.sum(), size=ranks)
+    return SlotTable(rows_to_slots(rows), experts), counts, [r // 8 for r in range(ranks)]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(64, 8, 8), (256, 32, 32), (256, 64, 64)])
+def test_large_layers(shape: tuple[int, int, int]) -> None:
+    table, counts_RE, nodes = wide(*shape)
+    same(table, counts_RE, nodes, shares.BalancedShares(), len(nodes) // 2)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["equal", "balanced"])
+def test_smallest_layers(name: str) -> None:
+    policy = shares.share_policy(name)
+    one = SlotTable([[0]], 1)
+    same(one, np.array([[0]]), [0], policy, 0, extra=0)
+    same(one, np.array([[7]]), [0], policy, 0)
+    same(SlotTable(static_slots(6, 3), 6), np.zeros((3, 6), dtype=np.int64), [0, 0, 1], policy, 1)
+    # One expert on all but a rank that has tokens and no slot.
+    same(SlotTable([[0], [-1], [0]], 1), np.array([[5], [11], [0]]), [0, 1, 1], policy, 1)
+
+
+@needs_triton
+def test_rows_are_ordered_as_on_the_host() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(8):
+        table, counts_RE, nodes = some_layer(rng, 6)
+        counts_RE %= 30
+        me, block = int(rng.integers(len(nodes))), int(rng.integers(1, 4))
+        group: Any = SimpleNamespace(size=len(nodes), rank=me, node_R=nodes)
+        split = device.DeviceSplit(0, group, CPU)
+        split.start(torch.from_numpy(counts_RE), shares.EqualShares(), table)
+        sends_RP = split.sends_RP.numpy()
+        rows = torch.from_numpy(rng.permutation(int(sends_RP[me].sum())))
+        # By expert, and there by slot: what the sorted rows are.
+        expected: dict[int, list[int]] = {}
+        at = 0
+        for p in table.to_slots_P.tolist():
+            expected[p] = rows[at : at + int(sends_RP[me, p])].tolist()
+            at += int(sends_RP[me, p])
+        assert split.by_slot(rows).tolist() == [row for p in sorted(expected) for row in expected[p]]
+        chunks_RS = sends_RP[:, int(table.starts_G[me]) : int(table.ends_G[me])]
+        if not chunks_RS.size:
+            continue
+        wanted = rng.permutation(chunks_RS.shape[1])
+        sizes_S = chunks_RS[:, wanted].sum(axis=0)
+        padded = int((-(-sizes_S // block) * block).sum())
+        gather, scatter = split.by_local_slot(wanted, int(sizes_S.sum()), padded, block)
+        names = [(r, s, i) for r, row in enumerate(chunks_RS) for s, n in enumerate(row) for i in range(n)]
+        # Slot by slot as wanted, there rank by rank; and filled up.
+        target: list[Any] = []
+        for s in wanted:
+            target += sorted(name for name in names if name[1] == s)
+            target += [None] * (-len(target) % block)
+        assert len(target) == padded
+        assert [t for t in target if t] == [
+            names[g] for g, t in zip(gather.tolist(), target, strict=True) if t
+        ]
+        assert [target[s] for s in scatter.tolist()] == names
+
+
+def test_where_splits_cannot_be_on_the_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not device.runs_here("host", CPU)
+    assert not device.runs_here("auto", CPU)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UnsupportedFeatureError, match="split='device': triton is not installed"):
+        device.runs_here("device", CPU)
+    assert not device.runs_here("auto", torch.device("cuda"))
+
+
+def test_policies_without_kernels() -> None:
+    class Mine(shares.BalancedShares):
+        """Not what the kernels know."""
+
+    assert not device.on_device(Mine())
+    assert not device.on_device(shares.BalancedShares([2**31, 1]))
+    assert device.on_device(shares.BalancedShares([3, 1]))
+
+
+COMPILE = """
+from moeless_opt.runtime.live.dispatch.device import compiled
+
+for name, sizes in {
+    "pour": dict(GB=8, CB=8, SB=8, X=2, UNIT=True),
+    "split": dict(RB=8, X=2, POLICY=1),
+}.items():
+    found = compiled(name, **sizes)
+    assert 0 < found.instructions, name
+    assert found.spills == 0, name
+    # Products and sums are rounded one by one, as on the host.
+    assert "fma.rn.f64" not in found.ptx, name
+    # What is added before floors is 1e-9 itself, not the nearest number of 32 bits.
+    assert (name == "split") == ("0d3E112E0BE826D695" in found.ptx), name
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu_without_one() -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=env)
