@@ -59,6 +59,7 @@ from moeless_opt.solvers.shares import ShareTable, share_table
 if TYPE_CHECKING:
     from moeless_opt.adapters import export, read_placement
     from moeless_opt.conflicts import Contradiction
+    from moeless_opt.elastic import Repair, Resize, drain, expand, repair
     from moeless_opt.explaining import Explanation, explain
     from moeless_opt.fronts import ParetoFront, migration, pareto
 
@@ -89,6 +90,8 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Progress",
+    "Repair",
+    "Resize",
     "Result",
     "Risk",
     "ShareTable",
@@ -102,7 +105,9 @@ __all__ = [
     "UnsupportedFeatureError",
     "__version__",
     "compare",
+    "drain",
     "engine_measures",
+    "expand",
     "explain",
     "export",
     "export_model",
@@ -119,6 +124,7 @@ __all__ = [
     "read_loads",
     "read_placement",
     "recommend_redundancy",
+    "repair",
     "save_plan",
     "save_problem",
     "share_table",
@@ -136,11 +142,16 @@ _LATE = {
     "Contradiction": "moeless_opt.conflicts",
     "Explanation": "moeless_opt.explaining",
     "ParetoFront": "moeless_opt.fronts",
+    "Repair": "moeless_opt.elastic",
+    "Resize": "moeless_opt.elastic",
+    "drain": "moeless_opt.elastic",
+    "expand": "moeless_opt.elastic",
     "explain": "moeless_opt.explaining",
     "export": "moeless_opt.adapters",
     "migration": "moeless_opt.fronts",
     "pareto": "moeless_opt.fronts",
     "read_placement": "moeless_opt.adapters",
+    "repair": "moeless_opt.elastic",
 }
 
 

@@ -30,7 +30,7 @@ from moeless_opt.solvers.migration import schedule_migration, staging_limit
 from moeless_opt.solvers.replan import frontier
 from moeless_opt.solvers.shares import best_shares
 
-__all__ = ["ParetoFront", "migration", "pareto"]
+__all__ = ["ParetoFront", "checked_schedule", "migration", "pareto"]
 
 SIZES = 8
 """Replica counts per layer, from one each to full slots, that the front of balance against memory tries."""
@@ -243,24 +243,38 @@ def migration(
     """
     if problem.current is None:
         raise ProblemError("current", "is missing: a migration starts from a live placement")
-    topology, before_LGC, size_L = problem.topology, problem.current.slots_LGC, problem.bytes_L
+    given = problem.current.slots_LGC, plan.slots_LGC
+    schedule = checked_schedule(problem, *given, staging=staging, max_step_bytes=max_step_bytes)
+    return schedule.named(problem.loads.layers)
+
+
+def checked_schedule(
+    problem: Problem,
+    before_LGC: SlotArray,
+    after_LGC: SlotArray,
+    *,
+    staging: int | None = None,
+    max_step_bytes: int | None = None,
+) -> Migration:
+    """The schedule from one placement to another on a problem's GPUs, by rows, replayed independently."""
+    topology, size_L, experts = problem.topology, problem.bytes_L, problem.experts
     unit_L = size_L if size_L.any() else np.ones(problem.layers, dtype=np.int64)
     limit_G = staging_limit(topology, unit_L, problem.capacity_LG, staging)
     schedule = schedule_migration(
         before_LGC,
-        plan.slots_LGC,
-        problem.experts,
+        after_LGC,
+        experts,
         topology,
         bytes_L=size_L,
         limit_G=limit_G,
         max_step_bytes=max_step_bytes,
     )
     found = migration_violations(
-        schedule, before_LGC, plan.slots_LGC, problem.experts, topology, bytes_L=size_L, limit_G=limit_G
+        schedule, before_LGC, after_LGC, experts, topology, bytes_L=size_L, limit_G=limit_G
     )
     if found:
         raise InvalidPlanError(found)
-    return schedule.named(problem.loads.layers)
+    return schedule
 
 
 def _by_size(

@@ -77,6 +77,7 @@ FEATURES: dict[str, frozenset[Feature]] = {
     "auto": _REPLAN | _CONSTRAINED | _SIZED | _ACTIVATION | {Feature.PRIORITIES},
     "construct": _CONSTRUCT | _LIMITS | _FILL_ALL | _ENTRIES,
     "replan": _REPLAN,
+    "cover": _REPLAN | {Feature.TIME_MODEL},
     "min-moves": frozenset(
         {
             Feature.EQUAL_SPLIT,

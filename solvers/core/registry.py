@@ -26,6 +26,7 @@ SOLVERS: dict[str, str] = {
     "auto": "moeless_opt.solvers.auto:Auto",
     "construct": "moeless_opt.solvers.construct.solver:Construct",
     "replan": "moeless_opt.solvers.replan.solver:Replan",
+    "cover": "moeless_opt.solvers.replan.cover:Cover",
     "min-moves": "moeless_opt.solvers.replan.prove:MinMoves",
     "constrained": "moeless_opt.solvers.sizing.limits:Constrained",
     "sized": "moeless_opt.solvers.sizing.solver:Sized",

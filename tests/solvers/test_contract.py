@@ -17,7 +17,7 @@ from moeless_opt.solvers.core.solver import Heuristic
 from moeless_opt.solvers.core.stopping import FirstOf, Interrupt, MaxTime, NeverStop
 
 NAMES = list(registry.SOLVERS)
-LIVE = {"replan", "min-moves", "stay"}
+LIVE = {"replan", "cover", "min-moves", "stay"}
 """They start from a live placement, and need one."""
 
 RNG = np.random.default_rng(11)

@@ -1,0 +1,320 @@
+"""GPUs that fail, leave and join: what is live on the others, what to load first, and the order of it.
+
+`repair` answers a failure in two plans: the first brings back every expert that nobody holds, by the fewest
+loads, and is there in milliseconds; the second balances. `drain` empties GPUs that are to leave while they
+still serve, so that their experts come from them and not from the host; `expand` takes new GPUs in.
+
+GPUs keep their numbers: one that is lost or drained has no slots any more, and counts nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from moeless_opt.api import as_loads, solve
+from moeless_opt.fronts import checked_schedule
+from moeless_opt.problems.arrays import IntArray, Record, SlotArray, integers
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.plan import Migration, Plan
+from moeless_opt.problems.spec import PRIORITIES, Limits, Loads, Placement, Problem, Topology, span
+from moeless_opt.problems.text import bytes_text
+from moeless_opt.report import ratio_text
+from moeless_opt.solvers.core import Clock
+
+__all__ = ["Repair", "Resize", "drain", "expand", "repair"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Repair(Record):
+    """What a failure asks for: coverage first, then balance.
+
+    Parameters
+    ----------
+    lost : tuple of int
+        GPUs that are gone.
+    missing : int
+        Experts, over all layers, that have no live replica.
+    spread : int
+        Failure domains that every expert is to reach on the GPUs that are left; less than was asked for where
+        they have no room or are too few.
+    coverage : Plan
+        Every expert back, by the fewest moves; of ``coverage.made_for``.
+    plan : Plan
+        Balanced, from there; of ``plan.made_for``. The same as `coverage` where balance was not asked for.
+    seconds : (float, float)
+        Time to plan each.
+    """
+
+    lost: tuple[int, ...]
+    missing: int
+    spread: int
+    coverage: Plan
+    plan: Plan
+    seconds: tuple[float, float]
+
+    def schedules(self) -> tuple[Migration, Migration]:
+        """The order of the transfers that restore coverage, and of those that balance, each checked."""
+        first = _order(self.coverage)
+        if self.plan is self.coverage:
+            return first, Migration(steps=(), seconds=0.0, lower_bound=0.0, peak_G=first.peak_G)
+        return first, _order(self.plan)
+
+    def __str__(self) -> str:
+        lines = [f"GPUs {span(self.lost)} are lost: {self.missing} experts have no live replica"]
+        stages = [("coverage", self.coverage), ("balance", self.plan)]
+        for (name, plan), seconds in zip(stages, self.seconds, strict=True):
+            size = f" ({bytes_text(plan.moves.bytes)})" if plan.moves.bytes else ""
+            lines.append(
+                f"{name}: {plan.moves.count} replicas{size} to move, imbalance "
+                f"{ratio_text(plan.imbalance_L.mean())} (worst layer {ratio_text(plan.imbalance_L.max())}), "
+                f"planned in {seconds * 1e3:.3g} ms"
+            )
+            if self.plan is self.coverage:
+                break
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Resize(Record):
+    """A plan for more GPUs or fewer, and the way there.
+
+    Parameters
+    ----------
+    plan : Plan
+        On the GPUs that there will be; of ``plan.made_for``.
+    schedule : Migration
+        The ordered transfers; GPUs that leave serve as sources until the end.
+    """
+
+    plan: Plan
+    schedule: Migration
+
+    def __str__(self) -> str:
+        return f"{self.plan!r}\n{self.schedule!r}"
+
+
+def repair(
+    plan: Plan,
+    lost: Sequence[int],
+    *,
+    problem: Problem | None = None,
+    loads: ArrayLike | Loads | None = None,
+    balance: bool = True,
+    max_moves: int | None = None,
+    **options: Any,
+) -> Repair:
+    """Plan again after the loss of some GPUs: coverage first, by the fewest bytes, then balance.
+
+    Parameters
+    ----------
+    plan : Plan
+        What was live when they failed.
+    lost : sequence of int
+        The GPUs that are gone.
+    problem : Problem, optional
+        What the plan is for; needed where the plan was read from a file.
+    loads : array [L, E] or Loads, optional
+        Loads to plan for; the problem's by default.
+    balance : bool
+        Whether to balance after coverage is restored.
+    max_moves : int, optional
+        Replicas that balancing may move.
+    **options
+        To the solver that balances (``solver``, ``time_limit``, ``seed``, ...; see `solve`).
+
+    Returns
+    -------
+    Repair
+
+    Raises
+    ------
+    InfeasibleError
+        If the GPUs that are left cannot hold every expert; it says how many are too many.
+    ProblemError
+        If an argument is malformed.
+
+    Examples
+    --------
+    >>> import moeless_opt as mo
+    >>> live = mo.plan([[4, 3, 2, 1]], mo.uniform(1, 4, slots=2))
+    >>> found = mo.repair(live, [2])
+    >>> int((found.plan.slots_LGC[0, 2] >= 0).sum()), found.plan.moves.count >= 0
+    (0, True)
+    """
+    began = Clock.begin()
+    given = _problem_of(plan, problem, loads)
+    gone_X = integers("lost", list(lost), high=given.topology.gpus - 1)
+    slots_LGC = plan.slots_LGC.copy()
+    slots_LGC[:, gone_X] = -1
+    left = _without(given, gone_X)
+    live = Placement(slots_LGC=slots_LGC, experts=given.experts, partial=True)
+    missing = int((live.replicas_LE == 0).sum())
+    live = live if missing else live.replace(partial=False)
+    first = left.replace(
+        current=live, objective=left.objective.replace(horizon=None, priorities=PRIORITIES), known=None
+    )
+    coverage = _solved(first, solver="cover")
+    covered_after = began.seconds
+    found = coverage
+    if balance:
+        limits = left.limits.replace(max_moves=max_moves)
+        current = Placement(slots_LGC=coverage.slots_LGC, experts=given.experts)
+        found = _solved(left.replace(current=current, limits=limits, known=None), **options)
+    return Repair(
+        lost=tuple(np.unique(gone_X).tolist()),
+        missing=missing,
+        spread=left.limits.spread,
+        coverage=coverage,
+        plan=found,
+        seconds=(covered_after, began.seconds - covered_after),
+    )
+
+
+def drain(
+    plan: Plan,
+    gpus: Sequence[int],
+    *,
+    problem: Problem | None = None,
+    loads: ArrayLike | Loads | None = None,
+    **options: Any,
+) -> Resize:
+    """Plan for the others, and the order in which some GPUs hand over what they hold before they leave.
+
+    Parameters
+    ----------
+    plan : Plan
+        What is live.
+    gpus : sequence of int
+        The GPUs that are to leave.
+    problem, loads
+        As in `repair`.
+    **options
+        To `solve`.
+
+    Raises
+    ------
+    InfeasibleError
+        If the others cannot hold every expert, or have no room to receive what has to come.
+    """
+    given = _problem_of(plan, problem, loads)
+    leave_X = integers("gpus", list(gpus), high=given.topology.gpus - 1)
+    slots_LGC = plan.slots_LGC.copy()
+    slots_LGC[:, leave_X] = -1
+    left = _without(given, leave_X)
+    live = Placement(slots_LGC=slots_LGC, experts=given.experts, partial=True)
+    if live.replicas_LE.all():
+        live = live.replace(partial=False)
+    found = _solved(left.replace(current=live, known=None), **options)
+    # Until they leave, they hold and send what they have.
+    return Resize(plan=found, schedule=_way(given, plan.slots_LGC, found.slots_LGC))
+
+
+def expand(
+    plan: Plan,
+    topology: Topology,
+    *,
+    problem: Problem | None = None,
+    loads: ArrayLike | Loads | None = None,
+    **options: Any,
+) -> Resize:
+    """Plan for more GPUs, with few moves from what is live, and the order of the transfers.
+
+    Parameters
+    ----------
+    plan : Plan
+        What is live.
+    topology : Topology
+        The GPUs as they will be: those of the plan first, in order, then the new ones.
+    problem, loads
+        As in `repair`.
+    **options
+        To `solve`.
+
+    Raises
+    ------
+    ProblemError
+        If the topology has fewer GPUs than the plan.
+    """
+    given = _problem_of(plan, problem, loads)
+    before, after = plan.slots_LGC.shape[1], topology.gpus
+    if after < before:
+        raise ProblemError(
+            "topology", f"has {after} GPUs, what is live has {before}: `drain` is for those that leave"
+        )
+    layers, _, wide = plan.slots_LGC.shape
+    slots_LGC = np.full((layers, after, wide), -1, dtype=np.int32)
+    slots_LGC[:, :before] = plan.slots_LGC
+    current = Placement(slots_LGC=slots_LGC, experts=given.experts)
+    found = _solved(given.replace(topology=topology, current=current, known=None), **options)
+    assert not isinstance(found.made_for, str)
+    return Resize(plan=found, schedule=_way(found.made_for, slots_LGC, found.slots_LGC))
+
+
+def _problem_of(plan: Plan, problem: Problem | None, loads: ArrayLike | Loads | None) -> Problem:
+    """What a plan is for, without anything live, with other loads where they are given."""
+    if not isinstance(plan, Plan):
+        raise ProblemError("plan", f"is {type(plan).__name__}, must be a Plan")
+    given = plan.made_for if problem is None else problem
+    if isinstance(given, str):
+        raise ProblemError(
+            "problem", "is missing: a plan that was read from a file does not have its problem"
+        )
+    want, have = (given.layers, given.topology.gpus, given.experts), (*plan.slots_LGC.shape[:2], plan.experts)
+    if want != have:
+        raise ProblemError(
+            "plan",
+            "is for {} layers, {} GPUs and {} experts; the problem has {}, {} and {}".format(*have, *want),
+        )
+    free = given.limits.replace(
+        max_moves=None, max_move_bytes=None, max_move_seconds=None, max_layer_moves=None
+    )
+    given = given.replace(current=None, limits=free, known=None)
+    return given if loads is None else given.replace(loads=as_loads(loads))
+
+
+def _without(problem: Problem, gone_X: IntArray) -> Problem:
+    """The problem on the GPUs that are left: no slots on the others, no more domains than have room."""
+    topology = problem.topology
+    if np.unique(gone_X).size == topology.gpus:
+        raise InfeasibleError("topology.gpus: all GPUs are gone; at least one must remain")
+    changes: dict[str, Any] = {}
+    for key in ("slots_G", "memory_G"):
+        if getattr(topology, key) is not None:
+            room_G = getattr(topology, key).copy()
+            room_G[gone_X] = 0
+            changes[key] = room_G
+    left = problem.replace(topology=topology.replace(**changes), limits=Limits())
+    gone = set(gone_X.tolist())
+    limits = problem.limits
+    alive_G = left.usable_LG.any(0)
+    domains = np.unique(topology.failure_domain_G[alive_G]).size
+    each = int(np.minimum(left.capacity_LG, problem.experts).sum(1).min()) // problem.experts
+    limits = limits.replace(
+        spread=max(1, min(limits.spread, domains, each)),
+        min_replicas=max(1, min(limits.min_replicas, int(alive_G.sum()), each)),
+        pinned=tuple(pair for pair in limits.pinned if pair[2] not in gone),
+    )
+    return left.replace(limits=limits)
+
+
+def _solved(problem: Problem, **options: Any) -> Plan:
+    result = solve(problem, **options)
+    if result.plan is None:
+        raise InfeasibleError(result.message or "no plan was found")
+    return result.plan
+
+
+def _order(plan: Plan) -> Migration:
+    problem = plan.made_for
+    assert not isinstance(problem, str)
+    assert problem.current is not None
+    return _way(problem, problem.current.slots_LGC, plan.slots_LGC)
+
+
+def _way(problem: Problem, before_LGC: SlotArray, after_LGC: SlotArray) -> Migration:
+    return checked_schedule(problem, before_LGC, after_LGC).named(problem.loads.layers)

@@ -1,0 +1,140 @@
+"""First aid after a loss: every expert has a replica again, by the fewest moves, in milliseconds.
+
+An expert that nobody holds must be loaded once, whatever else is done; so as many loads as there are such
+experts are both needed and enough wherever the slots suffice. Heaviest first, each goes to the GPU with least
+to do for its speed: into a free slot while there are any, then that of the lightest replica of an expert that
+has others. All layers take a step at once. Where limits ask for more (domains, pins, replicas), a cheapest
+flow finds the fewest replicas that make up for it, layer by layer.
+
+References
+----------
+Coverage before balance is how elastic systems restart: Lazarus (Wu et al. 2024, arXiv 2407.04656) and
+Tarragon (2026) first see to it that no expert is missing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
+from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.problems.plan import new_replicas
+from moeless_opt.problems.spec import Fill, Problem, replica_counts
+from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, in_entries, keeps_limits
+from moeless_opt.solvers.limits import full_within, mended_within, rules_of
+from moeless_opt.solvers.replan.live import live_slots
+from moeless_opt.solvers.shares import best_shares
+
+__all__ = ["Cover", "covered"]
+
+
+def covered(
+    load_LE: FloatArray, live_LGC: SlotArray, capacity_LG: IntArray, speed_G: FloatArray
+) -> SlotArray:
+    """A placement in which every expert has a replica, with the fewest new ones, shape [L, G, C].
+
+    Parameters
+    ----------
+    load_LE : array, shape [L, E]
+        Tokens.
+    live_LGC : array of int32, shape [L, G, C]
+        What is live, each GPU within its slots; those that are full come first.
+    capacity_LG : array of int, shape [L, G]
+        Slots of each GPU, in all at least E in every layer.
+    speed_G : array, shape [G]
+        Relative speeds.
+    """
+    slots_LGC = live_LGC.copy()
+    layers, _, wide = slots_LGC.shape
+    experts = load_LE.shape[1]
+    count_LE = replica_counts(slots_LGC, experts).astype(np.int64)
+    missing_LE = count_LE == 0
+    if not missing_LE.any():
+        return slots_LGC
+    row_L = np.arange(layers)
+    piece_LE = load_LE / np.maximum(count_LE, 1)
+    held_LGC: BoolArray = slots_LGC >= 0
+    expert_LGC = np.maximum(slots_LGC, 0)
+    piece_LGC = np.where(held_LGC, piece_LE[row_L[:, None, None], expert_LGC], 0.0)
+    busy_LG = piece_LGC.sum(2) / speed_G
+    open_LGC = ~held_LGC & (np.arange(wide) < capacity_LG[:, :, None])
+    order_LE = np.argsort(np.where(missing_LE, -load_LE, np.inf), axis=1, kind="stable")
+    for turn in range(int(missing_LE.sum(1).max())):
+        rows = np.flatnonzero(missing_LE.sum(1) > turn)
+        comes_R = order_LE[rows, turn]
+        count_RGC = count_LE[rows[:, None, None], expert_LGC[rows]]
+        free_R = open_LGC[rows].reshape(len(rows), -1).any(1)
+        spare_RGC = np.where(free_R[:, None, None], open_LGC[rows], held_LGC[rows] & (count_RGC > 1))
+        gpu_R = np.where(spare_RGC.any(2), busy_LG[rows], np.inf).argmin(1)
+        at = np.arange(len(rows))
+        slot_R = np.where(spare_RGC[at, gpu_R], piece_LGC[rows, gpu_R], np.inf).argmin(1)
+        gone_R = slots_LGC[rows, gpu_R, slot_R]
+        freed = gone_R >= 0
+        slots_LGC[rows, gpu_R, slot_R] = comes_R
+        expert_LGC[rows, gpu_R, slot_R] = comes_R
+        held_LGC[rows, gpu_R, slot_R] = True
+        open_LGC[rows, gpu_R, slot_R] = False
+        count_LE[rows, comes_R] = 1
+        count_LE[rows[freed], gone_R[freed]] -= 1
+        lost_R = np.where(freed, piece_LGC[rows, gpu_R, slot_R], 0.0)
+        piece_LGC[rows, gpu_R, slot_R] = load_LE[rows, comes_R]
+        busy_LG[rows, gpu_R] += (load_LE[rows, comes_R] - lost_R) / speed_G[gpu_R]
+        # The others take over what the dropped replica served.
+        other_XGC = slots_LGC[rows[freed]] == gone_R[freed][:, None, None]
+        more_X = lost_R[freed] / count_LE[rows[freed], gone_R[freed]]
+        piece_LGC[rows[freed]] += other_XGC * more_X[:, None, None]
+        busy_LG[rows[freed]] += other_XGC.sum(2) * more_X[:, None] / speed_G
+    return slots_LGC
+
+
+class Cover(Heuristic):
+    """Every expert a replica again, and as many as the limits ask for, by the fewest moves."""
+
+    name = "cover"
+    summary = (
+        "after a loss: every expert a replica (in as many domains as asked) by the fewest moves, at once"
+    )
+
+    def build(self, task: Task[NoOptions]) -> Built:
+        """Bring back what is missing; then what the limits still ask for."""
+        problem = task.problem
+        live_LGC = live_slots(problem)
+        slots_LGC = covered(problem.load_LE, live_LGC, problem.capacity_LG, problem.topology.speed_G)
+        broken_L = ~keeps_limits(problem, slots_LGC, tied=False)
+        if broken_L.any():
+            slots_LGC = _within(problem, live_LGC, slots_LGC, np.flatnonzero(broken_L))
+        if problem.fill != Fill.NONE:
+            slots_LGC = full_within(problem, slots_LGC)
+        _check_moves(problem, slots_LGC, live_LGC)
+        share_LGC = in_entries(problem, problem.load_LE, slots_LGC, best_shares(problem, slots_LGC))
+        return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
+
+
+def _within(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, rows: IntArray) -> SlotArray:
+    """Layers that break a limit, within it by the fewest replicas that are not live."""
+    slots_LGC, rules, speed_G = slots_LGC.copy(), rules_of(problem), problem.topology.speed_G
+    for row in rows.tolist():
+        content = [[e for e in held if e >= 0] for held in live_LGC[row].tolist()]
+        found = mended_within(rules[row], problem.load_LE[row], content, speed_G)
+        slots_LGC[row] = -1
+        for gpu, held in enumerate(found):
+            slots_LGC[row, gpu, : len(held)] = held
+    return slots_LGC
+
+
+def _check_moves(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) -> None:
+    """Refuse where fewer may move than must."""
+    limits = problem.limits
+    if not limits.bounds_moves:
+        return
+    moves_L = new_replicas(slots_LGC, live_LGC, problem.experts).sum((1, 2))
+    for name, used in (
+        ("max_moves", int(moves_L.sum())),
+        ("max_layer_moves", int(moves_L.max())),
+        ("max_move_bytes", int(moves_L @ problem.bytes_L)),
+    ):
+        most = getattr(limits, name)
+        if most is not None and used > most:
+            raise InfeasibleError(
+                f"limits.{name}: is {most}; {used} are needed to give every expert a replica"
+            )

@@ -1,0 +1,127 @@
+"""Print what the loss of GPUs costs: experts without a live replica, bytes and imbalance of each stage, time.
+
+``python tests/benchmarks/loss_table.py --data DIR`` reads the recorded loads of DeepSeek-V3 in DIR
+(``deepseek_v3_counts.npz``), plans for one workload, and takes GPUs away:
+
+- one GPU of 32 (4 nodes x 8) at 288 slots: every one in turn with ``--all``, else every eighth;
+- a node of 4 at 512 slots, planned with every expert on two nodes and without;
+- more GPUs than the others can make up for: infeasible, with how much is missing.
+
+*coverage* is `mo.repair`'s first plan, *balance* its second. Peers see the same: ``replan`` (both in
+one), EPLB from nothing on the GPUs that are left. Times are the least of three, in milliseconds of one core:
+*decide* is the coverage kernel alone, *plan* with shares, bounds and the verification.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import moeless_opt as mo
+from moeless_opt.problems.spec import Placement
+from moeless_opt.report import table
+from moeless_opt.solvers.replan.cover import covered
+
+HEAD = (
+    *("lost", "split", "missing", "stage", "replicas", "GB", "imbalance", "worst"),
+    *("in two domains", "decide ms", "plan ms"),
+)
+
+
+def least(action: Callable[[], Any], repeats: int = 3) -> tuple[Any, float]:
+    """What an action returns, and its least milliseconds of processor time."""
+    took, found = [], None
+    for _ in range(repeats):
+        began = time.process_time()
+        found = action()
+        took.append((time.process_time() - began) * 1e3)
+    return found, min(took)
+
+
+def rows_of(name: str, live: mo.Plan, lost: list[int], model: str) -> list[list[str]]:
+    """Rows of one loss: coverage, balance, and peers."""
+    found, first_ms = least(lambda: mo.repair(live, lost, balance=False))
+    full, both_ms = least(lambda: mo.repair(live, lost), 1)
+    problem = found.coverage.made_for
+    load_LE, speed_G = problem.load_LE, problem.topology.speed_G
+    given = load_LE, problem.current.slots_LGC, problem.capacity_LG, speed_G
+    _, decide = least(lambda: covered(*given))
+    rows = []
+
+    def row(stage: str, plan: mo.Plan, moves: int, decide_ms: str, ms: float) -> None:
+        held_LEG = np.zeros((problem.layers, problem.experts, problem.topology.gpus), dtype=bool)
+        x, g, c = np.nonzero(plan.slots_LGC >= 0)
+        held_LEG[x, plan.slots_LGC[x, g, c], g] = True
+        domain_G = problem.topology.failure_domain_G
+        reach = sum(held_LEG[:, :, domain_G == d].any(2).astype(int) for d in np.unique(domain_G))
+        size = moves * int(problem.bytes_L[0]) / 1e9
+        worst = plan.imbalance_L.max()
+        told = f"{moves};{size:.1f};{plan.imbalance_L.mean():.4f};{worst:.4f};{(reach >= 2).mean():.0%}"
+        rows.append(
+            [name, problem.split, str(found.missing), stage, *told.split(";"), decide_ms, f"{ms:.0f}"]
+        )
+
+    row("coverage", found.coverage, found.coverage.moves.count, f"{decide:.1f}", first_ms)
+    row("balance", full.plan, full.plan.moves.count, "", both_ms - first_ms)
+    once, ms = least(lambda: mo.solve(problem, "replan").plan, 1)
+    row("replan at once", once, once.moves.count, "", ms)
+    left = np.flatnonzero(problem.usable_LG.any(0))
+    slots = int(problem.topology.slots_G[left].max())
+    small = mo.Problem(
+        loads=problem.loads,
+        topology=mo.uniform(1, len(left), slots=slots),
+        split="equal",
+        model=problem.model,
+        current=Placement(
+            slots_LGC=problem.current.slots_LGC[:, left], experts=problem.experts, partial=True
+        ),
+    )
+    peer, ms = least(lambda: mo.solve(small, "eplb").plan, 1)
+    told = f"{peer.moves.count};{peer.moves.bytes / 1e9:.1f};{peer.imbalance_L.mean():.4f}"
+    told = f"{told};{peer.imbalance_L.max():.4f};;;{ms:.0f}"
+    rows.append([name, "equal", str(found.missing), "eplb on the others", *told.split(";")])
+    return rows
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--workload", default="prefill_in1024")
+    parser.add_argument("--every", type=int, default=1, help="take every so manyth layer")
+    parser.add_argument("--all", action="store_true", help="lose every GPU in turn")
+    parser.add_argument("--splits", nargs="+", default=["fractional", "equal"])
+    args = parser.parse_args()
+    with np.load(args.data / "deepseek_v3_counts.npz") as archive:
+        at = archive["workloads"].tolist().index(args.workload)
+        load_LE = archive["counts"][at][:: args.every].astype(np.float64)
+    mo.warm_up()
+    rows: list[list[str]] = []
+    for split in args.splits:
+        live = mo.plan(load_LE, mo.uniform(4, 8, slots=9), model="DeepSeek-V3", split=split)
+        for gpu in range(0, 32, 1 if args.all else 8):
+            rows += rows_of(f"GPU {gpu} of 32", live, [gpu], "DeepSeek-V3")
+        for spread in (1, 2):
+            limits = mo.Limits(spread=spread)
+            wide = mo.uniform(4, 8, slots=16)
+            live = mo.plan(load_LE, wide, model="DeepSeek-V3", split=split, limits=limits)
+            worth = live.imbalance_L.mean()
+            print(f"512 slots, {split}, spread {spread}: imbalance {worth:.4f} before the loss")
+            rows += rows_of(f"node 1 of 4, spread {spread}", live, list(range(8, 16)), "DeepSeek-V3")
+    print(table(HEAD, rows, words_last=False))
+    live = mo.plan(load_LE, mo.uniform(4, 8, slots=9), model="DeepSeek-V3")
+    try:
+        mo.repair(live, [0, 1, 2, 3, 4])
+    except mo.InfeasibleError as error:
+        print(f"5 GPUs of 32 at 288 slots: infeasible: {error}")
+
+
+if __name__ == "__main__":
+    main()

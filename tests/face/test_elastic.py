@@ -1,0 +1,125 @@
+"""GPUs that fail, leave and join."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moeless_opt as mo
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.plan import HOST, migration_violations
+from moeless_opt.problems.spec import held_LGE
+
+RNG = np.random.default_rng(3)
+LOADS = RNG.lognormal(0, 1, (3, 16)) * 100
+
+
+def live(**more: Any) -> mo.Plan:
+    return mo.plan(LOADS, mo.uniform(2, 4, slots=5), model=None, expert_bytes=10, **more)
+
+
+def test_a_loss_is_covered_and_then_balanced() -> None:
+    plan = live()
+    found = mo.repair(plan, [3])
+    held = held_LGE(np.delete(plan.slots_LGC, 3, axis=1), 16).any(1)
+    assert found.lost == (3,)
+    assert found.missing == int((~held).sum()) == found.coverage.moves.count
+    assert found.coverage.moves.bytes == 10 * found.missing
+    assert found.plan.imbalance_L.mean() <= found.coverage.imbalance_L.mean() + 1e-9
+    for stage in (found.coverage, found.plan):
+        assert (stage.slots_LGC[:, 3] == -1).all()
+        assert mo.violations(stage.made_for, stage) == []
+    first, second = found.schedules()
+    assert {one.source for one in first.transfers} <= {HOST}
+    assert all(one.source != HOST for one in second.transfers)
+    assert f"{found.missing} experts have no live replica" in str(found)
+    alone = mo.repair(plan, [3], balance=False)
+    assert alone.plan is alone.coverage
+    assert alone.schedules()[1].steps == ()
+    assert "balance:" not in str(alone)
+
+
+def test_balance_may_be_limited() -> None:
+    found = mo.repair(live(split="equal"), [0], max_moves=2)
+    assert found.plan.moves.count <= 2
+    assert mo.repair(live(split="equal"), [0], max_moves=0).plan.moves.count == 0
+
+
+def test_spread_means_that_nothing_is_missing() -> None:
+    topology = mo.uniform(4, 2, slots=5)
+    plan = mo.plan(LOADS, topology, limits=mo.Limits(spread=2))
+    for node in range(4):
+        found = mo.repair(plan, [2 * node, 2 * node + 1])
+        assert found.missing == 0
+        # 30 slots are left for 16 experts: not two each.
+        assert found.spread == 1
+    one = mo.repair(plan, [0])  # 35 slots
+    assert one.spread == 2
+    domain_G = topology.failure_domain_G
+    for row in one.coverage.slots_LGC:
+        for expert in range(16):
+            assert len({int(domain_G[g]) for g in np.nonzero(row == expert)[0]}) >= 2
+
+
+def test_what_cannot_be_held_is_told() -> None:
+    plan = mo.plan(LOADS, mo.uniform(1, 4, slots=5))
+    with pytest.raises(InfeasibleError, match="the GPUs have 15: 1 too few"):
+        mo.repair(plan, [1])
+    with pytest.raises(InfeasibleError, match="all GPUs are gone"):
+        mo.repair(plan, [0, 1, 2, 3])
+    with pytest.raises(ProblemError, match="lost"):
+        mo.repair(plan, [4])
+    with pytest.raises(ProblemError, match="problem: is missing"):
+        mo.repair(plan.replace(made_for="abc"), [1])
+    with pytest.raises(ProblemError, match="must be a Plan"):
+        mo.repair(plan.slots_LGC, [1])  # type: ignore[arg-type]
+    other = mo.Problem(loads=mo.Loads(load_TLE=LOADS[:1]), topology=mo.uniform(1, 4, slots=5))
+    with pytest.raises(ProblemError, match="is for 3 layers"):
+        mo.repair(plan.replace(made_for="abc"), [1], problem=other)
+
+
+def test_gpus_that_leave_hand_over_what_they_hold() -> None:
+    plan = live()
+    found = mo.drain(plan, [2, 6])
+    assert (found.plan.slots_LGC[:, [2, 6]] == -1).all()
+    assert all(one.source != HOST for one in found.schedule.transfers)
+    assert mo.violations(found.plan.made_for, found.plan) == []
+    rows = {layer: x for x, layer in enumerate(plan.layers)}
+    assert rows == {0: 0, 1: 1, 2: 2}
+    broken = migration_violations(
+        found.schedule,
+        plan.slots_LGC,
+        found.plan.slots_LGC,
+        16,
+        plan.made_for.topology,
+        bytes_L=np.full(3, 10),
+    )
+    assert broken == []
+    assert found.schedule.bytes == found.plan.moves.bytes
+    assert "transfers" in str(found)
+
+
+def test_gpus_that_join_are_taken_in() -> None:
+    plan = live()
+    more = mo.uniform(3, 4, slots=5)
+    found = mo.expand(plan, more)
+    assert found.plan.slots_LGC.shape[1] == 12
+    assert (found.plan.slots_LGC[:, 8:] >= 0).any()
+    assert found.plan.imbalance_L.mean() < 1.02
+    assert len(found.schedule.transfers) == found.plan.moves.count
+    few = mo.expand(plan, more, loads=LOADS[:, ::-1].copy())
+    assert few.plan.made_for != found.plan.made_for
+    with pytest.raises(ProblemError, match="has 4 GPUs, what is live has 8"):
+        mo.expand(plan, mo.uniform(1, 4, slots=5))
+
+
+def test_memory_limits_and_pins_go_with_the_gpus() -> None:
+    topology = mo.uniform(2, 2, memory=3 * 7 * 10)
+    plan = mo.plan(
+        LOADS[:, :10], topology, expert_bytes=10, limits=mo.Limits(pinned=[(-1, 0, 1), (-1, 0, 2)])
+    )
+    found = mo.repair(plan, [1])
+    assert (found.plan.slots_LGC[:, 2] == 0).any(1).all()
+    assert (found.plan.slots_LGC[:, 1] == -1).all()
