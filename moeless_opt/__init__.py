@@ -19,7 +19,14 @@ from moeless_opt.problems.errors import (
     UnsupportedFeatureError,
 )
 from moeless_opt.problems.instances import instance_names, load_instance
-from moeless_opt.problems.io import load_plan, load_problem, save_plan, save_problem
+from moeless_opt.problems.io import (
+    load_plan,
+    load_problem,
+    load_time_models,
+    save_plan,
+    save_problem,
+    save_time_models,
+)
 from moeless_opt.problems.io.recordings import read_loads
 from moeless_opt.problems.plan import (
     Certificate,
@@ -117,6 +124,7 @@ __all__ = [
     "load_instance",
     "load_plan",
     "load_problem",
+    "load_time_models",
     "migration",
     "model_preset",
     "pareto",
@@ -127,6 +135,7 @@ __all__ = [
     "repair",
     "save_plan",
     "save_problem",
+    "save_time_models",
     "share_table",
     "solve",
     "solver_names",

@@ -15,6 +15,8 @@ from .plans import load_slots as load_slots
 from .plans import plan_format as plan_format
 from .plans import plan_to_json as plan_to_json
 from .plans import save_plan as save_plan
+from .time_models import load_time_models as load_time_models
+from .time_models import save_time_models as save_time_models
 from .traces import RoutedRequests as RoutedRequests
 from .traces import TokenTraces as TokenTraces
 from .traces import loads_by_step as loads_by_step

@@ -21,6 +21,7 @@ from moeless_opt.problems.files import STDIN, atomic_write, named, read_bytes, r
 from moeless_opt.problems.io.files import VERSION, check_header, json_bytes, parse_json, read_arrays
 from moeless_opt.problems.io.plans import load_plan
 from moeless_opt.problems.io.recordings import read_loads
+from moeless_opt.problems.io.time_models import time_from_json, time_to_json
 from moeless_opt.problems.spec import (
     Fill,
     Known,
@@ -31,7 +32,6 @@ from moeless_opt.problems.spec import (
     Placement,
     Problem,
     Sizing,
-    TimeModel,
     Topology,
     from_recipe,
     model_preset,
@@ -145,26 +145,6 @@ def _current(data: object, where: str, folder: Path, problem: Problem) -> Placem
         raise moved(error, "current", where) from None
 
 
-def _time(data: object, where: str) -> TimeModel:
-    entry = Fields(data, where)
-    kind = entry.take("kind", str, "linear")
-    if kind not in ("linear", "curve"):
-        raise FormatError(entry.path("kind"), f"is {kind!r}, must be 'linear' or 'curve'")
-    allowed = {
-        "linear": ("token_cost", "activation_cost", "launch"),
-        "curve": ("curve_tokens", "curve_activated", "curve_time"),
-    }
-    given = {key: entry.take(key) for key in (*allowed[kind], "unit", "name") if key in entry.data}
-    entry.asked += allowed[kind]
-    entry.done()
-    if kind == "curve":
-        for key in allowed[kind]:
-            if key not in given:
-                raise FormatError(where, f"{key!r} is missing")
-    model: TimeModel = read_record(TimeModel, given, where)
-    return model
-
-
 def problem_from_json(data: object, *, folder: str | PathLike[str] = ".", where: str = "") -> Problem:
     """Build a problem from its parsed JSON form.
 
@@ -191,7 +171,7 @@ def problem_from_json(data: object, *, folder: str | PathLike[str] = ".", where:
     readers: dict[str, tuple[Any, Callable[[Any, str], Any]]] = {
         "model": ((str, dict), _model),
         "sizing": (dict, lambda d, w: read_record(Sizing, d, w)),
-        "time": (dict, _time),
+        "time": (dict, time_from_json),
         "objective": (dict, lambda d, w: read_record(Objective, d, w)),
         "limits": (dict, lambda d, w: read_record(Limits, d, w)),
         "known": (dict, _known),
@@ -259,8 +239,8 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
         document["current"] = {"kind": "inline", "slots": problem.current.slots_LGC.tolist()}
         if problem.current.partial:
             document["current"]["repair"] = True
-    if time := plain_fields(problem.time):
-        document["time"] = {"kind": "curve" if problem.time.has_curve else "linear", **time}
+    if plain_fields(problem.time):
+        document["time"] = time_to_json(problem.time)
     for key, record in (
         ("sizing", problem.sizing),
         ("objective", problem.objective),

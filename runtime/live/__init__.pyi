@@ -13,6 +13,7 @@ from .groups import ExpertGroup as ExpertGroup
 from .home import MappedHome as MappedHome
 from .home import PinnedHome as PinnedHome
 from .home import host_copy as host_copy
+from .measure import measure_experts as measure_experts
 from .model import LiveModel as LiveModel
 from .pooled import PooledBank as PooledBank
 from .rows import pieces as pieces

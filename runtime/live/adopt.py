@@ -54,6 +54,9 @@ class AttachOptions:
         Global ranks of the expert-parallel group; by default what the engine says, or all of the world.
     store : torch.distributed.Store, optional
         Where they find each other; by default the world's.
+    staged : bool
+        Carry tokens and weights through host memory by gloo, on a GPU too: several ranks can then share one,
+        for tests, which NCCL refuses. Slow.
     """
 
     shares: str | SharePolicy = "balanced"
@@ -68,6 +71,7 @@ class AttachOptions:
     links: Links | None = None
     ranks: Sequence[int] | None = None
     store: Any = None
+    staged: bool = False
 
     def __post_init__(self) -> None:
         if self.experts not in ("auto", "loop", "grouped"):
@@ -84,6 +88,7 @@ class AttachOptions:
             "checksums": self.checksums,
             "node_G": None if self.node_G is None else [int(n) for n in self.node_G],
             "links": self.links,
+            "staged": self.staged,
         }
 
     def group(self, device: torch.device, ranks: Sequence[int] | None = None) -> ExpertGroup:
@@ -94,6 +99,7 @@ class AttachOptions:
             timeout=self.timeout,
             node_R=self.node_G,
             store=self.store,
+            staged=self.staged,
         )
 
 

@@ -113,7 +113,7 @@ class Courier:
             )
             try:
                 works = self.group.exchange(outgoing, incoming)
-                if self.stream is not None:
+                if self.stream is not None and not self.group.staged:
                     for work in works:
                         work.wait()  # orders the stream behind the transfer; the host goes on
             except (MoelessError, RuntimeError) as error:
@@ -133,7 +133,7 @@ class Courier:
             flight, works, finish = item
             try:
                 with self.on_stream(), torch.no_grad():
-                    if self.stream is None:
+                    if self.stream is None or self.group.staged:
                         # Not here: a variable of this thread would keep the last one, and with it the
                         # group's connections, open after the group was closed.
                         _wait(works)

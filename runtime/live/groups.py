@@ -81,7 +81,12 @@ class ExpertGroup:
         Node of each rank; by host name when absent.
     name : str
         Distinguishes groups of the same ranks; the same on all of them.
+    staged : bool
+        Carry everything through host memory by gloo: for several ranks on one GPU, which NCCL refuses.
     """
+
+    #: Whether a group of one rank makes its calls all the same.
+    talks_to_itself = False
 
     def __init__(
         self,
@@ -92,11 +97,15 @@ class ExpertGroup:
         store: Any = None,
         node_R: Sequence[int] | None = None,
         name: str = "",
+        staged: bool = False,
     ) -> None:
         self.ranks = tuple(ranks)
         self.rank = rank
         self.size = len(self.ranks)
         self.device = device
+        #: Where what travels has to lie.
+        self.carrier = torch.device("cpu") if staged else device
+        self.staged = staged
         self.timeout = timeout
         self.store = store
         self.node_R: tuple[int, ...] = (0,) * self.size
@@ -104,11 +113,12 @@ class ExpertGroup:
         self._weights: Any = None
         self._sides = 0
         self.name = name
-        if self.size > 1:
+        self.alone = self.size == 1 and not self.talks_to_itself
+        if not self.alone:
             name = f"moeless/{'-'.join(map(str, self.ranks))}/{name}"
             with _losses():
-                self._tokens = _make_group(store, f"{name}/tokens", rank, self.size, device, timeout)
-                self._weights = _make_group(store, f"{name}/weights", rank, self.size, device, timeout)
+                self._tokens = _make_group(store, f"{name}/tokens", rank, self.size, self.carrier, timeout)
+                self._weights = _make_group(store, f"{name}/weights", rank, self.size, self.carrier, timeout)
             # NCCL wants every rank in a communicator's first call, so that point-to-point may follow.
             hosts = [row[0] for row in self.gather_ints([zlib.crc32(socket.gethostname().encode())])]
             self.gather_ints([0], weights=True)
@@ -128,6 +138,7 @@ class ExpertGroup:
         timeout: float = 600.0,
         node_R: Sequence[int] | None = None,
         store: Any = None,
+        staged: bool = False,
     ) -> ExpertGroup:
         """Build both groups among `ranks` (all of the world by default); just these ranks call it, together.
 
@@ -135,7 +146,7 @@ class ExpertGroup:
         ----------
         ranks : sequence of int, optional
             Global ranks.
-        device, timeout, node_R, store
+        device, timeout, node_R, store, staged
             As of the class; the store of the default process group by default.
         """
         device = torch.device(device)
@@ -152,7 +163,8 @@ class ExpertGroup:
         if store is None:
             store = dist.distributed_c10d._get_default_store()
         _made[members] = _made.get(members, 0) + 1
-        return cls(members, members.index(me), device, timeout, store, node_R, f"{_made[members]}")
+        name = f"{_made[members]}"
+        return cls(members, members.index(me), device, timeout, store, node_R, name, staged)
 
     def shrunk(self, keep: Sequence[int], name: str) -> ExpertGroup:
         """New groups among some of the ranks (given by their index here), which all call this."""
@@ -164,6 +176,7 @@ class ExpertGroup:
             self.store,
             [self.node_R[i] for i in keep],
             name,
+            self.staged,
         )
 
     def side(self) -> SideGroup:
@@ -181,28 +194,28 @@ class ExpertGroup:
 
     def all_gather(self, mine: Tensor, *, weights: bool = False) -> Tensor:
         """Everybody's tensor, one row per rank."""
-        if self.size == 1:
+        if self.alone:
             return mine[None]
         # Flat output: gloo refuses the stacked form.
-        out = torch.empty(self.size * mine.numel(), dtype=mine.dtype, device=mine.device)
+        out = torch.empty(self.size * mine.numel(), dtype=mine.dtype, device=self.carrier)
         with _losses():
-            self._group(weights)._allgather_base(out, mine.contiguous()).wait()
-        return out.view(self.size, -1)
+            self._group(weights)._allgather_base(out, mine.to(self.carrier).contiguous()).wait()
+        return out.view(self.size, -1).to(mine.device)
 
     def gather_ints(self, values: Sequence[int], *, weights: bool = False) -> list[list[int]]:
         """Everybody's numbers (equally many), in order of rank."""
-        mine = torch.tensor(list(values), dtype=torch.int64, device=self.device)
+        mine = torch.tensor(list(values), dtype=torch.int64, device=self.carrier)
         rows: list[list[int]] = self.all_gather(mine, weights=weights).tolist()
         return rows
 
     def all_to_all(self, rows: Tensor, receive: list[int], give: list[int]) -> Tensor:
         """Rows to their ranks: ``give[r]`` of them in order to rank r, ``receive[r]`` from it."""
-        if self.size == 1:
+        if self.alone:
             return rows
-        out = rows.new_empty((sum(receive), *rows.shape[1:]))
+        out = rows.new_empty((sum(receive), *rows.shape[1:]), device=self.carrier)
         with _losses():
-            self._group().alltoall_base(out, rows.contiguous(), receive, give).wait()
-        return out
+            self._group().alltoall_base(out, rows.to(self.carrier).contiguous(), receive, give).wait()
+        return out.to(rows.device)
 
     def exchange(
         self, sends: Sequence[tuple[Tensor, int, int]], receives: Sequence[tuple[Tensor, int, int]]
@@ -217,10 +230,13 @@ class ExpertGroup:
         Returns
         -------
         list of works
-            To be waited for. On CUDA waiting orders the current stream, and not the host, behind them.
+            To be waited for. On CUDA waiting orders the current stream, and not the host, behind them. Where
+            they are staged, they begin only then.
         """
         if not sends and not receives:
             return []
+        if self.staged:
+            return [_Staged(self._group(weights=True), sends, receives)]
         with _losses():
             group = self._group(weights=True)
             if self.device.type == "cuda":
@@ -243,13 +259,37 @@ class ExpertGroup:
         """
         groups = (self._tokens, self._weights)
         self._tokens = self._weights = None
-        if self.device.type == "cuda":
+        if self.carrier.type == "cuda":
             for group in groups:
                 if group is not None:
                     with contextlib.suppress(Exception):
                         group.abort()
         # With the last reference gloo closes its connections.
         del groups
+
+
+class _Staged:
+    """Sends and receives of tensors on a device, through host memory; they begin in `wait`."""
+
+    def __init__(self, group: Any, sends: Sequence[Any], receives: Sequence[Any]) -> None:
+        self.group, self.sends, self.receives = group, sends, receives
+
+    def wait(self) -> None:
+        """Carry all of it; what arrives is copied on the current stream."""
+        pinned = torch.cuda.is_available()
+        incoming = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t, _, _ in self.receives]
+        outgoing = [t.detach().cpu() for t, _, _ in self.sends]
+        works = [self.group.send([t], p, tag) for t, (_, p, tag) in zip(outgoing, self.sends, strict=True)]
+        works += [
+            self.group.recv([t], p, tag) for t, (_, p, tag) in zip(incoming, self.receives, strict=True)
+        ]
+        for work in works:
+            work.wait()
+        for (tensor, _, _), arrived in zip(self.receives, incoming, strict=True):
+            tensor.copy_(arrived, non_blocking=True)
+        if pinned:
+            torch.cuda.current_stream().synchronize()
+        self.group = None
 
 
 class SideGroup:

@@ -21,6 +21,8 @@ from moeless_opt.problems.spec import TimeModel
 
 __all__ = ["in_turn", "measure_experts"]
 
+#: Cycles of the device, about half a millisecond.
+HEAD_START = 1_000_000
 RunExperts = Callable[[Tensor, IntArray], Any]
 
 
@@ -62,7 +64,8 @@ def measure_experts(
     tokens : sequence of int
         Numbers of rows in all, ascending, at least two. Spread evenly over the experts.
     device, dtype
-        Of the rows. On CUDA events on the stream are timed, else `clock`.
+        Of the rows. On CUDA events on the stream are timed (the device's time, without pauses in which it
+        waits for the host), else `clock`.
     repeats : int
         Measurements of each point. They are taken in turns, all points each time, so that a slow moment of
         the machine does not fall on one point alone.
@@ -117,6 +120,8 @@ def _timed(
         return clock() - began
     start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    # The device is kept busy until the host has launched everything: its pauses are no time of the experts.
+    torch.cuda._sleep(HEAD_START)  # type: ignore[no-untyped-call]
     start.record()
     run(rows, sizes)
     stop.record()

@@ -10,8 +10,8 @@ from pathlib import Path
 import moeless_opt as mo
 
 PACKAGE = Path(mo.__file__).resolve().parent
-CONTRACTS = {"accepts", "adopt", "main"}
-"""What every file of a kind has by contract: engines' `accepts` and `adopt`, commands' `main`."""
+CONTRACTS = {"accepts", "adopt", "check", "main"}
+"""By contract in every file of a kind: engines' `accepts` and `adopt`, parts' `check`, commands' `main`."""
 
 
 def sources() -> list[tuple[str, Path]]:

@@ -102,6 +102,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("predict",),
         ("simulate",),
         ("tiny_moe",),
+        ("gpu_check",),
         ("serve",),
     ),
 }

@@ -1,0 +1,89 @@
+"""Proves and measures on one GPU what the runtime claims, and writes a report; a dry run on a CPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+__all__ = ["main"]
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m moeless_opt.runtime.gpu_check",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Exit code: 0, or 1 if a line failed, or 2 if nothing was run.",
+    )
+    parser.add_argument(
+        "--out", default="gpu_check", help="folder for report.json, table.txt and time_models.json"
+    )
+    parser.add_argument("--only", nargs="+", metavar="PART", help="just these parts")
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="cpu: a dry run with small shapes"
+    )
+    parser.add_argument("--seconds", type=float, default=450.0, help="for all parts (default 450)")
+    parser.add_argument("--list", action="store_true", help="what is looked at, without running it")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = _options().parse_args(arguments)
+    import torch
+
+    from moeless_opt.problems.errors import MoelessError
+    from moeless_opt.runtime.gpu_check import sheet
+    from moeless_opt.runtime.gpu_check.run import PARTS, check_part, run_parts
+    from moeless_opt.runtime.gpu_check.setting import Setting
+
+    try:
+        names = tuple(args.only or PARTS)
+        parts = [(name, check_part(name)) for name in names]
+        if args.list:
+            for name, part in parts:
+                print(f"{name}: {part.TITLE}", *part.LINES, sep="\n  ")
+            return 0
+        found = torch.cuda.is_available()
+        if args.device == "cuda" and not found:
+            print("error: --device cuda: torch finds no GPU here", file=sys.stderr)
+            return 2
+        folder = Path(args.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        setting = Setting.of("cuda" if found and args.device != "cpu" else "cpu", folder)
+    except (MoelessError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+
+    def tell(found: list[sheet.Line]) -> None:
+        print(sheet.lines_table(found), flush=True)
+
+    lines = run_parts(setting, names, seconds=args.seconds, on_part=tell)
+    counts = Counter(line.status for line in lines)
+    ended = ", ".join(f"{counts[status]} {status}" for status in ("measured", "dry", "failed"))
+    ended += f"; {time.monotonic() - began:.0f} s"
+    report = {
+        "machine": setting.machine(),
+        "shapes": {k: v for k, v in asdict(setting).items() if k not in ("device", "folder")},
+        "counts": counts,
+        "lines": [asdict(line) for line in lines],
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "table.txt").write_text(f"{sheet.lines_table(lines)}\n{ended}\n", encoding="utf-8")
+    print(ended)
+    return 1 if counts["failed"] else 0
+
+
+if __name__ == "__main__":
+    # Asking for a GPU must not begin to use it: the parts are forked.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    warnings.simplefilter("ignore")
+    sys.exit(main())
