@@ -7,7 +7,7 @@ import torch
 from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.gpu_check.setting import Setting, forward, milliseconds, model, tokens
 from moeless_opt.runtime.gpu_check.sheet import Sheet
-from moeless_opt.runtime.gpu_check.timeline import covered, host_waits, timeline
+from moeless_opt.runtime.gpu_check.timeline import host_waits, time_beside, timeline
 from moeless_opt.runtime.predict import Foresight, GatePredictor, plain_gates
 
 TITLE = "gates look ahead on a stream of their own, and nothing waits for them"
@@ -53,7 +53,7 @@ def check(setting: Setting, sheet: Sheet) -> None:
     usual = {s.stream for s in base if s.kind == "kernel"}
     own = [s for s in kernels if s.stream not in usual]
     sheet.take("on a stream of its own", bool(setting.dry or own), detail={"kernels": len(own)})
-    total, shared = covered(own, [s for s in kernels if s.stream in usual])
+    total, shared = time_beside(own, [s for s in kernels if s.stream in usual])
     sheet.take(
         "of its time beside the model's kernels",
         shared / total if total else 0.0,

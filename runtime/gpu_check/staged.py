@@ -17,7 +17,7 @@ from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.gpu_check.ranks import MOST, RANKS, apart, everywhere, replicated, smaller, together
 from moeless_opt.runtime.gpu_check.setting import Setting, forward, model, synchronise, tokens
 from moeless_opt.runtime.gpu_check.sheet import Sheet
-from moeless_opt.runtime.gpu_check.timeline import covered, timeline
+from moeless_opt.runtime.gpu_check.timeline import time_beside, timeline
 from moeless_opt.runtime.live import PinnedHome, static_slots
 from moeless_opt.runtime.predict import GatePredictor, PerLayer, plain_gates
 
@@ -150,7 +150,7 @@ def _overlap(
     if live.migration(number).status != "done":
         raise RuntimeError(f"a plan was not carried out: {live.migration(number).reason}")
     copies = [s for s in spans if s.kind == "gpu_memcpy" and "HtoD" in s.name and s.end - s.begin > 50]
-    total, shared = covered(copies, [s for s in spans if s.kind == "kernel"])
+    total, shared = time_beside(copies, [s for s in spans if s.kind == "kernel"])
     detail = {"copies": len(copies), "us": total, "us_beside_kernels": shared}
     return detail, 1 - shared / total if total else float(not setting.dry)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Span", "covered", "host_calls", "host_waits", "pageable", "spans_of", "timeline"]
+__all__ = ["Span", "host_calls", "host_waits", "pageable", "spans_of", "time_beside", "timeline"]
 
 #: Calls in which the host waits for the device, or which stop the device.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -82,7 +82,7 @@ def pageable(spans: Iterable[Span]) -> int:
     return sum(s.kind == "gpu_memcpy" and "Pageable" in s.name for s in spans)
 
 
-def covered(these: Iterable[Span], by: Iterable[Span]) -> tuple[float, float]:
+def time_beside(these: Iterable[Span], by: Iterable[Span]) -> tuple[float, float]:
     """Time of the first spans, and how much of it passed while any of the others ran; microseconds."""
     busy: list[list[float]] = []
     for begin, end in sorted((s.begin, s.end) for s in by):

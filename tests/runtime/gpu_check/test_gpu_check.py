@@ -17,7 +17,14 @@ pytest.importorskip("megatron.core")
 from moeless_opt.runtime.gpu_check.__main__ import main
 from moeless_opt.runtime.gpu_check.run import PARTS, check_part
 from moeless_opt.runtime.gpu_check.sheet import Sheet, lines_table, read_lines
-from moeless_opt.runtime.gpu_check.timeline import MEMORY, covered, host_calls, host_waits, pageable, spans_of
+from moeless_opt.runtime.gpu_check.timeline import (
+    MEMORY,
+    host_calls,
+    host_waits,
+    pageable,
+    spans_of,
+    time_beside,
+)
 
 
 def run(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
@@ -190,5 +197,5 @@ def test_what_a_trace_says() -> None:
     assert host_calls(spans, MEMORY) == {"cudaMalloc": 1}
     assert pageable(spans) == 1
     kernels = [s for s in spans if s.kind == "kernel"]
-    assert covered([s for s in spans if s.stream == 9], kernels) == (20.0, 8.0)
-    assert covered([], kernels) == (0.0, 0.0)
+    assert time_beside([s for s in spans if s.stream == 9], kernels) == (20.0, 8.0)
+    assert time_beside([], kernels) == (0.0, 0.0)
