@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import re
+import threading
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from importlib import resources
@@ -108,13 +109,23 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _start(front: HttpFront) -> None:
-    try:
-        await asyncio.to_thread(front.engine.start)
-    except Exception as error:
-        front.failed = str(error) or type(error).__name__
-        front.error = error
-    else:
+    """Start the engine, in a thread that keeps no process alive: to be told to end meanwhile must work."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def start() -> None:
+        try:
+            front.engine.start()
+        except Exception as error:
+            front.error = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=start, name="moeless-start", daemon=True).start()
+    await ended.wait()
+    if front.error is None:
         front.ready = True
+    else:
+        front.failed = str(front.error) or type(front.error).__name__
 
 
 async def _sample(front: HttpFront, history: History) -> None:

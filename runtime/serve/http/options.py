@@ -39,7 +39,7 @@ class HttpOptions:
     head_timeout, body_timeout, write_timeout, request_timeout : float
         Seconds for a request's head to arrive, for its body, for a client to read on that reads nothing, and
         for the whole of it.
-    keep_alive : float
+    idle_connection : float
         Seconds for which an idle connection is kept.
     drain_timeout : float
         Seconds that accepted requests have after SIGTERM.
@@ -59,7 +59,7 @@ class HttpOptions:
     body_timeout: float = 30.0
     write_timeout: float = 30.0
     request_timeout: float = 600.0
-    keep_alive: float = 15.0
+    idle_connection: float = 15.0
     drain_timeout: float = 60.0
     access_log: bool = False
 
@@ -81,4 +81,4 @@ class HttpOptions:
             if seconds == 0:
                 raise ProblemError(name, "is 0, must be above 0 seconds")
             put(self, name, seconds)
-        put(self, "keep_alive", number("keep_alive", self.keep_alive))
+        put(self, "idle_connection", number("idle_connection", self.idle_connection))

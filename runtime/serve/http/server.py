@@ -63,7 +63,7 @@ class HttpServer:
             lifespan="on",
             log_level="info" if options.access_log else "warning",
             access_log=options.access_log,
-            timeout_keep_alive=math.ceil(options.keep_alive),
+            timeout_keep_alive=math.ceil(options.idle_connection),
             timeout_graceful_shutdown=LAST_WORDS,
             server_header=False,
             proxy_headers=False,
