@@ -1,4 +1,7 @@
 from .files import SafetensorsFolder as SafetensorsFolder
+from .load import CheckpointHome as CheckpointHome
+from .load import load_checkpoint as load_checkpoint
+from .load import recipe_of as recipe_of
 from .parts import GPTModel as GPTModel
 from .parts import TransformerConfig as TransformerConfig
 from .parts import build_gpt as build_gpt

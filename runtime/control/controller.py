@@ -251,6 +251,15 @@ class Controller:
             self._foreseer.close()
             self._foreseer = None
 
+    def give_up(self) -> None:
+        """End the threads without waiting: they may be waiting for a rank that is gone."""
+        self._pending = None
+        if self._worker is not None:
+            self._worker.shutdown(wait=False, cancel_futures=True)
+        if self._foreseer is not None:
+            self._foreseer.give_up()
+            self._foreseer = None
+
     def _collect(self) -> Decision | None:
         if self._pending is None or self.passes < self._pending[1]:
             return None

@@ -10,6 +10,8 @@ from .faults import Guard as Guard
 from .grouped import GroupedExperts as GroupedExperts
 from .grouped import can_group as can_group
 from .groups import ExpertGroup as ExpertGroup
+from .groups import RankLostError as RankLostError
+from .home import HomeStore as HomeStore
 from .home import MappedHome as MappedHome
 from .home import PinnedHome as PinnedHome
 from .home import host_copy as host_copy

@@ -45,6 +45,9 @@ class EngineOptions:
         one of all of it.
     prefix_cache : bool
         Whether blocks of prompts are kept for prompts that begin alike.
+    experts : str
+        How a rank's experts are computed: "grouped" in two products, "loop" one after the other (the same
+        bits under every placement), "auto": grouped where that is possible.
     planning : Planning
         What the controller may do at first.
     state : str or None
@@ -65,6 +68,7 @@ class EngineOptions:
     block_tokens: int = 16
     kv_blocks: int | None = None
     prefix_cache: bool = True
+    experts: str = "auto"
     planning: Planning = field(default_factory=Planning)
     state: str | None = None
     timeout: float = 10.0
@@ -85,5 +89,7 @@ class EngineOptions:
         put(self, "timeout", number("timeout", self.timeout, open_low=True))
         if self.device not in DEVICES:
             raise ProblemError("device", f"is {self.device!r}, must be one of {', '.join(DEVICES)}")
+        if self.experts not in ("auto", "grouped", "loop"):
+            raise ProblemError("experts", f"is {self.experts!r}, must be 'auto', 'grouped' or 'loop'")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ProblemError("dtype", f"is {self.dtype!r}, must be one of {', '.join(DTYPES)}")

@@ -1,0 +1,304 @@
+"""A megatron-core model over a paged pool of keys and values: one flat row of tokens, one attention for all.
+
+Every pass takes the tokens of all requests side by side, as one sequence ``[T, 1, H]``. Of the model only
+three things change while a pass runs, and none of them is megatron's code: the rotary angles are those of
+each token's own position, the core attention writes keys and values to the pool and reads those of the
+token's own request, and the output layer sees only the rows whose next token is wanted. Everything else
+(projections, norms, latent attention, router, experts) is the stock model, of any architecture that the
+loader knows.
+
+The attention is one product for all rows that ask for one token, and one for all pieces of prompts, each
+padded to its longest row. There is no loop over requests.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeless_opt.problems.arrays import BoolArray, IntArray
+from moeless_opt.problems.errors import UnsupportedFeatureError
+
+__all__ = ["KvPool", "PagedModel", "PassRows"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassRows:
+    """What one forward pass computes on this rank, as arrays on the host.
+
+    Parameters
+    ----------
+    tokens_T, position_T : int arrays, shape [T]
+        Tokens, and their places in their requests; rows of one request stand together.
+    slot_T : int array, shape [T]
+        Where keys and values go: block times the block's length, plus the place in the block.
+    begin_R, length_R : int arrays, shape [R]
+        First row of each request's run, and its length; runs of one token stand in front.
+    blocks_RB : int array, shape [R, B]
+        Blocks of each request, padded with 0.
+    wanted_S : int array, shape [S]
+        Rows whose next token is wanted.
+    """
+
+    tokens_T: IntArray
+    position_T: IntArray
+    slot_T: IntArray
+    begin_R: IntArray
+    length_R: IntArray
+    blocks_RB: IntArray
+    wanted_S: IntArray
+
+
+class KvPool:
+    """Keys and values of all layers, in blocks of equally many tokens.
+
+    Parameters
+    ----------
+    blocks, block_tokens : int
+        How many blocks, and tokens in each. One more is kept for rows of no request.
+    """
+
+    def __init__(self, blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.blocks, self.block_tokens = blocks, block_tokens
+        self.dtype, self.device = dtype, device
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def spare_slot(self) -> int:
+        """Where rows of no request write."""
+        return self.blocks * self.block_tokens
+
+    def of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Tensors of a layer, [slots, heads, width]; made by its first pass, which knows the widths."""
+        if layer not in self._layers:
+            slots = (self.blocks + 1) * self.block_tokens
+            self._layers[layer] = (
+                torch.zeros((slots, *key.shape[1:]), dtype=self.dtype, device=self.device),
+                torch.zeros((slots, *value.shape[1:]), dtype=self.dtype, device=self.device),
+            )
+        return self._layers[layer]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers that have run."""
+        pairs = self._layers.values()
+        each = sum(t[0].numel() * t.element_size() for pair in pairs for t in pair)
+        return each * self.block_tokens
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Runs that attend together, padded to the longest.
+
+    ``rows`` picks the rows of the pass (None: all from ``begin`` on, one each); ``back`` finds them again.
+    """
+
+    rows: Tensor | None
+    back: Tensor | None
+    begin: int
+    end: int
+    slots: Tensor
+    mask: Tensor
+
+
+class _Active:
+    """The pass that runs: its rows as tensors, shared by all layers."""
+
+    def __init__(self, rows: PassRows, pool: KvPool) -> None:
+        self.position = _tensor(rows.position_T, pool.device)
+        self.slot = _tensor(rows.slot_T, pool.device)
+        self.wanted = _tensor(rows.wanted_S, pool.device)
+        self.angles: dict[int, Tensor] = {}
+        self.groups: list[_Group] = []
+        single = int((rows.length_R == 1).sum())
+        for first, last in ((0, single), (single, len(rows.length_R))):
+            if last > first:
+                self.groups.append(self._group(rows, pool, first, last))
+
+    def _group(self, rows: PassRows, pool: KvPool, first: int, last: int) -> _Group:
+        begin_R, length_R = rows.begin_R[first:last], rows.length_R[first:last]
+        end_R = rows.position_T[begin_R + length_R - 1] + 1
+        size = pool.block_tokens
+        longest = math.ceil(int(end_R.max()) / size)
+        slots = rows.blocks_RB[first:last, :longest, None] * size + np.arange(size)
+        place_K = np.arange(longest * size)
+        widest = int(length_R.max())
+        begin, end = int(begin_R[0]), int(begin_R[-1] + length_R[-1])
+        where_RQ = begin_R[:, None] + np.minimum(np.arange(widest), length_R[:, None] - 1)
+        mask = place_K <= rows.position_T[where_RQ][:, :, None]
+        picked = back = None
+        if widest > 1:
+            picked = _tensor(where_RQ.ravel(), pool.device)
+            real: BoolArray = np.arange(widest) < length_R[:, None]
+            back = _tensor(np.flatnonzero(real), pool.device)
+        return _Group(
+            rows=picked,
+            back=back,
+            begin=begin,
+            end=end,
+            slots=_tensor(slots.reshape(last - first, -1), pool.device),
+            mask=_tensor(mask[:, None], pool.device),
+        )
+
+
+def _tensor(array: Any, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+
+class _PagedAttention(torch.nn.Module):
+    """Stands for a layer's core attention while a pass is active."""
+
+    def __init__(self, model: PagedModel, layer: int, stock: torch.nn.Module, scale: float | None) -> None:
+        super().__init__()
+        self.stock = stock
+        self.layer, self.scale = layer, scale
+        # Not a submodule: the model already holds this one.
+        object.__setattr__(self, "owner", model)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attend: tensors are [T, 1, heads, width]; returns [T, 1, heads x width]."""
+        owner: PagedModel = self.owner
+        active = owner.active
+        if active is None:
+            out: Tensor = self.stock(query, key, value, *args, **kwargs)
+            return out
+        q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        keys, values = owner.pool.of(self.layer, k, v)
+        keys.index_copy_(0, active.slot, k)
+        values.index_copy_(0, active.slot, v)
+        parts = [self._attend(q, keys, values, group) for group in active.groups]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined.reshape(joined.size(0), 1, -1)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, group: _Group) -> Tensor:
+        runs, places = group.slots.shape
+        flat = group.slots.view(-1)
+        k_RhKd = keys.index_select(0, flat).view(runs, places, *keys.shape[1:]).transpose(1, 2)
+        v_RhKd = values.index_select(0, flat).view(runs, places, *values.shape[1:]).transpose(1, 2)
+        rows = q[group.begin : group.end] if group.rows is None else q.index_select(0, group.rows)
+        q_RhQd = rows.view(runs, -1, *q.shape[1:]).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            q_RhQd,
+            k_RhKd,
+            v_RhKd,
+            attn_mask=group.mask,
+            scale=self.scale,
+            enable_gqa=q_RhQd.size(1) != k_RhKd.size(1),
+        )
+        back = out.transpose(1, 2).flatten(0, 1)
+        return back if group.back is None else back.index_select(0, group.back)
+
+
+class _PagedRotary(torch.nn.Module):
+    """Stands for a rotary embedding: while a pass is active, the angles of its rows' own positions."""
+
+    def __init__(self, model: PagedModel, stock: Any) -> None:
+        super().__init__()
+        self.stock = stock
+        object.__setattr__(self, "owner", model)
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
+        """As the stock one has it."""
+        length: int = self.stock.get_rotary_seq_len(*args, **kwargs)
+        return length
+
+    def forward(self, length: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Angles, [rows, 1, 1, width]."""
+        owner: PagedModel = self.owner
+        active = owner.active
+        if active is None:
+            out: Tensor = self.stock(length, *args, **kwargs)
+            return out
+        found = active.angles.get(id(self.stock))
+        if found is None:
+            found = owner.angles(self.stock).index_select(0, active.position)
+            active.angles[id(self.stock)] = found
+        return found
+
+
+class PagedModel:
+    """A megatron-core model that computes passes of rows over a pool.
+
+    Parameters
+    ----------
+    model : GPTModel
+        In evaluation mode, attached or not. Called as before it computes as before.
+    pool : KvPool
+        Its keys and values.
+    context_length : int
+        Longest request.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        If its parts are not those that the loader builds.
+    """
+
+    def __init__(self, model: Any, pool: KvPool, context_length: int) -> None:
+        self.model, self.pool, self.context_length = model, pool, context_length
+        self.active: _Active | None = None
+        self._angles: dict[int, Tensor] = {}
+        if not hasattr(model, "decoder") or not hasattr(model, "output_layer"):
+            raise UnsupportedFeatureError(f"{type(model).__name__} is no megatron-core GPTModel")
+        for number, layer in enumerate(model.decoder.layers):
+            attention = layer.self_attention
+            stock = attention.core_attention
+            if not hasattr(stock, "softmax_scale"):
+                raise UnsupportedFeatureError(f"core attention {type(stock).__name__} is not known here")
+            attention.core_attention = _PagedAttention(self, number, stock, stock.softmax_scale)
+            if model.config.multi_latent_attention:
+                attention.rotary_pos_emb = _PagedRotary(self, attention.rotary_pos_emb)
+        if not model.config.multi_latent_attention:
+            model.rotary_pos_emb = _PagedRotary(self, model.rotary_pos_emb)
+        self._hook = model.output_layer.register_forward_pre_hook(self._wanted_rows)
+
+    def _wanted_rows(self, _module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.active is None:
+            return None
+        return (args[0].index_select(0, self.active.wanted), *args[1:])
+
+    def angles(self, rotary: Any) -> Tensor:
+        """Angles of all positions, [context, 1, 1, width]."""
+        if id(rotary) not in self._angles:
+            self._angles[id(rotary)] = rotary(self.context_length)
+        return self._angles[id(rotary)]
+
+    @torch.no_grad()
+    def forward(self, rows: PassRows) -> Tensor:
+        """Compute a pass.
+
+        Returns
+        -------
+        tensor, shape [S, V]
+            Logits of the wanted rows.
+        """
+        self.active = _Active(rows, self.pool)
+        try:
+            tokens = _tensor(rows.tokens_T, self.pool.device)[None]
+            logits: Tensor = self.model(tokens, self.active.position[None], None)
+            return logits[0]
+        finally:
+            self.active = None
+
+    def idle_rows(self) -> PassRows:
+        """One row of no request: what a rank without work computes."""
+        zero, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+        slot = np.array([self.pool.spare_slot])
+        return PassRows(zero, zero, slot, zero, one, np.array([[self.pool.blocks]]), zero[:0])
+
+    def restore(self) -> None:
+        """Give the model its own parts again."""
+        self._hook.remove()
+        for layer in self.model.decoder.layers:
+            attention = layer.self_attention
+            attention.core_attention = attention.core_attention.stock
+            if self.model.config.multi_latent_attention:
+                attention.rotary_pos_emb = attention.rotary_pos_emb.stock
+        if not self.model.config.multi_latent_attention:
+            self.model.rotary_pos_emb = self.model.rotary_pos_emb.stock
