@@ -84,7 +84,7 @@ class FolderCodec:
                 continue
             settings = read_json(folder / name)
             named = settings.get("eos_token_id") if isinstance(settings, dict) else None
-            found += named if isinstance(named, list) else [named]
+            found += named if isinstance(named, list) else [] if named is None else [named]
         found.append(self._inner.eos_token_id)
         return [token for token in found if isinstance(token, int)]
 

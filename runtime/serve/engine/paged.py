@@ -14,6 +14,7 @@ padded to its longest row. There is no loop over requests.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,11 +160,11 @@ class _PagedAttention(torch.nn.Module):
         self.stock = stock
         self.layer, self.scale = layer, scale
         # Not a submodule: the model already holds this one.
-        object.__setattr__(self, "owner", model)
+        self.__dict__["owner"] = model
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attend: tensors are [T, 1, heads, width]; returns [T, 1, heads x width]."""
-        owner: PagedModel = self.owner
+        owner: PagedModel = self.__dict__["owner"]
         active = owner.active
         if active is None:
             out: Tensor = self.stock(query, key, value, *args, **kwargs)
@@ -195,13 +196,45 @@ class _PagedAttention(torch.nn.Module):
         return back if group.back is None else back.index_select(0, group.back)
 
 
+class _PlainLinear(torch.nn.Module):
+    """Stands for a linear of megatron-core where there is no tensor parallelism: the product alone.
+
+    The stock ones go through an autograd function and its preparations, which takes longer than a small
+    product.
+    """
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = stock.weight, stock.bias
+        self.skips_bias = bool(getattr(stock, "skip_bias_add", False))
+        self.__dict__["stock"] = stock
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the stock ones: the product, and a bias that somebody else adds."""
+        weight = self.weight if weight is None else weight
+        if self.bias is None or self.skips_bias:
+            return F.linear(x, weight), self.bias
+        return F.linear(x, weight, self.bias), None
+
+
+def _plain_linears(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Module]]:
+    """Linears of a module, but not those of its routed experts: (parent, name, linear)."""
+    for name, child in module.named_children():
+        if type(child).__name__ in ("ColumnParallelLinear", "RowParallelLinear"):
+            yield module, name, child
+        elif name != "experts":
+            yield from _plain_linears(child)
+
+
 class _PagedRotary(torch.nn.Module):
     """Stands for a rotary embedding: while a pass is active, the angles of its rows' own positions."""
 
     def __init__(self, model: PagedModel, stock: Any) -> None:
         super().__init__()
         self.stock = stock
-        object.__setattr__(self, "owner", model)
+        self.__dict__["owner"] = model
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
         """As the stock one has it."""
@@ -210,7 +243,7 @@ class _PagedRotary(torch.nn.Module):
 
     def forward(self, length: int, *args: Any, **kwargs: Any) -> Tensor:
         """Angles, [rows, 1, 1, width]."""
-        owner: PagedModel = self.owner
+        owner: PagedModel = self.__dict__["owner"]
         active = owner.active
         if active is None:
             out: Tensor = self.stock(length, *args, **kwargs)
@@ -256,6 +289,11 @@ class PagedModel:
                 attention.rotary_pos_emb = _PagedRotary(self, attention.rotary_pos_emb)
         if not model.config.multi_latent_attention:
             model.rotary_pos_emb = _PagedRotary(self, model.rotary_pos_emb)
+        self._linears = []
+        if model.config.tensor_model_parallel_size == 1:
+            self._linears = list(_plain_linears(model.decoder))
+        for parent, name, stock in self._linears:
+            setattr(parent, name, _PlainLinear(stock))
         self._hook = model.output_layer.register_forward_pre_hook(self._wanted_rows)
 
     def _wanted_rows(self, _module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -295,6 +333,8 @@ class PagedModel:
     def restore(self) -> None:
         """Give the model its own parts again."""
         self._hook.remove()
+        for parent, name, stock in self._linears:
+            setattr(parent, name, stock)
         for layer in self.model.decoder.layers:
             attention = layer.self_attention
             attention.core_attention = attention.core_attention.stock

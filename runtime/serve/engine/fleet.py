@@ -1,0 +1,485 @@
+"""The engine as a front sees it: requests to ranks, tokens to texts, and both when a rank is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+from moeless_opt.problems.arrays import SlotArray
+from moeless_opt.problems.errors import MoelessError, ProblemError
+from moeless_opt.problems.plan import Plan
+from moeless_opt.runtime.serve import (
+    Deliver,
+    Emitted,
+    EngineBusyError,
+    EngineStoppedError,
+    PlanEvent,
+    Planning,
+    ServeEngine,
+    ServeRequest,
+    ServeStatus,
+    TextCodec,
+)
+from moeless_opt.runtime.serve.engine.channel import Channel, ChannelClosedError
+from moeless_opt.runtime.serve.engine.codec import TextStream
+from moeless_opt.runtime.serve.engine.launch import START, Crew, launched_from_outside, serve_rank, start_crew
+from moeless_opt.runtime.serve.engine.models import ServedFacts, facts_of
+from moeless_opt.runtime.serve.engine.options import EngineOptions
+from moeless_opt.runtime.serve.engine.plans import given_plan, judged_plan
+from moeless_opt.runtime.serve.engine.state import ServeState, read_state, slots_for, write_state
+
+__all__ = ["Fleet", "open_engine"]
+
+#: Times that a request is begun anew.
+RETRIES = 3
+#: Events that are remembered.
+EVENTS = 200
+#: Seconds between two writings of the state.
+SAVE = 1.0
+
+
+def open_engine(options: EngineOptions) -> ServeEngine | None:
+    """The engine for a front.
+
+    Under torchrun only the first rank gets one; on the others this serves, until the first has ended, and
+    returns None.
+    """
+    outside = launched_from_outside()
+    if outside is not None and outside[0] > 0:
+        serve_rank(options)
+        return None
+    return Fleet(options)
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A request under way."""
+
+    request: ServeRequest
+    deliver: Deliver
+    text: TextStream
+    rank: int
+    tokens: list[int] = field(default_factory=list)
+    tries: int = 0
+    cancelled: bool = False
+    over: bool = False
+
+
+class Fleet:
+    """A `ServeEngine` of one or more ranks.
+
+    Parameters
+    ----------
+    options : EngineOptions
+        What to serve.
+
+    Raises
+    ------
+    FormatError, ProblemError, UnsupportedFeatureError
+        It cannot be served.
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.options = options
+        self.facts: ServedFacts = facts_of(options)
+        self._crew: Crew | None = None
+        self._flights: dict[str, _Flight] = {}
+        self._load: list[int] = []
+        self._alive: list[bool] = []
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._deciding = threading.Lock()
+        self._ready: dict[int, dict[str, Any]] = {}
+        self._reports: dict[int, dict[str, Any]] = {}
+        self._group: dict[str, Any] = {}
+        self._events: deque[PlanEvent] = deque(maxlen=EVENTS)
+        self._answers = 0
+        self._finished: Counter[str] = Counter()
+        self._retried = 0
+        self._draining = self._closed = False
+        self._failure = ""
+        self._planning = options.planning
+        self._saved: tuple[bytes, float] = (b"", 0.0)
+        self._readers: list[threading.Thread] = []
+
+    # -- what a front reads ------------------------------------------------------------------------
+
+    @property
+    def model(self) -> str:
+        """Name for clients."""
+        return self.facts.name
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.facts.context_length
+
+    @property
+    def codec(self) -> TextCodec:
+        """Text to tokens and back."""
+        return self.facts.codec
+
+    # -- beginning and end -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """See `ServeEngine.start`."""
+        if self._crew is not None:
+            raise EngineStoppedError("the engine was started already")
+        crew = self._crew = start_crew(self.options)
+        ranks = len(crew.channels)
+        self._load, self._alive = [0] * ranks, [True] * ranks
+        for rank, channel in enumerate(crew.channels):
+            reader = threading.Thread(
+                target=self._read, args=(rank, channel), name=f"moeless-reader-{rank}", daemon=True
+            )
+            self._readers.append(reader)
+            reader.start()
+        deadline = time.monotonic() + START
+        with self._changed:
+            while len(self._ready) < ranks and not self._failure and all(self._alive):
+                if not self._changed.wait(max(deadline - time.monotonic(), 0.0)):
+                    break
+            began = len(self._ready) == ranks
+        if not began:
+            reason = self._failure or f"ranks did not begin within {START:g} s"
+            self.close()
+            raise MoelessError(reason)
+        try:
+            self._check(self._planning)
+        except MoelessError:
+            self.close()
+            raise
+        self._restore()
+
+    def _check(self, planning: Planning) -> None:
+        from moeless_opt.runtime.serve.engine.steering import check_planning
+
+        check_planning(planning, self._ready[0]["experts"], max(sum(self._alive), 1))
+
+    def _restore(self) -> None:
+        if self.options.state is None or len(self._alive) == 1:
+            return
+        facts = self._ready[0]
+        state = read_state(self.options.state, self.model, len(facts["layers"]), facts["experts"])
+        if state is not None:
+            slots_LGC = slots_for(state, len(self._alive), self._planning.slots)
+            self._order("apply", ("restored", slots_LGC))
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """See `ServeEngine.drain`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            self._draining = True
+            while self._flights:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._changed.wait(left)
+        return True
+
+    def close(self) -> None:
+        """See `ServeEngine.close`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = self._draining = True
+        self._end_all("the engine was closed")
+        if self._crew is not None:
+            self._save(force=True)
+            self._order("stop", None)
+            self._crew.close()
+            for reader in self._readers:
+                if reader is not threading.current_thread():
+                    reader.join(2.0)
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def submit(self, request: ServeRequest, deliver: Deliver) -> None:
+        """See `ServeEngine.submit`."""
+        self._check_request(request)
+        with self._lock:
+            if self._failure or self._draining or not self._ready or not any(self._alive):
+                raise EngineStoppedError(self._failure or "the engine takes no requests")
+            if request.id in self._flights:
+                raise ProblemError("id", f"{request.id!r} is in use")
+            room = self.options.max_waiting + self.options.max_running * sum(self._alive)
+            if len(self._flights) >= room:
+                waiting = len(self._flights) - self.options.max_running * sum(self._alive)
+                raise EngineBusyError(max(waiting, 0), self._patience())
+            text = TextStream(self.codec, request.sampling.stop, request.prompt)
+            flight = _Flight(request, deliver, text, self._least_busy())
+            self._flights[request.id] = flight
+            self._send(flight)
+
+    def _check_request(self, request: ServeRequest) -> None:
+        prompt, most = request.prompt, self.context_length
+        if self._ready:
+            most = min(most, self._ready[0]["longest"])
+        if not prompt:
+            raise ProblemError("prompt", "is empty, must have at least one token")
+        if len(prompt) >= most:
+            raise ProblemError(
+                "prompt", f"has {len(prompt)} tokens, the context has room for {most - 1} and an answer"
+            )
+        if not all(0 <= token < self.facts.vocabulary for token in prompt):
+            raise ProblemError("prompt", f"has tokens outside 0..{self.facts.vocabulary - 1}")
+
+    def _patience(self) -> float:
+        """Seconds until a place is likely free: what the queue has to generate, at the pace of late."""
+        return 1.0
+
+    def _least_busy(self) -> int:
+        return min((r for r, alive in enumerate(self._alive) if alive), key=lambda r: (self._load[r], r))
+
+    def _send(self, flight: _Flight) -> None:
+        assert self._crew is not None
+        request = flight.request
+        if flight.tokens:
+            request = replace(request, prompt=(*request.prompt, *flight.tokens))
+        self._load[flight.rank] += 1
+        self._crew.channels[flight.rank].send(("submit", (request, len(flight.request.prompt))))
+
+    def cancel(self, request: str) -> None:
+        """See `ServeEngine.cancel`."""
+        with self._lock:
+            flight = self._flights.get(request)
+            if flight is None or flight.cancelled:
+                return
+            flight.cancelled = True
+            if self._crew is not None and self._alive[flight.rank]:
+                self._crew.channels[flight.rank].send(("cancel", request))
+
+    # -- what ranks say ----------------------------------------------------------------------------
+
+    def _read(self, rank: int, channel: Channel) -> None:
+        while True:
+            try:
+                messages = channel.take(0.5)
+            except ChannelClosedError:
+                self._lost(rank)
+                return
+            for kind, content in messages:
+                if kind == "tokens":
+                    for said in content:
+                        self._said(rank, *said)
+                elif kind == "report":
+                    self._reported(rank, content)
+                elif kind == "ready":
+                    with self._changed:
+                        self._ready[rank] = content
+                        self._changed.notify_all()
+                elif kind == "failed":
+                    with self._changed:
+                        self._failure = self._failure or content
+                        self._changed.notify_all()
+
+    def _said(self, rank: int, name: str, pick: Any, finish: Any, cached: int) -> None:
+        with self._lock:
+            flight = self._flights.get(name)
+            if flight is None or flight.rank != rank or flight.over:
+                return
+            if pick is None:
+                self._end(flight, Emitted(request=name, text=flight.text.flush(), finish=finish))
+                return
+            flight.tokens.append(pick.token)
+            ends = finish == "stop"  # the token that ends a text is no part of it
+            text = flight.text.flush() if ends else flight.text.push(pick.token, last=finish is not None)
+            stopped = flight.text.stopped
+            if stopped and finish is None and self._crew is not None:
+                self._crew.channels[rank].send(("cancel", name))
+            out = Emitted(
+                request=name,
+                token=pick.token,
+                text=text,
+                logprob=pick.logprob,
+                top=pick.top,
+                finish="stop" if stopped else finish,
+                cached=cached,
+            )
+            if out.finish is not None:
+                self._end(flight, out)
+                return
+        flight.deliver(out)
+
+    def _end(self, flight: _Flight, last: Emitted) -> None:
+        """Give a request its last word."""
+        flight.over = True
+        self._flights.pop(flight.request.id, None)
+        self._load[flight.rank] -= 1
+        self._finished[last.finish or "error"] += 1
+        flight.deliver(last)
+        self._changed.notify_all()
+
+    def _end_all(self, reason: str) -> None:
+        with self._lock:
+            for flight in list(self._flights.values()):
+                self._end(flight, Emitted(request=flight.request.id, finish="error", error=reason))
+
+    def _lost(self, rank: int) -> None:
+        """A rank is gone: its requests go on elsewhere, from the tokens that they have."""
+        with self._changed:
+            self._alive[rank] = False
+            self._reports.pop(rank, None)
+            self._changed.notify_all()
+            if self._closed:
+                return
+            mine = [f for f in self._flights.values() if f.rank == rank]
+            if not any(self._alive):
+                self._failure = self._failure or "all ranks are gone"
+                self._end_all(self._failure)
+                return
+            for flight in mine:
+                self._load[rank] -= 1
+                flight.tries += 1
+                name = flight.request.id
+                if flight.cancelled or flight.tries > RETRIES:
+                    self._load[rank] += 1
+                    how = (
+                        Emitted(request=name, finish="cancelled")
+                        if flight.cancelled
+                        else Emitted(
+                            request=name, finish="error", error=f"{flight.tries} ranks were lost under it"
+                        )
+                    )
+                    self._end(flight, how)
+                    continue
+                self._retried += 1
+                flight.rank = self._least_busy()
+                self._send(flight)
+
+    def _reported(self, rank: int, report: dict[str, Any]) -> None:
+        with self._changed:
+            group = report.pop("group", None)
+            self._reports[rank] = report
+            if group is not None:
+                for event in group.pop("events"):
+                    self._events.append(event)
+                    self._answers += event.kind in ("given", "refused", "settings")
+                self._group = group
+            self._changed.notify_all()
+        if group is not None:
+            self._save()
+
+    def _save(self, *, force: bool = False) -> None:
+        with self._lock:
+            group = self._group
+            if self.options.state is None or not group or group["asleep"] or group["ranks"] == 1:
+                return
+            slots_LGC: SlotArray = group["target_LGC"]
+            print_of, at = slots_LGC.tobytes(), self._saved[1]
+            if self._saved[0] == print_of or (not force and time.monotonic() - at < SAVE):
+                return
+            self._saved = (print_of, time.monotonic())
+            state = ServeState(
+                model=self.model,
+                experts=self._ready[0]["experts"],
+                slots_LGC=slots_LGC,
+                load_LE=group["load_LE"],
+            )
+        write_state(self.options.state, state)
+
+    # -- steering ----------------------------------------------------------------------------------
+
+    def _order(self, kind: str, content: Any) -> None:
+        """Tell all ranks; with the lock, so that all get their orders in one order."""
+        with self._lock:
+            assert self._crew is not None
+            for alive, channel in zip(self._alive, self._crew.channels, strict=True):
+                if alive:
+                    channel.send(("order", (kind, content)))
+
+    def status(self) -> ServeStatus:
+        """See `ServeEngine.status`."""
+        with self._lock:
+            reports, group, facts = list(self._reports.values()), self._group, self._ready.get(0, {})
+            alive = sum(self._alive)
+            layers = tuple(facts.get("layers", ()))
+            experts = facts.get("experts", 0)
+            none = np.zeros((len(layers), experts), dtype=np.int64)
+            running = sum(r["running"] for r in reports)
+            return ServeStatus(
+                ready=bool(self._ready) and not (self._failure or self._draining) and alive > 0,
+                ranks=alive,
+                running=running,
+                waiting=max(len(self._flights) - running, 0),
+                capacity=self.options.max_waiting,
+                kv_blocks=sum(self._ready[r]["kv_blocks"] for r in self._ready if self._alive[r]),
+                kv_blocks_used=sum(r["used"] for r in reports),
+                kv_cached_blocks=sum(r["kept"] for r in reports),
+                passes=group.get("passes", 0),
+                prompt_tokens=sum(r["prompt_tokens"] for r in reports),
+                cached_tokens=sum(r["cached_tokens"] for r in reports),
+                generated_tokens=sum(r["generated_tokens"] for r in reports),
+                finished=dict(self._finished),
+                retried=self._retried,
+                layers=layers,
+                load_LE=group.get("load_LE", none),
+                tokens_LG=group.get("tokens_LG", np.zeros((len(layers), alive), dtype=np.int64)),
+                replicas_LE=group.get("replicas_LE", none),
+                imbalance_L=group.get("imbalance_L", np.ones(len(layers))),
+                plans=group.get("plans", 0),
+                bytes_moved=group.get("bytes_moved", 0),
+                plan_seconds=group.get("plan_seconds", 0.0),
+                wait_seconds=group.get("wait_seconds", 0.0),
+                cold_starts=group.get("cold_starts", 0),
+                cost=group.get("cost", {}),
+                prediction_error=group.get("prediction_error"),
+                recoveries=group.get("recoveries", 0),
+                events=tuple(self._events),
+            )
+
+    def plan(self) -> Plan:
+        """See `ServeEngine.plan`."""
+        with self._lock:
+            group, facts = self._group, self._ready.get(0)
+        if not group or facts is None:
+            raise EngineStoppedError("nothing is served yet")
+        return judged_plan(group["target_LGC"], group["load_LE"], facts)
+
+    def apply(self, plan: Plan | Mapping[str, Any]) -> PlanEvent:
+        """See `ServeEngine.apply`."""
+        with self._lock:
+            group, facts = self._group, self._ready.get(0)
+            if not group or facts is None or self._closed:
+                raise EngineStoppedError("nothing is served")
+        found = given_plan(plan, group["target_LGC"], group["load_LE"], facts)
+        return self._ask("apply", ("given", found))
+
+    def planning(self) -> Planning:
+        """See `ServeEngine.planning`."""
+        with self._lock:
+            planning: Planning = self._group.get("planning", self._planning)
+            return planning
+
+    def set_planning(self, **changes: Any) -> Planning:
+        """See `ServeEngine.set_planning`."""
+        known = {entry.name for entry in fields(Planning)}
+        for name in changes:
+            if name not in known:
+                raise ProblemError(name, f"is no setting; there are {', '.join(sorted(known))}")
+        wanted = replace(self.planning(), **changes)
+        with self._lock:
+            if not self._ready or self._closed:
+                raise EngineStoppedError("nothing is served")
+            self._check(wanted)
+        self._ask("planning", wanted)
+        return wanted
+
+    def _ask(self, kind: str, content: Any, timeout: float = 30.0) -> PlanEvent:
+        """Give an order and wait until it is carried out."""
+        with self._deciding, self._changed:
+            before, deadline = self._answers, time.monotonic() + timeout
+            self._order(kind, content)
+            while self._answers == before:
+                if not self._changed.wait(deadline - time.monotonic()) or self._closed:
+                    raise EngineStoppedError("the ranks did not answer")
+            event = next(e for e in reversed(self._events) if e.kind in ("given", "refused", "settings"))
+        if event.kind == "refused":
+            raise ProblemError("plan", f"was refused: {event.detail}")
+        return event
