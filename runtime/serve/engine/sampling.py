@@ -17,11 +17,11 @@ from torch import Tensor
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.runtime.serve import Sampling
 
-__all__ = ["Chosen", "choose_tokens", "uniform"]
+__all__ = ["ChosenToken", "choose_tokens", "seeded_uniform"]
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenToken:
     """A token, and the probabilities that were asked for."""
 
     token: int
@@ -29,7 +29,7 @@ class Chosen:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def uniform(seeds: Sequence[int], places: Sequence[int]) -> FloatArray:
+def seeded_uniform(seeds: Sequence[int], places: Sequence[int]) -> FloatArray:
     """One number in [0, 1) for each seed and place (SplitMix64 of both)."""
     with np.errstate(over="ignore"):
         x = np.asarray(seeds, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -46,7 +46,7 @@ def _mixed(
     return x ^ (x >> np.uint64(31))
 
 
-def choose_tokens(logits_SV: Tensor, rules: Sequence[Sampling], places: Sequence[int]) -> list[Chosen]:
+def choose_tokens(logits_SV: Tensor, rules: Sequence[Sampling], places: Sequence[int]) -> list[ChosenToken]:
     """Choose one token for each row.
 
     Parameters
@@ -66,7 +66,7 @@ def choose_tokens(logits_SV: Tensor, rules: Sequence[Sampling], places: Sequence
         best_S[torch.tensor(drawn, device=best_S.device)] = chosen
     tokens: list[int] = best_S.tolist()
     if all(rule.logprobs is None for rule in rules):
-        return [Chosen(token) for token in tokens]
+        return [ChosenToken(token) for token in tokens]
     return _with_probabilities(logits_SV, tokens, rules)
 
 
@@ -85,14 +85,14 @@ def _draw(logits_SV: Tensor, rules: Sequence[Sampling], places: Sequence[int]) -
     top_p = torch.tensor([rule.top_p for rule in rules], dtype=torch.float64, device=device)
     weight_SV = torch.where(before_SV < top_p[:, None], weight_SV, 0.0)
     upto_SV = weight_SV.cumsum(dim=-1)
-    u = torch.from_numpy(uniform([rule.seed for rule in rules], places)).to(device)
+    u = torch.from_numpy(seeded_uniform([rule.seed for rule in rules], places)).to(device)
     at = torch.searchsorted(upto_SV, (u * upto_SV[:, -1])[:, None], right=True)[:, 0]
     # Rounding must not reach behind the last token that may be chosen.
     last = (weight_SV > 0).sum(dim=-1) - 1
     return order_SV.gather(1, torch.minimum(at, last)[:, None])[:, 0]
 
 
-def _with_probabilities(logits_SV: Tensor, tokens: list[int], rules: Sequence[Sampling]) -> list[Chosen]:
+def _with_probabilities(logits_SV: Tensor, tokens: list[int], rules: Sequence[Sampling]) -> list[ChosenToken]:
     rows = [row for row, rule in enumerate(rules) if rule.logprobs is not None]
     log_SV = torch.log_softmax(logits_SV[rows].double(), dim=-1)
     most = min(max(rule.logprobs or 0 for rule in rules), log_SV.size(1))
@@ -100,9 +100,9 @@ def _with_probabilities(logits_SV: Tensor, tokens: list[int], rules: Sequence[Sa
     own = log_SV.gather(1, chosen[:, None])[:, 0].tolist()
     value_SK, token_SK = log_SV.topk(most, dim=-1) if most else (log_SV[:, :0], log_SV[:, :0])
     values, ids = value_SK.tolist(), token_SK.tolist()
-    out = [Chosen(token) for token in tokens]
+    out = [ChosenToken(token) for token in tokens]
     for place, row in enumerate(rows):
         count = rules[row].logprobs or 0
         pairs = zip(ids[place][:count], values[place][:count], strict=True)
-        out[row] = Chosen(tokens[row], own[place], tuple((int(t), float(v)) for t, v in pairs))
+        out[row] = ChosenToken(tokens[row], own[place], tuple((int(t), float(v)) for t, v in pairs))
     return out

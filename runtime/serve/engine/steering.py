@@ -23,7 +23,7 @@ from moeless_opt.runtime.pool import RULES, CostMeter
 from moeless_opt.runtime.predict import GatePredictor, PerLayer, load_distance, plain_gates
 from moeless_opt.runtime.serve import PlanEvent, Planning
 
-__all__ = ["Steering", "check_planning", "topology_of"]
+__all__ = ["Steering", "check_planning", "ranks_as_topology"]
 
 #: Passes between two looks at the loads, whoever plans.
 LOOK = 16
@@ -35,7 +35,7 @@ EVENTS = 200
 MEASURED = (1, 4, 16, 64, 256)
 
 
-def topology_of(live: LiveModel, slots: int | None) -> Topology:
+def ranks_as_topology(live: LiveModel, slots: int | None) -> Topology:
     """The ranks as a topology with so many slots each; by default one more than every expert once takes."""
     group = live.group
     least = -(-live.experts // group.size)
@@ -231,7 +231,7 @@ class Steering:
         live, planning = self.live, self.planning
         if live.group.size == 1 or planning.policy == "static":
             return
-        topology = topology_of(live, planning.slots)
+        topology = ranks_as_topology(live, planning.slots)
         options: dict[str, Any] = {"expert_bytes": self._bytes_L.astype(np.int64)}
         if planning.max_moves is not None:
             options["limits"] = Limits(max_moves=planning.max_moves)

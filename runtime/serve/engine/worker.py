@@ -25,7 +25,7 @@ from moeless_opt.runtime.serve.engine.channel import Channel, ChannelClosedError
 from moeless_opt.runtime.serve.engine.models import device_of, home_of, load_served
 from moeless_opt.runtime.serve.engine.options import EngineOptions
 from moeless_opt.runtime.serve.engine.paged import KvPool, PagedModel
-from moeless_opt.runtime.serve.engine.sampling import Chosen, choose_tokens
+from moeless_opt.runtime.serve.engine.sampling import ChosenToken, choose_tokens
 from moeless_opt.runtime.serve.engine.scheduler import Scheduler, Sequenced, Turn
 from moeless_opt.runtime.serve.engine.steering import Steering
 
@@ -237,7 +237,7 @@ class Worker:
         said = [self._say(one, pick) for one, pick in zip(wanted, chosen, strict=True)]
         self.channel.send(("tokens", said))
 
-    def _say(self, one: Sequenced, pick: Chosen) -> tuple[str, Chosen, str | None, int]:
+    def _say(self, one: Sequenced, pick: ChosenToken) -> tuple[str, ChosenToken, str | None, int]:
         one.tokens.append(pick.token)
         self.generated_tokens += 1
         first = len(one.tokens) == len(one.request.prompt) + 1

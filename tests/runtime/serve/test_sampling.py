@@ -8,7 +8,7 @@ import torch
 
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.runtime.serve import Sampling
-from moeless_opt.runtime.serve.engine.sampling import choose_tokens, uniform
+from moeless_opt.runtime.serve.engine.sampling import choose_tokens, seeded_uniform
 
 
 def reference(logits: np.ndarray, rule: Sampling, place: int) -> int:
@@ -27,7 +27,7 @@ def reference(logits: np.ndarray, rule: Sampling, place: int) -> int:
             break
         nucleus.append(v)
         mass += weights[v] / total
-    u = uniform([rule.seed], [place])[0] * sum(weights[v] for v in nucleus)
+    u = seeded_uniform([rule.seed], [place])[0] * sum(weights[v] for v in nucleus)
     for v in nucleus:
         u -= weights[v]
         if u < 0:
@@ -73,7 +73,7 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_numbers_are_even_and_differ_by_seed_and_place() -> None:
-    u = uniform(list(range(2000)) * 2, [0] * 2000 + [1] * 2000)
+    u = seeded_uniform(list(range(2000)) * 2, [0] * 2000 + [1] * 2000)
     assert len(set(u.tolist())) == 4000
     assert abs(u.mean() - 0.5) < 0.02
     assert 0 <= u.min() < u.max() < 1
