@@ -130,7 +130,7 @@ class MegatronDispatcher(MoETokenDispatcher):  # type: ignore[misc]
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
-    ) -> tuple[Tensor, NDArray[Any], Tensor]:
+    ) -> tuple[Tensor, NDArray[Any] | Tensor, Tensor]:
         """Sort by local slot."""
         return self.core.sort_in(hidden_states, probs)
 
@@ -246,7 +246,7 @@ class _Pooled:
     def install(self, core: SlotDispatcher, most_rows: int | None) -> None:
         """Let the core dispatch for the layer."""
         self.stock.hollow()
-        core.slot_order = self.experts.slot_order
+        core.slot_order, core.sizes_there = self.experts.slot_order, self.experts.grouped
         self.layer.experts = self.experts
         self.layer.token_dispatcher = MegatronDispatcher(self.dispatcher, core)
 

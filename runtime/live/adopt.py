@@ -41,6 +41,10 @@ class AttachOptions:
     places : int, optional
         Experts of a layer for which the pool has room; by default a quarter more than a rank has at first, at
         least two. More are possible, at the cost of an allocation.
+    split : {"auto", "host", "device"}
+        Where the tokens of a batch are split among replicas: by kernels where the counts are (needs Triton;
+        on a GPU, or interpreted), or on the host. By default by kernels on a GPU where Triton is there. The
+        integers are the same; policies of your own are always computed on the host.
     timeout : float
         Seconds after which a collective of a batch fails; bounds how late a dead rank is noticed.
     node_G : sequence of int, optional
@@ -65,6 +69,7 @@ class AttachOptions:
     row_block: int | None = None
     experts: str = "auto"
     places: int | None = None
+    split: str = "auto"
     timeout: float = 600.0
     node_G: Sequence[int] | None = None
     memory_limit: int | None = None
@@ -76,6 +81,8 @@ class AttachOptions:
     def __post_init__(self) -> None:
         if self.experts not in ("auto", "loop", "grouped"):
             raise ProblemError("experts", f"is {self.experts!r}, must be 'auto', 'loop' or 'grouped'")
+        if self.split not in ("auto", "host", "device"):
+            raise ProblemError("split", f"is {self.split!r}, must be 'auto', 'host' or 'device'")
         if self.places is not None:
             whole("places", self.places, low=1)
 

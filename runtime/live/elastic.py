@@ -17,16 +17,18 @@ from __future__ import annotations
 import copy
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.runtime.control import stacked
-from moeless_opt.runtime.live.dispatch import SlotDispatcher
+from moeless_opt.runtime.live.dispatch import SlotDispatcher, Stopwatch
 from moeless_opt.runtime.live.experts import SlotBank
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.pool import CostMeter, KeepAlive, WarmPool
@@ -67,6 +69,16 @@ class ElasticReport:
     warm_L: FloatArray
     keep_alive_L: FloatArray
     byte_seconds: float
+
+
+class _Pass(NamedTuple):
+    """A forward pass to be charged: its time, its layers', what was held and used, bytes of the KV cache."""
+
+    watch: Stopwatch
+    layers: list[Stopwatch]
+    held_L: FloatArray
+    used_L: torch.Tensor
+    kv_bytes: float
 
 
 class Elastic:
@@ -127,7 +139,7 @@ class Elastic:
             pool.pinned = pool.keys
         self._bytes_L = bytes_L
         self._held_L = np.array([pool.held_L[0] for pool in self.pools])
-        self.meter = CostMeter(bytes_L, other_bytes, elastic=True)
+        self._meter = CostMeter(bytes_L, other_bytes, elastic=True)
         self.byte_seconds = 0.0
         self.cold_seconds = 0.0
         self.cold_bytes = 0
@@ -137,7 +149,15 @@ class Elastic:
         self._start: tuple[float, float] | None = None
         self._units = 0.0
         self._charged = time.perf_counter()
-        self._began: float | None = None
+        self._on_gpu = bool(dispatchers) and dispatchers[0].group.device.type == "cuda"
+        self._pass: Stopwatch | None = None
+        self._passes: deque[_Pass] = deque()
+
+    @property
+    def meter(self) -> CostMeter:
+        """GB*s under each charging rule, of all passes so far; waits for the last of them on a GPU."""
+        self._meter_passes(wait=True)
+        return self._meter
 
     @property
     def now(self) -> float:
@@ -248,27 +268,40 @@ class Elastic:
     def begin_pass(self, *_: Any) -> None:
         """A forward pass begins; a hook."""
         self._charge()
-        self._began = time.perf_counter()
+        self._meter_passes()
+        self._pass = Stopwatch()
+        self._pass.start(self._on_gpu)
         for dispatcher in self._dispatchers:
-            dispatcher.layer_seconds = 0.0
+            dispatcher.layer_watch.take_spans()
 
     def end_pass(self, *_: Any) -> None:
-        """It has ended."""
-        if self._began is None:
+        """It has ended: on the host. Its times are read when they are known."""
+        if self._pass is None:
             return
         self._charge()
-        seconds = time.perf_counter() - self._began
-        self._began = None
-        used_L = [int((d.sends_RP.sum(axis=0) > 0).sum()) for d in self._dispatchers]
-        layer_L = [d.layer_seconds for d in self._dispatchers]
-        self.meter.add_passes(
-            self._held_L,
-            np.array([used_L], dtype=np.float64),
-            np.array([layer_L]),
-            np.array([seconds]),
-            np.array([self._kv_bytes() if self._kv_bytes is not None else 0.0]),
-            np.ones(1),
-        )
+        used_L = torch.cat([d.used_slots() for d in self._dispatchers])
+        if used_L.is_cuda:
+            here = torch.empty(used_L.shape, dtype=used_L.dtype, pin_memory=True)
+            used_L = here.copy_(used_L, non_blocking=True)
+        watches = [d.layer_watch.take_spans() for d in self._dispatchers]
+        self._pass.stop(self._on_gpu)
+        kv = self._kv_bytes() if self._kv_bytes is not None else 0.0
+        self._passes.append(_Pass(self._pass, watches, self._held_L.copy(), used_L, kv))
+        self._pass = None
+        self._meter_passes()
+
+    def _meter_passes(self, *, wait: bool = False) -> None:
+        """Charge passes that are over, in their order."""
+        while self._passes and self._passes[0].watch.over(wait=wait):
+            one = self._passes.popleft()
+            self._meter.add_passes(
+                one.held_L,
+                one.used_L.numpy()[None].astype(np.float64),
+                np.array([[watch.take() for watch in one.layers]]),
+                np.array([one.watch.take()]),
+                np.array([one.kv_bytes]),
+                np.ones(1),
+            )
 
     def _charge(self) -> None:
         """Charge wall time for what was held until now."""
@@ -277,7 +310,7 @@ class Elastic:
         held = self.bytes * seconds
         self.byte_seconds += held
         kv = self._kv_bytes() * seconds if self._kv_bytes is not None else 0.0
-        self.meter.add_wall(held, seconds, kv)
+        self._meter.add_wall(held, seconds, kv)
 
 
 def become_elastic(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module, ParameterList
 
 from moeless_opt.problems.arrays import IntArray
+from moeless_opt.runtime.live.dispatch.device import upload
 from moeless_opt.runtime.live.experts import SlotBank
 from moeless_opt.runtime.live.pooled import PooledBank
 
@@ -50,11 +51,12 @@ class GroupedExperts(Module):
         self.probs_on_input = probs_on_input
         self.grouped = can_group(bank.shapes[0][1])
         self._layout: tuple[IntArray, IntArray | None] | None = None
+        self._at: Tensor | None = None
         self.follow(bank)
 
     def follow(self, bank: SlotBank) -> None:
         """Serve what the bank holds."""
-        self._layout = None
+        self._layout = self._at = None
         self.weights = ParameterList(t for e in bank.order for t in bank.resident[e])
 
     def _placed(self) -> tuple[IntArray, IntArray | None]:
@@ -81,15 +83,26 @@ class GroupedExperts(Module):
             probs = torch.ones_like(probs)
         bank: PooledBank = self.__dict__["bank"]
         first, second = bank.stacks
-        size_P = np.zeros(len(first), dtype=np.int64)
-        size_P[self._placed()[0]] = np.asarray(tokens_per_expert)
-        inner = self.activation(self._product(tokens, first, size_P))
+        ends = self._ends(tokens_per_expert, len(first), tokens.device)
+        inner = self.activation(self._product(tokens, first, ends))
         inner = (inner * probs.unsqueeze(-1)).to(inner.dtype)
-        return self._product(inner, second, size_P), None
+        return self._product(inner, second, ends), None
 
-    def _product(self, rows: Tensor, stack: Tensor, size_P: IntArray) -> Tensor:
+    def _ends(self, sizes: Any, places: int, device: torch.device) -> Tensor:
+        """Where the rows of each place of the pool end; on the device, from sizes there or here."""
+        at = self._placed()[0]
+        if not isinstance(sizes, Tensor):
+            size_P = np.zeros(places, dtype=np.int64)
+            size_P[at] = np.asarray(sizes)
+            return upload(np.cumsum(size_P, dtype=np.int32), device)
+        if self._at is None:
+            self._at = upload(at, device)
+        size = torch.zeros(places, dtype=sizes.dtype, device=device)
+        return size.index_copy_(0, self._at, sizes).cumsum(0, dtype=torch.int32)
+
+    def _product(self, rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
         if self.grouped:
-            ends = torch.from_numpy(np.cumsum(size_P, dtype=np.int32)).to(rows.device, non_blocking=True)
             return torch.nn.functional.grouped_mm(rows, stack.transpose(1, 2), offs=ends)
-        parts = zip(torch.split(rows, size_P.tolist()), stack, strict=True)
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        parts = zip(torch.split(rows, sizes), stack, strict=True)
         return torch.cat([torch.nn.functional.linear(part, weight) for part, weight in parts if len(part)])

@@ -88,6 +88,7 @@ class LiveModel:
         ]
         for dispatcher, bank in zip(self.dispatchers, self.banks, strict=True):
             dispatcher.experts_train = bank.trains
+            dispatcher.split_on(options.split)
         self.migrator = Migrator(
             self.group, self.banks, tables, self._switched, home=self.home, links=options.links
         )

@@ -46,8 +46,7 @@ def observe(dispatchers: Sequence[SlotDispatcher], group: ExpertGroup, batches: 
     for d in dispatchers:
         loads.append(d.load_E if d.load_E is not None else torch.zeros(experts, dtype=torch.int64))
         d.load_E = None
-        rest += [d.tokens, round(d.take_seconds() * 1e9)]
-        d.tokens = 0
+        rest += [d.take_tokens(), round(d.experts_watch.take() * 1e9)]
     mine = torch.cat([x.to("cpu") for x in loads]).tolist()
     rows = np.asarray(group.gather_ints([*mine, *rest]), dtype=np.int64)
     load_GLE = rows[:, : layers * experts].reshape(-1, layers, experts)

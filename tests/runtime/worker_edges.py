@@ -43,7 +43,7 @@ def early(where: str) -> Any:
     if where == "observed":
         live.dispatchers[2].on_batch.append(fail)
     else:
-        live.dispatchers[2].clock = fail
+        live.dispatchers[2].experts_watch.clock = fail
     seen: list[str] = []
     worst, said = 0.0, ""
     while seen.count("done") < PASSES and "RankLostError" not in seen:

@@ -62,7 +62,7 @@ class Run:
         live = attach(self.model)
         if self.setting["measure"]:
             for dispatcher in live.dispatchers:
-                dispatcher.clock = time.thread_time
+                dispatcher.experts_watch.clock = time.thread_time
         start = live.slots_LGC.tolist()
         controller = Controller(live, planner(self.name, live.group.size, self.setting["slots"]), every=1)
         self.watch(live)

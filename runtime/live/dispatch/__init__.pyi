@@ -5,3 +5,4 @@ from .shares import EqualShares as EqualShares
 from .shares import PlannedShares as PlannedShares
 from .shares import SharePolicy as SharePolicy
 from .shares import share_policy as share_policy
+from .stopwatch import Stopwatch as Stopwatch

@@ -15,14 +15,16 @@ order too, so moving an expert does not change the order of any sum. The other h
 itself: a BLAS may compute the same row differently in batches of different sizes. On CPUs there are sizes
 between which it does not (`live.rows`), so `row_block` pads with rows that are thrown away.
 
+Where counts are on a GPU, step 2 and the sorting of rows are kernels there (`dispatch.device`), and the host
+waits once in a layer, for the sizes of what is sent; or not at all, where one rank has all experts and
+computes them in grouped products, which take their sizes on the device.
+
 The core knows torch and process groups but no engine; the adapters in `engines` wrap it.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +33,10 @@ from torch import Tensor
 from moeless_opt.problems.arrays import IntArray
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
 from moeless_opt.runtime.live import ExpertGroup, SlotTable
+from moeless_opt.runtime.live.dispatch.device import DeviceSplit, on_device, runs_here, upload
 from moeless_opt.runtime.live.dispatch.routes import source_aware
 from moeless_opt.runtime.live.dispatch.shares import SharePolicy, warm_split
+from moeless_opt.runtime.live.dispatch.stopwatch import Stopwatch
 
 __all__ = ["SlotDispatcher", "chosen_experts"]
 
@@ -124,18 +128,21 @@ class SlotDispatcher:
         #: Whether the experts' weights want gradients.
         self.experts_train: Callable[[], bool] = lambda: False
         self.on_batch: list[Callable[[SlotDispatcher, Tensor], None]] = []
-        self.sends_RP: IntArray = np.zeros((group.size, 0), dtype=np.int64)
-        self.batch_counts_RE: IntArray = np.zeros((group.size, experts), dtype=np.int64)
+        #: Whether the experts take the sizes of their batches on the device.
+        self.sizes_there = False
         self.load_E: Tensor | None = None
-        self.tokens = 0
-        self.seconds = 0.0
-        #: Seconds on the host from a batch's counts to its sum, since somebody set it to 0.
-        self.layer_seconds = 0.0
-        self._entered = 0.0
-        self._began = 0.0
-        #: What times the experts where there is no CUDA.
-        self.clock: Callable[[], float] = time.perf_counter
-        self._events: list[tuple[Any, Any]] = []
+        self._tokens: int | Tensor = 0
+        #: Seconds in the experts, and from a batch's counts to its sum.
+        self.experts_watch, self.layer_watch = Stopwatch(), Stopwatch()
+        self._there: DeviceSplit | None = None
+        # Of the last batch: what was gathered, where it was split, and whether the host knows nothing of it.
+        self._gathered: Tensor | None = None
+        self._sends_RP: IntArray | None = np.zeros((group.size, 0), dtype=np.int64)
+        self._unseen = False
+        self._gather: Tensor | None = None
+        self._scatter: Tensor | None = None
+        self.to_ranks: list[int] = []
+        self.from_ranks: list[int] = []
         self.set_table(table)
         # A kernel must not be compiled, nor Numba imported, in the first forward.
         warm_split()
@@ -147,6 +154,42 @@ class SlotDispatcher:
         self.table = table
         me = self.group.rank
         self.mine = slice(int(table.starts_G[me]), int(table.ends_G[me]))
+
+    def split_on(self, where: str) -> None:
+        """Split on the ``"host"``, on the ``"device"``, or by kernels if counts are on a GPU (``"auto"``).
+
+        The integers are the same, so ranks need not agree. Policies without kernels are computed on the host.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+            Where there can be no kernels.
+        """
+        there = runs_here(where, self.group.device)
+        self._there = DeviceSplit(self.index, self.group.device) if there else None
+
+    @property
+    def sends_RP(self) -> IntArray:
+        """Who sent how many rows to which slot in the last batch: int64 [R, P]."""
+        if self._sends_RP is None:
+            assert self._there is not None
+            self._sends_RP = self._there.sends_RP.cpu().numpy().copy()
+        return self._sends_RP
+
+    @property
+    def batch_counts_RE(self) -> IntArray:
+        """Tokens of each expert on each rank in the last batch: int64 [R, E]."""
+        if self._gathered is None:
+            return np.zeros((self.group.size, self.experts), dtype=np.int64)
+        counts_RE: IntArray = self._gathered[:, : self.experts].cpu().numpy()
+        return counts_RE
+
+    def used_slots(self) -> Tensor:
+        """How many slots served tokens in the last batch: int64 tensor [1], where the split was."""
+        if self._sends_RP is None:
+            assert self._there is not None
+            return (self._there.sends_RP > 0).any(0).sum()[None]
+        return torch.tensor([int((self._sends_RP > 0).any(axis=0).sum())])
 
     @property
     def local_experts(self) -> tuple[int, ...]:
@@ -173,7 +216,7 @@ class SlotDispatcher:
         """
         if torch.is_grad_enabled():
             self._refuse_gradients(x_TH, prob_Tk)
-        self._entered = time.perf_counter()
+        self.layer_watch.start(x_TH.is_cuda)
         n_tokens, k = expert_Tk.shape
         if self.valid is not None and self.valid.numel() != n_tokens:
             raise ProblemError("valid", f"marks {self.valid.numel()} tokens, the batch has {n_tokens}")
@@ -182,17 +225,13 @@ class SlotDispatcher:
         flat = expert_Tk.reshape(-1)
         counts = self._count(flat)
         self._observe(expert_Tk, counts)
-        gathered = self._exchange(counts)
-        self.batch_counts_RE = counts_RE = gathered[:, : self.experts]
-        if self.agree is not None:
-            self.agree(self.index, gathered[:, self.experts :])
-        self._split(counts_RE)
+        self._share_out(counts)
         order = torch.argsort(flat, stable=True)
-        n_rows = int(counts_RE[self.group.rank].sum())
+        n_rows = flat.numel() if self._unseen else sum(self.to_ranks)
         if n_rows < flat.numel():
             order = order[:n_rows]
         if not self.table.sorted:
-            order = order.index_select(0, self._to_slot_order(order.device))
+            order = self._to_slot_order(order)
         self._place(order, n_tokens, k)
         return x_TH.index_select(0, order // k), prob_Tk.reshape(-1).index_select(0, order)
 
@@ -227,16 +266,47 @@ class SlotDispatcher:
         for callback in self.on_batch:
             callback(self, expert_Tk)
 
-    def _exchange(self, counts: Tensor) -> IntArray:
+    def _share_out(self, counts: Tensor) -> None:
+        """From this rank's counts to everybody's rows for every slot."""
         extra = self.header(self.index) if self.header is not None else ()
-        mine = (
-            torch.cat((counts, torch.tensor(extra, dtype=torch.int64).to(counts.device))) if extra else counts
-        )
-        # The one synchronisation with the host: the all-to-all needs its sizes there.
-        result: IntArray = self.group.all_gather(mine).cpu().numpy()
-        return result
+        agree = self.agree
+        if self.group.size == 1:
+            # Nobody to wait for: what the rank tells itself does not leave the host.
+            if agree is not None:
+                agree(self.index, np.array([extra], dtype=np.int64))
+            agree, gathered = None, counts[None]
+        else:
+            told = upload(np.array(extra, dtype=np.int64), counts.device)
+            gathered = self.group.all_gather(torch.cat((counts, told)) if extra else counts)
+        self._gathered, self._unseen = gathered, False
+        if self._there is None or not on_device(self.shares):
+            # The one synchronisation with the host: the all-to-all needs its sizes there.
+            host: IntArray = gathered.cpu().numpy()
+            if agree is not None:
+                agree(self.index, host[:, self.experts :])
+            self._split(host[:, : self.experts])
+            return
+        self._sends_RP = None
+        table, policy = self.table, self.shares
+        self._there.start(gathered, policy, table, self.group)
+        if self.group.size == 1 and self.sizes_there and self.row_block == 1:
+            self._unseen = True
+            return
+        seen = self._there.tell(gathered)
+        if agree is not None:
+            agree(self.index, seen.headers_RK)
+        if self.table is not table or self.shares is not policy:
+            # It came into force with this batch.
+            if not on_device(self.shares):
+                self._split(gathered[:, : self.experts].cpu().numpy())
+                return
+            self._there.start(gathered, self.shares, self.table, self.group)
+            seen = self._there.tell(gathered)
+        self.to_ranks, self.from_ranks = seen.give_R.tolist(), seen.come_R.tolist()
+        self.chunks_RS = seen.chunks_RS
 
     def _split(self, counts_RE: IntArray) -> None:
+        """Quotas and routes on the host."""
         table = self.table
         if table.single:
             sends_RP = counts_RE[:, table.expert_P]
@@ -251,20 +321,22 @@ class SlotDispatcher:
                     "shares", f"policy {self.shares.name!r} gave quotas that do not add up to the loads"
                 )
             sends_RP = source_aware(counts_RE, quota_P, table, self.group.node_R)
-        self.sends_RP = sends_RP
+        self._sends_RP = sends_RP
         total = np.zeros(table.expert_P.size + 1, dtype=np.int64)
         np.cumsum(sends_RP[self.group.rank], out=total[1:])
-        self.to_ranks: list[int] = (total[table.ends_G] - total[table.starts_G]).tolist()
+        self.to_ranks = (total[table.ends_G] - total[table.starts_G]).tolist()
         self.chunks_RS = np.ascontiguousarray(sends_RP[:, self.mine])
-        self.from_ranks: list[int] = self.chunks_RS.sum(axis=1).tolist()
+        self.from_ranks = self.chunks_RS.sum(axis=1).tolist()
 
-    def _to_slot_order(self, device: torch.device) -> Tensor:
+    def _to_slot_order(self, order: Tensor) -> Tensor:
+        if self._sends_RP is None and self._there is not None:
+            return self._there.by_slot(order)
         own_P = self.sends_RP[self.group.rank]
         by_expert = self.table.to_slots_P
         sizes = own_P[by_expert]
         starts_P = np.empty_like(own_P)
         starts_P[by_expert] = np.cumsum(sizes) - sizes
-        return torch.from_numpy(_ramps(starts_P, own_P)).to(device, non_blocking=True)
+        return order.index_select(0, upload(_ramps(starts_P, own_P), order.device))
 
     def _place(self, order: Tensor, n_tokens: int, k: int) -> None:
         """Where the contributions of each token will stand when they come back."""
@@ -281,24 +353,43 @@ class SlotDispatcher:
             probs, self.from_ranks, self.to_ranks
         )
 
-    def sort_in(self, rows: Tensor, probs: Tensor) -> tuple[Tensor, IntArray, Tensor]:
+    def sort_in(self, rows: Tensor, probs: Tensor) -> tuple[Tensor, IntArray | Tensor, Tensor]:
         """What arrived, by local slot.
 
         Returns
         -------
-        tokens [M, H], tokens of each local slot (array of int64 [S], with padding), weights [M]
+        tokens [M, H], tokens of each local slot (int64 [S], with padding; a tensor if `sizes_there` and the
+        split was on the device), weights [M]
         """
-        starts_RS = (np.cumsum(self.chunks_RS) - self.chunks_RS.ravel()).reshape(self.chunks_RS.shape)
-        sizes_RS, wanted = self.chunks_RS, self.slot_order()
-        if wanted is not None:
-            starts_RS, sizes_RS = starts_RS[:, wanted], sizes_RS[:, wanted]
-        padded_S = -(-sizes_RS.sum(axis=0) // self.row_block) * self.row_block
-        self._order_in(starts_RS, sizes_RS, padded_S, rows, sorted_already=wanted is None)
+        wanted, sizes_S = self.slot_order(), self._sizes_there()
+        if self._unseen:
+            assert sizes_S is not None
+            self._tokens = self._tokens + sizes_S.sum()
+            self._gather = self._scatter = None
+            if wanted is not None and rows.size(0):
+                self._order_there(wanted, rows.size(0), rows.size(0))
+        else:
+            starts_RS = (np.cumsum(self.chunks_RS) - self.chunks_RS.ravel()).reshape(self.chunks_RS.shape)
+            sizes_RS = self.chunks_RS
+            if wanted is not None:
+                starts_RS, sizes_RS = starts_RS[:, wanted], sizes_RS[:, wanted]
+            padded_S: IntArray = -(-sizes_RS.sum(axis=0) // self.row_block) * self.row_block
+            self._order_in(starts_RS, sizes_RS, padded_S, rows, wanted)
+            self._tokens = self._tokens + int(sizes_RS.sum())
         if self._gather is not None:
             rows, probs = rows.index_select(0, self._gather), probs.index_select(0, self._gather)
-        self.tokens += int(sizes_RS.sum())
-        self._start_clock(rows)
-        return rows, padded_S, probs
+        self.experts_watch.start(rows.is_cuda)
+        return rows, padded_S if sizes_S is None else sizes_S, probs
+
+    def _sizes_there(self) -> Tensor | None:
+        """Rows of each local slot on the device, if they are wanted and known there."""
+        if self._sends_RP is not None or not self.sizes_there or self.row_block > 1 or self._there is None:
+            return None
+        return self._there.sizes(self.slot_order())
+
+    def _order_there(self, wanted: IntArray | None, rows: int, padded: int) -> None:
+        assert self._there is not None
+        self._gather, self._scatter = self._there.by_local_slot(wanted, rows, padded, self.row_block)
 
     def _order_in(
         self,
@@ -306,13 +397,15 @@ class SlotDispatcher:
         sizes_RS: IntArray,
         padded_S: IntArray,
         rows: Tensor,
-        *,
-        sorted_already: bool,
+        wanted: IntArray | None,
     ) -> None:
         n_rows, sizes_S = rows.size(0), sizes_RS.sum(axis=0)
         padding = int(padded_S.sum()) != n_rows
-        if n_rows == 0 or (not padding and (sizes_S.size <= 1 or (self.group.size == 1 and sorted_already))):
+        if n_rows == 0 or (not padding and (sizes_S.size <= 1 or (self.group.size == 1 and wanted is None))):
             self._gather = self._scatter = None
+            return
+        if self._sends_RP is None:
+            self._order_there(wanted, n_rows, int(padded_S.sum()))
             return
         arrived = _ramps(starts_RS.T.ravel(), sizes_RS.T.ravel())
         shift_S = np.cumsum(padded_S - sizes_S) - (padded_S - sizes_S)
@@ -321,14 +414,13 @@ class SlotDispatcher:
         gather[stands] = arrived
         scatter = np.empty(n_rows, dtype=np.int64)
         scatter[arrived] = stands
-        self._gather = torch.from_numpy(gather).to(rows.device, non_blocking=True)
-        self._scatter = torch.from_numpy(scatter).to(rows.device, non_blocking=True)
+        self._gather, self._scatter = upload(gather, rows.device), upload(scatter, rows.device)
 
     # -- and back ----------------------------------------------------------------------------------
 
     def sort_out(self, rows: Tensor) -> Tensor:
         """Results in the order in which the tokens arrived."""
-        self._stop_clock(rows)
+        self.experts_watch.stop(rows.is_cuda)
         return rows if self._scatter is None else rows.index_select(0, self._scatter)
 
     def send_back(self, rows: Tensor) -> Tensor:
@@ -337,43 +429,20 @@ class SlotDispatcher:
 
     def combine(self, rows: Tensor) -> Tensor:
         """Sum of each token's contributions, in ascending order of its experts."""
+        if self._unseen:
+            # Places of tokens with fewer experts than k: nobody has computed them.
+            assert self._there is not None
+            real = torch.arange(rows.size(0), device=rows.device) < self._there.sends_RP.sum()
+            rows = torch.where(real[:, None], rows, 0)
         if not self.complete:
             rows = torch.cat((rows, rows.new_zeros(1, rows.size(1))))
         out = rows.index_select(0, self.back_kT[0])
         for place_T in self.back_kT[1:]:
             out += rows.index_select(0, place_T)
-        self.layer_seconds += time.perf_counter() - self._entered
+        self.layer_watch.stop(out.is_cuda)
         return out
 
-    # -- the clock: seconds in the experts of this layer on this rank -----------------------------
-
-    def _start_clock(self, rows: Tensor) -> None:
-        if rows.is_cuda:
-            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            start.record()
-            self._events.append((start, torch.cuda.Event(enable_timing=True)))  # type: ignore[no-untyped-call]
-        else:
-            self._began = self.clock()
-
-    def _stop_clock(self, rows: Tensor) -> None:
-        if rows.is_cuda:
-            self._events[-1][1].record()
-            if len(self._events) > 64:
-                self._read_events()
-        else:
-            self.seconds += self.clock() - self._began
-
-    def _read_events(self) -> None:
-        waiting = []
-        for start, stop in self._events:
-            if stop.query():
-                self.seconds += start.elapsed_time(stop) * 1e-3
-            else:
-                waiting.append((start, stop))
-        self._events = waiting
-
-    def take_seconds(self) -> float:
-        """Seconds in this layer's experts since the last call; never waits for the device."""
-        self._read_events()
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
+    def take_tokens(self) -> int:
+        """Rows that this rank's experts of the layer computed since the last call."""
+        tokens, self._tokens = int(self._tokens), 0
+        return tokens

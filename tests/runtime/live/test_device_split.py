@@ -17,6 +17,7 @@ import torch
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
 from moeless_opt.runtime.live.dispatch import device, routes, shares
+from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
 from moeless_opt.runtime.live.slots import SlotTable, rows_to_slots, static_slots
 
 CPU = torch.device("cpu")
@@ -52,8 +53,8 @@ def same(
     gathered = torch.from_numpy(np.concatenate([counts_RE, headers], axis=1))
     quota_P = policy.quotas(0, counts_RE.sum(axis=0), table)
     sends_RP = routes.source_aware(counts_RE, quota_P, table, nodes)
-    split = device.DeviceSplit(0, group, CPU)
-    split.start(gathered, policy, table)
+    split = device.DeviceSplit(0, CPU)
+    split.start(gathered, policy, table, group)
     np.testing.assert_array_equal(split.sends_RP.numpy(), sends_RP, policy.name)
     told = split.tell(gathered)
     own = slice(int(table.starts_G[me]), int(table.ends_G[me]))
@@ -128,8 +129,8 @@ def test_rows_are_ordered_as_on_the_host() -> None:
         counts_RE %= 30
         me, block = int(rng.integers(len(nodes))), int(rng.integers(1, 4))
         group: Any = SimpleNamespace(size=len(nodes), rank=me, node_R=nodes)
-        split = device.DeviceSplit(0, group, CPU)
-        split.start(torch.from_numpy(counts_RE), shares.EqualShares(), table)
+        split = device.DeviceSplit(0, CPU)
+        split.start(torch.from_numpy(counts_RE), shares.EqualShares(), table, group)
         sends_RP = split.sends_RP.numpy()
         rows = torch.from_numpy(rng.permutation(int(sends_RP[me].sum())))
         # By expert, and there by slot: what the sorted rows are.
@@ -157,6 +158,51 @@ def test_rows_are_ordered_as_on_the_host() -> None:
             names[g] for g, t in zip(gather.tolist(), target, strict=True) if t
         ]
         assert [target[s] for s in scatter.tolist()] == names
+
+
+@needs_triton
+@pytest.mark.parametrize("wanted", [None, [1, 2, 0]])
+def test_one_rank_waits_for_nothing(wanted: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With experts that take sizes on the device: shapes are known, and nothing is told to the host."""
+    monkeypatch.setattr(device.DeviceSplit, "tell", None)
+    group: Any = SimpleNamespace(
+        size=1, rank=0, node_R=(0,), device=CPU, all_to_all=lambda rows, *_: rows, all_gather=None
+    )
+    heard = []
+    core = SlotDispatcher(
+        0,
+        3,
+        2,
+        SlotTable([[2, 0, 1]], 3),
+        group,
+        shares.BalancedShares(),
+        header=lambda _: (4, 2),
+        agree=lambda index, told_RK: heard.append(told_RK.tolist()),
+    )
+    core.split_on("device")
+    core.sizes_there = True
+    core.slot_order = lambda: None if wanted is None else np.array(wanted)
+    expert_Tk = torch.tensor([[0, 1], [1, 2], [0, 3], [0, 2]])
+    core.valid, core.skip_invalid = torch.tensor([True, True, True, False]), True
+    x, prob = torch.arange(1.0, 5.0)[:, None].double(), torch.rand(4, 2, dtype=torch.float64)
+    rows, sizes, probs = core.sort_in(*core.send(*core.prepare(x, expert_Tk, prob)))
+    assert isinstance(sizes, torch.Tensor)
+    assert len(rows) == 8
+    order = wanted or [0, 1, 2]
+    assert sizes.tolist() == [[1, 2, 2][s] for s in order]
+    made, at = torch.full_like(rows, np.nan), 0
+    for slot, size in zip(order, sizes.tolist(), strict=True):
+        made[at : at + size] = rows[at : at + size] * 10.0 ** [2, 0, 1][slot]
+        at += size
+    out = core.combine(core.send_back(core.sort_out(made * probs[:, None])))
+    want = [1 * (prob[0, 0] + 10 * prob[0, 1]), 2 * (10 * prob[1, 0] + 100 * prob[1, 1]), 3 * prob[2, 0], 0.0]
+    torch.testing.assert_close(out.ravel(), torch.tensor(want, dtype=torch.float64))
+    assert heard == [[[4, 2]]]
+    assert core.take_tokens() == 5
+    assert core.take_tokens() == 0
+    assert core.batch_counts_RE.tolist() == [[2, 2, 1]]
+    assert core.sends_RP.tolist() == [[1, 2, 2]]
+    assert core.used_slots().tolist() == [3]
 
 
 def test_where_splits_cannot_be_on_the_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

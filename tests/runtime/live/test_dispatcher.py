@@ -61,7 +61,7 @@ class Rank:
 
     def __init__(self, ring: Ring, rank: int) -> None:
         self.ring, self.rank = ring, rank
-        self.size, self.node_R = ring.size, ring.node_R
+        self.size, self.node_R, self.device = ring.size, ring.node_R, torch.device("cpu")
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         return torch.stack(self.ring.swap(self.rank, mine))
@@ -81,8 +81,10 @@ def random_rows(rng: Any, experts: int, ranks: int) -> list[list[int]]:
     return rows
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_outputs_and_figures_of_several_ranks(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "split"), [*((n, "host") for n in range(6)), (4, "device")])
+def test_outputs_and_figures_of_several_ranks(seed: int, split: str) -> None:
+    if split == "device":
+        pytest.importorskip("triton")
     rng = np.random.default_rng(seed)
     ranks, experts, width = int(rng.integers(2, 5)), int(rng.integers(2, 7)), 5
     topk = int(rng.integers(1, min(experts, 3) + 1))
@@ -138,7 +140,8 @@ def test_outputs_and_figures_of_several_ranks(seed: int) -> None:
             header=lambda index: (len(heard[rank]), 10 * index + rank),
             agree=agree,
         )
-        core.clock = lambda: float(next(clock))
+        core.split_on(split)
+        core.experts_watch.clock = lambda: float(next(clock))
         core.on_batch.append(lambda one, chosen: seen.append((one is core, chosen.shape[0])))
         found, done, began = [], 0, time.perf_counter()
         observed = torch.zeros(experts, dtype=torch.int64)
@@ -161,10 +164,10 @@ def test_outputs_and_figures_of_several_ranks(seed: int) -> None:
             observed += torch.bincount(kept.reshape(-1), minlength=experts + 1)[:experts]
         assert core.load_E is not None
         assert core.load_E.tolist() == observed.tolist()
-        assert core.tokens == done
-        assert core.take_seconds() == len(batches)  # a tick each
-        assert core.take_seconds() == 0.0
-        assert 0 < core.layer_seconds <= time.perf_counter() - began
+        assert core.take_tokens() == done
+        assert core.experts_watch.take() == len(batches)  # a tick each
+        assert core.experts_watch.take() == 0.0
+        assert 0 < core.layer_watch.take() <= time.perf_counter() - began
         assert seen == [(True, len(batch[rank][0])) for batch in batches]
         return found
 

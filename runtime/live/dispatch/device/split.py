@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -69,6 +70,16 @@ def on_device(policy: SharePolicy) -> bool:
     if type(policy) is BalancedShares:
         return sum(policy.speed_G or ()) < FAST
     return type(policy) in (EqualShares, PlannedShares)
+
+
+#: The interpreter of kernels keeps its place in globals.
+_one_at_a_time = threading.Lock()
+
+
+def _launch(name: str, grid: tuple[int, ...], *arguments: Any, warps: int = 1, **sizes: int) -> None:
+    """Run a kernel; products and sums stay apart, as they are on the host."""
+    with _one_at_a_time:
+        getattr(_kernels(), name)[grid](*arguments, **sizes, num_warps=warps, enable_fp_fusion=False)
 
 
 def _power(size: int, least: int = 1) -> int:
@@ -148,14 +159,13 @@ class DeviceSplit:
     ----------
     index : int
         Of the layer among the model's MoE layers.
-    group : ExpertGroup
-        The ranks.
     device : torch.device
         Where the counts are.
     """
 
-    def __init__(self, index: int, group: ExpertGroup, device: torch.device) -> None:
-        self.index, self.group, self.device = index, group, device
+    def __init__(self, index: int, device: torch.device) -> None:
+        self.index, self.device = index, device
+        self.group: ExpertGroup
         self._placed: _Placed | None = None
         self._weights: tuple[SlotTable, SharePolicy, Tensor, Tensor] | None = None
         self._speeds: tuple[SharePolicy, Tensor] | None = None
@@ -163,11 +173,6 @@ class DeviceSplit:
         self._wanted: tuple[bytes, Tensor] | None = None
 
     # -- launches ----------------------------------------------------------------------------------
-
-    def follow(self, table: SlotTable) -> None:
-        """Take up another table, if it is another."""
-        if self._placed is None or self._placed.table is not table:
-            self._placed = _Placed(table, self.group, self.device)
 
     @property
     def sends_RP(self) -> Tensor:
@@ -178,7 +183,7 @@ class DeviceSplit:
         assert self._placed is not None
         return self._placed
 
-    def start(self, gathered: Tensor, policy: SharePolicy, table: SlotTable) -> None:
+    def start(self, gathered: Tensor, policy: SharePolicy, table: SlotTable, group: ExpertGroup) -> None:
         """Launch the split of a batch; the host waits for nothing.
 
         Parameters
@@ -189,9 +194,13 @@ class DeviceSplit:
             One that `on_device` knows.
         table : SlotTable
             The layer's slots.
+        group : ExpertGroup
+            The ranks.
         """
-        self.follow(table)
-        at, kernels, ranks = self._at(), _kernels(), self.group.size
+        if self._placed is None or self._placed.table is not table or self.group is not group:
+            self.group = group
+            self._placed = _Placed(table, group, self.device)
+        at, ranks = self._at(), self.group.size
         counts, stride = gathered, gathered.stride(0)
         kind, weight_EX, total_E = 2, self._nothing, self._nothing
         if type(policy) is EqualShares or table.single:
@@ -202,7 +211,9 @@ class DeviceSplit:
             assert isinstance(policy, BalancedShares)
             self._balance(counts, policy)
         tile = _power(ranks) * at.widest
-        kernels.split[(table.experts,)](
+        _launch(
+            "split",
+            (table.experts,),
             counts,
             stride,
             at.slot_EX,
@@ -220,14 +231,15 @@ class DeviceSplit:
             RB=_power(ranks),
             X=at.widest,
             POLICY=kind,
-            num_warps=min(8, _power(tile // 256)),
-            enable_fp_fusion=False,
+            warps=min(8, _power(tile // 256)),
         )
 
     def _balance(self, counts: Tensor, policy: BalancedShares) -> None:
-        at, kernels, ranks = self._at(), _kernels(), self.group.size
+        at, ranks = self._at(), self.group.size
         SB = _power(at.many_count)
-        kernels.order[(at.many_count,)](
+        _launch(
+            "order",
+            (at.many_count,),
             counts,
             counts.stride(0),
             at.many_S,
@@ -236,12 +248,14 @@ class DeviceSplit:
             ranks,
             at.many_count,
             SB=SB,
-            num_warps=1,
+            warps=1,
         )
         if self._speeds is None or self._speeds[0] is not policy:
             speed_G = np.array(policy.speed_G or [1] * ranks, dtype=np.int64)
             self._speeds = policy, upload(speed_G, self.device)
-        kernels.pour[(1,)](
+        _launch(
+            "pour",
+            (1,),
             counts,
             counts.stride(0),
             at.many_S,
@@ -263,8 +277,7 @@ class DeviceSplit:
             SB=SB,
             X=at.widest,
             UNIT=policy.speed_G is None,
-            num_warps=1,
-            enable_fp_fusion=False,
+            warps=1,
         )
 
     def _weighted(self, policy: PlannedShares, table: SlotTable) -> tuple[Tensor, Tensor]:
@@ -285,7 +298,9 @@ class DeviceSplit:
         experts = at.table.experts
         extra = gathered.size(1) - experts
         out = gathered.new_empty((ranks, extra + 2 + at.mine))
-        _kernels().pack[(ranks,)](
+        _launch(
+            "pack",
+            (ranks,),
             gathered,
             gathered.stride(0),
             experts,
@@ -299,11 +314,12 @@ class DeviceSplit:
             at.mine,
             KB=_power(extra),
             SB=_power(at.mine),
-            num_warps=1,
+            warps=1,
         )
         if out.is_cuda:
             here = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
             here.copy_(out, non_blocking=True)
+            # The host waits here, and nowhere else in a layer.
             torch.cuda.current_stream(out.device).synchronize()
             out = here
         found: IntArray = out.numpy()
@@ -316,11 +332,28 @@ class DeviceSplit:
 
     # -- orders of rows ----------------------------------------------------------------------------
 
-    def by_slot(self, order: Tensor) -> Tensor:
-        """Rows of this rank in the order of the flat slots, from their order by expert."""
+    def sizes(self, wanted_S: IntArray | None) -> Tensor:
+        """Rows for each local slot, in an order of the slots; int64 [S] on the device."""
         at = self._at()
-        out = torch.empty_like(order)
-        _kernels().fill[(at.slots,)](
+        size_S = at.sends_RP[:, at.first : at.first + at.mine].sum(0)
+        return size_S if wanted_S is None else size_S.index_select(0, self._wanting(wanted_S))
+
+    def _wanting(self, wanted_S: IntArray | None) -> Tensor:
+        """An order of the slots, sent when it changes."""
+        if wanted_S is None:
+            return self._at().as_they_stand
+        key = wanted_S.tobytes()
+        if self._wanted is None or self._wanted[0] != key:
+            self._wanted = key, upload(wanted_S.astype(np.int32), self.device)
+        return self._wanted[1]
+
+    def by_slot(self, order: Tensor) -> Tensor:
+        """Rows of this rank in the order of the flat slots, from that by expert; what is over stays."""
+        at = self._at()
+        out = order.clone()
+        _launch(
+            "fill",
+            (at.slots,),
             at.sends_RP,
             at.place_P,
             order,
@@ -329,7 +362,7 @@ class DeviceSplit:
             self.group.rank,
             PB=_power(at.slots),
             BLOCK=BLOCK,
-            num_warps=4,
+            warps=4,
         )
         return out
 
@@ -343,24 +376,19 @@ class DeviceSplit:
         wanted_S : array of int64, shape [S], optional
             Order of the slots; None: as they stand.
         rows, padded : int
-            Rows that arrive, and how many they are with the padding.
+            Rows that arrive (at most), and how many they are with the padding.
         block : int
             Each slot's are padded to a multiple of so many.
         """
         at = self._at()
-        wanted = at.as_they_stand
-        if wanted_S is not None:
-            key = wanted_S.tobytes()
-            if self._wanted is None or self._wanted[0] != key:
-                self._wanted = key, upload(wanted_S.astype(np.int32), self.device)
-            wanted = self._wanted[1]
-        new = torch.zeros if padded > rows else torch.empty
-        gather = new(padded, dtype=torch.int64, device=self.device)
-        scatter = torch.empty(rows, dtype=torch.int64, device=self.device)
+        gather = torch.zeros(padded, dtype=torch.int64, device=self.device)
+        scatter = torch.zeros(rows, dtype=torch.int64, device=self.device)
         RB, SB = _power(self.group.size), _power(at.mine)
-        _kernels().arrange[(self.group.size, at.mine)](
+        _launch(
+            "arrange",
+            (self.group.size, at.mine),
             at.sends_RP,
-            wanted,
+            self._wanting(wanted_S),
             gather,
             scatter,
             self.group.size,
@@ -371,6 +399,6 @@ class DeviceSplit:
             RB=RB,
             SB=SB,
             BLOCK=BLOCK,
-            num_warps=min(8, _power(RB * SB // 256)),
+            warps=min(8, _power(RB * SB // 256)),
         )
         return gather, scatter
