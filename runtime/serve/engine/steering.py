@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
@@ -493,10 +494,8 @@ class Steering:
         kv = self._kv_bytes() * live.group.size
         self._meter.add_wall(float(held_L @ self._bytes_L) * wall, wall, kv * wall)
         if seconds:
-            used_L = [int((d.sends_RP.sum(axis=0) > 0).sum()) for d in live.dispatchers]
-            layer_L = [d.layer_seconds for d in live.dispatchers]
-            for dispatcher in live.dispatchers:
-                dispatcher.layer_seconds = 0.0
+            used_L = torch.cat([d.used_slots() for d in live.dispatchers]).tolist()
+            layer_L = [d.layer_watch.take() for d in live.dispatchers]
             self._meter.add_passes(
                 held_L,
                 np.array([used_L], dtype=np.float64),
