@@ -42,6 +42,7 @@ from moeless_opt.problems.plan.verify import verify, violations
 from moeless_opt.problems.spec import (
     MODEL_PRESETS,
     TOPOLOGY_PRESETS,
+    Groups,
     Known,
     Limits,
     Links,
@@ -80,6 +81,7 @@ __all__ = [
     "EngineMeasures",
     "Explanation",
     "FormatError",
+    "Groups",
     "InfeasibleError",
     "InvalidPlanError",
     "Known",

@@ -22,6 +22,7 @@ from moeless_opt.problems.plan import Plan, ProgressCallback, Result, Status
 from moeless_opt.problems.plan.verify import verify
 from moeless_opt.problems.spec import (
     PRIORITIES,
+    Groups,
     Limits,
     Loads,
     ModelSpec,
@@ -93,6 +94,7 @@ def make_problem(
     balance_tolerance: float | None = None,
     objective: Objective | None = None,
     limits: Limits | None = None,
+    groups: Groups | None = None,
     sizing: Sizing | str | None = None,
     time: TimeModel | None = None,
     expert_bytes: ArrayLike | None = None,
@@ -130,6 +132,8 @@ def make_problem(
         )
     if limits is not None:
         extra["limits"] = limits
+    if groups is not None:
+        extra["groups"] = groups
     if sizing is not None:
         extra["sizing"] = Sizing.of(sizing) if isinstance(sizing, str) else sizing
     if time is not None:
@@ -180,6 +184,7 @@ def plan(
     balance_tolerance: float | None = None,
     objective: Objective | None = None,
     limits: Limits | None = None,
+    groups: Groups | None = None,
     sizing: Sizing | str | None = None,
     time: TimeModel | None = None,
     expert_bytes: ArrayLike | None = None,
@@ -217,7 +222,7 @@ def plan(
     balance_tolerance : float, default 0.01
         A layer's largest GPU time may be this share above its lower bound where another objective
         gains by it (fewer moves, when `current` is given).
-    objective, limits, sizing, time : optional
+    objective, limits, groups, sizing, time : optional
         See `Objective`, `Limits`, `Sizing` and `TimeModel`.
     expert_bytes : int or array [L], optional
         Bytes of one replica; overrides the model's.
@@ -265,6 +270,7 @@ def plan(
         balance_tolerance=balance_tolerance,
         objective=objective,
         limits=limits,
+        groups=groups,
         sizing=sizing,
         time=time,
         expert_bytes=expert_bytes,
@@ -445,12 +451,13 @@ def warm_up() -> bool:
     bool
         Whether there is Numba (the extra ``fast``).
     """
+    from moeless_opt.solvers.locality import warm_locality
     from moeless_opt.solvers.nearest import warm_nearest
     from moeless_opt.solvers.pack import fast
     from moeless_opt.solvers.replan import warm_equal
     from moeless_opt.solvers.shares import warm_entries
 
-    return fast.warm() and warm_equal() and warm_entries() and warm_nearest()
+    return fast.warm() and warm_equal() and warm_entries() and warm_nearest() and warm_locality()
 
 
 def recommend_redundancy(

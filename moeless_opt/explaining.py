@@ -363,7 +363,10 @@ def _layers_of(problem: Problem, rows: Any) -> Problem:
     loads = problem.loads
     by_node = None if loads.load_TLNE is None else loads.load_TLNE[:, rows]
     capacity_G = problem.capacity_LG[rows].max(0)
+    kept = tuple(name for name in problem.objective.priorities if name not in ("groups", "hops"))
     return problem.replace(
+        groups=None,
+        objective=problem.objective.replace(priorities=kept or ("balance",)),
         loads=Loads(load_TLE=loads.load_TLE[:, rows], weight_T=loads.weight_T, load_TLNE=by_node),
         topology=problem.topology.replace(slots_G=capacity_G, memory_G=None),
         expert_bytes_L=problem.bytes_L[rows] if problem.bytes_L.any() else None,

@@ -21,6 +21,8 @@ from moeless_opt.solvers.core import (
 
 __all__ = ["CHAIN", "Auto", "choose"]
 
+_PROVEN = 100  # pairs of an expert and a GPU up to which any order is proven
+
 
 def _is_live(problem: Problem, limited: bool) -> bool:
     return problem.current is not None and "moves" in problem.objective.priorities
@@ -47,7 +49,20 @@ def _always(problem: Problem, limited: bool) -> bool:
     return True
 
 
+def _near(problem: Problem, limited: bool) -> bool:
+    """Balance, then where tokens are served; what `lexicographic` proves in no time is left to it."""
+    order = order_of(problem)
+    return (
+        _orders(problem, limited)
+        and order[0] == "balance"
+        and "memory" not in order
+        and bool({"traffic", "groups", "hops"} & set(order))
+        and (problem.experts * problem.topology.gpus > _PROVEN or problem.split == "nearest")
+    )
+
+
 CHAIN: tuple[tuple[str, Callable[[Problem, bool], bool]], ...] = (
+    ("locality", _near),
     ("lexicographic", _orders),
     ("sized", _need_not_fill),
     ("replan", _is_live),
@@ -56,6 +71,7 @@ CHAIN: tuple[tuple[str, Callable[[Problem, bool], bool]], ...] = (
     ("constrained", _always),
     ("sized", _always),
     ("activation", _always),
+    ("locality", _always),
 )
 """Solver, and what it is meant for, besides its features; from the fastest to the most particular."""
 

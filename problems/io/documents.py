@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moeless_opt.problems.arrays import floats, integers
-from moeless_opt.problems.codec import Fields, moved, plain_fields, read_record
+from moeless_opt.problems.codec import NUMBER, Fields, moved, plain_fields, read_record
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.files import STDIN, atomic_write, named, read_bytes, read_limit
 from moeless_opt.problems.io.files import VERSION, check_header, json_bytes, parse_json, read_arrays
@@ -24,6 +24,7 @@ from moeless_opt.problems.io.recordings import read_loads
 from moeless_opt.problems.io.time_models import time_from_json, time_to_json
 from moeless_opt.problems.spec import (
     Fill,
+    Groups,
     Known,
     Limits,
     Loads,
@@ -69,6 +70,8 @@ def _loads(data: object, where: str, folder: Path) -> Loads:
         "scenarios": tuple(entry.take("scenarios", list, ())),
         "skipped": tuple(entry.take("skipped", list, ())),
         "load_TLNE": entry.take("by_node", list, None),
+        "load_TLGE": entry.take("by_gpu", list, None),
+        "flow_LEE": entry.take("flow", list, None),
         "source": entry.take("source", str, ""),
         "notes": tuple(entry.take("notes", list, ())),
     }
@@ -188,12 +191,34 @@ def problem_from_json(data: object, *, folder: str | PathLike[str] = ".", where:
     entries = entry.take("share_entries", (int, type(None)), None)
     name = entry.take("name", str, "")
     live = entry.take("current", dict, None)
+    groups = entry.take("groups", dict, None)
+    if groups is not None:
+        optional["groups"] = _groups(groups, entry.path("groups"), loads.shape[2])
     entry.done()
     optional |= {"share_entries": entries, "name": name}
     problem = Problem(loads=loads, topology=topology, split=split, fill=fill, **optional)
     if live is None:
         return problem
     return problem.replace(current=_current(live, entry.path("current"), base, problem))
+
+
+def _groups(data: object, where: str, experts: int) -> Groups:
+    entry = Fields(data, where)
+    outside = entry.take("max_outside", NUMBER, 0.0)
+    if ("count" in entry.data) == ("group" in entry.data):
+        raise FormatError(
+            where, "needs 'count' (groups of as many experts) or 'group' (one number per expert)"
+        )
+    try:
+        if "count" in entry.data:
+            groups = Groups.even(experts, entry.take("count", int), outside)
+        else:
+            groups = Groups(group_E=entry.take("group", list), max_outside=outside)
+    except ProblemError as error:
+        raise moved(error, "groups", where) from None
+    entry.asked += ("count", "group")
+    entry.done()
+    return groups
 
 
 def _known(data: object, where: str) -> Known:
@@ -218,6 +243,8 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
         ("scenarios", list(loads.scenarios)),
         ("skipped", list(loads.skipped)),
         ("by_node", None if loads.load_TLNE is None else loads.load_TLNE.tolist()),
+        ("by_gpu", None if loads.load_TLGE is None else loads.load_TLGE.tolist()),
+        ("flow", None if loads.flow_LEE is None else loads.flow_LEE.tolist()),
         ("source", loads.source),
         ("notes", list(loads.notes)),
     ):
@@ -248,6 +275,9 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
     ):
         if part := plain_fields(record):
             document[key] = part
+    if problem.groups is not None:
+        group = {"group": problem.groups.group_E.tolist(), "max_outside": problem.groups.max_outside}
+        document["groups"] = group
     if problem.known is not None:
         known = problem.known
         document["known"] = {"source": known.source, "best": list(known.best_L), "bound": list(known.bound_L)}

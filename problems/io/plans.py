@@ -15,7 +15,7 @@ from moeless_opt.problems.codec import NUMBER, Fields, kind_name, read_record
 from moeless_opt.problems.errors import FormatError
 from moeless_opt.problems.files import atomic_write, format_of, named, read_bytes
 from moeless_opt.problems.io.files import VERSION, check_header, json_bytes, parse_json, read_arrays
-from moeless_opt.problems.plan import Certificate, Moves, Payback, Plan
+from moeless_opt.problems.plan import Certificate, Locality, Moves, Payback, Plan
 from moeless_opt.problems.spec import MOST_ENTRIES, SPLITS, Placement, Split
 
 __all__ = ["load_plan", "load_slots", "plan_format", "plan_from_json", "plan_to_json", "save_plan"]
@@ -53,6 +53,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "payback": None
         if plan.payback is None
         else {"saved_per_pass": plan.payback.saved_per_pass, "cost": plan.payback.cost},
+        "locality": None if plan.locality is None else _written(plan.locality),
         "certificate": {
             "status": certificate.status.value,
             "value": certificate.value_L.tolist(),
@@ -64,6 +65,35 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             "proof": certificate.proof,
         },
     }
+
+
+def _written(locality: Locality) -> dict[str, Any]:
+    """What a plan says of its locality: per layer the value and the bound."""
+    document = {}
+    for name in ("traffic", "outside", "hops"):
+        value_L, bound_L = getattr(locality, f"{name}_L"), getattr(locality, f"{name}_bound_L")
+        if value_L is not None:
+            document[name] = {"value": value_L.tolist(), "lower_bound": bound_L.tolist()}
+    return document
+
+
+def _locality(entry: Fields, layers: int) -> Locality | None:
+    data = entry.take("locality", (dict, type(None)), None)
+    if data is None:
+        return None
+    parts, told = Fields(data, entry.path("locality")), dict[str, FloatArray]()
+    for name in ("traffic", "outside", "hops"):
+        one = parts.take(name, dict, ... if name == "traffic" else None)
+        if one is None:
+            continue
+        part = Fields(one, parts.path(name))
+        for key, field in (("value", f"{name}_L"), ("lower_bound", f"{name}_bound_L")):
+            told[field] = floats(part.path(key), part.take(key))
+            if told[field].shape != (layers,):
+                raise FormatError(part.path(key), f"has shape {told[field].shape}, must be ({layers},)")
+        part.done()
+    parts.done()
+    return Locality(**told)
 
 
 def plan_from_json(data: object, where: str = "") -> Plan:
@@ -118,6 +148,7 @@ def plan_from_json(data: object, where: str = "") -> Plan:
         unit=entry.take("unit", str, "tokens"),
         name=entry.take("name", str, ""),
         payback=_payback(entry),
+        locality=_locality(entry, len(slots)),
         scenario_share_TLGC=None if each is None else floats(entry.path("scenario_shares"), each),
     )
     for part in (moves, proof, entry):

@@ -1,6 +1,6 @@
 """The figures that a plan is judged by: one term for each priority, and the order in which they count.
 
-A further priority is a further term here and a name in ``wishes.PRIORITIES``; solvers that minimise it say so
+A further priority is a further term here and a name in ``wishes.Priority``; solvers that minimise it say so
 in their features.
 """
 
@@ -13,10 +13,31 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.plan.evaluate import gpu_times, node_traffic, over_perfect, perfect_times
+from moeless_opt.problems.plan.links import (
+    by_expert,
+    hop_sources,
+    link_costs,
+    outside_tokens,
+    source_tokens,
+    token_flows,
+)
 from moeless_opt.problems.plan.plan import Plan
 from moeless_opt.problems.spec import PRIORITIES, Objective, Problem
 
-__all__ = ["TERMS", "Judged", "Term", "judged", "objective_vector", "order_of", "risk", "usual_order"]
+__all__ = [
+    "TERMS",
+    "Judged",
+    "Term",
+    "hops_L",
+    "judged",
+    "objective_vector",
+    "order_of",
+    "outside_L",
+    "risk",
+    "source_loads",
+    "traffic_L",
+    "usual_order",
+]
 
 
 def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) -> FloatArray:
@@ -144,10 +165,41 @@ def _moves(problem: Problem, plan: Plan) -> float:
     return float(plan.moves.bytes if _sized(problem) else plan.moves.count)
 
 
-def _traffic(problem: Problem, plan: Plan) -> float:
-    node_G = problem.topology.node_G
-    leaves_L = node_traffic(problem.load_LE, plan.slots_LGC, plan.share_LGC, node_G, source_loads(problem))
-    return float(leaves_L.sum())
+def traffic_L(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray) -> FloatArray:
+    """Cost of the tokens that leave their source, shape [L]; by default, tokens that leave their node."""
+    topology = problem.topology
+    if topology.cost_GG is None:
+        sources = source_loads(problem)
+        return node_traffic(problem.load_LE, slots_LGC, share_LGC, topology.node_G, sources)
+    if problem.split == "nearest":
+        return np.asarray((token_flows(problem, slots_LGC, share_LGC) * topology.cost_GG).sum((1, 2)))
+    served_LGE = by_expert(problem, slots_LGC, share_LGC) * problem.load_LE[:, None, :]
+    return link_costs(problem, source_tokens(problem), served_LGE)
+
+
+def outside_L(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray) -> FloatArray:
+    """Tokens served outside the home of their group, shape [L]; none where there are no groups."""
+    if problem.groups is None:
+        return np.zeros(problem.layers)
+    return outside_tokens(problem, by_expert(problem, slots_LGC, share_LGC))
+
+
+def hops_L(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray) -> FloatArray:
+    """Cost of following tokens from the layer before, shape [L]; none where no flow is known."""
+    flow_LEE = problem.loads.flow_LEE
+    if flow_LEE is None:
+        return np.zeros(problem.layers)
+    return link_costs(problem, *hop_sources(flow_LEE, by_expert(problem, slots_LGC, share_LGC)))
+
+
+def _of(count_L: Callable[[Problem, SlotArray, FloatArray], FloatArray]) -> Callable[[Problem, Plan], float]:
+    return lambda problem, plan: float(count_L(problem, plan.slots_LGC, plan.share_LGC).sum())
+
+
+def _distances(problem: Problem) -> bool:
+    """Whether some tokens cost more than others."""
+    topology = problem.topology
+    return topology.nodes > 1 if topology.cost_GG is None else bool(topology.cost_GG.any())
 
 
 def source_loads(problem: Problem) -> FloatArray | None:
@@ -186,10 +238,22 @@ TERMS: dict[str, Term] = {
         Term(
             name="traffic",
             unit=lambda problem: "tokens",
-            value=_traffic,
-            matters=lambda problem: problem.topology.nodes > 1,
+            value=_of(traffic_L),
+            matters=_distances,
         ),
         Term(name="memory", unit=_weights, value=_memory, matters=lambda problem: True),
+        Term(
+            name="groups",
+            unit=lambda problem: "tokens",
+            value=_of(outside_L),
+            matters=lambda problem: problem.groups is not None and problem.topology.nodes > 1,
+        ),
+        Term(
+            name="hops",
+            unit=lambda problem: "tokens",
+            value=_of(hops_L),
+            matters=lambda problem: problem.loads.flow_LEE is not None and _distances(problem),
+        ),
     )
 }
 """The terms by name."""
@@ -225,6 +289,12 @@ def objective_vector(problem: Problem, plan: Plan) -> dict[str, float]:
         ``balance``: sum over the layers of the largest GPU time (over the scenarios by the
         objective's risk, with the shares of each), in the time model's unit. ``moves``: bytes to
         ship, or replicas where the size of an expert is unknown. ``traffic``: tokens that leave their node.
-        ``memory``: bytes held, or replicas.
+        ``memory``: bytes held, or replicas. ``groups``: tokens served outside their group's home, where the
+        problem has groups. ``hops``: what following tokens from layer to layer costs, where a flow is known.
     """
-    return {name: term.value(problem, plan) for name, term in TERMS.items()}
+    left_out = set()
+    if problem.groups is None:
+        left_out.add("groups")
+    if problem.loads.flow_LEE is None:
+        left_out.add("hops")
+    return {name: term.value(problem, plan) for name, term in TERMS.items() if name not in left_out}

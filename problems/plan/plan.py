@@ -10,6 +10,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, Record, SlotArray, frozen, number
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.evaluate import new_replicas
+from moeless_opt.problems.plan.links import Locality
 from moeless_opt.problems.spec import Placement, Problem, replica_counts, span, without_copies
 from moeless_opt.problems.text import bytes_text, html_facts, printable
 
@@ -231,6 +232,8 @@ class Plan(Record):
     scenario_share_TLGC : array of float, shape [T, L, G, C], optional
         The shares of each scenario, where the loads have several and the split is fractional: shares follow
         the traffic and move no weights. `share_LGC` has those for the expected loads.
+    locality : Locality, optional
+        Traffic, tokens outside their groups and hops with their bounds, where the plan was made for them.
     """
 
     slots_LGC: SlotArray
@@ -248,6 +251,7 @@ class Plan(Record):
     payback: Payback | None = None
     share_entries: int | None = None
     scenario_share_TLGC: FloatArray | None = None
+    locality: Locality | None = None
 
     def __post_init__(self) -> None:
         for key in ("slots_LGC", "share_LGC", "time_LG", "imbalance_L", "scenario_share_TLGC"):
@@ -304,6 +308,7 @@ class Plan(Record):
         title = f" {printable(self.name)}" if self.name else ""
         worst = int(np.argmax(self.imbalance_L))
         payback = f"\n  {self.payback!r}" if self.payback else ""
+        near = f"\n  {self.locality!r}" if self.locality else ""
         proof = f"\n  {self.certificate.proof}" if self.certificate.proof else ""
         return (
             f"<Plan{title}: {layers} layer(s), {self.experts} experts as {self.replicas} replicas "
@@ -311,7 +316,7 @@ class Plan(Record):
             f"  imbalance (max/mean{self._over()}) {self.imbalance_L.mean():.4f} mean, "
             f"{self.imbalance_L[worst]:.4f} worst (layer {self.layers[worst]})\n"
             f"  {self.certificate!r}\n"
-            f"  {self.moves!r}{proof}{payback}>"
+            f"  {self.moves!r}{near}{proof}{payback}>"
         )
 
     def _repr_html_(self) -> str:

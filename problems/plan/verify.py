@@ -14,6 +14,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InvalidPlanError
 from moeless_opt.problems.plan.plan import PROVEN, Plan
+from moeless_opt.problems.plan.verify_locality import locality_violations
 from moeless_opt.problems.spec import Problem, TimeModel
 
 __all__ = ["check_slots", "verify", "violations"]
@@ -42,7 +43,8 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
     Checked: shapes and expert ids, no expert twice on a GPU unless the problem's `fill` lets copies be,
     coverage, slots and that all are full where they must be, memory, token shares
     (that an equal split is equal, and entries of a table whole), replica limits, pinned and forbidden pairs,
-    failure domains, moves and their limits, and the plan's own claims: times, imbalance, moves, bounds.
+    failure domains, groups kept on a node, moves and their limits, and the plan's own claims: times,
+    imbalance, moves, bounds, locality.
     """
     slots, share = plan.slots_LGC, plan.share_LGC
     layers, experts, gpus = problem.layers, problem.experts, problem.topology.gpus
@@ -71,6 +73,7 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
     if problem.limits is not _NO_LIMITS:
         found += _limits(problem, held)
     found += _moves(problem, plan, held)
+    found += locality_violations(problem, plan)
     return found + _claims(problem, plan, held)
 
 

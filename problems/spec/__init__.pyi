@@ -23,11 +23,13 @@ from .topology import TOPOLOGY_PRESETS as TOPOLOGY_PRESETS
 from .topology import Links as Links
 from .topology import Topology as Topology
 from .topology import uniform as uniform
+from .wishes import EVERY_PRIORITY as EVERY_PRIORITY
 from .wishes import FILLS as FILLS
 from .wishes import MOST_ENTRIES as MOST_ENTRIES
 from .wishes import PRIORITIES as PRIORITIES
 from .wishes import SPLITS as SPLITS
 from .wishes import Fill as Fill
+from .wishes import Groups as Groups
 from .wishes import Limits as Limits
 from .wishes import Objective as Objective
 from .wishes import Priority as Priority

@@ -35,6 +35,11 @@ class Loads(Record):
         Layers of the recording that have no routed experts (dense layers).
     load_TLNE : array of float, shape [T, L, N, E], optional
         The same loads by source node; summed over the nodes they must give `load_TLE`.
+    load_TLGE : array of float, shape [T, L, G, E], optional
+        The same loads by source GPU, where that is known.
+    flow_LEE : array of float, shape [L - 1, E, E], optional
+        How often a token's expert in a layer (row) was followed by one in the next layer (column), between
+        each layer and the next of these: what the affinity of layers is counted from.
     source : str
         Where the loads come from, for people.
     notes : sequence of str, optional
@@ -52,6 +57,8 @@ class Loads(Record):
     scenarios: tuple[str, ...] = ()
     skipped: tuple[int, ...] = ()
     load_TLNE: FloatArray | None = None
+    load_TLGE: FloatArray | None = None
+    flow_LEE: FloatArray | None = None
     source: str = ""
     notes: tuple[str, ...] = ()
 
@@ -108,22 +115,17 @@ class Loads(Record):
             if not isinstance(note, str):
                 raise ProblemError(f"loads.notes[{i}]", f"is {note!r}, must be a text")
         put(self, "skipped", _indices("loads.skipped", self.skipped))
-        if self.load_TLNE is not None:
-            load_TLNE = floats("loads.by_node", self.load_TLNE)
-            if load_TLNE.ndim == 3:
-                load_TLNE = load_TLNE[None]
-            if (
-                load_TLNE.ndim != 4
-                or load_TLNE.shape[::3] != (scenarios, experts)
-                or load_TLNE.shape[1] != layers
-            ):
-                raise ProblemError(
-                    "loads.by_node",
-                    f"has shape {load_TLNE.shape}, must be [{scenarios}, {layers}, nodes, {experts}]",
-                )
-            if not np.allclose(load_TLNE.sum(2), load_TLE, rtol=1e-9, atol=1e-9):
-                raise ProblemError("loads.by_node", "does not sum to the loads over the nodes")
-            put(self, "load_TLNE", load_TLNE)
+        for key, name, what in (("load_TLNE", "by_node", "nodes"), ("load_TLGE", "by_gpu", "GPUs")):
+            if getattr(self, key) is not None:
+                put(self, key, _by_source(getattr(self, key), load_TLE, name, what))
+        if self.flow_LEE is not None:
+            flow_LEE = floats("loads.flow", self.flow_LEE)
+            want = (layers - 1, experts, experts)
+            if flow_LEE.shape != want:
+                raise ProblemError("loads.flow", f"has shape {flow_LEE.shape}, must be {list(want)}")
+            if float(flow_LEE.max(initial=0.0)) > _MOST:
+                raise ProblemError("loads.flow", f"reaches {flow_LEE.max():g}, must be at most {_MOST:g}")
+            put(self, "flow_LEE", flow_LEE)
 
     @property
     def load_LE(self) -> FloatArray:
@@ -144,6 +146,15 @@ class Loads(Record):
         return np.asarray(np.tensordot(self.weight_T, self.load_TLNE, 1))
 
     @property
+    def load_LGE(self) -> FloatArray | None:
+        """Expected loads by source GPU, shape [L, G, E]; None where unknown."""
+        if self.load_TLGE is None:
+            return None
+        if self.weight_T is None:
+            return np.asarray(self.load_TLGE.mean(0))
+        return np.asarray(np.tensordot(self.weight_T, self.load_TLGE, 1))
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Scenarios, layers, experts."""
         t, layers, experts = self.load_TLE.shape
@@ -156,9 +167,22 @@ class Loads(Record):
         if unknown:
             raise ProblemError("layers", f"{unknown[0]} is not among the layers {span(self.layers)}")
         rows = sorted(place[layer] for layer in set(layers))
-        by_node = None if self.load_TLNE is None else self.load_TLNE[:, rows]
+        by_node, by_gpu = (
+            None if array is None else array[:, rows] for array in (self.load_TLNE, self.load_TLGE)
+        )
+        flow_LEE = self.flow_LEE
+        if flow_LEE is not None:
+            if rows != list(range(rows[0], rows[-1] + 1)):
+                raise ProblemError(
+                    "layers", "must follow each other where the loads have a flow between layers"
+                )
+            flow_LEE = flow_LEE[rows[:-1]]
         return self.replace(
-            load_TLE=self.load_TLE[:, rows], layers=tuple(self.layers[i] for i in rows), load_TLNE=by_node
+            load_TLE=self.load_TLE[:, rows],
+            layers=tuple(self.layers[i] for i in rows),
+            load_TLNE=by_node,
+            load_TLGE=by_gpu,
+            flow_LEE=flow_LEE,
         )
 
     def __repr__(self) -> str:
@@ -175,6 +199,22 @@ class Loads(Record):
         if self.skipped:
             parts.append(f"dense layers {span(self.skipped)} skipped")
         return f"Loads({', '.join(parts)}{source})"
+
+
+def _by_source(given: FloatArray, load_TLE: FloatArray, name: str, what: str) -> FloatArray:
+    """Loads by source, checked to be the same loads, shape [T, L, sources, E]."""
+    load_TLSE = floats(f"loads.{name}", given)
+    if load_TLSE.ndim == 3:
+        load_TLSE = load_TLSE[None]
+    scenarios, layers, experts = load_TLE.shape
+    if load_TLSE.ndim != 4 or load_TLSE.shape[::3] != (scenarios, experts) or load_TLSE.shape[1] != layers:
+        raise ProblemError(
+            f"loads.{name}",
+            f"has shape {load_TLSE.shape}, must be [{scenarios}, {layers}, {what}, {experts}]",
+        )
+    if not np.allclose(load_TLSE.sum(2), load_TLE, rtol=1e-9, atol=1e-9):
+        raise ProblemError(f"loads.{name}", f"does not sum to the loads over the {what}")
+    return load_TLSE
 
 
 def _indices(where: str, value: Iterable[object]) -> tuple[int, ...]:

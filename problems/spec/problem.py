@@ -22,6 +22,7 @@ from moeless_opt.problems.spec.wishes import (
     MOST_ENTRIES,
     SPLITS,
     Fill,
+    Groups,
     Limits,
     Objective,
     Sizing,
@@ -73,6 +74,7 @@ _KINDS: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("time", (TimeModel,)),
     ("objective", (Objective,)),
     ("limits", (Limits,)),
+    ("groups", (Groups, type(None))),
     ("known", (Known, type(None))),
 )
 
@@ -107,6 +109,8 @@ class Problem(Record):
         Time of a GPU from its tokens and activated experts.
     objective, limits : Objective, Limits
         What is wanted and what is allowed.
+    groups : Groups, optional
+        Experts that are to be on one node.
     name : str
         For people.
     known : Known, optional
@@ -130,6 +134,7 @@ class Problem(Record):
     time: TimeModel = TOKENS
     objective: Objective = _OBJECTIVE
     limits: Limits = _LIMITS
+    groups: Groups | None = None
     name: str = ""
     known: Known | None = None
     capacity_LG: IntArray = field(init=False, repr=False, compare=False)
@@ -178,8 +183,31 @@ class Problem(Record):
         for key in ("pinned", "forbidden"):
             for i, pair in enumerate(getattr(self.limits, key)):
                 self._check_pair(f"limits.{key}[{i}]", *pair)
-        by_node = self.loads.load_TLNE
-        if by_node is not None and by_node.shape[2] != self.topology.nodes:
+        self._check_sources()
+        if self.groups is not None and self.groups.group_E.size != experts:
+            raise ProblemError(
+                "groups.group", f"is for {self.groups.group_E.size} experts, the loads have {experts}"
+            )
+        missing = (("hops", self.loads.flow_LEE, "loads.flow"), ("groups", self.groups, "groups"))
+        for priority, part, where in missing:
+            if priority in self.objective.priorities and part is None:
+                raise ProblemError(where, f"is missing: the priorities name {priority!r}")
+
+    def _check_sources(self) -> None:
+        """Loads by source fit the topology; those by GPU give those by node."""
+        by_node, by_gpu = self.loads.load_TLNE, self.loads.load_TLGE
+        if by_gpu is not None:
+            if by_gpu.shape[2] != self.topology.gpus:
+                raise ProblemError(
+                    "loads.by_gpu", f"has {by_gpu.shape[2]} GPUs, the topology has {self.topology.gpus}"
+                )
+            node_G = self.topology.node_G
+            folded = np.stack([by_gpu[:, :, node_G == n].sum(2) for n in range(self.topology.nodes)], axis=2)
+            if by_node is None:
+                object.__setattr__(self, "loads", self.loads.replace(load_TLNE=folded))
+            elif by_node.shape != folded.shape or not np.allclose(by_node, folded, rtol=1e-9, atol=1e-9):
+                raise ProblemError("loads.by_node", "is not what loads.by_gpu gives")
+        elif by_node is not None and by_node.shape[2] != self.topology.nodes:
             raise ProblemError(
                 "loads.by_node", f"has {by_node.shape[2]} nodes, the topology has {self.topology.nodes}"
             )
@@ -444,6 +472,8 @@ class Problem(Record):
         return html_facts(facts, f"Problem {self.name}")
 
 
+_SINCE = {"cost_GG", "load_TLGE", "flow_LEE", "groups"}
+"""Fields that problems had none of once: where they are not given, the digest is what it was."""
 _UNHASHED = {"name", "source", "known", "scenarios", "skipped", "notes", "capacity_LG"}
 
 
@@ -463,6 +493,8 @@ def _feed(sha: Any, value: object) -> None:
         kind: Any = type(value)
         for name in _hashed_fields(kind):
             part = getattr(value, name)
+            if part is None and name in _SINCE:
+                continue
             if isinstance(part, np.ndarray | Record):
                 sha.update(text + name.encode())
                 text.clear()
@@ -475,7 +507,8 @@ def _feed(sha: Any, value: object) -> None:
 def _text(record: Record) -> bytes:
     """What `_feed` feeds of a record without arrays."""
     kind: Any = type(record)
-    parts = (f"{name}={getattr(record, name)!r};" for name in _hashed_fields(kind))
+    names = (n for n in _hashed_fields(kind) if n not in _SINCE or getattr(record, n) is not None)
+    parts = (f"{name}={getattr(record, name)!r};" for name in names)
     return "".join(parts).encode()
 
 

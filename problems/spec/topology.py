@@ -22,6 +22,7 @@ __all__ = ["TOPOLOGY_PRESETS", "Links", "Topology", "uniform"]
 GB = 10**9
 _FASTEST = 1e30  # more, or less than one part of it, overflows times
 _MOST_APART = 1e9  # fastest over slowest GPU: beyond it a balance is lost in the rounding, or a unit is wrong
+_DEAREST = 1e9  # of a token between two GPUs: sums with loads then stay finite
 MOST_GPUS = 2**20  # far beyond any machine: what exceeds it is a slip or an attack
 
 
@@ -74,6 +75,9 @@ class Topology(Record):
         Bandwidths.
     name : str
         For people.
+    cost_GG : array of float, shape [G, G], optional
+        What a token costs that comes from one GPU (row) and is served on another (column); nothing on its
+        own. By default 1 between nodes and nothing inside. See `with_costs` and `with_levels`.
 
     Raises
     ------
@@ -88,6 +92,7 @@ class Topology(Record):
     domain_G: IntArray | None = None
     links: Links = Links()
     name: str = ""
+    cost_GG: FloatArray | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -128,6 +133,8 @@ class Topology(Record):
                 "topology.speed",
                 f"goes from {slow:g} to {fast:g}; must be from {1 / _FASTEST:g} to {_FASTEST:g}",
             )
+        if self.cost_GG is not None:
+            put(self, "cost_GG", _checked_costs(self.cost_GG, gpus))
         if self.slots_G is None and self.memory_G is None:
             raise ProblemError(
                 "topology",
@@ -253,6 +260,58 @@ class Topology(Record):
             )
         return np.broadcast_to(slots_G, (size_L.size, self.gpus))
 
+    def with_costs(self, costs: ArrayLike | nx.Graph) -> Topology:
+        """The same GPUs with other costs of a token between them.
+
+        Parameters
+        ----------
+        costs : array of float, shape [G, G], or networkx graph
+            Rows are where a token comes from, columns where it is served. Of a graph, the shortest paths
+            between its vertices ``("gpu", g)`` (as in `to_networkx`) or ``g``; an edge without a ``cost``
+            counts 1.
+
+        Raises
+        ------
+        ProblemError
+            If the matrix is not square, or a GPU is no vertex or not reached.
+        """
+        return self.replace(cost_GG=_graph_costs(costs, self.gpus) if hasattr(costs, "nodes") else costs)
+
+    def with_levels(self, levels: Sequence[tuple[str | Sequence[int], float]]) -> Topology:
+        """The same GPUs with costs by a tree: of the groups that a token leaves, the dearest counts.
+
+        Parameters
+        ----------
+        levels : sequence of (groups, cost)
+            Groups are ``"gpu"``, ``"node"``, ``"domain"`` (failure domains), or a number per GPU; those with
+            the same number are together. Leaving a group costs this much.
+
+        Examples
+        --------
+        >>> two = Topology.uniform(2, 2, slots=2).with_levels([("gpu", 0.1), ("node", 1)])
+        >>> two.cost_GG[0].tolist()
+        [0.0, 0.1, 1.0, 1.0]
+        """
+        cost_GG = np.zeros((self.gpus, self.gpus))
+        for i, level in enumerate(levels):
+            where = f"topology.cost.levels[{i}]"
+            if isinstance(level, str) or len(level) != 2:
+                raise ProblemError(where, f"is {level!r}, must be (groups, cost)")
+            group: Any = level[0]
+            if isinstance(group, str):
+                named = {"gpu": np.arange(self.gpus), "node": self.node_G, "domain": self.failure_domain_G}
+                if group not in named:
+                    raise ProblemError(
+                        where, f"is of {group!r}, must be of 'gpu', 'node', 'domain' or a list"
+                    )
+                group = named[group]
+            group_G = integers(f"{where}.group", group)
+            if group_G.shape != (self.gpus,):
+                raise ProblemError(f"{where}.group", f"has shape {group_G.shape}, must be ({self.gpus},)")
+            apart = group_G[:, None] != group_G
+            cost_GG[apart] = np.maximum(cost_GG[apart], number(f"{where}.cost", level[1]))
+        return self.replace(cost_GG=cost_GG)
+
     def bandwidth_GG(self) -> FloatArray:
         """Bytes per second from GPU to GPU, shape [G, G]; infinite on the diagonal."""
         same = self.node_G[:, None] == self.node_G
@@ -266,12 +325,13 @@ class Topology(Record):
         keep = np.setdiff1d(np.arange(self.gpus), lost)
         if keep.size == 0:
             raise ProblemError("gpus", "all GPUs are lost; at least one must remain")
-        part = {
+        part: dict[str, Any] = {
             k: None if (a := getattr(self, k)) is None else a[keep]
             for k in ("slots_G", "memory_G", "domain_G")
         }
         if part["domain_G"] is None:
             part["domain_G"] = self.node_G[keep]
+        part["cost_GG"] = None if self.cost_GG is None else self.cost_GG[np.ix_(keep, keep)]
         return self.replace(
             node_G=np.unique(self.node_G[keep], return_inverse=True)[1], speed_G=self.speed_G[keep], **part
         )
@@ -307,7 +367,10 @@ class Topology(Record):
                     entry[key] = int(array[g])
             gpus.append(entry)
         links = {k: getattr(self.links, k) for k in ("intra_node", "inter_node", "host", "latency")}
-        return {"kind": "explicit", "name": self.name, "gpus": gpus, "links": links}
+        entry = {"kind": "explicit", "name": self.name, "gpus": gpus, "links": links}
+        if self.cost_GG is not None:
+            entry["cost"] = {"kind": "matrix", "matrix": self.cost_GG.tolist()}
+        return entry
 
     @staticmethod
     def from_dict(data: object, where: str = "topology") -> Topology:
@@ -320,6 +383,7 @@ class Topology(Record):
         """
         entry = Fields(data, where)
         kind = entry.take("kind", str, "explicit" if "gpus" in entry.data else "uniform")
+        costs = entry.take("cost", dict, None)
         links_data = entry.take("links", dict, None)
         links = None if links_data is None else read_record(Links, links_data, f"{where}.links")
         try:
@@ -347,6 +411,8 @@ class Topology(Record):
                 raise FormatError(
                     entry.path("kind"), f"is {kind!r}, must be 'uniform', 'preset' or 'explicit'"
                 )
+            if costs is not None:
+                topology = _read_costs(topology, costs, f"{where}.cost")
         except ProblemError as error:
             raise moved(error, "topology", where) from None
         entry.done()
@@ -358,7 +424,66 @@ class Topology(Record):
             room += f", {_bytes_range(self.memory_G)} per GPU for experts"
         speed = "" if self.is_uniform else f", speeds {_range(self.speed_G)}"
         name = f"{printable(self.name)}: " if self.name else ""
-        return f"Topology({name}{self.gpus} GPUs in {self.nodes} node(s){room}{speed})"
+        costs = "" if self.cost_GG is None else ", costs of its own between GPUs"
+        return f"Topology({name}{self.gpus} GPUs in {self.nodes} node(s){room}{speed}{costs})"
+
+
+def _checked_costs(costs: ArrayLike, gpus: int) -> FloatArray:
+    cost_GG = floats("topology.cost", costs)
+    if cost_GG.shape != (gpus, gpus):
+        raise ProblemError(
+            "topology.cost", f"has shape {cost_GG.shape}, must be ({gpus}, {gpus}): GPU to GPU"
+        )
+    if np.diag(cost_GG).any():
+        first = int(np.flatnonzero(np.diag(cost_GG))[0])
+        raise ProblemError(
+            f"topology.cost[{first}][{first}]",
+            f"is {cost_GG[first, first]:g}, must be 0: a token stays there",
+        )
+    if cost_GG.max(initial=0.0) > _DEAREST:
+        raise ProblemError("topology.cost", f"reaches {cost_GG.max():g}, must be at most {_DEAREST:g}")
+    return cost_GG
+
+
+def _graph_costs(graph: nx.Graph, gpus: int) -> FloatArray:
+    """Shortest paths between the GPUs of a graph, shape [G, G]."""
+    import networkx as nx
+
+    where = "topology.cost"
+    vertex_G = [("gpu", g) if ("gpu", g) in graph else g for g in range(gpus)]
+    missing = [g for g, vertex in enumerate(vertex_G) if vertex not in graph]
+    if missing:
+        raise ProblemError(where, f"is a graph without a vertex ('gpu', {missing[0]}) or {missing[0]}")
+    for a, b, cost in graph.edges(data="cost", default=1.0):
+        number(f"{where}: edge {a} - {b}", cost)
+    cost_GG = np.zeros((gpus, gpus))
+    for source, vertex in enumerate(vertex_G):
+        length = nx.single_source_dijkstra_path_length(
+            graph, vertex, weight=lambda a, b, data: float(data.get("cost", 1.0))
+        )
+        for target, other in enumerate(vertex_G):
+            if other not in length:
+                raise ProblemError(where, f"is a graph with no path from GPU {source} to GPU {target}")
+            cost_GG[source, target] = length[other]
+    return cost_GG
+
+
+def _read_costs(topology: Topology, data: object, where: str) -> Topology:
+    entry = Fields(data, where)
+    kind = entry.take("kind", str, "matrix" if "matrix" in entry.data else "tree")
+    if kind == "matrix":
+        topology = topology.with_costs(entry.take("matrix", list))
+    elif kind == "tree":
+        levels = []
+        for i, level in enumerate(entry.take("levels", list)):
+            part = Fields(level, f"{where}.levels[{i}]")
+            levels.append((part.take("group", (str, list)), part.take("cost", NUMBER)))
+            part.done()
+        topology = topology.with_levels(levels)
+    else:
+        raise FormatError(entry.path("kind"), f"is {kind!r}, must be 'matrix' or 'tree'")
+    entry.done()
+    return topology
 
 
 def _explicit(entry: Fields, links: Links) -> Topology:
@@ -375,15 +500,16 @@ def _explicit(entry: Fields, links: Links) -> Topology:
         missing = [i for i, value in enumerate(columns[key]) if value is None]
         if missing and len(missing) < len(gpus):
             raise FormatError(f"{entry.where}.gpus[{missing[0]}]", f"{key!r} is missing; other GPUs have it")
+    more: dict[str, Any] = {
+        f"{key}_G": None
+        if not gpus or columns[key][0] is None
+        else integers(f"{entry.where}.{key}", columns[key])
+        for key in ("slots", "memory", "domain")
+    }
     return Topology(
         node_G=integers(f"{entry.where}.node", columns["node"]),
         speed_G=floats(f"{entry.where}.speed", columns["speed"]),
-        **{
-            f"{key}_G": None
-            if not gpus or columns[key][0] is None
-            else integers(f"{entry.where}.{key}", columns[key])
-            for key in ("slots", "memory", "domain")
-        },
+        **more,
         links=links,
         name=entry.take("name", str, ""),
     )

@@ -7,15 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from moeless_opt.problems.arrays import Record, number, whole
+import numpy as np
+
+from moeless_opt.problems.arrays import IntArray, Record, integers, number, whole
 from moeless_opt.problems.errors import ProblemError
 
 __all__ = [
+    "EVERY_PRIORITY",
     "FILLS",
     "MOST_ENTRIES",
     "PRIORITIES",
     "SPLITS",
     "Fill",
+    "Groups",
     "Limits",
     "Objective",
     "Priority",
@@ -63,6 +67,10 @@ class Priority(_Choice):
     MOVES = "moves"
     TRAFFIC = "traffic"
     MEMORY = "memory"
+    GROUPS = "groups"
+    """Tokens served outside the node of their expert's group (see `Groups`)."""
+    HOPS = "hops"
+    """What following tokens from layer to layer costs (see ``Loads.flow_LEE``)."""
 
 
 class Risk(_Choice):
@@ -89,7 +97,9 @@ MOST_ENTRIES = 1 << 16
 
 SPLITS = tuple(Split)
 FILLS = tuple(Fill)
-PRIORITIES = tuple(Priority)
+EVERY_PRIORITY = tuple(Priority)
+PRIORITIES = (Priority.BALANCE, Priority.MOVES, Priority.TRAFFIC, Priority.MEMORY)
+"""The default order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -99,7 +109,8 @@ class Objective(Record):
     Parameters
     ----------
     priorities : tuple of Priority or str
-        From ``balance``, ``moves``, ``traffic``, ``memory``, in any order; the first weighs most. See
+        From ``balance``, ``moves``, ``traffic``, ``memory`` (the default), ``groups`` and ``hops``, in any
+        order; the first weighs most. See
         ``docs/formulation.md`` for who minimises which order how well.
     balance_tolerance : float
         A layer's largest GPU time may be this share above its least where a later priority gains by it.
@@ -122,12 +133,12 @@ class Objective(Record):
         put = object.__setattr__
         given: object = self.priorities
         if isinstance(given, str) or not isinstance(given, Iterable):
-            raise ProblemError("objective.priorities", f"is {given!r}, must be a list from {PRIORITIES}")
+            raise ProblemError("objective.priorities", f"is {given!r}, must be a list from {EVERY_PRIORITY}")
         put(self, "priorities", tuple(given))
-        unknown = [p for p in self.priorities if p not in PRIORITIES]
+        unknown = [p for p in self.priorities if p not in EVERY_PRIORITY]
         if unknown or not self.priorities or len(set(self.priorities)) != len(self.priorities):
             raise ProblemError(
-                "objective.priorities", f"is {self.priorities}, must be distinct, from {PRIORITIES}"
+                "objective.priorities", f"is {self.priorities}, must be distinct, from {EVERY_PRIORITY}"
             )
         put(self, "priorities", tuple(Priority(p) for p in self.priorities))
         put(self, "balance_tolerance", number("objective.balance_tolerance", self.balance_tolerance))
@@ -146,6 +157,62 @@ class Objective(Record):
             raise ProblemError(
                 "objective.cvar_alpha", f"is {self.cvar_alpha}, must be at least 0 and below 1"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Groups(Record):
+    """Experts that belong together on a node, as routing that is limited to some groups wants.
+
+    A group's home in a layer is the node that serves most of its tokens there.
+
+    Parameters
+    ----------
+    group_E : array of int, shape [E]
+        Group of each expert; the same in all layers.
+    max_outside : float
+        Largest share of a layer's tokens that may be served outside their group's home. 0 keeps every group
+        on one node; 1 allows everything, and the priority ``groups`` says what it is worth.
+
+    References
+    ----------
+    DeepSeek-V3 Technical Report, arXiv 2412.19437, section 2.1.2 (node-limited routing).
+    """
+
+    group_E: IntArray
+    max_outside: float = 0.0
+
+    def __post_init__(self) -> None:
+        group_E = integers("groups.group", self.group_E)
+        if group_E.ndim != 1 or not group_E.size:
+            raise ProblemError("groups.group", f"has shape {group_E.shape}, must be one number per expert")
+        used = np.unique(group_E)
+        if used[-1] != used.size - 1:
+            gap = int((used != np.arange(used.size)).argmax())
+            raise ProblemError("groups.group", f"must be numbered from 0 without gaps; {gap} has no expert")
+        object.__setattr__(self, "group_E", group_E)
+        outside = number("groups.max_outside", self.max_outside)
+        if outside > 1:
+            raise ProblemError("groups.max_outside", f"is {outside:g}, must be a share from 0 to 1")
+        object.__setattr__(self, "max_outside", outside)
+
+    @property
+    def count(self) -> int:
+        """Number of groups."""
+        return int(self.group_E.max()) + 1
+
+    @classmethod
+    def even(cls, experts: int, count: int, max_outside: float = 0.0) -> Groups:
+        """`count` groups of as many experts, in their order (DeepSeek-V3: 8 groups of 32).
+
+        Raises
+        ------
+        ProblemError
+            If the experts cannot be divided so.
+        """
+        count = whole("groups.count", count, low=1)
+        if whole("groups.experts", experts, low=1) % count:
+            raise ProblemError("groups.count", f"is {count}, must divide the {experts} experts")
+        return cls(group_E=np.arange(experts) // (experts // count), max_outside=max_outside)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

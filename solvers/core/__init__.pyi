@@ -15,6 +15,7 @@ from .finish import Built as Built
 from .finish import in_time as in_time
 from .finish import lower_bound as lower_bound
 from .finish import token_bound as token_bound
+from .homes import near_homes as near_homes
 from .knapsack import choose_points as choose_points
 from .knapsack import hull_steps as hull_steps
 from .linear import GAP as GAP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from moeless_opt.problems.plan import usual_order
+from moeless_opt.problems.plan import order_of, usual_order
 from moeless_opt.problems.spec import Fill, Problem
 from moeless_opt.solvers.core.slack import only_moves, without_slack
 
@@ -35,6 +35,10 @@ class Feature(enum.StrEnum):
     FILL_EQUAL = "full slots without free shares"
     FILL_LIMITS = "full slots within limits on replicas, pairs or domains"
     PRIORITIES = "this order of priorities"
+    COSTS = "costs of tokens between GPUs"
+    GROUPS = "groups of experts kept on a node"
+    NEARNESS = "priorities of groups and hops"
+    BALANCE_THEN_NEAR = "balance and then traffic, groups or hops"
     SHARE_ENTRIES = "shares in whole entries of a dispatch table"
     CERTIFIES = "proofs of optimality"
 
@@ -57,7 +61,18 @@ _EVEN_OR_FREE = _CONSTRUCT - {Feature.NEAREST}
 _CONSTRAINED = _EVEN_OR_FREE | _LIMITS | _ENTRIES | {Feature.SIZING_CV}
 _SIZED = _EVEN_OR_FREE | _ENTRIES | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
 _ACTIVATION = _EVEN_OR_FREE | _ENTRIES | _FILL | {Feature.TIME_MODEL}
-_LEXICOGRAPHIC = _EVEN_OR_FREE | _LIMITS | {Feature.PRIORITIES}
+_LEXICOGRAPHIC = _EVEN_OR_FREE | _LIMITS | {Feature.PRIORITIES, Feature.BALANCE_THEN_NEAR}
+_LOCALITY = _CONSTRUCT | {
+    Feature.BALANCE_THEN_NEAR,
+    Feature.COSTS,
+    Feature.GROUPS,
+    Feature.NEARNESS,
+    Feature.PAIRS,
+    Feature.MOVE_LIMITS,
+    Feature.REPLICA_LIMITS,
+    Feature.FILL_DISTINCT,
+    Feature.FILL_EQUAL,
+} - {Feature.SCENARIOS}
 _EXACT = _SPLITS | _FILL | {Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
 # The published methods ignore the live placement and all but the expected loads; their plans are valid and
 # pay for it.
@@ -68,13 +83,14 @@ _PUBLISHED = _SPLITS | {
     Feature.SCENARIOS,
     Feature.NODE_AWARE,
     Feature.TIME_MODEL,
+    Feature.COSTS,
 }
 
 PUBLISHED = frozenset({"static", "eplb", "eplb-hierarchical", "moeless"})
 """Methods as published: they know balance and nothing else, so `compare` shows them as they are."""
 
 FEATURES: dict[str, frozenset[Feature]] = {
-    "auto": _REPLAN | _CONSTRAINED | _SIZED | _ACTIVATION | {Feature.PRIORITIES},
+    "auto": _REPLAN | _CONSTRAINED | _SIZED | _ACTIVATION | _LEXICOGRAPHIC | _LOCALITY,
     "construct": _CONSTRUCT | _LIMITS | _FILL_ALL | _ENTRIES,
     "replan": _REPLAN,
     "cover": _REPLAN | {Feature.TIME_MODEL},
@@ -92,6 +108,7 @@ FEATURES: dict[str, frozenset[Feature]] = {
     "sized": _SIZED,
     "activation": _ACTIVATION,
     "lexicographic": _LEXICOGRAPHIC,
+    "locality": _LOCALITY,
     "stay": _CONSTRUCT | _FILL | _ENTRIES | {Feature.MOVE_LIMITS, Feature.FILL_EQUAL},
     "static": _PUBLISHED | {Feature.HETEROGENEOUS},
     "eplb": _PUBLISHED | {Feature.FILL_COPIES, Feature.FILL_EQUAL},
@@ -104,6 +121,7 @@ FEATURES: dict[str, frozenset[Feature]] = {
 }
 """Solver -> what it honours. A feature that a problem needs and a solver lacks is refused by name."""
 
+_NEAR = {"traffic", "groups", "hops"}
 _NO_LIMITS = Problem.__dataclass_fields__["limits"].default
 _EVERY_SLOT = ("slots", "fill")
 _SPLIT = {"equal": Feature.EQUAL_SPLIT, "fractional": Feature.FRACTIONAL, "nearest": Feature.NEAREST}
@@ -140,14 +158,22 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         needs.add(Feature.SCENARIOS)
     if problem.loads.load_TLNE is not None:
         needs.add(Feature.NODE_AWARE)
+    if topology.cost_GG is not None and {"traffic", "hops"} & set(problem.objective.priorities):
+        needs.add(Feature.COSTS)
+    if problem.groups is not None and problem.groups.max_outside < 1 and topology.nodes > 1:
+        needs.add(Feature.GROUPS)
     if problem.share_entries is not None:
         needs.add(Feature.SHARE_ENTRIES)
     if _more_than_tokens(problem):
         needs.add(Feature.TIME_MODEL)
     if problem.sizing.policy not in _EVERY_SLOT:
         needs.add(_SIZING[problem.sizing.policy])
+    order = order_of(problem)
     if not usual_order(problem):
-        needs.add(Feature.PRIORITIES)
+        near_first = order[0] == "balance" and "memory" not in order and _NEAR & set(order)
+        needs.add(Feature.BALANCE_THEN_NEAR if near_first else Feature.PRIORITIES)
+    if {"groups", "hops"} & set(order):
+        needs.add(Feature.NEARNESS)
     if problem.fill != Fill.NONE:
         needs.add(Feature.FILL_COPIES if problem.fill == Fill.COPIES else Feature.FILL_DISTINCT)
         if problem.split != "fractional":

@@ -32,6 +32,7 @@ SOLVERS: dict[str, str] = {
     "sized": "moeless_opt.solvers.sizing.solver:Sized",
     "activation": "moeless_opt.solvers.timed.solver:ActivationAware",
     "lexicographic": "moeless_opt.solvers.lexicographic.solver:Lexicographic",
+    "locality": "moeless_opt.solvers.locality.solver:LocalitySolver",
     "stay": "moeless_opt.solvers.construct.solver:Stay",
     "static": "moeless_opt.solvers.baselines.solver:Static",
     "eplb": "moeless_opt.solvers.baselines.solver:Eplb",

@@ -29,8 +29,10 @@ def in_usual_units(problem: Problem) -> tuple[Problem, float]:
     load, speed = _shift(float(loads.load_TLE.max()), LOADS), _shift(float(topology.speed_G.max()), SPEEDS)
     if load == speed == 0:
         return problem, 1.0
-    by_node = None if loads.load_TLNE is None else np.ldexp(loads.load_TLNE, load)
-    scaled = loads.replace(load_TLE=np.ldexp(loads.load_TLE, load), load_TLNE=by_node)
+    by_node, by_gpu = (
+        None if array is None else np.ldexp(array, load) for array in (loads.load_TLNE, loads.load_TLGE)
+    )
+    scaled = loads.replace(load_TLE=np.ldexp(loads.load_TLE, load), load_TLNE=by_node, load_TLGE=by_gpu)
     faster = topology.replace(speed_G=np.ldexp(topology.speed_G, speed))
     return problem.replace(loads=scaled, topology=faster, known=None), math.ldexp(1.0, speed - load)
 

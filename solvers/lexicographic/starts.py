@@ -19,7 +19,7 @@ from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArr
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.spec import Problem, held_LGE
 from moeless_opt.solvers.construct import construct_equal, construct_fractional
-from moeless_opt.solvers.core import Stop, widened
+from moeless_opt.solvers.core import Stop, near_homes, widened
 from moeless_opt.solvers.lexicographic.figures import Figures
 from moeless_opt.solvers.limits import place_counts
 from moeless_opt.solvers.pack import improve, pack
@@ -30,7 +30,6 @@ from moeless_opt.solvers.sizing import count_replicas, fewest_for_time
 __all__ = ["lean_starts", "starts"]
 
 _ANY = 1e9  # a tolerance that any placement keeps
-_UNITS = 1 << 30  # whole numbers in which a flow weighs tokens
 
 
 def starts(figures: Figures, seed: int, stop: Stop) -> Iterator[SlotArray]:
@@ -149,7 +148,7 @@ def _near_home(figures: Figures, seed: int, stop: Stop) -> SlotArray:
             break
         source_NE, capacity_G = figures.source_LNE[layer], problem.capacity_LG[layer]
         room_N = np.bincount(node_G, weights=capacity_G).astype(np.int64)
-        on_NE = _homes(source_NE, room_N)
+        on_NE = near_homes(source_NE, room_N)
         homeless_E = np.where(on_NE, 0.0, source_NE).sum(0) / on_NE.sum(0)
         for node in range(len(room_N)):
             expert_H, gpu_H = np.flatnonzero(on_NE[node]), np.flatnonzero(node_G == node)
@@ -161,32 +160,3 @@ def _near_home(figures: Figures, seed: int, stop: Stop) -> SlotArray:
             )[0]
             slots_LGC[layer, gpu_H, : found.shape[1]] = np.where(found >= 0, expert_H[found], -1)
     return slots_LGC
-
-
-def _homes(source_NE: FloatArray, room_N: IntArray) -> BoolArray:
-    """Which node holds which expert, so that most tokens stay and every expert has a node, shape [N, E]."""
-    from ortools.graph.python import min_cost_flow
-
-    nodes, experts = source_NE.shape
-    value_NE = np.rint(source_NE / (source_NE.max() or 1.0) * _UNITS).astype(np.int64)
-    must = (experts + 1) * nodes * _UNITS
-    # 0 is the source, then experts, nodes, the sink.
-    expert_E, node_N, sink = 1 + np.arange(experts), 1 + experts + np.arange(nodes), 1 + experts + nodes
-    pair_n, pair_e = (i.ravel() for i in np.indices((nodes, experts)))
-    network = min_cost_flow.SimpleMinCostFlow()
-
-    def arcs(tail: IntArray, head: IntArray, room: IntArray, cost: IntArray) -> IntArray:
-        parts = np.broadcast_arrays(tail, head, room, cost)
-        return np.asarray(network.add_arcs_with_capacity_and_unit_cost(*(np.array(p) for p in parts)))
-
-    total = int(min(room_N.sum(), nodes * experts))
-    one, zero = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    arcs(zero, expert_E, one, -must * one)
-    arcs(zero, expert_E, nodes * one, zero)
-    chosen = arcs(expert_E[pair_e], node_N[pair_n], one, -value_NE.ravel())
-    arcs(node_N, np.array([sink]), room_N, zero)
-    arcs(zero, np.array([sink]), total * one, zero)
-    network.set_nodes_supplies(np.array([0, sink]), np.array([total, -total]))
-    status = network.solve()
-    assert status == network.OPTIMAL, status
-    return np.asarray(np.array(network.flows(chosen)).reshape(nodes, experts) > 0)

@@ -93,6 +93,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("construct", "baselines"),
         ("sizing", "replan", "exact"),
         ("timed", "lexicographic"),
+        ("locality",),
         ("auto",),
     ),
     "runtime": (

@@ -47,6 +47,17 @@ WANTED: dict[Feature, dict[str, Any]] = {
     Feature.FILL_EQUAL: {"fill": "copies", "split": "equal"},
     Feature.FILL_LIMITS: {"fill": "copies", "limits": mo.Limits(forbidden=((-1, 0, 0),))},
     Feature.SHARE_ENTRIES: {"split": "fractional", "share_entries": 8},
+    Feature.COSTS: {"topology": mo.uniform(2, 2, slots=2).with_levels([("gpu", 0.5), ("node", 1)])},
+    Feature.GROUPS: {"topology": mo.uniform(2, 2, slots=2), "groups": mo.Groups.even(6, 2)},
+    Feature.NEARNESS: {
+        "topology": mo.uniform(2, 2, slots=2),
+        "groups": mo.Groups.even(6, 2, 1.0),
+        "objective": mo.Objective(priorities=("balance", "groups")),
+    },
+    Feature.BALANCE_THEN_NEAR: {
+        "topology": mo.uniform(2, 2, slots=2),
+        "objective": mo.Objective(priorities=("balance", "traffic")),
+    },
     Feature.PRIORITIES: {"objective": mo.Objective(priorities=("memory", "balance"))},
     Feature.SIZING_CV: {"sizing": mo.Sizing(policy="cv", cv=0.5)},
     Feature.SIZING_MAKESPAN: {"sizing": mo.Sizing(policy="makespan", imbalance=2.0)},
@@ -74,6 +85,7 @@ def problem_for(name: str, feature: Feature | None = None) -> mo.Problem:
         loads = mo.Loads(load_TLE=by_node.sum(2), load_TLNE=by_node)
     if asked.pop("live", False) or name in LIVE:
         held = topology if topology.slots_G is not None else mo.uniform(1, 4, slots=2)
+        held = held.replace(cost_GG=None)
         asked["current"] = mo.plan(OTHER_LE, held, split=split, solver="construct")
     if name == "sized" and "fill" not in asked:
         asked.setdefault("sizing", mo.Sizing(policy="makespan", imbalance=2.0))

@@ -1,0 +1,1 @@
+from .search import warm_locality as warm_locality

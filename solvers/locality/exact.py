@@ -1,0 +1,326 @@
+"""Balance, moves, traffic, groups and hops of small models to proven optimality: one mixed-integer programme.
+
+::
+
+    x[l,e,g] in {0, 1}     g holds e;  sum over e <= slots, from the least to the most replicas of e
+    y[l,e,g]               its share;  y <= x and sum over g = 1, or y = x / r where the split is even
+    sum over e of w y <= T[l] s[g]
+    q[l,s,e,g] >= 0        tokens of s;  sum over g = those of s,  sum over s = w y;  traffic = cost . q
+    b[l,k,n] in {0, 1}     n is the home of group k;  outside = tokens of the group that n does not serve
+    h[l,s,e,g] >= 0        tokens that come from s;  sum over g = sum over e' of flow y[l-1,e',s],
+                           sum over s = flow into e . y[l,e,g];  hops = cost . h
+
+The priorities are minimised one after the other, each held to its least value (balance to its tolerance,
+layer by layer). Layers that nothing ties together are programmes of their own.
+
+Axes: S sources that pay alike, K groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
+from moeless_opt.problems.plan import source_tokens
+from moeless_opt.problems.spec import Fill, Problem
+from moeless_opt.solvers.core import LinearModel, Stop, solve_linear
+from moeless_opt.solvers.locality.costs import Costs
+
+__all__ = ["Proven", "prove", "size_of_model"]
+
+_SLACK = 1e-8
+_GAP = 1e-9
+Row = list[tuple[int, float]]
+
+
+@dataclass(slots=True)
+class Proven:
+    """What was proven of some layers.
+
+    Parameters
+    ----------
+    rows : array of int
+        Which layers.
+    held_XEG, share_XEG : arrays, shape [layers, E, G]
+        The placement and its shares.
+    time_X : array, shape [layers]
+        Proven least tokens over speed of each layer.
+    least : dict
+        Proven least sum over the layers of each later priority, given those before it.
+    """
+
+    rows: IntArray
+    held_XEG: BoolArray
+    share_XEG: FloatArray
+    time_X: FloatArray
+    least: dict[str, float] = field(default_factory=dict)
+
+
+def size_of_model(problem: Problem, *, tied: bool) -> int:
+    """Binary variables of the largest programme."""
+    pairs = problem.experts * problem.topology.gpus
+    if problem.split == "equal":
+        pairs *= problem.topology.gpus
+    if problem.groups is not None:
+        pairs += problem.groups.count * problem.topology.nodes
+    return pairs * (problem.layers if tied else 1)
+
+
+def prove(
+    problem: Problem, order: tuple[str, ...], costs: Costs, rows: IntArray, *, stop: Stop
+) -> Proven | None:
+    """Minimise the priorities one after the other; None where time or a limit leaves no proof.
+
+    Parameters
+    ----------
+    order : tuple of str
+        Balance first.
+    rows : array of int
+        Layers that are planned together: one, or all of them where hops tie them.
+    """
+    programme = _Programme(problem, order, costs, rows)
+    tolerance = problem.objective.balance_tolerance if len(order) > 1 else 0.0
+    model = programme.model
+    found: Proven | None = None
+    least: dict[str, float] = {}
+    for name in order:
+        answer = solve_linear(programme.minimising(name), stop=stop, gap=_GAP)
+        if answer.status != "optimal" or answer.value_V is None:
+            return None
+        value_V = answer.value_V
+        if name == "balance":
+            time_X = value_V[programme.tops]
+            for top, value in zip(programme.tops, time_X.tolist(), strict=True):
+                model.high[top] = value * (1 + tolerance) + _SLACK
+        else:
+            value = float(value_V[programme.term[name]])
+            least[name] = max(value, 0.0) * (1.0 if name == "moves" else programme.scale[name])
+            model.high[programme.term[name]] = value + _SLACK
+        held, share = programme.read(value_V)
+        found = Proven(rows=rows, held_XEG=held, share_XEG=share, time_X=time_X * programme.unit_X)
+    assert found is not None
+    found.least = least
+    return found
+
+
+class _Programme:
+    """The rows; tokens of a layer are scaled so that its mean time is 1."""
+
+    def __init__(self, problem: Problem, order: tuple[str, ...], costs: Costs, rows: IntArray) -> None:
+        self.problem, self.costs, self.rows, self.model = problem, costs, rows, LinearModel()
+        speed = float(problem.topology.speed_G.sum())
+        self.unit_X = np.array([float(problem.load_LE[x].sum()) / speed or 1.0 for x in rows])
+        self.place: list[dict[tuple[int, int], Row]] = []
+        self.share: list[dict[tuple[int, int], Row]] = []
+        self.tops: list[int] = []
+        self.term: dict[str, int] = {}
+        self.scale: dict[str, float] = {}
+        for i, x in enumerate(rows.tolist()):
+            self._layer(i, x)
+        if problem.groups is not None and (problem.groups.max_outside < 1 or "groups" in order):
+            self._groups("groups" in order)
+        if "moves" in order:
+            self._moves()
+        if "traffic" in order:
+            self._traffic()
+        if "hops" in order:
+            self._hops()
+
+    def minimising(self, name: str) -> LinearModel:
+        """The programme with one priority as its cost."""
+        self.model.cost = [0.0] * len(self.model.names)
+        for v in self.tops if name == "balance" else [self.term[name]]:
+            self.model.cost[v] = 1.0
+        return self.model
+
+    def read(self, value_V: FloatArray) -> tuple[BoolArray, FloatArray]:
+        """Placement and shares, both [layers, E, G]."""
+        shape = (len(self.rows), self.problem.experts, self.problem.topology.gpus)
+        held, share = np.zeros(shape, dtype=np.bool_), np.zeros(shape)
+        for i in range(len(self.rows)):
+            for (e, g), row in self.place[i].items():
+                held[i, e, g] = sum(c * value_V[v] for v, c in row) > 0.5
+                if held[i, e, g]:
+                    share[i, e, g] = max(sum(c * value_V[v] for v, c in self.share[i][e, g]), 0.0)
+        return held, share / share.sum(2, keepdims=True)
+
+    def _layer(self, i: int, x: int) -> None:
+        problem, model = self.problem, self.model
+        limits, topology = problem.limits, problem.topology
+        load_E = problem.load_LE[x] / self.unit_X[i]
+        banned_EG, pinned_EG = problem.pairs_LEG("forbidden")[x], problem.pairs_LEG("pinned")[x]
+        place: dict[tuple[int, int], Row] = {}
+        share: dict[tuple[int, int], Row] = {}
+        usable = np.flatnonzero(problem.capacity_LG[x] > 0)
+        most = len(usable) if limits.max_replicas is None else min(limits.max_replicas, len(usable))
+        least = max(limits.min_replicas, 1)
+        for e in range(problem.experts):
+            gpus = [int(g) for g in usable if not banned_EG[e, g]]
+            if problem.split == "equal":
+                self._even(e, gpus, least, most, place, share)
+            else:
+                hosts: Row = []
+                served: Row = []
+                for g in gpus:
+                    v = model.variable(0, 1, whole=True)
+                    y = model.variable(0, 1)
+                    place[e, g], share[e, g] = [(v, 1.0)], [(y, 1.0)]
+                    model.row([(y, 1.0), (v, -1.0)], -np.inf, 0.0)
+                    hosts.append((v, 1.0))
+                    served.append((y, 1.0))
+                model.row(hosts, least, most)
+                model.row(served, 1.0, 1.0)
+            for g in np.flatnonzero(pinned_EG[e]).tolist():
+                model.row(place.get((e, g), []), 1.0, 1.0)
+        top = model.variable(0, np.inf)
+        everything: Row = []
+        for g in usable.tolist():
+            room = float(min(problem.capacity_LG[x, g], problem.experts))
+            held = [part for e in range(problem.experts) for part in place.get((e, g), [])]
+            model.row(held, room if problem.fill == Fill.DISTINCT else 0.0, room)
+            everything += held
+            work = [
+                (v, c * float(load_E[e]))
+                for e in range(problem.experts)
+                for v, c in share.get((e, g), [])
+                if load_E[e] > 0
+            ]
+            model.row([*work, (top, -float(topology.speed_G[g]))], -np.inf, 0.0)
+        caps = [c for c in (limits.max_layer_replicas, limits.max_total_replicas) if c is not None]
+        if caps:
+            model.row(everything, 0.0, float(min(caps)))
+        self.place.append(place)
+        self.share.append(share)
+        self.tops.append(top)
+
+    def _even(
+        self,
+        e: int,
+        gpus: list[int],
+        least: int,
+        most: int,
+        place: dict[tuple[int, int], Row],
+        share: dict[tuple[int, int], Row],
+    ) -> None:
+        model, chosen = self.model, Row()
+        for g in gpus:
+            place[e, g], share[e, g] = [], []
+        for r in range(least, min(most, len(gpus)) + 1):
+            n = model.variable(0, 1, whole=True)
+            chosen.append((n, 1.0))
+            copies: Row = [(n, -float(r))]
+            for g in gpus:
+                z = model.variable(0, 1, whole=True)
+                model.row([(z, 1.0), (n, -1.0)], -np.inf, 0.0)
+                copies.append((z, 1.0))
+                place[e, g].append((z, 1.0))
+                share[e, g].append((z, 1.0 / r))
+            model.row(copies, 0.0, 0.0)
+        model.row(chosen, 1.0, 1.0)
+
+    def _count(self, name: str, parts: Row, scale: float) -> None:
+        """A priority as the sum of some parts."""
+        value = self.model.variable(0, np.inf)
+        self.term[name], self.scale[name] = value, scale
+        self.model.row([*parts, (value, -1.0)], -np.inf, 0.0)
+
+    def _moves(self) -> None:
+        live = self.problem.current
+        assert live is not None
+        parts: Row = []
+        for place, x in zip(self.place, self.rows.tolist(), strict=True):
+            held = {(int(e), g) for g, row in enumerate(live.slots_LGC[x]) for e in row if e >= 0}
+            parts += [part for pair, row in place.items() if pair not in held for part in row]
+        self._count("moves", parts, 1.0)
+
+    def _carried(self, tokens_SE: FloatArray, served: dict[tuple[int, int], Row], unit: float) -> Row:
+        """Flows from sources whose tokens are known to what GPUs serve; what they cost."""
+        model, paid = self.model, Row()
+        price_SG = self.costs.price_SG
+        for e in range(self.problem.experts):
+            sources = np.flatnonzero(tokens_SE[:, e] > 0).tolist()
+            gpus = [g for (a, g) in served if a == e]
+            into: dict[int, Row] = {g: [] for g in gpus}
+            for s in sources:
+                out: Row = []
+                for g in gpus:
+                    q = model.variable(0, np.inf)
+                    out.append((q, 1.0))
+                    into[g].append((q, 1.0))
+                    if price_SG[s, g] > 0:
+                        paid.append((q, float(price_SG[s, g])))
+                total = float(tokens_SE[s, e] / unit)
+                model.row(out, total, total)
+            for g in gpus:
+                sums = float(tokens_SE[:, e].sum() / unit)
+                model.row([*into[g], *((v, -c * sums) for v, c in served[e, g])], 0.0, 0.0)
+        return paid
+
+    def _traffic(self) -> None:
+        source_LSE = self.costs.merge(source_tokens(self.problem))
+        unit, parts = float(self.unit_X.max()), Row()
+        for share, x in zip(self.share, self.rows.tolist(), strict=True):
+            parts += self._carried(source_LSE[x], share, unit)
+        self._count("traffic", parts, unit)
+
+    def _hops(self) -> None:
+        flow_LEE = self.problem.loads.flow_LEE
+        assert flow_LEE is not None
+        model, paid, classes = self.model, Row(), self.costs.class_G
+        unit = float(flow_LEE.sum()) / max(len(flow_LEE), 1) or 1.0
+        for i in range(1, len(self.rows)):
+            flow_EE = flow_LEE[i - 1] / unit
+            for after in range(self.problem.experts):
+                total = float(flow_EE[:, after].sum())
+                if total <= 0:
+                    continue
+                gpus = [g for (a, g) in self.share[i] if a == after]
+                into: dict[int, Row] = {g: [] for g in gpus}
+                for s in range(len(self.costs.price_SG)):
+                    out: Row = []
+                    for g in gpus:
+                        h = model.variable(0, np.inf)
+                        out.append((h, 1.0))
+                        into[g].append((h, 1.0))
+                        if self.costs.price_SG[s, g] > 0:
+                            paid.append((h, float(self.costs.price_SG[s, g])))
+                    come = [
+                        (v, -c * float(flow_EE[e, after]))
+                        for (e, g), row in self.share[i - 1].items()
+                        if classes[g] == s and flow_EE[e, after] > 0
+                        for v, c in row
+                    ]
+                    model.row([*out, *come], 0.0, 0.0)
+                for g in gpus:
+                    model.row([*into[g], *((v, -c * total) for v, c in self.share[i][after, g])], 0.0, 0.0)
+        self._count("hops", paid, unit)
+
+    def _groups(self, counted: bool) -> None:
+        problem, model, groups = self.problem, self.model, self.problem.groups
+        assert groups is not None
+        node_G, scale, everything = problem.topology.node_G, float(self.unit_X.max()), Row()
+        for i, x in enumerate(self.rows.tolist()):
+            load_E, outside = problem.load_LE[x] / self.unit_X[i], Row()
+            for k in range(groups.count):
+                inside = np.flatnonzero(groups.group_E == k).tolist()
+                whole, away, homes = float(load_E[inside].sum()), model.variable(0, np.inf), Row()
+                for n in range(problem.topology.nodes):
+                    b = model.variable(0, 1, whole=True)
+                    homes.append((b, 1.0))
+                    here = [
+                        (v, c * float(load_E[e]))
+                        for e in inside
+                        for g in np.flatnonzero(node_G == n).tolist()
+                        for v, c in self.share[i].get((e, g), [])
+                        if load_E[e] > 0
+                    ]
+                    model.row([(away, 1.0), *here, (b, -whole)], 0.0, np.inf)
+                model.row(homes, 1.0, 1.0)
+                outside.append((away, 1.0))
+            if groups.max_outside < 1:
+                model.row(outside, 0.0, groups.max_outside * float(load_E.sum()))
+            everything += [(v, c * float(self.unit_X[i]) / scale) for v, c in outside]
+        if counted:
+            self._count("groups", everything, scale)

@@ -1,0 +1,490 @@
+"""Balance first, then nearness: traffic, groups of experts on nodes, and affinity between layers.
+
+From a balanced placement (or a re-plan of what is live) a local search exchanges replicas as long as tokens
+pay less for it, within the time that the tolerance of balance allows; shares then keep at home what they can.
+Where tokens follow from layer to layer, every other layer is searched beside its neighbours, in turns.
+Groups that are kept on a node get the best node of all ways there are, and every node is balanced for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
+from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.problems.plan import (
+    Locality,
+    Plan,
+    gpu_times,
+    hops_L,
+    new_replicas,
+    order_of,
+    outside_L,
+    traffic_L,
+)
+from moeless_opt.problems.spec import PRIORITIES, Problem
+from moeless_opt.solvers.construct import Construct
+from moeless_opt.solvers.core import Bound, Built, FirstOf, Heuristic, MaxTime, Task, one_of, widened
+from moeless_opt.solvers.locality.costs import NEAR, Costs, traffic_bound
+from moeless_opt.solvers.locality.exact import prove, size_of_model
+from moeless_opt.solvers.locality.groups import GroupWays
+from moeless_opt.solvers.locality.search import LayerSearch, search_layers
+from moeless_opt.solvers.locality.shares import near_shares
+from moeless_opt.solvers.replan import Replan
+from moeless_opt.solvers.shares import best_shares, solve_shares
+
+__all__ = ["LocalityOptions", "LocalitySolver"]
+
+_STEPS = {"quick": 2, "normal": 8, "thorough": 60}  # for each pair of an expert and a GPU
+_MOST_STEPS = {"quick": 20_000, "normal": 60_000, "thorough": 500_000}
+_TURNS = {"quick": 2, "normal": 4, "thorough": 10}  # of all layers, where they depend on each other
+_FREE = 1 << 40  # moves, where they are not limited
+_OUTSIDE = 1.0  # what a token outside its group's home pays where a limit is to be kept
+_LATER = (
+    1.002,
+    1.01,
+    1.02,
+    1.035,
+    1.055,
+    1.08,
+    1.12,
+    1.18,
+    1.3,
+    1.6,
+    2.2,
+)  # times over the bound that are tried for that
+_EQUAL = 1e-9
+_ROUNDING = 1e-7  # part of a proven value that it gives up as a bound: the programmes' tolerance
+_SMALL, _MIDDLE = 100, 400  # binary variables that are looked at without, and with a time limit
+_TINY = 40  # without one, where hops tie the layers
+_LONG = 60.0  # seconds for it where nobody says how many
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalityOptions:
+    """Options of `LocalitySolver`: how long to search."""
+
+    effort: str = "normal"
+
+    def __post_init__(self) -> None:
+        one_of("effort", self.effort, tuple(_STEPS))
+
+
+@dataclass(slots=True)
+class _Search:
+    """What the search of a problem goes by.
+
+    Parameters
+    ----------
+    limit_L : array, shape [L]
+        Tokens over speed that a GPU may have.
+    most_L : array of int, shape [L]
+        Moves of each layer.
+    move : float
+        What one costs, as a share of a layer's tokens.
+    outside : float
+        What a token outside its group's home pays beside the order.
+    allowed_LEG : array of bool, shape [L, E, G]
+    """
+
+    costs: Costs
+    limit_L: FloatArray
+    most_L: IntArray
+    move: float
+    outside: float
+    allowed_LEG: BoolArray
+
+    def shares(self, slots_LGC: SlotArray) -> FloatArray:
+        """The shares that go with a placement."""
+        return near_shares(self.costs.problem, self.costs, slots_LGC, self.limit_L, self.outside)
+
+
+class LocalitySolver(Heuristic):
+    """Nearness within the balance tolerance."""
+
+    name = "locality"
+    summary = "balance, then traffic, groups on nodes and affinity between layers: local search, exact shares"
+    Options = LocalityOptions
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__(name)
+        self._least: dict[str, FloatArray] = {}
+
+    def build(self, task: Task[LocalityOptions]) -> Built:
+        """Balance, then search."""
+        problem = task.problem
+        order = _order(problem)
+        near = tuple(name for name in order if name in NEAR)
+        ways = None if problem.groups is None else [GroupWays(problem, x) for x in range(problem.layers)]
+        whole = problem.groups is not None and problem.groups.max_outside <= 0
+        homes = None if ways is None else np.stack([one.best(whole=whole) for one in ways])
+        costs = Costs(problem, near, homes)
+        bound = None if ways is None else _group_bound(problem, ways)
+        base = self._base(task, order, costs, whole)
+        best = base
+        if near:
+            search = self._limits(problem, base, order, costs, whole)
+            for even in _rules(problem):
+                best = _better(near, best, self._searched(task, search, base.slots_LGC, even), search)
+        best = self._proven(task, order, costs, replace(best, bound=bound))
+        return replace(best, stopped_by=task.stop())
+
+    def finished(self, problem: Problem, plan: Plan) -> Plan:
+        """The plan with what it says of its locality."""
+        return plan.replace(locality=locality_of(problem, plan, self._least))
+
+    def _proven(self, task: Task[Any], order: tuple[str, ...], costs: Costs, best: Built) -> Built:
+        """The same with small layers (where hops tie them, models) as the programme proves them best."""
+        problem, stop = task.problem, task.stop
+        tied = "hops" in order
+        most = _MIDDLE if stop.remaining < _LONG else _TINY if tied else _SMALL
+        if problem.split == "nearest" or problem.limits.bounds_moves or stop():
+            return best
+        if size_of_model(problem, tied=tied) > most:
+            return best
+        slots_LGC, share_LGC = best.slots_LGC.copy(), best.shares_LGC.copy()
+        bound_L, names = (
+            (np.zeros(problem.layers), ("none",) * problem.layers) if best.bound is None else best.bound
+        )
+        bound_L, name_L = bound_L.copy(), list(names)
+        least = {name: np.zeros(problem.layers) for name in order}
+        parts = [np.arange(problem.layers)] if tied else [np.array([x]) for x in range(problem.layers)]
+        for done, rows in enumerate(parts):
+            task.report(np.nan, 0.0, done=done / len(parts), note="proof")
+            found = prove(
+                problem,
+                order,
+                costs,
+                rows,
+                stop=FirstOf(stop, MaxTime(min(stop.remaining, _LONG) / (len(parts) - done))),
+            )
+            if found is None:
+                return best
+            for i, x in enumerate(rows.tolist()):
+                slots_LGC[x], share_LGC[x] = _as_slots(problem, x, found.held_XEG[i], found.share_XEG[i])
+                name_L[x] = self.name
+            launch = problem.time.launch / float(problem.topology.speed_G.max())
+            bound_L[rows] = (found.time_X * problem.time.token_cost + launch) * (1 - _ROUNDING)
+            for name, value in found.least.items():
+                least[name][rows] = value / len(rows)
+        self._least = {
+            name: least[name] / problem.load_LE.sum() for name in ("traffic", "groups") if name in order
+        }
+        if tied:
+            self._least["hops"] = least["hops"]
+        text = f"{', '.join(order)}: no plan comes before this one in this order"
+        return Built(
+            slots_LGC=slots_LGC, share_LGC=share_LGC, bound=(bound_L, tuple(name_L)), message=text, proof=text
+        )
+
+    def _base(self, task: Task[Any], order: tuple[str, ...], costs: Costs, whole: bool) -> Built:
+        """A balanced placement that keeps the groups where they must be kept, and moves what it has to."""
+        problem = task.problem
+        plain = _plain(problem, ("balance", "moves") if "moves" in order else ("balance",))
+        if costs.away_LEG is None or (problem.groups is not None and problem.groups.max_outside >= 1):
+            solver: Heuristic = Construct(self.name)
+            if problem.current is not None and ("moves" in order or problem.limits.bounds_moves):
+                solver = Replan(self.name)
+            built = solver.placed(task, plain)
+            slots_LGC = widened(built.slots_LGC, costs.wide)
+            limit_L = _tokens(problem, slots_LGC)
+            return Built(slots_LGC=slots_LGC, share_LGC=near_shares(problem, costs, slots_LGC, limit_L))
+        return self._grouped(task, plain, costs, whole)
+
+    def _grouped(self, task: Task[Any], plain: Problem, costs: Costs, whole: bool) -> Built:
+        """Every node holds its groups, balanced for itself; then some tokens go elsewhere if they may."""
+        problem, groups = task.problem, task.problem.groups
+        assert groups is not None
+        assert costs.away_LEG is not None
+        ways = [GroupWays(problem, x) for x in range(problem.layers)]
+        if all(one.fits_W.any() for one in ways):
+            slots_LGC = _by_node(task, self.name, plain, ~costs.away_LEG)
+        else:
+            slots_LGC = widened(Construct(self.name).placed(task, plain).slots_LGC, costs.wide)
+        if whole:
+            limit_L = _tokens(problem, slots_LGC)
+            if problem.split == "fractional":
+                limit_L = np.zeros(problem.layers)
+            return Built(slots_LGC=slots_LGC, share_LGC=near_shares(problem, costs, slots_LGC, limit_L))
+        low_L = np.array([one.least_time(groups.max_outside) for one in ways])
+        mean_L = problem.load_LE.sum(1) / np.where(problem.usable_LG, problem.topology.speed_G, 0.0).sum(1)
+        low_L, most_L = np.maximum(low_L, mean_L), groups.max_outside * problem.load_LE.sum(1)
+        aside = Costs(problem, ("groups",), None)
+        aside.away_LEG = costs.away_LEG
+        free_L, best_LGC = np.full(problem.layers, _FREE), slots_LGC.copy()
+        share_LGC = near_shares(problem, aside, slots_LGC, np.zeros(problem.layers), _OUTSIDE)
+        open_L = np.ones(problem.layers, dtype=np.bool_)
+        for factor in _LATER:
+            limits = _Search(aside, low_L * factor, free_L, 0.0, _OUTSIDE, _all(problem))
+            for even in _rules(problem):
+                trial = self._searched(task, limits, slots_LGC, even, open_L)
+                trial_share = limits.shares(trial)
+                late_L = _tokens(problem, trial) > limits.limit_L * (1 + 1e-7)
+                good_L = open_L & ~late_L
+                good_L &= outside_L(problem, trial, trial_share) <= most_L * (1 + _EQUAL)
+                best_LGC[good_L], share_LGC[good_L] = trial[good_L], trial_share[good_L]
+                open_L &= ~good_L
+            if not open_L.any() or task.stop():
+                break
+        return Built(slots_LGC=best_LGC, share_LGC=share_LGC)
+
+    def _limits(
+        self, problem: Problem, base: Built, order: tuple[str, ...], costs: Costs, whole: bool
+    ) -> _Search:
+        """How slow a GPU may be, how much may move, and where experts may go."""
+        limit_L = _tokens(problem, base.slots_LGC) * (1 + problem.objective.balance_tolerance)
+        near_first = min(order.index(name) for name in costs.order)
+        move, most_L = 0.0, np.full(problem.layers, _FREE)
+        if problem.current is not None:
+            new = new_replicas(base.slots_LGC, problem.current.slots_LGC, problem.experts)
+            count_L = new.sum((1, 2)).astype(np.int64)
+            if "moves" in order and order.index("moves") < near_first:
+                most_L = count_L
+            else:
+                move = 1e-6 if "moves" in order else 0.0
+                most_L = _may_move(problem, count_L)
+        allowed_LEG = _all(problem) if not whole or costs.away_LEG is None else ~costs.away_LEG
+        groups = problem.groups
+        outside = _OUTSIDE if groups is not None and 0 < groups.max_outside < 1 else 0.0
+        return _Search(costs, limit_L, most_L, move, outside, np.asarray(allowed_LEG))
+
+    def _searched(
+        self,
+        task: Task[LocalityOptions],
+        search: _Search,
+        start_LGC: SlotArray,
+        even: bool,
+        open_L: BoolArray | None = None,
+    ) -> SlotArray:
+        """The placement that the search ends with; layers that depend on each other in turns."""
+        problem, costs, effort = task.problem, search.costs, task.options
+        level = getattr(effort, "effort", "normal")
+        pairs = problem.experts * problem.topology.gpus
+        steps = int(np.clip(_STEPS[level] * pairs, 4_000, _MOST_STEPS[level]))
+        slots_LGC = widened(start_LGC, costs.wide).copy()
+        tied = "hops" in costs.order
+        turns = [np.arange(problem.layers) if open_L is None else np.flatnonzero(open_L)]
+        if tied:
+            turns = [np.arange(k, problem.layers, 2) for k in (0, 1)] * _TURNS[level]
+        for turn, rows in enumerate(turns):
+            if task.stop() or not len(rows):
+                break
+            share_LGE = None
+            if tied:
+                share_LGE = costs.shares_of(slots_LGC, search.shares(slots_LGC))
+            layers = [_layer(search, x, slots_LGC, share_LGE, even) for x in rows.tolist()]
+            hot = 1.0 if turn < 2 else 0.5
+            found = search_layers(
+                problem, layers, steps=steps, seed=task.seed + turn * 31, hot=hot, stop=task.stop
+            )
+            slots_LGC[rows] = np.stack(found)
+            task.report(np.nan, 0.0, done=(turn + 1) / len(turns), note="search")
+        return slots_LGC
+
+
+def _layer(
+    search: _Search, row: int, slots_LGC: SlotArray, share_LGE: FloatArray | None, even: bool
+) -> LayerSearch:
+    costs, problem = search.costs, search.costs.problem
+    return LayerSearch(
+        row=row,
+        start_GC=slots_LGC[row],
+        sources=costs.sources(row, share_LGE),
+        toll_EG=costs.toll_EG(row, slots_LGC, search.outside),
+        allowed_EG=search.allowed_LEG[row],
+        limit=float(search.limit_L[row]),
+        move=search.move * float(problem.load_LE[row].sum()),
+        most_moves=int(search.most_L[row]),
+        even=even,
+    )
+
+
+def _rules(problem: Problem) -> tuple[bool, ...]:
+    """By which rules to search: free shares are between the even ones and those by the cheapest way."""
+    return {"equal": (True,), "nearest": (False,)}.get(problem.split, (False, True))
+
+
+def locality_of(problem: Problem, plan: Plan, least: Mapping[str, FloatArray] | None = None) -> Locality:
+    """What a plan's tokens pay, and bounds on it.
+
+    Parameters
+    ----------
+    least : mapping, optional
+        What was proven: of traffic and groups as parts of all tokens, of hops as they are, shape [L].
+    """
+    given = problem, plan.slots_LGC, plan.share_LGC
+    traffic, known, tokens = traffic_L(*given), dict(least or {}), float(problem.load_LE.sum())
+    traffic_low = np.maximum(traffic_bound(problem), _lower(known.get("traffic"), tokens))
+    outside = outside_low = hops = hops_low = None
+    if problem.groups is not None:
+        outside = outside_L(*given)
+        time = problem.time
+        launch = time.launch / float(problem.topology.speed_G.max())
+        tokens_L = (plan.certificate.value_L - launch) / time.token_cost * (1 + _EQUAL)
+        low_L = [GroupWays(problem, x).fewest_outside(float(tokens_L[x])) for x in range(problem.layers)]
+        outside_low = np.minimum(np.maximum(low_L, _lower(known.get("groups"), tokens)), outside)
+    if problem.loads.flow_LEE is not None:
+        hops = hops_L(*given)
+        total, low = float(hops.sum()), float(np.sum(_lower(known.get("hops"), 1.0)))
+        hops_low = hops * (min(low / total, 1.0) if total > 0 else 0.0)
+    return Locality(
+        traffic_L=traffic,
+        traffic_bound_L=np.minimum(traffic_low, traffic),
+        outside_L=outside,
+        outside_bound_L=outside_low,
+        hops_L=hops,
+        hops_bound_L=hops_low,
+    )
+
+
+def _lower(part_L: FloatArray | None, tokens: float) -> FloatArray | float:
+    """A proven value as a bound: a little less, by the programmes' own tolerance."""
+    return 0.0 if part_L is None else np.asarray(part_L * tokens * (1 - _ROUNDING))
+
+
+def _as_slots(
+    problem: Problem, row: int, held_EG: BoolArray, share_EG: FloatArray
+) -> tuple[SlotArray, FloatArray]:
+    """One layer's placement and shares by slot, both [G, C]."""
+    gpus, wide = problem.topology.gpus, int(problem.capacity_LG.max())
+    slots_GC, share_GC = np.full((gpus, wide), -1, dtype=np.int32), np.zeros((gpus, wide))
+    for g in range(gpus):
+        experts = np.flatnonzero(held_EG[:, g])
+        slots_GC[g, : len(experts)] = experts
+        share_GC[g, : len(experts)] = share_EG[experts, g]
+    return slots_GC, share_GC
+
+
+def _order(problem: Problem) -> tuple[str, ...]:
+    """The priorities that make a difference here, checked to be ones that this search can follow."""
+    order, limits = order_of(problem), problem.limits
+    if problem.objective.priorities == PRIORITIES:  # memory is left to the sizing, as everywhere
+        order = tuple(name for name in order if name != "memory")
+    if order[0] != "balance" or "memory" in order:
+        raise UnsupportedFeatureError(
+            f"objective.priorities: {', '.join(order)} is not supported by solver 'locality', which takes "
+            "balance first, then moves, traffic, groups and hops in any order"
+        )
+    if problem.objective.horizon is not None:
+        raise UnsupportedFeatureError(
+            "objective.horizon: is not supported by solver 'locality'; leave it out"
+        )
+    if limits.max_move_seconds is not None:
+        raise UnsupportedFeatureError(
+            "limits.max_move_seconds: is not supported by solver 'locality'; max_moves and max_move_bytes are"
+        )
+    if problem.groups is not None and (limits.pinned or limits.forbidden) and problem.groups.max_outside < 1:
+        raise UnsupportedFeatureError(
+            "limits: pinned and forbidden pairs are not supported together with groups kept on a node"
+        )
+    return order
+
+
+def _plain(problem: Problem, order: tuple[str, ...]) -> Problem:
+    """The problem of balance, and moves, alone."""
+    return problem.replace(
+        groups=None,
+        topology=problem.topology.replace(cost_GG=None),
+        objective=problem.objective.replace(priorities=order),
+        known=None,
+    )
+
+
+def _all(problem: Problem) -> BoolArray:
+    return np.ones((problem.layers, problem.experts, problem.topology.gpus), dtype=np.bool_)
+
+
+def _tokens(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
+    """Largest tokens over speed of each layer, with the quickest shares where they are free."""
+    load_LE, speed_G = problem.load_LE, problem.topology.speed_G
+    if problem.split == "fractional":
+        return solve_shares(load_LE, slots_LGC, speed_G).time_L
+    return np.asarray(gpu_times(load_LE, slots_LGC, best_shares(problem, slots_LGC), speed_G).max(1))
+
+
+def _may_move(problem: Problem, count_L: IntArray) -> IntArray:
+    """Moves that each layer may make: those of the base, and an even part of what the limits leave."""
+    limits, layers = problem.limits, problem.layers
+    left = [_FREE]
+    if limits.max_moves is not None:
+        left.append((limits.max_moves - int(count_L.sum())) // layers)
+    if limits.max_move_bytes is not None and problem.bytes_L.any():
+        left.append((limits.max_move_bytes - int(count_L @ problem.bytes_L)) // int(problem.bytes_L.sum()))
+    most_L = count_L + max(min(left), 0)
+    if limits.max_layer_moves is not None:
+        most_L = np.minimum(most_L, limits.max_layer_moves)
+    return np.asarray(most_L)
+
+
+def _group_bound(problem: Problem, ways: list[GroupWays]) -> Bound | None:
+    """Time that no plan beats which keeps the groups as the problem wants them."""
+    groups, time = problem.groups, problem.time
+    assert groups is not None
+    if groups.max_outside >= 1:
+        return None
+    token_L = np.array([one.least_time(groups.max_outside) for one in ways])
+    launch = time.launch / float(problem.topology.speed_G.max())
+    return (token_L * time.token_cost + launch) * (1 - _EQUAL), ("groups",) * problem.layers
+
+
+def _by_node(task: Task[Any], name: str, plain: Problem, home_LEG: BoolArray) -> SlotArray:
+    """Every node holds the experts that are at home there, balanced for itself, shape [L, G, C]."""
+    node_G, wide = plain.topology.node_G, int(plain.capacity_LG.max())
+    slots_LGC = np.full((plain.layers, len(node_G), wide), -1, dtype=np.int32)
+    for row in range(plain.layers):
+        for node in range(plain.topology.nodes):
+            gpu_H = np.flatnonzero(node_G == node)
+            expert_X = np.flatnonzero(home_LEG[row][:, gpu_H[0]])
+            if not len(expert_X):
+                continue
+            part = Problem(
+                loads=plain.loads.__class__(load_TLE=plain.load_LE[row : row + 1, expert_X]),
+                topology=plain.topology.__class__(
+                    node_G=np.zeros(len(gpu_H), dtype=np.int64),
+                    speed_G=plain.topology.speed_G[gpu_H],
+                    slots_G=plain.capacity_LG[row, gpu_H],
+                ),
+                split="equal" if plain.split == "nearest" else plain.split,
+                fill=plain.fill,
+                objective=plain.objective.replace(priorities=("balance",)),
+                time=plain.time,
+                limits=plain.limits.replace(
+                    max_moves=None, max_move_bytes=None, max_layer_moves=None, max_total_replicas=None
+                ),
+            )
+            found = Construct(name).placed(task, part).slots_LGC[0]
+            slots_LGC[row, gpu_H, : found.shape[1]] = np.where(found >= 0, expert_X[found], -1)
+    return slots_LGC
+
+
+def _better(near: tuple[str, ...], base: Built, found_LGC: SlotArray, search: _Search) -> Built:
+    """What was found, in the layers where it is nearer and in time; the base elsewhere.
+
+    Layers that depend on each other are taken or left together.
+    """
+    problem = search.costs.problem
+    figures = {"traffic": traffic_L, "groups": outside_L, "hops": hops_L}
+    found = Built(slots_LGC=found_LGC, share_LGC=search.shares(found_LGC))
+    bad_L = _tokens(problem, found_LGC) > search.limit_L * (1 + 1e-7)
+    if problem.groups is not None and problem.groups.max_outside < 1:
+        most_L = problem.groups.max_outside * problem.load_LE.sum(1) + _EQUAL * problem.load_LE.sum(1)
+        bad_L |= outside_L(problem, found.slots_LGC, found.shares_LGC) > most_L
+    take_L, equal_L = np.zeros(problem.layers, dtype=np.bool_), ~bad_L
+    for name in near:
+        old_L, new_L = (figures[name](problem, one.slots_LGC, one.shares_LGC) for one in (base, found))
+        if "hops" in near:
+            if bad_L.any():
+                return base
+            old_L, new_L = (np.full_like(part, part.sum()) for part in (old_L, new_L))
+        hair_L = _EQUAL * np.maximum(old_L, new_L)
+        take_L |= equal_L & (new_L < old_L - hair_L)
+        equal_L &= np.abs(new_L - old_L) <= hair_L
+    pick = take_L[:, None, None]
+    return Built(
+        slots_LGC=np.where(pick, found.slots_LGC, base.slots_LGC),
+        share_LGC=np.where(pick, found.shares_LGC, base.shares_LGC),
+    )
