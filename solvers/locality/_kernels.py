@@ -35,5 +35,5 @@ def _anneal(field: Any, tune: Any, state: Any, told: Any) -> None:  # pragma: no
 
 
 # Numba looks at one file alone to tell whether cached code is stale: the name of this one tells of both.
-_anneal.__qualname__ = plain.compiled_name()
+_anneal.__qualname__ = plain.anneal_name()
 anneal = njit(cache=True, nogil=True)(_anneal)

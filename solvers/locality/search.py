@@ -20,7 +20,7 @@ from moeless_opt.solvers.locality.state import Field, State, Tune
 from moeless_opt.solvers.pack import fast
 from moeless_opt.solvers.twins import Asked, in_cache, until_stopped
 
-__all__ = ["TokenSources", "search_layers", "warm_locality"]
+__all__ = ["TokenSources", "search_near_layers", "warm_locality"]
 
 _MUCH = 200_000  # steps of all layers, from which on loading compiled code pays
 _HOT = 0.3  # largest threshold at the start, in mean loads of a replica
@@ -92,7 +92,7 @@ class LayerSearch:
     even: bool
 
 
-def search_layers(
+def search_near_layers(
     problem: Problem, layers: list[LayerSearch], *, steps: int, seed: int, hot: float = 1.0, stop: Stop
 ) -> list[SlotArray]:
     """The best placement of each layer that the search finds, shape [G, C] each.
@@ -252,7 +252,7 @@ def _levels(
 
 
 def _in_cache() -> bool:
-    return in_cache(plain.compiled_name(), Path(__file__))
+    return in_cache(plain.anneal_name(), Path(__file__))
 
 
 def warm_locality() -> bool:

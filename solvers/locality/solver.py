@@ -32,7 +32,7 @@ from moeless_opt.solvers.core import Bound, Built, FirstOf, Heuristic, MaxTime, 
 from moeless_opt.solvers.locality.costs import NEAR, Costs, traffic_bound
 from moeless_opt.solvers.locality.exact import prove, size_of_model
 from moeless_opt.solvers.locality.groups import GroupWays
-from moeless_opt.solvers.locality.search import LayerSearch, search_layers
+from moeless_opt.solvers.locality.search import LayerSearch, search_near_layers
 from moeless_opt.solvers.locality.shares import near_shares
 from moeless_opt.solvers.replan import Replan
 from moeless_opt.solvers.shares import best_shares, solve_shares
@@ -278,7 +278,7 @@ class LocalitySolver(Heuristic):
                 share_LGE = costs.shares_of(slots_LGC, search.shares(slots_LGC))
             layers = [_layer(search, x, slots_LGC, share_LGE, even) for x in rows.tolist()]
             hot = 1.0 if turn < 2 else 0.5
-            found = search_layers(
+            found = search_near_layers(
                 problem, layers, steps=steps, seed=task.seed + turn * 31, hot=hot, stop=task.stop
             )
             slots_LGC[rows] = np.stack(found)

@@ -23,7 +23,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.solvers.twins import source_name
 
-__all__ = ["Field", "State", "Tune", "anneal", "compiled_name"]
+__all__ = ["Field", "State", "Tune", "anneal", "anneal_name"]
 
 _PRIME, _ROOT = 2147483647, 48271  # Park and Miller's minimal standard generator
 _ASK = 4096  # steps between two looks at the stop
@@ -31,7 +31,7 @@ _TINY = 1e-9
 
 
 @functools.cache
-def compiled_name() -> str:
+def anneal_name() -> str:
     """What the compiled form of these very sources is called in Numba's cache."""
     return source_name("anneal", Path(__file__), Path(__file__).with_name("_kernels.py"))
 
