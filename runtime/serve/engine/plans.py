@@ -72,7 +72,7 @@ def given_plan(
         if "format" in plan:
             slots: Any = load_plan("plan", content=json_bytes(dict(plan))).slots_LGC
         else:
-            slots = Placement.of(plan["slots"], facts["experts"]).slots_LGC
+            slots = Placement.of(plan["slots"], facts["experts"], "").slots_LGC
     else:
         slots = plan.slots_LGC
     slots_LGC = np.asarray(slots, dtype=np.int32)

@@ -33,6 +33,8 @@ __all__ = ["Worker"]
 
 #: Seconds that a rank without work waits for messages between two steps.
 IDLE_WAIT = 0.05
+#: Seconds that survivors wait for each other after the loss of a rank.
+GRACE = 2.0
 #: Seconds between two reports to the front.
 REPORT = 0.25
 
@@ -70,7 +72,7 @@ class Worker:
             context_length=context_length,
         )
         self.live = self._attach(model)
-        self.guard = Guard(self.live, grace=min(options.timeout, 5.0))
+        self.guard = Guard(self.live, grace=min(options.timeout, GRACE))
         # The first pass makes the pool's tensors; compiled parts load now and not under the first request.
         self._forward(None)
         self.live.observe()

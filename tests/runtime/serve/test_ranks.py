@@ -1,0 +1,172 @@
+"""Several ranks: the same tokens through every re-placement, and when ranks are lost; restarts; torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moeless_opt as mo
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.runtime.serve import Emitted, Planning, Sampling, ServeRequest
+from moeless_opt.runtime.serve.engine import EngineOptions, Fleet
+from moeless_opt.runtime.tiny_moe import model as tiny
+
+PROMPTS = [tiny.encode(texts[0]) for texts in tiny.PROMPTS.values()]
+
+
+class Round:
+    """Greedy answers to all prompts, at once."""
+
+    def __init__(self, engine: Fleet, tag: str, length: int = 16) -> None:
+        self.out: dict[str, list[Emitted]] = {f"{tag}{i}": [] for i in range(len(PROMPTS))}
+        self.left = len(PROMPTS)
+        self.over = threading.Event()
+        for name, prompt in zip(self.out, PROMPTS, strict=True):
+            rule = Sampling(temperature=0, max_tokens=length, ignore_end=True)
+            engine.submit(ServeRequest(id=name, prompt=tuple(prompt), sampling=rule), self.take)
+
+    def take(self, emitted: Emitted) -> None:
+        self.out[emitted.request].append(emitted)
+        if emitted.finish is not None:
+            self.left -= 1
+            if not self.left:
+                self.over.set()
+
+    def tokens(self) -> list[list[int | None]]:
+        assert self.over.wait(90)
+        assert {emitted[-1].finish for emitted in self.out.values()} == {"length"}
+        return [[e.token for e in emitted] for emitted in self.out.values()]
+
+
+def until(happens: Callable[[], Any], seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := happens()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.slow
+def test_tokens_are_the_same_through_plans_policies_and_the_loss_of_a_rank(tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    options = EngineOptions(
+        ranks=2, planning=Planning(policy="static", every=6), state=str(state), context_length=128
+    )
+    engine = Fleet(options)
+    engine.start()
+    try:
+        wanted = Round(engine, "static").tokens()
+        model = tiny.load()
+        for prompt, tokens in list(zip(PROMPTS, wanted, strict=True))[:3]:
+            assert list(tiny.generate(model, bytes(prompt[1:]), 16)) == tokens
+        for policy in ("windowed", "per-layer", "eplb", "moeless"):
+            engine.set_planning(policy=policy)
+            assert Round(engine, policy).tokens() == wanted
+        until(lambda: engine.status().plans > 0)
+        engine.set_planning(policy="static")
+
+        live = engine.plan()
+        other = np.ascontiguousarray(live.slots_LGC[:, ::-1])
+        running = Round(engine, "given")
+        event = engine.apply({"slots": other.tolist()})
+        assert event.kind == "given"
+        assert event.moves > 0
+        assert running.tokens() == wanted
+        mo.save_plan(engine.plan(), tmp_path / "plan.json")  # what comes out goes in
+        assert engine.apply(json.loads((tmp_path / "plan.json").read_text())).kind == "given"
+        with pytest.raises(ProblemError, match="3 ranks"):
+            engine.apply({"slots": np.tile(np.arange(16), (6, 3, 1)).tolist()})
+        with pytest.raises(ProblemError, match="^slots"):
+            engine.apply({"slots": np.zeros((6, 2, 16), dtype=int).tolist()})
+        until(lambda: engine.status().replicas_LE.sum() == np.count_nonzero(other >= 0))
+
+        engine.set_planning(policy="windowed")
+        running = Round(engine, "killed", 40)
+        until(lambda: len(running.out["killed0"]) > 3)
+        assert engine._crew is not None
+        os.kill(engine._crew.processes[1].pid, signal.SIGKILL)
+        assert [tokens[:16] for tokens in running.tokens()] == wanted
+        status = until(lambda: s if (s := engine.status()).recoveries else None)
+        assert status.ranks == 1
+        assert status.retried > 0
+        assert status.ready
+    finally:
+        engine.close()
+
+
+@pytest.mark.slow
+def test_a_restart_begins_from_the_last_plan(tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    slots = np.stack([np.stack([np.arange(15, 6, -1), np.arange(8, -1, -1)])] * 6)
+    document = {
+        "format": "moeless-serve-state",
+        "version": 1,
+        "model": "tiny-moe",
+        "experts": 16,
+        "slots": slots.tolist(),
+        "load": np.ones((6, 16), dtype=int).tolist(),
+    }
+    state.write_text(json.dumps(document))
+    engine = Fleet(
+        EngineOptions(ranks=2, planning=Planning(idle_after=0.2), state=str(state), context_length=64)
+    )
+    engine.start()
+    try:
+        until(lambda: any(e.kind == "restored" for e in engine.status().events))
+        Round(engine, "first", 4).tokens()
+        until(lambda: any(e.kind == "idle" for e in engine.status().events))
+        until(lambda: engine.status().replicas_LE.sum() == 6 * 16)  # one of each is left
+        Round(engine, "awake", 4).tokens()
+        until(lambda: engine.status().replicas_LE.sum() == 6 * 18)  # and all are back
+        assert [e.kind for e in engine.status().events][:3] == ["restored", "idle", "plan"]
+    finally:
+        engine.close()
+    assert json.loads(state.read_text())["experts"] == 16
+
+
+SCRIPT = """
+import sys, threading
+from moeless_opt.runtime.serve import Sampling, ServeRequest
+from moeless_opt.runtime.serve.engine import EngineOptions, open_engine
+engine = open_engine(EngineOptions(context_length=64))
+if engine is not None:
+    engine.start()
+    over, tokens = threading.Event(), []
+    def take(emitted):
+        tokens.append(emitted.token)
+        if emitted.finish: over.set()
+    rule = Sampling(temperature=0, max_tokens=5, ignore_end=True)
+    engine.submit(ServeRequest(id="x", prompt=(256, 65, 110, 100), sampling=rule), take)
+    assert over.wait(60)
+    print("TOKENS", tokens, engine.status().ranks, flush=True)
+    engine.close()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "serve.py"
+    script.write_text(SCRIPT)
+    package = Path(mo.__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("TOKENS"))
+    wanted = list(tiny.generate(tiny.load(), "And", 5))
+    assert line == f"TOKENS {wanted} 2"
