@@ -63,7 +63,7 @@ def covered(
         rows = np.flatnonzero(missing_LE.sum(1) > turn)
         comes_R = order_LE[rows, turn]
         count_RGC = count_LE[rows[:, None, None], expert_LGC[rows]]
-        free_R = open_LGC[rows].reshape(len(rows), -1).any(1)
+        free_R = np.asarray(open_LGC[rows].reshape(len(rows), -1).any(1))
         spare_RGC = np.where(free_R[:, None, None], open_LGC[rows], held_LGC[rows] & (count_RGC > 1))
         gpu_R = np.where(spare_RGC.any(2), busy_LG[rows], np.inf).argmin(1)
         at = np.arange(len(rows))
