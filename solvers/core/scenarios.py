@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.plan import gpu_times, new_replicas, risk
 from moeless_opt.problems.spec import TOKENS, Loads, Problem, equal_shares, nearest_shares
+from moeless_opt.solvers.core.chain import chained
 from moeless_opt.solvers.core.entries import in_entries
 from moeless_opt.solvers.core.placing import keeps_limits, random_change, widened
 from moeless_opt.solvers.core.risk_descent import descend_even
@@ -166,17 +167,30 @@ def best_over_scenarios(
     array of int32, shape [L, G, C]
         Per layer the best; where limits tie the layers together, the one that is best as a whole.
     """
-    tables = _built(guises(problem), build, stop)
-    if problem.loads.shape[0] == 1:
-        return tables[0]
     live = problem.current if moves else None
-    free = live is None and not _coupled(problem) and problem.sizing.policy in ("slots", "fill")
+    several = problem.loads.shape[0] > 1
+    free = several and live is None and not _coupled(problem) and problem.sizing.policy in ("slots", "fill")
+    chains: list[SlotArray] = []
+    near_XL = np.zeros((0, problem.layers), dtype=np.bool_)
+    if free and problem.split == "fractional" and not stop():
+        chains, near_XL = _chained(problem)
+        if near_XL.any(0).all():  # nothing is better by more than a hair, nor bears other loads as well
+            slots_LGC = np.asarray(np.stack(chains)[near_XL.argmax(0), np.arange(problem.layers)])
+            settle_small(problem, slots_LGC, stop)
+            return slots_LGC
+    tables = _built(guises(problem), build, stop)
+    if not several:
+        return tables[0]
     if free and problem.split != "nearest":
         even = problem.replace(split="equal", share_entries=None, known=None)
         more = tables if problem.split == "equal" else _built(guises(even), build, stop, at_least=0)
         tables += _descended(even, more, NEAR[problem.split], stop)
     if live is not None and _may_stay(problem):
         tables.append(live.slots_LGC)
+    for chain_LGC in chains:  # layers in which it breaks a limit as in another placement
+        broken_L = ~keeps_limits(problem, chain_LGC)
+        chain_LGC[broken_L] = widened(tables[0], chain_LGC.shape[2])[broken_L]
+    tables = chains + tables
     wide = max(table.shape[2] for table in tables)
     slots_XLGC = np.stack(
         [np.pad(table, ((0, 0), (0, 0), (0, wide - table.shape[2])), constant_values=-1) for table in tables]
@@ -195,6 +209,8 @@ def best_over_scenarios(
     # Of equals the fastest, and of those the first: it is made for the expected loads.
     fastest_L = np.where(rank_XL == rank_XL.min(0), value_XL, np.inf).min(0)
     index_L = ((rank_XL == rank_XL.min(0)) & (value_XL <= fastest_L * (1 + _EQUAL))).argmax(0)
+    if chains:
+        index_L = np.where(near_XL.any(0), near_XL.argmax(0), index_L)
     slots_LGC = np.asarray(slots_XLGC[index_L, np.arange(problem.layers)])
     if free:
         settle_small(problem, slots_LGC, stop)
@@ -215,6 +231,15 @@ def _built(
             if len(tables) < at_least:
                 raise
     return tables
+
+
+def _chained(problem: Problem) -> tuple[list[SlotArray], BoolArray]:
+    """Placements whose shared experts chain the GPUs; and where each is as good as perfect, [X, L]."""
+    given = problem.loads.load_TLE, problem.capacity_LG, problem.topology.speed_G
+    found = [chained(*given, pairs=pairs) for pairs in (False, True)]
+    enough_L = perfect_tokens(problem) * (1 + _NEAR)
+    near_XL = [keeps_limits(problem, one) & (risk_L(problem, one) <= enough_L) for one in found]
+    return found, np.array(near_XL)
 
 
 def _descended(even: Problem, tables: list[SlotArray], near: float, stop: Stop) -> list[SlotArray]:

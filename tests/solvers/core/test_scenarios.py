@@ -72,7 +72,8 @@ def choices(problem: Problem, offers: list[Any], together: bool) -> list[tuple[i
 @pytest.mark.parametrize("together", [False, True])
 def test_the_best_offer_is_taken(moves: bool, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMALL", 0)  # no search after it
-    monkeypatch.setattr(module, "_descended", lambda *args: [])  # and no offer of its own
+    monkeypatch.setattr(module, "_descended", lambda *args: [])  # and no offers of its own
+    monkeypatch.setattr(module, "_chained", lambda problem: ([], np.zeros((0, problem.layers), dtype=bool)))
     rng = np.random.default_rng([moves, together])
     for _ in range(25):
         problem = drawn(rng, limits=mo.Limits(max_total_replicas=99) if together else mo.Limits())
@@ -138,7 +139,7 @@ def test_what_the_guises_are() -> None:
 
 
 def test_infeasible_for_the_first_is_infeasible() -> None:
-    problem = drawn(np.random.default_rng(0))
+    problem = drawn(np.random.default_rng(0), split="equal")
 
     def build(guise: Problem) -> Any:
         raise mo.InfeasibleError("no")
