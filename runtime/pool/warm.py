@@ -70,6 +70,8 @@ class WarmPool:
         )
         #: Keys of replicas that stay however long they idle: in a live model, those in force or on their way.
         self.pinned: IntArray | None = None
+        #: Replicas that a GPU may hold of a layer beyond its room, on the way to where others still are.
+        self.staging = 0
         self._known: tuple[SlotArray, IntArray] | None = None
         self._set(self._keys(slots_LGC).copy(), None)
         self.now = 0.0
@@ -225,14 +227,17 @@ class WarmPool:
 
         Counts as cold starts what it loads, and nothing as re-used.
         """
+        return self.load(self._keys(slots_LGC), now)
+
+    def load(self, wanted: IntArray, now: float) -> Use:
+        """`prewarm` by keys, ascending."""
         self.advance(now)
-        wanted = self._keys(slots_LGC)
         self._check_room(wanted)
         place, warm = self._find(wanted)
         cold = wanted[~warm]
         self._add(cold, place[~warm], now)
         self.cold_starts += len(cold)
-        return Use(cold, self._make_room(wanted) if len(cold) else 0)
+        return Use(cold, self._make_room(wanted) if len(cold) or self.staging else 0)
 
     def hold(self, slots_LGC: SlotArray, until: float) -> None:
         """Keep warm replicas until a time at least, used or not: what a serverful system does."""
@@ -256,7 +261,7 @@ class WarmPool:
 
     def _check_room(self, wanted: IntArray) -> None:
         count = np.bincount(wanted // self.experts, minlength=len(self.capacity))
-        over = np.flatnonzero(count > self.capacity)
+        over = np.flatnonzero(count > self.capacity + self.staging)
         if over.size:
             layer, gpu = divmod(int(over[0]), self.gpus)
             raise InfeasibleError(

@@ -17,14 +17,16 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.plan import TimeTable
+from moeless_opt.problems.spec import TimeModel
 from moeless_opt.runtime.control import MemoryReport, Observation
 from moeless_opt.runtime.pool import CostMeter, KeepAlive, WarmPool
+from moeless_opt.runtime.simulate.early import Early
 from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
 from moeless_opt.runtime.simulate.report import SimReport
-from moeless_opt.runtime.simulate.shares import Placed, ShareRule, share_rule
+from moeless_opt.runtime.simulate.shares import Placed, ShareRule, Split, share_rule
 from moeless_opt.runtime.simulate.traffic import Passes
-from moeless_opt.runtime.simulate.transfers import Move, Transfers, transfers_of
-from moeless_opt.runtime.simulate.waits import waits
+from moeless_opt.runtime.simulate.transfers import Move, PerPass, Transfers, transfers_of
+from moeless_opt.runtime.simulate.waits import stretched, waits
 
 __all__ = ["SimulatedBackend"]
 
@@ -54,6 +56,10 @@ class SimulatedBackend:
         Whether transfers and the all-to-all share ports (see `waits`).
     decide_seconds : float
         Seconds that a predictor and a planner take for a layer, `distance` layers before it (``per-pass``).
+    believed : TimeModel, optional
+        Expert times as the system believes them; the true ones by default.
+    split_seconds : float, optional
+        Seconds that a layer waits for live shares; by default they are free.
     """
 
     def __init__(
@@ -69,6 +75,8 @@ class SimulatedBackend:
         elastic: bool = False,
         contention: bool = False,
         decide_seconds: float = 0.0,
+        believed: TimeModel | None = None,
+        split_seconds: float | None = None,
     ) -> None:
         self.machine = machine
         self.experts = machine.model.experts
@@ -92,8 +100,12 @@ class SimulatedBackend:
         self.now = 0.0
         self._peak_G: IntArray = self.bytes_L @ self.pool.held_LG
         self._served_LGC: BoolArray | None = None
+        self._believed = machine if believed is None else machine.replace(time=believed)
+        self._split = None if split_seconds is None else Split(number("split_seconds", split_seconds), layers)
         self._table = TimeTable.of(
-            machine.time, min(int(np.max(capacity_LG)), self.experts), per_token=machine.link_per_token
+            self._believed.time,
+            min(int(np.max(capacity_LG)) + 1, self.experts),
+            per_token=machine.link_per_token,
         )
         self._place(slots_LGC, None)
         self._switch: tuple[float, SlotArray, Any] | None = None
@@ -104,18 +116,33 @@ class SimulatedBackend:
         self._previous: FloatArray = np.zeros((2, layers))  # of the last pass: seconds of layers, of networks
         self._network_share = 0.0
         self._seen = self._blank(layers, gpus)
+        self._early: Early | None = None
+        if isinstance(self.transfers, PerPass) and self.transfers.patient is not True:
+            self._early = Early(
+                machine=machine,
+                believed=self._believed,
+                pool=self.pool,
+                rule=self.shares,
+                bytes_L=self.bytes_L,
+                patient=self.transfers.patient,
+                distance=min(self.distance, layers),
+                decide=self.decide_seconds,
+                contention=contention,
+            )
 
     # --- the Backend protocol ------------------------------------------------------------------------------
 
     @property
     def slots_LGC(self) -> SlotArray:
         """The placement in force."""
+        if self._early is not None and self.shares.live:
+            return self.warm_LGC
         return self._placed.slots_LGC
 
     @property
     def warm_LGC(self) -> SlotArray:
         """Everything in memory: what is in force, and what is kept alive besides."""
-        return self.pool.slots()
+        return self.pool.slots() if self._early is None else self._early.within()
 
     def observe(self) -> Observation:
         """Loads and times since the last call."""
@@ -136,6 +163,11 @@ class SimulatedBackend:
             share_LGC = None
         report = self.report
         report.plans += 1
+        if self._early is not None:
+            stretch = stretched(1.0, self._network_share) if self.contention else 1.0
+            slots_LGC, whole = self._early.ask(slots_LGC, self.now, stretch)
+            self._place(slots_LGC, share_LGC if whole else None)
+            return report.plans
         if self._switch is not None:  # what is under way takes the time that it takes
             self._stall += max(self._switch[0] - self.now, 0.0)
             self._switch = (self.now, *self._switch[1:])
@@ -177,6 +209,10 @@ class SimulatedBackend:
 
     def run(self, passes: Passes) -> None:
         """Run forward passes in order."""
+        if self._early is not None:
+            for i in range(passes.count):
+                self._run_early(passes.part(i, i + 1), self._early)
+            return
         low = 0
         while low < passes.count:
             if self._switch is not None and max(passes.start_B[low], self.now) >= self._switch[0]:
@@ -197,6 +233,20 @@ class SimulatedBackend:
             self._commit(part, times, exposed_BL, start_B, whole_B, count)
             low += count
 
+    def _run_early(self, part: Passes, early: Early) -> None:
+        """One pass that need not wait for all of its weights."""
+        start = max(float(part.start_B[0]), self.now)
+        times, waits_L, used_LGC = early.run(part, start, self._previous[0], self._placed)
+        self._served_LGC = None
+        exposed_BL = waits_L[None]
+        seconds_B = times.layer_BL.sum(1) + self.machine.rest(part.tokens_B, part.kv_tokens_B)
+        whole_B = part.weight_B * (seconds_B + exposed_BL.sum(1))
+        # What was loaded for the first of them is loaded anew for each, as far as there is time.
+        again = float(part.weight_B[0]) - 1
+        early.moved += again * early.begun(self.now, start + float(whole_B[0] / part.weight_B[0]))
+        self._commit(part, times, exposed_BL, np.array([start]), whole_B, 1, used_LGC)
+        self.report.moved, self.report.moved_bytes = early.moved, early.moved * float(self.bytes_L[0])
+
     def wait_until(self, start: float) -> None:
         """Let idle time pass, if `start` is not reached yet: kept-alive replicas may go in it."""
         if start > self.now:
@@ -207,7 +257,7 @@ class SimulatedBackend:
 
     def _let_go(self) -> None:
         """Take what the pool has released out of force."""
-        if self.shares.live and len(self.pool.keys) != int((self.slots_LGC >= 0).sum()):
+        if self.shares.live and len(self.pool.keys) != int((self._placed.slots_LGC >= 0).sum()):
             self._place(self.pool.slots(), None)
 
     def _charge_wall(self, kv_byte_seconds: float) -> None:
@@ -243,6 +293,7 @@ class SimulatedBackend:
         start_B: FloatArray,
         whole_B: FloatArray,
         count: int,
+        used_LGC: SlotArray | None = None,
     ) -> None:
         """Book the first `count` passes."""
         done = slice(0, count)
@@ -261,7 +312,7 @@ class SimulatedBackend:
             report.moved_bytes += float(weight_B[0]) * self._cold[1]
             self._cold = (0, 0)
             # Where shares are live, what serves no token of a pass is idle in it.
-            used_LGC = self.slots_LGC
+            used_LGC = self.slots_LGC if used_LGC is None else used_LGC
             if self._served_LGC is not None:
                 used_LGC = np.where(self._served_LGC, used_LGC, -1)
             self.pool.use(used_LGC, max(float(start_B[0]), self.pool.now), end)
@@ -305,8 +356,19 @@ class SimulatedBackend:
         self._charged = (self.pool.byte_seconds, self.pool.now)
 
     def _place(self, slots_LGC: SlotArray, share_LGC: FloatArray | None) -> None:
-        self._placed = Placed(self.machine, self._table, slots_LGC, share_LGC, brief=self.transfers.per_pass)
+        self._placed = self._made(slots_LGC, share_LGC)
         self._served_LGC = None
+
+    def _made(self, slots_LGC: SlotArray, share_LGC: FloatArray | None) -> Placed:
+        return Placed(
+            self.machine,
+            self._table,
+            slots_LGC,
+            share_LGC,
+            brief=self.transfers.per_pass,
+            believed=self._believed,
+            split=self._split,
+        )
 
     def _finish_switch(self) -> None:
         assert self._switch is not None

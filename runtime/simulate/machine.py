@@ -42,8 +42,8 @@ class LayerTimes:
 
     Parameters
     ----------
-    network_BL, experts_BL : arrays, shape [B, L]
-        Seconds of both all-to-all phases together, and of the expert phase.
+    network_BL, experts_BL, split_BL : arrays, shape [B, L]
+        Seconds of both all-to-all phases together, of the expert phase, and of sharing out tokens before it.
     mean_BL : array, shape [B, L]
         Mean over the GPUs of the expert phase: what perfect balance of the same work would take.
     tokens_BLG : array, shape [B, L, G]
@@ -56,6 +56,7 @@ class LayerTimes:
 
     network_BL: FloatArray
     experts_BL: FloatArray
+    split_BL: FloatArray
     mean_BL: FloatArray
     tokens_BLG: FloatArray
     seconds_BLG: FloatArray
@@ -64,7 +65,7 @@ class LayerTimes:
     @property
     def layer_BL(self) -> FloatArray:
         """Seconds of the whole MoE layer, shape [B, L]."""
-        return np.asarray(self.network_BL + self.experts_BL)
+        return np.asarray(self.network_BL + self.experts_BL + self.split_BL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -169,6 +170,16 @@ class Machine(Record):
             basis=basis,
         )
 
+    def believed(self, kind: str) -> TimeModel:
+        """Expert times as somebody has them who does not know the true ones (see `settings.BELIEVED`)."""
+        if kind == "datasheet":
+            sheet = GPUS[self.gpu]
+            return TimeModel.roofline(self.model, flops=sheet.flops, bandwidth=sheet.bandwidth)
+        if kind == "exact":
+            return self.time
+        fit = self.time.linear(1e5)  # as of a profile: tokens too dear, experts too cheap
+        return fit.replace(token_cost=1.1 * fit.token_cost, activation_cost=0.9 * fit.activation_cost)
+
     @property
     def layer_bytes(self) -> float:
         """Bytes of one layer's weights outside the routed experts, on one GPU.
@@ -224,6 +235,7 @@ class Machine(Record):
         return LayerTimes(
             network_BL=self.all_to_all(tokens).reshape(passes, layers),
             experts_BL=seconds.max(1).reshape(passes, layers),
+            split_BL=np.zeros((passes, layers)),
             mean_BL=seconds.mean(1).reshape(passes, layers),
             tokens_BLG=tokens.reshape(shape),
             seconds_BLG=seconds.reshape(shape),
@@ -265,10 +277,20 @@ class Machine(Record):
         return np.asarray(kv_tokens_B * self.kv_bytes * self.model.layers)
 
     def load_seconds(self, cold: IntArray, warm: IntArray, bytes_L: IntArray) -> FloatArray:
-        """Seconds until each layer's cold replicas are there, shape [L].
+        """Seconds until each layer's cold replicas are there, shape [L]: a GPU receives one after the other.
 
-        Each comes over the nearest link from a GPU that holds the expert, else from the host; a GPU receives
-        one after the other, senders are not limited (assumed).
+        Parameters as of `replica_seconds`.
+        """
+        layers, gpus = len(bytes_L), self.topology.gpus
+        seconds = self.replica_seconds(cold, warm, bytes_L)
+        total = np.bincount(cold // self.model.experts, weights=seconds, minlength=layers * gpus)
+        return np.asarray(total.reshape(layers, gpus).max(1), dtype=np.float64)
+
+    def replica_seconds(self, cold: IntArray, warm: IntArray, bytes_L: IntArray) -> FloatArray:
+        """Seconds that each cold replica takes alone, shape [N].
+
+        Each comes over the nearest link from a GPU that holds the expert, else from the host; senders are not
+        limited (assumed).
 
         Parameters
         ----------
@@ -279,9 +301,9 @@ class Machine(Record):
             Bytes of a replica.
         """
         topology, links, experts = self.topology, self.topology.links, self.model.experts
-        layers, gpus = len(bytes_L), topology.gpus
+        gpus = topology.gpus
         if not cold.size:
-            return np.zeros(layers)
+            return np.zeros(0)
 
         def kinds(key: IntArray, group_G: IntArray, groups: int) -> IntArray:
             """Expert of a layer on a group of GPUs, as one number."""
@@ -299,10 +321,7 @@ class Machine(Record):
         anywhere = within(np.zeros_like(topology.node_G), 1)
         rate = np.where(anywhere, links.inter_node, links.host)
         rate = np.where(within(topology.node_G, topology.nodes), links.intra_node, rate)
-        cell = cold // experts
-        seconds = links.latency + bytes_L[cell // gpus] / rate
-        total = np.bincount(cell, weights=seconds, minlength=layers * gpus)
-        return np.asarray(total.reshape(layers, gpus).max(1), dtype=np.float64)
+        return np.asarray(links.latency + bytes_L[cold // experts // gpus] / rate, dtype=np.float64)
 
 
 def expert_curve(

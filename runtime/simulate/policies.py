@@ -24,7 +24,7 @@ from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.options import unknown
 from moeless_opt.runtime.simulate.settings import Settings
 from moeless_opt.runtime.simulate.shares import EqualRule, PerfectRule, PlannedRule, ShareRule, TimedRule
-from moeless_opt.runtime.simulate.transfers import Overlapped, PerPass, Transfers
+from moeless_opt.runtime.simulate.transfers import Overlapped, PerPass, Sooner, Transfers, WarmFirst
 
 __all__ = [
     "ABLATION",
@@ -49,6 +49,7 @@ SYSTEM, BASELINE, BOUND = "system", "baseline", "bound"
 #: Settings that every policy with a planner reads, by how it plans.
 _WINDOWED = frozenset({"every", "contention"})
 _PER_PASS = frozenset({"distance", "keep_alive", "decide_ms", "contention"})
+_LIVE = frozenset({"split", "believed"})
 _FORESEEN = frozenset({"predictor", "error"})
 
 
@@ -150,11 +151,14 @@ class Policy:
     @property
     def settings_read(self) -> frozenset[str]:
         """Fields of a scenario that make a difference to this policy and not to every one."""
+        reads = self.reads | (_LIVE if self.shares.live else frozenset())
         if self.planner is None:
-            return self.reads
+            return reads
         if not self.per_pass:
-            return self.reads | _WINDOWED
-        return self.reads | _PER_PASS | (_FORESEEN if self.predictor is None else frozenset())
+            return reads | _WINDOWED
+        if isinstance(self.transfers, Sooner):
+            reads |= {"believed"}
+        return reads | _PER_PASS | (_FORESEEN if self.predictor is None else frozenset())
 
     def build(self, machine: Machine, topology: Topology, settings: Settings) -> Run:
         """Set the policy up on a machine; it starts from static expert parallelism."""
@@ -172,6 +176,8 @@ class Policy:
             elastic=self.elastic,
             contention=settings.contention,
             decide_seconds=settings.decide_ms * 1e-3,
+            believed=None if settings.believed == "exact" else machine.believed(settings.believed),
+            split_seconds=settings.split_seconds(model.experts, topology.gpus),
         )
         if self.planner is None:
             return Run(policy=self, backend=backend, controller=None)
@@ -243,7 +249,7 @@ def _by_time(site: Site) -> LayerPlanner:
     return LayerPlanner(
         site.topology,
         machine.model,
-        machine.time,
+        machine.believed(settings.believed),
         per_token=machine.link_per_token,
         distance=settings.distance,
         gain=settings.gain,
@@ -252,7 +258,7 @@ def _by_time(site: Site) -> LayerPlanner:
 
 # ------------------------------------------------------------------------------------------- our own
 
-_EQUAL, _TIMED, _PER_PASS_WAY = EqualRule(), TimedRule(), PerPass()
+_EQUAL, _TIMED, _PER_PASS_WAY = EqualRule(), TimedRule(), Sooner()
 
 _OURS = (
     Policy(
@@ -292,6 +298,28 @@ _OURS = (
         reads=frozenset({"cv"}),
         colour="#D55E00",
         marker="D",
+    ),
+    Policy(
+        name="moeless-waits",
+        summary="... every layer waits for all its cold replicas",
+        shares=_EQUAL,
+        transfers=PerPass(),
+        planner=lambda site: _Warm(_moeless(site), site.backend),
+        elastic=True,
+        reads=frozenset({"cv"}),
+        colour="#AA3377",
+        marker="d",
+    ),
+    Policy(
+        name="moeless-warm",
+        summary="... no layer waits: warm replicas serve until the cold ones have come",
+        shares=_EQUAL,
+        transfers=WarmFirst(),
+        planner=lambda site: _Warm(_moeless(site), site.backend),
+        elastic=True,
+        reads=frozenset({"cv"}),
+        colour="#EE6677",
+        marker="p",
     ),
     Policy(
         name="moeless-no-predictor",
@@ -356,6 +384,28 @@ _OURS = (
         reads=frozenset({"gain"}),
         colour="#0072B2",
         marker=">",
+    ),
+    Policy(
+        name="ours-waits",
+        summary="... every layer waits for all that it loads",
+        shares=_TIMED,
+        transfers=PerPass(),
+        planner=_by_time,
+        elastic=True,
+        reads=frozenset({"gain"}),
+        colour="#004488",
+        marker="h",
+    ),
+    Policy(
+        name="ours-warm",
+        summary="... no layer waits: what is there serves until a load has come",
+        shares=_TIMED,
+        transfers=WarmFirst(),
+        planner=_by_time,
+        elastic=True,
+        reads=frozenset({"gain"}),
+        colour="#66CCEE",
+        marker="H",
     ),
 )
 

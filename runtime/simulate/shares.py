@@ -7,7 +7,7 @@ object serves any number of runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -29,12 +29,55 @@ __all__ = [
     "Placed",
     "PlannedRule",
     "ShareRule",
+    "Split",
     "TimedRule",
     "share_rule",
 ]
 
 SEARCHED = 256 * 64
 """Most experts x GPUs of a layer for which shares by time are searched."""
+
+
+class Split:
+    """What it costs to share tokens out in a layer that waits for it, and what it was worth.
+
+    Whoever splits knows, after a pass, what live shares would have saved; in the next pass of about as many
+    tokens it pays for them where that is more than they cost.
+
+    Parameters
+    ----------
+    seconds : float
+        For a layer, after its router and before its all-to-all.
+    layers : int
+        Layers of a pass.
+    """
+
+    FIRST = 0.1
+    """Share of a layer's time that live shares are taken to save before anything is known."""
+
+    def __init__(self, seconds: float, layers: int) -> None:
+        self.seconds, self.layers = seconds, layers
+        self._saved: dict[int, FloatArray] = {}
+
+    def worth_it(
+        self, tokens: float, ready_L: FloatArray, live_L: FloatArray, rows: IntArray | None
+    ) -> BoolArray:
+        """Which layers of a pass to split live, from what it saved last time; remembers what it saves now.
+
+        Parameters
+        ----------
+        tokens : float
+            Token-expert pairs of a layer.
+        ready_L, live_L : arrays, shape [L]
+            Seconds of each layer with shares that are ready, and with live ones.
+        rows : array of int, shape [L], optional
+            Which layers these are; all by default.
+        """
+        saved_L = self._saved.setdefault(int(np.log2(max(tokens, 1.0))), np.full(self.layers, np.nan))
+        which = slice(None) if rows is None else rows
+        expected_L = np.where(np.isnan(saved_L[which]), self.FIRST * ready_L, saved_L[which])
+        saved_L[which] = ready_L - live_L
+        return np.asarray(expected_L > self.seconds)
 
 
 @dataclass(slots=True)
@@ -53,6 +96,12 @@ class Placed:
         Shares that came with the plan; equal ones by default.
     brief : bool
         Whether it stays for one pass only.
+    believed : Machine, optional
+        Times as whoever shares out tokens believes them; the true ones by default.
+    split : Split, optional
+        What live shares cost, and what they were worth; nothing, by default.
+    rows : array of int, shape [L], optional
+        Which layers of the model these are, where they are not all.
     """
 
     machine: Machine
@@ -60,6 +109,9 @@ class Placed:
     slots_LGC: SlotArray
     planned_LGC: FloatArray | None = None
     brief: bool = False
+    believed: Machine | None = None
+    split: Split | None = None
+    rows: IntArray | None = None
     equal_LGC: FloatArray = field(init=False)
     replicated: bool = field(init=False)
     _graph: tuple[int, ReplicaGraph] | None = field(init=False, default=None)
@@ -88,6 +140,11 @@ class Placed:
     def times(self, load_BLE: FloatArray, share_BLGC: FloatArray) -> LayerTimes:
         """What the passes take with these shares."""
         return self.machine.layers(load_BLE, self.slots_LGC, share_BLGC)
+
+    def layer_seconds(self, load_BLE: FloatArray, share_BLGC: FloatArray) -> FloatArray:
+        """What each layer takes as whoever shares out tokens believes, shape [B, L]."""
+        machine = self.believed or self.machine
+        return machine.layers(load_BLE, self.slots_LGC, share_BLGC).layer_BL
 
     def balanced(self, load_BLE: FloatArray) -> FloatArray:
         """Shares that balance tokens, solved for every pass and layer, shape [B, L, G, C]."""
@@ -166,10 +223,11 @@ class BalancedRule:
 
 
 class TimedRule:
-    """Searched for by the time model (`solvers.timed`), balanced, or one replica per expert.
+    """Searched for by the time model (`solvers.timed`), balanced, one replica per expert, or as planned.
 
-    Whichever is quickest in that pass and layer. Balancing tokens is dear where every pass has its own
-    placement, so there the search stands alone; on many GPUs tokens are balanced instead.
+    Whichever is believed to be quickest in that pass and layer. Balancing tokens is dear where every pass has
+    its own placement, so there the search stands alone; on many GPUs tokens are balanced instead. Shares that
+    follow the actual loads (the first two) cost time (`Split`); those that were ready before do not.
     """
 
     name, live = "timed", True
@@ -180,6 +238,9 @@ class TimedRule:
         if not placed.replicated:
             return placed.times(load_BLE, placed.spread(placed.equal_LGC, passes)), None
         ways = [placed.spread(placed.one_each(), passes)]
+        if placed.planned_LGC is not None and placed.split is not None:
+            ways.append(placed.spread(placed.planned_LGC, passes))
+        ready = len(ways)
         searched = experts * int(placed.slots_LGC.shape[1]) <= SEARCHED
         if searched:
             share_RGC, _ = timed_shares(
@@ -189,13 +250,24 @@ class TimedRule:
                 placed.table,
                 start_LGC=placed.start_LGC,
             )
-            ways.insert(0, share_RGC.reshape(passes, *placed.slots_LGC.shape))
+            ways.append(share_RGC.reshape(passes, *placed.slots_LGC.shape))
         if not placed.brief or not searched:
-            ways.insert(0, placed.balanced(load_BLE))
-        times = [placed.times(load_BLE, share_BLGC) for share_BLGC in ways]
-        best_BL = np.argmin([each.layer_BL for each in times], axis=0)
-        last = [share_BLGC[-1] for share_BLGC in ways]
-        return _quickest(times, best_BL), np.choose(best_BL[-1][:, None, None], last) > 0
+            ways.append(placed.balanced(load_BLE))
+        seconds_WBL = np.array([placed.layer_seconds(load_BLE, share_BLGC) for share_BLGC in ways])
+        best_BL = seconds_WBL.argmin(0)
+        split = placed.split
+        if split is not None:
+            quick_BL, live_BL = seconds_WBL[:ready].min(0), seconds_WBL[ready:].min(0)
+            tokens_B = load_BLE.sum((1, 2)) / layers
+            each = zip(tokens_B, quick_BL, live_BL, strict=True)
+            pays = np.array([split.worth_it(*one, placed.rows) for one in each])
+            live = seconds_WBL[ready:].argmin(0) + ready
+            best_BL = np.where(pays & (live_BL < quick_BL), live, seconds_WBL[:ready].argmin(0))
+        share_BLGC = np.choose(best_BL[:, :, None, None], ways)
+        times = placed.times(load_BLE, share_BLGC)
+        if split is not None:
+            times = replace(times, split_BL=np.where(pays, split.seconds, 0.0))
+        return times, share_BLGC[-1] > 0
 
 
 class PerfectRule:
@@ -216,23 +288,13 @@ class PerfectRule:
         times = LayerTimes(
             network_BL=network_BL,
             experts_BL=seconds_BLG.max(2),
+            split_BL=np.zeros(total_BL.shape),
             mean_BL=seconds_BLG.mean(2),
             tokens_BLG=tokens_BLG,
             seconds_BLG=seconds_BLG,
             used_BL=active_BL.astype(np.float64),
         )
         return times, None
-
-
-def _quickest(times: list[LayerTimes], best_BL: IntArray) -> LayerTimes:
-    """Of several ways to share, the one chosen in each pass and layer."""
-    wide_BL1 = best_BL[:, :, None]
-
-    def chosen(name: str) -> FloatArray:
-        parts = [getattr(each, name) for each in times]
-        return np.choose(best_BL if parts[0].ndim == 2 else wide_BL1, parts)
-
-    return LayerTimes(**{item.name: chosen(item.name) for item in fields(LayerTimes)})
 
 
 SHARES: dict[str, ShareRule] = {

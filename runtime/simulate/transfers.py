@@ -3,7 +3,10 @@
 *overlapped*: the schedule of `schedule_migration` runs beside the passes, which go on with the old placement,
 undisturbed (assumed; but see `waits`), and switch when it is done. *exposed*: the passes wait for it.
 *per-pass* (the paper's mode): the placement holds from the next pass on; a layer's missing replicas load
-while the `distance` layers before it run, and what is left of their loading is waited for.
+while the `distance` layers before it run, and what is left of their loading is waited for. *warm-first*:
+nobody waits where a copy of the expert is there; a replica serves from when it has come, in this pass or a
+later one (`coming`). *sooner*: a layer waits or serves from what is there, whichever ends sooner by the
+planner's times.
 """
 
 from __future__ import annotations
@@ -21,7 +24,18 @@ from moeless_opt.runtime.simulate.options import unknown
 from moeless_opt.runtime.simulate.waits import stretched
 from moeless_opt.solvers.migration import schedule_migration
 
-__all__ = ["TRANSFERS", "Arrival", "Exposed", "Move", "Overlapped", "PerPass", "Transfers", "transfers_of"]
+__all__ = [
+    "TRANSFERS",
+    "Arrival",
+    "Exposed",
+    "Move",
+    "Overlapped",
+    "PerPass",
+    "Sooner",
+    "Transfers",
+    "WarmFirst",
+    "transfers_of",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +142,8 @@ class PerPass:
     """In force from the next pass on; layers wait for what the layers before them do not hide."""
 
     name, per_pass = "per-pass", True
+    patient: bool | None = True
+    """Whether layers wait: always, never where a copy is there, or (None) where that ends sooner."""
 
     def room_LG(self, capacity_LG: IntArray) -> IntArray:
         """What the GPUs have room for."""
@@ -138,6 +154,18 @@ class PerPass:
         before = pool.keys.copy()
         cold = pool.prewarm(move.wanted_LGC, move.now).cold
         return Arrival(cold=cold, load_L=move.machine.load_seconds(cold, before, move.bytes_L))
+
+
+class WarmFirst(PerPass):
+    """In force as it comes; until then the copies that are there serve."""
+
+    name, patient = "warm-first", False
+
+
+class Sooner(PerPass):
+    """Layers wait for what is missing, or serve from what is there, whichever ends sooner."""
+
+    name, patient = "sooner", None
 
 
 def _scheduled(move: Move, pool: WarmPool) -> tuple[float, IntArray]:
@@ -153,7 +181,9 @@ def _scheduled(move: Move, pool: WarmPool) -> tuple[float, IntArray]:
     return migration.seconds, pool.prewarm(move.wanted_LGC, move.now).cold
 
 
-TRANSFERS: dict[str, Transfers] = {way.name: way for way in (Overlapped(), Exposed(), PerPass())}
+TRANSFERS: dict[str, Transfers] = {
+    way.name: way for way in (Overlapped(), Exposed(), PerPass(), WarmFirst(), Sooner())
+}
 """The ways by name."""
 
 

@@ -1,0 +1,230 @@
+"""Replicas on their way: ports by hand, copies that stay, and passes that need not wait for weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.spec.placement import contiguous, equal_shares, replica_keys
+from moeless_opt.problems.spec.time_model import TimeModel
+from moeless_opt.problems.spec.topology import Links, Topology
+from moeless_opt.runtime.pool.warm import WarmPool
+from moeless_opt.runtime.simulate.backend import SimulatedBackend
+from moeless_opt.runtime.simulate.coming import STAGED, Coming
+from moeless_opt.runtime.simulate.machine import Machine
+from moeless_opt.runtime.simulate.shares import Split
+from moeless_opt.runtime.simulate.traffic import Passes
+
+MODEL = ModelSpec(name="small", layers=3, experts=4, top_k=2, hidden=64, ffn=128)
+TOPOLOGY = Topology.uniform(1, 4, slots=2, links=Links(intra_node=1e8, inter_node=1e8, host=5e7))
+MACHINE = Machine(
+    topology=TOPOLOGY,
+    model=MODEL,
+    time=TimeModel(token_cost=1e-6, activation_cost=1e-5, unit="s"),
+    flops=1e12,
+    bandwidth=1e11,
+)
+CAPACITY = np.full((3, 4), 2)
+STATIC = contiguous(4, CAPACITY)
+
+
+def backend_of(transfers: str, shares: str = "equal", **options: object) -> SimulatedBackend:
+    keep = {"keep_alive": 10.0, **options}
+    return SimulatedBackend(
+        MACHINE,
+        STATIC,
+        CAPACITY,
+        shares=shares,
+        transfers=transfers,
+        **keep,  # type: ignore[arg-type]
+    )
+
+
+def pass_of(load: object, start: float = 0.0) -> Passes:
+    load_LE = np.broadcast_to(np.asarray(load, dtype=float), (3, 4))
+    return Passes(
+        start_B=np.array([start]),
+        weight_B=np.ones(1),
+        tokens_B=load_LE[0].sum(keepdims=True) / 2,
+        kv_tokens_B=np.zeros(1),
+        prefill_B=np.zeros(1, dtype=np.bool_),
+        load_BLE=load_LE[None].copy(),
+    )
+
+
+def with_second(expert: int, gpu: int) -> np.ndarray:
+    """Static, and a second copy of an expert in every layer."""
+    slots = STATIC.copy()
+    slots[:, gpu, 1] = expert
+    return slots
+
+
+# -------------------------------------------------------------------------------------------- the ports
+
+
+def test_a_port_receives_one_after_the_other() -> None:
+    coming = Coming(gpus=2, experts=4)
+    # GPU 0 gets two replicas, decided on at 1 and 2, GPU 1 one; keys are (layer * 2 + gpu) * 4 + expert.
+    coming.ask(np.array([1, 8 + 2, 4]), np.array([5.0, 3.0, 1.0]), np.array([1.0, 2.0, 2.0]))
+    assert coming.key.tolist() == [1, 10, 4]
+    assert coming.begin.tolist() == [1.0, 6.0, 2.0]
+    assert coming.end.tolist() == [6.0, 9.0, 3.0]
+    coming.settle(4.0)
+    assert coming.key.tolist() == [1, 10]
+    # What has not begun and nobody wants is given up; what has begun comes.
+    assert coming.give_up(np.array([], dtype=np.int64), 4.0).tolist() == [10]
+    coming.ask(np.array([3]), np.array([2.0]), np.array([5.0]))
+    assert coming.end.tolist() == [6.0, 8.0]
+    coming.settle(7.0)
+    coming.ask(np.array([2]), np.array([2.0]), np.array([7.0]))
+    assert coming.end.tolist() == [8.0, 10.0], "the port is busy with what began at 6"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6))
+def test_a_port_is_never_shared_and_never_idle_with_work(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    coming, now, seen = Coming(gpus=3, experts=5), 0.0, dict[int, tuple[float, float]]()
+    for _ in range(6):
+        now += float(rng.exponential(2.0))
+        coming.settle(now)
+        for key in coming.give_up(rng.choice(30, 10), now):
+            assert seen.pop(int(key))[0] > now
+        fresh = np.setdiff1d(rng.choice(30, 5, replace=False), [*coming.key, *seen])
+        coming.ask(fresh, rng.uniform(0.1, 3, len(fresh)), now + rng.uniform(0, 1, len(fresh)))
+        for key, begin, end in zip(coming.key, coming.begin, coming.end, strict=True):
+            if key in seen and seen[key][0] <= now:
+                assert (begin, end) == pytest.approx(seen[key]), "what has begun goes on"
+            seen[int(key)] = (begin, end)
+    for gpu in range(3):
+        spans = sorted(span for key, span in seen.items() if key // 5 % 3 == gpu)
+        assert all(b[0] >= a[1] - 1e-9 for a, b in zip(spans, spans[1:], strict=False))
+
+
+@pytest.mark.parametrize("staged", [0, 1])
+def test_the_last_copy_that_is_there_stays_until_another_has_come(
+    staged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expert 0 is to change its GPU, and nothing else may take its slot meanwhile."""
+    slots = np.array([[[0], [1]]], dtype=np.int32)
+    pool = WarmPool(slots, 3, capacity_LG=np.array([[1, 2]]), bytes_L=[1])
+    wanted = replica_keys(np.array([[[2, -1], [0, 1]]], dtype=np.int32), 3)
+    monkeypatch.setattr("moeless_opt.runtime.simulate.coming.STAGED", staged)
+    keys, kept = Coming(gpus=2, experts=3).guarded(wanted, pool)
+    assert kept.tolist() == [0]
+    # Expert 2 is put off where GPU 0 has no room for it beside expert 0.
+    assert keys.tolist() == ([0, 2, 3, 4] if staged else [0, 3, 4])
+
+
+# -------------------------------------------------------------------------------------------- passes
+
+
+def test_what_is_there_serves_until_the_load_has_come() -> None:
+    load = [60.0, 10.0, 10.0, 10.0]
+    wanted, alone, shared = with_second(0, 3), {}, {}
+    for name, slots in (("alone", STATIC), ("shared", wanted)):
+        share = np.broadcast_to(equal_shares(slots, 4), (1, *slots.shape))
+        (alone if name == "alone" else shared)["L"] = MACHINE.layers(
+            pass_of(load).load_BLE, slots, share
+        ).layer_BL[0]
+    runs = {}
+    for transfers in ("per-pass", "warm-first", "sooner"):
+        backend = backend_of(transfers)
+        backend.run(pass_of(load))
+        backend.apply(wanted)
+        for _ in range(12):
+            backend.run(pass_of(load))
+        runs[transfers] = np.concatenate(backend.report.layer_BL)
+        assert backend.report.moved == 3
+        assert backend.report.moved_bytes == 3 * MODEL.expert_bytes
+        waited = np.concatenate(backend.report.exposed_BL)
+        assert waited[1].any() == (transfers == "per-pass")
+    assert runs["per-pass"][1].max() > alone["L"].max(), "or waiting costs nothing here"
+    # Without waiting no layer is slower than static ever, and in the end all replicas serve.
+    for transfers in ("warm-first", "sooner"):
+        assert runs[transfers][1] == pytest.approx(alone["L"])
+        assert (runs[transfers] <= alone["L"] + 1e-12).all()
+        assert runs[transfers][-1] == pytest.approx(shared["L"])
+
+
+def test_sooner_waits_where_that_pays() -> None:
+    """Large passes: a load is a small part of what it saves."""
+    load, wanted = [40_000.0, 10.0, 10.0, 10.0], with_second(0, 3)
+    runs = {}
+    for transfers in ("per-pass", "warm-first", "sooner"):
+        backend = backend_of(transfers)
+        backend.run(pass_of([10.0] * 4))
+        backend.apply(wanted)
+        backend.run(pass_of(load))
+        runs[transfers] = backend.report.layer_BL[1][0]
+    assert runs["sooner"] == pytest.approx(runs["per-pass"], rel=0.02)
+    assert runs["sooner"][0] < runs["warm-first"][0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["equal", "timed"]), st.sampled_from(["warm-first", "sooner"]))
+def test_every_expert_is_served_whatever_is_wanted(seed: int, shares: str, transfers: str) -> None:
+    rng = np.random.default_rng(seed)
+    backend = backend_of(transfers, shares, keep_alive=float(rng.choice([0.0, 1e-4, 1.0])))
+    for i in range(8):
+        slots = STATIC[:, rng.permutation(4)].copy()
+        for gpu in range(4):
+            slots[:, gpu, 1] = rng.choice(np.setdiff1d(np.arange(4), slots[:, gpu, 0]))
+        backend.wait_until(i * float(rng.choice([0, 1e-4, 1e-2])))
+        backend.apply(slots)
+        part = pass_of(rng.integers(0, 200, (3, 4)), start=backend.now)
+        if not part.load_BLE.any():
+            continue
+        backend.run(part)
+        beyond_LG = np.maximum(backend.pool.held_LG - CAPACITY, 0)
+        assert beyond_LG.max() <= STAGED
+        held = backend.pool.slots()
+        assert all(set(layer[layer >= 0]) == set(range(4)) for layer in held)
+    report = backend.report
+    assert np.isfinite(np.concatenate(report.layer_BL)).all()
+    assert (np.concatenate(report.exposed_BL) >= 0).all()
+
+
+# -------------------------------------------------------------------------------------------- shares
+
+
+def test_live_shares_cost_what_they_cost_and_are_left_where_they_do_not_pay() -> None:
+    load = [[300.0, 100.0, 60.0, 20.0]] * 3
+    slots = with_second(0, 3)
+    runs = {}
+    for split in (None, 0.0, 2e-6, 1.0):
+        backend = SimulatedBackend(MACHINE, slots, CAPACITY, shares="timed", split_seconds=split)
+        for _ in range(3):
+            backend.run(pass_of(load))
+        runs[split] = np.concatenate(backend.report.layer_BL)[-1]
+    assert runs[0.0] == pytest.approx(runs[None])
+    assert runs[2e-6] == pytest.approx(runs[None] + 2e-6)
+    static = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="equal")
+    static.run(pass_of(load))
+    assert runs[1.0] == pytest.approx(static.report.layer_BL[0][0]), "one replica each is ready and free"
+
+
+def test_a_split_learns_from_the_last_pass_of_its_size() -> None:
+    split = Split(1.0, layers=2)
+    ready = np.array([20.0, 4.0])
+    assert split.worth_it(100, ready, ready - 0.5, None).tolist() == [True, False]  # a tenth is hoped for
+    assert split.worth_it(120, ready, ready - 2.0, None).tolist() == [False, False]
+    assert split.worth_it(127, ready, ready, None).tolist() == [True, True]
+    assert split.worth_it(1000, ready, ready, None).tolist() == [True, False]
+    assert split.worth_it(127, ready[:1], ready[:1] - 3, np.array([1])).tolist() == [False]
+    assert split.worth_it(127, ready, ready, None).tolist() == [False, True]
+
+
+def test_what_is_believed_decides_and_the_truth_judges() -> None:
+    """A system that takes experts to be free spreads tokens, and pays for it."""
+    load, slots = [[40.0, 30.0, 20.0, 10.0]] * 3, with_second(0, 3)
+    wrong = TimeModel(token_cost=1e-5, activation_cost=0.0, unit="s")
+    runs = {}
+    for believed in (None, wrong):
+        backend = SimulatedBackend(MACHINE, slots, CAPACITY, shares="timed", believed=believed)
+        backend.run(pass_of(load))
+        runs[believed] = backend.report.layer_BL[0][0]
+    assert (runs[wrong] > runs[None] + 1e-6).all()
