@@ -23,7 +23,7 @@ from moeless_opt.runtime.pool import CostMeter, KeepAlive, WarmPool
 from moeless_opt.runtime.simulate.early import Early
 from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
 from moeless_opt.runtime.simulate.report import SimReport
-from moeless_opt.runtime.simulate.shares import Placed, ShareRule, Split, share_rule
+from moeless_opt.runtime.simulate.shares import Placed, ShareRule, SplitCost, share_rule
 from moeless_opt.runtime.simulate.traffic import Passes
 from moeless_opt.runtime.simulate.transfers import Move, PerPass, Transfers, transfers_of
 from moeless_opt.runtime.simulate.waits import stretched, waits
@@ -101,7 +101,9 @@ class SimulatedBackend:
         self._peak_G: IntArray = self.bytes_L @ self.pool.held_LG
         self._served_LGC: BoolArray | None = None
         self._believed = machine if believed is None else machine.replace(time=believed)
-        self._split = None if split_seconds is None else Split(number("split_seconds", split_seconds), layers)
+        self._split = (
+            None if split_seconds is None else SplitCost(number("split_seconds", split_seconds), layers)
+        )
         self._table = TimeTable.of(
             self._believed.time,
             min(int(np.max(capacity_LG)) + 1, self.experts),

@@ -29,7 +29,7 @@ __all__ = [
     "Placed",
     "PlannedRule",
     "ShareRule",
-    "Split",
+    "SplitCost",
     "TimedRule",
     "share_rule",
 ]
@@ -38,7 +38,7 @@ SEARCHED = 256 * 64
 """Most experts x GPUs of a layer for which shares by time are searched."""
 
 
-class Split:
+class SplitCost:
     """What it costs to share tokens out in a layer that waits for it, and what it was worth.
 
     Whoever splits knows, after a pass, what live shares would have saved; in the next pass of about as many
@@ -98,7 +98,7 @@ class Placed:
         Whether it stays for one pass only.
     believed : Machine, optional
         Times as whoever shares out tokens believes them; the true ones by default.
-    split : Split, optional
+    split : SplitCost, optional
         What live shares cost, and what they were worth; nothing, by default.
     rows : array of int, shape [L], optional
         Which layers of the model these are, where they are not all.
@@ -110,7 +110,7 @@ class Placed:
     planned_LGC: FloatArray | None = None
     brief: bool = False
     believed: Machine | None = None
-    split: Split | None = None
+    split: SplitCost | None = None
     rows: IntArray | None = None
     equal_LGC: FloatArray = field(init=False)
     replicated: bool = field(init=False)
@@ -227,7 +227,7 @@ class TimedRule:
 
     Whichever is believed to be quickest in that pass and layer. Balancing tokens is dear where every pass has
     its own placement, so there the search stands alone; on many GPUs tokens are balanced instead. Shares that
-    follow the actual loads (the first two) cost time (`Split`); those that were ready before do not.
+    follow the actual loads (the first two) cost time (`SplitCost`); those that were ready before do not.
     """
 
     name, live = "timed", True

@@ -15,7 +15,7 @@ from moeless_opt.runtime.pool.warm import WarmPool
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.coming import STAGED, Coming
 from moeless_opt.runtime.simulate.machine import Machine
-from moeless_opt.runtime.simulate.shares import Split
+from moeless_opt.runtime.simulate.shares import SplitCost
 from moeless_opt.runtime.simulate.traffic import Passes
 
 MODEL = ModelSpec(name="small", layers=3, experts=4, top_k=2, hidden=64, ffn=128)
@@ -208,7 +208,7 @@ def test_live_shares_cost_what_they_cost_and_are_left_where_they_do_not_pay() ->
 
 
 def test_a_split_learns_from_the_last_pass_of_its_size() -> None:
-    split = Split(1.0, layers=2)
+    split = SplitCost(1.0, layers=2)
     ready = np.array([20.0, 4.0])
     assert split.worth_it(100, ready, ready - 0.5, None).tolist() == [True, False]  # a tenth is hoped for
     assert split.worth_it(120, ready, ready - 2.0, None).tolist() == [False, False]
