@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from moeless_opt.cli import main
+from moeless_opt.runtime.serve import cli as serve
 from moeless_opt.runtime.simulate import cli as simulate
 
 TREE = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ def settled(text: str) -> list[str]:
 def commands(body: str) -> list[str]:
     """The single commands of a block of shell lines."""
     lines = [re.sub(r"\s+#.*$", "", line) for line in body.splitlines()]
-    parts = [part.strip() for line in lines for part in line.split("&&")]
+    parts = [part.strip() for line in lines for part in re.split(r"&&?(?:\s|$)", line)]
     return [part for part in parts if part.startswith("moeless-")]
 
 
@@ -74,6 +75,8 @@ def test_commands_print_what_the_page_says(page: Path, tmp_path: Path, monkeypat
             for command in commands(body):
                 if command.startswith("moeless-solve "):
                     solve(command, capsys)
+                elif command.startswith("moeless-serve"):
+                    serve._parser().parse_args(shlex.split(command)[1:])
                 else:
                     simulate._parser().parse_args(shlex.split(command)[1:])
         elif body.startswith(SHOWN):

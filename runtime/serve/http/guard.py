@@ -16,7 +16,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moeless_opt.runtime.serve.http.errors import ApiError, error_response
 from moeless_opt.runtime.serve.http.front import HttpFront
-from moeless_opt.runtime.serve.http.options import is_loopback
 
 __all__ = ["RequestGuard"]
 
@@ -50,7 +49,7 @@ class RequestGuard:
         self._keys = options.api_keys
         self._admin = options.admin_keys or options.api_keys
         own = {"localhost", "127.0.0.1", "::1", options.host}
-        closed = is_loopback(options.host) and not options.api_keys
+        closed = options.is_loopback and not options.api_keys
         any_host = "*" in options.allowed_hosts or (not closed and not options.allowed_hosts)
         self._hosts = None if any_host else own | set(options.allowed_hosts)
 

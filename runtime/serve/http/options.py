@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from moeless_opt.problems.arrays import number, whole
 from moeless_opt.problems.errors import ProblemError
 
-__all__ = ["HttpOptions", "is_loopback"]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+__all__ = ["HttpOptions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,3 +77,8 @@ class HttpOptions:
                 raise ProblemError(name, "is 0, must be above 0 seconds")
             put(self, name, seconds)
         put(self, "idle_connection", number("idle_connection", self.idle_connection))
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")

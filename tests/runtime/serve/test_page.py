@@ -84,7 +84,7 @@ def test_the_page_loads_updates_and_shows_a_replan(serving: Callable[..., Any], 
         page.wait_for_selector("#plans tbody tr")
         row = page.inner_text("#plans tbody tr")
         assert "given" in row
-        assert "1.4 → 1.1" in row
+        assert "1.40 → 1.10" in row
         assert "21 %" in row
         until(page, "document.querySelector('#imbalance svg .mark') !== null")
         picture(page, "page.png")

@@ -1,0 +1,187 @@
+"""The command ``moeless-serve``: its options, what it refuses, and a whole life with the real engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeless_opt.runtime.serve import Planning, cli
+from moeless_opt.runtime.serve.engine import EngineOptions
+from moeless_opt.runtime.serve.http import HttpOptions
+
+TREE = Path(__file__).resolve().parents[3]
+
+
+def read(*argv: str) -> tuple[EngineOptions, HttpOptions]:
+    """The options of a command line."""
+    return cli._read(vars(cli._parser().parse_args(argv)))
+
+
+def test_every_field_is_an_option_with_help() -> None:
+    told = cli._parser().format_help()
+    for kind in (EngineOptions, Planning, HttpOptions):
+        for part in fields(kind):  # type: ignore[arg-type]
+            if part.name != "planning":
+                assert cli._flag(part.name) in told, part.name
+    assert set(cli.HELP) == {
+        part.name
+        for kind in (EngineOptions, Planning, HttpOptions)
+        for part in fields(kind)  # type: ignore[arg-type]
+    } - {"planning"}
+
+
+def test_nothing_given_is_the_default() -> None:
+    assert read() == (EngineOptions(), HttpOptions())
+
+
+def test_what_is_given_arrives() -> None:
+    engine, http = read(
+        "--model", "somewhere", "--ranks", "4", "--no-prefix-cache", "--rank-timeout", "2.5", "--policy",
+        "eplb",
+        "--pause", "--max-moves", "3", "--keep-alive", "5", "--port", "0", "--api-key", "a", "--api-key", "b",
+        "--access-log", "--drain-timeout", "7",
+    )  # fmt: skip
+    planning = Planning(policy="eplb", paused=True, max_moves=3, keep_alive=5.0)
+    expected = EngineOptions(model="somewhere", ranks=4, prefix_cache=False, timeout=2.5, planning=planning)
+    assert engine == expected
+    assert http == HttpOptions(port=0, api_keys=("a", "b"), access_log=True, drain_timeout=7.0)
+
+
+def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELESS_API_KEY", "one, two")
+    monkeypatch.setenv("MOELESS_ADMIN_KEY", "three")
+    assert (read()[1].api_keys, read()[1].admin_keys) == (("one", "two"), ("three",))
+    assert read("--api-key", "four")[1].api_keys == ("four",)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--port", "99999"], "--port"),
+        (["--port", "http"], "--port"),
+        (["--policy", "guess"], "--policy"),
+        (["--ranks", "0"], "--ranks"),
+        (["--rank-timeout", "0"], "--rank-timeout"),
+        (["--keep-alive", "-1"], "--keep-alive"),
+        (["--api-key", ""], "--api-key"),
+        (["--host", "not a host"], "--host"),
+        (["--head-timeout", "0"], "--head-timeout"),
+        (["--max-body", "0"], "--max-body"),
+        (["--dtype", "int3"], "--dtype"),
+        (["--no-such-option"], "--no-such-option"),
+        (["extra"], "extra"),
+    ],
+)
+def test_bad_input_ends_with_2_and_names_the_option(argv: list[str], told: str, capsys: Any) -> None:
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert len(err.splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------------- with the real engine
+
+for package in ("fastapi", "torch", "megatron"):
+    pytest.importorskip(package, reason="needs the extras 'runtime' and 'serve'")
+
+
+def test_a_folder_that_is_no_model_ends_with_2(tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["--model", str(tmp_path / "nothing"), "--port", "0"]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+@contextmanager
+def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in processes of its own, and its address."""
+    path = f"{TREE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}" if (TREE / "moeless_opt").is_dir() else ""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    env |= {"PYTHONPATH": path} if path else {}
+    server = subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True)
+    log: list[str] = []
+    found = threading.Event()
+
+    def watch() -> None:
+        assert server.stderr is not None
+        for line in server.stderr:
+            log.append(line)
+            if "http://" in line:
+                found.set()
+        found.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert found.wait(240)
+        address = re.search(r"http://[\w.:]+", "".join(log))
+        assert address, "".join(log)[-3000:]
+        yield server, address[0]
+    finally:
+        server.kill()
+        server.wait()
+        watcher.join()
+        assert server.stderr is not None
+        server.stderr.close()
+
+
+def post(address: str, body: dict[str, Any]) -> Any:
+    sent = json.dumps(body).encode()
+    return urllib.request.urlopen(
+        urllib.request.Request(f"{address}/v1/completions", sent, {"Content-Type": "application/json"}),
+        timeout=120,
+    )
+
+
+PROMPT, LENGTH = "Die Freiheit ist ", 24
+
+
+ALONE = "der Menschen der Mensche"
+"""What the model says to it alone, without batches and caches (`tiny_moe.model.generate`)."""
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param((), id="one process"),
+        pytest.param(
+            ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            id="torchrun, two ranks",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_server_answers_and_loses_nothing_when_it_ends(launcher: tuple[str, ...]) -> None:
+    with running(*launcher, "-m", "moeless_opt.runtime.serve", "--port", "0") as (server, address):
+        with post(address, {"prompt": PROMPT, "max_tokens": LENGTH, "temperature": 0}) as answer:
+            told = json.load(answer)
+        assert told["choices"][0]["text"] == ALONE
+        with urllib.request.urlopen(f"{address}/v1/status", timeout=60) as answer:
+            assert json.load(answer)["ranks"] == (2 if launcher else 1)
+        with post(address, {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "stream": True}) as stream:
+            assert stream.readline().startswith(b"data: ")
+            server.send_signal(signal.SIGTERM)
+            rest = stream.read()
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert b'"finish_reason":"length"' in rest
+        code = server.wait(60)
+        assert launcher or code == 0
+        end = time.monotonic() + 30
+        while launcher and time.monotonic() < end:
+            try:
+                urllib.request.urlopen(f"{address}/healthz", timeout=5).close()
+            except OSError:
+                break
+            time.sleep(0.1)
