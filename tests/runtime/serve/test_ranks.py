@@ -87,7 +87,7 @@ def test_tokens_are_the_same_through_plans_policies_and_the_loss_of_a_rank(tmp_p
         assert engine.apply(json.loads((tmp_path / "plan.json").read_text())).kind == "given"
         with pytest.raises(ProblemError, match="3 ranks"):
             engine.apply({"slots": np.tile(np.arange(16), (6, 3, 1)).tolist()})
-        with pytest.raises(ProblemError, match="^slots"):
+        with pytest.raises(ProblemError, match=r"^slots"):
             engine.apply({"slots": np.zeros((6, 2, 16), dtype=int).tolist()})
         until(lambda: engine.status().replicas_LE.sum() == np.count_nonzero(other >= 0))
 
