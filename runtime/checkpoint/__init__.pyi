@@ -2,6 +2,7 @@ from .files import SafetensorsFolder as SafetensorsFolder
 from .load import CheckpointHome as CheckpointHome
 from .load import load_checkpoint as load_checkpoint
 from .load import recipe_of as recipe_of
+from .outside import stand_outside as stand_outside
 from .parts import GPTModel as GPTModel
 from .parts import TransformerConfig as TransformerConfig
 from .parts import build_gpt as build_gpt

@@ -94,7 +94,7 @@ def _refuse(config: Any, layers: list[Any], options: AttachOptions) -> None:
             "the inference-optimized layers (transformer_impl)",
         ),
     )
-    if options.ranks is not None or options.store is not None:
+    if options.join is None and (options.ranks is not None or options.store is not None):
         raise UnsupportedFeatureError(
             "ranks and store are for engines without groups of their own: a megatron-core model has its "
             "expert-parallel groups"

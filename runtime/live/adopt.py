@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from moeless_opt.problems.arrays import IntArray, whole
+from moeless_opt.problems.arrays import IntArray, number, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.spec import Links
 from moeless_opt.runtime.live.dispatch import SharePolicy, SlotDispatcher
@@ -46,7 +46,13 @@ class AttachOptions:
         on a GPU, or interpreted), or on the host. By default by kernels on a GPU where Triton is there. The
         integers are the same; policies of your own are always computed on the host.
     timeout : float
-        Seconds after which a collective of a batch fails; bounds how late a dead rank is noticed.
+        Seconds after which a collective of a batch fails, though all ranks are alive.
+    dead_after : float, optional
+        Seconds without a sign of life (see `live.heartbeat`) after which a rank counts as dead; None: there
+        are none, and a rank that hangs is only noticed by `timeout`.
+    join : int, optional
+        The group runs already and has lost this process's (global) rank, which is to come back: nothing is
+        agreed here, and a `Guard` brings it in. Needs `store`, and the group's first ranks.
     node_G : sequence of int, optional
         Node of each rank; by host name when absent.
     memory_limit : int, optional
@@ -71,6 +77,8 @@ class AttachOptions:
     places: int | None = None
     split: str = "auto"
     timeout: float = 600.0
+    dead_after: float | None = 30.0
+    join: int | None = None
     node_G: Sequence[int] | None = None
     memory_limit: int | None = None
     links: Links | None = None
@@ -85,6 +93,8 @@ class AttachOptions:
             raise ProblemError("split", f"is {self.split!r}, must be 'auto', 'host' or 'device'")
         if self.places is not None:
             whole("places", self.places, low=1)
+        if self.dead_after is not None:
+            number("dead_after", self.dead_after, low=0.1)
 
     def told(self) -> dict[str, Any]:
         """What has to be the same on all ranks."""
@@ -107,6 +117,8 @@ class AttachOptions:
             node_R=self.node_G,
             store=self.store,
             staged=self.staged,
+            dead_after=self.dead_after,
+            join=self.join,
         )
 
 

@@ -21,7 +21,7 @@ from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.lanes import LaneHeader, Lanes
 from moeless_opt.runtime.live.migrate import Header, Migrator
 
-__all__ = ["Agreement", "OutOfStepError", "same_everywhere"]
+__all__ = ["Agreement", "OutOfStepError", "digest", "same_everywhere"]
 
 
 class OutOfStepError(MoelessError):
@@ -29,23 +29,34 @@ class OutOfStepError(MoelessError):
 
 
 class _Step(NamedTuple):
-    """Where a rank stands, how many share policies it has, checksum of the next; or a column [R] of each."""
+    """Where a rank stands, its share policies, the knocks that it heard; or a column [R] of each.
+
+    Parameters
+    ----------
+    passes, layer : int
+        Forward passes begun, and the layer of the newest.
+    policies, policy : int
+        How many share policies it was given, and the checksum of the next.
+    knocks : int
+        How many ranks it has ever heard ask to be let in.
+    """
 
     passes: Any
     layer: Any
     policies: Any
     policy: Any
+    knocks: Any
 
 
 #: Where the numbers of the migrator and of the lanes begin.
 CUTS = [len(_Step._fields), len(_Step._fields) + len(Header._fields)]
 
 
-def _digest(value: Any) -> int:
+def digest(value: Any) -> int:
     """A number of what a value says, the same in every process: without addresses and private parts."""
     fields = getattr(value, "__dict__", None)
     if fields is not None:
-        shown = {k: _digest(v) for k, v in fields.items() if not k.startswith("_")}
+        shown = {k: digest(v) for k, v in fields.items() if not k.startswith("_")}
         value = f"{type(value).__qualname__} {getattr(value, 'name', '')} {shown}"
     return zlib.crc32(re.sub(r"0x[0-9a-f]+", "", repr(value)).encode())
 
@@ -58,7 +69,7 @@ def same_everywhere(group: ExpertGroup, told: Mapping[str, Any]) -> None:
     ProblemError
         On all of them, with the names of what differs and the ranks that differ from the first.
     """
-    rows = np.asarray(group.gather_ints([_digest(value) for value in told.values()]), dtype=np.int64)
+    rows = np.asarray(group.gather_ints([digest(value) for value in told.values()]), dtype=np.int64)
     for name, column_R in zip(told, rows.T, strict=True):
         others = [group.ranks[r] for r in np.flatnonzero(column_R != column_R[0])]
         if others:
@@ -98,6 +109,8 @@ class Agreement:
         self.on_policy: Callable[[SharePolicy], None] = lambda _: None
         self.migrator: Migrator
         self.lanes: Lanes
+        #: Ranks that have ever asked to be let in, as far as all have heard of them.
+        self.knocks = 0
         self._asked = 0
         self._passes = 0
 
@@ -108,7 +121,7 @@ class Agreement:
     def ask(self, shares: str | SharePolicy) -> None:
         """Use another policy from the first batch on that all ranks know of it."""
         policy = share_policy(shares)
-        self._digests.append(1 + _digest(policy))
+        self._digests.append(1 + digest(policy))
         self.policies.append(policy)  # last: how many there are is what the others hear
 
     def header(self, layer: int | None) -> tuple[int, ...]:
@@ -117,7 +130,8 @@ class Agreement:
         where = BETWEEN if layer is None else layer
         asked, following = len(self.policies) - 1, self._asked + 1
         policy = self._digests[following] if following <= asked else 0
-        step = _Step(self._passes, where, asked, policy)
+        heart = self.group.heart
+        step = _Step(self._passes, where, asked, policy, 0 if heart is None else heart.knocks)
         return (*step, *self.migrator.header(), *self.lanes.header())
 
     def agree(self, layer: int | None, headers_RK: IntArray) -> None:
@@ -134,6 +148,7 @@ class Agreement:
         told_R = _Step(*steps_RK.T)
         if (told_R.layer != told_R.layer[0]).any() or (told_R.passes != told_R.passes[0]).any():
             self._part(told_R)
+        self.knocks = int(told_R.knocks.min())
         if layer == 0:
             self.batches += 1
         self.migrator.agree(layer, plans_RK)
@@ -215,4 +230,15 @@ class Agreement:
         self.group = group
         self.batches = self._passes = 0
         # Some may have switched in the batch that failed, and others not; all have what one uses.
-        self._use(max(row[0] for row in group.gather_ints([self._asked])))
+        number = max(row[0] for row in group.gather_ints([self._asked]))
+        while (
+            len(self.policies) <= number
+        ):  # a rank that is new; `policy_digest` tells whether it is the same
+            self.policies.append(self.policies[-1])
+            self._digests.append(self._digests[-1])
+        self._use(number)
+
+    @property
+    def policy_digest(self) -> int:
+        """A number of the policy in force, the same in every process."""
+        return self._digests[self._asked]

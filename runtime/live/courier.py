@@ -116,8 +116,9 @@ class Courier:
                 if self.stream is not None and not self.group.staged:
                     for work in works:
                         work.wait()  # orders the stream behind the transfer; the host goes on
-            except (MoelessError, RuntimeError) as error:
-                flight.fault, flight.error = LOST, str(error)
+            except (MoelessError, MemoryError, RuntimeError) as error:
+                flight.fault = NO_MEMORY if isinstance(error, MemoryError) else LOST
+                flight.error = str(error)
                 flight.done.set()
                 return flight
         if self._thread is None:
@@ -142,6 +143,7 @@ class Courier:
                         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                         event.record(self.stream)
                         event.synchronize()
+                        self.group.check()  # an aborted transfer ends its event, too
             except DamagedError as error:
                 flight.fault, flight.error = DAMAGED, str(error)
             except UnreadableError as error:

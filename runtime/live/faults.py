@@ -1,31 +1,36 @@
 """Going on after a rank has died: notice, agree on who is left, rebuild, restore, repeat.
 
-A death shows as an error in the next operation with the dead rank (its connections close), or as a timeout if
-it hangs. Who notices closes its own groups, which wakes whoever waits for *it*, so the news runs through the
-group in milliseconds. The survivors meet in the store, agree on the list of ranks (the first to write it
-wins, everybody reads it), build new groups, tell each other what they hold, compute a placement for what is
-left, fetch the experts that nobody has from home copies, and repeat the step that failed.
+A death shows as an error in the next operation with the dead rank (its connections close), or as a heart that
+beats no longer. Who notices closes its own groups, which wakes whoever waits for *it*, and tells the others'
+hearts. The survivors meet in the store, agree on the list of ranks (the first to write it wins, everybody
+reads it), build new groups, tell each other what they hold, compute a placement for what is left, fetch the
+experts that nobody has from home copies, and repeat the step that failed.
+
+A rank that was lost comes back the same way: it knocks, the others hear of it, agree in the header of a batch
+that all have, and meet with it behind the step. It holds nothing then, and gets its experts as others get
+those of a rank that was lost.
 
 The store must outlive the ranks: the launcher has to host it, as torchrun does.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import torch.distributed as dist
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import MoelessError
 from moeless_opt.runtime.live.groups import ExpertGroup, RankLostError
+from moeless_opt.runtime.live.meeting import Meeting
 from moeless_opt.runtime.live.model import LiveModel
-from moeless_opt.runtime.live.repair import repair_slots
+from moeless_opt.runtime.live.repair import repair_slots, spread_slots
 
-__all__ = ["EvictedError", "Guard", "Recovery"]
+__all__ = ["Guard", "Recovery"]
 
 T = TypeVar("T")
 
@@ -34,18 +39,16 @@ ATTEMPTS = 3
 Replan = Callable[[list[list[list[int]]], FloatArray | None], SlotArray]
 
 
-class EvictedError(MoelessError):
-    """The others went on without this rank: it answered too late."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """One recovery.
+    """One recovery, or one return of ranks that were lost before.
 
     Parameters
     ----------
     lost : tuple of int
         Global ranks that are gone.
+    joined : tuple of int
+        Global ranks that came back.
     cause : str
         The error by which this rank noticed.
     restored_bytes : int
@@ -61,6 +64,7 @@ class Recovery:
     """
 
     lost: tuple[int, ...]
+    joined: tuple[int, ...]
     cause: str
     restored_bytes: int
     seconds: float
@@ -76,14 +80,17 @@ class Guard:
     ----------
     live : LiveModel
         Attached with a `timeout` that suits the traffic, and with home copies if lost experts must come back.
+        One that was attached with ``join`` is let in here: this blocks until the others have seen it.
     grace : float
-        How long survivors wait for each other after the last of them has reported.
+        How long a rank may give no sign of life while the others wait for it in a recovery. One that does is
+        waited for as long as an operation may take, `timeout`. (Without signs of life: how long they wait for
+        each other after the last of them has come.)
     slots : int, optional
         Slots per layer that each rank may use when experts have to be placed anew; by default as many as it
         takes to hold all experts. The first survivor's counts.
     replan : callable, optional
-        ``replan(have_LG, load_LE)`` gives the placement after a loss; only the first survivor calls it.
-        `repair_slots` by default.
+        ``replan(have_LG, load_LE)`` gives the placement after a loss or a return; only the first survivor
+        calls it. By default `repair_slots` after a loss, and `spread_slots` where ranks came back.
     """
 
     def __init__(
@@ -96,10 +103,18 @@ class Guard:
         self.load_LE: FloatArray | None = None
         self.recoveries: list[Recovery] = []
         # Meetings are counted from here, whatever became of the groups in between.
-        self._meeting = f"moeless/meet/{'-'.join(map(str, live.group.ranks))}"
+        self._meeting = Meeting(live.group, grace)
         self._epoch = 0
+        #: Who belongs to the group, with their lives; and who has been invited to the next meeting.
+        self._crew = dict.fromkeys(live.group.ranks, 0)
+        self._guests: dict[int, int] = {}
+        self._answered = 0
+        #: Steps done; a rank that is new counts from where the others stand.
         self._completed = 0
+        self._new = False
         self._replay: Callable[[], Any] | None = None
+        if live.group.outside:
+            self.rejoin()
 
     def run(self, step: Callable[[], T], dummy: Callable[[], Any] | None = None) -> T:
         """Run one step (a forward pass) and, if ranks are lost under it, recover and run it again.
@@ -123,13 +138,15 @@ class Guard:
         """
         while True:
             try:
+                if self.live.knocks > self._answered:
+                    self._admit()
                 if self._behind:
                     self._behind = False
                     if self._replay is not None:
                         self._replay()
                 result = step()
             except RankLostError as error:
-                self._recover(error)
+                self._recover(str(error))
                 continue
             self._completed += 1
             self._replay = dummy or step
@@ -137,10 +154,47 @@ class Guard:
 
     _behind = False
 
-    def _recover(self, error: Exception) -> None:
+    def rejoin(self) -> None:
+        """Come back into the group after it went on without this rank; blocks until the others let it in.
+
+        They do behind their next step. All experts are fetched from them again.
+
+        Raises
+        ------
+        MoelessError
+            If they do not within the timeout, or this rank's options differ from theirs.
+        """
+        live = self.live
+        dead_after = live.options.dead_after
+        if dead_after is None:
+            raise MoelessError("ranks come back by signs of life only: attach with dead_after")
+        live.group.close()
+        invited = self._meeting.knock(dead_after)
+        live.hollow()
+        self._epoch, self._crew, self._new = invited.epoch - 1, invited.crew, True
+        self._guests = {self._meeting.me: self._life}
+        self._completed, self._behind, self._replay = 0, False, None
+        try:
+            self._recover("this rank comes back")
+        except BaseException:
+            self._meeting.close()
+            raise
+
+    @property
+    def _life(self) -> int:
+        heart = self._meeting.heart
+        return 0 if heart is None else heart.life
+
+    def _admit(self) -> None:
+        """Let those in who have knocked; all ranks of the group do so behind the same step."""
+        self._answered = self.live.knocks
+        self._guests |= self._meeting.invite(self._epoch + 1, self._crew)
+        if self._guests:
+            self._recover(f"ranks {sorted(self._guests)} come back")
+
+    def _recover(self, cause: str) -> None:
         began = time.monotonic()
-        cause = str(error)
-        before = self.live.group.ranks
+        before = dict(self._crew)
         migrating = not self.live.migrator.idle
         alike, left = 0, before
         while True:
@@ -149,41 +203,49 @@ class Guard:
                 return
             except RankLostError as again:
                 cause = str(again)
-            alike = alike + 1 if self.live.group.ranks == left else 0
-            left = self.live.group.ranks
+            except dist.DistError as error:  # of the store, in which everybody meets
+                raise MoelessError(f"recovering failed, the store is gone: {error}; was: {cause}") from error
+            alike = alike + 1 if self._crew == left else 0
+            left = dict(self._crew)
             if alike >= ATTEMPTS:
                 raise MoelessError(
-                    f"recovering failed {alike + 1} times though ranks {list(left)} were there: {cause}"
+                    f"recovering failed {alike + 1} times though ranks {sorted(left)} were there: {cause}"
                 )
 
-    def _attempt(self, cause: str, began: float, before: tuple[int, ...], migrating: bool) -> None:
+    def _attempt(self, cause: str, began: float, before: dict[int, int], migrating: bool) -> None:
         live = self.live
         old = live.group
-        old.close()
+        old.give_up()
         self._epoch += 1
         started = time.monotonic()
-        ranks = self._members(old)
+        self._crew = self._meeting.gather(self._epoch, self._crew | self._guests)
+        self._guests = {}
         agreed = time.monotonic()
-        group = old.shrunk([old.ranks.index(r) for r in ranks], f"epoch{self._epoch}")
+        heart = self._meeting.heart
+        if heart is not None:
+            heart.follow(self._crew, self._epoch)
+        group = old.among(sorted(self._crew), f"epoch{self._epoch}", heart)
+        completed = -1 if self._new else self._completed
+        rows = group.gather_ints([completed, self.slots or 0, live.told_digest()])
+        new = [g for g, row in enumerate(rows) if row[0] < 0]
+        if len(new) == group.size:
+            raise MoelessError("all ranks of the group were lost before others could come back")
+        first = next(g for g in range(group.size) if g not in new)
+        self._refuse_strangers(group, [g for g in new if rows[g][2] != rows[first][2]])
         live.regroup(group)
-        experts = live.experts
-        held = [int(e in bank.resident) for bank in live.banks for e in range(experts)]
-        rows = group.gather_ints([self._completed, self.slots or 0, *held])
-        have_RLE = np.asarray([row[2:] for row in rows]).reshape(group.size, len(live.banks), experts)
-        have_LG = [
-            [np.flatnonzero(have_RLE[g, layer]).tolist() for g in range(group.size)]
-            for layer in range(len(live.banks))
-        ]
-        target = self._target(group, have_LG, rows[0][1])
+        have_LG, policies = self._held(group)
+        self._refuse_strangers(group, [g for g in new if policies[g] != policies[first]])
+        live.share_sums(first, new=bool(new))
+        target = self._target(group, have_LG, rows[first][1], first, new)
         moved = live.migrator.restore(have_LG, target, timeout=group.timeout)
         live.refill_home()
-        fewest = min(row[0] for row in rows)
-        self._behind = self._completed > fewest
-        lost = tuple(r for r in before if r not in ranks)
+        fewest = min(row[0] for row in rows if row[0] >= 0)
+        self._behind = not self._new and self._completed > fewest
         now = time.monotonic()
         self.recoveries.append(
             Recovery(
-                lost=lost,
+                lost=tuple(r for r in sorted(before) if before[r] != self._crew.get(r)),
+                joined=tuple(group.ranks[g] for g in new),
                 cause=cause,
                 restored_bytes=moved,
                 seconds=now - began,
@@ -194,54 +256,60 @@ class Guard:
         )
         # From here on all survivors count alike.
         self._completed = fewest + self._behind
+        self._new = False
 
-    def _members(self, old: ExpertGroup) -> list[int]:
-        """Global ranks that go on; everybody who comes to the meeting gets the same list."""
-        me = old.ranks[old.rank]
-        if old.size == 1:
-            return [me]
-        store, place = old.store, f"{self._meeting}/{self._epoch}"
-        store.set(f"{place}/{me}", b"here")
-        store.add(f"{place}/count", 1)
-        seen, last = 0, time.monotonic()
-        while time.monotonic() - last < self.grace and not store.check([f"{place}/list"]):
-            count = store.add(f"{place}/count", 0)
-            if count > seen:
-                seen, last = count, time.monotonic()
-            if count >= old.size:
-                break
-            time.sleep(0.01)
-        here = [r for r in old.ranks if store.check([f"{place}/{r}"])]
-        decided = store.compare_set(f"{place}/list", "", json.dumps(here))
-        ranks: list[int] = json.loads(decided)
-        if me not in ranks:
-            raise EvictedError(f"rank {me} came too late: ranks {ranks} went on")
-        return ranks
+    def _held(self, group: ExpertGroup) -> tuple[list[list[list[int]]], list[int]]:
+        """Experts that the ranks hold, by layer and rank, and checksums of the shares that they use."""
+        banks, experts = self.live.banks, self.live.experts
+        mine = [int(e in bank.resident) for bank in banks for e in range(experts)]
+        rows = np.asarray(group.gather_ints([self.live.policy_digest(), *mine]), dtype=np.int64)
+        held_RLE = rows[:, 1:].reshape(group.size, len(banks), experts)
+        held_LG = [
+            [np.flatnonzero(held_RLE[g, layer]).tolist() for g in range(group.size)]
+            for layer in range(len(banks))
+        ]
+        return held_LG, rows[:, 0].tolist()
 
-    def _target(self, group: ExpertGroup, have_LG: list[list[list[int]]], slots: int) -> SlotArray:
-        """The placement after the loss, from the first survivor, so that all have the same."""
+    def _refuse_strangers(self, group: ExpertGroup, strangers: list[int]) -> None:
+        """Ranks that came back with other options than the others have."""
+        if group.rank in strangers:
+            raise MoelessError(
+                f"rank {group.ranks[group.rank]} came back with other options of attach, or another policy "
+                "of shares, than the others use: it has to give the same ones"
+            )
+        if strangers:
+            raise RankLostError(f"ranks {[group.ranks[g] for g in strangers]} came with other options")
+
+    def _target(
+        self, group: ExpertGroup, have_LG: list[list[list[int]]], slots: int, first: int, new: list[int]
+    ) -> SlotArray:
+        """The placement from now on, from the first survivor, so that all have the same."""
         live = self.live
         most = max(len(row) for rows in have_LG for row in rows)
         width = max(slots, most, -(-live.experts // group.size))
         shape = (len(live.banks), group.size, width)
         flat, error = np.full(shape, -1, dtype=np.int32), None
-        if group.rank == 0:
+        if group.rank == first:
             try:
                 if self.replan is not None:
                     found = np.asarray(self.replan(have_LG, self.load_LE), dtype=np.int32)
                 else:
-                    cap = slots or width
-                    found = repair_slots(have_LG, live.experts, np.full(shape[:2], cap), self.load_LE)
+                    cap = np.full(shape[:2], slots or width)
+                    found = repair_slots(have_LG, live.experts, cap, self.load_LE)
+                    if new:
+                        found = spread_slots(found, live.experts, cap, new, self.load_LE)
                 if found.shape[2] > width:
                     raise MoelessError(
                         f"the new placement has {found.shape[2]} slots per rank, {width} are allowed"
                     )
                 flat[:, :, : found.shape[2]] = found
-            except MoelessError as problem:
+            except Exception as problem:  # whatever a planner may raise: the others wait for its answer
                 error = problem
         rows = group.gather_ints([int(error is not None), *flat.ravel().tolist()])
-        if error is not None:
+        if isinstance(error, MoelessError):
             raise error
-        if rows[0][0]:
+        if error is not None:
+            raise MoelessError(f"replan failed: {type(error).__name__}: {error}") from error
+        if rows[first][0]:
             raise MoelessError("the first survivor found no placement for what is left")
-        return np.asarray(rows[0][1:], dtype=np.int32).reshape(shape)
+        return np.asarray(rows[first][1:], dtype=np.int32).reshape(shape)

@@ -9,6 +9,7 @@ what lets the survivors of a failure go on while the default group is broken.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import socket
 import zlib
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import MoelessError, ProblemError
+from moeless_opt.runtime.live import nccl
+from moeless_opt.runtime.live.heartbeat import Heartbeat
 
 __all__ = ["ExpertGroup", "RankLostError", "SideGroup"]
 
@@ -35,31 +38,62 @@ def _losses() -> Iterator[None]:
     """Turn what gloo and NCCL raise into one error."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        # A RuntimeError, too, but this rank's own trouble, which comes again however often it is tried.
+        raise MemoryError(str(error)) from error
     except RuntimeError as error:
         raise RankLostError(str(error)) from error
 
+
+#: Seconds in which ranks that have just met must have connected: who has not died on the way is there.
+MEET = 20.0
+#: The longest wait for a work before this rank looks whether somebody is lost.
+SLICE = datetime.timedelta(seconds=0.25)
 
 #: How often this process has made groups of the same ranks: their members count alike.
 _made: dict[tuple[int, ...], int] = {}
 
 
-def _make_group(store: Any, prefix: str, rank: int, size: int, device: torch.device, timeout: float) -> Any:
+def _make_group(
+    store: Any, prefix: str, rank: int, size: int, device: torch.device, timeout: float, meet: float | None
+) -> Any:
     """A process group that torch's registry does not know."""
     own = dist.distributed_c10d.PrefixStore(prefix, store)
-    limit = datetime.timedelta(seconds=timeout)
     group = dist.ProcessGroup(own, rank, size)
     if device.type == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = limit
-        backend: Any = dist.ProcessGroupNCCL(own, rank, size, options)
+        backend = nccl.make(own, rank, size, timeout)
         kind = dist.ProcessGroup.BackendType.NCCL
     else:
-        backend = dist.ProcessGroupGloo(own, rank, size, timeout=limit)
+        first = datetime.timedelta(seconds=timeout if meet is None else min(timeout, meet))
+        backend = dist.ProcessGroupGloo(own, rank, size, timeout=first)
+        backend._set_default_timeout(datetime.timedelta(seconds=timeout))
         kind = dist.ProcessGroup.BackendType.GLOO
     group._set_default_backend(kind)
     backend._set_sequence_number_for_group()
     group._register_backend(device, kind, backend)
     return group
+
+
+def _wait(work: Any, heart: Heartbeat | None) -> None:
+    """Wait for a collective on gloo as long as nobody is lost."""
+    if heart is None:
+        work.wait()
+        return
+    while True:
+        try:
+            work.wait(SLICE)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                work.wait()  # it failed by itself, or came to an end at this very moment
+                return
+        if heart.news:
+            raise RankLostError(heart.news)
+
+
+def _leak(group: Any) -> None:
+    """Never free a group in which an operation hangs: freeing waits for the operation."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 class ExpertGroup:
@@ -83,6 +117,10 @@ class ExpertGroup:
         Distinguishes groups of the same ranks; the same on all of them.
     staged : bool
         Carry everything through host memory by gloo: for several ranks on one GPU, which NCCL refuses.
+    heart : Heartbeat, optional
+        Tells of losses; without it they show as closed connections and timeouts only.
+    meet : float, optional
+        Seconds for the others to connect, if not the timeout; 0: this rank stands outside, see `create`.
     """
 
     #: Whether a group of one rank makes its calls all the same.
@@ -98,6 +136,8 @@ class ExpertGroup:
         node_R: Sequence[int] | None = None,
         name: str = "",
         staged: bool = False,
+        heart: Heartbeat | None = None,
+        meet: float | None = None,
     ) -> None:
         self.ranks = tuple(ranks)
         self.rank = rank
@@ -114,11 +154,20 @@ class ExpertGroup:
         self._sides = 0
         self.name = name
         self.alone = self.size == 1 and not self.talks_to_itself
-        if not self.alone:
+        self.heart = heart
+        self.outside = meet == 0
+        self._hung: list[Any] = []
+        #: Nodes as they were given, by global rank.
+        self.given_nodes = None if node_R is None else dict(zip(self.ranks, node_R, strict=False))
+        if not self.alone and not self.outside:
+            if heart is not None:
+                heart.on_loss = self._abort
             name = f"moeless/{'-'.join(map(str, self.ranks))}/{name}"
             with _losses():
-                self._tokens = _make_group(store, f"{name}/tokens", rank, self.size, self.carrier, timeout)
-                self._weights = _make_group(store, f"{name}/weights", rank, self.size, self.carrier, timeout)
+                self._tokens, self._weights = (
+                    _make_group(store, f"{name}/{what}", rank, self.size, self.carrier, timeout, meet)
+                    for what in ("tokens", "weights")
+                )
             # NCCL wants every rank in a communicator's first call, so that point-to-point may follow.
             hosts = [row[0] for row in self.gather_ints([zlib.crc32(socket.gethostname().encode())])]
             self.gather_ints([0], weights=True)
@@ -139,6 +188,8 @@ class ExpertGroup:
         node_R: Sequence[int] | None = None,
         store: Any = None,
         staged: bool = False,
+        dead_after: float | None = None,
+        join: int | None = None,
     ) -> ExpertGroup:
         """Build both groups among `ranks` (all of the world by default); just these ranks call it, together.
 
@@ -148,8 +199,18 @@ class ExpertGroup:
             Global ranks.
         device, timeout, node_R, store, staged
             As of the class; the store of the default process group by default.
+        dead_after : float, optional
+            Seconds without a sign of life after which a rank counts as lost; None: no signs of life.
+        join : int, optional
+            The group runs already and has lost this (global) rank, which stands outside until a `Guard`
+            brings it in. Needs `ranks`, as they were at first, and `store`.
         """
         device = torch.device(device)
+        if join is not None:
+            if ranks is None or store is None or join not in ranks:
+                raise ProblemError("join", f"is {join}: needs a store, and the group's first ranks with it")
+            members = tuple(sorted(ranks))
+            return cls(members, members.index(join), device, timeout, store, node_R, staged=staged, meet=0)
         if not dist.is_available() or not dist.is_initialized():
             if ranks is not None and len(ranks) > 1:
                 raise ProblemError("ranks", "more than one rank needs torch.distributed to be initialised")
@@ -162,22 +223,35 @@ class ExpertGroup:
             )
         if store is None:
             store = dist.distributed_c10d._get_default_store()
+            # Without the prefix that torch adds: a rank that comes back has the store that the world was given.
+            store = getattr(store, "underlying_store", store)
         _made[members] = _made.get(members, 0) + 1
         name = f"{_made[members]}"
-        return cls(members, members.index(me), device, timeout, store, node_R, name, staged)
+        heart = None
+        if dead_after is not None and len(members) > 1:
+            heart = Heartbeat(store, f"moeless/{'-'.join(map(str, members))}/{name}", me, dead_after)
+        group = cls(members, members.index(me), device, timeout, store, node_R, name, staged, heart)
+        if heart is not None:
+            heart.follow(dict.fromkeys(members, 0))
+        return group
 
-    def shrunk(self, keep: Sequence[int], name: str) -> ExpertGroup:
-        """New groups among some of the ranks (given by their index here), which all call this."""
-        return ExpertGroup(
-            [self.ranks[i] for i in keep],
-            list(keep).index(self.rank),
+    def among(self, ranks: Sequence[int], name: str, heart: Heartbeat | None) -> ExpertGroup:
+        """New groups among these (global) ranks, which all call this: some of those here, or more."""
+        nodes = self.given_nodes
+        made = ExpertGroup(
+            ranks,
+            list(ranks).index(self.ranks[self.rank]),
             self.device,
             self.timeout,
             self.store,
-            [self.node_R[i] for i in keep],
+            None if nodes is None else [nodes[rank] for rank in ranks],
             name,
             self.staged,
+            heart,
+            MEET,
         )
+        made.given_nodes = nodes  # of those, too, that are away
+        return made
 
     def side(self) -> SideGroup:
         """One more group of the same ranks, for a thread of its own; all of them call this together."""
@@ -189,8 +263,55 @@ class ExpertGroup:
     def _group(self, weights: bool = False) -> Any:
         group = self._weights if weights else self._tokens
         if group is None:
-            raise RankLostError("the group was closed")
+            raise RankLostError("this rank is outside the group" if self.outside else "the group was closed")
         return group
+
+    def check(self) -> None:
+        """Look for a loss: on a GPU no operation raises, and what was waited for may never have come.
+
+        Raises
+        ------
+        RankLostError
+        """
+        if self.heart is not None and self.heart.news:
+            raise RankLostError(self.heart.news)
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """The tensor on the CPU, once it is there, unless a rank was lost meanwhile.
+
+        Raises
+        ------
+        RankLostError
+        """
+        if not tensor.is_cuda:
+            return tensor
+        with self.host_wait():
+            return tensor.cpu()
+
+    @contextlib.contextmanager
+    def host_wait(self) -> Iterator[None]:
+        """The host waits inside for what the ranks have to do on their devices.
+
+        Raises
+        ------
+        RankLostError
+            If a rank was lost meanwhile: what was waited for may be anything.
+        """
+        with _losses(), contextlib.nullcontext() if self.heart is None else self.heart.waiting(self.timeout):
+            yield
+        self.check()
+
+    def _finish(self, work: Any, group: Any) -> None:
+        """Wait for a collective; on CUDA that orders the stream behind it, and the host goes on."""
+        if self.carrier.type == "cuda":
+            self.check()
+            work.wait()
+            return
+        try:
+            _wait(work, self.heart)
+        except RankLostError:
+            self._hung.append(group)
+            raise
 
     def all_gather(self, mine: Tensor, *, weights: bool = False) -> Tensor:
         """Everybody's tensor, one row per rank."""
@@ -199,13 +320,14 @@ class ExpertGroup:
         # Flat output: gloo refuses the stacked form.
         out = torch.empty(self.size * mine.numel(), dtype=mine.dtype, device=self.carrier)
         with _losses():
-            self._group(weights)._allgather_base(out, mine.to(self.carrier).contiguous()).wait()
+            group = self._group(weights)
+            self._finish(group._allgather_base(out, mine.to(self.carrier).contiguous()), group)
         return out.view(self.size, -1).to(mine.device)
 
     def gather_ints(self, values: Sequence[int], *, weights: bool = False) -> list[list[int]]:
         """Everybody's numbers (equally many), in order of rank."""
         mine = torch.tensor(list(values), dtype=torch.int64, device=self.carrier)
-        rows: list[list[int]] = self.all_gather(mine, weights=weights).tolist()
+        rows: list[list[int]] = self.to_host(self.all_gather(mine, weights=weights)).tolist()
         return rows
 
     def all_to_all(self, rows: Tensor, receive: list[int], give: list[int]) -> Tensor:
@@ -214,7 +336,9 @@ class ExpertGroup:
             return rows
         out = rows.new_empty((sum(receive), *rows.shape[1:]), device=self.carrier)
         with _losses():
-            self._group().alltoall_base(out, rows.to(self.carrier).contiguous(), receive, give).wait()
+            group = self._group()
+            work = group.alltoall_base(out, rows.to(self.carrier).contiguous(), receive, give)
+            self._finish(work, group)
         return out.to(rows.device)
 
     def exchange(
@@ -239,11 +363,11 @@ class ExpertGroup:
             return [_Staged(self._group(weights=True), sends, receives)]
         with _losses():
             group = self._group(weights=True)
-            if self.device.type == "cuda":
-                group._start_coalescing(self.device)
-            works = [group.send([t], peer, tag) for t, peer, tag in sends]
-            works += [group.recv([t], peer, tag) for t, peer, tag in receives]
-            return [group._end_coalescing(self.device)] if self.device.type == "cuda" else works
+            if self.device.type != "cuda":
+                return _post(group, sends, receives)
+            with nccl.batch(group, self.device) as works:
+                _post(group, sends, receives)
+            return works
 
     def wait(self, works: Sequence[Any]) -> None:
         """Wait for what `exchange` started."""
@@ -252,20 +376,37 @@ class ExpertGroup:
                 work.wait()
 
     def close(self) -> None:
-        """Give both groups up, without waiting for anybody.
+        """Give both groups up, and let the others hear that this rank has left."""
+        self.give_up()
+        if self.heart is not None:
+            self.heart.stop()
+
+    def give_up(self) -> None:
+        """Give both groups up, without waiting for anybody; the signs of life go on.
 
         Ranks that still wait in a collective with this one get an error at once: that is how the news of a
         death spreads faster than any timeout.
         """
-        groups = (self._tokens, self._weights)
-        self._tokens = self._weights = None
-        if self.carrier.type == "cuda":
-            for group in groups:
-                if group is not None:
-                    with contextlib.suppress(Exception):
-                        group.abort()
+        self._abort()
+        for group in self._hung:
+            _leak(group)
+        self._hung = []
         # With the last reference gloo closes its connections.
-        del groups
+        self._tokens = self._weights = None
+
+    def _abort(self) -> None:
+        """Wake whoever waits in an operation of these groups; from any thread."""
+        if self.carrier.type == "cuda":
+            for group in (self._tokens, self._weights):
+                if group is not None:
+                    nccl.abort(group)
+
+
+def _post(
+    group: Any, sends: Sequence[tuple[Tensor, int, int]], receives: Sequence[tuple[Tensor, int, int]]
+) -> list[Any]:
+    works = [group.send([t], peer, tag) for t, peer, tag in sends]
+    return works + [group.recv([t], peer, tag) for t, peer, tag in receives]
 
 
 class _Staged:
@@ -307,12 +448,13 @@ class SideGroup:
 
     def __init__(self, group: ExpertGroup, number: int) -> None:
         self.size = group.size
+        self._heart = group.heart
         self._group: Any = None
         if self.size > 1:
             name = f"moeless/{'-'.join(map(str, group.ranks))}/{group.name}/side{number}"
             with _losses():
                 self._group = _make_group(
-                    group.store, name, group.rank, self.size, torch.device("cpu"), group.timeout
+                    group.store, name, group.rank, self.size, torch.device("cpu"), group.timeout, None
                 )
 
     def sum(self, mine: FloatArray) -> FloatArray:
@@ -325,7 +467,11 @@ class SideGroup:
         row = torch.from_numpy(np.ascontiguousarray(mine, dtype=np.float64)).reshape(-1)
         out = torch.empty(self.size * row.numel(), dtype=torch.float64)
         with _losses():
-            group._allgather_base(out, row).wait()
+            try:
+                _wait(group._allgather_base(out, row), self._heart)
+            except RankLostError:
+                _leak(group)
+                raise
         total = np.zeros(row.numel())
         for part in out.view(self.size, -1).numpy():
             total += part

@@ -18,7 +18,7 @@ from moeless_opt.problems.spec import TimeModel
 from moeless_opt.runtime.control import MemoryReport, Observation, stacked
 from moeless_opt.runtime.live import watch
 from moeless_opt.runtime.live.adopt import Adopted, AttachOptions
-from moeless_opt.runtime.live.agreement import Agreement, same_everywhere
+from moeless_opt.runtime.live.agreement import Agreement, digest, same_everywhere
 from moeless_opt.runtime.live.dispatch import PlannedShares, SharePolicy, SlotDispatcher
 from moeless_opt.runtime.live.elastic import Elastic, become_elastic
 from moeless_opt.runtime.live.groups import ExpertGroup, SideGroup
@@ -51,6 +51,7 @@ class LiveModel:
 
     def __init__(self, adopted: Adopted, options: AttachOptions) -> None:
         self.adopted = adopted
+        self.options = options
         self.model = adopted.model
         self.layers = tuple(adopted.layers)
         self.experts = adopted.experts
@@ -70,7 +71,9 @@ class LiveModel:
         if options.row_block is None and adopted.row_exact:
             self.row_block = default_row_block(self.group.device, products, transposed=turned)
         self._agreement = Agreement(self.group, self.layers, options.shares)
-        same_everywhere(self.group, {**adopted.told(), **options.told()})
+        self._told = {**adopted.told(), **options.told()}
+        if not self.group.outside:
+            same_everywhere(self.group, self._told)
         tables = [SlotTable(static_slots(self.experts, self.group.size), self.experts) for _ in self.banks]
         self.dispatchers = [
             SlotDispatcher(
@@ -96,6 +99,8 @@ class LiveModel:
         self._plans = LayerPlans(self.lanes)
         self._agreement.drive(self.migrator, self.lanes)
         self._agreement.on_policy = self._share_by
+        if self.group.outside:
+            return
         self.refill_home()
         if options.checksums:
             self.refresh_checksums()
@@ -403,6 +408,34 @@ class LiveModel:
     def _alive(self) -> None:
         if not self.attached:
             raise MoelessError("the model was detached")
+
+    @property
+    def knocks(self) -> int:
+        """Ranks that have asked to be let in so far, as all ranks know since the last batch."""
+        return self._agreement.knocks
+
+    def told_digest(self) -> int:
+        """Checksum of what has to be the same on all ranks, but for the policy of shares."""
+        return digest({**self._told, "shares": None})
+
+    def policy_digest(self) -> int:
+        """Checksum of the policy of shares that is in force."""
+        return self._agreement.policy_digest
+
+    def share_sums(self, giver: int, *, new: bool) -> None:
+        """Give ranks that are new the checksums of a rank that has them; a collective."""
+        if new and self.options.checksums:
+            shape = (len(self.banks), self.experts)
+            mine = self.migrator.sums_LE
+            told = (np.zeros(shape, dtype=np.int64) if mine is None else mine).ravel().tolist()
+            rows = self.group.gather_ints(told)
+            self.migrator.sums_LE = np.asarray(rows[giver], dtype=np.int64).reshape(shape)
+
+    def hollow(self) -> None:
+        """Let all experts of this rank go: they come back from elsewhere; used by `faults`."""
+        for bank in self.banks:
+            bank.drop_staged()
+            bank.install(())
 
     def regroup(self, group: ExpertGroup) -> None:
         """Go on with other ranks; used by `faults`, which restores a placement next."""

@@ -15,9 +15,10 @@ import moeless_opt as mo
 from moeless_opt.runtime.control.controller import Controller
 from moeless_opt.runtime.control.planner import Planner
 from moeless_opt.runtime.engines.attach import attach
-from moeless_opt.runtime.live.faults import EvictedError, Guard
+from moeless_opt.runtime.live.faults import Guard
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.home import MappedHome, PinnedHome
+from moeless_opt.runtime.live.meeting import EvictedError
 from moeless_opt.runtime.predict.foresight import GatePredictor
 from moeless_opt.runtime.predict.gates import plain_gates
 from moeless_opt.runtime.predict.per_layer import PerLayer

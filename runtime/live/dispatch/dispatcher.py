@@ -281,7 +281,7 @@ class SlotDispatcher:
         self._gathered, self._unseen = gathered, False
         if self._there is None or not on_device(self.shares):
             # The one synchronisation with the host: the all-to-all needs its sizes there.
-            host: IntArray = gathered.cpu().numpy()
+            host: IntArray = self.group.to_host(gathered).numpy()
             if agree is not None:
                 agree(self.index, host[:, self.experts :])
             self._split(host[:, : self.experts])
@@ -292,7 +292,8 @@ class SlotDispatcher:
         if self.group.size == 1 and self.sizes_there and self.row_block == 1:
             self._unseen = True
             return
-        seen = self._there.tell(gathered)
+        with self.group.host_wait():
+            seen = self._there.tell(gathered)
         if agree is not None:
             agree(self.index, seen.headers_RK)
         if self.table is not table or self.shares is not policy:

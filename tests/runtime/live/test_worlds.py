@@ -97,6 +97,33 @@ def test_a_rank_that_hangs_is_left_behind_and_told_so(run_world: World) -> None:
         assert recovery["lost"] == [1]
 
 
+def test_a_slow_rank_is_no_dead_one_and_a_dead_one_may_come_back(run_world: World) -> None:
+    results = run_world("worker_hearts.py", 3, "stopped")
+    for rank, result in enumerate(results):
+        assert result["worst"] == result["detached"] == 0.0
+        assert result["ranks"] == [0, 1, 2]
+        assert all(row > 0 for rows in result["held"] for row in rows)
+        if rank == 1:
+            assert (result["lost"], result["joined"]) == ([[]], [[1]])
+        else:
+            assert (result["lost"], result["joined"]) == ([[1], []], [[], [1]])
+            # Not by the timeout of 120 s.
+            assert "rank 1 has given no sign of life for 1 s" in result["cause"][0] or (
+                result["cause"][0] == "another rank has lost one"
+            )
+
+
+def test_a_process_started_anew_takes_the_place_of_a_killed_one(run_world: World) -> None:
+    """It is let in with the options that the others have, gets its experts, and all can detach again."""
+    results = run_world("worker_hearts.py", 3, "anew", expect_killed=1)
+    for rank, result in enumerate(results):
+        assert result["worst"] == 0.0
+        assert result["ranks"] == [0, 1, 2]
+        assert all(row > 0 for rows in result["held"] for row in rows)
+        assert result["joined"][-1] == [1]
+        assert result["lost"][0] == ([] if rank == 1 else [1])
+
+
 @pytest.mark.parametrize("where", ["observed", "experts"])
 def test_a_pass_that_ends_early_on_one_rank_never_gives_wrong_outputs(run_world: World, where: str) -> None:
     first, second = run_world("worker_edges.py", 2, where)
