@@ -12,4 +12,7 @@ from .parts import moe_layers as moe_layers
 from .parts import neutral_config_fields as neutral_config_fields
 from .parts import parallel_state as parallel_state
 from .parts import quiet_config as quiet_config
+from .parts import stage_layers as stage_layers
+from .pipeline import pipelined as pipelined
+from .pipeline import whole_logits as whole_logits
 from .release import check_megatron as check_megatron

@@ -42,6 +42,7 @@ __all__ = [
     "Names",
     "Piece",
     "Recipe",
+    "Shard",
     "SparseMixerRouter",
     "recipe",
 ]
@@ -67,6 +68,8 @@ class Piece:
         Take ``tensor[index]`` (one expert of a fused tensor).
     transpose : bool
         Swap the two axes of what was read.
+    cut : (int, int, int), optional
+        Take just this part: along this axis, the part of this number, of so many equal ones.
     """
 
     target: str
@@ -75,6 +78,28 @@ class Piece:
     view: View = lambda parameter: parameter
     index: int | None = None
     transpose: bool = False
+    cut: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a model that one rank holds, beside its experts.
+
+    Parameters
+    ----------
+    rank, ranks : int
+        Which part of what tensor parallelism divides, of how many.
+    layers : range, optional
+        Layers of this pipeline stage; all by default.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    layers: range | None = None
+
+    def cut(self, axis: int) -> tuple[int, int, int] | None:
+        """The rank's part along an axis of a tensor on disk."""
+        return None if self.ranks == 1 else (axis, self.rank, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -163,12 +188,14 @@ class Recipe:
     def transformer_config(self, dtype: torch.dtype) -> TransformerConfig:
         """Build megatron-core's configuration, for parameters of type `dtype`."""
         ensure_model_parallel()
+        tensor = parallel_state.get_tensor_model_parallel_world_size()
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
         for kind, ranks in (
-            ("tensor", parallel_state.get_tensor_model_parallel_world_size()),
-            ("pipeline", parallel_state.get_pipeline_model_parallel_world_size()),
             ("expert tensor", parallel_state.get_expert_tensor_parallel_world_size()),
+            ("context", parallel_state.get_context_parallel_world_size()),
         ):
             _refuse(ranks > 1, f"{kind} parallelism ({ranks} ranks)")
+        self._divisible(tensor, stages)
         size = parallel_state.get_expert_model_parallel_world_size()
         if self.experts % size:
             raise UnsupportedFeatureError(
@@ -181,37 +208,84 @@ class Recipe:
             fp16=dtype == torch.float16,
             perform_initialization=False,
             expert_model_parallel_size=size,
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=stages,
+            expert_tensor_parallel_size=1,
+            pipeline_dtype=dtype if stages > 1 else None,
+            num_layers_in_last_pipeline_stage=self._last_stage(stages) if self.layers % stages else None,
         )
         return quiet_config(MLATransformerConfig if self.latent else TransformerConfig, **fields)
 
+    def _divisible(self, tensor: int, stages: int) -> None:
+        """Refuse divisions that do not come out even, or that are not supported.
+
+        Raises
+        ------
+        UnsupportedFeatureError
+        """
+        if tensor > 1:
+            _refuse(self.latent, f"tensor parallelism ({tensor} ranks) of multi-head latent attention")
+            sizes = {
+                "attention heads": self.fields["num_attention_heads"],
+                "key-value heads": self.fields["num_query_groups"],
+                "tokens of the vocabulary": self.hf["vocab_size"],
+                "channels of the dense layers": 0 if all(self.moe_L) else self._dense_width(),
+                "channels of the shared experts": self.fields.get("moe_shared_expert_intermediate_size") or 0,
+            }
+            for what, count in sizes.items():
+                _refuse(count % tensor > 0, f"tensor parallelism: {count} {what} over {tensor} ranks")
+        if stages > 1:
+            _refuse(
+                self._last_stage(stages) < 1, f"pipeline parallelism: {self.layers} layers in {stages} stages"
+            )
+            _refuse(
+                self.tied,
+                f"pipeline parallelism ({stages} stages) of a model whose output matrix is its embedding",
+            )
+
+    def _last_stage(self, stages: int) -> int:
+        """Layers of the last pipeline stage; the others have as many each, and no fewer."""
+        return self.layers - (stages - 1) * -(-self.layers // stages)
+
     # ------------------------------------------------------------------------------------------- pieces
 
-    def pieces(self, local_experts: Callable[[int], list[int]]) -> Iterator[Piece]:
+    def pieces(
+        self, local_experts: Callable[[int], list[int]], shard: Shard | None = None
+    ) -> Iterator[Piece]:
         """List all pieces of a rank's model, in the order of the layers.
 
         Parameters
         ----------
         local_experts : callable
             The experts that the rank holds of a layer (given its index), in the order of its modules.
+        shard : Shard, optional
+            What the rank holds of the rest; all by default.
         """
+        held = shard or Shard()
         vocab, width = self.hf["vocab_size"], self.hf["hidden_size"]
         model = self.names.prefix + "model."
-        yield Piece("embedding.word_embeddings.weight", model + "embed_tokens.weight", (vocab, width))
-        for layer in range(self.layers):
-            yield from self._attention(layer)
-            yield from self._norms(layer)
+        mine = held.layers or range(self.layers)
+        if mine.start == 0:
+            source = model + "embed_tokens.weight"
+            yield Piece("embedding.word_embeddings.weight", source, (vocab, width), cut=held.cut(0))
+        for layer in mine:
+            target = f"decoder.layers.{layer - mine.start}."
+            yield from self._attention(layer, target, held)
+            yield from self._norms(layer, target)
             if self.moe_L[layer]:
-                yield from self._moe_shared(layer)
+                yield from self._moe_shared(layer, target + "mlp.", held)
                 for slot, expert in enumerate(local_experts(layer)):
-                    module = f"decoder.layers.{layer}.mlp.experts.local_experts.{slot}."
+                    module = f"{target}mlp.experts.local_experts.{slot}."
                     yield from self.expert_pieces(layer, expert, module)
             else:
-                yield from self._gated(f"decoder.layers.{layer}.mlp.", self._mlp(layer), self._dense_width())
-        yield from self._norm("decoder.final_layernorm.", model + "norm.", width)
-        if not self.tied:
-            yield Piece("output_layer.weight", self.names.prefix + "lm_head.weight", (vocab, width))
-        if self.output_bias:
-            yield Piece("output_layer.bias", self.names.prefix + "lm_head.bias", (vocab,))
+                yield from self._gated(target + "mlp.", self._mlp(layer), self._dense_width(), held)
+        if mine.stop == self.layers:
+            yield from self._norm("decoder.final_layernorm.", model + "norm.", width)
+            head = self.names.prefix + "lm_head."
+            if not self.tied:
+                yield Piece("output_layer.weight", head + "weight", (vocab, width), cut=held.cut(0))
+            if self.output_bias:
+                yield Piece("output_layer.bias", head + "bias", (vocab,), cut=held.cut(0))
 
     def expert_pieces(self, layer: int, expert: int, module: str = "") -> Iterator[Piece]:
         """List the pieces of one expert; targets begin with `module` (empty: relative to the expert)."""
@@ -241,37 +315,42 @@ class Recipe:
         if self.fields.get("normalization") == "LayerNorm":
             yield Piece(target + "bias", source + "bias", (width,))
 
-    def _norms(self, layer: int) -> Iterator[Piece]:
-        width, target = self.hf["hidden_size"], f"decoder.layers.{layer}."
+    def _norms(self, layer: int, target: str) -> Iterator[Piece]:
+        width = self.hf["hidden_size"]
         yield from self._norm(target + "input_layernorm.", self._layer(layer) + "input_layernorm.", width)
         yield from self._norm(
             target + "pre_mlp_layernorm.", self._layer(layer) + "post_attention_layernorm.", width
         )
 
-    def _gated(self, target: str, source: str, inner: int) -> Iterator[Piece]:
-        """Gate and up projection side by side, and the down projection."""
-        width, names = self.hf["hidden_size"], self.names
-        fc1, shape = target + "linear_fc1.weight", (inner, width)
-        yield Piece(fc1, f"{source}{names.gate}.weight", shape, lambda p: p[:inner])
-        yield Piece(fc1, f"{source}{names.up}.weight", shape, lambda p: p[inner:])
-        yield Piece(target + "linear_fc2.weight", f"{source}{names.down}.weight", (width, inner))
+    def _gated(self, target: str, source: str, inner: int, held: Shard | None = None) -> Iterator[Piece]:
+        """Gate and up projection side by side, and the down projection; tensor parallelism divides each."""
+        width, names, held = self.hf["hidden_size"], self.names, held or Shard()
+        fc1, shape, half = target + "linear_fc1.weight", (inner, width), inner // held.ranks
+        yield Piece(fc1, f"{source}{names.gate}.weight", shape, lambda p: p[:half], cut=held.cut(0))
+        yield Piece(fc1, f"{source}{names.up}.weight", shape, lambda p: p[half:], cut=held.cut(0))
+        down = f"{source}{names.down}.weight"
+        yield Piece(target + "linear_fc2.weight", down, (width, inner), cut=held.cut(1))
 
-    def _moe_shared(self, layer: int) -> Iterator[Piece]:
+    def _moe_shared(self, layer: int, target: str, held: Shard) -> Iterator[Piece]:
         """The router and the shared experts of a layer."""
-        target, E, width = f"decoder.layers.{layer}.mlp.", self.experts, self.hf["hidden_size"]
+        E, width = self.experts, self.hf["hidden_size"]
         router = self._mlp(layer) + self.names.router
         yield Piece(target + "router.weight", router + ".weight", (E, width))
         if self.names.router_bias:
             yield Piece(target + "router.expert_bias", f"{router}.{self.names.router_bias}", (E,))
         if self.names.shared:
             inner = self.fields["moe_shared_expert_intermediate_size"]
-            yield from self._gated(target + "shared_experts.", self._mlp(layer) + self.names.shared, inner)
+            shared = self._mlp(layer) + self.names.shared
+            yield from self._gated(target + "shared_experts.", shared, inner, held)
 
-    def _attention(self, layer: int) -> Iterator[Piece]:
-        target, source = f"decoder.layers.{layer}.self_attention.", self._layer(layer) + "self_attn."
-        yield from (self._latent_attention if self.latent else self._grouped_attention)(target, source)
+    def _attention(self, layer: int, target: str, held: Shard) -> Iterator[Piece]:
+        target, source = target + "self_attention.", self._layer(layer) + "self_attn."
+        if self.latent:
+            yield from self._latent_attention(target, source)
+        else:
+            yield from self._grouped_attention(target, source, held)
 
-    def _grouped_attention(self, target: str, source: str) -> Iterator[Piece]:
+    def _grouped_attention(self, target: str, source: str, held: Shard) -> Iterator[Piece]:
         f, hidden = self.fields, self.hf["hidden_size"]
         groups, channels = f["num_query_groups"], f["kv_channels"]
         queries = f["num_attention_heads"] // groups * channels  # rows of one group
@@ -284,15 +363,15 @@ class Recipe:
             rows = groups * (last - first)
 
             def rows_of_groups(p: torch.Tensor, a: int = first, b: int = last) -> torch.Tensor:
-                return p.view(groups, -1, *p.shape[1:])[:, a:b]
+                return p.view(groups // held.ranks, -1, *p.shape[1:])[:, a:b]
 
-            yield Piece(
-                target + "linear_qkv.weight", f"{source}{name}_proj.weight", (rows, hidden), rows_of_groups
-            )
-            if self.attention_bias:
-                yield Piece(target + "linear_qkv.bias", f"{source}{name}_proj.bias", (rows,), rows_of_groups)
+            for kind, shape in (("weight", (rows, hidden)), ("bias", (rows,))):
+                if kind == "weight" or self.attention_bias:
+                    to, of = f"{target}linear_qkv.{kind}", f"{source}{name}_proj.{kind}"
+                    yield Piece(to, of, shape, rows_of_groups, cut=held.cut(0))
         heads = f["num_attention_heads"] * channels
-        yield Piece(target + "linear_proj.weight", source + "o_proj.weight", (hidden, heads))
+        proj = source + "o_proj.weight"
+        yield Piece(target + "linear_proj.weight", proj, (hidden, heads), cut=held.cut(1))
         if self.attention_bias:
             yield Piece(target + "linear_proj.bias", source + "o_proj.bias", (hidden,))
         if f.get("qk_layernorm"):

@@ -191,7 +191,9 @@ class SafetensorsFolder:
             self._open[file] = os.open(file, os.O_RDONLY)
         return self._open[file]
 
-    def read_into(self, name: str, out: torch.Tensor, *, index: int | None = None) -> None:
+    def read_into(
+        self, name: str, out: torch.Tensor, *, index: int | None = None, rows: range | None = None
+    ) -> None:
         """Read a tensor, or one entry along its first axis, into `out` without any copy between.
 
         Parameters
@@ -202,12 +204,17 @@ class SafetensorsFolder:
             On the CPU, contiguous, with the type and number of elements of what is read.
         index : int, optional
             Read ``tensor[index]`` only.
+        rows : range, optional
+            Read ``tensor[rows.start : rows.stop]`` only.
         """
         info = self.info(name)
         begin, size = info.begin, info.nbytes
         if index is not None:
             size //= info.shape[0]
             begin += index * size
+        elif rows is not None:
+            row = size // info.shape[0]
+            begin, size = begin + rows.start * row, len(rows) * row
         if (
             out.dtype != info.dtype
             or out.nbytes != size
@@ -227,12 +234,14 @@ class SafetensorsFolder:
             done += got
         self.bytes_read += size
 
-    def read(self, name: str, *, index: int | None = None) -> torch.Tensor:
-        """Read a tensor, or ``tensor[index]``, in the type that it has on disk."""
+    def read(self, name: str, *, index: int | None = None, rows: range | None = None) -> torch.Tensor:
+        """Read a tensor, ``tensor[index]``, or some of its rows, in the type that it has on disk."""
         info = self.info(name)
         shape = info.shape if index is None else info.shape[1:]
+        if rows is not None:
+            shape = (len(rows), *info.shape[1:])
         out = torch.empty(shape, dtype=info.dtype)
-        self.read_into(name, out, index=index)
+        self.read_into(name, out, index=index, rows=rows)
         return out
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from moeless_opt.problems.errors import FormatError, ProblemError, UnsupportedFeatureError
-from moeless_opt.runtime.checkpoint.architectures import Piece, Recipe, recipe
+from moeless_opt.runtime.checkpoint.architectures import Piece, Recipe, Shard, recipe
 from moeless_opt.runtime.checkpoint.files import SafetensorsFolder, TensorInfo, read_config
 from moeless_opt.runtime.checkpoint.parts import (
     GPTModel,
@@ -34,6 +34,8 @@ from moeless_opt.runtime.checkpoint.parts import (
     build_gpt,
     cpu_capable_layer_spec,
     moe_layers,
+    parallel_state,
+    stage_layers,
 )
 
 __all__ = ["CheckpointHome", "ExpertSource", "LoadReport", "build_model", "load_checkpoint", "recipe_of"]
@@ -123,13 +125,14 @@ def build_model(plan: Recipe, dtype: torch.dtype, device: str | torch.device = "
         share_embeddings=plan.tied,
     )
     _set_router_jitter(model, plan)
-    # Biases that megatron-core has no option for.
+    # Biases that megatron-core has no option for; that of the row-parallel one is added once, to the sum.
     width = plan.hf["hidden_size"]
     if plan.attention_bias:
         for layer in model.decoder.layers:
             layer.self_attention.linear_proj.bias = torch.nn.Parameter(torch.empty(width, dtype=dtype))
-    if plan.output_bias:
-        model.output_layer.bias = torch.nn.Parameter(torch.empty(plan.hf["vocab_size"], dtype=dtype))
+    if plan.output_bias and model.post_process:
+        rows = model.output_layer.weight.size(0)
+        model.output_layer.bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype))
     # On the CPU nothing has been written yet, so no memory is held: make room on the device instead of
     # copying.
     for parameter in model.parameters():
@@ -143,6 +146,12 @@ def _set_router_jitter(model: GPTModel, plan: Recipe) -> None:
     for _, layer in moe_layers(model):
         if hasattr(layer.router, "jitter") and jitter is not None:
             layer.router.jitter = float(jitter)
+
+
+def _run(size: int, cut: tuple[int, int, int]) -> range:
+    """Rows, or columns, of a part."""
+    _, part, parts = cut
+    return range(size // parts * part, size // parts * (part + 1))
 
 
 class _Filler:
@@ -160,12 +169,18 @@ class _Filler:
         view = piece.view(parameter.data)
         self.tensors += 1
         in_place = view.is_contiguous() and view.device.type == "cpu" and view.dtype == info.dtype
-        if in_place and not piece.transpose:
-            self.files.read_into(piece.source, view, index=piece.index)
+        scaled = info.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        # Rows lie together on disk; columns, and what is scaled block by block, are cut in memory.
+        rows = None
+        if piece.cut is not None and piece.cut[0] == 0 and not scaled:
+            rows = _run(info.shape[0], piece.cut)
+        whole = piece.cut is None or rows is not None
+        if in_place and whole and not piece.transpose:
+            self.files.read_into(piece.source, view, index=piece.index, rows=rows)
             return view.numel()
-        value = self.files.read(piece.source, index=piece.index)
+        value = self.files.read(piece.source, index=piece.index, rows=rows)
         self.scratch_bytes = max(self.scratch_bytes, value.nbytes)
-        if info.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        if scaled:
             value = self._dequantise(piece, value)
         elif not value.is_floating_point():
             raise FormatError(
@@ -173,6 +188,9 @@ class _Filler:
             )
         if piece.transpose:
             value = value.t()
+        if piece.cut is not None and not whole:
+            run = _run(value.shape[piece.cut[0]], piece.cut)
+            value = value.narrow(piece.cut[0], run.start, len(run))
         view.copy_(value.reshape(view.shape))
         return view.numel()
 
@@ -309,7 +327,9 @@ def load_checkpoint(
     GPTModel
         In evaluation mode; its attribute `load_report` is a `LoadReport`. Its experts are divided over the
         expert-parallel group as megatron-core does (rank r holds the r-th run of experts), with a
-        `StaticDispatcher` if the group has more than one rank.
+        `StaticDispatcher` if the group has more than one rank. With tensor parallelism (of the attention, the
+        embedding and dense layers) and pipeline parallelism it is this rank's part and stage; `pipelined` and
+        `whole_logits` run it and put its logits together.
 
     Raises
     ------
@@ -330,9 +350,13 @@ def load_checkpoint(
         model = build_model(plan, kind, device)
         layers = dict(moe_layers(model))
         filler = _Filler(files)
-        _fill_model(
-            model, plan.pieces(lambda layer: list(layers[layer].local_expert_indices)), filler, on_progress
+        shard = Shard(
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+            stage_layers(model.config),
         )
+        pieces = plan.pieces(lambda layer: list(layers[layer].local_expert_indices), shard)
+        _fill_model(model, pieces, filler, on_progress)
         model.load_report = LoadReport(files.bytes_read, filler.tensors, filler.scratch_bytes)
     return model
 
@@ -434,17 +458,28 @@ class CheckpointHome:
         Ranks of the expert-parallel group.
     dtype : torch.dtype, optional
         Of the live model's parameters; by default what ``config.json`` names.
+    layers : sequence of int, optional
+        The live model's layers (its ``layers``), where that is one stage of a pipeline; all by default.
 
     Notes
     -----
     Layers are counted as a live model counts them: only those with experts.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], gpus: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        gpus: int,
+        dtype: torch.dtype | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         self.source = ExpertSource(folder)
         self.dtype = dtype
         self._gpus = gpus
-        self._layers = [i for i, has_experts in enumerate(self.source.recipe.moe_L) if has_experts]
+        whole = [i for i, has_experts in enumerate(self.source.recipe.moe_L) if has_experts]
+        if lacking := sorted(set(layers or ()) - set(whole)):
+            raise ProblemError("layers", f"names {lacking}, which have no experts in {self.source.folder}")
+        self._layers = whole if layers is None else list(layers)
 
     def ranks(self, layer: int, expert: int) -> Sequence[int]:
         """Ranks that can read the expert: all."""

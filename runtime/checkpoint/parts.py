@@ -56,8 +56,12 @@ with warnings.catch_warnings():
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MultiLatentAttention
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 __all__ = [
     "GPTModel",
@@ -78,6 +82,7 @@ __all__ = [
     "neutral_config_fields",
     "parallel_state",
     "quiet_config",
+    "stage_layers",
 ]
 
 #: Configuration fields that keep megatron-core off its CUDA-only paths; safe on a GPU too.
@@ -423,13 +428,22 @@ class StaticDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         return combined
 
 
-def ensure_model_parallel(expert_parallel_size: int | None = None) -> None:
+def ensure_model_parallel(
+    expert_parallel_size: int | None = None,
+    *,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+) -> None:
     """Make `torch.distributed` and megatron's groups ready, if they are not yet.
 
     Parameters
     ----------
     expert_parallel_size : int, optional
-        Ranks of one expert-parallel group; all ranks by default.
+        Ranks of one expert-parallel group; by default all ranks of a pipeline stage.
+    tensor_parallel_size : int
+        Ranks over which attention, embedding and dense layers are divided; experts never are.
+    pipeline_parallel_size : int
+        Stages of the pipeline.
 
     Notes
     -----
@@ -442,8 +456,13 @@ def ensure_model_parallel(expert_parallel_size: int | None = None) -> None:
     if not parallel_state.model_parallel_is_initialized():
         # This tracker's fork() is a null context: the stock one wants the state of a CUDA generator.
         initialize_rng_tracker(inference_rng_tracker=True)
-        size = dist.get_world_size() if expert_parallel_size is None else expert_parallel_size
-        parallel_state.initialize_model_parallel(expert_model_parallel_size=size)
+        stage = dist.get_world_size() // pipeline_parallel_size
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_parallel_size,
+            pipeline_model_parallel_size=pipeline_parallel_size,
+            expert_model_parallel_size=stage if expert_parallel_size is None else expert_parallel_size,
+            expert_tensor_parallel_size=1,
+        )
 
 
 def _moe_pattern(config: TransformerConfig) -> list[bool]:
@@ -454,6 +473,14 @@ def _moe_pattern(config: TransformerConfig) -> list[bool]:
     if isinstance(freq, int):
         return [i % freq == 0 for i in range(config.num_layers)]
     return [bool(x) for x in freq]
+
+
+def stage_layers(config: TransformerConfig) -> range:
+    """Numbers of the layers of this pipeline stage, from 0 over all stages."""
+    if config.pipeline_model_parallel_size == 1:
+        return range(config.num_layers)
+    first = int(get_transformer_layer_offset(config))
+    return range(first, first + int(get_num_layers_to_build(config)))
 
 
 def moe_submodules(layer_spec: Any) -> Any:
@@ -489,14 +516,14 @@ def cpu_capable_layer_spec(
     router: type[Any] = NeutralRouter,
     experts: type[Any] | None = None,
 ) -> TransformerBlockSubmodules:
-    """Specify a decoder of megatron-core's own layers that runs on any device.
+    """Specify a decoder of megatron-core's own layers that runs on any device: this pipeline stage's layers.
 
     Parameters
     ----------
     config : TransformerConfig
         The model; `moe_layer_freq`, `qk_layernorm`, `normalization` and `multi_latent_attention` are
         followed.
-    qk_l2_norm : bool or sequence of bool, one per layer
+    qk_l2_norm : bool or sequence of bool, one per layer of all stages
         Normalise queries and keys by their length (Llama 4, on its rotary layers).
     router : type
         Class of the routers.
@@ -511,7 +538,8 @@ def cpu_capable_layer_spec(
     l2 = [qk_l2_norm] * config.num_layers if isinstance(qk_l2_norm, bool) else list(qk_l2_norm)
     latent = bool(config.multi_latent_attention)
     specs = []
-    for has_experts, use_l2 in zip(_moe_pattern(config), l2, strict=True):
+    kinds = list(zip(_moe_pattern(config), l2, strict=True))
+    for has_experts, use_l2 in (kinds[layer] for layer in stage_layers(config)):
         spec = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts if has_experts else None,
             normalization=config.normalization,
@@ -568,9 +596,20 @@ def build_gpt(
     -------
     GPTModel
         On the CPU, in evaluation mode. With several expert-parallel ranks its layers have a
-        `StaticDispatcher`.
+        `StaticDispatcher`. With several pipeline stages it is this rank's stage (see `pipeline`); with tensor
+        parallelism its logits are this rank's part of the vocabulary.
     """
     ensure_model_parallel()
+    groups = get_default_pg_collection() if pg_collection is None else pg_collection
+    stage, stages = 0, config.pipeline_model_parallel_size
+    if stages > 1:
+        stage = dist.get_rank(
+            groups.pp if pg_collection else parallel_state.get_pipeline_model_parallel_group()
+        )
+        if share_embeddings:
+            raise UnsupportedFeatureError(
+                "pipeline parallelism of a model whose output matrix is its embedding: they are on two stages"
+            )
     with warnings.catch_warnings():
         # The stock constructors call each other in ways that they deprecate.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -582,6 +621,8 @@ def build_gpt(
             position_embedding_type="rope",
             rotary_base=rotary_base,
             share_embeddings_and_output_weights=share_embeddings,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
             pg_collection=pg_collection,
         ).eval()
     if config.multi_latent_attention:
@@ -595,7 +636,6 @@ def build_gpt(
             interleaved=config.rotary_interleaved,
             cp_group=model.pg_collection.cp,
         )
-    groups = get_default_pg_collection() if pg_collection is None else pg_collection
     if groups.ep.size() > 1:
         for _, layer in moe_layers(model):
             layer.token_dispatcher = StaticDispatcher(layer.config, groups)
@@ -603,8 +643,8 @@ def build_gpt(
 
 
 def moe_layers(model: GPTModel) -> list[tuple[int, MoELayer]]:
-    """List the layers with experts: (index among all layers, from 0; the MoE layer)."""
-    return [(i, x.mlp) for i, x in enumerate(model.decoder.layers) if isinstance(x.mlp, MoELayer)]
+    """List the layers with experts: (the model's own number of it, from 0 over all stages; the MoE layer)."""
+    return [(x.layer_number - 1, x.mlp) for x in model.decoder.layers if isinstance(x.mlp, MoELayer)]
 
 
 def causal_positions(tokens_BS: torch.Tensor) -> torch.Tensor:

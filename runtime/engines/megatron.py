@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.runtime.checkpoint import check_megatron
+from moeless_opt.runtime.checkpoint import check_megatron, moe_layers
 from moeless_opt.runtime.engines.stock_experts import StockWeights, activation_of
+from moeless_opt.runtime.engines.tensor_parallel import TokenPart
 from moeless_opt.runtime.live import (
     Adopted,
     AttachOptions,
@@ -37,7 +38,6 @@ check_megatron()
 with warnings.catch_warnings():
     # Megatron-core announces at import every accelerator package that it did not find.
     warnings.simplefilter("ignore")
-    from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
 __all__ = ["MegatronDispatcher", "accepts", "adopt", "unwrap"]
@@ -71,8 +71,11 @@ def _refuse(config: Any, layers: list[Any], options: AttachOptions) -> None:
     first = layers[0].token_dispatcher
     checks = (
         (first.tp_size > 1, "expert tensor parallelism (expert_tensor_parallel_size > 1)"),
-        (config.tensor_model_parallel_size > 1, "tensor parallelism (tensor_model_parallel_size > 1)"),
-        (config.pipeline_model_parallel_size > 1, "pipeline parallelism (pipeline_model_parallel_size > 1)"),
+        (config.context_parallel_size > 1, "context parallelism (context_parallel_size > 1)"),
+        (
+            config.virtual_pipeline_model_parallel_size is not None,
+            "interleaved pipeline stages (virtual_pipeline_model_parallel_size)",
+        ),
         (
             getattr(config, "cuda_graph_impl", "none") not in ("none", None)
             or getattr(config, "enable_cuda_graph", False)
@@ -110,19 +113,27 @@ def _refuse(config: Any, layers: list[Any], options: AttachOptions) -> None:
 class MegatronDispatcher(MoETokenDispatcher):  # type: ignore[misc]
     """The six stages of megatron-core over a `SlotDispatcher`."""
 
-    def __init__(self, stock: Any, core: SlotDispatcher) -> None:
+    def __init__(self, stock: Any, core: SlotDispatcher, part: TokenPart) -> None:
         groups = SimpleNamespace(ep=stock.ep_group, expt_tp=stock.tp_group, tp_ep=stock.tp_ep_group)
         super().__init__(config=stock.config, pg_collection=groups)
-        self.core = core
+        self.core, self.part = core, part
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Count, agree, split, sort by destination."""
         self.hidden_shape = hidden_states.shape
+        rows, marks = hidden_states.reshape(-1, self.hidden_shape[-1]), self.core.valid
+        if self.part.cuts:
+            run = self.part.run(len(rows))
+            rows, routing_map, probs = rows[run], routing_map[run], probs[run]
         expert_Tk = chosen_experts(routing_map, self.core.topk)
         prob_Tk = probs.gather(1, expert_Tk.clamp(max=self.core.experts - 1))
-        return self.core.prepare(hidden_states.reshape(-1, self.hidden_shape[-1]), expert_Tk, prob_Tk)
+        self.core.valid = self.part.own(marks)
+        try:
+            return self.core.prepare(rows, expert_Tk, prob_Tk)
+        finally:
+            self.core.valid = marks
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Send."""
@@ -144,7 +155,10 @@ class MegatronDispatcher(MoETokenDispatcher):  # type: ignore[misc]
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Add up."""
-        return self.core.combine(hidden_states).view(self.hidden_shape)
+        out = self.core.combine(hidden_states)
+        if self.part.cuts:
+            out = self.part.gather(out, self.hidden_shape[:-1].numel())
+        return out.view(self.hidden_shape)
 
 
 def accepts(model: Any) -> bool:
@@ -156,12 +170,18 @@ def accepts(model: Any) -> bool:
 def adopt(model: Any, options: AttachOptions) -> Adopted:
     """Take over the experts of a megatron-core model; see `Engine.adopt`.
 
-    With expert data parallelism each expert-parallel group is adopted by itself and has its own placement.
+    With expert data parallelism each expert-parallel group is adopted by itself and has its own placement,
+    and so has each pipeline stage: it knows its own layers, by the model's own numbers.
     """
     inner = unwrap(model)
-    layers = {i: x.mlp for i, x in enumerate(inner.decoder.layers) if isinstance(x.mlp, MoELayer)}
+    layers = dict(moe_layers(inner))
     if not layers:
-        raise UnsupportedFeatureError("the model has no MoE layer")
+        stages = inner.config.pipeline_model_parallel_size
+        raise UnsupportedFeatureError(
+            f"this pipeline stage (of {stages}) has no MoE layer: attach the others"
+            if stages > 1
+            else "the model has no MoE layer"
+        )
     _refuse(inner.config, list(layers.values()), options)
     first = next(iter(layers.values()))
     device = next(first.experts.parameters()).device
@@ -171,11 +191,13 @@ def adopt(model: Any, options: AttachOptions) -> Adopted:
     experts = int(inner.config.num_moe_experts)
     begin = group.rank * (experts // group.size)
     meter = MemoryMeter(options.memory_limit)
+    parted = inner.config.tensor_model_parallel_size > 1
+    part = TokenPart(first.router.tp_group if parted else None, bool(inner.config.sequence_parallel))
     owned = [_own(layer, number, begin, device, meter, options) for number, layer in layers.items()]
 
     def install(dispatchers: Sequence[SlotDispatcher], most_rows: int | None) -> None:
         for one, core in zip(owned, dispatchers, strict=True):
-            one.install(core, most_rows)
+            one.install(core, most_rows, part)
 
     def restore() -> None:
         for one in owned:
@@ -194,7 +216,16 @@ def adopt(model: Any, options: AttachOptions) -> Adopted:
         install=install,
         restore=restore,
         row_exact=not any(isinstance(one, _Pooled) for one in owned),
+        counted=part.counted,
+        divided=_divided(inner.config),
     )
+
+
+def _divided(config: Any) -> str:
+    """What a rank alone holds a part of, beside its experts."""
+    if config.tensor_model_parallel_size > 1:
+        return "tensor parallelism"
+    return "pipeline parallelism" if config.pipeline_model_parallel_size > 1 else ""
 
 
 def _own(
@@ -203,10 +234,14 @@ def _own(
     """Take a layer over, its experts to be computed as asked."""
     single = hasattr(layer.experts, "local_experts")
     dtype = next(layer.experts.parameters()).dtype
-    if options.experts == "grouped" and not can_group(dtype):
-        raise UnsupportedFeatureError(f"attach: there are no grouped products of {dtype}; use experts='loop'")
+    widths = int(layer.config.hidden_size), int(layer.config.moe_ffn_hidden_size)
+    if options.experts == "grouped" and not can_group(dtype, *widths):
+        why = (
+            f"{dtype}" if not can_group(dtype) else f"rows of {widths} x {dtype}, which are no whole 16 bytes"
+        )
+        raise UnsupportedFeatureError(f"attach: there are no grouped products of {why}; use experts='loop'")
     group = options.experts == "grouped" or (device.type == "cuda" and options.experts == "auto")
-    if single and not (group and can_group(dtype)):
+    if single and not (group and can_group(dtype, *widths)):
         return _Owned(layer, number, begin, device, meter)
     try:
         stock, activation = StockWeights(layer.experts), activation_of(layer.config)
@@ -243,12 +278,12 @@ class _Pooled:
         self.bank, self.experts, self.stock = bank, experts, stock
         self.experts.train(self.module.training)
 
-    def install(self, core: SlotDispatcher, most_rows: int | None) -> None:
+    def install(self, core: SlotDispatcher, most_rows: int | None, part: TokenPart) -> None:
         """Let the core dispatch for the layer."""
         self.stock.hollow()
         core.slot_order, core.sizes_there = self.experts.slot_order, self.experts.grouped
         self.layer.experts = self.experts
-        self.layer.token_dispatcher = MegatronDispatcher(self.dispatcher, core)
+        self.layer.token_dispatcher = MegatronDispatcher(self.dispatcher, core, part)
 
     def restore(self) -> None:
         """Give the layer its stock parts again."""
@@ -287,13 +322,13 @@ class _Owned:
         self.bank = SlotBank(number, resident, list(like.parameters()), device, meter, follow)
         follow(self.bank)
 
-    def install(self, core: SlotDispatcher, most_rows: int | None) -> None:
+    def install(self, core: SlotDispatcher, most_rows: int | None, part: TokenPart) -> None:
         """Let the core dispatch for the layer."""
         # The stock bank must not keep weights alive that have moved away.
         self.stock.local_experts = torch.nn.ModuleList()
         self.experts.most_rows = most_rows
         self.layer.experts = self.experts
-        self.layer.token_dispatcher = MegatronDispatcher(self.dispatcher, core)
+        self.layer.token_dispatcher = MegatronDispatcher(self.dispatcher, core, part)
 
     def restore(self) -> None:
         """Give the layer its stock parts again."""

@@ -155,6 +155,12 @@ class Adopted:
         Whether the experts' matrices are stored [inner, outer].
     row_exact : bool
         Whether sizes of batches are chosen so that a row's result does not depend on the batch.
+    counted : callable
+        ``counted(seen, marks, device)``: which of the tokens that layers get on this rank are this rank's to
+        count, given the marks of real ones (None: all). Others count those that several ranks hold alike.
+    divided : str
+        By what else than expert parallelism the model is divided, so that no rank can be spared; empty: by
+        nothing.
     """
 
     model: Any
@@ -171,6 +177,10 @@ class Adopted:
     home: HomeStore | None = None
     transposed: bool = False
     row_exact: bool = True
+    counted: Callable[[int, torch.Tensor | None, torch.device], torch.Tensor | None] = (
+        lambda seen, marks, device: marks
+    )
+    divided: str = ""
 
     def told(self) -> dict[str, Any]:
         """What has to be the same on all ranks."""

@@ -24,7 +24,7 @@ import numpy as np
 import torch.distributed as dist
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
-from moeless_opt.problems.errors import MoelessError
+from moeless_opt.problems.errors import MoelessError, UnsupportedFeatureError
 from moeless_opt.runtime.live.groups import ExpertGroup, RankLostError
 from moeless_opt.runtime.live.meeting import Meeting
 from moeless_opt.runtime.live.model import LiveModel
@@ -96,6 +96,11 @@ class Guard:
     def __init__(
         self, live: LiveModel, *, grace: float = 5.0, slots: int | None = None, replan: Replan | None = None
     ) -> None:
+        if live.adopted.divided:
+            raise UnsupportedFeatureError(
+                f"Guard does not support {live.adopted.divided} yet: a lost rank takes a part of the model "
+                "along that its expert-parallel group cannot make up for"
+            )
         self.live = live
         self.grace = grace
         self.slots = slots

@@ -21,9 +21,10 @@ __all__ = ["GroupedExperts", "can_group"]
 TYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-def can_group(dtype: torch.dtype) -> bool:
-    """Whether this torch has grouped products of the type."""
-    return hasattr(torch.nn.functional, "grouped_mm") and dtype in TYPES
+def can_group(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether this torch has grouped products of the type, and of rows of these widths (whole 16 bytes)."""
+    aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
+    return hasattr(torch.nn.functional, "grouped_mm") and dtype in TYPES and aligned
 
 
 class GroupedExperts(Module):
@@ -49,7 +50,7 @@ class GroupedExperts(Module):
         self.__dict__["bank"] = bank
         self.activation = activation
         self.probs_on_input = probs_on_input
-        self.grouped = can_group(bank.shapes[0][1])
+        self.grouped = can_group(bank.shapes[0][1], *(shape[-1] for shape, _ in bank.shapes))
         self._layout: tuple[IntArray, IntArray | None] | None = None
         self._at: Tensor | None = None
         self.follow(bank)

@@ -140,9 +140,13 @@ class MappedHome:
     ----------
     folder : path
         Written by `save_experts`.
+    gpus : int
+        Ranks of the expert-parallel group.
+    layers : sequence of int, optional
+        The live model's layers (its ``layers``), where the folder has those of other pipeline stages, too.
     """
 
-    def __init__(self, folder: str | Path, gpus: int) -> None:
+    def __init__(self, folder: str | Path, gpus: int, layers: Sequence[int] | None = None) -> None:
         from safetensors import safe_open
 
         self.folder = Path(folder)
@@ -157,17 +161,23 @@ class MappedHome:
             raise FormatError(
                 str(self.folder), "holds no experts-*.safetensors file; write them with save_experts"
             )
+        here = sorted({layer for layer, _ in self._file})
+        if lacking := sorted(set(layers or ()) - set(here)):
+            raise FormatError(str(self.folder), f"has no experts of layers {lacking}, only of {here}")
+        self._layers = here if layers is None else list(layers)
 
     def ranks(self, layer: int, expert: int) -> Sequence[int]:
         """See `HomeStore.ranks`: everybody reads the files."""
-        return range(self._gpus) if (layer, expert) in self._file else ()
+        here = layer < len(self._layers) and (self._layers[layer], expert) in self._file
+        return range(self._gpus) if here else ()
 
     def read(self, layer: int, expert: int) -> Weights:
         """See `HomeStore.read`."""
-        handle = self._file[layer, expert]
+        number = self._layers[layer]
+        handle = self._file[number, expert]
         weights: Weights = []
-        while f"{layer}.{expert}.{len(weights)}" in handle.keys():  # noqa: SIM118
-            weights.append(handle.get_tensor(f"{layer}.{expert}.{len(weights)}"))
+        while f"{number}.{expert}.{len(weights)}" in handle.keys():  # noqa: SIM118
+            weights.append(handle.get_tensor(f"{number}.{expert}.{len(weights)}"))
         return weights
 
     def regroup(self, members: Sequence[int]) -> None:
@@ -195,10 +205,11 @@ def save_experts(folder: str | Path, group: ExpertGroup, banks: Sequence[SlotBan
                 first.setdefault(e, g)
         for e, weights in bank.resident.items():
             if first[e] == group.rank:
-                tensors |= {f"{layer}.{e}.{i}": t.detach().cpu().contiguous() for i, t in enumerate(weights)}
+                key = f"{bank.layer}.{e}"
+                tensors |= {f"{key}.{i}": t.detach().cpu().contiguous() for i, t in enumerate(weights)}
     if tensors:
         # A new name, then a rename: nobody maps a half-written file.
-        final = folder / f"experts-{group.rank:05d}.safetensors"
+        final = folder / f"experts-{group.ranks[group.rank]:05d}.safetensors"
         draft = final.with_suffix(".part")
         save_file(tensors, str(draft))
         draft.rename(final)

@@ -177,6 +177,8 @@ class Foresight:
         self._pending: dict[int, Pending] = {}
         #: Tokens of the next pass that are no padding, [T]; None: all.
         self.real: Tensor | None = None
+        #: Which of the tokens that a layer gets are this rank's to count; see `live.adopt.Adopted.counted`.
+        self.counted: Callable[[int, Tensor | None, torch.device], Tensor | None] = lambda seen, real, _: real
 
     def __enter__(self) -> Foresight:
         self._tap = tap_hidden(self._model, self._look)
@@ -189,7 +191,8 @@ class Foresight:
     def _look(self, layer: int, hidden: Tensor) -> None:
         ahead = layer + self._distance
         if ahead < len(self._predictor.gates):
-            pending = self._predictor.start(hidden, layer, self._distance, self.real)
+            real = self.counted(hidden[..., 0].numel(), self.real, hidden.device)
+            pending = self._predictor.start(hidden, layer, self._distance, real)
             self._pending[ahead] = pending
             if self._begun is not None:
                 self._begun(ahead, pending)

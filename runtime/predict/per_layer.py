@@ -66,6 +66,7 @@ class PerLayer:
 
     def _begin(self, *_: Any) -> None:
         self._foresight.real = self.live.dispatchers[0].valid
+        self._foresight.counted = self.live.adopted.counted
 
     def _begun(self, index: int, pending: Pending) -> None:
         self.controller.before_layer(self.live.layers[index], pending)

@@ -96,6 +96,9 @@ def main() -> None:
     model = tiny_model(LAYERS, dtype=torch.float64)
     with pytest.raises(UnsupportedFeatureError, match=r"no grouped products of torch\.float64"):
         attach(model, experts="grouped")
+    model = tiny_model(LAYERS, dtype=torch.bfloat16, moe_ffn_hidden_size=36)
+    with pytest.raises(UnsupportedFeatureError, match=r"rows of \(64, 36\) x torch\.bfloat16, which are"):
+        attach(model, experts="grouped")
     model = tiny_model(LAYERS, exact=True)
     with pytest.raises(UnsupportedFeatureError, match="linears of class RowExact"):
         attach(model, experts="grouped")

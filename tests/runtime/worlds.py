@@ -116,7 +116,7 @@ def report(value: Any) -> None:
     Path(os.environ["WORLD_FOLDER"], f"result{os.environ['RANK']}.json").write_text(json.dumps(value))
 
 
-def join(expert_parallel: int | None = None, timeout: float = 120.0) -> tuple[int, int]:
+def join(expert_parallel: int | None = None, timeout: float = 120.0, **more: int) -> tuple[int, int]:
     """Enter the world and make megatron's groups; returns rank and size."""
     import torch
     import torch.distributed as dist
@@ -134,7 +134,7 @@ def join(expert_parallel: int | None = None, timeout: float = 120.0) -> tuple[in
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout)
     )
-    ensure_model_parallel(expert_parallel)
+    ensure_model_parallel(expert_parallel, **more)
     return rank, size
 
 

@@ -403,6 +403,8 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo", store=dist.FileStore("store", size), rank=rank, world_size=size)
 from moeless_opt.runtime.checkpoint.parts import causal_positions, ensure_model_parallel
 from moeless_opt.runtime.checkpoint.load import load_checkpoint
+from moeless_opt.runtime.checkpoint.parts import parallel_state
+from moeless_opt.runtime.checkpoint.pipeline import pipelined, whole_logits
 ensure_model_parallel()
 mine, results = torch.load("tokens")[rank : rank + 1], {}
 for name in names:
@@ -411,6 +413,17 @@ for name in names:
         logits = model(mine, causal_positions(mine), None)
     experts = sum("linear_fc1" in n and "local_experts" in n for n, _ in model.named_parameters())
     results[name] = {"logits": logits, "bytes": model.load_report.bytes_read, "experts": experts}
+for tensor, stages in ((2, 1), (1, 2)):
+    parallel_state.destroy_model_parallel()
+    ensure_model_parallel(2 // stages, tensor_parallel_size=tensor, pipeline_parallel_size=stages)
+    for name in names:
+        if name == ("deepseek" if tensor > 1 else "qwen3"):
+            continue  # refused: latent attention in parts, an output matrix that is the embedding
+        model = load_checkpoint(f"{root}/{name}")
+        logits = pipelined(model, torch.load("tokens"))
+        kind = "tensor" if tensor > 1 else "pipeline"
+        results[name][kind] = None if logits is None else whole_logits(logits)
+        results[name][kind + " bytes"] = model.load_report.bytes_read
 torch.save(results, f"results.{rank}")
 dist.barrier()
 dist.destroy_process_group()
@@ -452,6 +465,28 @@ def test_each_rank_loads_only_its_experts(
     for result in results:
         assert result["experts"] == expert_count // 2
         assert result["bytes"] == whole.load_report.bytes_read - expert_bytes // 2
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_each_rank_loads_only_its_part_and_its_stage(
+    name: str, folders: dict[str, tuple[Path, Any]], by_rank: list[dict[str, Any]]
+) -> None:
+    folder, reference = folders[name]
+    first, last = (r[name] for r in by_rank)
+    whole = load_checkpoint(folder)
+    mine = logits(whole, tokens())
+    with torch.no_grad():
+        wanted = reference(tokens()).logits
+    if name != "qwen3":  # whose output matrix is its embedding
+        assert first["pipeline"] is None
+        assert torch.equal(last["pipeline"], mine)  # the same sums in the same order
+        assert first["pipeline bytes"] + last["pipeline bytes"] == whole.load_report.bytes_read
+    if name == "deepseek":  # whose attention is latent
+        return
+    assert torch.equal(first["tensor"], last["tensor"])
+    assert (first["tensor"] - wanted).abs().max() < 1e-5  # sums over ranks: rounding
+    assert first["tensor bytes"] == last["tensor bytes"]
+    assert first["tensor bytes"] < 0.8 * whole.load_report.bytes_read
 
 
 MEMORY_SCRIPT = """
@@ -698,13 +733,41 @@ def test_longer_inputs_than_the_attention_allows(folders: dict[str, tuple[Path, 
     assert recipe_of(folders["llama4"][0]).max_sequence_length == 8191
 
 
-@pytest.mark.parametrize("kind", ["tensor_model", "pipeline_model", "expert_tensor"])
-def test_other_parallelism_is_refused(kind: str, broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "ranks", "changes", "message"),
+    [
+        ("expert_tensor", 2, {}, r"expert tensor parallelism \(2 ranks\)"),
+        ("context", 2, {}, r"context parallelism \(2 ranks\)"),
+        ("tensor_model", 3, {}, "tensor parallelism: 4 attention heads over 3 ranks"),
+        ("tensor_model", 4, {}, "tensor parallelism: 2 key-value heads over 4 ranks"),
+        ("pipeline_model", 3, {}, "pipeline parallelism: 2 layers in 3 stages"),
+        ("pipeline_model", 2, {"tie_word_embeddings": True}, "model whose output matrix is its embedding"),
+    ],
+)
+def test_other_parallelism_is_refused(
+    kind: str,
+    ranks: int,
+    changes: dict[str, Any],
+    message: str,
+    broken: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from moeless_opt.runtime.checkpoint import architectures as loader_models
 
-    monkeypatch.setattr(loader_models.parallel_state, f"get_{kind}_parallel_world_size", lambda: 2)
-    with pytest.raises(UnsupportedFeatureError, match=kind.removesuffix("_model").replace("_", " ")):
+    edit(broken / "config.json", **changes)
+    monkeypatch.setattr(loader_models.parallel_state, f"get_{kind}_parallel_world_size", lambda: ranks)
+    with pytest.raises(UnsupportedFeatureError, match=message):
         load_checkpoint(broken)
+
+
+def test_tensor_parallel_latent_attention_is_refused(
+    folders: dict[str, tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moeless_opt.runtime.checkpoint import architectures as loader_models
+
+    monkeypatch.setattr(loader_models.parallel_state, "get_tensor_model_parallel_world_size", lambda: 2)
+    with pytest.raises(UnsupportedFeatureError, match="of multi-head latent attention"):
+        load_checkpoint(folders["deepseek"][0])
 
 
 def test_missing_field(broken: Path) -> None:
