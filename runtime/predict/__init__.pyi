@@ -1,4 +1,9 @@
 from .affinity import Affinity as Affinity
+from .backtest import FORECASTERS as FORECASTERS
+from .backtest import Backtest as Backtest
+from .backtest import NextWindow as NextWindow
+from .backtest import backtest as backtest
+from .backtest import forecast_next as forecast_next
 from .foresight import Foresight as Foresight
 from .foresight import GatePredictor as GatePredictor
 from .gates import plain_gates as plain_gates

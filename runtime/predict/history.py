@@ -15,16 +15,21 @@ from moeless_opt.problems.arrays import FloatArray, floats, number, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.runtime.predict.predictor import Context, Predictor
 
-__all__ = ["AutoRegressive", "Calibrated", "Ewma", "LastWindow", "LinearTrend"]
+__all__ = ["AutoRegressive", "Calibrated", "Ewma", "HistoryForecast", "LastWindow", "LinearTrend"]
 
 
-class _History:
+class HistoryForecast:
     """A forecast of each layer's distribution over its experts, scaled to the pass at hand."""
 
     name = "history"
 
     def __init__(self) -> None:
         self._share_LE: FloatArray | None = None
+
+    @property
+    def share_LE(self) -> FloatArray | None:
+        """Forecast of each layer's distribution, shape [L, E]; None before the first pass."""
+        return self._share_LE
 
     def predict(self, context: Context, distance: int) -> FloatArray:
         """Forecast of the layer; before the first pass, an even load."""
@@ -52,7 +57,7 @@ class _History:
         raise NotImplementedError
 
 
-class LastWindow(_History):
+class LastWindow(HistoryForecast):
     """The next pass will be like the last `passes` together (each counts the same)."""
 
     def __init__(self, passes: int = 1) -> None:
@@ -65,7 +70,7 @@ class LastWindow(_History):
         return np.asarray(np.mean(self._recent, axis=0))
 
 
-class Ewma(_History):
+class Ewma(HistoryForecast):
     """Exponentially weighted mean of the passes so far.
 
     Parameters
@@ -88,7 +93,7 @@ class Ewma(_History):
         return self._mean_LE
 
 
-class LinearTrend(_History):
+class LinearTrend(HistoryForecast):
     """The least-squares line through the last `passes`, one pass ahead."""
 
     def __init__(self, passes: int = 6) -> None:
@@ -106,7 +111,7 @@ class LinearTrend(_History):
         return np.asarray(past_PLE.mean(0) + slope_LE * (len(past_PLE) + 1) / 2)
 
 
-class AutoRegressive(_History):
+class AutoRegressive(HistoryForecast):
     """AR(1): the last pass, drawn towards the long-run mean as far as past passes were.
 
     The mean is an exponential one; the coefficient of a layer is its lag-one autocorrelation, pooled over the

@@ -7,17 +7,20 @@ and the times are taken together by the problem's risk measure.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import combinations, combinations_with_replacement
+from math import comb
 
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.plan import gpu_times, new_replicas, risk
-from moeless_opt.problems.spec import TOKENS, Loads, Problem, equal_shares, nearest_shares
+from moeless_opt.problems.spec import TOKENS, Fill, Limits, Loads, Problem, equal_shares, nearest_shares
 from moeless_opt.solvers.core.chain import chained
 from moeless_opt.solvers.core.entries import in_entries
 from moeless_opt.solvers.core.placing import keeps_limits, random_change, widened
 from moeless_opt.solvers.core.risk_descent import descend_even
+from moeless_opt.solvers.core.slack import without_slack
 from moeless_opt.solvers.core.stopping import Stop
 from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
 
@@ -44,6 +47,8 @@ THRESHOLD = 0.2
 """Share by which a first change may raise the risk."""
 
 ALL = slice(None)
+FEW = 20_000
+"""Placements of a layer up to which all of them are looked at, with even shares on GPUs that are alike."""
 _NEAR = 1e-3
 _EQUAL = 1e-9
 
@@ -178,6 +183,8 @@ def best_over_scenarios(
             slots_LGC = np.asarray(np.stack(chains)[near_XL.argmax(0), np.arange(problem.layers)])
             settle_small(problem, slots_LGC, stop)
             return slots_LGC
+    if free and problem.split == "equal" and (tiny_LGC := _enumerated(problem, stop)) is not None:
+        return tiny_LGC
     tables = _built(guises(problem), build, stop)
     if not several:
         return tables[0]
@@ -231,6 +238,35 @@ def _built(
             if len(tables) < at_least:
                 raise
     return tables
+
+
+def _enumerated(problem: Problem, stop: Stop) -> SlotArray | None:
+    """The best of all placements with even shares, where GPUs are alike and there are few; else None."""
+    slots_G, experts = problem.capacity_LG[0], problem.experts
+    alike = bool((problem.capacity_LG == slots_G[0]).all()) and problem.topology.is_uniform
+    if not alike or without_slack(problem).limits != Limits() or problem.fill != Fill.NONE or stop():
+        return None
+    gpus, slots = len(slots_G), int(slots_G[0])
+    rows = sum(comb(experts, held) for held in range(1, slots + 1))
+    if comb(rows + gpus - 1, gpus) > FEW:
+        return None
+    held = [part for size in range(1, slots + 1) for part in combinations(range(experts), size)]
+    every = [one for one in combinations_with_replacement(held, gpus) if len(set().union(*one)) == experts]
+    slots_XGC = np.full((len(every), gpus, slots), -1, dtype=np.int32)
+    for choice_GC, one in zip(slots_XGC, every, strict=True):
+        for row_C, part in zip(choice_GC, one, strict=True):
+            row_C[: len(part)] = part
+    share_XGC = equal_shares(slots_XGC, experts)
+    best_LGC = np.empty((problem.layers, gpus, slots), dtype=np.int32)
+    for layer in range(problem.layers):
+        top_TX = [
+            gpu_times(np.tile(load_E, (len(every), 1)), slots_XGC, share_XGC, problem.topology.speed_G).max(1)
+            for load_E in problem.loads.load_TLE[:, layer]
+        ]
+        best_LGC[layer] = slots_XGC[
+            risk(np.array(top_TX), problem.loads.weight_T, problem.objective).argmin()
+        ]
+    return best_LGC
 
 
 def _chained(problem: Problem) -> tuple[list[SlotArray], BoolArray]:

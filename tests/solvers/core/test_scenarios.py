@@ -169,3 +169,26 @@ def test_small_layers_are_searched_for_the_risk(split: str) -> None:
         fixed = problem.replace(limits=mo.Limits(max_total_replicas=99))
         np.testing.assert_array_equal(best_over_scenarios(fixed, build, stop=NeverStop()), offer)
     assert better
+
+
+@pytest.mark.parametrize("risk", ["expected", "worst", "cvar"])
+def test_tiny_even_layers_are_the_best_there_are(risk: str) -> None:
+    """By every placement, empty slots and all."""
+    experts, gpus, slots = 4, 3, 2
+    parts = [part for size in (1, 2) for part in itertools.combinations(range(experts), size)]
+    for seed in range(4):
+        load = np.random.default_rng(seed).lognormal(0, 1, (3, 1, experts))
+        problem = Problem(
+            loads=Loads(load_TLE=load, weight_T=[1, 2, 1]),
+            topology=mo.uniform(1, gpus, slots=slots),
+            split="equal",
+            objective=mo.Objective(risk=risk, cvar_alpha=0.5),
+        )
+        least = np.inf
+        for choice in itertools.product(parts, repeat=gpus):
+            if len(set().union(*choice)) == experts:
+                table = np.array([[[*part, -1][:slots] for part in choice]], dtype=np.int32)
+                least = min(least, float(slow_risk(problem, table)[0]))
+        plan = mo.solve(problem).plan
+        assert plan is not None
+        assert plan.certificate.value_L[0] == pytest.approx(least, rel=1e-9)
