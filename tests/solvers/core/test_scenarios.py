@@ -72,6 +72,7 @@ def choices(problem: Problem, offers: list[Any], together: bool) -> list[tuple[i
 @pytest.mark.parametrize("together", [False, True])
 def test_the_best_offer_is_taken(moves: bool, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMALL", 0)  # no search after it
+    monkeypatch.setattr(module, "FEW", 0)  # nor all that there are
     monkeypatch.setattr(module, "_descended", lambda *args: [])  # and no offers of its own
     monkeypatch.setattr(module, "_chained", lambda problem: ([], np.zeros((0, problem.layers), dtype=bool)))
     rng = np.random.default_rng([moves, together])
