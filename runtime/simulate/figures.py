@@ -28,7 +28,7 @@ from moeless_opt.runtime.simulate.drawing import (
 )
 from moeless_opt.runtime.simulate.foresight import TINY_MOE
 from moeless_opt.runtime.simulate.options import checked
-from moeless_opt.runtime.simulate.policies import ABLATION
+from moeless_opt.runtime.simulate.policies import ABLATION, READINGS
 from moeless_opt.runtime.simulate.scenario import Scenario, ignored
 
 __all__ = ["FIGURES", "PAPER_MODELS", "Figure"]
@@ -111,6 +111,13 @@ FIGURES: dict[str, Figure] = {
         models=PAPER_MODELS,
         draw=against_baseline,
         size=(11.0, 3.8),
+    ),
+    "readings": Figure(
+        text="each method in all its readings: intervals, waiting, warm replicas",
+        scenario=Scenario(policies=READINGS, seconds=60.0),
+        models=PAPER_MODELS,
+        draw=against_baseline,
+        size=(14.0, 4.2),
     ),
     "cv": Figure(
         text="the scaler's threshold: looser is cheaper and slower",

@@ -32,6 +32,7 @@ __all__ = [
     "BOUND",
     "DEFAULT",
     "POLICIES",
+    "READINGS",
     "SYSTEM",
     "Policy",
     "Run",
@@ -100,6 +101,8 @@ class Policy:
         with stays, static expert parallelism.
     elastic : bool
         Whether replicas are functions, for the charging rules.
+    interval : float, optional
+        Seconds between two plans of a policy that plans after passes, instead of `every` passes.
     predictor : str, optional
         The predictor that belongs to it, whatever the scenario's is.
     reads : frozenset of str
@@ -123,6 +126,7 @@ class Policy:
     transfers: Transfers = Overlapped()  # noqa: RUF009 (it keeps nothing)
     planner: Callable[[Site], Plans] | None = None
     elastic: bool = False
+    interval: float | None = None
     predictor: str | None = None
     reads: frozenset[str] = frozenset()
     part: str = SYSTEM
@@ -155,7 +159,7 @@ class Policy:
         if self.planner is None:
             return reads
         if not self.per_pass:
-            return reads | _WINDOWED
+            return reads | (_WINDOWED if self.interval is None else _WINDOWED - {"every"})
         if isinstance(self.transfers, Sooner):
             reads |= {"believed"}
         return reads | _PER_PASS | (_FORESEEN if self.predictor is None else frozenset())
@@ -182,7 +186,9 @@ class Policy:
         if self.planner is None:
             return Run(policy=self, backend=backend, controller=None)
         site = Site(machine=machine, topology=topology, settings=settings, backend=backend)
-        controller = Controller(backend, self.planner(site), every=settings.every)
+        controller = Controller(
+            backend, self.planner(site), every=settings.every if self.interval is None else 1
+        )
         return Run(policy=self, backend=backend, controller=controller)
 
 
@@ -233,14 +239,14 @@ def _few_moves(site: Site) -> Planner:
     return Planner(topology=site.topology, options={"model": site.machine.model, "objective": objective})
 
 
-def _moeless(site: Site, cv: float | None = None) -> Planner:
+def _moeless(site: Site, cv: float | None = None, within: float | None = None) -> Planner:
     """The paper's scaler and placer; with a coefficient of variation that no layer exceeds, no scaler."""
     sizing = Sizing(policy="cv", cv=site.settings.cv if cv is None else cv)
     return Planner(
         topology=site.topology,
         solver="moeless",
         split="equal",
-        options={"model": site.machine.model, "sizing": sizing},
+        options={"model": site.machine.model, "sizing": sizing, "within": within},
     )
 
 
@@ -272,12 +278,31 @@ _OURS = (
     ),
     Policy(
         name="eplb",
-        summary="DeepSeek's EPLB, per window on its loads",
+        summary="DeepSeek's EPLB, every second on its loads",
         shares=PlannedRule(),
         planner=_eplb,
+        interval=1.0,
         compared=True,
         colour="#E69F00",
         marker="s",
+    ),
+    Policy(
+        name="eplb-window",
+        summary="... per window of passes",
+        shares=PlannedRule(),
+        planner=_eplb,
+        colour="#BB8800",
+        marker="8",
+    ),
+    Policy(
+        name="eplb-live",
+        summary="... every second, and live shares",
+        shares=_TIMED,
+        planner=_eplb,
+        interval=1.0,
+        elastic=True,
+        colour="#DDAA33",
+        marker="1",
     ),
     Policy(
         name="oracle",
@@ -320,6 +345,17 @@ _OURS = (
         reads=frozenset({"cv"}),
         colour="#EE6677",
         marker="p",
+    ),
+    Policy(
+        name="moeless-within",
+        summary="... warm replicas only where their GPU stays within a tenth of the mean load",
+        shares=_EQUAL,
+        transfers=_PER_PASS_WAY,
+        planner=lambda site: _Warm(_moeless(site, within=0.1), site.backend),
+        elastic=True,
+        reads=frozenset({"cv"}),
+        colour="#994455",
+        marker="+",
     ),
     Policy(
         name="moeless-no-predictor",
@@ -411,6 +447,22 @@ _OURS = (
 
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in _OURS}
 """The policies that ship with the package."""
+
+READINGS = (
+    "static",
+    "eplb-window",
+    "eplb",
+    "eplb-live",
+    "moeless-waits",
+    "moeless-warm",
+    "moeless",
+    "moeless-within",
+    "moeless-no-placer",
+    "ours-waits",
+    "ours-warm",
+    "ours",
+)
+"""Methods in all their readings."""
 
 DEFAULT = ("static", "eplb", "oracle", "moeless", "ours-windowed", "ours")
 """What is compared where nothing is said."""

@@ -229,6 +229,7 @@ def _run(policy: Policy, here: Scene, scenario: Scenario, progress: Told | None)
         here.traffic() if loop is None else loop,
         run.controller,
         foresight=foresight,
+        interval=policy.interval,
         progress=None if progress is None else lambda now: progress(policy.name, now, here.until),
     )
     if not report.weight_B:

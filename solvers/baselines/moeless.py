@@ -219,6 +219,7 @@ def place(
     previous_LGC: ArrayLike | None = None,
     *,
     speed_G: ArrayLike | None = None,
+    within: float | None = None,
 ) -> MoelessPlacement:
     """Place replicas by MoEless's rule: warm ones first, then the heaviest to the least loaded GPU.
 
@@ -235,6 +236,9 @@ def place(
     speed_G : float [gpus], optional
         Relative speed of each GPU, > 0. The least loaded GPU is then the one that would finish first. The
         paper's GPUs are equal, the default.
+    within : float, optional
+        Use a warm replica only where its GPU's load stays within this share beyond the mean. Default:
+        whatever its load, as the paper's text has it.
 
     Returns
     -------
@@ -277,7 +281,7 @@ def place(
     nowhere_LGC = np.full((layers, gpus, 0), -1)
     warm_LEG = _membership(nowhere_LGC if previous_LGC is None else previous_LGC, layers, experts, gpus)
     if warm_LEG.any():
-        board.put_where_warm(warm_LEG)
+        board.put_where_warm(warm_LEG, within)
     for k in range(board.steps):
         board.put_anywhere(k)
         for layer in np.flatnonzero(pending_LK[:, k]):
@@ -315,7 +319,7 @@ class _Board:
     ) -> None:
         layers, experts = load_LE.shape
         self.layers, self.gpus = room_LG.shape
-        self.piece_LE = load_LE / wanted_LE
+        self.piece_LE, self.total_L = load_LE / wanted_LE, load_LE.sum(axis=1)
         self.capacity_LG, self.speed_G = room_LG, speed_G
         self.free_LG = room_LG.copy()
         self.load_LG = np.zeros(room_LG.shape)
@@ -332,16 +336,19 @@ class _Board:
             self.expert_LK[layer, : count_L[layer]] = np.repeat(order_E, wanted_LE[layer, order_E])
         self.pending_LK = np.arange(self.steps) < count_L[:, None]
 
-    def put_where_warm(self, warm_LEG: BoolArray) -> None:
-        """Put every layer's replicas, in order, each on its best warm GPU, if there is one."""
+    def put_where_warm(self, warm_LEG: BoolArray, within: float | None) -> None:
+        """Put every layer's replicas, in order, each on its best warm GPU that has room and time, if any."""
+        limit_L = np.full(self.layers, np.inf)
+        if within is not None:
+            limit_L = (1.0 + within) * self.total_L / self.speed_G.sum()
         layer, expert, gpu = np.nonzero(warm_LEG)
         kind = layer * warm_LEG.shape[1] + expert
-        within = np.arange(len(kind)) - np.searchsorted(kind, kind)
+        nth = np.arange(len(kind)) - np.searchsorted(kind, kind)
         # The warm GPUs of each expert, ascending: few of many. The spare column is never free.
-        warm_LEW = np.full((*warm_LEG.shape[:2], int(within.max()) + 1), self.gpus)
-        warm_LEW[layer, expert, within] = gpu
+        warm_LEW = np.full((*warm_LEG.shape[:2], int(nth.max()) + 1), self.gpus)
+        warm_LEW[layer, expert, nth] = gpu
         for k in range(self.steps):
-            self._put(k, self.row_L, warm_LEW[self.row_L, self.expert_LK[:, k]])
+            self._put(k, self.row_L, warm_LEW[self.row_L, self.expert_LK[:, k]], limit_L)
 
     def put_anywhere(self, k: int) -> None:
         """Put the k-th replica of the layers where it still waits on its best GPU, if there is one."""
@@ -354,7 +361,7 @@ class _Board:
         best_R = np.where(allowed_RG, finish_RG, np.inf).argmin(axis=1)
         self._take(k, rows, best_R, allowed_RG[np.arange(rows.size), best_R])
 
-    def _put(self, k: int, rows: IntArray, gpu_RW: IntArray) -> None:
+    def _put(self, k: int, rows: IntArray, gpu_RW: IntArray, limit_R: FloatArray) -> None:
         """Put these layers' k-th replica on the best of the GPUs that each row names."""
         expert_R = self.expert_LK[rows, k]
         at_RW = np.minimum(gpu_RW, self.gpus - 1)
@@ -364,6 +371,7 @@ class _Board:
         finish_RW = (self.load_LG[row_R1, at_RW] + self.piece_LE[rows, expert_R][:, None]) / self.speed_G[
             at_RW
         ]
+        allowed_RW &= finish_RW <= limit_R[:, None]
         best_R = np.where(allowed_RW, finish_RW, np.inf).argmin(axis=1)
         here = np.arange(rows.size)
         self._take(k, rows, at_RW[here, best_R], allowed_RW[here, best_R])

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from moeless_opt.problems.arrays import whole
+from moeless_opt.problems.arrays import number, whole
 from moeless_opt.problems.errors import UnsupportedFeatureError
 from moeless_opt.problems.spec import Fill, Problem, contiguous
 from moeless_opt.solvers.baselines import eplb, moeless
 from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task
 
-__all__ = ["Eplb", "EplbHierarchical", "EplbOptions", "MoEless", "Static"]
+__all__ = ["Eplb", "EplbHierarchical", "EplbOptions", "MoEless", "MoelessOptions", "Static"]
 
 
 class _Published(Heuristic):
@@ -101,13 +101,32 @@ class EplbHierarchical(Eplb):
     policy: ClassVar[Literal["global", "hierarchical"]] = "hierarchical"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoelessOptions:
+    """Options of MoEless.
+
+    Parameters
+    ----------
+    within : float, optional
+        Use a warm replica only where its GPU's load stays within this share beyond the mean; by default
+        whatever its load.
+    """
+
+    within: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.within is not None:
+            object.__setattr__(self, "within", number("within", self.within))
+
+
 class MoEless(_Published):
     """MoEless as published: the greedy scaler to a CV threshold, then the placer with function locality."""
 
     name = "moeless"
     summary = "the MoEless paper's scaler (CV threshold) and placer (warm first, then least loaded)"
+    Options = MoelessOptions
 
-    def build(self, task: Task[NoOptions]) -> Built:
+    def build(self, task: Task[MoelessOptions]) -> Built:
         """Scale, then place; token shares are even."""
         problem = task.problem
         capacity_LG, sizing = problem.capacity_LG, problem.sizing
@@ -124,5 +143,6 @@ class MoEless(_Published):
             capacity_LG,
             None if problem.current is None else problem.current.slots_LGC,
             speed_G=problem.topology.speed_G,
+            within=task.options.within,
         )
         return Built(slots_LGC=placed.slots_LGC)

@@ -111,7 +111,7 @@ MODES = {
     "continuous": {"model": SMALL, "batching": "continuous"},
     "closed": {"model": SMALL, "batching": "closed", "policies": ("static",), "seconds": 0.3, "rate": 30},
     "tiny": {"model": "tiny-moe", "predictor": "last"},
-    "no policy per pass": {"model": SMALL, "policies": ("static", "eplb"), "every": 2},
+    "no policy per pass": {"model": SMALL, "policies": ("static", "eplb-window"), "every": 2},
     "no policy in windows": {"model": SMALL, "policies": ("moeless", "moeless-no-predictor")},
     "topology": {"model": SMALL, "topology": Topology.uniform(1, 4, slots=3)},
 }
@@ -193,7 +193,7 @@ GOLDEN: dict[str, tuple[Scenario, dict[str, tuple[float, ...]]]] = {
         Scenario(model="Mixtral-8x7B", seconds=6, every=2, policies=tuple(POLICIES)),
         {
             "static": (7.75413349, 18.1723484, 2.47140203, 256, 0, 174.772952),
-            "eplb": (7.11005089, 18.1723484, 2.10981676, 403.609672, 189, 235.129932),
+            "eplb": (6.22409919, 18.1723484, 1.77334526, 412.14908, 368, 210.917861),
             "oracle": (3.5136222, 5.74449594, 1, 256, 0, 83.0753234),
             "moeless": (5.26695163, 10.3638441, 1.40279091, 494.53594, 93.5, 28.9816491),
             "moeless-no-predictor": (6.55335119, 18.1723484, 1.91735571, 428.63048, 83.8333333, 34.8636886),
@@ -205,6 +205,9 @@ GOLDEN: dict[str, tuple[Scenario, dict[str, tuple[float, ...]]]] = {
             "moeless-warm": (5.69731388, 10.5577587, 1.55961801, 495.703402, 93.5, 30.9998328),
             "ours-waits": (5.06867153, 7.88308921, 1.4105919, 434.167506, 48, 26.9312072),
             "ours-warm": (5.47133974, 12.0353372, 1.62722129, 437.62966, 48, 28.6655002),
+            "eplb-window": (7.11005089, 18.1723484, 2.10981676, 403.609672, 189, 235.129932),
+            "eplb-live": (5.77550795, 18.1723484, 1.67704369, 406.539661, 368, 30.5485336),
+            "moeless-within": (5.44626932, 9.64934377, 1.46668191, 502.001288, 120.166667, 29.7673775),
             "ours": (5.03473141, 8.7441828, 1.45710326, 436.586651, 48, 26.7126244),
         },
     ),

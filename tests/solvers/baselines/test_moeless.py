@@ -276,3 +276,16 @@ def test_placer_refuses_bad_arguments(change: dict[str, Any], message: str) -> N
 def test_placer_says_how_many_slots_are_missing() -> None:
     with pytest.raises(InfeasibleError, match="layer 0: 4 replicas wanted, 3 slots: 1 too few"):
         moeless.place([[1.0, 2.0]], [[2, 2]], [[1, 2]])
+
+
+def test_warm_replicas_within_a_share_of_the_mean() -> None:
+    """Everything is warm on GPU 0; a limit sends what would overload it elsewhere."""
+    load, one = [[30.0, 30.0, 30.0, 30.0]], np.ones((1, 4), dtype=int)
+    warm = np.array([[[0, 1, 2, 3], [-1] * 4, [-1] * 4, [-1] * 4]])
+    capacity = [[4, 4, 4, 4]]
+    held = {}
+    for within in (None, 2.0, 1.0, 0.0):
+        found = moeless.place(load, one, capacity, warm, within=within)
+        held[within] = (found.slots_LGC[0, 0] >= 0).sum()
+        assert found.reused_L[0] == held[within]
+    assert held == {None: 4, 2.0: 3, 1.0: 2, 0.0: 1}
