@@ -162,7 +162,8 @@ def main() -> int:
         argv, more = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     args = parser.parse_args(argv)
     server, address, first = start_server(args.ranks, more)
-    print(f"start to first token: {first:.1f} s")
+    used = psutil.Process(server.pid).cpu_times()
+    print(f"start to first token: {first:.1f} s, {used.user + used.system:.1f} s of its processor time")
     try:
         rate = args.rate
         if rate is None:

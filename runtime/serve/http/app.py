@@ -74,17 +74,21 @@ def create_app(engine: ServeEngine, options: HttpOptions | None = None) -> FastA
 
 
 def _tidy(app: FastAPI) -> None:
-    """The OpenAPI document without the validation errors that FastAPI would send, and with the API key."""
-    made = app.openapi
+    """The OpenAPI document without the errors that FastAPI would send, and with the key where one is needed."""
+    made, keys = app.openapi, app.state.front.options.api_keys
 
     def openapi() -> dict[str, Any]:
         document = made()
-        for operations in document["paths"].values():
+        components = document.setdefault("components", {})
+        for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+                if keys and path.startswith("/v1/"):
+                    operation["security"] = [{"key": []}]
+        if keys:
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
+            components.get("schemas", {}).pop(name, None)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

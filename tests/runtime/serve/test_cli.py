@@ -19,11 +19,13 @@ from typing import Any
 
 import pytest
 
+import moeless_opt as mo
 from moeless_opt.runtime.serve import Planning, cli
 from moeless_opt.runtime.serve.engine import EngineOptions
 from moeless_opt.runtime.serve.http import HttpOptions
 
-TREE = Path(__file__).resolve().parents[3]
+HOME = Path(mo.__file__).resolve().parents[1]
+"""Where the package is that is tested."""
 
 
 def read(*argv: str) -> tuple[EngineOptions, HttpOptions]:
@@ -107,9 +109,8 @@ def test_a_folder_that_is_no_model_ends_with_2(tmp_path: Path, capsys: Any) -> N
 @contextmanager
 def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server in processes of its own, and its address."""
-    path = f"{TREE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}" if (TREE / "moeless_opt").is_dir() else ""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    env |= {"PYTHONPATH": path} if path else {}
+    path = f"{HOME}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": path}
     server = subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True)
     log: list[str] = []
     found = threading.Event()

@@ -41,6 +41,15 @@ def test_the_document_tells_every_operation(rote: Any) -> None:
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
+def test_the_document_tells_of_the_key(serving: Callable[..., Any]) -> None:
+    with serving(RoteEngine(), api_keys=("key",)) as served:
+        document = served.ask("GET", "/openapi.json")[2]
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert ("security" in operation) == path.startswith("/v1/")
+
+
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_made_up_requests_are_answered_as_the_document_says(rote: Any, mode: str) -> None:
     """Fitting ones too may be refused (an unknown model, a plan for another one), but never by a 5xx."""
