@@ -36,6 +36,7 @@ from moeless_opt.problems.plan import (
     Progress,
     Result,
     Status,
+    Survival,
     engine_measures,
 )
 from moeless_opt.problems.plan.verify import verify, violations
@@ -67,9 +68,10 @@ from moeless_opt.solvers.shares import ShareTable, share_table
 if TYPE_CHECKING:
     from moeless_opt.adapters import export, read_placement
     from moeless_opt.conflicts import Contradiction
-    from moeless_opt.elastic import Repair, Resize, drain, expand, repair
+    from moeless_opt.elastic import Repair, Resize, drain, expand, repair, survival
     from moeless_opt.explaining import Explanation, explain
     from moeless_opt.fronts import ParetoFront, migration, pareto
+    from moeless_opt.speeds import measured_speeds
 
     __version__: str
 
@@ -109,6 +111,7 @@ __all__ = [
     "SolverUnavailableError",
     "Split",
     "Status",
+    "Survival",
     "TimeModel",
     "Topology",
     "UnsupportedFeatureError",
@@ -127,6 +130,7 @@ __all__ = [
     "load_plan",
     "load_problem",
     "load_time_models",
+    "measured_speeds",
     "migration",
     "model_preset",
     "pareto",
@@ -141,6 +145,7 @@ __all__ = [
     "share_table",
     "solve",
     "solver_names",
+    "survival",
     "uniform",
     "verify",
     "violations",
@@ -159,10 +164,12 @@ _LATE = {
     "expand": "moeless_opt.elastic",
     "explain": "moeless_opt.explaining",
     "export": "moeless_opt.adapters",
+    "measured_speeds": "moeless_opt.speeds",
     "migration": "moeless_opt.fronts",
     "pareto": "moeless_opt.fronts",
     "read_placement": "moeless_opt.adapters",
     "repair": "moeless_opt.elastic",
+    "survival": "moeless_opt.elastic",
 }
 
 

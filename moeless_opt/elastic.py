@@ -20,13 +20,13 @@ from moeless_opt.api import as_loads, solve
 from moeless_opt.fronts import checked_schedule
 from moeless_opt.problems.arrays import IntArray, Record, SlotArray, integers
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan import Migration, Plan
+from moeless_opt.problems.plan import Migration, Plan, Survival, survival_of
 from moeless_opt.problems.spec import PRIORITIES, Limits, Loads, Placement, Problem, Topology, span
 from moeless_opt.problems.text import bytes_text
 from moeless_opt.report import ratio_text
 from moeless_opt.solvers.core import Clock
 
-__all__ = ["Repair", "Resize", "drain", "expand", "repair"]
+__all__ = ["Repair", "Resize", "drain", "expand", "repair", "survival"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -253,6 +253,41 @@ def expand(
     found = _solved(given.replace(topology=topology, current=current, known=None), **options)
     assert not isinstance(found.made_for, str)
     return Resize(plan=found, schedule=_way(found.made_for, slots_LGC, found.slots_LGC))
+
+
+def survival(plan: Plan, *, failures: int = 3, topology: Topology | None = None, seed: int = 0) -> Survival:
+    """The probability that no expert is lost when failure domains fail, 1 to `failures` of them at once.
+
+    Parameters
+    ----------
+    plan : Plan
+        The placement.
+    failures : int
+        Most domains that fail at once.
+    topology : Topology, optional
+        The GPUs and their failure domains; needed where the plan was read from a file. With each GPU a domain
+        (``domain_G=range(G)``) single GPUs fail.
+    seed : int
+        Of the sets of domains that are drawn where there are too many to look at.
+
+    Examples
+    --------
+    >>> import moeless_opt as mo
+    >>> topology = mo.uniform(2, 2, slots=3)
+    >>> plan = mo.plan([[4, 3, 2, 1]], topology, limits=mo.Limits(spread=2))
+    >>> mo.survival(plan, failures=2).chance_K
+    (1.0, 0.0)
+    """
+    if topology is None:
+        if isinstance(plan.made_for, str):
+            raise ProblemError("topology", "is missing: a plan that was read from a file does not have it")
+        topology = plan.made_for.topology
+    if topology.gpus != plan.slots_LGC.shape[1]:
+        raise ProblemError(
+            "topology", f"has {topology.gpus} GPUs, the plan {plan.slots_LGC.shape[1]}; must be the same"
+        )
+    given = plan.slots_LGC, plan.experts, topology.failure_domain_G
+    return survival_of(*given, failures=failures, seed=seed)
 
 
 def _problem_of(plan: Plan, problem: Problem | None, loads: ArrayLike | Loads | None) -> Problem:

@@ -62,6 +62,8 @@ from .result import Progress as Progress
 from .result import ProgressCallback as ProgressCallback
 from .result import Result as Result
 from .result import StoppedBy as StoppedBy
+from .survival import Survival as Survival
+from .survival import survival_of as survival_of
 from .time_bounds import TimeTable as TimeTable
 from .time_bounds import timed_bound as timed_bound
 from .verify import check_slots as check_slots

@@ -114,6 +114,7 @@ FEATURES: dict[str, frozenset[Feature]] = {
     "eplb": _PUBLISHED | {Feature.FILL_COPIES, Feature.FILL_EQUAL},
     "eplb-hierarchical": _PUBLISHED | {Feature.FILL_COPIES, Feature.FILL_EQUAL},
     "moeless": _PUBLISHED | {Feature.HETEROGENEOUS, Feature.SIZING_CV},
+    "lazarus": _SPLITS | {Feature.MEMORY, Feature.SPREAD, Feature.SCENARIOS, Feature.NODE_AWARE},
     "portfolio": _EXACT,
     "patterns": _EXACT - {Feature.FRACTIONAL},
     "cpsat": _EXACT,

@@ -38,6 +38,7 @@ SOLVERS: dict[str, str] = {
     "eplb": "moeless_opt.solvers.baselines.solver:Eplb",
     "eplb-hierarchical": "moeless_opt.solvers.baselines.solver:EplbHierarchical",
     "moeless": "moeless_opt.solvers.baselines.solver:MoEless",
+    "lazarus": "moeless_opt.solvers.baselines.lazarus:Lazarus",
     "portfolio": "moeless_opt.solvers.exact.solver:Portfolio",
     "patterns": "moeless_opt.solvers.exact.solver:Patterns",
     "cpsat": "moeless_opt.solvers.exact.solver:CpSat",

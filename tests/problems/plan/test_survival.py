@@ -1,0 +1,87 @@
+"""The probability that no expert is lost, against every set of domains."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pytest
+
+import moeless_opt as mo
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.plan import survival as module
+from moeless_opt.problems.plan import survival_of
+from tests.strategies import random_slots
+
+
+def by_definition(slots: np.ndarray, experts: int, domain: np.ndarray, k: int) -> float:
+    used = sorted({int(domain[g]) for _, g, _ in np.argwhere(slots >= 0)})
+    kept = 0
+    for gone in combinations(used, k):
+        left = np.delete(slots, [g for g, d in enumerate(domain) if d in gone], axis=1)
+        kept += all(set(row[row >= 0].tolist()) == set(range(experts)) for row in left)
+    return kept / comb(len(used), k)
+
+
+def test_every_set_of_domains_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    some = 0
+    for _ in range(60):
+        gpus, slots, layers = (int(n) for n in rng.integers((2, 1, 1), (7, 5, 3)))
+        experts = int(rng.integers(1, max(gpus * slots // 2, 2)))
+        placed = random_slots(rng, np.full((layers, gpus), min(slots, experts)), experts)
+        domain = rng.integers(0, 4, gpus) * 3
+        found = survival_of(placed, experts, domain, failures=3)
+        want = [by_definition(placed, experts, domain, k + 1) for k in range(len(found.chance_K))]
+        assert found.chance_K == pytest.approx(want)
+        assert all(found.exact_K)
+        some += any(0 < x < 1 for x in want)
+        p = 0.2
+        terms = [1.0, *want]
+        total = sum(
+            comb(found.domains, k) * p**k * (1 - p) ** (found.domains - k) * x for k, x in enumerate(terms)
+        )
+        assert found.given(p) == pytest.approx(total)
+    assert some > 5
+
+
+def test_of_many_sets_some_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = np.random.default_rng(1).lognormal(0, 1, (1, 24))
+    plan = mo.plan(loads, mo.uniform(1, 8, slots=6), limits=mo.Limits(min_replicas=2))
+    every = mo.survival(plan, topology=mo.uniform(1, 8, slots=6).replace(domain_G=np.arange(8)))
+    monkeypatch.setattr(module, "MOST_SETS", 20)
+    drawn = survival_of(plan.slots_LGC, 24, np.arange(8), failures=3)
+    assert drawn.exact_K == (True, False, False)
+    assert drawn.chance_K == pytest.approx(every.chance_K, abs=0.35)
+    assert every.chance_K[0] == 1.0
+    assert every.alone == 0
+    assert "about" in str(drawn)
+    assert "2: " in str(every)
+
+
+def test_pods_survive_more_often_than_replicas_anywhere() -> None:
+    loads = np.random.default_rng(2).lognormal(0, 0.7, (3, 64))
+    topology = mo.uniform(4, 4, slots=8).replace(domain_G=np.arange(16))
+    pods = mo.plan(loads, topology, solver="lazarus", limits=mo.Limits(spread=2))
+    free = mo.plan(loads, topology, limits=mo.Limits(spread=2))
+    kept = [mo.survival(plan, failures=2).chance_K[1] for plan in (pods, free)]
+    assert kept[0] == pytest.approx(1 - 8 / comb(16, 2))  # of 8 pods, both GPUs
+    assert kept[1] < kept[0] - 0.2
+    assert pods.imbalance_L.max() < 1.05
+    by_node = mo.plan(loads, mo.uniform(4, 4, slots=8), solver="lazarus", limits=mo.Limits(spread=2))
+    assert mo.survival(by_node, failures=2).chance_K == (1.0, pytest.approx(4 / 6))  # nodes are paired up
+    with pytest.raises(mo.InfeasibleError, match="do not reach 3 failure domains"):
+        mo.plan(loads, topology, solver="lazarus", limits=mo.Limits(spread=3, min_replicas=1))
+
+
+def test_bad_input() -> None:
+    plan = mo.plan([[3, 2, 1]], mo.uniform(1, 3, slots=1))
+    with pytest.raises(ProblemError, match="topology: is missing"):
+        mo.survival(plan.replace(made_for="x"))
+    with pytest.raises(ProblemError, match="has 2 GPUs"):
+        mo.survival(plan, topology=mo.uniform(1, 2, slots=2))
+    with pytest.raises(ProblemError, match="probability"):
+        mo.survival(plan).given(1.5)
+    with pytest.raises(ProblemError, match="failures"):
+        mo.survival(plan, failures=0)
