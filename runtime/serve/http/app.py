@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import re
 import threading
+import time
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from importlib import resources
@@ -74,7 +75,7 @@ def create_app(engine: ServeEngine, options: HttpOptions | None = None) -> FastA
 
 
 def _tidy(app: FastAPI) -> None:
-    """The OpenAPI document without the errors that FastAPI would send, and with the key where one is needed."""
+    """The OpenAPI document without the errors that FastAPI would send, with the key where there is one."""
     made, keys = app.openapi, app.state.front.options.api_keys
 
     def openapi() -> dict[str, Any]:
@@ -127,6 +128,7 @@ async def _start(front: HttpFront) -> None:
     threading.Thread(target=start, name="moeless-start", daemon=True).start()
     await ended.wait()
     if front.error is None:
+        front.served_at = time.monotonic()
         front.ready = True
     else:
         front.failed = str(front.error) or type(front.error).__name__
@@ -136,7 +138,10 @@ async def _sample(front: HttpFront, history: History) -> None:
     while True:
         if front.ready:
             with contextlib.suppress(Exception):  # an engine that has failed says so to whoever asks it
-                history.add(await asyncio.to_thread(front.engine.status))
+                status = await asyncio.to_thread(front.engine.status)
+                if status.ready:
+                    front.served_at = time.monotonic()
+                history.add(status)
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
@@ -174,6 +179,8 @@ async def healthz(request: Request) -> dict[str, str]:
     front: HttpFront = request.app.state.front
     if front.failed:
         raise ApiError(503, f"the engine has failed: {front.failed}", code="engine_failed")
+    if front.lost:
+        raise ApiError(503, "the engine serves no longer", code="engine_lost")
     return {"status": "ok"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from moeless_opt.runtime.serve.http.history import History
 
 __all__ = ["HttpFront"]
+
+PATIENCE = 10.0
+"""Seconds without an engine that serves, after which it is given up."""
 
 LONG_TEXT = 4096
 """Texts above this are turned into tokens beside the event loop."""
@@ -41,6 +45,8 @@ class HttpFront:
         Whether the engine has started; whether the server is about to end.
     failed, error : str, exception or None
         Why the engine could not start, if it could not.
+    served_at : float
+        When the engine was last seen to serve, by the monotonic clock.
     open_requests : int
         HTTP requests under way.
     connections : callable
@@ -53,6 +59,8 @@ class HttpFront:
         self.ready = self.draining = False
         self.failed = ""
         self.error: Exception | None = None
+        self._tokenizing = threading.Lock()  # tokenizers are not made for several threads
+        self.served_at = time.monotonic()
         self.open_requests = 0
         self.created = int(time.time())
         self.connections: Callable[[], int] = lambda: 0
@@ -62,6 +70,11 @@ class HttpFront:
     def mailbox(self) -> Mailbox:
         """Where the engine's threads deliver; of the running loop."""
         return Mailbox(asyncio.get_running_loop())
+
+    @property
+    def lost(self) -> bool:
+        """Whether the engine has served, does no longer, and nobody asked it to end."""
+        return self.ready and not self.draining and time.monotonic() - self.served_at > PATIENCE
 
     def check_open(self) -> None:
         """Raise unless requests are taken."""
@@ -90,8 +103,17 @@ class HttpFront:
         return await self._beside("messages", size, self.engine.codec.chat, messages)
 
     async def _beside(self, field: str, size: int, work: Callable[[Any], list[int]], given: Any) -> list[int]:
+        def alone() -> list[int]:
+            with self._tokenizing:
+                return work(given)
+
         try:
-            return await asyncio.to_thread(work, given) if size > LONG_TEXT else work(given)
+            if size <= LONG_TEXT and self._tokenizing.acquire(blocking=False):
+                try:
+                    return work(given)
+                finally:
+                    self._tokenizing.release()
+            return await asyncio.to_thread(alone)
         except MoelessError as error:
             found = api_error_of(error)
             raise ApiError(found.status, f"{field}: {found.message}", param=field) from error

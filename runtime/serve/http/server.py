@@ -25,6 +25,8 @@ from moeless_opt.runtime.serve.http.wire import listening_socket, patient_protoc
 
 __all__ = ["HttpServer"]
 
+log = logging.getLogger("uvicorn.error")
+
 LAST_WORDS = 5
 """Seconds in which clients are told that their requests could not be finished."""
 
@@ -81,7 +83,7 @@ class HttpServer:
         Returns
         -------
         bool
-            Whether all accepted requests were finished.
+            Whether all accepted requests were finished; False also where the engine failed for good.
 
         Raises
         ------
@@ -95,7 +97,7 @@ class HttpServer:
             raise self._front.error
         if self._front.error is not None:
             raise RuntimeError("the engine could not start") from self._front.error
-        return self._server.finished
+        return self._server.finished and not self._server.lost
 
     def stop(self) -> None:
         """End as after SIGTERM: what was accepted is finished first."""
@@ -109,7 +111,7 @@ class _Draining(uvicorn.Server):
         super().__init__(config)
         self._front = front
         self.ready: Callable[[], None] | None = None
-        self.finished = True
+        self.finished, self.lost = True, False
         front.connections = lambda: len(self.server_state.connections)
 
     async def on_tick(self, counter: int) -> bool:
@@ -117,6 +119,10 @@ class _Draining(uvicorn.Server):
             self.ready()
             self.ready = None
         if self._front.failed and not self._front.ready:
+            return True
+        if self._front.lost:
+            log.error("the engine serves no longer: the server ends, so that it can be started anew")
+            self.lost = True
             return True
         return await super().on_tick(counter)
 
@@ -129,9 +135,7 @@ class _Draining(uvicorn.Server):
             await asyncio.sleep(0.02)
         if front.open_requests:
             self.finished = False
-            logging.getLogger("uvicorn.error").warning(
-                "%d requests were not finished in time", front.open_requests
-            )
+            log.warning("%d requests were not finished in time", front.open_requests)
         await asyncio.to_thread(front.engine.close)  # what still runs is told so
         await super().shutdown(sockets)
 

@@ -351,6 +351,19 @@ def test_an_engine_that_cannot_start_ends_the_server() -> None:
         server.run(lambda: None)
 
 
+def test_an_engine_that_fails_for_good_ends_the_server(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeless_opt.runtime.serve.http.front.PATIENCE", 1.5)
+    engine = RoteEngine()
+    with serving(engine) as served:
+        assert served.ask("GET", "/healthz")[0] == 200
+        engine.drain()  # its thread ends, and nobody asked the server to
+        wait_until(lambda: served.ask("GET", "/readyz")[0] == 503)
+        served.thread.join(30)
+        assert served.results == [False]
+
+
 def test_a_taken_port_is_told(rote: Any) -> None:
     from moeless_opt.runtime.serve.http import HttpOptions, HttpServer
 
