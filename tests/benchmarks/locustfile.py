@@ -30,6 +30,11 @@ class Reader(FastHttpUser):
     if RATE:
         wait_time = constant_throughput(float(RATE))
 
+    def on_start(self) -> None:
+        """Not all at once."""
+        if RATE:
+            time.sleep(random.random() / float(RATE))  # of locust's green threads
+
     @task
     def read(self) -> None:
         """Three of four texts are of the domain of the hour."""

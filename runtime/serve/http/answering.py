@@ -21,6 +21,8 @@ __all__ = ["AnswerStream", "answer_whole"]
 
 _T = TypeVar("_T")
 _DONE = b"data: [DONE]\n\n"
+_COMMENT = b": still waiting\n\n"
+"""Read over by clients; keeps proxies from giving up, and notices peers that are gone without a word."""
 
 
 class ClientLeftError(Exception):
@@ -169,6 +171,8 @@ class AnswerStream(Response):
     async def _events(self) -> AsyncIterator[bytes]:
         opened: set[int] = set()
         async for arrived in self._generation.pieces():
+            if not arrived:
+                yield _COMMENT
             choices = []
             for index, emitted in arrived:
                 if index not in opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -12,6 +13,9 @@ from moeless_opt.runtime.serve.http.mailbox import Letters, Mailbox
 from moeless_opt.runtime.serve.http.metrics import FrontMetrics
 
 __all__ = ["Generation"]
+
+HEARTBEAT = 15.0
+"""Seconds without news after which a stream shows that it lives."""
 
 
 class Generation:
@@ -76,7 +80,7 @@ class Generation:
         self._running.clear()
 
     async def pieces(self) -> AsyncIterator[list[tuple[int, Emitted]]]:
-        """All that has arrived, again and again until every answer has ended.
+        """All that has arrived, again and again until all answers have ended; nothing if that takes long.
 
         Raises
         ------
@@ -84,7 +88,10 @@ class Generation:
             An answer ended with an error.
         """
         while self._running:
-            arrived = [await self._letters.get()]
+            try:
+                arrived = [await asyncio.wait_for(self._letters.get(), HEARTBEAT)]
+            except TimeoutError:
+                arrived = []
             while not self._letters.empty():
                 arrived.append(self._letters.get_nowait())
             for index, emitted in arrived:

@@ -82,6 +82,7 @@ def listening_socket(options: HttpOptions) -> socket.socket:
         raise ProblemError("--host", f"{options.host!r} cannot be listened at: {error.strerror}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         user_timeout: Any = getattr(socket, "TCP_USER_TIMEOUT", None)
         if user_timeout is not None:  # Linux; accepted connections inherit it
             listener.setsockopt(socket.IPPROTO_TCP, user_timeout, int(options.write_timeout * 1000))

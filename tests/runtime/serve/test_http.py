@@ -143,6 +143,19 @@ def test_a_text_ends_at_a_stop_text(rote: Any) -> None:
         assert "c" not in text
 
 
+def test_a_stream_that_waits_shows_that_it_lives(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeless_opt.runtime.serve.http.generation.HEARTBEAT", 0.1)
+    with serving(RoteEngine(pace=0.35)) as served:
+        asked = {"prompt": "x", "max_tokens": 2}
+        content = served.ask("POST", "/v1/completions", asked | {"stream": True})[2]
+        parts = content.split("\n\n")
+        assert ": still waiting" in parts
+        assert len(events("\n\n".join(part for part in parts if not part.startswith(":")))) == 3
+        assert len(served.ask("POST", "/v1/completions", asked)[2]["choices"][0]["text"]) == 2
+
+
 # -------------------------------------------------------------------------------------------- errors
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
