@@ -141,7 +141,7 @@ def _override(problem: Problem, args: argparse.Namespace, what: str) -> Problem:
         changes |= {"share_entries": args.share_entries, "known": None}
     if args.sizing is not None:
         changes["sizing"] = Sizing.of(args.sizing)
-    if args.max_moves is not None or args.max_move_bytes is not None:
+    if any(one is not None for one in (args.max_moves, args.max_move_bytes, args.spread)):
         changes["limits"] = _limits(args, problem.limits)
     if args.tolerance is not None:
         changes["objective"] = problem.objective.replace(balance_tolerance=args.tolerance)
@@ -252,10 +252,12 @@ def _same_gpus(slots_LGC: IntArray, gpus: int, args: argparse.Namespace) -> IntA
 
 
 def _limits(args: argparse.Namespace, given: Limits | None) -> Limits | None:
-    """The problem's limits with what the command line says of moves."""
+    """The problem's limits with what the command line says of moves and domains."""
     changes: dict[str, Any] = {}
     if args.max_moves is not None:
         changes["max_moves"] = args.max_moves
+    if args.spread is not None:
+        changes["spread"] = args.spread
     if args.max_move_bytes is not None:
         changes["max_move_bytes"] = size(args.max_move_bytes, "--max-move-bytes")
     return (given or Limits()).replace(**changes) if changes else given

@@ -12,6 +12,7 @@ import numpy as np
 from moeless_opt.api import export_model, judge, recommend_redundancy
 from moeless_opt.cli.solving import find_plan
 from moeless_opt.conflicts import Contradiction, contradiction
+from moeless_opt.elastic import survival
 from moeless_opt.explaining import Explanation, explain
 from moeless_opt.plots import picture_format
 from moeless_opt.problems.errors import InfeasibleError, InvalidPlanError, ProblemError
@@ -39,12 +40,27 @@ def check(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
         return _judge(problem, plan, args)
     found = violations(problem, plan)
     if args.json:
-        print(json.dumps({"valid": not found, "violations": found, "same_problem": True}))
+        document: dict[str, Any] = {"valid": not found, "violations": found, "same_problem": True}
+        print(json.dumps(document | _survival(problem, plan, args)))
     elif not found and not args.quiet:
-        print(f"valid\n{plan!r}")
+        print(f"valid\n{plan!r}{_survival_text(problem, plan, args)}")
     for text in found:
         say(f"moeless-solve: {args.check}: {text}")
     return 1 if found else 0
+
+
+def _survival(problem: Problem, plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
+    """How likely no expert is lost, for JSON, where that is asked for."""
+    if args.failures is None:
+        return {}
+    return {"survival": survival(plan, failures=args.failures, topology=problem.topology).to_dict()}
+
+
+def _survival_text(problem: Problem, plan: Plan, args: argparse.Namespace) -> str:
+    """The same, for people."""
+    if args.failures is None:
+        return ""
+    return "\n" + paragraph(str(survival(plan, failures=args.failures, topology=problem.topology)))
 
 
 def _judge(problem: Problem, plan: Plan, args: argparse.Namespace) -> int:
@@ -61,7 +77,7 @@ def _judge(problem: Problem, plan: Plan, args: argparse.Namespace) -> int:
     if args.json:
         worth = {name.replace(" ", "_"): _worth(one) for name, one in rows}
         document = {"valid": not found, "violations": found, "same_problem": False, "on_these_loads": worth}
-        print(json.dumps(document))
+        print(json.dumps(document | _survival(problem, plan, args)))
     elif not found and not args.quiet:
         cells = [
             [
@@ -76,6 +92,7 @@ def _judge(problem: Problem, plan: Plan, args: argparse.Namespace) -> int:
         show(
             f"valid as a placement; made for another problem ({plan.problem_digest}), judged on this one\n"
             + table(("with", "imbalance", "worst", "layer", "gap"), cells, words_last=False)
+            + _survival_text(problem, plan, args)
         )
     for text in found:
         say(f"moeless-solve: {args.check}: {text}")

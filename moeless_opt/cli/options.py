@@ -137,6 +137,13 @@ OPTIONS: tuple[Option, ...] = (
         help="draw the GPUs' loads per layer, before and after; or the front",
     ),
     _option(
+        "--failures",
+        modes=(*_PLANS, "check"),
+        type=int,
+        metavar="K",
+        help="tell how likely no expert is lost if 1 to K failure domains fail at once",
+    ),
+    _option(
         "--worst",
         modes=_PLANS,
         type=int,
@@ -231,6 +238,13 @@ OPTIONS: tuple[Option, ...] = (
         modes=(*_PLANS, "check", "explain", "bound"),
         metavar="RULE",
         help="slots, cv=0.2, makespan=1.05 (an imbalance) or memory",
+    ),
+    _input(
+        "--spread",
+        modes=_RULES,
+        type=int,
+        metavar="D",
+        help="failure domains (nodes, unless the topology says more) that every expert must reach",
     ),
     _input(
         "--max-moves",

@@ -12,6 +12,7 @@ import numpy as np
 from moeless_opt.adapters import NUMBERED, export, model_numbers
 from moeless_opt.api import compare, solve
 from moeless_opt.cli.change import Change, change_of
+from moeless_opt.elastic import survival
 from moeless_opt.plots import picture_format, plot_loads
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.files import atomic_write
@@ -46,7 +47,10 @@ def run_solvers(problem: Problem, args: argparse.Namespace, signals: Signals) ->
         _write(problem, best, args)
     change = None if best is None or problem.current is None else change_of(problem, best)
     if args.json:
-        print(json.dumps(_document(outcome, best, change)))
+        document = _document(outcome, best, change)
+        if args.failures is not None and best is not None:
+            document["survival"] = survival(best, failures=args.failures).to_dict()
+        print(json.dumps(document))
     elif not args.quiet:
         worst = best is not None and args.worst > 0
         layers = (
@@ -54,7 +58,8 @@ def run_solvers(problem: Problem, args: argparse.Namespace, signals: Signals) ->
             if best and worst
             else ""
         )
-        parts = (measured(outcome.rows), "" if change is None else str(change))
+        told = "" if best is None or args.failures is None else str(survival(best, failures=args.failures))
+        parts = (measured(outcome.rows), "" if change is None else str(change), told)
         show("\n\n".join([f"{outcome}{layers}", *filter(None, parts)]))
     if signals.came and best is not None:
         say("interrupted: the best found so far is shown")

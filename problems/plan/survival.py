@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +64,15 @@ class Survival(Record):
             for k, chance in enumerate(chances)
         ]
         return float(sum(parts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "domains": self.domains,
+            "chance": list(self.chance_K),
+            "exact": list(self.exact_K),
+            "experts_in_one_domain": self.alone,
+        }
 
     def __str__(self) -> str:
         told = ", ".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -123,3 +124,24 @@ def test_memory_limits_and_pins_go_with_the_gpus() -> None:
     found = mo.repair(plan, [1])
     assert (found.plan.slots_LGC[:, 2] == 0).any(1).all()
     assert (found.plan.slots_LGC[:, 1] == -1).all()
+
+
+def test_the_command_asks_for_domains_and_tells_of_failures(tmp_path: Any, capsys: Any) -> None:
+    from moeless_opt.cli.command import main
+
+    np.save(tmp_path / "loads.npy", LOADS)
+    plan = str(tmp_path / "plan.json")
+    common = [str(tmp_path / "loads.npy"), "--gpus", "4x2", "--slots", "5"]
+    assert main([*common, "--spread", "2", "--failures", "2", "-o", plan]) == 0
+    assert "chance that no expert is lost, by how many of 4 failure domains" in capsys.readouterr().out
+    for given in ([*common, "--spread", "2"], common):  # its own problem, and another one
+        assert main([*given, "--check", plan, "--failures", "1"]) == 0
+        assert "1: 1 (0 experts" in " ".join(capsys.readouterr().out.split())
+        assert main([*given, "--check", plan, "--failures", "1", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)["survival"]
+        assert told == {"domains": 4, "chance": [1.0], "exact": [True], "experts_in_one_domain": 0}
+    assert main([*common, "--failures", "1", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["survival"]["chance"] != [1.0]
+    assert main([*common, "--spread", "9"]) == 1
+    assert main([*common, "--spread", "0"]) == 2
+    assert main([*common, "--failures", "0"]) == 2

@@ -65,6 +65,8 @@ VALUES: dict[str, list[str]] = {
     "gone": ["3"],
     "model_layers": ["2"],
     "sizing": ["slots"],
+    "spread": ["1"],
+    "failures": ["1"],
     "max_moves": ["100"],
     "max_move_bytes": ["900GB"],
     "tolerance": ["0.1"],
