@@ -6,3 +6,4 @@ from .shares import PlannedShares as PlannedShares
 from .shares import SharePolicy as SharePolicy
 from .shares import share_policy as share_policy
 from .stopwatch import Stopwatch as Stopwatch
+from .timed import TimedShares as TimedShares

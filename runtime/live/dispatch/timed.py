@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import FloatArray, IntArray
 from moeless_opt.problems.plan import TimeTable
 from moeless_opt.problems.spec import TimeModel
 from moeless_opt.runtime.live import SlotTable
-from moeless_opt.runtime.live.dispatch.shares import BalancedShares, weighted_quotas
-from moeless_opt.solvers.timed import timed_shares
+from moeless_opt.runtime.live.dispatch.shares import BalancedShares
 
 __all__ = ["TimedShares"]
 
 
+@lru_cache(maxsize=1)
+def _kernels() -> Any:
+    """The search, compiled (or read from the cache) where Numba is: which must not be in a forward."""
+    from moeless_opt.runtime.live.dispatch import _timed_kernels
+
+    return _timed_kernels
+
+
+def shakes(experts: int) -> int:
+    """How often the search is shaken by default: more often where a layer has few experts."""
+    return min(16, max(4, 128 // experts))
+
+
 class TimedShares:
-    """Searches, for every batch, shares that make the slowest rank end soon (`solvers.timed`).
+    """Searches, for every batch, quotas that make the slowest rank end soon.
 
     Where reading an expert costs more than its tokens (decode) this uses fewer replicas than there are;
-    `BalancedShares` uses them all, and is taken where it is quicker by the model. Ranks agree if their
-    processors round alike, as equal machines do: the search is in floating point, the quotas are whole.
+    `BalancedShares` uses them all, and is what the search starts from, beside whole experts: it never takes
+    longer, by the model. It is the search of `solvers.timed` for whole tokens and for experts that have a
+    choice. Ranks agree if their processors round alike, as all with IEEE 754 do.
 
     Parameters
     ----------
@@ -31,7 +47,7 @@ class TimedShares:
     speed_G : array, shape [G], optional
         Relative speeds; equal by default.
     kicks : int, optional
-        Search effort, see `timed_shares`.
+        Search effort: how often the best is shaken and improved again; 4 to 16 by default.
     """
 
     name = "timed"
@@ -49,42 +65,39 @@ class TimedShares:
         mille = (
             None if self.speed_G is None else np.maximum(np.rint(1000 * self.speed_G), 1).astype(int).tolist()
         )
-        self._balanced = BalancedShares(mille)
+        self.balanced = BalancedShares(mille)
         self._tables: dict[int, TimeTable] = {}
-        self._slots: dict[int, tuple[SlotTable, SlotArray]] = {}
-        # The search is compiled, or read from the cache, at its first use: which must not be in a forward.
-        self.quotas(
-            0,
-            np.ones(1, dtype=np.int64),
-            SlotTable(np.zeros((2 if self.speed_G is None else self.speed_G.size, 1)), 1),
-        )
+        _kernels()
 
     def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`."""
-        known = self._slots.get(index)
-        if known is None or known[0] is not table:
-            known = self._slots[index] = table, table.slots()[None]
-        slots_1GC = known[1]
-        most = slots_1GC.shape[2]
-        if most not in self._tables:
-            self._tables[most] = TimeTable.of(self.time, most, per_token=self.per_token)
-        speed_G = np.ones(table.gpus) if self.speed_G is None else self.speed_G
-        share_1GC, _ = timed_shares(
-            load_E[None].astype(np.float64),
-            slots_1GC,
-            speed_G,
-            self._tables[most],
-            kicks=self.kicks,
+        times = self.times(table)
+        found_P: IntArray = _kernels().timed_quotas(
+            np.require(load_E, np.int64, ("C", "W")),
+            self.balanced.quotas(index, load_E, table),
+            table.replicas_E,
+            table.to_slots_P,
+            table.rank_P,
+            self.rates(table),
+            times.knot_K,
+            times.table_AK,
+            self.effort(table),
         )
-        # Filled slots stand first in a row: the flat slots are the rows one after the other.
-        share_P = share_1GC[slots_1GC >= 0]
-        searched_P = weighted_quotas(load_E, share_P, np.ones(table.experts), table)
-        balanced_P = self._balanced.quotas(index, load_E, table)
-        quicker = self._took(searched_P, table, speed_G) <= self._took(balanced_P, table, speed_G)
-        return searched_P if quicker else balanced_P
+        return found_P
 
-    def _took(self, quota_P: IntArray, table: SlotTable, speed_G: FloatArray) -> float:
-        """Time of the slowest rank."""
-        tokens_G = np.bincount(table.rank_P, weights=quota_P, minlength=table.gpus)
-        used_G = np.bincount(table.rank_P, weights=quota_P > 0, minlength=table.gpus)
-        return float((self.time.time(tokens_G, used_G, speed_G) + self.per_token * tokens_G).max())
+    def times(self, table: SlotTable) -> TimeTable:
+        """The time model, up to the most experts that a rank of the table can activate."""
+        most = max(map(len, table.rows))
+        if most not in self._tables:
+            times = TimeTable.of(self.time, most, per_token=self.per_token)
+            # The kernels take no read-only arrays, which those of a curve are.
+            self._tables[most] = TimeTable(times.knot_K.astype(np.float64), times.table_AK)
+        return self._tables[most]
+
+    def rates(self, table: SlotTable) -> FloatArray:
+        """Relative speeds of the table's ranks."""
+        return np.ones(table.gpus) if self.speed_G is None else self.speed_G
+
+    def effort(self, table: SlotTable) -> int:
+        """How often the best is shaken."""
+        return shakes(table.experts) if self.kicks is None else self.kicks
