@@ -20,4 +20,5 @@ from .model import LiveModel as LiveModel
 from .pooled import PooledBank as PooledBank
 from .rows import pieces as pieces
 from .slots import SlotTable as SlotTable
+from .slots import rows_to_slots as rows_to_slots
 from .slots import static_slots as static_slots

@@ -167,6 +167,9 @@ class SlotDispatcher:
         """
         there = runs_here(where, self.group.device)
         self._there = DeviceSplit(self.index, self.group.device) if there else None
+        if self._there is not None and self.index == 0:
+            # All layers have the same kernels.
+            self._there.warm(self.shares, self.experts, self.group)
 
     @property
     def sends_RP(self) -> IntArray:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["arrange", "fill", "interpreted", "order", "pack", "pour", "split"]
+__all__ = ["arrange", "fill", "interpreted", "order", "pack", "pour", "search", "split"]
 
 
 def interpreted() -> bool:
@@ -112,6 +112,8 @@ def pour(
     copies_E,
     speed_G,
     busy_G,
+    base_G,
+    alone_G,
     quota_SX,
     sweeps,
     R,
@@ -134,7 +136,11 @@ def pour(
     tokens = tl.zeros([GB, CB], tl.int64)
     for r in range(R):
         tokens += tl.load(counts + r * stride + single, mask=single >= 0, other=0)
-    tl.store(busy_G + g, tl.sum(tokens, 1), mask=g < G)
+    alone = tl.sum(tokens, 1)
+    tl.store(busy_G + g, alone, mask=g < G)
+    # For `search`: what experts of one replica bring, and how many they are.
+    tl.store(base_G + g, alone, mask=g < G)
+    tl.store(alone_G + g, tl.sum((tokens > 0).to(tl.int64), 1), mask=g < G)
     zero = tl.zeros([SB, X], tl.int64)
     tl.store(quota_SX + s[:, None] * X + x[None, :], zero, mask=s[:, None] < S)
     used = tl.sum((tl.load(load_S + s, mask=s < S, other=0) > 0).to(tl.int32), 0)
@@ -165,6 +171,271 @@ def pour(
         if (sweep > 1) & (fullest >= best):
             sweep = sweeps + 0 * sweep
         best = fullest
+
+
+@triton.jit
+def _seconds(tokens, used, rate, knot_K, table_AK, K, A, LOG: tl.constexpr):
+    """`_timed_kernels.seconds`, elementwise."""
+    low = tokens.to(tl.int32) * 0
+    high = low + (K - 1)
+    tokens = tokens.to(tl.float64)
+    for _ in tl.static_range(LOG):
+        middle = (low + high) // 2
+        open_ = high - low > 1
+        right = tl.load(knot_K + middle) <= tokens
+        low = tl.where(open_ & right, middle, low)
+        high = tl.where(open_ & (right == 0), middle, high)
+    at = tl.load(knot_K + low)
+    along = (tokens - at) / (tl.load(knot_K + low + 1) - at)
+    along = tl.where(along > 0.0, along, 0.0)
+    row = table_AK + tl.minimum(used, A - 1).to(tl.int32) * K + low
+    left = tl.load(row)
+    return (left + (tl.load(row + 1) - left) * along) / rate
+
+
+@triton.jit
+def _later(a, b):
+    return tl.where(a > b, a, b)
+
+
+@triton.jit
+def _part_of(
+    amount,
+    n_g,
+    a_g,
+    s_g,
+    n_h,
+    a_h,
+    s_h,
+    asked,
+    knot_K,
+    table_AK,
+    K,
+    A,
+    TRIES: tl.constexpr,
+    LOG: tl.constexpr,
+):
+    """`_timed_kernels.part_of`, elementwise."""
+    infinite = tl.full(amount.shape, float("inf"), tl.float64)
+    close = tl.full(amount.shape, 1e-4, tl.float64)
+    low = amount * 0
+    high = amount
+    gap_low = _seconds(n_g, a_g, s_g, knot_K, table_AK, K, A, LOG)
+    gap_low -= _seconds(n_h, a_h, s_h, knot_K, table_AK, K, A, LOG)
+    gap_high = _seconds(n_g - amount, a_g, s_g, knot_K, table_AK, K, A, LOG)
+    gap_high -= _seconds(n_h + amount, a_h, s_h, knot_K, table_AK, K, A, LOG)
+    best = low
+    value = infinite
+    going = asked & (gap_low > 0.0) & (gap_high < 0.0)
+    for _ in range(TRIES):
+        going = going & (high - low >= 2)
+        slope = tl.where(going, gap_low - gap_high, 1.0)
+        middle = low + ((high - low).to(tl.float64) * (gap_low / slope)).to(tl.int64)
+        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
+        t_g = _seconds(n_g - middle, a_g, s_g, knot_K, table_AK, K, A, LOG)
+        t_h = _seconds(n_h + middle, a_h, s_h, knot_K, table_AK, K, A, LOG)
+        worst = _later(t_g, t_h)
+        better = going & (worst < value)
+        best = tl.where(better, middle, best)
+        value = tl.where(better, worst, value)
+        gap = t_g - t_h
+        going = going & (tl.abs(gap) > close * worst)
+        up = going & (gap > 0.0)
+        down = going & (gap <= 0.0)
+        low = tl.where(up, middle, low)
+        high = tl.where(down, middle, high)
+        new_low = tl.where(up, gap, tl.where(down, gap_low * 0.5, gap_low))
+        gap_high = tl.where(down, gap, tl.where(up, gap_high * 0.5, gap_high))
+        gap_low = new_low
+    return best, value
+
+
+@triton.jit
+def _pick(tile, s, x, row, column):
+    """One element of a tile."""
+    return tl.sum(tl.sum(tl.where((s[:, None] == row) & (x[None, :] == column), tile, 0), 1), 0)
+
+
+@triton.jit
+def _hand(y, n, a, hold, s, x, g, row, source, target, amount):
+    """`_timed_kernels._hand`: tokens of an expert from one replica to another; all as it is then."""
+    left = _pick(y, s, x, row, source) - amount
+    had = _pick(y, s, x, row, target)
+    from_g = g == _pick(hold, s, x, row, source)
+    to_g = g == _pick(hold, s, x, row, target)
+    n = n + tl.where(to_g, amount, 0) - tl.where(from_g, amount, 0)
+    a = a + (to_g & (had == 0)).to(tl.int64) - (from_g & (left == 0)).to(tl.int64)
+    here = s[:, None] == row
+    y = (
+        y
+        + tl.where(here & (x[None, :] == target), amount, 0)
+        - tl.where(here & (x[None, :] == source), amount, 0)
+    )
+    return y, n, a
+
+
+@triton.jit
+def _descend(
+    best, y, n, a, best_y, best_n, best_a, hold, valid, rate, n_G, a_G, t_G, rate_G, knot_K, table_AK, K, A,
+    G, SB: tl.constexpr, X: tl.constexpr, GB: tl.constexpr, TRIES: tl.constexpr, STEPS: tl.constexpr,
+    LOG: tl.constexpr,
+):  # fmt: skip
+    """`_timed_kernels._descend`, with all steps from the slowest rank looked at side by side."""
+    s = tl.arange(0, SB)
+    x = tl.arange(0, X)
+    g = tl.arange(0, GB)
+    rate_h = tl.load(rate_G + hold, mask=valid, other=1.0)
+    nearly = tl.full([], 1 - 1e-9, tl.float64)
+    sooner = tl.full([], 1 - 1e-6, tl.float64)
+    infinite = tl.full([SB, X], float("inf"), tl.float64)
+    index = s[:, None] * X + x[None, :]
+    step = 0
+    while step < STEPS:
+        t = tl.where(g < G, _seconds(n, a, rate, knot_K, table_AK, K, A, LOG), -1.0)
+        worst = tl.max(t, 0)
+        slow = tl.argmax(t, 0, tie_break_left=True)
+        better = worst < best * nearly
+        best = tl.where(better, worst, best)
+        best_y = tl.where(better, y, best_y)
+        best_n = tl.where(better, n, best_n)
+        best_a = tl.where(better, a, best_a)
+        limit = worst * sooner
+        tl.store(n_G + g, n, mask=g < G)
+        tl.store(a_G + g, a, mask=g < G)
+        tl.store(t_G + g, t, mask=g < G)
+        tl.debug_barrier()
+        n_h = tl.load(n_G + hold, mask=valid, other=0)
+        a_h = tl.load(a_G + hold, mask=valid, other=0) + (y == 0).to(tl.int64)
+        t_h = tl.load(t_G + hold, mask=valid, other=0.0)
+        tl.debug_barrier()
+        there = valid & (hold == slow) & (y > 0)
+        held = tl.sum(tl.where(there, y, 0), 1)
+        source = tl.sum(tl.where(there, x[None, :], 0), 1)
+        amount = held[:, None] + y * 0
+        can = valid & (amount > 0) & (hold != slow) & (t_h < limit)
+        n_g = tl.sum(tl.where(g == slow, n, 0), 0)
+        a_g = tl.sum(tl.where(g == slow, a, 0), 0)
+        rate_g = tl.sum(tl.where(g == slow, rate, 0.0), 0)
+        without = _seconds(n_g - held, a_g - 1 + held * 0, rate_g, knot_K, table_AK, K, A, LOG)
+        whole = _seconds(n_h + amount, a_h, rate_h, knot_K, table_AK, K, A, LOG)
+        whole = _later(without[:, None] + whole * 0.0, whole)
+        part, ends = _part_of(
+            amount,
+            n_g + y * 0,
+            a_g + y * 0,
+            rate_g,
+            n_h,
+            a_h,
+            rate_h,
+            can,
+            knot_K,
+            table_AK,
+            K,
+            A,
+            TRIES,
+            LOG,
+        )
+        value = tl.where(can, tl.where(ends < whole, ends, whole), infinite)
+        least = tl.min(tl.min(value, 1), 0)
+        first = tl.min(tl.min(tl.where(value == least, index, SB * X), 1), 0)
+        row = first // X
+        target = first % X
+        give = _pick(tl.where(ends < whole, part, amount), s, x, row, target)
+        at = tl.sum(tl.where(s == row, source, 0), 0)
+        step += 1
+        if least < limit:
+            y, n, a = _hand(y, n, a, hold, s, x, g, row, at, target, give)
+        else:
+            step = step + STEPS
+    return best, y, n, a, best_y, best_n, best_a
+
+
+@triton.jit
+def _push(draw, slow, y, n, a, hold, copies, valid, SB: tl.constexpr, X: tl.constexpr, GB: tl.constexpr):
+    """One half of `_timed_kernels._shake`."""
+    s = tl.arange(0, SB)
+    x = tl.arange(0, X)
+    g = tl.arange(0, GB)
+    there = valid & (hold == slow) & (y > 0)
+    some = tl.sum(there.to(tl.int64), 1)
+    count = tl.sum(some, 0)
+    if count > 0:
+        draw = draw * 48271 % 2147483647
+        nth = draw % count
+        draw = draw * 48271 % 2147483647
+        row = tl.sum(tl.where((some > 0) & (tl.cumsum(some, 0) == nth + 1), s, 0), 0)
+        source = tl.sum(tl.sum(tl.where(there & (s[:, None] == row), x[None, :], 0), 1), 0)
+        target = draw % (tl.sum(tl.where(s == row, copies, 0), 0) - 1)
+        target += (target >= source).to(tl.int64)
+        amount = _pick(y, s, x, row, source)
+        y, n, a = _hand(y, n, a, hold, s, x, g, row, source, target, amount)
+    return draw, y, n, a
+
+
+@triton.jit(do_not_specialize=["kicks", "G", "S", "K", "A"])
+def search(
+    many, load_S, place_S, rank_EX, copies_E, base_G, alone_G, busy_G, quota_SX, rate_G, knot_K, table_AK,
+    n_G, a_G, t_G, kicks, G, S, K, A,
+    GB: tl.constexpr, SB: tl.constexpr, X: tl.constexpr, TRIES: tl.constexpr, STEPS: tl.constexpr,
+    LOG: tl.constexpr,
+):  # fmt: skip
+    """Quotas of `TimedShares`, one program, from what `pour` leaves; in the place of its quotas."""
+    s = tl.arange(0, SB)
+    x = tl.arange(0, X)
+    g = tl.arange(0, GB)
+    used = tl.sum((tl.load(load_S + s, mask=s < S, other=0) > 0).to(tl.int32), 0)
+    here = s < used
+    nth = tl.load(place_S + s, mask=here, other=0)
+    expert = tl.load(many + nth, mask=here, other=0)
+    copies = tl.load(copies_E + expert, mask=here, other=2).to(tl.int64)
+    load = tl.load(load_S + nth, mask=here, other=0)
+    valid = here[:, None] & (x[None, :] < copies[:, None])
+    hold = tl.load(rank_EX + expert[:, None] * X + x[None, :], mask=valid, other=0)
+    even = tl.load(quota_SX + nth[:, None] * X + x[None, :], mask=valid, other=0)
+    rate = tl.load(rate_G + g, mask=g < G, other=1.0)
+    n = tl.load(base_G + g, mask=g < G, other=0)
+    a = tl.load(alone_G + g, mask=g < G, other=0)
+    even_n = tl.load(busy_G + g, mask=g < G, other=0)
+    even_a = a
+    y = even * 0
+    for row in range(used):
+        # Whole on the replica that ends soonest with it.
+        mine = s[:, None] == row
+        rank_x = tl.sum(tl.where(mine, hold, 0), 0)
+        real_x = tl.sum((mine & valid).to(tl.int32), 0) > 0
+        at = rank_x[:, None] == g[None, :]
+        n_x = tl.sum(tl.where(at, n[None, :], 0), 1)
+        a_x = tl.sum(tl.where(at, a[None, :], 0), 1)
+        rate_x = tl.sum(tl.where(at, rate[None, :], 0.0), 1)
+        tokens = tl.sum(tl.where(s == row, load, 0), 0)
+        ends = _seconds(n_x + tokens, a_x + 1, rate_x, knot_K, table_AK, K, A, LOG)
+        ends = tl.where(real_x, ends, float("inf"))
+        first = tl.argmin(ends, 0, tie_break_left=True)
+        to = tl.sum(tl.where(x == first, rank_x, 0), 0)
+        y += tl.where(mine & (x[None, :] == first), tokens, 0)
+        n += tl.where(g == to, tokens, 0)
+        a += (g == to).to(tl.int64)
+        serves_x = (tl.sum(tl.where(mine, even, 0), 0) > 0) & real_x
+        even_a += tl.sum((at & serves_x[:, None]).to(tl.int64), 0)
+    best = tl.full([], float("inf"), tl.float64)
+    best_y, best_n, best_a = y, n, a
+    draw = used.to(tl.int64) * 0 + 88172645
+    for turn in range(kicks + 2):
+        if turn == 1:
+            y, n, a = even, even_n, even_a
+        if turn > 1:
+            y, n, a = best_y, best_n, best_a
+            t = tl.where(g < G, _seconds(n, a, rate, knot_K, table_AK, K, A, LOG), -1.0)
+            slow = tl.argmax(t, 0, tie_break_left=True)
+            draw, y, n, a = _push(draw, slow, y, n, a, hold, copies, valid, SB, X, GB)
+            draw = draw * 48271 % 2147483647
+            slow = (draw % G).to(tl.int32)
+            draw, y, n, a = _push(draw, slow, y, n, a, hold, copies, valid, SB, X, GB)
+        best, y, n, a, best_y, best_n, best_a = _descend(
+            best, y, n, a, best_y, best_n, best_a, hold, valid, rate, n_G, a_G, t_G, rate_G, knot_K, table_AK,
+            K, A, G, SB, X, GB, TRIES, STEPS, LOG,
+        )  # fmt: skip
+    tl.store(quota_SX + nth[:, None] * X + x[None, :], best_y, mask=valid)
 
 
 @triton.jit

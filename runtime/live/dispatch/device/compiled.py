@@ -27,7 +27,7 @@ INDICES = (
     "slot_EX",
     "wanted_S",
 )
-REALS = ("weight_EX", "total_E", "knot_K", "table_AK", "rate_G")
+REALS = ("weight_EX", "total_E", "knot_K", "table_AK", "rate_G", "t_G")
 
 
 class Compiled(NamedTuple):

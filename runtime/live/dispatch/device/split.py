@@ -14,11 +14,23 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import IntArray
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.runtime.live import ExpertGroup, SlotTable
-from moeless_opt.runtime.live.dispatch import BalancedShares, EqualShares, PlannedShares, SharePolicy
+from moeless_opt.runtime.live import ExpertGroup, SlotTable, rows_to_slots
+from moeless_opt.runtime.live.dispatch import (
+    BalancedShares,
+    EqualShares,
+    PlannedShares,
+    SharePolicy,
+    TimedShares,
+)
 
 __all__ = ["DeviceSplit", "Told", "on_device", "runs_here", "upload", "why_not"]
 
+#: Tries for one division of tokens, and most steps of one descent; as in `_timed_kernels`.
+TRIES, STEPS = 8, 1000
+#: Least width of what depends on a table: few tables want a kernel of their own.
+LEAST = 32
+#: Most replicas of an expert for which kernels are made before the first batch.
+READY = 8
 #: Rows that a program moves at a time.
 BLOCK = 1024
 #: Sums of speeds up to which nothing exceeds 63 bits, for any batch of up to 2**31 rows.
@@ -69,6 +81,8 @@ def on_device(policy: SharePolicy) -> bool:
     """Whether there are kernels for a policy; others are computed on the host."""
     if type(policy) is BalancedShares:
         return sum(policy.speed_G or ()) < FAST
+    if type(policy) is TimedShares:
+        return on_device(policy.balanced)
     return type(policy) in (EqualShares, PlannedShares)
 
 
@@ -149,7 +163,9 @@ class _Placed:
         self.sends_RP = new((ranks, slots))
         self.load_S, self.quota_SX = new(max(self.many_count, 1)), new((max(self.many_count, 1), self.widest))
         self.order_S = torch.empty(max(self.many_count, 1), dtype=torch.int32, device=device)
-        self.busy_G = new(ranks)
+        # Tokens of each rank when it is balanced; those of experts of one replica; how many such are used.
+        self.sums_3G = [new(ranks) for _ in range(3)]
+        self.steps = new(ranks), new(ranks), new(ranks).double()
 
 
 class DeviceSplit:
@@ -169,8 +185,40 @@ class DeviceSplit:
         self._placed: _Placed | None = None
         self._weights: tuple[SlotTable, SharePolicy, Tensor, Tensor] | None = None
         self._speeds: tuple[SharePolicy, Tensor] | None = None
+        self._times: tuple[SlotTable, SharePolicy, tuple[Tensor, ...]] | None = None
         self._nothing = torch.zeros(1, dtype=torch.float64, device=device)
         self._wanted: tuple[bytes, Tensor] | None = None
+
+    def warm(self, policy: SharePolicy, experts: int, group: ExpertGroup) -> None:
+        """Compile what a forward may want, or read it from Triton's cache; some seconds, once on a machine.
+
+        Parameters
+        ----------
+        policy : SharePolicy
+            Besides those by name.
+        experts : int
+            Of a layer.
+        group : ExpertGroup
+            The ranks.
+        """
+        if _kernels().interpreted():
+            return
+        gathered = torch.zeros((group.size, experts), dtype=torch.int64, device=self.device)
+        order = torch.zeros(1, dtype=torch.int64, device=self.device)
+        copies = 1
+        while copies <= min(READY, group.size):
+            rows = [list(row) for row in np.array_split(np.arange(experts), group.size)]
+            for g in range(copies):
+                rows[g] += [0] * (0 not in rows[g])
+            table = SlotTable(rows_to_slots(rows), experts)
+            for one in (EqualShares(), BalancedShares(), policy):
+                if on_device(one):
+                    self.start(gathered, one, table, group)
+            self.tell(gathered)
+            self.by_slot(order)
+            if self._at().mine:
+                self.by_local_slot(None, 1, 1, 1)
+            copies *= 2
 
     # -- launches ----------------------------------------------------------------------------------
 
@@ -207,6 +255,9 @@ class DeviceSplit:
             kind = 0
         elif type(policy) is PlannedShares:
             kind, (weight_EX, total_E) = 1, self._weighted(policy, table)
+        elif isinstance(policy, TimedShares):
+            self._balance(counts, policy.balanced)
+            self._search(policy, table)
         else:
             assert isinstance(policy, BalancedShares)
             self._balance(counts, policy)
@@ -236,7 +287,7 @@ class DeviceSplit:
 
     def _balance(self, counts: Tensor, policy: BalancedShares) -> None:
         at, ranks = self._at(), self.group.size
-        SB = _power(at.many_count)
+        SB = _power(at.many_count, LEAST)
         _launch(
             "order",
             (at.many_count,),
@@ -265,7 +316,7 @@ class DeviceSplit:
             at.rank_EX,
             at.copies_E,
             self._speeds[1],
-            at.busy_G,
+            *at.sums_3G,
             at.quota_SX,
             policy.sweeps,
             ranks,
@@ -273,11 +324,50 @@ class DeviceSplit:
             at.most,
             at.many_count,
             GB=_power(ranks),
-            CB=_power(at.most),
+            CB=_power(at.most, LEAST),
             SB=SB,
             X=at.widest,
             UNIT=policy.speed_G is None,
             warps=1,
+        )
+
+    def _search(self, policy: TimedShares, table: SlotTable) -> None:
+        known = self._times
+        if known is None or known[0] is not table or known[1] is not policy:
+            times = policy.times(table)
+            parts = (policy.rates(table), times.knot_K, times.table_AK)
+            known = self._times = table, policy, tuple(upload(part, self.device) for part in parts)
+        at, (rate_G, knot_K, table_AK) = self._at(), known[2]
+        busy_G, base_G, alone_G = at.sums_3G
+        SB = _power(at.many_count, LEAST)
+        _launch(
+            "search",
+            (1,),
+            at.many_S,
+            at.load_S,
+            at.order_S,
+            at.rank_EX,
+            at.copies_E,
+            base_G,
+            alone_G,
+            busy_G,
+            at.quota_SX,
+            rate_G,
+            knot_K,
+            table_AK,
+            *at.steps,
+            policy.effort(table),
+            self.group.size,
+            at.many_count,
+            len(knot_K),
+            len(table_AK),
+            GB=_power(self.group.size),
+            SB=SB,
+            X=at.widest,
+            TRIES=TRIES,
+            STEPS=STEPS,
+            LOG=_power(len(knot_K)).bit_length() - 1,
+            warps=min(8, _power(SB * at.widest // 32)),
         )
 
     def _weighted(self, policy: PlannedShares, table: SlotTable) -> tuple[Tensor, Tensor]:
@@ -312,8 +402,8 @@ class DeviceSplit:
             at.slots,
             self.group.rank,
             at.mine,
-            KB=_power(extra),
-            SB=_power(at.mine),
+            KB=_power(extra, LEAST),
+            SB=_power(at.mine, LEAST),
             warps=1,
         )
         if out.is_cuda:
@@ -360,7 +450,7 @@ class DeviceSplit:
             out,
             at.slots,
             self.group.rank,
-            PB=_power(at.slots),
+            PB=_power(at.slots, _power(2 * at.table.experts)),
             BLOCK=BLOCK,
             warps=4,
         )
@@ -383,7 +473,7 @@ class DeviceSplit:
         at = self._at()
         gather = torch.zeros(padded, dtype=torch.int64, device=self.device)
         scatter = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        RB, SB = _power(self.group.size), _power(at.mine)
+        RB, SB = _power(self.group.size), _power(at.mine, LEAST)
         _launch(
             "arrange",
             (self.group.size, at.mine),
