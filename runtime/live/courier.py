@@ -24,6 +24,7 @@ __all__ = [
     "Courier",
     "DamagedError",
     "Flight",
+    "Letter",
     "UnreadableError",
 ]
 
@@ -34,6 +35,10 @@ REASON = {
     LOST: "a transfer failed",
     UNREADABLE: "a home copy could not be read",
 }
+
+
+#: Weights to be sent, or what reads them (from a disk, perhaps), the rank of the group, and a tag.
+Letter = tuple[Weights | Callable[[], Weights], int, int]
 
 
 class DamagedError(Exception):
@@ -80,6 +85,13 @@ class Courier:
             queue.SimpleQueue()
         )
         self._thread: threading.Thread | None = None
+        # What has to be read before it can be posted, and all that comes behind it: order counts.
+        self._unread: queue.SimpleQueue[tuple[Flight, Any, Any, Callable[[], None]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._reader: threading.Thread | None = None
+        self._reading = 0
+        self._lock = threading.Lock()
 
     def on_stream(self) -> Any:
         """Context in which transfers are issued."""
@@ -87,7 +99,7 @@ class Courier:
 
     def post(
         self,
-        sends: Sequence[tuple[Weights, int, int]],
+        sends: Sequence[Letter],
         receives: Sequence[tuple[Weights, int, int]],
         finish: Callable[[], None],
     ) -> Flight:
@@ -96,7 +108,8 @@ class Courier:
         Parameters
         ----------
         sends, receives : sequences of (weights, rank of the group, tag)
-            In the same order on every rank.
+            In the same order on every rank. What must be read first is read by a thread, which posts the step
+            then; later ones wait behind it.
         finish : callable
             Run by the thread after the arrivals (reading home copies, checking); it may raise.
         """
@@ -105,6 +118,38 @@ class Courier:
         if self.stream is not None:
             # The memory of the arrivals may have been freed by kernels that are still to run.
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with self._lock:
+            later = self._reading > 0 or any(callable(weights) for weights, _, _ in sends)
+            self._reading += later
+        if not later:
+            self._start(flight, sends, receives, finish)
+            return flight
+        if self._reader is None:
+            self._reader = threading.Thread(target=self._read, name="moeless-reader", daemon=True)
+            self._reader.start()
+        self._unread.put((flight, sends, receives, finish))
+        return flight
+
+    def _read(self) -> None:
+        if self.stream is not None:
+            torch.cuda.set_device(self.device)
+        while (item := self._unread.get()) is not None:
+            flight, sends, receives, finish = item
+            try:
+                with self.on_stream(), torch.no_grad():
+                    sends = [(w() if callable(w) else w, peer, tag) for w, peer, tag in sends]
+                flight.held = [*sends, *receives]
+            except Exception as error:  # whatever it was, the other ranks must hear of it
+                flight.fault, flight.error = LOST, f"{type(error).__name__}: {error}"
+                flight.done.set()
+            else:
+                self._start(flight, sends, receives, finish)
+            with self._lock:
+                self._reading -= 1
+            del item, flight, sends, receives, finish
+
+    def _start(self, flight: Flight, sends: Any, receives: Any, finish: Callable[[], None]) -> None:
+        """Post a step, and let it be watched."""
         works: list[Any] = []
         with self.on_stream():
             outgoing, incoming = (
@@ -120,12 +165,11 @@ class Courier:
                 flight.fault = NO_MEMORY if isinstance(error, MemoryError) else LOST
                 flight.error = str(error)
                 flight.done.set()
-                return flight
+                return
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="moeless-courier", daemon=True)
             self._thread.start()
         self._queue.put((flight, works, finish))
-        return flight
 
     def _watch(self) -> None:
         if self.stream is not None:
@@ -164,6 +208,7 @@ class Courier:
             flight.done.wait(timeout)
 
     def close(self) -> None:
-        """End the thread once what is posted has ended."""
+        """End the threads once what is posted has ended."""
+        self._unread.put(None)
         self._queue.put(None)
-        self._thread = None
+        self._thread = self._reader = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -64,12 +65,15 @@ class MemoryMeter:
         self.peak = 0
         self.hard_limit = hard_limit
         self._charged, self._since = 0.0, time.perf_counter()
+        # Threads that move weights make and free some; one may free others within its own count.
+        self._lock = threading.RLock()
 
     @property
     def byte_seconds(self) -> float:
         """Bytes times the seconds for which they were alive, since the meter was made."""
-        self._charge()
-        return self._charged
+        with self._lock:
+            self._charge()
+            return self._charged
 
     def _charge(self) -> None:
         now = time.perf_counter()
@@ -79,15 +83,17 @@ class MemoryMeter:
     def track(self, tensor: Tensor) -> Tensor:
         """Count a tensor until it is freed."""
         size = tensor.numel() * tensor.element_size()
-        self._charge()
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        with self._lock:
+            self._charge()
+            self.now += size
+            self.peak = max(self.peak, self.now)
         weakref.finalize(tensor, self._freed, size).atexit = False
         return tensor
 
     def _freed(self, size: int) -> None:
-        self._charge()
-        self.now -= size
+        with self._lock:
+            self._charge()
+            self.now -= size
 
     def reset_peak(self) -> None:
         """Measure the peak from here."""

@@ -223,7 +223,7 @@ class ExpertGroup:
             )
         if store is None:
             store = dist.distributed_c10d._get_default_store()
-            # Without the prefix that torch adds: a rank that comes back has the store that the world was given.
+            # Without the prefix that torch adds: who comes back has the store that the world was given.
             store = getattr(store, "underlying_store", store)
         _made[members] = _made.get(members, 0) + 1
         name = f"{_made[members]}"

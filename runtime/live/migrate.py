@@ -18,6 +18,7 @@ themselves, on CUDA for an event behind them on a stream of their own), and the 
 
 from __future__ import annotations
 
+import functools
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from moeless_opt.runtime.live.courier import (
     Courier,
     DamagedError,
     Flight,
+    Letter,
     UnreadableError,
 )
 from moeless_opt.runtime.live.experts import SlotBank, Weights, checksum
@@ -303,6 +305,7 @@ class Migrator:
                 self.bytes_L,
                 max_extra_bytes=request.limits.max_extra_bytes,
                 home=None if self.home is None else self.home.ranks,
+                through=self.stages,
             )
         return build_schedule(
             self.rows_LG,
@@ -314,6 +317,7 @@ class Migrator:
             max_extra_bytes=request.limits.max_extra_bytes,
             home=None if self.home is None else self.home.ranks,
             staged=frozenset(self._staged),
+            through=self.stages,
         )
 
     # -- driven by batches -------------------------------------------------------------------------
@@ -397,6 +401,7 @@ class Migrator:
             held_G[g] += self.bytes_L[layer]
         for t in self._schedule.steps[self._posted]:
             held_G[t.destination] += t.bytes
+            held_G[t.source] += t.bytes * (self.stages and t.from_home and t.source != t.destination)
         return bool((held_G <= self._schedule.limit_G).all())
 
     def _advance(self, layer: int | None, ready: int, done: int) -> None:
@@ -437,7 +442,7 @@ class Migrator:
             Of the messages; no two flights at a time may share tags.
         """
         me = self.group.rank
-        sends: list[tuple[Weights, int, int]] = []
+        sends: list[Letter] = []
         receives: list[tuple[Weights, int, int]] = []
         loads: list[tuple[Shipment, Weights]] = []
         arrived: list[tuple[Shipment, Weights]] = []
@@ -452,14 +457,11 @@ class Migrator:
                 else:
                     receives.append((place, t.source, first_tag + k))
                 bank.staged[t.expert] = place
+            elif t.source == me and t.from_home:
+                # Read by the courier: it may come from a disk, and a forward pass is waiting here.
+                sends.append((functools.partial(self._staged_copy, t, unread), t.destination, first_tag + k))
             elif t.source == me:
-                try:
-                    weights = self._outgoing(t, bank)
-                except UnreadableError as error:
-                    # Something must go out all the same, or the receiver waits; nobody will use it.
-                    unread.append(error)
-                    weights = [torch.zeros(s, dtype=d, device=bank.device) for s, d in bank.shapes]
-                sends.append((weights, t.destination, first_tag + k))
+                sends.append((bank.weights(t.expert), t.destination, first_tag + k))
 
         def finish() -> None:
             if unread:
@@ -487,14 +489,23 @@ class Migrator:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def _outgoing(self, t: Shipment, bank: SlotBank) -> Weights:
-        if not t.from_home:
-            return bank.weights(t.expert)
-        copy = self._copy(t)
-        if self.courier.stream is None:
+    def _staged_copy(self, t: Shipment, unread: list[UnreadableError]) -> Weights:
+        """A home copy, where it can be sent from."""
+        bank = self.banks[t.layer]
+        try:
+            copy = self._copy(t)
+        except UnreadableError as error:
+            # Something must go out all the same, or the receiver waits; nobody will use it.
+            unread.append(error)
+            return [torch.zeros(s, dtype=d, device=bank.device) for s, d in bank.shapes]
+        if not self.stages:
             return copy
-        with self.courier.on_stream():
-            return [c.to(self.group.device, non_blocking=True) for c in copy]
+        return [bank.meter.track(c.to(self.group.device, non_blocking=True)) for c in copy]
+
+    @property
+    def stages(self) -> bool:
+        """Whether a home copy that is sent to another rank takes memory of the sender's device meanwhile."""
+        return self.courier.stream is not None and not self.group.staged
 
     def _switch(self, layer: int | None, done: int) -> None:
         schedule = self._schedule
@@ -645,6 +656,7 @@ class Migrator:
             max_step_bytes=limits.max_step_bytes,
             max_extra_bytes=limits.max_extra_bytes,
             home=None if self.home is None else self.home.ranks,
+            through=self.stages,
         )
         self.reports.setdefault(self._started, MigrationReport(self._started, "done"))
         self._schedule = schedule

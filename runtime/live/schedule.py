@@ -135,28 +135,45 @@ class Router:
         )
 
 
-def _pack(transfers: Sequence[Shipment], max_step_bytes: int | None, gpus: int) -> list[tuple[Shipment, ...]]:
-    """First fit in order: no rank sends or receives more than the limit in a step of several transfers."""
+def _pack(
+    transfers: Sequence[Shipment],
+    max_step_bytes: int | None,
+    gpus: int,
+    spare_G: Sequence[int] | None = None,
+) -> list[tuple[Shipment, ...]]:
+    """First fit in order: no rank sends or receives more than the limit in a step of several transfers.
+
+    With `spare_G`, home copies for other ranks take so many bytes at most of their sender in one step.
+    """
     if not transfers:
         return []
-    if max_step_bytes is None:
+    through = [spare_G is not None and _passes_through(t) for t in transfers]
+    if max_step_bytes is None and not any(through):
         return [tuple(transfers)]
+    most = 2**62 if max_step_bytes is None else max_step_bytes
     steps: list[list[Shipment]] = []
-    out: list[IntArray] = []
-    for t in transfers:
+    out: list[IntArray] = []  # sent, received, passed through the sender's memory
+    for t, passes in zip(transfers, through, strict=True):
         spare = (
-            moved[0, t.source] + t.bytes <= max_step_bytes
-            and moved[1, t.destination] + t.bytes <= max_step_bytes
+            moved[0, t.source] + t.bytes <= most
+            and moved[1, t.destination] + t.bytes <= most
+            and (not passes or spare_G is None or moved[2, t.source] + t.bytes <= spare_G[t.source])
             for moved in out
         )
         at = next((i for i, fits in enumerate(spare) if fits), len(steps))
         if at == len(steps):
             steps.append([])
-            out.append(np.zeros((2, gpus), dtype=np.int64))
+            out.append(np.zeros((3, gpus), dtype=np.int64))
         steps[at].append(t)
         out[at][0, t.source] += t.bytes
         out[at][1, t.destination] += t.bytes
+        out[at][2, t.source] += t.bytes * passes
     return [tuple(step) for step in steps]
+
+
+def _passes_through(t: Shipment) -> bool:
+    """Whether it is a home copy for another rank, which a GPU sends from its own memory."""
+    return t.from_home and t.source != t.destination
 
 
 def _next_rows(
@@ -204,9 +221,11 @@ def build_schedule(
     home: Callable[[int, int], Sequence[int]] | None = None,
     links: Links | None = None,
     staged: frozenset[tuple[int, int, int]] = frozenset(),
-    order: Sequence[int] | None = None,
+    through: bool = False,
 ) -> Schedule:
     """Steps that lead from what the ranks hold to a target placement, layer by layer.
+
+    Layers move in their order; one that does not fit yet is put behind the others.
 
     Parameters
     ----------
@@ -228,9 +247,8 @@ def build_schedule(
         Bandwidths, which decide between sources; see `Router`.
     staged : set of (layer, expert, rank)
         Copies that already lie on the rank though no placement uses them.
-    order : sequence of int, optional
-        Layers in the order in which they should move; by index by default. A layer that does not fit
-        yet is put behind the others.
+    through : bool
+        Home copies for other ranks take memory of their sender while they travel.
 
     Returns
     -------
@@ -250,7 +268,8 @@ def build_schedule(
     target = np.asarray(target_LGC)
     router = Router(node_G if node_G is not None else [0] * target.shape[1], home, links)
     work = _Work(have_LG, target, bytes_L, router, staged, max_step_bytes, max_extra_bytes)
-    todo = [i for i in (order if order is not None else range(len(target))) if not work.there(i)]
+    work.through = through
+    todo = [i for i in range(len(target)) if not work.there(i)]
     while todo:
         progressed = False
         for layer in list(todo):
@@ -285,6 +304,7 @@ class _Work:
         self.held = [[list(row) for row in layer] for layer in have_LG]
         self.bytes_L, self.router, self.staged = bytes_L, router, staged
         self.max_step_bytes = max_step_bytes
+        self.through = False
         self.steps: list[tuple[Shipment, ...]] = []
         self.stages: list[Stage] = []
         before_G = _all_bytes(self.held, bytes_L)
@@ -294,6 +314,21 @@ class _Work:
         self.now_G = before_G.copy()
         for layer, _, g in staged:
             self.now_G[g] += bytes_L[layer]
+
+    def _spare(self, moves: Sequence[Shipment]) -> list[int]:
+        """Bytes of each rank that are free while these moves are made."""
+        free_G = self.limit_G - self.now_G
+        for t in moves:
+            free_G[t.destination] -= t.bytes
+        for t in moves:
+            free = int(free_G[t.source])
+            if _passes_through(t) and t.bytes > free:
+                what = f"the home copy of layer {t.layer}, expert {t.expert} takes {t.bytes}"
+                raise InfeasibleError(
+                    f"migration: rank {t.source} has {free} bytes to spare, and {what} on its way to rank "
+                    f"{t.destination}; max_extra_bytes must leave room for that"
+                )
+        return [int(free) for free in free_G]
 
     def there(self, layer: int) -> bool:
         """Whether the layer stands as it shall, slot by slot."""
@@ -316,7 +351,7 @@ class _Work:
             for e, to in arrivals
             if (e, to) not in ready
         ]
-        self.steps += _pack(moves, self.max_step_bytes, gpus)
+        self.steps += _pack(moves, self.max_step_bytes, gpus, self._spare(moves) if self.through else None)
         self.now_G = self.now_G + table_bytes(rows, size) - table_bytes(held, size)
         for e, g in arrivals:
             if (e, g) in ready:
@@ -344,6 +379,7 @@ def follow_schedule(
     *,
     max_extra_bytes: int | None = None,
     home: Callable[[int, int], Sequence[int]] | None = None,
+    through: bool = False,
 ) -> Schedule:
     """A schedule whose steps somebody else chose, made ready to be carried out.
 
@@ -353,7 +389,7 @@ def follow_schedule(
         A `moeless_opt.problems.plan.Migration`, its steps, or plain sequences of transfers (anything
         with ``layer``, ``expert``, ``source`` and ``target`` or ``destination``). A source of -1 is the host.
         Without drops of their own, steps let go of a layer's old replicas after its last transfer.
-    have_LG, target_LGC, bytes_L, max_extra_bytes, home
+    have_LG, target_LGC, bytes_L, max_extra_bytes, home, through
         As in `build_schedule`.
 
     Raises
@@ -389,6 +425,8 @@ def follow_schedule(
             held[t.layer][t.destination].append(t.expert)
         done.append(row)
         now_G = _all_bytes(held, bytes_L)
+        for t in row:
+            now_G[t.source] += t.bytes * (through and _passes_through(t))
         if (now_G > limit_G).any():
             g = int(np.argmax(now_G - limit_G))
             over = int(now_G[g] - limit_G[g])

@@ -49,7 +49,8 @@ class Post:
         for weights, peer, tag in sends:
             key = (self.rank, peer, tag)
             assert key not in self.world.mail, "two letters of one name at a time"
-            self.world.mail[key] = [t.clone() for t in weights]
+            read = weights() if callable(weights) else weights
+            self.world.mail[key] = [t.clone() for t in read]
         flight = Flight()
         self.open.append((flight, receives, finish))
         return flight

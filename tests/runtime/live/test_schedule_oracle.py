@@ -88,7 +88,7 @@ def test_transfers_go_into_the_first_step_with_room_on_both_ends() -> None:
 
 
 def test_stages_and_steps_are_as_few_as_ever() -> None:
-    """Figures of 150 schedules in all; they may fall. Layers go in the order wished for, if they fit."""
+    """Figures of 150 schedules in all; they may fall. Layers go in their order, if they fit."""
     rng = np.random.default_rng(2)
     stages = steps = refused = 0
     for _ in range(150):
@@ -98,11 +98,13 @@ def test_stages_and_steps_are_as_few_as_ever() -> None:
         target = np.stack([rows_to_slots(rows, experts) for rows in after])
         size = rng.integers(2, 5, layers).tolist()
         order = rng.permutation(layers).tolist()
+        before, after, size = ([some[x] for x in order] for some in (before, after, size))
+        target = target[order]
         extra = int(rng.integers(0, 2))
         node = rng.integers(0, 2, ranks).tolist()
-        free = build_schedule(before, target, size, node_G=node, order=order)
+        free = build_schedule(before, target, size, node_G=node)
         assert len(free.stages) == sum(b != a for b, a in zip(before, after, strict=True))  # one each
-        assert [s.layer for s in free.stages] == [x for x in order if before[x] != after[x]]
+        assert [s.layer for s in free.stages] == [x for x in range(layers) if before[x] != after[x]]
         try:
             found = build_schedule(
                 before,
@@ -111,7 +113,6 @@ def test_stages_and_steps_are_as_few_as_ever() -> None:
                 node_G=node,
                 max_extra_bytes=extra,
                 max_step_bytes=4,
-                order=order,
             )
         except InfeasibleError:
             refused += 1
@@ -249,3 +250,30 @@ def test_steps_of_others_keep_to_the_memory() -> None:
             home=lambda layer, e, home=home: home,
         )
         assert found.steps[0][0] == Shipment(0, 1, source, 0, 5, True)
+
+
+def test_home_copies_for_others_take_room_of_their_sender_while_they_travel() -> None:
+    """Rank 0 has the only (home) copies of experts 2 and 3, which rank 1 wants."""
+    have: list[Rows] = [[[0], [1]]]
+    wanted = np.array([[[0, -1, -1], [1, 2, 3]]], dtype=np.int32)
+
+    def home(layer: int, expert: int) -> list[int]:
+        return [0] if expert > 1 else []
+
+    def destinations(extra: int | None, *, through: bool = True) -> list[int]:
+        found = build_schedule(have, wanted, [5], home=home, max_extra_bytes=extra, through=through)
+        return [len(step) for step in found.steps]
+
+    assert destinations(None) == [2]
+    assert destinations(10) == [2]
+    assert destinations(5) == [1, 1]  # one after the other
+    assert destinations(0, through=False) == [2]  # read on the host: no room
+    words = "rank 0 has 4 bytes to spare, and the home copy of layer 0, expert 2 takes 5 on its way to rank 1"
+    with pytest.raises(InfeasibleError, match=words):
+        destinations(4)
+    steps = [[Shipment(0, e, -1, 1, 5)] for e in (2, 3)]
+    assert (
+        len(follow_schedule(steps, have, wanted, [5], home=home, max_extra_bytes=5, through=True).steps) == 2
+    )
+    with pytest.raises(InfeasibleError, match="step 0 of the migration takes rank 0 1 bytes over its limit"):
+        follow_schedule(steps, have, wanted, [5], home=home, max_extra_bytes=4, through=True)
