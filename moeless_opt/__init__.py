@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from moeless_opt.explaining import Explanation, explain
     from moeless_opt.fronts import ParetoFront, migration, pareto
     from moeless_opt.speeds import measured_speeds
+    from moeless_opt.traffic import Traffic, traffic
 
     __version__: str
 
@@ -114,6 +115,7 @@ __all__ = [
     "Survival",
     "TimeModel",
     "Topology",
+    "Traffic",
     "UnsupportedFeatureError",
     "__version__",
     "compare",
@@ -146,6 +148,7 @@ __all__ = [
     "solve",
     "solver_names",
     "survival",
+    "traffic",
     "uniform",
     "verify",
     "violations",
@@ -168,6 +171,8 @@ _LATE = {
     "migration": "moeless_opt.fronts",
     "pareto": "moeless_opt.fronts",
     "read_placement": "moeless_opt.adapters",
+    "Traffic": "moeless_opt.traffic",
+    "traffic": "moeless_opt.traffic",
     "repair": "moeless_opt.elastic",
     "survival": "moeless_opt.elastic",
 }

@@ -20,17 +20,30 @@ from moeless_opt.problems.plan import (
     objective_vector,
 )
 from moeless_opt.problems.plan.verify import verify
-from moeless_opt.problems.spec import PRIORITIES, Problem
+from moeless_opt.problems.spec import EVERY_PRIORITY, Problem
 from moeless_opt.problems.text import bytes_text, html_table
 from moeless_opt.report import ratio_text, table, terminal_width
 from moeless_opt.solvers.construct import construct_equal, construct_fractional
-from moeless_opt.solvers.core import Clock, Stop, hull_steps, lower_bound, risk_L
+from moeless_opt.solvers.core import (
+    Clock,
+    NeverStop,
+    Stop,
+    get_solver,
+    hull_steps,
+    lower_bound,
+    require,
+    risk_L,
+)
 from moeless_opt.solvers.core.finish import Built, finish
+from moeless_opt.solvers.locality import GroupWays
 from moeless_opt.solvers.migration import schedule_migration, staging_limit
 from moeless_opt.solvers.replan import frontier
 from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["ParetoFront", "checked_schedule", "migration", "pareto"]
+
+NEAR = ("traffic", "groups", "hops")
+_TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.08, 0.12, 0.2, 0.35, 0.6, 1.0)
 
 SIZES = 8
 """Replica counts per layer, from one each to full slots, that the front of balance against memory tries."""
@@ -45,12 +58,12 @@ class ParetoFront:
     problem : Problem
         What was solved.
     objectives : (str, str)
-        ``"balance"`` and what it is traded against.
+        ``"balance"`` and what it is traded against; or ``"traffic"`` and ``"moves"``.
     plans : tuple of Plan
         Verified plans.
     values : tuple of (float, float)
-        Of each plan: mean over the layers of max/mean GPU time, and the other objective
-        (bytes; replicas where sizes are unknown).
+        Of each plan: mean over the layers of max/mean GPU time (or the traffic, in tokens), and the other
+        objective (bytes; replicas where sizes are unknown; tokens).
     """
 
     problem: Problem
@@ -63,33 +76,49 @@ class ParetoFront:
 
     def __repr__(self) -> str:
         (first, cheap), (last, dear) = self.values[0], self.values[-1]
+        what = "imbalance" if self.objectives[0] == "balance" else self.objectives[0]
         return (
-            f"ParetoFront({len(self.plans)} plans, imbalance {first:.4f} for {self._cost_text(cheap)} to "
-            f"{last:.4f} for {self._cost_text(dear)} of {self.objectives[1]})"
+            f"ParetoFront({len(self.plans)} plans, {what} {self._first_text(first)} for "
+            f"{self._cost_text(cheap)} to {self._first_text(last)} for {self._cost_text(dear)} of "
+            f"{self.objectives[1]})"
         )
 
     def _repr_html_(self) -> str:
-        return html_table(
-            self._head, self._rows(), f"{self.problem.name}: balance against {self.objectives[1]}"
-        )
+        title = f"{self.problem.name}: {self.objectives[0]} against {self.objectives[1]}"
+        return html_table(self._head, self._rows(), title)
 
     @property
     def _head(self) -> tuple[str, ...]:
-        counted, cost = ("moves", "moved") if self.objectives[1] == "moves" else ("replicas", "memory")
-        return ("imbalance", "worst", counted, cost)
+        first, second = self.objectives
+        start = ("imbalance", "worst") if first == "balance" else (first, "imbalance")
+        if second in NEAR:
+            return (*start, second, "of all")
+        return (*start, *(("moves", "moved") if second == "moves" else ("replicas", "memory")))
 
     def _rows(self) -> list[list[str]]:
-        return [
-            [
-                ratio_text(balance),
-                ratio_text(plan.imbalance_L.max()),
-                str(plan.moves.count) if self.objectives[1] == "moves" else str(plan.replicas),
-                self._cost_text(cost),
-            ]
-            for plan, (balance, cost) in zip(self.plans, self.values, strict=True)
-        ]
+        rows = []
+        for plan, (first, cost) in zip(self.plans, self.values, strict=True):
+            shape = plan.imbalance_L.max() if self.objectives[0] == "balance" else plan.imbalance_L.mean()
+            counted = str(plan.moves.count) if self.objectives[1] == "moves" else str(plan.replicas)
+            last = [counted, self._cost_text(cost)]
+            if self.objectives[1] in NEAR:
+                last = [f"{cost:.6g}", f"{cost / self._all:.2%}"]
+            rows.append([self._first_text(first), ratio_text(shape), *last])
+        return rows
+
+    @property
+    def _all(self) -> float:
+        """Tokens that there are, or hops."""
+        flow_LEE = self.problem.loads.flow_LEE
+        hops = self.objectives[1] == "hops" and flow_LEE is not None
+        return float((flow_LEE if hops and flow_LEE is not None else self.problem.load_LE).sum()) or 1.0
+
+    def _first_text(self, value: float) -> str:
+        return ratio_text(value) if self.objectives[0] == "balance" else f"{value / self._all:.2%}"
 
     def _cost_text(self, cost: float) -> str:
+        if self.objectives[1] in NEAR:
+            return f"{cost / self._all:.2%}"
         return bytes_text(cost) if self.problem.bytes_L.any() else f"{cost:.0f} replicas"
 
     def plot(self, *, form: str = "png") -> bytes:
@@ -109,14 +138,20 @@ class ParetoFront:
 
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
-        sized = bool(self.problem.bytes_L.any())
-        scale = 1e9 if sized else 1.0
+        near = self.objectives[1] in NEAR
+        sized = bool(self.problem.bytes_L.any()) and not near
+        scale = 1e9 if sized else self._all / 100 if near else 1.0
         axes.step(
             [cost / scale for _, cost in self.values], [b for b, _ in self.values], where="post", marker="o"
         )
-        axes.set_xlabel(f"{self.objectives[1]} ({'GB' if sized else 'replicas'})")
-        axes.set_ylabel("imbalance (max/mean, mean over layers)")
-        axes.set_title(plain_title(self.problem.name) or "balance against " + self.objectives[1])
+        unit = "GB" if sized else "% of the tokens" if near else "replicas"
+        axes.set_xlabel(f"{self.objectives[1]} ({unit})")
+        balance = self.objectives[0] == "balance"
+        axes.set_ylabel(
+            "imbalance (max/mean, mean over layers)" if balance else f"{self.objectives[0]} (tokens)"
+        )
+        title = f"{self.objectives[0]} against {self.objectives[1]}"
+        axes.set_title(plain_title(self.problem.name) or title)
         axes.grid(alpha=0.3)
         return picture(figure, form, dpi=120)
 
@@ -130,18 +165,19 @@ def pareto(
     stop: Stop | None = None,
     progress: ProgressCallback | None = None,
 ) -> ParetoFront:
-    """Trade balance against moves, or against memory.
+    """Trade balance against moves, memory, traffic, groups or hops; or traffic against moves.
 
     Every layer offers a few placements of its own (re-plans to a ladder of tolerances; or constructions
     with fewer replicas); along the lower convex hull of each, the steps that gain most time for their cost
-    come first, over all layers.
+    come first, over all layers. Where tokens are served (traffic, groups, hops) is traded by a ladder of
+    balance tolerances; traffic against moves by a ladder of limits on moves.
 
     Parameters
     ----------
     problem : Problem
         With a live placement for ``moves``.
-    objectives : ("balance", "moves") or ("balance", "memory")
-        What to trade.
+    objectives : ("balance", ...) or ("traffic", "moves")
+        What to trade; balance against any other priority.
     points : int
         Plans wanted, at most.
     seed : int
@@ -170,6 +206,8 @@ def pareto(
     names = _pair_of(problem, objectives, points)
     problem.check_feasible()
     began = Clock.begin()
+    if names[1] in NEAR or names[0] == "traffic":
+        return _near_front(problem, names, points, seed, stop, progress)
     if names[1] == "moves":
         if problem.current is None:
             raise ProblemError("current", "is missing: without a live placement every replica moves")
@@ -196,20 +234,94 @@ def pareto(
 def _pair_of(problem: Problem, objectives: Sequence[str], points: int) -> tuple[str, ...]:
     """The two objectives, where they can be traded."""
     names = tuple(objectives)
-    unknown = [name for name in names if name not in PRIORITIES]
+    unknown = [name for name in names if name not in EVERY_PRIORITY]
     if unknown or len(names) != 2:
-        raise ProblemError("objectives", f"are {names}, must be two of {PRIORITIES}")
+        raise ProblemError("objectives", f"are {names}, must be two of {EVERY_PRIORITY}")
     if isinstance(points, bool) or points < 2:
         raise ProblemError("points", f"is {points!r}, must be at least 2")
-    if names not in (("balance", "moves"), ("balance", "memory")):
+    pairs = (*(("balance", name) for name in ("moves", "memory", *NEAR)), ("traffic", "moves"))
+    if names not in pairs:
         raise UnsupportedFeatureError(
-            f"pareto: {names} is not supported; ('balance', 'moves') and ('balance', 'memory') are"
+            f"pareto: {names} is not supported; ('balance', ...) and ('traffic', 'moves') are"
         )
     if names[1] == "memory" and problem.fill != "none":
         raise UnsupportedFeatureError(
             f"pareto: with fill {problem.fill!r} every plan holds every slot: there is no memory to trade"
         )
     return names
+
+
+def _near_front(
+    problem: Problem,
+    names: tuple[str, ...],
+    points: int,
+    seed: int,
+    stop: Stop | None,
+    progress: ProgressCallback | None,
+) -> ParetoFront:
+    """Plans by a ladder of balance tolerances, or of limits on moves, without those that others beat."""
+    began, found = Clock.begin(), list[tuple[float, float, Plan]]()
+    ladder = _rungs(problem, names, points)
+    solver = get_solver("locality")
+    for done, rung in enumerate(ladder):
+        if found and stop is not None and stop():
+            break
+        require(solver, rung)
+        plan = solver.solve(rung, stop=stop or NeverStop(), seed=seed).plan
+        if plan is None:
+            continue
+        kept = problem if problem.groups is None else problem.replace(groups=rung.groups)
+        plan = plan.replace(made_for=kept)
+        verify(kept, plan)
+        vector = objective_vector(kept, plan)
+        first = float(plan.imbalance_L.mean()) if names[0] == "balance" else vector["traffic"]
+        found.append((first, vector[names[1]], plan))
+        if progress is not None:
+            note = f"imbalance {plan.imbalance_L.mean():.4f}"
+            best = float(plan.certificate.value_L.sum())
+            progress(
+                Progress(
+                    seconds=began.seconds, best=best, bound=0.0, done=(done + 1) / len(ladder), note=note
+                )
+            )
+    found.sort(key=lambda one: (one[1], one[0]))
+    kept_plans: list[tuple[float, float, Plan]] = []
+    for one in found:
+        if not kept_plans or one[0] < kept_plans[-1][0] * (1 - 1e-9):
+            kept_plans.append(one)
+    return ParetoFront(
+        problem,
+        (names[0], names[1]),
+        tuple(plan for _, _, plan in kept_plans),
+        tuple((first, cost) for first, cost, _ in kept_plans),
+    )
+
+
+def _rungs(problem: Problem, names: tuple[str, ...], points: int) -> list[Problem]:
+    """The problems whose plans make the front."""
+    wish = problem.objective.replace(horizon=None)
+    if names[0] == "traffic":
+        if problem.current is None:
+            raise ProblemError("current", "is missing: without a live placement every replica moves")
+        wish = wish.replace(priorities=("balance", "moves"))
+        few = get_solver("replan").solve(problem.replace(objective=wish), stop=NeverStop()).plan
+        assert few is not None
+        least, most = few.moves.count, few.replicas
+        wish = wish.replace(priorities=("balance", "traffic"))
+        steps = np.unique(np.rint(least + (most - least) * np.linspace(0, 1, points) ** 2).astype(np.int64))
+        return [
+            problem.replace(objective=wish, limits=problem.limits.replace(max_moves=int(step)))
+            for step in steps
+        ]
+    wish = wish.replace(priorities=("balance", names[1]))
+    keep = np.unique(np.rint(np.linspace(0, len(_TOLERANCES) - 1, min(points, len(_TOLERANCES)))).astype(int))
+    rungs = [problem.replace(objective=wish.replace(balance_tolerance=_TOLERANCES[i])) for i in keep]
+    if names[1] == "groups" and problem.groups is not None:
+        free = problem.groups.replace(max_outside=1.0)
+        rungs = [rung.replace(groups=free) for rung in rungs]
+        if GroupWays(problem, 0).fits_W.any():
+            rungs.append(rungs[0].replace(groups=problem.groups.replace(max_outside=0.0)))
+    return rungs
 
 
 def migration(

@@ -13,6 +13,7 @@ import numpy as np
 
 from moeless_opt.adapters import OURS, EngineMap, read_map, wanted_layers
 from moeless_opt.api import make_problem
+from moeless_opt.cli.nearness import with_nearness
 from moeless_opt.cli.options import RECORDINGS
 from moeless_opt.cli.units import gpu_list, per_gpu, size
 from moeless_opt.problems.arrays import IntArray, integers, whole
@@ -65,7 +66,7 @@ def read_problem(args: argparse.Namespace) -> Problem:
             with named(name):
                 problem = problem_from_json(document, folder=Path(name).parent)
             problem = _override(problem, args, f"{name} is a problem")
-    problem = _with_live(problem, args)
+    problem = _with_live(with_nearness(problem, args), args)
     for key in ("max_moves", "max_move_bytes"):
         if getattr(args, key) is not None and problem.current is None:
             option = "--" + key.replace("_", "-")

@@ -27,6 +27,7 @@ from moeless_opt.report import gap_text, paragraph, ratio_text, show, table
 from moeless_opt.signals import Signals
 from moeless_opt.solvers.core import FirstOf, MaxTime, Stop, list_solvers, lower_bound
 from moeless_opt.terminal import say
+from moeless_opt.traffic import traffic
 
 __all__ = ["bounds", "check", "export", "instances", "recommend", "solvers", "tell", "trade_off"]
 
@@ -39,11 +40,15 @@ def check(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
     if foreign:
         return _judge(problem, plan, args)
     found = violations(problem, plan)
+    links = None if args.traffic is None or found else traffic(plan, problem)
     if args.json:
         document: dict[str, Any] = {"valid": not found, "violations": found, "same_problem": True}
+        if links is not None:
+            document["traffic"] = links.to_dict()
         print(json.dumps(document | _survival(problem, plan, args)))
     elif not found and not args.quiet:
-        print(f"valid\n{plan!r}{_survival_text(problem, plan, args)}")
+        shown = "" if links is None else f"\n\n{links.text(args.traffic)}"
+        print(f"valid\n{plan!r}{_survival_text(problem, plan, args)}{shown}")
     for text in found:
         say(f"moeless-solve: {args.check}: {text}")
     return 1 if found else 0
@@ -77,6 +82,8 @@ def _judge(problem: Problem, plan: Plan, args: argparse.Namespace) -> int:
     if args.json:
         worth = {name.replace(" ", "_"): _worth(one) for name, one in rows}
         document = {"valid": not found, "violations": found, "same_problem": False, "on_these_loads": worth}
+        if args.traffic is not None and rows:
+            document["traffic"] = traffic(rows[-1][1], problem).to_dict()
         print(json.dumps(document | _survival(problem, plan, args)))
     elif not found and not args.quiet:
         cells = [
@@ -93,6 +100,7 @@ def _judge(problem: Problem, plan: Plan, args: argparse.Namespace) -> int:
             f"valid as a placement; made for another problem ({plan.problem_digest}), judged on this one\n"
             + table(("with", "imbalance", "worst", "layer", "gap"), cells, words_last=False)
             + _survival_text(problem, plan, args)
+            + ("" if args.traffic is None else f"\n\n{traffic(rows[-1][1], problem).text(args.traffic)}")
         )
     for text in found:
         say(f"moeless-solve: {args.check}: {text}")

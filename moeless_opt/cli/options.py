@@ -35,6 +35,7 @@ _LISTS = ("list-solvers", "list-instances")
 _ALL = tuple(mode for mode in MODES if mode not in _LISTS)
 _RULES = tuple(mode for mode in _ALL if mode != "recommend")  # where slots and limits bind
 _PLANS = ("solve", "compare")
+_NEAR = ("solve", "compare", "check", "explain", "pareto")
 _LIVE = ("solve", "compare", "check", "explain", "pareto")
 
 
@@ -150,6 +151,12 @@ OPTIONS: tuple[Option, ...] = (
         default=3,
         metavar="N",
         help="layers to list, worst first (default: 3)",
+    ),
+    _option(
+        "--traffic",
+        modes=("solve", "compare", "check"),
+        choices=("nodes", "gpus"),
+        help="show how many tokens go over which link",
     ),
     _flag("--quiet", modes=_ALL, help="print nothing but errors (and JSON, if asked for)"),
     _input("--gpus", modes=_ALL, metavar="NxG", help="nodes x GPUs per node, e.g. 4x8 (or 8 for one node)"),
@@ -267,6 +274,36 @@ OPTIONS: tuple[Option, ...] = (
         help="balance that may be given up for fewer moves (0.01)",
     ),
     _input(
+        "--priorities",
+        modes=(*_PLANS, "check", "explain"),
+        metavar="LIST",
+        help="what to minimise, in this order: balance,traffic (also moves, memory, groups, hops)",
+    ),
+    _input(
+        "--costs",
+        modes=_NEAR,
+        metavar="LEVELS|FILE",
+        help="cost of a token that leaves its GPU, node or domain: gpu=0.1,node=1; or a matrix (.npy)",
+    ),
+    _input(
+        "--sources",
+        modes=_NEAR,
+        metavar="NPY",
+        help="loads by where they come from: [sources, layers, experts], of every GPU or of every node",
+    ),
+    _input(
+        "--flow",
+        modes=_NEAR,
+        metavar="NPY",
+        help="how often an expert was followed by one in the next layer: [layers - 1, experts, experts]",
+    ),
+    _input(
+        "--groups",
+        modes=_NEAR,
+        metavar="N[:X]",
+        help="N groups of experts, each kept on a node but for a share X of the tokens (8, or 8:0.1)",
+    ),
+    _input(
         "--scenario",
         "--workload",
         modes=_ALL,
@@ -357,8 +394,8 @@ def _add_modes(group: Any) -> None:
     add("--bound", action="store_true", help="print the lower bounds of every layer; solve nothing")
     add(
         "--pareto",
-        choices=("moves", "memory"),
-        metavar="moves|memory",
+        choices=("moves", "memory", "traffic", "groups", "hops"),
+        metavar="moves|memory|traffic|groups|hops",
         help="plans from cheapest to best balanced (with --plot, a picture of the front)",
     )
     add(

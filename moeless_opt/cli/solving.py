@@ -25,6 +25,7 @@ from moeless_opt.report import BOUND_ROW, Comparison, measured, row_of, show, wo
 from moeless_opt.signals import Signals
 from moeless_opt.solvers.core import get_solver, require, required_features, solver_names
 from moeless_opt.terminal import say
+from moeless_opt.traffic import traffic
 
 __all__ = ["find_plan", "run_solvers"]
 
@@ -50,6 +51,8 @@ def run_solvers(problem: Problem, args: argparse.Namespace, signals: Signals) ->
         document = _document(outcome, best, change)
         if args.failures is not None and best is not None:
             document["survival"] = survival(best, failures=args.failures).to_dict()
+        if best is not None and args.traffic is not None:
+            document["traffic"] = traffic(best, problem).to_dict()
         print(json.dumps(document))
     elif not args.quiet:
         worst = best is not None and args.worst > 0
@@ -59,7 +62,8 @@ def run_solvers(problem: Problem, args: argparse.Namespace, signals: Signals) ->
             else ""
         )
         told = "" if best is None or args.failures is None else str(survival(best, failures=args.failures))
-        parts = (measured(outcome.rows), "" if change is None else str(change), told)
+        links = "" if best is None or args.traffic is None else traffic(best, problem).text(args.traffic)
+        parts = (measured(outcome.rows), "" if change is None else str(change), told, links)
         show("\n\n".join([f"{outcome}{layers}", *filter(None, parts)]))
     if signals.came and best is not None:
         say("interrupted: the best found so far is shown")

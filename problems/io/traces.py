@@ -138,6 +138,22 @@ class TokenTraces(Record):
         tokens = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in chosen])
         return np.asarray(loads_by_step(self, tokens, np.zeros(tokens.size, dtype=np.int64), 1)[0])
 
+    def flow_LEE(self, requests: ArrayLike | None = None) -> FloatArray:
+        """How often an expert was followed by one in the next layer, over some requests, [L - 1, E, E].
+
+        A token with K choices in each layer makes K x K hops between two.
+        """
+        chosen = np.arange(self.requests) if requests is None else np.asarray(requests, dtype=np.int64)
+        tokens = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in chosen])
+        routed = self.experts_TLK[tokens].astype(np.int64)
+        _, layers, choices = routed.shape
+        flow_LEE = np.zeros((layers - 1, self.experts**2))
+        for layer in range(layers - 1):
+            for k in range(choices):
+                pair_TK = routed[:, layer, k, None] * self.experts + routed[:, layer + 1]
+                flow_LEE[layer] += np.bincount(pair_TK.ravel(), minlength=self.experts**2)
+        return flow_LEE.reshape(layers - 1, self.experts, self.experts)
+
     def split(self, share: float = 0.5, *, seed: int = 0) -> tuple[IntArray, IntArray]:
         """Two disjoint sets of requests, for fitting and for judging: by request, never by token.
 

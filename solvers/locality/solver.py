@@ -37,7 +37,7 @@ from moeless_opt.solvers.locality.shares import near_shares
 from moeless_opt.solvers.replan import Replan
 from moeless_opt.solvers.shares import best_shares, solve_shares
 
-__all__ = ["LocalityOptions", "LocalitySolver"]
+__all__ = ["LocalityOptions", "LocalitySolver", "locality_of"]
 
 _STEPS = {"quick": 2, "normal": 8, "thorough": 60}  # for each pair of an expert and a GPU
 _MOST_STEPS = {"quick": 20_000, "normal": 60_000, "thorough": 500_000}
@@ -281,7 +281,12 @@ class LocalitySolver(Heuristic):
             found = search_near_layers(
                 problem, layers, steps=steps, seed=task.seed + turn * 31, hot=hot, stop=task.stop
             )
-            slots_LGC[rows] = np.stack(found)
+            trial_LGC = slots_LGC.copy()
+            trial_LGC[rows] = np.stack(found)
+            if tied:  # the next turn builds on layers that are in time
+                late_L = _tokens(problem, trial_LGC) > search.limit_L * (1 + 1e-7)
+                trial_LGC[late_L] = slots_LGC[late_L]
+            slots_LGC = trial_LGC
             task.report(np.nan, 0.0, done=(turn + 1) / len(turns), note="search")
         return slots_LGC
 

@@ -70,6 +70,12 @@ VALUES: dict[str, list[str]] = {
     "max_moves": ["100"],
     "max_move_bytes": ["900GB"],
     "tolerance": ["0.1"],
+    "priorities": ["balance,traffic"],
+    "costs": ["gpu=0.5,node=1"],
+    "sources": ["sources.npy"],
+    "flow": ["flow.npy"],
+    "groups": ["4"],
+    "traffic": ["nodes"],
     "scenario": ["0"],
     "key": ["a"],
     "steps": ["keep"],
@@ -111,6 +117,8 @@ def folder(tmp_path: Path, monkeypatch: Any) -> Path:
     save_problem(problem, "problem.json")
     save_plan(plan_of(problem, contiguous(8, problem.capacity_LG)), "live.json")
     save_plan(plan_of(problem, contiguous(8, problem.capacity_LG)), "plan.json")
+    np.save("sources.npy", np.stack([LOAD / 4] * 4))
+    np.save("flow.npy", np.ones((1, 8, 8)))
     Path("gpus.json").write_text('{"gpus_per_node": 4, "slots": 3}')
     return tmp_path
 
