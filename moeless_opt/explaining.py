@@ -836,7 +836,16 @@ def _way_by_gpu(case: _Case, stop: Stop) -> Iterator[Way]:
         empty = np.full((problem.layers, 1, current.slots_LGC.shape[2]), -1, dtype=np.int32)
         slots_LGC = np.concatenate([current.slots_LGC, empty], axis=1)
         current = Placement(slots_LGC=slots_LGC, experts=problem.experts, partial=current.partial)
-    wider = problem.replace(topology=topology.replace(**changes), current=current, known=None)
+    if topology.cost_GG is not None:
+        near = topology.cost_GG[like]
+        cost_GG = np.pad(topology.cost_GG, (0, 1))
+        cost_GG[-1, :-1], cost_GG[:-1, -1] = near, topology.cost_GG[:, like]
+        cost_GG[-1, like] = cost_GG[like, -1] = near[near > 0].min(initial=near.max(initial=0.0))
+        changes["cost_GG"] = cost_GG
+    loads = problem.loads
+    if loads.load_TLGE is not None:  # no tokens come from it
+        loads = loads.replace(load_TLGE=np.pad(loads.load_TLGE, ((0, 0), (0, 0), (0, 1), (0, 0))))
+    wider = problem.replace(topology=topology.replace(**changes), loads=loads, current=current, known=None)
     slots_GC = _alone(case, wider, stop)
     if slots_GC is not None:
         yield from _way(

@@ -24,7 +24,7 @@ def with_nearness(problem: Problem, args: argparse.Namespace) -> Problem:
     if args.costs is not None:
         changes["topology"] = _costs(args.costs, problem.topology)
     if args.sources is not None:
-        loads = loads.replace(load_TLNE=None, load_TLGE=None, **_sources(args.sources, problem))
+        loads = loads.replace(**{"load_TLNE": None, "load_TLGE": None} | _sources(args.sources, problem))
     if args.flow is not None:
         loads = loads.replace(flow_LEE=_array(args.flow, "--flow"))
     if loads is not problem.loads:

@@ -218,3 +218,15 @@ def test_bad_even_groups() -> None:
         mo.Problem(
             loads=loads, topology=mo.uniform(2, 1, slots=2), objective=mo.Objective(priorities=("hops",))
         )
+
+
+def test_what_one_more_gpu_would_buy_is_told_with_costs_and_sources_by_gpu() -> None:
+    by_gpu = np.random.default_rng(0).random((1, 1, 4, 6))
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=by_gpu.sum(2), load_TLGE=by_gpu),
+        topology=mo.uniform(2, 2, slots=2).with_levels([("gpu", 0.5), ("node", 1)]),
+        objective=mo.Objective(priorities=("balance",)),
+    )
+    plan = mo.solve(problem).plan
+    assert plan is not None
+    assert "explan" in repr(mo.explain(plan)).lower()
