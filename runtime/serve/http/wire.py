@@ -15,10 +15,12 @@ from moeless_opt.runtime.serve.http.options import HttpOptions
 __all__ = ["listening_socket", "patient_protocol"]
 
 BACKLOG = 2048
+MOST_HEAD = 1 << 16
+"""Bytes of a request's head."""
 
 
 def patient_protocol(options: HttpOptions) -> type[HttpToolsProtocol]:
-    """Uvicorn's protocol with a limit on the time in which a request's head must arrive.
+    """Uvicorn's protocol with limits on the time and the size of a request's head.
 
     Parameters
     ----------
@@ -28,6 +30,7 @@ def patient_protocol(options: HttpOptions) -> type[HttpToolsProtocol]:
 
     class Patient(HttpToolsProtocol):
         _waiting: TimerHandle | None = None
+        _head = 0
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -40,6 +43,10 @@ def patient_protocol(options: HttpOptions) -> type[HttpToolsProtocol]:
             if self._waiting is None and (self.cycle is None or self.cycle.response_complete):
                 self._await_head()  # of the next request of this connection
             super().data_received(data)
+            if self._waiting is not None:
+                self._head += len(data)
+                if self._head > MOST_HEAD and not self.transport.is_closing():
+                    self.send_400_response("The head of the request is too large.")
 
         def on_headers_complete(self) -> None:
             self._stop_waiting()
@@ -50,6 +57,7 @@ def patient_protocol(options: HttpOptions) -> type[HttpToolsProtocol]:
             super().connection_lost(exc)
 
         def _await_head(self) -> None:
+            self._head = 0
             self._waiting = self.loop.call_later(options.head_timeout, self._too_late)
 
         def _stop_waiting(self) -> None:

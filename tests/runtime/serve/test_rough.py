@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
@@ -150,6 +151,19 @@ def test_heads_that_do_not_come_end_the_connection(serving: Callable[..., Any], 
         silent = socket.create_connection(("127.0.0.1", served.port), timeout=20)
         silent.sendall(sent)
         assert _ended(silent) == b""
+
+
+def test_endless_heads_are_told(serving: Callable[..., Any]) -> None:
+    with serving(RoteEngine(), head_timeout=300) as served:
+        endless = socket.create_connection(("127.0.0.1", served.port), timeout=20)
+        endless.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Endless: ")
+        with contextlib.suppress(OSError):  # it is refused in the midst
+            for _ in range(200):
+                endless.sendall(b"x" * 10000)
+                time.sleep(0.001)
+        assert served.ask("GET", "/healthz", headers={"X-Long": "x" * 8000})[0] == 200
+        told = _ended(endless)
+        assert told.startswith(b"HTTP/1.1 400") or told == b"", "a reset may overtake the answer"
 
 
 def test_the_head_of_a_later_request_has_its_limit_too(serving: Callable[..., Any]) -> None:
