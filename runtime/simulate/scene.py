@@ -40,7 +40,7 @@ from moeless_opt.runtime.simulate.scenario import Scenario
 from moeless_opt.runtime.simulate.serving import ClosedLoop
 from moeless_opt.runtime.simulate.traffic import Passes, RoutingModel, continuous, one_second_batches
 
-__all__ = ["Scene", "scene"]
+__all__ = ["Scene", "machine_of", "scene"]
 
 KINDS = ("measured", "composed", "assumed")
 RATE = 5.5
@@ -100,6 +100,14 @@ def scene(scenario: Scenario) -> Scene:
         If the parts do not fit each other.
     """
     return _Setup(scenario).scene()
+
+
+def machine_of(scenario: Scenario) -> Machine:
+    """The machine of a scenario alone, whether its slots fit or not."""
+    setup = _Setup(scenario)
+    given = scenario.machine
+    plain = given if isinstance(given, Topology) else topology_of(given, scenario.gpu_name)[0]
+    return setup.machine(plain)
 
 
 class _Setup:

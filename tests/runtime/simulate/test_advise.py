@@ -1,0 +1,149 @@
+"""``moeless-advise``: what it compares, by hand where that is possible, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.spec.architecture import ModelSpec
+from moeless_opt.problems.spec.topology import Topology
+from moeless_opt.runtime.simulate.advise import Traffic, advise
+from moeless_opt.runtime.simulate.advise_cli import flags, main, traffic_of
+from moeless_opt.runtime.simulate.machine import Machine
+
+MODEL = ModelSpec(name="small", layers=3, experts=16, top_k=2, hidden=2048, ffn=4096)
+MACHINE = Machine.of(Topology.uniform(1, 4, slots=1, name="4xA6000"), MODEL, gpu="A6000")
+
+
+def traffic(share: object, **changes: Any) -> Traffic:
+    share_TLE = np.broadcast_to(np.asarray(share, dtype=float), (2, 3, 16))
+    given = {"prompt": 500.0, "answer": 50.0, "rate": None, "most_requests": 64, "source": "here", **changes}
+    return Traffic(share_TLE=share_TLE / share_TLE.sum(2, keepdims=True), **given)  # type: ignore[arg-type]
+
+
+EVEN = np.ones(16)
+SKEWED = np.r_[8.0, 6.0, np.ones(14)]
+
+
+def test_even_loads_need_no_balancing() -> None:
+    found = advise(MACHINE, traffic(EVEN), memory=20)
+    assert found.best.split == "static"
+    assert found.best.redundant == 0
+    assert "--enable-eplb" not in flags(found)["vllm"]
+    assert flags(found)["vllm"] == f"--data-parallel-size {found.best.width} --enable-expert-parallel"
+
+
+def test_skewed_loads_are_balanced_where_there_is_memory() -> None:
+    rich = advise(MACHINE, traffic(SKEWED, answer=4.0), memory=40)
+    assert rich.best.split != "static"
+    assert rich.best.redundant == rich.best.slots * rich.best.width - 16
+    assert rich.best.capacity > 1.01 * rich.static.capacity
+    assert rich.best.imbalance < 1.2
+    assert rich.even is not None
+    told = flags(rich)
+    assert f'"num_redundant_experts": {rich.best.redundant}' in told["vllm"]
+    assert f"--ep-num-redundant-experts {rich.best.redundant}" in told["sglang"]
+    assert f"num_slots: {rich.best.slots * rich.best.width}" in told["tensorrt-llm"]
+    # No more is held than is within a percent as good.
+    for choice in rich.choices:
+        assert choice.capacity <= 1.011 * rich.best.capacity
+    fewer = [c for c in rich.choices if c.expert_bytes < rich.best.expert_bytes]
+    assert all(c.capacity < rich.best.capacity / 1.0099 for c in fewer)
+
+
+def test_memory_decides_the_width() -> None:
+    """One GPU just holds the model: nothing is left for requests, so the experts are spread."""
+    whole = MACHINE.layer_bytes * 3 + 16 * 3 * MODEL.expert_bytes
+    tight = advise(MACHINE, traffic(EVEN, most_requests=10_000), memory=(whole + 2e7) / 1e9)
+    assert tight.best.width == 4
+    assert {c.width for c in tight.choices} == {1, 2, 4}
+    by_width = {c.width: c for c in tight.choices if not c.redundant}
+    assert by_width[1].cache_tokens == pytest.approx(2e7 / MACHINE.kv_token_bytes, rel=1e-3)
+    assert by_width[1].requests < by_width[2].requests < by_width[4].requests
+    with pytest.raises(InfeasibleError, match="fit on no group of up to 4 A6000s"):
+        advise(MACHINE, traffic(EVEN), memory=0.1)
+
+
+def test_a_rate_asks_for_the_quickest_that_keeps_up() -> None:
+    most = advise(MACHINE, traffic(EVEN), memory=20)
+    slow = advise(MACHINE, traffic(EVEN, rate=0.1 * most.served), memory=20)
+    assert slow.best.batch < most.best.batch
+    assert slow.best.token_s < most.best.token_s
+    assert slow.served >= slow.rate  # type: ignore[operator]
+    over = advise(MACHINE, traffic(EVEN, rate=3 * most.served), memory=20)
+    assert over.best.capacity == pytest.approx(most.best.capacity)
+    assert any("3.0 times as many GPUs" in reason for reason in over.reasons)
+
+
+def test_the_same_advice_every_time_and_for_one_gpu() -> None:
+    a, b = (advise(MACHINE, traffic(SKEWED), memory=20) for _ in range(2))
+    assert a.best == b.best
+    alone = Machine.of(Topology.uniform(1, 1, slots=1), MODEL, gpu="A6000")
+    found = advise(alone, traffic(SKEWED), memory=20)
+    assert (found.best.width, found.best.split, found.even) == (1, "static", None)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = {
+        "hidden_size": 1024,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 1000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    np.savez(tmp_path / "loads.npz", counts=np.random.default_rng(0).integers(1, 99, (3, 2, 8)))
+    base = ["--model", str(tmp_path), "--topology", "4xH200", "--prompt", "100", "--answer", "20"]
+    assert main([*base, "--loads", str(tmp_path / "loads.npz"), "--rate", "5"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "advised",
+        "3 scenarios",
+        "requests in flight",
+        "vllm:\n  --data-parallel-size",
+        "5 requests/s",
+    ):
+        assert part in text
+    assert main([*base, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == "moeless-advice"
+    assert found["best"]["gpu_hours"] > 0
+    assert set(found["flags"]) == {"vllm", "sglang", "tensorrt-llm"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ("--model Mixtrl", 2, "'Mixtrl' is unknown"),
+        ("--model Mixtral-8x7B --gpu H20", 2, "'H20' is unknown; did you mean 'H200'?"),
+        ("--model Mixtral-8x7B --prompt 0", 2, "--prompt: is 0"),
+        ("--model Mixtral-8x7B --rate 0", 2, "--rate: is 0"),
+        ("--model Mixtral-8x7B --most-requests 0", 2, "--most-requests: is 0"),
+        ("--model Mixtral-8x7B --timed 3", 2, "--timed: is '3'"),
+        ("--model Mixtral-8x7B --loads none.npz", 2, "none.npz"),
+        ("--model DeepSeek-V3 --topology 8xA6000", 1, "fit on no group of up to 8 A6000s"),
+        ("--topology 8xA6000", 2, "--model"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    arguments: str, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments.split()) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith("moeless-advise: ")
+    assert said in printed
+    assert printed.count("\n") == 1
+
+
+def test_loads_are_of_the_model(tmp_path: Path) -> None:
+    np.savez(tmp_path / "loads.npz", counts=np.ones((2, 3, 8)))
+    with pytest.raises(ProblemError, match="has 3 layers of 8 experts, small has 3 of 16"):
+        traffic_of(MODEL, loads=str(tmp_path / "loads.npz"))
+    with pytest.raises(ProblemError, match="--rate: is 3, but --arrivals says it"):
+        traffic_of(MODEL, arrivals="a.csv", rate=3.0)
