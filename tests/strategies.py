@@ -214,7 +214,8 @@ def problems(draw: Any, *, plain: bool = False, max_layers: int = 3) -> Problem:
                 Objective,
                 balance_tolerance=st.sampled_from((0.0, 0.01, 1)),
                 horizon=st.none() | st.just(1000),
-                risk=st.sampled_from(("expected", "cvar", "worst")),
+                risk=st.sampled_from(("expected", "cvar", "worst", "sigma")),
+                sigma=st.sampled_from((0, 0.5, 1)),
                 cvar_alpha=st.sampled_from((0, 0.5, 0.9)),
             )
         ),

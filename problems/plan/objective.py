@@ -50,7 +50,8 @@ def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) 
     weight_T : array, shape [T], optional
         Weights of the scenarios, summing to 1; equal by default.
     objective : Objective
-        Says ``expected``, ``worst`` or ``cvar``.
+        Says ``expected``, ``worst``, ``cvar`` or ``sigma``. None falls where a value rises: the last, too, as
+        long as sigma is at most 1 (mean-upper-semideviation; Ruszczynski and Shapiro 2006).
     """
     if top_TL.shape[0] == 1:
         return np.asarray(top_TL[0])
@@ -60,6 +61,10 @@ def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) 
         return np.asarray(top_TL.max(0))
     if objective.risk == "expected":
         return np.asarray(weight_T @ top_TL)
+    if objective.risk == "sigma":
+        mean_L = weight_T @ top_TL
+        above_TL = np.maximum(top_TL - mean_L, 0.0)
+        return np.asarray(mean_L + objective.sigma * np.sqrt(weight_T @ above_TL**2))
     order_TL = np.argsort(-top_TL, axis=0, kind="stable")
     weight_TL = weight_T[order_TL]
     tail = 1.0 - objective.cvar_alpha

@@ -500,6 +500,10 @@ def _over_scenarios(problem: Problem, value: FloatArray) -> FloatArray:
     share = np.full(count, 1.0 / count) if weight is None else weight
     if wish.risk == "worst":
         return np.asarray(value.max(0))
+    if wish.risk == "sigma":
+        middle = np.tensordot(share, value, 1)
+        square = np.tensordot(share, np.where(value > middle, value - middle, 0.0) ** 2, 1)
+        return np.asarray(middle + wish.sigma * square**0.5)
     tail = 1.0 if wish.risk == "expected" else 1.0 - wish.cvar_alpha
     left = np.full(value.shape[1:], tail)
     total = np.zeros(value.shape[1:])

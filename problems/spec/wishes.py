@@ -79,6 +79,7 @@ class Risk(_Choice):
     EXPECTED = "expected"
     CVAR = "cvar"
     WORST = "worst"
+    SIGMA = "sigma"
 
 
 class SizingPolicy(_Choice):
@@ -118,9 +119,13 @@ class Objective(Record):
         Forward passes until the next plan. With it a replica moves only if the time that it saves
         over the horizon exceeds the time of its transfer.
     risk : Risk or str
-        How the time of a layer is taken over several load scenarios: ``"expected"``, ``"cvar"``, ``"worst"``.
+        How the time of a layer is taken over several load scenarios: ``"expected"``, ``"cvar"``, ``"worst"``,
+        or ``"sigma"``: the mean and `sigma` standard deviations above it.
     cvar_alpha : float
         Level of the CVaR: the mean over the worst ``1 - cvar_alpha`` of the weight.
+    sigma : float
+        With the risk ``"sigma"``: how many deviations, 0 to 1. Counted is what lies above the mean (the upper
+        semideviation), so that no plan gains by being slower in its good scenarios.
     """
 
     priorities: tuple[str, ...] = PRIORITIES
@@ -128,6 +133,7 @@ class Objective(Record):
     horizon: float | None = None
     risk: str = Risk.EXPECTED
     cvar_alpha: float = 0.9
+    sigma: float = 1.0
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -150,8 +156,11 @@ class Objective(Record):
         if self.horizon is not None:
             put(self, "horizon", number("objective.horizon", self.horizon, open_low=True))
         if self.risk not in tuple(Risk):
-            raise ProblemError("objective.risk", f"is {self.risk!r}, must be 'expected', 'cvar' or 'worst'")
+            raise ProblemError("objective.risk", f"is {self.risk!r}, must be one of {tuple(Risk)}")
         put(self, "risk", Risk(self.risk))
+        put(self, "sigma", number("objective.sigma", self.sigma))
+        if self.sigma > 1:
+            raise ProblemError("objective.sigma", f"is {self.sigma}, must be at least 0 and at most 1")
         put(self, "cvar_alpha", number("objective.cvar_alpha", self.cvar_alpha))
         if self.cvar_alpha >= 1:
             raise ProblemError(

@@ -22,6 +22,7 @@ class Feature(enum.StrEnum):
     HETEROGENEOUS = "GPUs of different speed or slots"
     MEMORY = "memory in bytes"
     SCENARIOS = "several load scenarios"
+    SIGMA = "mean and deviation over scenarios"
     TIME_MODEL = "a time model with more than tokens"
     NODE_AWARE = "loads by source node"
     REPLICA_LIMITS = "limits on replicas"
@@ -50,6 +51,7 @@ _CONSTRUCT = _SPLITS | {
     Feature.HETEROGENEOUS,
     Feature.MEMORY,
     Feature.SCENARIOS,
+    Feature.SIGMA,
     Feature.NODE_AWARE,
 }
 _ENTRIES = frozenset({Feature.SHARE_ENTRIES})  # the base of the solvers rounds; what they prove must allow it
@@ -61,7 +63,7 @@ _EVEN_OR_FREE = _CONSTRUCT - {Feature.NEAREST}
 _CONSTRAINED = _EVEN_OR_FREE | _LIMITS | _ENTRIES | {Feature.SIZING_CV}
 _SIZED = _EVEN_OR_FREE | _ENTRIES | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
 _ACTIVATION = _EVEN_OR_FREE | _ENTRIES | _FILL | {Feature.TIME_MODEL}
-_LEXICOGRAPHIC = _EVEN_OR_FREE | _LIMITS | {Feature.PRIORITIES, Feature.BALANCE_THEN_NEAR}
+_LEXICOGRAPHIC = (_EVEN_OR_FREE | _LIMITS | {Feature.PRIORITIES, Feature.BALANCE_THEN_NEAR}) - {Feature.SIGMA}
 _LOCALITY = _CONSTRUCT | {
     Feature.BALANCE_THEN_NEAR,
     Feature.COSTS,
@@ -72,7 +74,7 @@ _LOCALITY = _CONSTRUCT | {
     Feature.REPLICA_LIMITS,
     Feature.FILL_DISTINCT,
     Feature.FILL_EQUAL,
-} - {Feature.SCENARIOS}
+} - {Feature.SCENARIOS, Feature.SIGMA}
 _EXACT = _SPLITS | _FILL | {Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
 # The published methods ignore the live placement and all but the expected loads; their plans are valid and
 # pay for it.
@@ -81,10 +83,13 @@ _PUBLISHED = _SPLITS | {
     Feature.MIGRATION,
     Feature.MEMORY,
     Feature.SCENARIOS,
+    Feature.SIGMA,
     Feature.NODE_AWARE,
     Feature.TIME_MODEL,
     Feature.COSTS,
 }
+
+_PODS = {Feature.MEMORY, Feature.SPREAD, Feature.SCENARIOS, Feature.SIGMA, Feature.NODE_AWARE}
 
 PUBLISHED = frozenset({"static", "eplb", "eplb-hierarchical", "moeless"})
 """Methods as published: they know balance and nothing else, so `compare` shows them as they are."""
@@ -114,7 +119,7 @@ FEATURES: dict[str, frozenset[Feature]] = {
     "eplb": _PUBLISHED | {Feature.FILL_COPIES, Feature.FILL_EQUAL},
     "eplb-hierarchical": _PUBLISHED | {Feature.FILL_COPIES, Feature.FILL_EQUAL},
     "moeless": _PUBLISHED | {Feature.HETEROGENEOUS, Feature.SIZING_CV},
-    "lazarus": _SPLITS | {Feature.MEMORY, Feature.SPREAD, Feature.SCENARIOS, Feature.NODE_AWARE},
+    "lazarus": _SPLITS | _PODS,
     "portfolio": _EXACT,
     "patterns": _EXACT - {Feature.FRACTIONAL},
     "cpsat": _EXACT,
@@ -157,6 +162,8 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         needs.add(Feature.MIGRATION)
     if problem.loads.load_TLE.shape[0] > 1:
         needs.add(Feature.SCENARIOS)
+        if problem.objective.risk == "sigma":
+            needs.add(Feature.SIGMA)
     if problem.loads.load_TLNE is not None:
         needs.add(Feature.NODE_AWARE)
     if topology.cost_GG is not None and {"traffic", "hops"} & set(problem.objective.priorities):

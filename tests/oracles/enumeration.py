@@ -154,12 +154,21 @@ def least_within_bytes(
     return min(sums.values(), default=np.inf)
 
 
-def risk_of(value_TP: FloatArray, weight_T: FloatArray, kind: str, alpha: float) -> FloatArray:
+def risk_of(
+    value_TP: FloatArray, weight_T: FloatArray, kind: str, alpha: float, sigma: float = 1.0
+) -> FloatArray:
     """The risk measure by its definition; CVaR as the least of Rockafellar and Uryasev's function."""
     if kind == "worst":
         return np.asarray(value_TP.max(0))
     if kind == "expected":
         return np.asarray((weight_T[:, None] * value_TP).sum(0))
+    if kind == "sigma":
+        means = [sum(w * v for w, v in zip(weight_T, column, strict=True)) for column in value_TP.T]
+        squares = [
+            sum(w * (v - mean) ** 2 for w, v in zip(weight_T, column, strict=True) if v > mean)
+            for column, mean in zip(value_TP.T, means, strict=True)
+        ]
+        return np.asarray([mean + sigma * square**0.5 for mean, square in zip(means, squares, strict=True)])
     levels = [
         eta + (weight_T[:, None] * np.maximum(value_TP - eta, 0)).sum(0) / (1 - alpha) for eta in value_TP
     ]
@@ -208,7 +217,7 @@ class Enumeration:
         time = even_times if self.equal else set_times
         time_TP = np.array([time(held_PEG, load_E, self.speed_G) for load_E in self.load_TE])
         wish = self.problem.objective
-        return risk_of(time_TP, self.weight_T, wish.risk, wish.cvar_alpha)
+        return risk_of(time_TP, self.weight_T, wish.risk, wish.cvar_alpha, wish.sigma)
 
     def risk_of_plan(self, plan: Plan) -> float:
         """Risk of a plan's largest GPU time, with the best shares in every scenario."""

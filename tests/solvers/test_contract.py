@@ -34,6 +34,7 @@ WANTED: dict[Feature, dict[str, Any]] = {
     Feature.HETEROGENEOUS: {"topology": mo.uniform(1, 4, slots=[3, 2, 2, 2], speed=[1.0, 1.0, 1.0, 0.5])},
     Feature.MEMORY: {"topology": mo.uniform(1, 4, slots=2, memory=50), "expert_bytes": 10},
     Feature.SCENARIOS: {"loads": np.stack([LOAD_LE, OTHER_LE])},
+    Feature.SIGMA: {"loads": np.stack([LOAD_LE, OTHER_LE]), "objective": mo.Objective(risk="sigma")},
     Feature.TIME_MODEL: {"time": mo.TimeModel(activation_cost=5.0)},
     Feature.NODE_AWARE: {"by_node": True, "topology": mo.uniform(2, 2, slots=2)},
     Feature.REPLICA_LIMITS: {"limits": mo.Limits(max_replicas=2)},

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan.evaluate import (
     activated,
     even_pieces,
@@ -118,6 +119,7 @@ def slow_risk(problem: Problem, values: list[float]) -> float:
         "expected": sum(w * v for w, v in zip(weights, values, strict=True)),
         "worst": max(values),
         "cvar": slow_cvar(values, weights, problem.objective.cvar_alpha),
+        "sigma": slow_sigma(values, weights, problem.objective.sigma),
     }[problem.objective.risk]
 
 
@@ -222,6 +224,13 @@ def test_traffic_by_hand() -> None:
     assert node_traffic(load, slots, share, np.array([0, 0])).tolist() == [0.0]
 
 
+def slow_sigma(values: list[float], weights: list[float], sigma: float) -> float:
+    """The mean, and so many deviations of what lies above it."""
+    pairs = list(zip(values, weights, strict=True))
+    mean = sum(w * v for v, w in pairs)
+    return mean + sigma * sum(w * (v - mean) ** 2 for v, w in pairs if v > mean) ** 0.5
+
+
 def slow_cvar(values: list[float], weights: list[float], alpha: float) -> float:
     """Mean over the worst (1 - alpha) of the weight, taking whole scenarios and a part of the last."""
     left, total = 1 - alpha, 0.0
@@ -286,3 +295,19 @@ def test_shares_move_time_not_tokens(drawn: Any, seed: int) -> None:
     other = random_shares(np.random.default_rng(seed), plan.slots_LGC, problem.experts)
     tokens = gpu_tokens(problem.load_LE, plan.slots_LGC, other)
     np.testing.assert_allclose(tokens.sum(1), problem.load_LE.sum(1), rtol=1e-9)
+
+
+def test_sigma_is_the_mean_and_what_lies_above_it_and_never_falls() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        value, weight = rng.random((4, 3)), rng.dirichlet(np.ones(4))
+        wish = Objective(risk="sigma", sigma=float(rng.random()))
+        found = risk(value, weight, wish)
+        mean = weight @ value
+        above = [[max(v - m, 0.0) ** 2 for v, m in zip(row, mean, strict=True)] for row in value]
+        np.testing.assert_allclose(found, mean + wish.sigma * np.sqrt(weight @ np.array(above)))
+        slower = value.copy()
+        slower[rng.integers(4), rng.integers(3)] += rng.random()
+        assert (risk(slower, weight, wish) >= found - 1e-12).all()
+    with pytest.raises(ProblemError, match=r"objective.sigma: is 1.5, must be at least 0 and at most 1"):
+        Objective(risk="sigma", sigma=1.5)

@@ -38,7 +38,8 @@ def drawn(rng: Any, **more: Any) -> Problem:
             ),
             "split": str(rng.choice(["fractional", "equal"])),
             "objective": mo.Objective(
-                risk=str(rng.choice(["expected", "worst", "cvar"])),
+                risk=str(rng.choice(["expected", "worst", "cvar", "sigma"])),
+                sigma=float(rng.choice([0.5, 1.0])),
                 cvar_alpha=float(rng.choice([0.0, 0.4, 0.8])),
                 balance_tolerance=float(rng.choice([0.0, 0.2])),
             ),
@@ -57,7 +58,8 @@ def slow_risk(problem: Problem, slots_LGC: Any) -> np.ndarray:
         held = np.array([[e in slots_LGC[x, g] for g in range(gpus)] for e in range(problem.experts)])
         times = even_times if problem.split == "equal" else set_times
         value_TP = np.array([times(held[None], load[x], problem.topology.speed_G) for load in loads])
-        found.append(risk_of(value_TP, weight, problem.objective.risk, problem.objective.cvar_alpha)[0])
+        wish = problem.objective
+        found.append(risk_of(value_TP, weight, wish.risk, wish.cvar_alpha, wish.sigma)[0])
     return np.array(found)
 
 
@@ -172,7 +174,7 @@ def test_small_layers_are_searched_for_the_risk(split: str) -> None:
     assert better
 
 
-@pytest.mark.parametrize("risk", ["expected", "worst", "cvar"])
+@pytest.mark.parametrize("risk", ["expected", "worst", "cvar", "sigma"])
 def test_tiny_even_layers_are_the_best_there_are(risk: str) -> None:
     """By every placement, empty slots and all."""
     experts, gpus, slots = 4, 3, 2
