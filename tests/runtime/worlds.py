@@ -113,7 +113,10 @@ def lead(timeout: float, script: str, *arguments: str) -> list[int]:
 
 def report(value: Any) -> None:
     """Hand a value to the test."""
-    Path(os.environ["WORLD_FOLDER"], f"result{os.environ['RANK']}.json").write_text(json.dumps(value))
+    final = Path(os.environ["WORLD_FOLDER"], f"result{os.environ['RANK']}.json")
+    draft = final.with_suffix(".part")
+    draft.write_text(json.dumps(value))
+    draft.rename(final)  # a rank may be killed at any moment
 
 
 def join(expert_parallel: int | None = None, timeout: float = 120.0, **more: int) -> tuple[int, int]:
