@@ -5,7 +5,8 @@
 `transformers` loads in one process becomes an expert-parallel one, with any placement. Attention stays data
 parallel: each rank has its own requests, and all ranks run the same number of forward passes.
 
-The stacked expert weights stay on the host as the home copies, and the device keeps only the slots' own.
+On a CPU the stacked weights stay as they are, as home copies; with GPUs each node keeps one set of those in
+the pinned memory of its ranks. The device keeps only the slots' own.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from moeless_opt.problems.errors import UnsupportedFeatureError
 from moeless_opt.runtime.live import (
     Adopted,
     AttachOptions,
+    ExpertGroup,
+    HomeStore,
     MemoryMeter,
+    NodeHome,
     SlotBank,
     Weights,
-    host_copy,
     pieces,
     static_slots,
 )
@@ -217,7 +220,7 @@ def adopt(model: Any, options: AttachOptions) -> Adopted:
             e: [Parameter(s.detach()[e].clone(), requires_grad=s.requires_grad) for s in stack] for e in mine
         }
         banks.append(SlotBank(number, resident, [s.detach()[0] for s in stack], device, meter))
-    hosts = [[host_copy(s) if s.is_cuda else s.detach() for s in stack] for stack in stacks]
+    home, hosts = _home(stacks, group, experts)
     before = model.config._experts_implementation
 
     def install(dispatchers: Sequence[SlotDispatcher], most_rows: int | None) -> None:
@@ -233,10 +236,11 @@ def adopt(model: Any, options: AttachOptions) -> Adopted:
         model.set_experts_implementation(NAME)
 
     def restore() -> None:
-        for module, stack, host in zip(modules, stacks, hosts, strict=True):
-            _served.pop(module, None)
-            for name, parameter, kept in zip(_names(module), stack, host, strict=True):
-                parameter.data = kept.to(device)
+        for i, (module, stack) in enumerate(zip(modules, stacks, strict=True)):
+            core, bank, _ = _served.pop(module)
+            whole = _gathered(bank, core.group) if hosts is None else hosts[i]
+            for name, parameter, kept in zip(_names(module), stack, whole, strict=True):
+                parameter.data = kept
                 setattr(module, name, parameter)
         model.set_experts_implementation(before)
 
@@ -255,9 +259,39 @@ def adopt(model: Any, options: AttachOptions) -> Adopted:
         ),
         install=install,
         restore=restore,
-        home=StackedHome(hosts, group.size),
+        home=home,
         transposed=bool(modules[0].is_transposed),
     )
+
+
+def shares_home(device: torch.device) -> bool:
+    """Whether each rank keeps a share of the home copies, not the whole model that it has anyway."""
+    return device.type == "cuda"
+
+
+def _home(
+    stacks: Sequence[Sequence[Tensor]], group: ExpertGroup, experts: int
+) -> tuple[HomeStore, list[list[Tensor]] | None]:
+    """Home copies, and the whole stacks if they are these."""
+    if not shares_home(stacks[0][0].device):
+        hosts = [[s.detach() for s in stack] for stack in stacks]
+        return StackedHome(hosts, group.size), hosts
+    home = NodeHome(group, experts)
+    for layer, stack in enumerate(stacks):
+        for expert in home.share:
+            home.put(layer, expert, [s.detach()[expert] for s in stack])
+    return home, None
+
+
+def _gathered(bank: SlotBank, group: ExpertGroup) -> list[Tensor]:
+    """The stacks of all ranks' experts, each in its first place; a collective."""
+    whole = []
+    for i, (shape, dtype) in enumerate(bank.shapes):
+        mine = torch.stack([bank.resident[e][i].detach() for e in bank.order])
+        # As bytes: not every type can be sent.
+        rows = group.all_gather(mine.reshape(-1).view(torch.uint8))
+        whole.append(rows.reshape(-1).view(dtype).view(-1, *shape))
+    return whole
 
 
 def _numbers(names: Sequence[str]) -> list[int]:

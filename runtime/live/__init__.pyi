@@ -13,8 +13,8 @@ from .groups import ExpertGroup as ExpertGroup
 from .groups import RankLostError as RankLostError
 from .home import HomeStore as HomeStore
 from .home import MappedHome as MappedHome
+from .home import NodeHome as NodeHome
 from .home import PinnedHome as PinnedHome
-from .home import host_copy as host_copy
 from .measure import measure_experts as measure_experts
 from .model import LiveModel as LiveModel
 from .pooled import PooledBank as PooledBank

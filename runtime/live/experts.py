@@ -141,9 +141,10 @@ class SlotBank:
                 meter.track(tensor)
 
     def trains(self) -> bool:
-        """Whether the experts' weights want gradients; those that arrive do if the others did."""
-        if self.resident:
-            self._trained = any(t.requires_grad for weights in self.resident.values() for t in weights)
+        """Whether weights of experts that are here want gradients; those that arrive do if these did."""
+        if not self.resident:
+            return False  # whatever was so before: they may have been frozen since, elsewhere
+        self._trained = any(t.requires_grad for weights in self.resident.values() for t in weights)
         return self._trained
 
     def allocate(self) -> Weights:
@@ -182,7 +183,7 @@ class SlotBank:
 
         What is in `keep` stays in memory: staged, as if it had just arrived.
         """
-        trains = self.trains()
+        trains = self.trains() if self.resident else self._trained
         kept = {e: self.resident[e] for e in keep}
         self.resident = {e: self.weights(e) for e in experts}
         self.staged |= kept

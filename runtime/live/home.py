@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.runtime.live.experts import SlotBank, Weights
 from moeless_opt.runtime.live.groups import ExpertGroup
 
-__all__ = ["HomeStore", "MappedHome", "PinnedHome", "save_experts"]
+__all__ = ["HomeStore", "MappedHome", "NodeHome", "PinnedHome", "host_copy", "save_experts"]
 
 
 class HomeStore(Protocol):
@@ -127,10 +128,72 @@ class PinnedHome:
         }
 
 
+#: Bytes from which host memory is registered as it is; below, what torch rounds up does not matter.
+LARGE = 1 << 20
+
+
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in host memory, pinned if it comes from a GPU."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    host = _pinned(tensor) if tensor.is_cuda else torch.empty(tensor.shape, dtype=tensor.dtype)
     return host.copy_(tensor.detach())
+
+
+def _pinned(like: torch.Tensor) -> torch.Tensor:
+    """Host memory that a GPU reads by itself, and no more than is needed: torch's comes in powers of two."""
+    size = like.numel() * like.element_size()
+    if size >= LARGE and size & (size - 1):
+        host = torch.empty(like.shape, dtype=like.dtype)
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(runtime.cudaHostRegister(host.data_ptr(), size, 0)) == 0:
+            weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr()).atexit = False
+            return host
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+class NodeHome:
+    """All experts once in the host memory of every node: each of its ranks has a share.
+
+    For engines that load every expert on every rank anyway: nothing travels to fill it. A share is other
+    experts than those that the rank serves at first, so that no rank's death takes both away.
+
+    Parameters
+    ----------
+    group : ExpertGroup
+        The ranks, with their nodes.
+    experts : int
+        Of a layer.
+    """
+
+    def __init__(self, group: ExpertGroup, experts: int) -> None:
+        self._members = group.ranks
+        self._mine: dict[tuple[int, int], Weights] = {}
+        nodes: dict[int, list[int]] = {}
+        for rank, node in zip(group.ranks, group.node_R, strict=True):
+            nodes.setdefault(node, []).append(rank)
+        #: Global ranks that keep each expert, one a node.
+        self.holders_E = [
+            [ranks[(e * len(ranks) // experts + 1) % len(ranks)] for ranks in nodes.values()]
+            for e in range(experts)
+        ]
+        me = group.ranks[group.rank]
+        #: Experts of this rank's share.
+        self.share = [e for e, holders in enumerate(self.holders_E) if me in holders]
+
+    def put(self, layer: int, expert: int, weights: Weights) -> None:
+        """Keep copies of an expert of this rank's share."""
+        self._mine[layer, expert] = [host_copy(t) for t in weights]
+
+    def ranks(self, layer: int, expert: int) -> Sequence[int]:
+        """See `HomeStore.ranks`."""
+        return [self._members.index(r) for r in self.holders_E[expert] if r in self._members]
+
+    def read(self, layer: int, expert: int) -> Weights:
+        """See `HomeStore.read`."""
+        return self._mine[layer, expert]
+
+    def regroup(self, members: Sequence[int]) -> None:
+        """Shares of ranks that are away are out of reach; one that comes back has loaded its own again."""
+        self._members = tuple(members)
 
 
 class MappedHome:

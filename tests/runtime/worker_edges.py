@@ -187,7 +187,12 @@ def gradients() -> Any:
     live.apply(static_slots(EXPERTS, size, 2)[:, ::-1].copy())
     live.settle()
     said.append(refusal())
+    # A rank that has given all its experts away does not refuse what the others were told is frozen.
+    empty = [[list(range(EXPERTS)), [-1] * EXPERTS]] * 2
+    live.apply(empty)
+    live.settle()
     model.requires_grad_(False)
+    said.append(refusal())
     model.output_layer.requires_grad_(True)
     model(x, causal_positions(x), None).sum().backward()
     assert model.output_layer.weight.grad is not None

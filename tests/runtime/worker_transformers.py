@@ -13,8 +13,10 @@ import torch.distributed as dist
 import transformers as T
 import worlds
 
+import moeless_opt.runtime.engines.transformers as engine
 from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.live.faults import Guard
+from moeless_opt.runtime.live.home import NodeHome
 
 SMALL = {
     "vocab_size": 128,
@@ -72,6 +74,8 @@ def main() -> None:
         x = torch.randint(0, 128, (2, 16), generator=torch.Generator().manual_seed(rank))
         with torch.no_grad():
             want = model(x).logits
+        # As with GPUs, for some: a share of the home copies on each rank; detach brings the stacks together.
+        engine.shares_home = lambda device, shared=name in ("qwen3", "gptoss"): shared
         live = attach(model, checksums=True)
         rng = np.random.default_rng(5)
         worst = 0.0
@@ -102,6 +106,8 @@ def main() -> None:
     out["survivor"] = [(guard.run(step) - want).abs().max().item(), 0.0]
     assert live.group.size == size - 1
     assert guard.recoveries[0].restored_bytes > 0
+    assert isinstance(live.home, NodeHome)
+    assert live.home.share == [4, 5, 6, 7]
     worlds.report(out)
 
 

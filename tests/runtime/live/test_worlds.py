@@ -166,6 +166,7 @@ def test_training_is_refused_by_name(run_world: World) -> None:
         "the router of MoE layer 1",
         "the experts of MoE layer 1",
         "the experts of MoE layer 1",
+        "",
     ]
     assert run_world("worker_edges.py", 2, "gradients") == [said, said]
 
