@@ -38,6 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = _options().parse_args(arguments)
     import torch
 
+    found = torch.cuda.is_available()
+    if args.device == "cpu" or not found:
+        # Kernels are interpreted in a dry run: Triton looks when it is imported.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     from moeless_opt.problems.errors import MoelessError
     from moeless_opt.runtime.gpu_check import sheet
     from moeless_opt.runtime.gpu_check.run import PARTS, check_part, run_parts
@@ -50,7 +54,6 @@ def main(arguments: list[str] | None = None) -> int:
             for name, part in parts:
                 print(f"{name}: {part.TITLE}", *part.LINES, sep="\n  ")
             return 0
-        found = torch.cuda.is_available()
         if args.device == "cuda" and not found:
             print("error: --device cuda: torch finds no GPU here", file=sys.stderr)
             return 2

@@ -21,7 +21,7 @@ from moeless_opt.runtime.gpu_check.sheet import Line, Sheet, read_lines, told
 __all__ = ["PARTS", "check_part", "run_parts", "start", "stop_all"]
 
 #: Modules of this room, in the order in which they run.
-PARTS = ("exactness", "waits", "overhead", "curves", "predictor", "collectives", "staged", "loss")
+PARTS = ("exactness", "waits", "split", "overhead", "curves", "predictor", "collectives", "staged", "loss")
 
 
 def check_part(name: str) -> Any:

@@ -287,7 +287,7 @@ class SlotDispatcher:
             host: IntArray = self.group.to_host(gathered).numpy()
             if agree is not None:
                 agree(self.index, host[:, self.experts :])
-            self._split(host[:, : self.experts])
+            self.split(host[:, : self.experts])
             return
         self._sends_RP = None
         table, policy = self.table, self.shares
@@ -302,14 +302,14 @@ class SlotDispatcher:
         if self.table is not table or self.shares is not policy:
             # It came into force with this batch.
             if not on_device(self.shares):
-                self._split(gathered[:, : self.experts].cpu().numpy())
+                self.split(gathered[:, : self.experts].cpu().numpy())
                 return
             self._there.start(gathered, self.shares, self.table, self.group)
             seen = self._there.tell(gathered)
         self.to_ranks, self.from_ranks = seen.give_R.tolist(), seen.come_R.tolist()
         self.chunks_RS = seen.chunks_RS
 
-    def _split(self, counts_RE: IntArray) -> None:
+    def split(self, counts_RE: IntArray) -> None:
         """Quotas and routes on the host."""
         table = self.table
         if table.single:
