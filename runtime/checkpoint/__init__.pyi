@@ -4,6 +4,8 @@ from .load import load_checkpoint as load_checkpoint
 from .load import recipe_of as recipe_of
 from .outside import stand_outside as stand_outside
 from .parts import GPTModel as GPTModel
+from .parts import MoELayer as MoELayer
+from .parts import SelfAttention as SelfAttention
 from .parts import TransformerConfig as TransformerConfig
 from .parts import build_gpt as build_gpt
 from .parts import causal_positions as causal_positions

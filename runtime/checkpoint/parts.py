@@ -40,7 +40,7 @@ with warnings.catch_warnings():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
-    from megatron.core.transformer.attention import Attention
+    from megatron.core.transformer.attention import Attention, SelfAttention
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.module import MegatronModule
@@ -66,10 +66,12 @@ with warnings.catch_warnings():
 __all__ = [
     "GPTModel",
     "MLATransformerConfig",
+    "MoELayer",
     "NeutralLatentAttention",
     "NeutralRotary",
     "NeutralRouter",
     "SdpaCoreAttention",
+    "SelfAttention",
     "StaticDispatcher",
     "TransformerConfig",
     "build_gpt",

@@ -14,7 +14,7 @@ each charging rule (docs/simulator.md), from the first request to the end of the
 answers that are those of the model alone
 
 ``--engine``: tokens per second of this engine and of `transformers` generate (static batch, padded), same
-weights, one process, one thread, greedy, 1, 8 and 32 requests at once. ``--kill``: requests under way
+weights, one process, one thread, greedy, 1, 8 and 32 requests at once, of equal lengths and of a quarter to all of it. ``--kill``: requests under way
 while a rank is killed.
 """
 
@@ -279,16 +279,18 @@ def beside_transformers(length: int, rounds: int) -> None:
         ["requests", "engine tok/s", "transformers tok/s", "ratio", "CPU s: engine", "transformers", "same"]
     ]
     try:
-        for count in (1, 8, 32):
+        for count, even in ((1, True), (8, True), (32, True), (8, False), (32, False)):
             chosen = prompts[:count]
             widest = max(map(len, chosen))
             ids = torch.tensor([[pad] * (widest - len(p)) + p for p in chosen])
             mask = torch.tensor([[0] * (widest - len(p)) + [1] * len(p) for p in chosen])
             ours, theirs, cpu_ours, cpu_theirs, same = [], [], [], [], 0
+            # Each request its own length: a static batch runs until the longest has ended.
+            lengths = [length if even else length * (1 + i % 4) // 4 for i in range(count)]
             for _ in range(rounds):
                 clients, began, used = Clients(engine), time.perf_counter(), time.process_time()
-                rule = Sampling(temperature=0, max_tokens=length, ignore_end=True)
                 for number, prompt in enumerate(chosen):
+                    rule = Sampling(temperature=0, max_tokens=lengths[number], ignore_end=True)
                     clients.send(str(number), prompt, rule)
                 clients.wait()
                 ours.append(time.perf_counter() - began)
@@ -304,11 +306,12 @@ def beside_transformers(length: int, rounds: int) -> None:
                     )
                 theirs.append(time.perf_counter() - began)
                 cpu_theirs.append(time.process_time() - used)
-                same = sum(clients.tokens(str(i)) == out[i, widest:].tolist() for i in range(count))
-            made = count * length
+                said = [out[i, widest : widest + lengths[i]].tolist() for i in range(count)]
+                same = sum(clients.tokens(str(i)) == said[i] for i in range(count))
+            made = sum(lengths)
             rows.append(
                 [
-                    str(count),
+                    f"{count}{'' if even else ', uneven'}",
                     f"{made / min(ours):.0f}",
                     f"{made / min(theirs):.0f}",
                     f"{min(theirs) / min(ours):.2f}",

@@ -126,6 +126,8 @@ def _spawn(options: EngineOptions) -> Crew:
         for rank in range(options.ranks):
             env = os.environ | {"LOCAL_RANK": str(rank)}
             env.setdefault("OMP_NUM_THREADS", "1")
+            # Nothing is compiled here, and asking whether it is takes time in every layer.
+            env.setdefault("TORCHDYNAMO_DISABLE", "1")
             process = subprocess.Popen(
                 [sys.executable, "-m", "moeless_opt.runtime.serve.engine.rank"],
                 stdin=subprocess.PIPE,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import BoolArray, IntArray
 from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.runtime.serve.engine.lean import LeanDecoder
 
 __all__ = ["KvPool", "PagedModel", "PassRows"]
 
@@ -294,6 +295,7 @@ class PagedModel:
             self._linears = list(_plain_linears(model.decoder))
         for parent, name, stock in self._linears:
             setattr(parent, name, _PlainLinear(stock))
+        self._lean = LeanDecoder(model) if LeanDecoder.fits(model) else None
         self._hook = model.output_layer.register_forward_pre_hook(self._wanted_rows)
 
     def _wanted_rows(self, _module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -319,10 +321,22 @@ class PagedModel:
         self.active = _Active(rows, self.pool)
         try:
             tokens = _tensor(rows.tokens_T, self.pool.device)[None]
+            if self._lean is not None:
+                self.model.decoder.forward = self._decode
             logits: Tensor = self.model(tokens, self.active.position[None], None)
             return logits[0]
         finally:
             self.active = None
+            self.model.decoder.__dict__.pop("forward", None)
+
+    def _decode(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None = None, **_: Any) -> Tensor:
+        """In the place of the decoder's own forward, while a pass is active."""
+        assert self._lean is not None
+        turn = None
+        if rotary_pos_emb is not None:
+            kind = hidden_states.dtype
+            turn = rotary_pos_emb.cos().to(kind), rotary_pos_emb.sin().to(kind)
+        return self._lean.forward(hidden_states, rotary_pos_emb, turn)
 
     def idle_rows(self) -> PassRows:
         """One row of no request: what a rank without work computes."""
