@@ -14,8 +14,8 @@ each charging rule (docs/simulator.md), from the first request to the end of the
 answers that are those of the model alone
 
 ``--engine``: tokens per second of this engine and of `transformers` generate (static batch, padded), same
-weights, one process, one thread, greedy, 1, 8 and 32 requests at once, of equal lengths and of a quarter to all of it. ``--kill``: requests under way
-while a rank is killed.
+weights, one process, one thread, greedy, 1, 8 and 32 requests at once, of equal lengths and (uneven) of a
+quarter to all of it. ``--kill``: requests under way while a rank is killed.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ BEFORE, AFTER = ("code", "english"), ("russian", "chinese", "proofs")
 POLICIES: dict[str, dict[str, Any]] = {
     "static EP": {"policy": "static"},
     "EPLB": {"policy": "eplb"},
-    "MoEless": {"policy": "moeless", "keep_alive": 5.0},
     "windowed": {"policy": "windowed"},
+    # Elastic experts last: a model stays elastic, and is charged as such.
+    "MoEless": {"policy": "moeless", "keep_alive": 5.0},
     "per layer": {"policy": "per-layer", "keep_alive": 5.0},
 }
 
@@ -106,6 +107,7 @@ def arrivals(seconds: float, rate: float, data: Path | None, seed: int) -> np.nd
     if data is not None and (data / TRACE).exists():
         at = np.asarray(read_arrivals(data / TRACE).time_R, dtype=np.float64)
         at = (at - at[0]) * (len(at) / (at[-1] - at[0])) / rate  # the trace's own bursts at the wanted rate
+        at = at[len(at) // 3 :] - at[len(at) // 3]
         return at[at < seconds]
     out, now = [], 0.0
     while now < seconds:
@@ -351,8 +353,9 @@ def kill(ranks: int) -> None:
         same = sum(clients.tokens(name) == calm.tokens(name) for name in clients.came)
         status = engine.status()
         print(
-            f"{ranks} ranks, the last one killed: longest silence {gaps.max():.2f} s, {status.retried} begun anew, "
-            f"ended {sorted(set(ends), key=str)}, {same}/{len(openings)} as before, {status.ranks} ranks left"
+            f"{ranks} ranks, the last one killed: longest silence {gaps.max():.2f} s, "
+            f"{status.retried} begun anew, ended {sorted(set(ends), key=str)}, "
+            f"{same}/{len(openings)} as before, {status.ranks} ranks left"
         )
     finally:
         engine.close()

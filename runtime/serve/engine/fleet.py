@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -35,6 +36,8 @@ from moeless_opt.runtime.serve.engine.plans import given_plan, judged_plan
 from moeless_opt.runtime.serve.engine.state import ServeState, read_state, slots_for, write_state
 
 __all__ = ["Fleet", "open_engine"]
+
+log = logging.getLogger("moeless.serve")
 
 #: Times that a request is begun anew.
 RETRIES = 3
@@ -163,11 +166,21 @@ class Fleet:
         check_planning(planning, self._ready[0]["experts"], max(sum(self._alive), 1))
 
     def _restore(self) -> None:
-        if self.options.state is None or len(self._alive) == 1:
+        """Begin from the settings and the placement of the last run."""
+        if self.options.state is None:
             return
         facts = self._ready[0]
         state = read_state(self.options.state, self.model, len(facts["layers"]), facts["experts"])
-        if state is not None:
+        if state is None:
+            return
+        try:
+            self._check(state.planning)
+        except ProblemError as error:
+            log.warning("the settings in %s are not used: %s", self.options.state, error)
+        else:
+            self._planning = state.planning
+            self._order("planning", state.planning)
+        if len(self._alive) > 1:
             slots_LGC = slots_for(state, len(self._alive), self._planning.slots)
             self._order("apply", ("restored", slots_LGC))
 
@@ -369,10 +382,11 @@ class Fleet:
     def _save(self, *, force: bool = False) -> None:
         with self._lock:
             group = self._group
-            if self.options.state is None or not group or group["asleep"] or group["ranks"] == 1:
+            if self.options.state is None or not group or group["asleep"]:
                 return
             slots_LGC: SlotArray = group["target_LGC"]
-            print_of, at = slots_LGC.tobytes(), self._saved[1]
+            print_of = slots_LGC.tobytes() + repr(group["planning"]).encode()
+            at = self._saved[1]
             if self._saved[0] == print_of or (not force and time.monotonic() - at < SAVE):
                 return
             self._saved = (print_of, time.monotonic())
@@ -381,6 +395,7 @@ class Fleet:
                 experts=self._ready[0]["experts"],
                 slots_LGC=slots_LGC,
                 load_LE=group["load_LE"],
+                planning=group["planning"],
             )
         write_state(self.options.state, state)
 

@@ -1,5 +1,4 @@
-"""The decoder of a paged pass: megatron-core's modules in megatron-core's order, without what stands
-between them.
+"""The decoder of a paged pass: megatron-core's modules in its order, without what stands between them.
 
 A pass of a few tokens takes most of its time in the wrappers of layers (checkpoints, offloading, CUDA-
 graph captures, profiling ranges), none of which is used here. What computes is called as it stands in the

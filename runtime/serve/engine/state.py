@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import numpy as np
 
 from moeless_opt.api import plan as make_plan
 from moeless_opt.problems.arrays import IntArray, SlotArray, integers
-from moeless_opt.problems.codec import Fields
+from moeless_opt.problems.codec import Fields, read_record
 from moeless_opt.problems.errors import MoelessError, ProblemError
 from moeless_opt.problems.files import atomic_write
 from moeless_opt.problems.io import json_bytes, read_json
 from moeless_opt.problems.plan import check_slots
 from moeless_opt.problems.spec import Topology
+from moeless_opt.runtime.serve import Planning
 
 __all__ = ["ServeState", "read_state", "slots_for", "write_state"]
 
@@ -38,12 +39,15 @@ class ServeState:
         The last plan.
     load_LE : array, shape [L, E]
         Loads of the last window, for a start with other ranks.
+    planning : Planning
+        What the controller may do.
     """
 
     model: str
     experts: int
     slots_LGC: SlotArray
     load_LE: IntArray
+    planning: Planning
 
 
 def write_state(path: str, state: ServeState) -> None:
@@ -55,6 +59,7 @@ def write_state(path: str, state: ServeState) -> None:
         "experts": state.experts,
         "slots": state.slots_LGC.tolist(),
         "load": state.load_LE.tolist(),
+        "planning": asdict(state.planning),
     }
     atomic_write(path, json_bytes(document))
 
@@ -73,6 +78,7 @@ def read_state(path: str, model: str, layers: int, experts: int) -> ServeState |
                 raise ProblemError(key, f"is {have!r}, not {want!r}")
         slots_LGC = integers("slots", entry.take("slots"), low=-1, high=experts - 1).astype(np.int32)
         load_LE = integers("load", entry.take("load"))
+        planning: Planning = read_record(Planning, entry.take("planning", dict, {}), "planning")
         if slots_LGC.ndim != 3 or len(slots_LGC) != layers or load_LE.shape != (layers, experts):
             raise ProblemError("slots", f"have shape {slots_LGC.shape}, the model has {layers} layers")
         for slots_GC in slots_LGC:
@@ -80,7 +86,9 @@ def read_state(path: str, model: str, layers: int, experts: int) -> ServeState |
     except MoelessError as error:
         log.warning("%s is not used: %s", path, error)
         return None
-    return ServeState(model=model, experts=experts, slots_LGC=slots_LGC, load_LE=load_LE)
+    return ServeState(
+        model=model, experts=experts, slots_LGC=slots_LGC, load_LE=load_LE, planning=planning
+    )
 
 
 def slots_for(state: ServeState, ranks: int, slots: int | None) -> SlotArray:

@@ -157,8 +157,8 @@ class Steering:
         self._layers: PerLayer | None = None
         self._elastic: Any = None
         self._asleep: SlotArray | None = None
+        self._cold = (0, 0, 0.0)
         self._open: dict[int, PlanEvent] = {}
-        self._seen_tickets = 0
         self._errors: deque[float] = deque(maxlen=64)
         self._fresh()
         self.apply_settings(planning, first=True)
@@ -225,6 +225,7 @@ class Steering:
         elif self.live.lanes.elastic is not None:
             # Nothing stays warm from here on: what is kept leaves with the next rounds.
             self._elastic = self.live.elastic(0.0, kv_bytes=self._kv_bytes)
+        self._cold = (0, 0, 0.0)
         self._charged = time.perf_counter()
 
     def _start(self) -> None:
@@ -365,8 +366,11 @@ class Steering:
             self._follow_layers(self._controller)
         if self._elastic is not None:
             report = self._elastic.report()
-            self.cold_starts, self.wait_seconds = report.cold_starts, report.cold_seconds
-            self.bytes_moved = max(self.bytes_moved, report.cold_bytes)
+            now = (report.cold_starts, report.cold_bytes, report.cold_seconds)
+            before, self._cold = self._cold, now
+            self.cold_starts += now[0] - before[0]
+            self.bytes_moved += now[1] - before[1]
+            self.wait_seconds += now[2] - before[2]
 
     def _follow_layers(self, controller: Controller) -> None:
         done = [d for d in list(controller.layer_decisions) if d.applied is not None]

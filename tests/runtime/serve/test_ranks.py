@@ -116,10 +116,11 @@ def test_a_restart_begins_from_the_last_plan(tmp_path: Path) -> None:
         "experts": 16,
         "slots": slots.tolist(),
         "load": np.ones((6, 16), dtype=int).tolist(),
+        "planning": {"every": 7, "idle_after": 1.0},
     }
     state.write_text(json.dumps(document))
     engine = Fleet(
-        EngineOptions(ranks=2, planning=Planning(idle_after=0.2), state=str(state), context_length=64)
+        EngineOptions(ranks=2, state=str(state), context_length=64)
     )
     engine.start()
     try:
@@ -128,11 +129,15 @@ def test_a_restart_begins_from_the_last_plan(tmp_path: Path) -> None:
         until(lambda: any(e.kind == "idle" for e in engine.status().events))
         until(lambda: engine.status().replicas_LE.sum() == 6 * 16)  # one of each is left
         Round(engine, "awake", 4).tokens()
-        until(lambda: engine.status().replicas_LE.sum() == 6 * 18)  # and all are back
-        assert [e.kind for e in engine.status().events][:3] == ["restored", "idle", "plan"]
+        until(lambda: any(e.kind == "plan" for e in engine.status().events))  # and all are back
+        assert [e.kind for e in engine.status().events][:3] == ["settings", "restored", "idle"]
+        assert engine.planning().every == 7
+        assert engine.set_planning(idle_after=None, policy="static").policy == "static"
     finally:
         engine.close()
-    assert json.loads(state.read_text())["experts"] == 16
+    saved = json.loads(state.read_text())
+    assert (saved["experts"], saved["planning"]["policy"]) == (16, "static")
+    assert np.shape(saved["slots"])[:2] == (6, 2)
 
 
 SCRIPT = """
