@@ -27,7 +27,7 @@ from moeless_opt.runtime.simulate.memory import Room
 from moeless_opt.runtime.simulate.settings import Settings
 from moeless_opt.runtime.simulate.shares import Placed, SplitCost, TimedRule
 
-__all__ = ["Advice", "Setting", "Traffic", "advise"]
+__all__ = ["Advice", "Deployment", "Offered", "advise"]
 
 LAYERS = 6
 """Layers that are looked at; the others are taken to be like them."""
@@ -49,7 +49,7 @@ DECIDE = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
+class Offered:
     """What is served.
 
     Parameters
@@ -75,7 +75,7 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class Deployment:
     """One setting, and what it comes to.
 
     Parameters
@@ -126,9 +126,9 @@ class Advice:
 
     Parameters
     ----------
-    choices : tuple of Setting
+    choices : tuple of Deployment
         The best of each width and number of slots, fitting ones only, the best first.
-    best, static : Setting
+    best, static : Deployment
         What is advised, and the best that never balances.
     rate : float or None
         Requests per second that were asked for.
@@ -147,9 +147,9 @@ class Advice:
     """
 
     model: ModelSpec
-    choices: tuple[Setting, ...]
-    best: Setting
-    static: Setting
+    choices: tuple[Deployment, ...]
+    best: Deployment
+    static: Deployment
     rate: float | None
     served: float
     even: float | None
@@ -163,7 +163,7 @@ class Advice:
 class _Group:
     """A group of GPUs with so many slots, and what its layers take."""
 
-    def __init__(self, machine: Machine, traffic: Traffic, spare: int, memory: float | None) -> None:
+    def __init__(self, machine: Machine, traffic: Offered, spare: int, memory: float | None) -> None:
         model, gpus = machine.model, machine.topology.gpus
         self.spare, self.traffic = spare, traffic
         self.slots = -(-model.experts // gpus) + spare
@@ -230,7 +230,7 @@ class _Group:
         rest = float(self.machine.rest(np.array([tokens]), np.array([cached]))[0])
         return self.machine.model.layers * self.layer(tokens, split)[0] + rest
 
-    def choice(self, groups: int, split: str) -> Setting:
+    def choice(self, groups: int, split: str) -> Deployment:
         """What the setting comes to."""
         traffic, gpus = self.traffic, self.topology.gpus
         cache = self.room.tokens(self.topology)
@@ -254,7 +254,7 @@ class _Group:
                 low, high = (low, middle) if rate(middle) >= traffic.rate / groups else (middle, high)
             batch = high
         writes = token_s(batch) + batch * read_s / traffic.answer  # prompts of others are read in between
-        return Setting(
+        return Deployment(
             width=gpus,
             groups=groups,
             slots=self.slots,
@@ -291,14 +291,14 @@ def _of(topology: Topology, width: int) -> Topology:
     )
 
 
-def advise(machine: Machine, traffic: Traffic, *, memory: float | None = None) -> Advice:
+def advise(machine: Machine, traffic: Offered, *, memory: float | None = None) -> Advice:
     """Compare all settings that fit.
 
     Parameters
     ----------
     machine : Machine
         Model and GPUs, all of them; slots are what is asked for.
-    traffic : Traffic
+    traffic : Offered
         What is served.
     memory : float, optional
         GB of each GPU for weights and the KV cache.
@@ -309,7 +309,7 @@ def advise(machine: Machine, traffic: Traffic, *, memory: float | None = None) -
         If nothing fits.
     """
     topology, model = machine.topology, machine.model
-    found: list[tuple[Setting, _Group]] = []
+    found: list[tuple[Deployment, _Group]] = []
     for width in _widths(topology, model.experts):
         part = machine.replace(topology=_of(topology, width))
         for spare in SPARE:
@@ -329,20 +329,20 @@ def advise(machine: Machine, traffic: Traffic, *, memory: float | None = None) -
     order = sorted(found, key=lambda each: _merit(each[0], traffic))
     best, group = _frugal(order, traffic)
     static = min((c for c, _ in found if c.split == "static"), key=lambda c: _merit(c, traffic))
-    kept: dict[tuple[int, int], Setting] = {}
+    kept: dict[tuple[int, int], Deployment] = {}
     for choice, _ in order:
         kept.setdefault((choice.width, choice.slots), choice)
     return _advice(model, tuple(kept.values()), best, group, static, traffic)
 
 
-def _merit(choice: Setting, traffic: Traffic) -> tuple[float, float]:
+def _merit(choice: Deployment, traffic: Offered) -> tuple[float, float]:
     """Small is good: what keeps up first, by the time of an answer; else by tokens per second."""
     if traffic.rate is not None and choice.capacity >= traffic.rate * traffic.answer:
         return (0.0, choice.first_s + traffic.answer * choice.token_s)
     return (1.0, -choice.capacity)
 
 
-def _frugal(order: list[tuple[Setting, _Group]], traffic: Traffic) -> tuple[Setting, _Group]:
+def _frugal(order: list[tuple[Deployment, _Group]], traffic: Offered) -> tuple[Deployment, _Group]:
     """Of those that are as good as the best, the one that takes least memory, and balances least."""
     kind, value = _merit(order[0][0], traffic)
     ranks = ("static", "equal", "fractional", "live")
@@ -356,11 +356,11 @@ def _frugal(order: list[tuple[Setting, _Group]], traffic: Traffic) -> tuple[Sett
 
 def _advice(
     model: ModelSpec,
-    choices: tuple[Setting, ...],
-    best: Setting,
+    choices: tuple[Deployment, ...],
+    best: Deployment,
     group: _Group,
-    static: Setting,
-    traffic: Traffic,
+    static: Deployment,
+    traffic: Offered,
 ) -> Advice:
     even = _break_even(group)
     links = group.topology.links

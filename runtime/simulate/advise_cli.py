@@ -21,7 +21,7 @@ from moeless_opt.problems.io import read_arrivals
 from moeless_opt.problems.io.recordings import read_loads
 from moeless_opt.problems.spec import ModelSpec
 from moeless_opt.report import table
-from moeless_opt.runtime.simulate.advise import Advice, Traffic, advise
+from moeless_opt.runtime.simulate.advise import Advice, Offered, advise
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.scenario import Scenario
 from moeless_opt.runtime.simulate.scene import machine_of
@@ -119,8 +119,8 @@ def traffic_of(
     answer: float | None = None,
     most_requests: int = 256,
     seed: int = 0,
-) -> Traffic:
-    """Traffic from what a command line says."""
+) -> Offered:
+    """Offered from what a command line says."""
     if arrivals is not None:
         for name, value in (("--rate", rate), ("--prompt", prompt), ("--answer", answer)):
             if value is not None:
@@ -135,7 +135,7 @@ def traffic_of(
     if most_requests < 1:
         raise ProblemError("--most-requests", f"is {most_requests}, must be at least 1")
     share_TLE, source = _shares(model, loads, prompt, seed)
-    return Traffic(
+    return Offered(
         share_TLE=share_TLE,
         prompt=prompt,
         answer=answer,
@@ -218,7 +218,7 @@ def flags(found: Advice) -> dict[str, str]:
     return {"vllm": " ".join(vllm), "sglang": " ".join(sglang), "tensorrt-llm": tensorrt}
 
 
-def _print(found: Advice, machine: Machine, traffic: Traffic) -> None:
+def _print(found: Advice, machine: Machine, traffic: Offered) -> None:
     best = found.best
     print(f"{found.model.name} on {machine.topology.gpus} {machine.gpu}s; loads: {traffic.source}")
     print(

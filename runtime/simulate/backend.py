@@ -60,6 +60,8 @@ class SimulatedBackend:
         Expert times as the system believes them; the true ones by default.
     split_seconds : float, optional
         Seconds that a layer waits for live shares; by default they are free.
+    charge_once : bool
+        Whether weights outside the experts are charged once, however many GPUs hold a copy.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class SimulatedBackend:
         decide_seconds: float = 0.0,
         believed: TimeModel | None = None,
         split_seconds: float | None = None,
+        charge_once: bool = False,
     ) -> None:
         self.machine = machine
         self.experts = machine.model.experts
@@ -95,7 +98,9 @@ class SimulatedBackend:
             bytes_L=self.bytes_L,
             keep_alive=keep_alive,
         )
-        self.meter = CostMeter(self.bytes_L, machine.other_bytes, elastic=elastic)
+        copies = machine.topology.gpus if charge_once else 1
+        others = (machine.other_bytes - machine.once) / copies + machine.once
+        self.meter = CostMeter(self.bytes_L, others, elastic=elastic)
         self.report = SimReport()
         self.now = 0.0
         self._peak_G: IntArray = self.bytes_L @ self.pool.held_LG

@@ -182,6 +182,7 @@ class Policy:
             decide_seconds=settings.decide_ms * 1e-3,
             believed=None if settings.believed == "exact" else machine.believed(settings.believed),
             split_seconds=settings.split_seconds(model.experts, topology.gpus),
+            charge_once=settings.charge_once,
         )
         if self.planner is None:
             return Run(policy=self, backend=backend, controller=None)

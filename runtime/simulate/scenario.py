@@ -261,6 +261,12 @@ class Scenario(Settings):
     popularity: Path | None = option(
         None, file(), "expert counts per domain (.npz) to take the popularity from", group=_ROUTING
     )
+    skew: float = option(
+        1.0,
+        real(open_low=True),
+        "generated routing: power to which the popularity is raised, 1: as it is",
+        group=_ROUTING,
+    )
     affinity: bool = option(
         False, flag(), "generated routing: layers depend on the ones before", group=_ROUTING
     )
@@ -356,7 +362,7 @@ def _by_mode(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool,
     played = tiny or values["traces"] is not None or values["predictions"] is not None
     generated = "it is for generated routing; here recorded tokens are routed"
     yield ("batching",), played and batching == "closed", generated
-    yield ("affinity", "popularity", "lengths", "bank", "decode_every"), played, generated
+    yield ("affinity", "skew", "popularity", "lengths", "bank", "decode_every"), played, generated
     yield ("stay",), not played, "it is for token traces; here routing is generated"
     yield ("decode_every",), batching != "seconds", f"it is for batching 'seconds', not {batching!r}"
     yield ("bank",), batching != "continuous", f"it is for batching 'continuous', not {batching!r}"
@@ -379,6 +385,6 @@ def _by_policy(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], boo
     """Fields that only some policies read."""
     policies = [each if isinstance(each, Policy) else get_policy(each) for each in values["policies"]]
     read = frozenset[str]().union(*(policy.settings_read for policy in policies))
-    own = {part.name for part in fields(Settings)} - {"seed"} | {"predictor"}
+    own = {part.name for part in fields(Settings)} - {"seed", "charge_once"} | {"predictor"}
     names = ", ".join(policy.name for policy in policies)
     yield tuple(sorted(own - read)), True, f"no policy of {names} reads it"

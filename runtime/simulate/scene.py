@@ -294,6 +294,9 @@ class _Setup:
         """Routing drawn, with popularity measured for this very model where there is some."""
         scenario = self.scenario
         routing, measured = self.routing()
+        if scenario.skew != 1:
+            routing = routing.skewed(scenario.skew)
+            self.say("assumed", f"popularity raised to the power {scenario.skew:g}")
         if measured:
             self.say("measured", "popularity of the experts by domain, in three layers")
             self.say("assumed", "the other layers are like the nearest of them")

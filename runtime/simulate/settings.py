@@ -90,6 +90,9 @@ class Settings(Record):
         "expert times that policies plan by: linear (a fit, a tenth off), datasheet (bare peaks), exact",
         group=_POLICIES,
     )
+    charge_once: bool = option(
+        False, flag(), "weights outside the experts are charged once, not per copy", group=_POLICIES
+    )
     contention: bool = option(False, flag(), "transfers share ports with the all-to-all", group=_POLICIES)
     keep_alive: float | str = option(
         10.0,

@@ -253,6 +253,11 @@ class RoutingModel(Record):
             source=f"drawn for {layers} x {experts} experts with the spreads of {self.source} (composed)",
         )
 
+    def skewed(self, power: float) -> RoutingModel:
+        """The same with each expert's popularity raised to a power."""
+        share_DLE = self.popularity_DLE / self.popularity_DLE.max(2, keepdims=True)
+        return self.replace(popularity_DLE=np.maximum(share_DLE**power, 1e-9))
+
     @property
     def text(self) -> str:
         """What routing rests on."""

@@ -12,7 +12,7 @@ import pytest
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.topology import Topology
-from moeless_opt.runtime.simulate.advise import Traffic, advise
+from moeless_opt.runtime.simulate.advise import Offered, advise
 from moeless_opt.runtime.simulate.advise_cli import flags, main, traffic_of
 from moeless_opt.runtime.simulate.machine import Machine
 
@@ -20,10 +20,10 @@ MODEL = ModelSpec(name="small", layers=3, experts=16, top_k=2, hidden=2048, ffn=
 MACHINE = Machine.of(Topology.uniform(1, 4, slots=1, name="4xA6000"), MODEL, gpu="A6000")
 
 
-def traffic(share: object, **changes: Any) -> Traffic:
+def traffic(share: object, **changes: Any) -> Offered:
     share_TLE = np.broadcast_to(np.asarray(share, dtype=float), (2, 3, 16))
     given = {"prompt": 500.0, "answer": 50.0, "rate": None, "most_requests": 64, "source": "here", **changes}
-    return Traffic(share_TLE=share_TLE / share_TLE.sum(2, keepdims=True), **given)  # type: ignore[arg-type]
+    return Offered(share_TLE=share_TLE / share_TLE.sum(2, keepdims=True), **given)  # type: ignore[arg-type]
 
 
 EVEN = np.ones(16)

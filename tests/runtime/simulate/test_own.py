@@ -205,3 +205,20 @@ def test_the_cache_has_to_fit_in_every_mode() -> None:
     topology = Topology.uniform(1, 4, memory=10**12)
     with pytest.raises(InfeasibleError, match="do not fit"):
         simulate(base.replace(topology=topology, memory=0.01))
+
+
+# ------------------------------------------------------------------------------ what the paper leaves open
+
+
+def test_skew_and_charging_once() -> None:
+    base = Scenario(model="Mixtral-8x7B", seconds=4, policies=STATIC)
+    plain, skewed, once = (
+        simulate(base.replace(**change)).rows[0] for change in ({}, {"skew": 2.0}, {"charge_once": True})
+    )
+    assert skewed["imbalance"] > 1.1 * plain["imbalance"]
+    assert once["mean_ms"] == plain["mean_ms"]
+    # Per layer 2.5 hidden^2 weights of two bytes on 8 GPUs: seven of eight copies are not charged.
+    saved = 7 * 32 * 5 * 4096**2 / 1e9
+    ran = (plain["cost"]["passes"] - once["cost"]["passes"]) / saved
+    held = (plain["cost"]["resident"] - once["cost"]["resident"]) / saved
+    assert ran / held == pytest.approx(plain["busy"])
