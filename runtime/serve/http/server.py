@@ -62,6 +62,7 @@ class HttpServer:
             app,
             http=patient_protocol(options),
             ws="none",
+            loop="asyncio",
             lifespan="on",
             log_level="info" if options.access_log else "warning",
             access_log=options.access_log,

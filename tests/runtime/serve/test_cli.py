@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import moeless_opt as mo
 from moeless_opt.runtime.serve import Planning, cli
@@ -93,6 +94,30 @@ def test_bad_input_ends_with_2_and_names_the_option(argv: list[str], told: str, 
     err = capsys.readouterr().err
     assert told in err
     assert len(err.splitlines()) == 1
+
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "serving.md"
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="the documentation is not here")
+def test_manifests_start_the_command_with_options_that_it_has() -> None:
+    found = []
+    for block in re.findall(
+        r"^```yaml\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    ):
+        for document in yaml.safe_load_all(block):
+            found.append(document["kind"])
+            if document["kind"] == "Deployment":
+                spec = document["spec"]["template"]["spec"]
+                (container,) = spec["containers"]
+                assert container["args"][0] == "moeless-serve"
+                _, http = read(*container["args"][1:])
+                assert http.port == container["ports"][0]["containerPort"]
+                assert spec["terminationGracePeriodSeconds"] > http.drain_timeout
+                assert {mount["name"] for mount in container["volumeMounts"]} == {
+                    v["name"] for v in spec["volumes"]
+                }
+    assert found == ["Deployment", "Service", "RayService"]
 
 
 # ----------------------------------------------------------------------------------- with the real engine
