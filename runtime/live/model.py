@@ -74,6 +74,7 @@ class LiveModel:
         self._told = {**adopted.told(), **options.told()}
         if not self.group.outside:
             same_everywhere(self.group, self._told)
+        watch.note_queues(self.group.device)
         tables = [SlotTable(static_slots(self.experts, self.group.size), self.experts) for _ in self.banks]
         self.dispatchers = [
             SlotDispatcher(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -20,7 +22,18 @@ from moeless_opt.runtime.live.experts import checksum
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.measure import measure_experts
 
-__all__ = ["checksums", "measure", "memory", "observe", "other_bytes", "real_tokens"]
+__all__ = ["checksums", "measure", "memory", "note_queues", "observe", "other_bytes", "real_tokens"]
+
+
+def note_queues(device: torch.device) -> None:
+    """Warn of a setting by which transfers and products of a GPU wait for each other."""
+    if device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        warnings.warn(
+            "CUDA_DEVICE_MAX_CONNECTIONS is 1: all streams share one queue of the GPU, so forward passes wait "
+            "for experts that move; unset it, or set 8 or more, where no training wants it",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ def main() -> None:
     print(f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}")
     print("Token split of one layer on the host, microseconds: median (least)")
     heads = ("experts x ranks", "replicas more", "shares", "compiled", "plain")
-    print(table(heads, host_lines(options.repeats)))
+    print(table(heads, host_lines(-(-options.repeats // KINDS) * KINDS)))
     import torch
 
     if torch.cuda.is_available() or options.kernels:

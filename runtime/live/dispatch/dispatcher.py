@@ -302,10 +302,11 @@ class SlotDispatcher:
         if self.table is not table or self.shares is not policy:
             # It came into force with this batch.
             if not on_device(self.shares):
-                self.split(gathered[:, : self.experts].cpu().numpy())
+                self.split(self.group.to_host(gathered)[:, : self.experts].numpy())
                 return
             self._there.start(gathered, self.shares, self.table, self.group)
-            seen = self._there.tell(gathered)
+            with self.group.host_wait():
+                seen = self._there.tell(gathered)
         self.to_ranks, self.from_ranks = seen.give_R.tolist(), seen.come_R.tolist()
         self.chunks_RS = seen.chunks_RS
 

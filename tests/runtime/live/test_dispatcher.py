@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -62,6 +63,12 @@ class Rank:
     def __init__(self, ring: Ring, rank: int) -> None:
         self.ring, self.rank = ring, rank
         self.size, self.node_R, self.device = ring.size, ring.node_R, torch.device("cpu")
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def host_wait(self) -> Any:
+        return contextlib.nullcontext()
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         return torch.stack(self.ring.swap(self.rank, mine))

@@ -56,3 +56,16 @@ def test_real_experts_take_longer_for_more() -> None:
         in_turn([lambda x, w=w: x @ w for w in weights]), 256, activated=(1, 2), tokens=(8, 2048), repeats=5
     )
     assert time.time(2048, 1, 1.0) > time.time(8, 1, 1.0) > 0
+
+
+def test_one_queue_for_all_streams_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from moeless_opt.runtime.live.watch import note_queues
+
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    note_queues(torch.device("cpu"))
+    with pytest.warns(RuntimeWarning, match="CUDA_DEVICE_MAX_CONNECTIONS is 1: all streams share one queue"):
+        note_queues(torch.device("cuda"))
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    note_queues(torch.device("cuda"))
