@@ -29,8 +29,8 @@ def note_queues(device: torch.device) -> None:
     """Warn of a setting by which transfers and products of a GPU wait for each other."""
     if device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         warnings.warn(
-            "CUDA_DEVICE_MAX_CONNECTIONS is 1: all streams share one queue of the GPU, so forward passes wait "
-            "for experts that move; unset it, or set 8 or more, where no training wants it",
+            "CUDA_DEVICE_MAX_CONNECTIONS is 1: all streams share one queue of the GPU, so forward passes "
+            "wait for experts that move; unset it, or set 8 or more, where no training wants it",
             RuntimeWarning,
             stacklevel=3,
         )
