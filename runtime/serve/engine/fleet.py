@@ -105,6 +105,7 @@ class Fleet:
         self._answers = 0
         self._finished: Counter[str] = Counter()
         self._retried = 0
+        self._ends: deque[float] = deque(maxlen=32)
         self._draining = self._closed = False
         self._failure = ""
         self._planning = options.planning
@@ -244,8 +245,10 @@ class Fleet:
             raise ProblemError("prompt", f"has tokens outside 0..{self.facts.vocabulary - 1}")
 
     def _patience(self) -> float:
-        """Seconds until a place is likely free: what the queue has to generate, at the pace of late."""
-        return 1.0
+        """Seconds until a place is likely free: the mean time between two ends of late."""
+        if len(self._ends) < 2:
+            return 1.0
+        return min(max((self._ends[-1] - self._ends[0]) / (len(self._ends) - 1), 1.0), 60.0)
 
     def _least_busy(self) -> int:
         return min((r for r, alive in enumerate(self._alive) if alive), key=lambda r: (self._load[r], r))
@@ -288,9 +291,15 @@ class Fleet:
                         self._ready[rank] = content
                         self._changed.notify_all()
                 elif kind == "failed":
-                    with self._changed:
-                        self._failure = self._failure or content
-                        self._changed.notify_all()
+                    self._failed(rank, content)
+
+    def _failed(self, rank: int, reason: str) -> None:
+        """A rank says why it ends: before all have begun that is the end of the engine."""
+        log.error("rank %d ended: %s", rank, reason)
+        with self._changed:
+            if len(self._ready) < len(self._alive):
+                self._failure = self._failure or reason
+            self._changed.notify_all()
 
     def _said(self, rank: int, name: str, pick: Any, finish: Any, cached: int) -> None:
         with self._lock:
@@ -326,6 +335,7 @@ class Fleet:
         self._flights.pop(flight.request.id, None)
         self._load[flight.rank] -= 1
         self._finished[last.finish or "error"] += 1
+        self._ends.append(time.monotonic())
         flight.deliver(last)
         self._changed.notify_all()
 
@@ -337,6 +347,8 @@ class Fleet:
     def _lost(self, rank: int) -> None:
         """A rank is gone: its requests go on elsewhere, from the tokens that they have."""
         with self._changed:
+            if not self._alive[rank]:
+                return
             self._alive[rank] = False
             self._reports.pop(rank, None)
             self._changed.notify_all()
@@ -376,8 +388,19 @@ class Fleet:
                     self._answers += event.kind in ("given", "refused", "settings")
                 self._group = group
             self._changed.notify_all()
-        if group is not None:
-            self._save()
+        if group is None:
+            return
+        for gone, alive in enumerate(self._alive):
+            if alive and gone not in group["members"]:
+                self._evicted(gone)
+        self._save()
+
+    def _evicted(self, rank: int) -> None:
+        """The others went on without a rank that did not answer."""
+        assert self._crew is not None
+        if rank < len(self._crew.processes):
+            self._crew.processes[rank].kill()
+        self._lost(rank)
 
     def _save(self, *, force: bool = False) -> None:
         with self._lock:

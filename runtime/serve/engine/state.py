@@ -86,9 +86,7 @@ def read_state(path: str, model: str, layers: int, experts: int) -> ServeState |
     except MoelessError as error:
         log.warning("%s is not used: %s", path, error)
         return None
-    return ServeState(
-        model=model, experts=experts, slots_LGC=slots_LGC, load_LE=load_LE, planning=planning
-    )
+    return ServeState(model=model, experts=experts, slots_LGC=slots_LGC, load_LE=load_LE, planning=planning)
 
 
 def slots_for(state: ServeState, ranks: int, slots: int | None) -> SlotArray:

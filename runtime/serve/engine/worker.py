@@ -283,6 +283,7 @@ class Worker:
         )
         return {
             "ranks": live.group.size,
+            "members": live.group.ranks,
             "passes": steering.passes,
             "slots_LGC": slots_LGC,
             "target_LGC": live.target_LGC,

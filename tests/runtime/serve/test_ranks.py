@@ -119,9 +119,7 @@ def test_a_restart_begins_from_the_last_plan(tmp_path: Path) -> None:
         "planning": {"every": 7, "idle_after": 1.0},
     }
     state.write_text(json.dumps(document))
-    engine = Fleet(
-        EngineOptions(ranks=2, state=str(state), context_length=64)
-    )
+    engine = Fleet(EngineOptions(ranks=2, state=str(state), context_length=64))
     engine.start()
     try:
         until(lambda: any(e.kind == "restored" for e in engine.status().events))

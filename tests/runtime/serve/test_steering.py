@@ -1,0 +1,101 @@
+"""What planning may do to serving: nothing; and states of other ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.plan import Plan, check_slots
+from moeless_opt.runtime.control import Controller
+from moeless_opt.runtime.serve import Planning, Sampling, ServeRequest
+from moeless_opt.runtime.serve.engine import EngineOptions
+from moeless_opt.runtime.serve.engine.channel import queue_channels
+from moeless_opt.runtime.serve.engine.state import ServeState, read_state, slots_for, write_state
+from moeless_opt.runtime.serve.engine.steering import _Watched, check_planning
+from moeless_opt.runtime.serve.engine.worker import Worker
+from moeless_opt.runtime.tiny_moe import model as tiny
+
+
+def broken(load_LE: FloatArray, slots_LGC: SlotArray) -> Plan:
+    raise RuntimeError("the planner broke")
+
+
+def test_a_planner_that_breaks_ends_planning_and_not_serving() -> None:
+    front, back = queue_channels()
+    worker = Worker(EngineOptions(kv_blocks=16, context_length=64), back, 64, frozenset())
+    steering = worker.steering
+    steering._controller = Controller(_Watched(steering), broken, every=2)
+    prompt = tiny.encode("And")
+    rule = Sampling(temperature=0, max_tokens=8, ignore_end=True)
+    front.send(("submit", (ServeRequest(id="x", prompt=tuple(prompt), sampling=rule), len(prompt))))
+    tokens: list[int] = []
+    while len(tokens) < 8:
+        worker.step()
+        for kind, content in front.take(0):
+            if kind == "tokens":
+                tokens += [pick.token for _, pick, _, _ in content]
+    assert tokens == list(tiny.generate(tiny.load(), "And", 8))
+    assert [e.kind for e in steering.events] == ["failed"]
+    assert "the planner broke" in steering.events[0].detail
+    assert steering.planning.paused
+    front.send(("order", ("planning", Planning(every=3))))
+    worker.step()
+    assert not steering.planning.paused
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_state_serves_any_number_of_ranks(ranks: int, tmp_path: Path) -> None:
+    slots = np.stack([np.stack([np.arange(9), np.arange(7, 16)])] * 3).astype(np.int32)
+    load = np.arange(48).reshape(3, 16)
+    state = ServeState(model="m", experts=16, slots_LGC=slots, load_LE=load, planning=Planning(every=9))
+    file = str(tmp_path / "state.json")
+    write_state(file, state)
+    again = read_state(file, "m", 3, 16)
+    assert again is not None
+    assert np.array_equal(again.slots_LGC, slots)
+    assert again.planning == state.planning
+    found = slots_for(again, ranks, None)
+    assert found.shape[:2] == (3, ranks)
+    for slots_GC in found:
+        check_slots(slots_GC, 16, np.full(ranks, 16))
+    assert (ranks != 2) or np.array_equal(found, slots)
+
+
+def test_a_state_that_cannot_be_used_is_said_and_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "state.json"
+    assert read_state(str(file), "m", 3, 16) is None
+    assert not caplog.records
+    for text in ("", "{", "[]", '{"format": "moeless-plan", "version": 1}'):
+        file.write_text(text)
+        assert read_state(str(file), "m", 3, 16) is None
+    good = ServeState(
+        model="m",
+        experts=2,
+        slots_LGC=np.array([[[0, 1]]], dtype=np.int32),
+        load_LE=np.ones((1, 2), dtype=np.int64),
+        planning=Planning(),
+    )
+    write_state(str(file), good)
+    for model, layers, experts in (("other", 1, 2), ("m", 2, 2), ("m", 1, 3)):
+        assert read_state(str(file), model, layers, experts) is None
+    assert len(caplog.records) == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"slots": 7}, "slots"),
+        ({"policy": "eplb", "max_moves": 3}, "max_moves"),
+        ({"max_step_bytes": 9, "keep_alive": 1.0}, "max_step_bytes"),
+        ({"policy": "per-layer", "max_step_bytes": 9}, "max_step_bytes"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], field: str) -> None:
+    with pytest.raises(ProblemError, match=f"^{field}"):
+        check_planning(Planning(**settings), 16, 2)  # type: ignore[arg-type]
