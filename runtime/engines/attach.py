@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
-from moeless_opt.runtime.live import AttachOptions, Engine, LiveModel
+from moeless_opt.runtime.live import AttachOptions, Engine, LiveModel, RankLostError
 
 __all__ = ["attach"]
 
@@ -40,7 +40,7 @@ def attach(model: Any, **options: Any) -> LiveModel:
     UnsupportedFeatureError
         Naming what the model uses and this does not support.
     """
-    known = [f.name for f in fields(AttachOptions)]
+    known = [f.name for f in fields(AttachOptions) if f.init]
     for name in options:
         if name not in known:
             raise ProblemError(name, f"is no option of attach; there are {', '.join(known)}")
@@ -48,16 +48,31 @@ def attach(model: Any, **options: Any) -> LiveModel:
     missing: list[str] = []
     for name, engine in _engines(missing):
         if engine.accepts(model):
-            wanted = AttachOptions(**options)
-            adopted = engine.adopt(model, wanted)
-            live = LiveModel(adopted, wanted)
-            adopted.install(live.dispatchers, live.row_block.most)
-            return live
+            return _attached(engine, model, AttachOptions(**options))
         asked.append(name)
     because = f"; not available: {'; '.join(missing)}" if missing else ""
     raise UnsupportedFeatureError(
         f"{type(model).__name__} is no model with experts of {', '.join(asked) or 'any engine'}{because}"
     )
+
+
+def _attached(engine: Engine, model: Any, options: AttachOptions) -> LiveModel:
+    """Take the experts over, on all ranks or on none; who cannot tells the others why."""
+    try:
+        adopted = engine.adopt(model, options)
+        live = LiveModel(adopted, options)
+        adopted.install(live.dispatchers, live.row_block.most)
+        return live
+    except RankLostError as error:
+        hearts = [group.heart for group in options.made if group.heart is not None]
+        heard = "; ".join(news for heart in hearts if (news := heart.heard()))
+        for group in options.made:
+            group.close()
+        raise RankLostError(f"attach has failed on another rank: {heard or error}") from error
+    except BaseException as error:
+        for group in options.made:
+            group.close(f"{type(error).__name__}: {error}")
+        raise
 
 
 def _engines(missing: list[str]) -> Iterator[tuple[str, Engine]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +85,8 @@ class AttachOptions:
     ranks: Sequence[int] | None = None
     store: Any = None
     staged: bool = False
+    #: Groups that were made with these options, to be closed where attaching fails.
+    made: list[ExpertGroup] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.experts not in ("auto", "loop", "grouped"):
@@ -110,7 +112,7 @@ class AttachOptions:
 
     def group(self, device: torch.device, ranks: Sequence[int] | None = None) -> ExpertGroup:
         """The expert-parallel group; `ranks` are those of the engine, if it has such groups."""
-        return ExpertGroup.create(
+        made = ExpertGroup.create(
             self.ranks if ranks is None else ranks,
             device=device,
             timeout=self.timeout,
@@ -120,6 +122,8 @@ class AttachOptions:
             dead_after=self.dead_after,
             join=self.join,
         )
+        self.made.append(made)
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)

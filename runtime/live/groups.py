@@ -375,11 +375,11 @@ class ExpertGroup:
             for work in works:
                 work.wait()
 
-    def close(self) -> None:
-        """Give both groups up, and let the others hear that this rank has left."""
-        self.give_up()
+    def close(self, reason: str = "") -> None:
+        """Give both groups up, and let the others hear that this rank has left, and why."""
         if self.heart is not None:
-            self.heart.stop()
+            self.heart.stop(reason)
+        self.give_up()
 
     def give_up(self) -> None:
         """Give both groups up, without waiting for anybody; the signs of life go on.

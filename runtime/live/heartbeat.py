@@ -85,7 +85,7 @@ class Heartbeat:
         """Seconds since a rank's last sign of life; no end of them if it has left."""
         with self._lock:
             value, at = self._heard.get(rank, (LEFT, 0.0))
-            return float("inf") if value == LEFT else time.monotonic() - at
+            return float("inf") if value.startswith(LEFT) else time.monotonic() - at
 
     def alarm(self, epoch: int) -> None:
         """Let everybody hear that the group has to be made anew."""
@@ -102,8 +102,15 @@ class Heartbeat:
         finally:
             self._waits = None
 
-    def stop(self) -> None:
-        """End the thread; the others hear that this rank has left."""
+    def heard(self) -> str:
+        """News, if they come within the time that they take: connections close sooner than words travel."""
+        deadline = time.monotonic() + 2.5 * self.interval
+        while not (self.news or self.deaf) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.news
+
+    def stop(self, reason: str = "") -> None:
+        """End the thread; the others hear that this rank has left, and why."""
         if self._stop.is_set():
             return
         self._stop.set()
@@ -111,7 +118,7 @@ class Heartbeat:
             self._thread.join(self.interval)
         if not self.deaf:
             with contextlib.suppress(RuntimeError), self._lock:
-                self._store.set(self._key(self.rank, self.life), LEFT)
+                self._store.set(self._key(self.rank, self.life), LEFT.decode() + reason)
 
     # -- the thread --------------------------------------------------------------------------------
 
@@ -153,8 +160,9 @@ class Heartbeat:
         for rank, beat in zip(self._lives, beats, strict=True):
             value, at = self._heard[rank]
             self._heard[rank] = (beat, now) if beat != value else (value, at + late)
-            if beat == LEFT:
-                dead.append(f"rank {rank} has left")
+            if beat.startswith(LEFT):
+                reason = beat.removeprefix(LEFT).decode(errors="replace")
+                dead.append(f"rank {rank} has left{reason and ': '}{reason}")
             elif now - self._heard[rank][1] > self.dead_after:
                 dead.append(f"rank {rank} has given no sign of life for {self.dead_after:g} s")
         self.knocks = int(knocks)

@@ -161,6 +161,19 @@ def uneven() -> Any:
     return waits
 
 
+def alone() -> Any:
+    """One rank has no memory for what attach makes; the others hear of it, and the model is as before."""
+    rank, _ = join(timeout=30.0)
+    model, x = tiny_model(layers=2), batch(rank)
+    want = forward(model, x)
+    with pytest.raises(MemoryError if rank else MoelessError) as caught:
+        attach(model, experts="grouped", memory_limit=1000 if rank else None)
+    assert torch.equal(forward(model, x), want)
+    attach(model, timeout=20).detach()
+    assert torch.equal(forward(model, x), want)
+    return str(caught.value)
+
+
 def gradients() -> Any:
     """Refused by name wherever something of a MoE layer wants them, also where the hidden states do not."""
     rank, size = join(timeout=30.0)
@@ -258,6 +271,7 @@ if __name__ == "__main__":
         "refill": refill,
         "cramped": cramped,
         "uneven": uneven,
+        "alone": alone,
         "gradients": gradients,
     }
     what = sys.argv[1]

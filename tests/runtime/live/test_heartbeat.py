@@ -63,9 +63,8 @@ def test_a_rank_whose_heart_stops_is_told_of_once(hearts: list[Heartbeat]) -> No
 
 
 def test_who_leaves_says_so(hearts: list[Heartbeat]) -> None:
-    hearts[1].stop()
-    until(lambda: hearts[0].news)
-    assert hearts[0].news == "rank 1 has left"
+    hearts[1].stop("no memory")
+    assert hearts[0].heard() == hearts[0].news == "rank 1 has left: no memory"
     assert hearts[0].silent(1) == float("inf")
 
 

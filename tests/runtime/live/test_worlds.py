@@ -159,6 +159,13 @@ def test_what_one_rank_alone_is_told_is_heard_of_on_all(run_world: World) -> Non
     assert run_world("worker_edges.py", 2, "uneven") == ["not handed in on ranks [1] yet", ""]
 
 
+def test_an_attach_that_fails_on_one_rank_is_heard_of_on_all(run_world: World) -> None:
+    """Not after the timeout of 600 s, and with the reason."""
+    heard, own = run_world("worker_edges.py", 2, "alone")
+    assert "exceed the limit of 1000" in own
+    assert heard == f"attach has failed on another rank: rank 1 has left: MemoryError: {own}"
+
+
 def test_training_is_refused_by_name(run_world: World) -> None:
     said = [
         "the hidden states of MoE layer 0",
