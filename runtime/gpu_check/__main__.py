@@ -36,10 +36,10 @@ def _options() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = _options().parse_args(arguments)
-    import torch
+    from moeless_opt.runtime.gpu_check.processes import gpu_here
 
-    found = torch.cuda.is_available()
-    if args.device == "cpu" or not found:
+    found = args.device != "cpu" and gpu_here()
+    if not found:
         # Kernels are interpreted in a dry run: Triton looks when it is imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     from moeless_opt.problems.errors import MoelessError
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
-        setting = Setting.of("cuda" if found and args.device != "cpu" else "cpu", folder)
+        setting = Setting.of("cuda" if found else "cpu", folder)
     except (MoelessError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -72,8 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
     counts = Counter(line.status for line in lines)
     ended = ", ".join(f"{counts[status]} {status}" for status in ("measured", "dry", "failed"))
     ended += f"; {time.monotonic() - began:.0f} s"
+    try:
+        machine = setting.machine()
+    except RuntimeError as error:  # a GPU that was lost is no reason to lose the report
+        machine = {"device": f"unknown: {error}"}
     report = {
-        "machine": setting.machine(),
+        "machine": machine,
         "shapes": {k: v for k, v in asdict(setting).items() if k not in ("device", "folder")},
         "counts": counts,
         "lines": [asdict(line) for line in lines],
@@ -85,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Asking for a GPU must not begin to use it: the parts are forked.
+    # Nothing that is imported may begin to use the GPU: the parts are forked.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     warnings.simplefilter("ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,7 @@ def _moved(setting: Setting, sheet: Sheet) -> None:
     sheet.take("checksums and home copies", same and (pinned or setting.dry), detail={"pinned": pinned})
     live.detach()
     del live, home
+    gc.collect()
     synchronise(setting)
     sheet.take("after detach", _worst(_outputs(setting, stock), wanted), "relative", most=most)
     after = 0 if setting.dry else torch.cuda.memory_allocated(setting.device)

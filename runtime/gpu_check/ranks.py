@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeless_opt.problems.arrays import SlotArray
-from moeless_opt.runtime.gpu_check.run import start, stop_all, wait_for
+from moeless_opt.runtime.gpu_check.processes import start, stop_all, wait_for
 from moeless_opt.runtime.gpu_check.setting import Setting
 from moeless_opt.runtime.live import static_slots
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
-import os
-import signal
 import sys
 import tempfile
 import time
@@ -15,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.runtime.gpu_check.processes import start, stop_all, wait_for
 from moeless_opt.runtime.gpu_check.setting import Setting
 from moeless_opt.runtime.gpu_check.sheet import Line, Sheet, read_lines, told
 
-__all__ = ["PARTS", "check_part", "run_parts", "start", "stop_all"]
+__all__ = ["PARTS", "check_part", "run_parts"]
 
 #: Modules of this room, in the order in which they run.
 PARTS = ("exactness", "waits", "split", "overhead", "curves", "predictor", "collectives", "staged", "loss")
@@ -35,59 +33,6 @@ def check_part(name: str) -> Any:
     if name not in PARTS:
         raise ProblemError("part", f"{name!r} is unknown; there are {', '.join(PARTS)}")
     return importlib.import_module(f"moeless_opt.runtime.gpu_check.{name}")
-
-
-def start(work: Callable[[], None], log: Path | None = None) -> int:
-    """Do this in a process of its own; returns its number.
-
-    It is forked, which saves it the imports, and ends without the interpreter's own end: threads may wait in
-    gloo for a rank that is gone. Nobody may have used the GPU before: its state does not outlive a fork.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    os.setpgid(0, 0)
-    failed = 1
-    try:
-        if log is not None:
-            out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-        gc.freeze()
-        work()
-        failed = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(failed)
-
-
-def wait_for(children: Sequence[int], seconds: float) -> list[int | None]:
-    """Exit codes (below 0: the signal) in that time; None for those that are still there."""
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + seconds
-    while len(codes) < len(children):
-        for child in children:
-            if child not in codes:
-                done, status = os.waitpid(child, os.WNOHANG)
-                if done:
-                    codes[child] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.01)
-    return [codes.get(child) for child in children]
-
-
-def stop_all(children: Sequence[int], codes: Sequence[int | None]) -> None:
-    """End those that are still there, with what they have started."""
-    for child, code in zip(children, codes, strict=True):
-        if code is None:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
 
 
 def run_parts(

@@ -60,7 +60,7 @@ def check(setting: Setting, sheet: Sheet) -> None:
     ratio = first["ms"]["moving"] / first["ms"]["calm"]
     sheet.take(LINES[5], ratio, "of one without", wish=1.1, detail=first["ms"])
     sheet.take(LINES[6], max(0.0, first["beyond"]), "experts", most=0)
-    sheet.take(LINES[7], abs(first["left_MB"]), "MB", most=1.0)
+    sheet.take(LINES[7], abs(first["left_MB"]), "MB", most=4.0)  # an expert has 17
     worst = max(r["layered"] for r in found if r is not None)
     sheet.take(LINES[8], worst, "relative, median token", most=most)
     sheet.take(LINES[9], first["errors"], "plans", most=0, detail={"said": first["said"]})

@@ -19,6 +19,12 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 MEMORY = ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaFreeHost", "cudaMallocHost")
 
 
+#: Kinds of spans that are calls of CUDA by the host.
+HOST = ("cuda_runtime", "cuda_driver")
+#: Marks the call in a trace.
+CALL = "moeless gpu_check"
+
+
 class Span(NamedTuple):
     """Something that took time; microseconds."""
 
@@ -30,13 +36,14 @@ class Span(NamedTuple):
 
 
 def timeline(call: Callable[[], Any], device: torch.device) -> list[Span]:
-    """Run a call under the profiler until the device has done it."""
-    from torch.profiler import ProfilerActivity, profile
+    """Run a call under the profiler until the device has done it; of the host only what the call did."""
+    from torch.profiler import ProfilerActivity, profile, record_function
 
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with profile(activities=activities, acc_events=True) as seen:
-        call()
+        with record_function(CALL):
+            call()
         if gpu:
             torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +53,10 @@ def timeline(call: Callable[[], Any], device: torch.device) -> list[Span]:
 
 
 def spans_of(trace: dict[str, Any]) -> list[Span]:
-    """Spans of a trace in Chrome's form, as the profiler writes it."""
+    """Spans of a trace in Chrome's form, as the profiler writes it.
+
+    The profiler waits for the device, too: of the calls of CUDA those inside the mark of the call count.
+    """
     out = []
     for event in trace["traceEvents"]:
         if event.get("ph") == "X" and "cat" in event:
@@ -61,20 +71,19 @@ def spans_of(trace: dict[str, Any]) -> list[Span]:
                     int(stream) if isinstance(stream, int) else -1,
                 )
             )
-    return out
+    marks = [s for s in out if s.kind == "user_annotation" and s.name == CALL]
+    return [s for s in out if s.kind not in HOST or any(m.begin <= s.begin <= m.end for m in marks)]
 
 
 def host_calls(spans: Iterable[Span], names: Sequence[str]) -> Counter[str]:
     """How often the host called each of these functions of CUDA (versions in names are left out)."""
-    calls = (s.name.split("_v")[0] for s in spans if s.kind in ("cuda_runtime", "cuda_driver"))
+    calls = (s.name.split("_v")[0] for s in spans if s.kind in HOST)
     return Counter(name for name in calls if name in names)
 
 
 def host_waits(spans: Iterable[Span]) -> Counter[str]:
-    """Calls in which the host waited, without the one at the end that `timeline` makes."""
-    found = host_calls(spans, WAITS)
-    found["cudaDeviceSynchronize"] -= found["cudaDeviceSynchronize"] > 0
-    return +found
+    """Calls in which the host waited."""
+    return host_calls(spans, WAITS)
 
 
 def pageable(spans: Iterable[Span]) -> int:

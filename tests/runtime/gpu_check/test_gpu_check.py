@@ -126,7 +126,7 @@ def test_bad_usage_runs_nothing(
     out = tmp_path / "out"
     assert main(["--only", "nothing", "--out", str(out)]) == 2
     assert "part: 'nothing' is unknown; there are exactness" in capsys.readouterr().err
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("moeless_opt.runtime.gpu_check.processes.gpu_here", lambda: False)
     assert main(["--device", "cuda", "--out", str(out)]) == 2
     assert "torch finds no GPU" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
@@ -184,16 +184,17 @@ def test_what_a_trace_says() -> None:
             event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 15, 20, 9),
             event("gpu_memcpy", "Memcpy HtoD (Pageable -> Device)", 50, 1),
             event("cuda_runtime", "cudaStreamSynchronize", 1, 2),
-            event("cuda_runtime", "cudaDeviceSynchronize_v1000", 60, 2),
-            event("cuda_runtime", "cudaMalloc", 60, 2),
-            event("cuda_runtime", "cudaMemcpyAsync", 60, 2),
+            event("user_annotation", "moeless gpu_check", 0, 50),
+            event("cuda_runtime", "cudaMalloc_v3020", 40, 2),
+            event("cuda_runtime", "cudaMemcpyAsync", 40, 2),
+            event("cuda_runtime", "cudaDeviceSynchronize", 60, 2),
             event("cpu_op", "aten::cudaStreamSynchronize", 60, 2),
             {"ph": "M", "name": "process_name"},
         ]
     }
     spans = spans_of(trace)
     assert len(spans) == 10
-    assert host_waits(spans) == {"cudaStreamSynchronize": 1}  # the last one is the profiler's caller's
+    assert host_waits(spans) == {"cudaStreamSynchronize": 1}  # the last one is not the call's
     assert host_calls(spans, MEMORY) == {"cudaMalloc": 1}
     assert pageable(spans) == 1
     kernels = [s for s in spans if s.kind == "kernel"]
