@@ -14,7 +14,7 @@ World = Callable[..., list[Any]]
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "expert", "sequence"),
     [(2, 2, 2, 0), (2, 1, 2, 1)],
-    ids=["tensor and pipeline", "sequence"],
+    ids=["tensor-pipeline", "sequence"],
 )
 def test_experts_move_under_divided_attention_and_layers(
     run_world: World, tensor: int, pipeline: int, expert: int, sequence: int
