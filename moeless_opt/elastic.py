@@ -65,7 +65,8 @@ class Repair(Record):
         return first, _order(self.plan)
 
     def __str__(self) -> str:
-        lines = [f"GPUs {span(self.lost)} are lost: {self.missing} experts have no live replica"]
+        which = f"GPU {span(self.lost)} is" if len(self.lost) == 1 else f"GPUs {span(self.lost)} are"
+        lines = [f"{which} lost: {self.missing} experts have no live replica"]
         stages = [("coverage", self.coverage), ("balance", self.plan)]
         for (name, plan), seconds in zip(stages, self.seconds, strict=True):
             size = f" ({bytes_text(plan.moves.bytes)})" if plan.moves.bytes else ""

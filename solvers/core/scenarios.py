@@ -259,6 +259,8 @@ def _enumerated(problem: Problem, stop: Stop) -> SlotArray | None:
     share_XGC = equal_shares(slots_XGC, experts)
     best_LGC = np.empty((problem.layers, gpus, slots), dtype=np.int32)
     for layer in range(problem.layers):
+        if stop():
+            return None
         top_TX = [
             gpu_times(np.tile(load_E, (len(every), 1)), slots_XGC, share_XGC, problem.topology.speed_G).max(1)
             for load_E in problem.loads.load_TLE[:, layer]
