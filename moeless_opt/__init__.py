@@ -71,8 +71,8 @@ if TYPE_CHECKING:
     from moeless_opt.elastic import Repair, Resize, drain, expand, repair, survival
     from moeless_opt.explaining import Explanation, explain
     from moeless_opt.fronts import ParetoFront, migration, pareto
+    from moeless_opt.link_view import Traffic, traffic
     from moeless_opt.speeds import measured_speeds
-    from moeless_opt.traffic import Traffic, traffic
 
     __version__: str
 
@@ -171,8 +171,8 @@ _LATE = {
     "migration": "moeless_opt.fronts",
     "pareto": "moeless_opt.fronts",
     "read_placement": "moeless_opt.adapters",
-    "Traffic": "moeless_opt.traffic",
-    "traffic": "moeless_opt.traffic",
+    "Traffic": "moeless_opt.link_view",
+    "traffic": "moeless_opt.link_view",
     "repair": "moeless_opt.elastic",
     "survival": "moeless_opt.elastic",
 }

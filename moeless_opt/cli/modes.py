@@ -14,6 +14,7 @@ from moeless_opt.cli.solving import find_plan
 from moeless_opt.conflicts import Contradiction, contradiction
 from moeless_opt.elastic import survival
 from moeless_opt.explaining import Explanation, explain
+from moeless_opt.link_view import traffic
 from moeless_opt.plots import picture_format
 from moeless_opt.problems.errors import InfeasibleError, InvalidPlanError, ProblemError
 from moeless_opt.problems.files import atomic_write, named
@@ -27,7 +28,6 @@ from moeless_opt.report import gap_text, paragraph, ratio_text, show, table
 from moeless_opt.signals import Signals
 from moeless_opt.solvers.core import FirstOf, MaxTime, Stop, list_solvers, lower_bound
 from moeless_opt.terminal import say
-from moeless_opt.traffic import traffic
 
 __all__ = ["bounds", "check", "export", "instances", "recommend", "solvers", "tell", "trade_off"]
 

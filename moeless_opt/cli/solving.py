@@ -13,6 +13,7 @@ from moeless_opt.adapters import NUMBERED, export, model_numbers
 from moeless_opt.api import compare, solve
 from moeless_opt.cli.change import Change, change_of
 from moeless_opt.elastic import survival
+from moeless_opt.link_view import traffic
 from moeless_opt.plots import picture_format, plot_loads
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.files import atomic_write
@@ -25,7 +26,6 @@ from moeless_opt.report import BOUND_ROW, Comparison, measured, row_of, show, wo
 from moeless_opt.signals import Signals
 from moeless_opt.solvers.core import get_solver, require, required_features, solver_names
 from moeless_opt.terminal import say
-from moeless_opt.traffic import traffic
 
 __all__ = ["find_plan", "run_solvers"]
 

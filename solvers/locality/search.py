@@ -93,7 +93,14 @@ class LayerSearch:
 
 
 def search_near_layers(
-    problem: Problem, layers: list[LayerSearch], *, steps: int, seed: int, hot: float = 1.0, stop: Stop
+    problem: Problem,
+    layers: list[LayerSearch],
+    *,
+    steps: int,
+    seed: int,
+    hot: float = 1.0,
+    heavy: float = _HEAVY,
+    stop: Stop,
 ) -> list[SlotArray]:
     """The best placement of each layer that the search finds, shape [G, C] each.
 
@@ -103,8 +110,10 @@ def search_near_layers(
         Changes to look at in each layer.
     hot : float
         By how much the threshold at the start is above the usual.
+    heavy : float
+        What a token beyond the limit costs at the start, in those that go the dearest way.
     """
-    jobs = [_job(problem, layer, steps, seed, hot) for layer in layers]
+    jobs = [_job(problem, layer, steps, seed, (hot, heavy)) for layer in layers]
     many = steps * len(layers) > _MUCH or fast.loaded()
     compiled = fast.available() and (_kernel.cache_info().currsize > 0 or (many and _in_cache()))
     if compiled:
@@ -130,7 +139,7 @@ class _Run:
 
 
 def _job(
-    problem: Problem, layer: LayerSearch, steps: int, seed: int, hot: float
+    problem: Problem, layer: LayerSearch, steps: int, seed: int, tuned: tuple[float, float]
 ) -> tuple[Field, Tune, State]:
     gpus, experts = problem.topology.gpus, problem.experts
     load_E = problem.load_LE[layer.row]
@@ -147,8 +156,8 @@ def _job(
         steps=int(steps),
         seed=int(seed * 7919 + layer.row * 104729 + 1),
         limit=float(layer.limit / unit),
-        hot=float(_HOT * hot * piece),
-        heavy=_HEAVY,
+        hot=float(_HOT * tuned[0] * piece),
+        heavy=float(tuned[1]),
         move=float(layer.move / unit),
         most_moves=int(layer.most_moves),
         full=int(problem.fill != "none"),
@@ -287,7 +296,7 @@ def _tiny() -> tuple[Field, Tune, State]:
         most_moves=4,
         even=False,
     )
-    return _job(problem, layer, 10, 0, 1.0)
+    return _job(problem, layer, 10, 0, (1.0, 1.0))
 
 
 @functools.cache

@@ -57,6 +57,7 @@ _LATER = (
     1.6,
     2.2,
 )  # times over the bound that are tried for that
+_COOL, _STRICT = 0.3, 60.0  # threshold and price of lateness where a search ended late
 _EQUAL = 1e-9
 _ROUNDING = 1e-7  # part of a proven value that it gives up as a bound: the programmes' tolerance
 _SMALL, _MIDDLE = 100, 400  # binary variables that are looked at without, and with a time limit
@@ -128,8 +129,9 @@ class LocalitySolver(Heuristic):
         best = base
         if near:
             search = self._limits(problem, base, order, costs, whole)
-            for even in _rules(problem):
-                best = _better(near, best, self._searched(task, search, base.slots_LGC, even), search)
+            for start_LGC in self._starts(task, near, costs, ways, base):
+                for even in _rules(problem):
+                    best = _better(near, best, self._searched(task, search, start_LGC, even), search)
         best = self._proven(task, order, costs, replace(best, bound=bound))
         return replace(best, stopped_by=task.stop())
 
@@ -180,6 +182,21 @@ class LocalitySolver(Heuristic):
         return Built(
             slots_LGC=slots_LGC, share_LGC=share_LGC, bound=(bound_L, tuple(name_L)), message=text, proof=text
         )
+
+    def _starts(
+        self, task: Task[Any], near: tuple[str, ...], costs: Costs, ways: list[GroupWays] | None, base: Built
+    ) -> list[SlotArray]:
+        """Where the search begins: balanced; where groups count most, as well with each at home."""
+        problem = task.problem
+        free = problem.groups is not None and problem.groups.max_outside >= 1 and problem.current is None
+        if near[0] != "groups" or not free or ways is None or not all(one.fits_W.any() for one in ways):
+            return [base.slots_LGC]
+        assert costs.away_LEG is not None
+        limits = problem.limits
+        if limits.pinned or limits.forbidden:
+            return [base.slots_LGC]
+        at_home = _by_node(task, self.name, _plain(problem, ("balance",)), ~costs.away_LEG)
+        return [base.slots_LGC, at_home]
 
     def _base(self, task: Task[Any], order: tuple[str, ...], costs: Costs, whole: bool) -> Built:
         """A balanced placement that keeps the groups where they must be kept, and moves what it has to."""
@@ -283,8 +300,16 @@ class LocalitySolver(Heuristic):
             )
             trial_LGC = slots_LGC.copy()
             trial_LGC[rows] = np.stack(found)
+            late_L = _tokens(problem, trial_LGC) > search.limit_L * (1 + 1e-7)
+            if not tied and late_L[rows].any():  # once more from there, with more weight on the limit
+                rows = rows[late_L[rows]]
+                layers = [_layer(search, x, trial_LGC, share_LGE, even) for x in rows.tolist()]
+                trial_LGC[rows] = np.stack(
+                    search_near_layers(
+                        problem, layers, steps=steps, seed=task.seed, hot=_COOL, heavy=_STRICT, stop=task.stop
+                    )
+                )
             if tied:  # the next turn builds on layers that are in time
-                late_L = _tokens(problem, trial_LGC) > search.limit_L * (1 + 1e-7)
                 trial_LGC[late_L] = slots_LGC[late_L]
             slots_LGC = trial_LGC
             task.report(np.nan, 0.0, done=(turn + 1) / len(turns), note="search")

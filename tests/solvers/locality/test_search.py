@@ -198,7 +198,7 @@ def test_the_kernel_counts_as_the_evaluation_does(even: bool) -> None:
         even=even,
     )
     (slots_GC,) = search_near_layers(problem, [layer], steps=3000, seed=1, stop=NeverStop())
-    field, _, found = _job(problem, replace(layer, start_GC=slots_GC), 1, 1, 1.0)
+    field, _, found = _job(problem, replace(layer, start_GC=slots_GC), 1, 1, (1.0, 1.0))
     state.begin(field, found)
     unit = float(problem.load_LE[0].sum()) / 6
     share = best_shares(alone, slots_GC[None])
