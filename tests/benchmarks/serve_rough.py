@@ -48,6 +48,8 @@ async def ask(port: int, body: dict[str, Any], patience: float | None = None) ->
     finally:
         writer.transport.abort()
     status = answer[9:12].decode()
+    if status.startswith("5"):
+        return answer[9:12].decode() + answer.rpartition(b'"message":')[2].decode()[:200], 0.0
     whole = b"data: [DONE]" in answer if body.get("stream") else b'"usage"' in answer
     return status if whole or status != "200" else "200 but not whole", time.monotonic() - begun
 

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import re
 import threading
-import time
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from importlib import resources
@@ -128,7 +127,6 @@ async def _start(front: HttpFront) -> None:
     threading.Thread(target=start, name="moeless-start", daemon=True).start()
     await ended.wait()
     if front.error is None:
-        front.served_at = time.monotonic()
         front.ready = True
     else:
         front.failed = str(front.error) or type(front.error).__name__
@@ -137,10 +135,12 @@ async def _start(front: HttpFront) -> None:
 async def _sample(front: HttpFront, history: History) -> None:
     while True:
         if front.ready:
-            with contextlib.suppress(Exception):  # an engine that has failed says so to whoever asks it
+            try:
                 status = await asyncio.to_thread(front.engine.status)
-                if status.ready:
-                    front.served_at = time.monotonic()
+            except Exception:  # an engine that has failed says so to whoever asks it
+                front.observe(False)
+            else:
+                front.observe(status.ready)
                 history.add(status)
         await asyncio.sleep(SAMPLE_SECONDS)
 
@@ -180,7 +180,7 @@ async def healthz(request: Request) -> dict[str, str]:
     if front.failed:
         raise ApiError(503, f"the engine has failed: {front.failed}", code="engine_failed")
     if front.lost:
-        raise ApiError(503, "the engine serves no longer", code="engine_lost")
+        raise ApiError(503, f"the engine serves no longer: {front.reason or 'no reason'}", code="engine_lost")
     return {"status": "ok"}
 
 

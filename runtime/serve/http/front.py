@@ -45,8 +45,8 @@ class HttpFront:
         Whether the engine has started; whether the server is about to end.
     failed, error : str, exception or None
         Why the engine could not start, if it could not.
-    served_at : float
-        When the engine was last seen to serve, by the monotonic clock.
+    reason : str
+        What the engine said last when it took a request no longer.
     open_requests : int
         HTTP requests under way.
     connections : callable
@@ -60,7 +60,8 @@ class HttpFront:
         self.failed = ""
         self.error: Exception | None = None
         self._tokenizing = threading.Lock()  # tokenizers are not made for several threads
-        self.served_at = time.monotonic()
+        self.reason = ""
+        self._idle_since: float | None = None
         self.open_requests = 0
         self.created = int(time.time())
         self.connections: Callable[[], int] = lambda: 0
@@ -71,10 +72,21 @@ class HttpFront:
         """Where the engine's threads deliver; of the running loop."""
         return Mailbox(asyncio.get_running_loop())
 
+    def observe(self, serves: bool) -> None:
+        """Take note of whether the engine said just now that it serves."""
+        if serves:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = time.monotonic()
+
     @property
     def lost(self) -> bool:
-        """Whether the engine has served, does no longer, and nobody asked it to end."""
-        return self.ready and not self.draining and time.monotonic() - self.served_at > PATIENCE
+        """Whether the engine has said for long that it serves no longer, and nobody asked it to end.
+
+        What is not heard of it is no sign: a busy machine may have no time to ask.
+        """
+        since = self._idle_since
+        return self.ready and not self.draining and since is not None and time.monotonic() - since > PATIENCE
 
     def check_open(self) -> None:
         """Raise unless requests are taken."""

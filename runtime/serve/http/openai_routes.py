@@ -187,7 +187,12 @@ async def _answer(
         "system_fingerprint": FINGERPRINT,
     }
     generation = Generation(front.engine, front.mailbox, front.metrics, name)
-    generation.submit(prompts, samplings)
+    try:
+        generation.submit(prompts, samplings)
+    except ApiError as error:
+        if error.code == "stopped":
+            front.reason = error.message
+        raise
     seconds = front.options.request_timeout
     if not asked.stream:
         return await answer_whole(generation, form, head, count, request.receive, seconds)

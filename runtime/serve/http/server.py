@@ -122,7 +122,10 @@ class _Draining(uvicorn.Server):
         if self._front.failed and not self._front.ready:
             return True
         if self._front.lost:
-            log.error("the engine serves no longer: the server ends, so that it can be started anew")
+            reason = self._front.reason or "it has not said why"
+            log.error(
+                "the engine serves no longer (%s); the server ends, so that it can be started anew", reason
+            )
             self.lost = True
             return True
         return await super().on_tick(counter)
