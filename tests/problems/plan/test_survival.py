@@ -72,7 +72,7 @@ def test_pods_survive_more_often_than_replicas_anywhere() -> None:
     by_node = mo.plan(loads, mo.uniform(4, 4, slots=8), solver="lazarus", limits=mo.Limits(spread=2))
     assert mo.survival(by_node, failures=2).chance_K == (1.0, pytest.approx(4 / 6))  # nodes are paired up
     with pytest.raises(mo.InfeasibleError, match="do not reach 3 failure domains"):
-        mo.plan(loads, topology, solver="lazarus", limits=mo.Limits(spread=3, min_replicas=1))
+        mo.plan(loads, mo.uniform(4, 4, slots=12), solver="lazarus", limits=mo.Limits(spread=3))
 
 
 def test_bad_input() -> None:
