@@ -176,6 +176,14 @@ def _passes_through(t: Shipment) -> bool:
     return t.from_home and t.source != t.destination
 
 
+def _through_G(step: Sequence[Shipment], gpus: int) -> IntArray:
+    """Bytes of each rank through which home copies for others pass in a step."""
+    bytes_G = np.zeros(gpus, dtype=np.int64)
+    for t in step:
+        bytes_G[t.source] += t.bytes * _passes_through(t)
+    return bytes_G
+
+
 def _next_rows(
     have: list[list[int]], target: Sequence[Sequence[int]], room_G: Sequence[int], ready: set[tuple[int, int]]
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
@@ -424,9 +432,7 @@ def follow_schedule(
         for t in row:
             held[t.layer][t.destination].append(t.expert)
         done.append(row)
-        now_G = _all_bytes(held, bytes_L)
-        for t in row:
-            now_G[t.source] += t.bytes * (through and _passes_through(t))
+        now_G = _all_bytes(held, bytes_L) + (_through_G(row, gpus) if through else 0)
         if (now_G > limit_G).any():
             g = int(np.argmax(now_G - limit_G))
             over = int(now_G[g] - limit_G[g])
