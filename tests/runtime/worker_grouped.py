@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -51,10 +52,20 @@ class NumberedMLP(torch.nn.Module):
         self.linear_fc1, self.linear_fc2 = NumberedLinear(first), NumberedLinear(second)
 
 
-def case(rank: int, size: int, kind: Any, dtype: torch.dtype, topk: int, **more: Any) -> dict[str, float]:
+def case(
+    rank: int,
+    size: int,
+    kind: Any,
+    dtype: torch.dtype,
+    topk: int,
+    *,
+    steps: int = 6,
+    split: str = "auto",
+    **more: Any,
+) -> dict[str, float]:
     """Under random placements, and after; the largest differences to the looped experts."""
     model = tiny_model(LAYERS, topk, dtype, **more)
-    batches = [batch(rank, step, length=(1, 3, 24)[step % 3]) for step in range(6)]
+    batches = [batch(rank, step, length=(1, 3, 24)[step % 3]) for step in range(steps)]
     looped = attach(model, experts="loop")
     want = [forward(model, x) for x in batches]
     looped.detach()
@@ -62,7 +73,7 @@ def case(rank: int, size: int, kind: Any, dtype: torch.dtype, topk: int, **more:
         for _, layer in moe_layers(model):
             layer.experts = kind(layer.experts)
     before = {n: (p, p.detach().clone()) for n, p in model.named_parameters()}
-    live = attach(model, experts="grouped", places=6)
+    live = attach(model, experts="grouped", places=6, split=split)
     assert live.row_block == (1, None)
     rng = np.random.default_rng(topk)
     held, moving = live.meter.now, 0.0
@@ -83,9 +94,12 @@ def case(rank: int, size: int, kind: Any, dtype: torch.dtype, topk: int, **more:
 
 def main() -> None:
     rank, size = join()
+    # Tokens are split by kernels where Triton is, which run on the CPU here.
+    kernels = "device" if importlib.util.find_spec("triton") else "auto"
     one, half = torch.float32, torch.bfloat16
     results = {
         "sequential fp32": case(rank, size, None, one, 2),
+        "fp32, split by kernels": case(rank, size, None, one, 2, steps=2, split=kernels),
         "sequential bf16 top-8": case(rank, size, None, half, 8),
         "numbered fp32, shared experts": case(
             rank, size, NumberedMLP, one, 3, moe_shared_expert_intermediate_size=32

@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.spec import TimeModel
+from moeless_opt.runtime.live import AttachOptions
 from moeless_opt.runtime.live.dispatch import TimedShares, device, routes, shares
 from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher
 from moeless_opt.runtime.live.slots import SlotTable, rows_to_slots, static_slots
@@ -232,6 +233,11 @@ def test_where_splits_cannot_be_on_the_device_is_said(monkeypatch: pytest.Monkey
     with pytest.raises(UnsupportedFeatureError, match="split='device': triton is not installed"):
         device.runs_here("device", CPU)
     assert not device.runs_here("auto", torch.device("cuda"))
+
+
+def test_the_option_is_checked() -> None:
+    with pytest.raises(ProblemError, match="split: is 'gpu', must be 'auto', 'host' or 'device'"):
+        AttachOptions(split="gpu")
 
 
 def test_policies_without_kernels() -> None:

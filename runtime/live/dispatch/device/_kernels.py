@@ -31,21 +31,27 @@ ONE: tl.constexpr = tl.constexpr(2**20)
 
 
 @triton.jit(do_not_specialize=["stride", "R", "S"])
-def order(counts, stride, many, load_S, place_S, R, S, SB: tl.constexpr):
-    """Loads of the experts with several replicas, and their places, heaviest first (of equals the first).
+def order(
+    counts, stride, many, copies_E, nth_E, load_E, load_S, place_S, R, S, RB: tl.constexpr, SB: tl.constexpr
+):
+    """Loads; and places of the experts with several replicas, heaviest first (of equals the first).
 
-    A program for each of them, which adds up all of their counts: cheaper than a second launch.
+    A program for each expert, which adds up all counts that it compares with: cheaper than a second launch.
     """
-    mine = tl.program_id(0)
-    s = tl.arange(0, SB)
-    expert = tl.load(many + s, mask=s < S, other=0)
-    total = tl.zeros([SB], tl.int64)
-    for r in range(R):
-        total += tl.load(counts + r * stride + expert, mask=s < S, other=0)
-    own = tl.sum(tl.where(s == mine, total, 0), 0)
-    before = (total > own) | ((total == own) & (s < mine))
-    tl.store(place_S + tl.sum((before & (s < S)).to(tl.int32), 0), mine)
-    tl.store(load_S + mine, own)
+    e = tl.program_id(0)
+    r = tl.arange(0, RB)
+    own = tl.sum(tl.load(counts + r * stride + e, mask=r < R, other=0), 0)
+    tl.store(load_E + e, own)
+    if tl.load(copies_E + e) > 1:
+        mine = tl.load(nth_E + e)
+        s = tl.arange(0, SB)
+        expert = tl.load(many + s, mask=s < S, other=0)
+        total = tl.zeros([SB], tl.int64)
+        for rank in range(R):
+            total += tl.load(counts + rank * stride + expert, mask=s < S, other=0)
+        before = (total > own) | ((total == own) & (s < mine))
+        tl.store(place_S + tl.sum((before & (s < S)).to(tl.int32), 0), mine)
+        tl.store(load_S + mine, own)
 
 
 @triton.jit
@@ -100,10 +106,9 @@ def _levelled(tokens, busy, speed, valid, X: tl.constexpr, UNIT: tl.constexpr):
     return part
 
 
-@triton.jit(do_not_specialize=["stride", "sweeps", "R", "G", "C", "S"])
+@triton.jit(do_not_specialize=["sweeps", "G", "C", "S"])
 def pour(
-    counts,
-    stride,
+    load_E,
     many,
     load_S,
     place_S,
@@ -116,7 +121,6 @@ def pour(
     alone_G,
     quota_SX,
     sweeps,
-    R,
     G,
     C,
     S,
@@ -133,9 +137,7 @@ def pour(
     c = tl.arange(0, CB)
     cell = (g[:, None] < G) & (c[None, :] < C)
     single = tl.load(single_GC + g[:, None] * C + c[None, :], mask=cell, other=-1)
-    tokens = tl.zeros([GB, CB], tl.int64)
-    for r in range(R):
-        tokens += tl.load(counts + r * stride + single, mask=single >= 0, other=0)
+    tokens = tl.load(load_E + single, mask=single >= 0, other=0)
     alone = tl.sum(tokens, 1)
     tl.store(busy_G + g, alone, mask=g < G)
     # For `search`: what experts of one replica bring, and how many they are.

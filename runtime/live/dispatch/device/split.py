@@ -161,6 +161,7 @@ class _Placed:
         self.as_they_stand = there(np.arange(max(mine, 1)))
         new = torch.empty(0, dtype=torch.int64, device=device).new_empty
         self.sends_RP = new((ranks, slots))
+        self.load_E = new(experts)
         self.load_S, self.quota_SX = new(max(self.many_count, 1)), new((max(self.many_count, 1), self.widest))
         self.order_S = torch.empty(max(self.many_count, 1), dtype=torch.int32, device=device)
         # Tokens of each rank when it is balanced; those of experts of one replica; how many such are used.
@@ -290,16 +291,19 @@ class DeviceSplit:
         SB = _power(at.many_count, LEAST)
         _launch(
             "order",
-            (at.many_count,),
+            (at.table.experts,),
             counts,
             counts.stride(0),
             at.many_S,
+            at.copies_E,
+            at.nth_E,
+            at.load_E,
             at.load_S,
             at.order_S,
             ranks,
             at.many_count,
+            RB=_power(ranks),
             SB=SB,
-            warps=1,
         )
         if self._speeds is None or self._speeds[0] is not policy:
             speed_G = np.array(policy.speed_G or [1] * ranks, dtype=np.int64)
@@ -307,8 +311,7 @@ class DeviceSplit:
         _launch(
             "pour",
             (1,),
-            counts,
-            counts.stride(0),
+            at.load_E,
             at.many_S,
             at.load_S,
             at.order_S,
@@ -320,11 +323,10 @@ class DeviceSplit:
             at.quota_SX,
             policy.sweeps,
             ranks,
-            ranks,
             at.most,
             at.many_count,
             GB=_power(ranks),
-            CB=_power(at.most, LEAST),
+            CB=_power(at.most, 8),
             SB=SB,
             X=at.widest,
             UNIT=policy.speed_G is None,
