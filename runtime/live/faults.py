@@ -231,7 +231,7 @@ class Guard:
             heart.follow(self._crew, self._epoch)
         group = old.among(sorted(self._crew), f"epoch{self._epoch}", heart)
         completed = -1 if self._new else self._completed
-        rows = group.gather_ints([completed, self.slots or 0, live.told_digest()])
+        rows = group.gather_ints([completed, self.slots or 0, live.told_digest(), self._answered])
         new = [g for g, row in enumerate(rows) if row[0] < 0]
         if len(new) == group.size:
             raise MoelessError("all ranks of the group were lost before others could come back")
@@ -262,6 +262,7 @@ class Guard:
         # From here on all survivors count alike.
         self._completed = fewest + self._behind
         self._new = False
+        self._answered = max(self._answered, rows[first][3])
 
     def _held(self, group: ExpertGroup) -> tuple[list[list[list[int]]], list[int]]:
         """Experts that the ranks hold, by layer and rank, and checksums of the shares that they use."""

@@ -90,8 +90,9 @@ class Heartbeat:
     def alarm(self, epoch: int) -> None:
         """Let everybody hear that the group has to be made anew."""
         with contextlib.suppress(RuntimeError), self._lock:
-            while self._store.add(f"{self.name}/alarm", 0) < epoch:
-                self._store.add(f"{self.name}/alarm", 1)
+            # Not counted up: two ranks at a time would ring for a meeting that nobody holds.
+            if self._store.add(f"{self.name}/alarm", 0) < epoch:
+                self._store.set(f"{self.name}/alarm", str(epoch))
 
     @contextlib.contextmanager
     def waiting(self, limit: float) -> Iterator[None]:

@@ -158,6 +158,7 @@ class Meeting:
         number = store.add(f"{self._name}/numbers", 1)
         self.heart = Heartbeat(store, self._name, self.me, dead_after, number)
         try:
+            self._answered = set(range(1, number + 1))  # those before it are the others' business
             store.set(f"{self._name}/knock/{number}", str(self.me))
             store.add(f"{self._name}/knocks", 1)
             return Invitation.from_json(wait(f"{self._name}/invite/{number}"))

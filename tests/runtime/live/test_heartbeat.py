@@ -77,6 +77,16 @@ def test_an_alarm_reaches_all_but_those_who_know(hearts: list[Heartbeat]) -> Non
     assert hearts[1].news == ""
 
 
+def test_an_alarm_that_all_give_at_once_rings_for_one_meeting(hearts: list[Heartbeat]) -> None:
+    for epoch in range(1, 30):
+        threads = [threading.Thread(target=heart.alarm, args=(epoch,)) for heart in hearts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert hearts[0]._store.add("test/alarm", 0) == epoch
+
+
 def test_the_own_pause_is_nobody_elses_silence(hearts: list[Heartbeat]) -> None:
     # Its thread stands still for longer than a rank may be silent, and its neighbour's counter, too, did not
     # move meanwhile: as when a whole machine slept.
