@@ -10,7 +10,7 @@ Axis letters besides the usual ones: B forward passes.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,29 @@ from moeless_opt.runtime.simulate.traffic import Passes
 from moeless_opt.runtime.simulate.transfers import Move, PerPass, Transfers, transfers_of
 from moeless_opt.runtime.simulate.waits import stretched, waits
 
-__all__ = ["SimulatedBackend"]
+__all__ = ["SimulatedBackend", "Terms"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a simulated system believes, and how it is charged.
+
+    Parameters
+    ----------
+    believed : TimeModel, optional
+        Expert times as the system believes them; the true ones by default.
+    split_seconds : float, optional
+        Seconds that a layer waits for live shares; by default they are free.
+    elastic : bool
+        Whether the charging rule ``functions`` charges by use.
+    charge_once : bool
+        Whether weights outside the experts are charged once, however many GPUs hold a copy.
+    """
+
+    believed: TimeModel | None = None
+    split_seconds: float | None = None
+    elastic: bool = False
+    charge_once: bool = False
 
 
 class SimulatedBackend:
@@ -50,18 +72,12 @@ class SimulatedBackend:
         Layers ahead that a prediction is made (``per-pass``).
     keep_alive : KeepAlive or float
         How long replicas stay that are no longer wanted.
-    elastic : bool
-        Whether the charging rule ``functions`` charges by use.
     contention : bool
         Whether transfers and the all-to-all share ports (see `waits`).
     decide_seconds : float
         Seconds that a predictor and a planner take for a layer, `distance` layers before it (``per-pass``).
-    believed : TimeModel, optional
-        Expert times as the system believes them; the true ones by default.
-    split_seconds : float, optional
-        Seconds that a layer waits for live shares; by default they are free.
-    charge_once : bool
-        Whether weights outside the experts are charged once, however many GPUs hold a copy.
+    terms : Terms, optional
+        What the system believes, and how it is charged.
     """
 
     def __init__(
@@ -74,13 +90,11 @@ class SimulatedBackend:
         transfers: Transfers | str = "overlapped",
         distance: int = 1,
         keep_alive: KeepAlive | float = 0.0,
-        elastic: bool = False,
         contention: bool = False,
         decide_seconds: float = 0.0,
-        believed: TimeModel | None = None,
-        split_seconds: float | None = None,
-        charge_once: bool = False,
+        terms: Terms | None = None,
     ) -> None:
+        terms = terms or Terms()
         self.machine = machine
         self.experts = machine.model.experts
         layers, gpus, _ = slots_LGC.shape
@@ -98,17 +112,16 @@ class SimulatedBackend:
             bytes_L=self.bytes_L,
             keep_alive=keep_alive,
         )
-        copies = machine.topology.gpus if charge_once else 1
+        copies = machine.topology.gpus if terms.charge_once else 1
         others = (machine.other_bytes - machine.once) / copies + machine.once
-        self.meter = CostMeter(self.bytes_L, others, elastic=elastic)
+        self.meter = CostMeter(self.bytes_L, others, elastic=terms.elastic)
         self.report = SimReport()
         self.now = 0.0
         self._peak_G: IntArray = self.bytes_L @ self.pool.held_LG
         self._served_LGC: BoolArray | None = None
-        self._believed = machine if believed is None else machine.replace(time=believed)
-        self._split = (
-            None if split_seconds is None else SplitCost(number("split_seconds", split_seconds), layers)
-        )
+        self._believed = machine if terms.believed is None else machine.replace(time=terms.believed)
+        split = terms.split_seconds
+        self._split = None if split is None else SplitCost(number("split_seconds", split), layers)
         self._table = TimeTable.of(
             self._believed.time,
             min(int(np.max(capacity_LG)) + 1, self.experts),

@@ -19,7 +19,7 @@ from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.spec import Objective, Sizing, Topology, contiguous
 from moeless_opt.runtime.control import Controller, LayerPlanner, Planner
-from moeless_opt.runtime.simulate.backend import SimulatedBackend
+from moeless_opt.runtime.simulate.backend import SimulatedBackend, Terms
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.options import unknown
 from moeless_opt.runtime.simulate.settings import Settings
@@ -177,12 +177,14 @@ class Policy:
             transfers=self.transfers,
             distance=settings.distance,
             keep_alive=settings.keeps() if self.transfers.per_pass else 0.0,
-            elastic=self.elastic,
             contention=settings.contention,
             decide_seconds=settings.decide_ms * 1e-3,
-            believed=None if settings.believed == "exact" else machine.believed(settings.believed),
-            split_seconds=settings.split_seconds(model.experts, topology.gpus),
-            charge_once=settings.charge_once,
+            terms=Terms(
+                believed=None if settings.believed == "exact" else machine.believed(settings.believed),
+                split_seconds=settings.split_seconds(model.experts, topology.gpus),
+                elastic=self.elastic,
+                charge_once=settings.charge_once,
+            ),
         )
         if self.planner is None:
             return Run(policy=self, backend=backend, controller=None)

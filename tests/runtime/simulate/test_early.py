@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from moeless_opt.problems.spec.placement import contiguous, equal_shares, replic
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.runtime.pool.warm import WarmPool
-from moeless_opt.runtime.simulate.backend import SimulatedBackend
+from moeless_opt.runtime.simulate.backend import SimulatedBackend, Terms
 from moeless_opt.runtime.simulate.coming import STAGED, Coming
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.shares import SplitCost
@@ -101,7 +103,7 @@ def test_a_port_is_never_shared_and_never_idle_with_work(seed: int) -> None:
             seen[int(key)] = (begin, end)
     for gpu in range(3):
         spans = sorted(span for key, span in seen.items() if key // 5 % 3 == gpu)
-        assert all(b[0] >= a[1] - 1e-9 for a, b in zip(spans, spans[1:], strict=False))
+        assert all(b[0] >= a[1] - 1e-9 for a, b in pairwise(spans))
 
 
 @pytest.mark.parametrize("staged", [0, 1])
@@ -196,7 +198,7 @@ def test_live_shares_cost_what_they_cost_and_are_left_where_they_do_not_pay() ->
     slots = with_second(0, 3)
     runs = {}
     for split in (None, 0.0, 2e-6, 1.0):
-        backend = SimulatedBackend(MACHINE, slots, CAPACITY, shares="timed", split_seconds=split)
+        backend = SimulatedBackend(MACHINE, slots, CAPACITY, shares="timed", terms=Terms(split_seconds=split))
         for _ in range(3):
             backend.run(pass_of(load))
         runs[split] = np.concatenate(backend.report.layer_BL)[-1]
@@ -224,7 +226,7 @@ def test_what_is_believed_decides_and_the_truth_judges() -> None:
     wrong = TimeModel(token_cost=1e-5, activation_cost=0.0, unit="s")
     runs = {}
     for believed in (None, wrong):
-        backend = SimulatedBackend(MACHINE, slots, CAPACITY, shares="timed", believed=believed)
+        backend = SimulatedBackend(MACHINE, slots, CAPACITY, shares="timed", terms=Terms(believed=believed))
         backend.run(pass_of(load))
         runs[believed] = backend.report.layer_BL[0][0]
     assert (runs[wrong] > runs[None] + 1e-6).all()

@@ -170,7 +170,7 @@ def test_timings_are_of_the_expert_that_was_timed(tmp_path: Path) -> None:
     own, small = (simulate(base.replace(timed=timed)) for timed in (None, (4096, 7168)))
     assert "an expert of 4096 x 14336" in own.text[1]
     assert small.rows[0]["mean_ms"] > 1.8 * own.rows[0]["mean_ms"]
-    with pytest.raises(ProblemError, match="timed: is .*no timings are given"):
+    with pytest.raises(ProblemError, match=r"timed: is .*no timings are given"):
         Scenario(timed=(1, 1))
     with pytest.raises(ProblemError, match="timed"):
         base.replace(timed=(0, 1))
