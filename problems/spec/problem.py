@@ -472,8 +472,8 @@ class Problem(Record):
         return html_facts(facts, f"Problem {self.name}")
 
 
-_SINCE = {"cost_GG", "load_TLGE", "flow_LEE", "groups"}
-"""Fields that problems had none of once: where they are not given, the digest is what it was."""
+_SINCE = {"cost_GG": None, "load_TLGE": None, "flow_LEE": None, "groups": None, "sigma": 1.0}
+"""Fields that problems had none of once, and their defaults: where those stand, the digest is what it was."""
 _UNHASHED = {"name", "source", "known", "scenarios", "skipped", "notes", "capacity_LG"}
 
 
@@ -493,7 +493,7 @@ def _feed(sha: Any, value: object) -> None:
         kind: Any = type(value)
         for name in _hashed_fields(kind):
             part = getattr(value, name)
-            if part is None and name in _SINCE:
+            if _as_once(name, part):
                 continue
             if isinstance(part, np.ndarray | Record):
                 sha.update(text + name.encode())
@@ -504,10 +504,15 @@ def _feed(sha: Any, value: object) -> None:
         sha.update(text)
 
 
+def _as_once(name: str, value: object) -> bool:
+    """Whether a field says what every problem said before there was that field."""
+    return name in _SINCE and not isinstance(value, np.ndarray | Record) and value == _SINCE[name]
+
+
 def _text(record: Record) -> bytes:
     """What `_feed` feeds of a record without arrays."""
     kind: Any = type(record)
-    names = (n for n in _hashed_fields(kind) if n not in _SINCE or getattr(record, n) is not None)
+    names = (n for n in _hashed_fields(kind) if not _as_once(n, getattr(record, n)))
     parts = (f"{name}={getattr(record, name)!r};" for name in names)
     return "".join(parts).encode()
 

@@ -17,6 +17,7 @@ import pytest
 
 from moeless_opt.cli import main
 from moeless_opt.runtime.serve import cli as serve
+from moeless_opt.runtime.simulate import advise_cli as advise
 from moeless_opt.runtime.simulate import cli as simulate
 
 TREE = Path(__file__).resolve().parents[2]
@@ -77,6 +78,8 @@ def test_commands_print_what_the_page_says(page: Path, tmp_path: Path, monkeypat
                     solve(command, capsys)
                 elif command.startswith("moeless-serve"):
                     serve._parser().parse_args(shlex.split(command)[1:])
+                elif command.startswith("moeless-advise"):
+                    advise._parser().parse_args(shlex.split(command)[1:])
                 else:
                     simulate._parser().parse_args(shlex.split(command)[1:])
         elif body.startswith(SHOWN):

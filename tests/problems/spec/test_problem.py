@@ -200,6 +200,7 @@ def test_pairs_as_masks() -> None:
         {"sizing": Sizing(policy="cv")},
         {"time": TimeModel(launch=1)},
         {"objective": Objective(balance_tolerance=0.02)},
+        {"objective": Objective(sigma=0.5)},
         {"limits": Limits(max_moves=3)},
         {"current": Placement(slots_LGC=[[[0, 1], [2, -1], [3, -1], [0, -1]]], experts=4)},
     ],
@@ -207,6 +208,14 @@ def test_pairs_as_masks() -> None:
 def test_digest_tells_problems_apart(changes: dict[str, Any]) -> None:
     assert make(**changes).digest() != make().digest()
     assert make(**changes).digest() == make(**changes).digest()
+
+
+def test_digest_of_what_old_plans_were_made_for() -> None:
+    """Plans in files name their problem by it."""
+    loads = Loads(load_TLE=np.arange(24.0).reshape(1, 2, 12) + 1)
+    problem = Problem(loads=loads, topology=uniform(1, 4, slots=4))
+    assert problem.digest() == "5ee8a28b29ab6b96"
+    assert problem.replace(objective=Objective()).digest() == "5ee8a28b29ab6b96"
 
 
 def test_digest_ignores_what_is_for_people() -> None:
