@@ -21,7 +21,7 @@ from moeless_opt.fronts import checked_schedule
 from moeless_opt.problems.arrays import IntArray, Record, SlotArray, integers
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import Migration, Plan, Survival, survival_of
-from moeless_opt.problems.spec import PRIORITIES, Limits, Loads, Placement, Problem, Topology, span
+from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, Topology, span
 from moeless_opt.problems.text import bytes_text
 from moeless_opt.report import ratio_text
 from moeless_opt.solvers.core import Clock
@@ -156,8 +156,12 @@ def repair(
     live = Placement(slots_LGC=slots_LGC, experts=given.experts, partial=True)
     missing = int((live.replicas_LE == 0).sum())
     live = live if missing else live.replace(partial=False)
+    # First aid knows nothing of nearness: groups come home and costs count when there is time to balance.
     first = left.replace(
-        current=live, objective=left.objective.replace(horizon=None, priorities=PRIORITIES), known=None
+        current=live,
+        objective=left.objective.replace(horizon=None, priorities=("balance", "moves")),
+        groups=None if balance else left.groups,
+        known=None,
     )
     coverage = _solved(first, solver="cover")
     covered_after = began.seconds

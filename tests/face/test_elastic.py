@@ -42,6 +42,21 @@ def test_a_loss_is_covered_and_then_balanced() -> None:
     assert "balance:" not in str(alone)
 
 
+def test_coverage_comes_before_nearness() -> None:
+    far = mo.uniform(2, 2, slots=12).with_levels([("gpu", 0.1), ("node", 1)])
+    plan = mo.plan(LOADS, far, groups=mo.Groups.even(16, 4))
+    found = mo.repair(plan, [1])
+    assert found.coverage.moves.count == found.missing
+    assert mo.violations(found.coverage.made_for, found.coverage) == []
+    assert isinstance(found.plan.made_for, mo.Problem)
+    assert found.plan.made_for.groups is not None
+    assert mo.violations(found.plan.made_for, found.plan) == []
+    costs = mo.repair(mo.plan(LOADS, far), [1], balance=False)
+    assert costs.coverage.moves.count == costs.missing
+    with pytest.raises(mo.UnsupportedFeatureError, match="groups of experts"):
+        mo.repair(plan, [1], balance=False)
+
+
 def test_balance_may_be_limited() -> None:
     found = mo.repair(live(split="equal"), [0], max_moves=2)
     assert found.plan.moves.count <= 2
