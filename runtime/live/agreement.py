@@ -16,7 +16,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, IntArray
 from moeless_opt.problems.errors import MoelessError, ProblemError
-from moeless_opt.runtime.live.dispatch import SharePolicy, share_policy
+from moeless_opt.runtime.live.dispatch import RankShares, SharePolicy, share_policy
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.lanes import LaneHeader, Lanes
 from moeless_opt.runtime.live.migrate import Header, Migrator
@@ -46,6 +46,14 @@ class _Step(NamedTuple):
     policies: Any
     policy: Any
     knocks: Any
+
+
+class _Asked(NamedTuple):
+    """A policy as it was asked for, its checksum, and the (global) ranks of the group at that time."""
+
+    policy: SharePolicy
+    digest: int
+    ranks: tuple[int, ...]
 
 
 #: Where the numbers of the migrator and of the lanes begin.
@@ -102,8 +110,7 @@ class Agreement:
         self.layers = layers
         self.batches = 0
         # Policies as they were asked for; the ranks agree on how many of them all know.
-        self.policies: list[SharePolicy] = []
-        self._digests: list[int] = []
+        self._policies: list[_Asked] = []
         self.ask(shares)
         #: Called with the policy that has come into force.
         self.on_policy: Callable[[SharePolicy], None] = lambda _: None
@@ -119,17 +126,24 @@ class Agreement:
         self.migrator, self.lanes = migrator, lanes
 
     def ask(self, shares: str | SharePolicy) -> None:
-        """Use another policy from the first batch on that all ranks know of it."""
+        """Use another policy from the first batch on that all ranks know of it.
+
+        Raises
+        ------
+        ProblemError
+            If it is of another number of ranks or layers.
+        """
         policy = share_policy(shares)
-        self._digests.append(1 + digest(policy))
-        self.policies.append(policy)  # last: how many there are is what the others hear
+        if isinstance(policy, RankShares):
+            policy.check(len(self.layers), self.group.size)
+        self._policies.append(_Asked(policy, 1 + digest(policy), self.group.ranks))
 
     def header(self, layer: int | None) -> tuple[int, ...]:
         """What this rank tells the others now, in front of a batch of a layer (None: between passes)."""
         self._passes += layer == 0
         where = BETWEEN if layer is None else layer
-        asked, following = len(self.policies) - 1, self._asked + 1
-        policy = self._digests[following] if following <= asked else 0
+        asked, following = len(self._policies) - 1, self._asked + 1
+        policy = self._policies[following].digest if following <= asked else 0
         heart = self.group.heart
         step = _Step(self._passes, where, asked, policy, 0 if heart is None else heart.knocks)
         return (*step, *self.migrator.header(), *self.lanes.header())
@@ -157,8 +171,8 @@ class Agreement:
             self._asked += 1
             if (told_R.policy != told_R.policy[0]).any():
                 others = self._ranks(told_R.policy != told_R.policy[0])
-                name = self.policies[self._asked].name
-                self.policies[self._asked] = self.policies[self._asked - 1]
+                name = self._policies[self._asked].policy.name
+                self._policies[self._asked] = self._policies[self._asked - 1]
                 raise MoelessError(
                     f"ranks {others} were asked for other shares than rank {self.group.ranks[0]} (here: "
                     f"{name!r}); the shares stay as they were"
@@ -218,12 +232,12 @@ class Agreement:
                 "all ranks have to be given the same ones: it was dropped"
             )
             self.migrator.forget(int(plan_R.number.max()), reason)
-            del self.policies[int(step_R.policies.min()) + 1 :]
+            del self._policies[int(step_R.policies.min()) + 1 :]
             raise MoelessError(reason)
 
     def _use(self, number: int) -> None:
         self._asked = number
-        self.on_policy(self.policies[number])
+        self.on_policy(self.policy)
 
     def regroup(self, group: ExpertGroup) -> None:
         """Go on with other ranks."""
@@ -232,13 +246,25 @@ class Agreement:
         # Some may have switched in the batch that failed, and others not; all have what one uses.
         number = max(row[0] for row in group.gather_ints([self._asked]))
         while (
-            len(self.policies) <= number
+            len(self._policies) <= number
         ):  # a rank that is new; `policy_digest` tells whether it is the same
-            self.policies.append(self.policies[-1])
-            self._digests.append(self._digests[-1])
+            self._policies.append(self._policies[-1])
         self._use(number)
 
     @property
     def policy_digest(self) -> int:
         """A number of the policy in force, the same in every process."""
-        return self._digests[self._asked]
+        return self._policies[self._asked].digest
+
+    @property
+    def policy(self) -> SharePolicy:
+        """The policy in force, for the ranks that there are now."""
+        policy, _, ranks = self._policies[self._asked]
+        if ranks == self.group.ranks or not isinstance(policy, RankShares):
+            return policy
+        return policy.among([ranks.index(r) if r in ranks else None for r in self.group.ranks])
+
+    @property
+    def newest(self) -> SharePolicy:
+        """The policy that was asked for last."""
+        return self._policies[-1].policy

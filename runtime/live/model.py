@@ -83,7 +83,7 @@ class LiveModel:
                 adopted.topk,
                 table,
                 self.group,
-                self._agreement.policies[0],
+                self._agreement.policy,
                 row_block=self.row_block.rows,
                 header=self._agreement.header,
                 agree=self._agreement.agree,
@@ -182,7 +182,7 @@ class LiveModel:
             number = self._plans.all(slots_of(plan))
         split = getattr(plan, "split", None)
         wanted = {"equal": "equal", "fractional": "balanced"}.get(str(split))
-        asked = self._agreement.policies[-1].name
+        asked = self._agreement.newest.name
         if wanted is not None and asked in ("equal", "balanced") and wanted != asked:
             self.set_shares(wanted)
         return number

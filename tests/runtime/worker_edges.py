@@ -16,6 +16,7 @@ from moeless_opt.problems.errors import MoelessError, ProblemError, UnsupportedF
 from moeless_opt.runtime.checkpoint.parts import causal_positions
 from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.live.agreement import OutOfStepError
+from moeless_opt.runtime.live.dispatch import BalancedShares
 from moeless_opt.runtime.live.faults import Guard
 from moeless_opt.runtime.live.groups import ExpertGroup
 from moeless_opt.runtime.live.home import PinnedHome
@@ -151,6 +152,12 @@ def uneven() -> Any:
     ):
         live.settle()
     assert torch.equal(forward(model, x), want)
+    # What was dropped is forgotten: the next policy is one that all were given.
+    live.set_shares(BalancedShares([2, 3]))
+    assert torch.equal(forward(model, x), want)
+    assert [d.shares.speed_G for d in live.dispatchers] == [[2, 3]] * 2  # type: ignore[attr-defined]
+    with pytest.raises(ProblemError, match="speed_G: has 3 entries for 2 ranks"):
+        live.set_shares(BalancedShares([1, 2, 3]))
     if rank == 1:
         live.apply(swap)
     with pytest.raises(ProblemError, match="tokens: is another one"):

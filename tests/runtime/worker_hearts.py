@@ -21,6 +21,7 @@ from worlds import batch, forward, join, report, tiny_model
 from moeless_opt.problems.errors import MoelessError
 from moeless_opt.runtime.checkpoint.outside import stand_outside
 from moeless_opt.runtime.engines.attach import attach
+from moeless_opt.runtime.live.dispatch import BalancedShares
 from moeless_opt.runtime.live.faults import Guard
 from moeless_opt.runtime.live.home import PinnedHome
 from moeless_opt.runtime.live.meeting import EvictedError
@@ -86,7 +87,7 @@ class Serving:
 def stopped() -> dict[str, Any]:
     """A rank is slow: nobody minds. It stands still, is left behind, wakes up, and comes back; all detach."""
     rank, _ = join()
-    serving = Serving(rank)
+    serving = Serving(rank, shares=BalancedShares([1000, 1100, 1200]))
     (FOLDER / f"pid{rank}").write_text(str(os.getpid()))
     serving.step(lambda: time.sleep(2.5 if rank == 1 else 0.0))
     assert not serving.guard.recoveries
@@ -97,12 +98,14 @@ def stopped() -> dict[str, Any]:
     else:
         serving.step()
         assert list(serving.live.group.ranks) == [0, 2]
+        assert [d.shares.speed_G for d in serving.live.dispatchers] == [[1000, 1200]] * LAYERS
         if rank == 0:
             os.kill(int((FOLDER / "pid1").read_text()), signal.SIGCONT)
         serving.until_joined()
     for _ in range(2 + (rank == 1)):
         serving.step()
     told = serving.told()
+    assert [d.shares.speed_G for d in serving.live.dispatchers] == [[1000, 1100, 1200]] * LAYERS
     serving.live.detach()
     after = forward(serving.model, serving.batches[0])
     return told | {"detached": (after - serving.want[0]).abs().max().item()}

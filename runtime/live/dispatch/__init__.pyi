@@ -3,6 +3,7 @@ from .dispatcher import chosen_experts as chosen_experts
 from .shares import BalancedShares as BalancedShares
 from .shares import EqualShares as EqualShares
 from .shares import PlannedShares as PlannedShares
+from .shares import RankShares as RankShares
 from .shares import SharePolicy as SharePolicy
 from .shares import share_policy as share_policy
 from .stopwatch import Stopwatch as Stopwatch

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, floats, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.runtime.live import SlotTable
 from moeless_opt.solvers.shares import round_tokens
@@ -19,6 +21,7 @@ __all__ = [
     "BalancedShares",
     "EqualShares",
     "PlannedShares",
+    "RankShares",
     "SharePolicy",
     "pour",
     "share_policy",
@@ -52,6 +55,29 @@ class SharePolicy(Protocol):
             Non-negative; the quotas of an expert's slots add up to its load.
         """
         ...
+
+
+class RankShares(ABC):
+    """A policy that says something of single ranks: it follows them when others are lost or come back."""
+
+    @abstractmethod
+    def check(self, layers: int, ranks: int) -> None:
+        """Refuse another number of layers or ranks than it speaks of.
+
+        Raises
+        ------
+        ProblemError
+        """
+
+    @abstractmethod
+    def among(self, places: Sequence[int | None]) -> Self:
+        """The same for other ranks: where each of them stood before, if it did."""
+
+
+def check_speeds(speed_G: Sequence[Any] | FloatArray | None, ranks: int) -> None:
+    """Refuse speeds of another number of ranks."""
+    if speed_G is not None and len(speed_G) != ranks:
+        raise ProblemError("speed_G", f"has {len(speed_G)} entries for {ranks} ranks")
 
 
 def share_policy(shares: str | SharePolicy) -> SharePolicy:
@@ -120,7 +146,7 @@ class EqualShares:
         return quota_P
 
 
-class PlannedShares:
+class PlannedShares(RankShares):
     """Shares fixed by a plan, rounded to whole tokens (largest remainders first).
 
     Parameters
@@ -132,6 +158,11 @@ class PlannedShares:
     name = "planned"
 
     def __init__(self, share_LGC: FloatArray, slots_LGC: SlotArray) -> None:
+        share_LGC = floats("share_LGC", share_LGC)
+        if share_LGC.ndim != 3 or share_LGC.shape != np.shape(slots_LGC):
+            shapes = f"has shape {share_LGC.shape}, the slots have {np.shape(slots_LGC)}"
+            raise ProblemError("share_LGC", f"{shapes}; both need [L, G, C]")
+        self._ranks = share_LGC.shape[1]
         #: Tells these shares from others.
         self.digest = zlib.crc32(np.asarray(slots_LGC).tobytes(), zlib.crc32(np.asarray(share_LGC).tobytes()))
         self._of = [
@@ -144,6 +175,22 @@ class PlannedShares:
             for layer, share in zip(slots_LGC, share_LGC, strict=True)
         ]
         self._known: dict[int, tuple[SlotTable, FloatArray, FloatArray]] = {}
+
+    def check(self, layers: int, ranks: int) -> None:
+        """See `RankShares.check`."""
+        if (len(self._of), self._ranks) != (layers, ranks):
+            raise ProblemError(
+                "share_LGC",
+                f"has {len(self._of)} layers and {self._ranks} ranks, the model has {layers} and {ranks}",
+            )
+
+    def among(self, places: Sequence[int | None]) -> Self:
+        """See `RankShares.among`."""
+        now = {before: g for g, before in enumerate(places)}
+        made = copy(self)
+        made._of = [{(e, now[g]): s for (e, g), s in of.items() if g in now} for of in self._of]
+        made._ranks, made._known = len(places), {}
+        return made
 
     def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`; slots that the plan does not know share what is left equally."""
@@ -166,7 +213,7 @@ class PlannedShares:
         return weighted[1:]
 
 
-class BalancedShares:
+class BalancedShares(RankShares):
     """Water-filling: the replicas of each expert top up the least loaded of their GPUs.
 
     Expert after expert, heaviest first, an expert's tokens are taken back and poured again over the GPUs that
@@ -176,21 +223,31 @@ class BalancedShares:
     Parameters
     ----------
     speed_G : sequence of int, optional
-        Relative speeds as whole numbers (e.g. per mille); equal by default.
+        Relative speeds of the group's ranks as whole numbers (e.g. per mille); equal by default.
     sweeps : int
-        Most sweeps over the experts.
+        Most sweeps over the experts, at least one.
     """
 
     name = "balanced"
 
     def __init__(self, speed_G: Sequence[int] | None = None, sweeps: int = 4) -> None:
-        if speed_G is not None and any(int(s) != s or s < 1 for s in speed_G):
-            raise ProblemError("speed_G", f"must be whole numbers from 1, got {list(speed_G)}")
-        self.speed_G = None if speed_G is None else [int(s) for s in speed_G]
-        self.sweeps = sweeps
+        self.speed_G = None if speed_G is None else [whole("speed_G", s, low=1) for s in speed_G]
+        self.sweeps = whole("sweeps", sweeps, low=1, high=2**31 - 1)
+
+    def check(self, layers: int, ranks: int) -> None:
+        """See `RankShares.check`."""
+        check_speeds(self.speed_G, ranks)
+
+    def among(self, places: Sequence[int | None]) -> Self:
+        """See `RankShares.among`; a rank of unknown speed counts as one of the mean speed."""
+        if self.speed_G is None:
+            return self
+        mean = max(1, round(sum(self.speed_G) / len(self.speed_G)))
+        return type(self)([mean if p is None else self.speed_G[p] for p in places], self.sweeps)
 
     def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`."""
+        check_speeds(self.speed_G, table.gpus)
         speed = self.speed_G or [1] * table.gpus
         # The compiled twin's numbers have 63 bits.
         small = int(load_E.sum()) * max(2**20, sum(speed)) < 2**62

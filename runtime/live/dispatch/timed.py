@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import FloatArray, IntArray
+from moeless_opt.problems.arrays import FloatArray, IntArray, floats, number, whole
+from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import TimeTable
 from moeless_opt.problems.spec import TimeModel
 from moeless_opt.runtime.live import SlotTable
-from moeless_opt.runtime.live.dispatch.shares import BalancedShares
+from moeless_opt.runtime.live.dispatch.shares import BalancedShares, RankShares, check_speeds
 
 __all__ = ["TimedShares"]
 
@@ -30,7 +32,7 @@ def shakes(experts: int) -> int:
     return min(16, max(4, 128 // experts))
 
 
-class TimedShares:
+class TimedShares(RankShares):
     """Searches, for every batch, quotas that make the slowest rank end soon.
 
     Where reading an expert costs more than its tokens (decode) this uses fewer replicas than there are;
@@ -60,14 +62,33 @@ class TimedShares:
         speed_G: ArrayLike | None = None,
         kicks: int | None = None,
     ) -> None:
-        self.time, self.per_token, self.kicks = time, per_token, kicks
-        self.speed_G: FloatArray | None = None if speed_G is None else np.asarray(speed_G, dtype=np.float64)
+        if not isinstance(time, TimeModel):
+            raise ProblemError("time", f"is {time!r}, must be a TimeModel")
+        self.time, self.per_token = time, number("per_token", per_token)
+        self.kicks = None if kicks is None else whole("kicks", kicks, high=2**31 - 1)
+        self.speed_G: FloatArray | None = None
+        if speed_G is not None:
+            self.speed_G = floats("speed_G", speed_G, open_low=True).copy()  # kernels take no read-only ones
+            if self.speed_G.ndim != 1:
+                raise ProblemError("speed_G", f"has {self.speed_G.ndim} axes, must have one")
         mille = (
             None if self.speed_G is None else np.maximum(np.rint(1000 * self.speed_G), 1).astype(int).tolist()
         )
         self.balanced = BalancedShares(mille)
         self._tables: dict[int, TimeTable] = {}
         _kernels()
+
+    def check(self, layers: int, ranks: int) -> None:
+        """See `RankShares.check`."""
+        check_speeds(self.speed_G, ranks)
+
+    def among(self, places: Sequence[int | None]) -> Self:
+        """See `RankShares.among`; a rank of unknown speed counts as one of the mean speed."""
+        known = self.speed_G
+        if known is None:
+            return self
+        speed_G = [known.mean() if p is None else known[p] for p in places]
+        return type(self)(self.time, per_token=self.per_token, speed_G=speed_G, kicks=self.kicks)
 
     def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`."""
@@ -96,6 +117,7 @@ class TimedShares:
 
     def rates(self, table: SlotTable) -> FloatArray:
         """Relative speeds of the table's ranks."""
+        check_speeds(self.speed_G, table.gpus)
         return np.ones(table.gpus) if self.speed_G is None else self.speed_G
 
     def effort(self, table: SlotTable) -> int:

@@ -123,6 +123,19 @@ def wide(experts: int, ranks: int, more: int) -> tuple[SlotTable, np.ndarray, li
 
 
 @needs_triton
+def test_a_policy_outlives_a_group() -> None:
+    split, policy = device.DeviceSplit(0, CPU), shares.BalancedShares()
+    for ranks in (3, 2, 8):
+        table = SlotTable([[0, 1, 2]] * ranks, 3)
+        counts_RE = np.random.default_rng(ranks).integers(0, 999, (ranks, 3))
+        group: Any = SimpleNamespace(size=ranks, rank=0, node_R=[0] * ranks)
+        split.start(torch.from_numpy(counts_RE), policy, table, group)
+        quota_P = policy.quotas(0, counts_RE.sum(axis=0), table)
+        want_RP = routes.source_aware(counts_RE, quota_P, table, group.node_R)
+        np.testing.assert_array_equal(split.sends_RP.numpy(), want_RP)
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(64, 8, 8), (256, 64, 64)])
 def test_large_layers(shape: tuple[int, int, int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError  # noqa: E402
+from moeless_opt.problems.spec import TimeModel  # noqa: E402
 from moeless_opt.runtime.live.dispatch.dispatcher import SlotDispatcher, chosen_experts  # noqa: E402
 from moeless_opt.runtime.live.dispatch.routes import source_aware  # noqa: E402
 from moeless_opt.runtime.live.dispatch.shares import (  # noqa: E402
@@ -23,6 +24,7 @@ from moeless_opt.runtime.live.dispatch.shares import (  # noqa: E402
     pour,
     warm_split,
 )
+from moeless_opt.runtime.live.dispatch.timed import TimedShares  # noqa: E402
 from moeless_opt.runtime.live.experts import checksum  # noqa: E402
 from moeless_opt.runtime.live.groups import ExpertGroup  # noqa: E402
 from moeless_opt.runtime.live.rows import default_row_block, pieces  # noqa: E402
@@ -191,6 +193,64 @@ def test_bad_use_is_refused() -> None:
         core.set_table(SlotTable(static_slots(2, 2), 2))
     with pytest.raises(ProblemError, match="speed_G"):
         BalancedShares(speed_G=[0, 1])
+
+
+def some_shares() -> tuple[SlotTable, np.ndarray]:
+    table = SlotTable([[0, 1, 2]] * 4, 3)
+    return table, table.slots()[None]
+
+
+@pytest.mark.parametrize(
+    ("field", "make"),
+    [
+        ("sweeps", lambda: BalancedShares(sweeps=0)),
+        ("sweeps", lambda: BalancedShares(sweeps=1.5)),  # type: ignore[arg-type]
+        ("speed_G", lambda: BalancedShares(speed_G="ab")),  # type: ignore[arg-type]
+        ("speed_G", lambda: BalancedShares(speed_G=[float("nan")])),  # type: ignore[list-item]
+        ("speed_G", lambda: TimedShares(TimeModel(), speed_G=[0, 1])),
+        ("speed_G", lambda: TimedShares(TimeModel(), speed_G=[[1, 1]])),
+        ("per_token", lambda: TimedShares(TimeModel(), per_token=-1.0)),
+        ("kicks", lambda: TimedShares(TimeModel(), kicks=-1)),
+        ("time", lambda: TimedShares(None)),  # type: ignore[arg-type]
+        ("share_LGC", lambda: PlannedShares(np.full((1, 4, 3), np.nan), some_shares()[1])),
+        ("share_LGC", lambda: PlannedShares(np.ones((1, 4, 2)), some_shares()[1])),
+        ("share_LGC", lambda: PlannedShares(np.ones((1, 4, 3)), some_shares()[1]).check(2, 4)),
+        ("share_LGC", lambda: PlannedShares(np.ones((1, 4, 3)), some_shares()[1]).check(1, 3)),
+    ],
+)
+def test_policies_that_say_nothing_of_use_are_refused(field: str, make: Callable[[], object]) -> None:
+    with pytest.raises(ProblemError, match=rf"^{field}(\[\d\])*: "):
+        make()
+
+
+def test_speeds_of_other_ranks_are_refused() -> None:
+    table, _ = some_shares()
+    for speed_G in ([1, 2], [1, 2, 3, 4, 5]):
+        for policy in (BalancedShares(speed_G), TimedShares(TimeModel(token_cost=1.0), speed_G=speed_G)):
+            with pytest.raises(ProblemError, match=f"speed_G: has {len(speed_G)} entries for 4 ranks"):
+                policy.quotas(0, np.array([100, 70, 30]), table)
+            with pytest.raises(ProblemError, match="for 4 ranks"):
+                policy.check(1, 4)
+            policy.check(1, len(speed_G))
+
+
+def test_policies_follow_their_ranks() -> None:
+    table, slots_LGC = some_shares()
+    three, load_E = SlotTable([[0, 1, 2]] * 3, 3), np.array([1000, 700, 300])
+    balanced = BalancedShares([1, 2, 3, 4], sweeps=7)
+    left = balanced.among([0, 2, 3])
+    assert (left.speed_G, left.sweeps) == ([1, 3, 4], 7)
+    assert left.among([0, None, 1, 2]).speed_G == [1, 3, 3, 4]
+    assert BalancedShares().among([0]).speed_G is None
+    timed = TimedShares(TimeModel(token_cost=1.0), per_token=0.5, speed_G=[1, 2, 3, 4], kicks=2)
+    slower = timed.among([3, None])
+    np.testing.assert_array_equal(slower.rates(SlotTable([[0], [1]], 2)), [4, 2.5])
+    assert (slower.per_token, slower.kicks) == (0.5, 2)
+    planned = PlannedShares(np.tile(np.array([0.1, 0.2, 0.3, 0.4])[:, None], (1, 1, 3)), slots_LGC)
+    before = planned.quotas(0, load_E, table)
+    after = planned.among([3, 0, None]).quotas(0, load_E, three).reshape(3, 3)
+    np.testing.assert_array_equal(after, [load_E * 0.8, load_E * 0.2, load_E * 0])
+    np.testing.assert_array_equal(planned.quotas(0, load_E, table), before)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

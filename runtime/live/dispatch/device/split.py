@@ -305,7 +305,8 @@ class DeviceSplit:
             RB=_power(ranks),
             SB=SB,
         )
-        if self._speeds is None or self._speeds[0] is not policy:
+        policy.check(1, ranks)
+        if self._speeds is None or self._speeds[0] is not policy or len(self._speeds[1]) != ranks:
             speed_G = np.array(policy.speed_G or [1] * ranks, dtype=np.int64)
             self._speeds = policy, upload(speed_G, self.device)
         _launch(
