@@ -266,6 +266,10 @@ def recommend(problem: Problem, args: argparse.Namespace, signals: Signals) -> i
             for row in rows
         ]
         show(table(("spare replicas", "memory", "imbalance", "at least", "spent evenly", "per layer"), cells))
+        say(
+            "note: with an equal split, whatever the slots are. What an engine is to be told, by memory, KV "
+            "cache, time and split: moeless-advise"
+        )
     if signals.came:
         say("interrupted: the totals looked at so far are shown")
     return signals.code

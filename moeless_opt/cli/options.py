@@ -445,7 +445,8 @@ def read_arguments(argv: Sequence[str] | None, into: argparse.Namespace | None =
 def _unread(option: Option, mode: str) -> str:
     where = "without one of the modes that read it" if mode == "solve" else f"with {MODES[mode]}"
     readers = [MODES[one] or "a plain solve" for one in option.modes]
-    return f"is not read {where}; it is with {', '.join(readers)}"
+    rather = "" if mode != "recommend" else "; slots and splits for an engine are advised by moeless-advise"
+    return f"is not read {where}; it is with {', '.join(readers)}{rather}"
 
 
 def _check(args: argparse.Namespace) -> None:

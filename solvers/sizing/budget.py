@@ -41,6 +41,9 @@ __all__ = [
 
 _ROUNDS = 6
 
+REACHED = 1e-3
+"""Distance from perfect balance within which no larger budget is looked at."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spending:
@@ -347,8 +350,8 @@ def redundancy_rows(
     bytes_L : array of int, shape [L], optional
         Bytes of one replica in each layer, for the memory column. All layers alike count replicas.
     totals : array of int, optional
-        Totals of spare replicas to look at (default: 0, then half a replica per layer, doubling up to one
-        per expert).
+        Totals of spare replicas to look at (default: 0, then half a replica per layer, doubling up to one per
+        expert or, within `REACHED`, perfect balance).
     uniform : bool
         Whether to compare with the same number in every layer.
     stop : Stop, optional
@@ -359,7 +362,7 @@ def redundancy_rows(
     Returns
     -------
     list of Redundancy
-        One row per total, in rising order.
+        One row per total, in rising order; none is worse than one with less.
     """
     load = np.ascontiguousarray(load_LE, dtype=np.float64)
     speed = np.asarray(speed_G, dtype=np.float64)
@@ -378,21 +381,27 @@ def redundancy_rows(
             break
         # Replicas are what is counted, so a layer's size does not enter the choice here.
         plan = plan_budget(load, speed, total, stop=stop)
-        even = np.nan
+        spare_L, imbalance, even = plan.spare_L, float(plan.time_L.sum()) / mean, np.nan
         if uniform and not (stop is not None and stop()) and total % L == 0:
             even = float(_place(load, speed, np.full(L, total // L), size_L, None)[1].sum()) / mean
+            if even < imbalance:
+                spare_L, imbalance = np.full(L, total // L), even
+        if rows and rows[-1].imbalance <= imbalance:  # a larger budget need not be spent
+            spare_L, imbalance = rows[-1].spare_L, rows[-1].imbalance
         rows.append(
             Redundancy(
                 total,
-                plan.spare_L,
-                float(plan.spare_L @ size_L) / 2**30 if bytes_L is not None else float("nan"),
-                float(plan.time_L.sum()) / mean,
+                spare_L,
+                float(spare_L @ size_L) / 2**30 if bytes_L is not None else float("nan"),
+                imbalance,
                 plan.bound / mean,
                 even,
             )
         )
         if progress is not None:
-            time, done = float(plan.time_L.sum()), len(rows) / len(counts)
+            time, done = imbalance * mean, len(rows) / len(counts)
             note = f"{total} spare replicas"
             progress(Progress(seconds=began.seconds, best=time, bound=plan.bound, done=done, note=note))
+        if totals is None and imbalance <= 1 + REACHED:
+            break
     return rows

@@ -631,7 +631,11 @@ def test_sizing_redundancy_and_models(tmp_path: Path, capsys: pytest.CaptureFixt
     assert totals[0]["spare"] == 0
     assert totals[-1]["imbalance"] < totals[0]["imbalance"]
     assert main(["mixtral-zipf", "--recommend"]) == 0
-    assert "spent evenly" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "spent evenly" in shown.out
+    assert "moeless-advise" in shown.err
+    assert main(["mixtral-zipf", "--recommend", "--slots", "5"]) == 2
+    assert "moeless-advise" in capsys.readouterr().err
     model = tmp_path / "layer.mps"
     assert main(["flashlb-equal", "--export", str(model)]) == 0
     assert model.read_text().rstrip().endswith("ENDATA")

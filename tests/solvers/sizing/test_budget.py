@@ -14,6 +14,7 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan.bounds import best_bound
 from moeless_opt.solvers.core.stopping import MaxTime
 from moeless_opt.solvers.sizing.budget import (
+    REACHED,
     bound_curves,
     plan_budget,
     redundancy_rows,
@@ -91,6 +92,21 @@ def test_plan_is_valid_and_beats_uniform(budget: int) -> None:
     rows = redundancy_rows(load, np.ones(8), totals=[0, 20])
     assert rows[0].imbalance >= rows[1].imbalance >= rows[1].bound - 1e-9
     assert rows[1].imbalance <= rows[1].uniform
+
+
+def test_no_row_is_worse_than_one_with_less() -> None:
+    """Nearly even loads: what packing finds is as good with next to nothing, and more is not looked for."""
+    for seed in range(4):
+        load = np.random.default_rng(seed).lognormal(0, 0.05 + 0.4 * seed, (6, 32))
+        rows = redundancy_rows(load, np.ones(8))
+        imbalances = [row.imbalance for row in rows]
+        assert imbalances == sorted(imbalances, reverse=True)
+        assert all(row.spare_L.sum() <= row.spare for row in rows)
+        assert not any(row.uniform < row.imbalance for row in rows)
+        assert not any(row.imbalance <= 1 + REACHED for row in rows[:-1])
+    full = redundancy_rows(load, np.ones(8), totals=[0, 6, 12, 24, 48, 96, 192])
+    assert len(full) == 7
+    assert np.all(np.diff([row.imbalance for row in full]) <= 0)
 
 
 def test_uneven_layers_get_uneven_shares() -> None:
