@@ -87,10 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body(_signals: Signals) -> int:
         given = vars(_parser().parse_args(argv))
         try:
-            engine_options, http_options = _read(given)
+            return _serve(*_read(given))
         except ProblemError as error:
             raise _by_flag(error) from None
-        return _serve(engine_options, http_options)
 
     return guarded("moeless-serve", body)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import SlotArray
 from moeless_opt.problems.errors import MoelessError, ProblemError
+from moeless_opt.problems.files import check_output
 from moeless_opt.problems.plan import Plan
 from moeless_opt.runtime.serve import (
     Deliver,
@@ -30,7 +31,7 @@ from moeless_opt.runtime.serve import (
 from moeless_opt.runtime.serve.engine.channel import Channel, ChannelClosedError
 from moeless_opt.runtime.serve.engine.codec import TextStream
 from moeless_opt.runtime.serve.engine.launch import START, Crew, launched_from_outside, serve_rank, start_crew
-from moeless_opt.runtime.serve.engine.models import ServedFacts, facts_of
+from moeless_opt.runtime.serve.engine.models import ServedFacts, check_device, facts_of
 from moeless_opt.runtime.serve.engine.options import EngineOptions
 from moeless_opt.runtime.serve.engine.plans import given_plan, judged_plan
 from moeless_opt.runtime.serve.engine.state import ServeState, read_state, slots_for, write_state
@@ -91,6 +92,7 @@ class Fleet:
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
         self.facts: ServedFacts = facts_of(options)
+        self._check_options(options)
         self._crew: Crew | None = None
         self._flights: dict[str, _Flight] = {}
         self._load: list[int] = []
@@ -108,6 +110,8 @@ class Fleet:
         self._ends: deque[float] = deque(maxlen=32)
         self._draining = self._closed = False
         self._failure = ""
+        self._refusal: MoelessError | None = None
+        self._warned = ""
         self._planning = options.planning
         self._saved: tuple[bytes, float] = (b"", 0.0)
         self._readers: list[threading.Thread] = []
@@ -121,8 +125,9 @@ class Fleet:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self.facts.context_length
+        """Most tokens of prompt and answer together: the model's, or what the KV pool has room for."""
+        most = self.facts.context_length
+        return min(most, self._ready[0]["longest"]) if 0 in self._ready else most
 
     @property
     def codec(self) -> TextCodec:
@@ -153,18 +158,29 @@ class Fleet:
         if not began:
             reason = self._failure or f"ranks did not begin within {START:g} s"
             self.close()
-            raise MoelessError(reason)
-        try:
-            self._check(self._planning)
-        except MoelessError:
-            self.close()
-            raise
+            raise self._refusal or MoelessError(reason)
         self._restore()
+
+    def _check_options(self, options: EngineOptions) -> None:
+        """What can be told before anything is loaded."""
+        from moeless_opt.runtime.serve.engine.steering import check_planning
+
+        outside, experts = launched_from_outside(), self.facts.experts
+        ranks = options.ranks if outside is None else outside[1]
+        if experts % ranks:
+            fitting = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+            raise ProblemError(
+                "ranks", f"is {ranks}; {experts} experts can be spread over {fitting} ranks at the start"
+            )
+        check_planning(options.planning, experts, ranks)
+        check_device(options)
+        if options.state is not None:
+            check_output(options.state)
 
     def _check(self, planning: Planning) -> None:
         from moeless_opt.runtime.serve.engine.steering import check_planning
 
-        check_planning(planning, self._ready[0]["experts"], max(sum(self._alive), 1))
+        check_planning(planning, self.facts.experts, max(sum(self._alive), 1))
 
     def _restore(self) -> None:
         """Begin from the settings and the placement of the last run."""
@@ -175,6 +191,8 @@ class Fleet:
         if state is None:
             return
         try:
+            if state.asked != self.options.planning:
+                raise ProblemError("planning", "this start asks for others than the last one did")
             self._check(state.planning)
         except ProblemError as error:
             log.warning("the settings in %s are not used: %s", self.options.state, error)
@@ -233,8 +251,6 @@ class Fleet:
 
     def _check_request(self, request: ServeRequest) -> None:
         prompt, most = request.prompt, self.context_length
-        if self._ready:
-            most = min(most, self._ready[0]["longest"])
         if not prompt:
             raise ProblemError("prompt", "is empty, must have at least one token")
         if len(prompt) >= most:
@@ -293,12 +309,15 @@ class Fleet:
                 elif kind == "failed":
                     self._failed(rank, content)
 
-    def _failed(self, rank: int, reason: str) -> None:
+    def _failed(self, rank: int, reason: str | MoelessError) -> None:
         """A rank says why it ends: before all have begun that is the end of the engine."""
-        log.error("rank %d ended: %s", rank, reason)
         with self._changed:
             if len(self._ready) < len(self._alive):
-                self._failure = self._failure or reason
+                self._failure = self._failure or str(reason)
+                if isinstance(reason, MoelessError):
+                    self._refusal = self._refusal or reason
+            else:
+                log.error("rank %d ended: %s", rank, reason)
             self._changed.notify_all()
 
     def _said(self, rank: int, name: str, pick: Any, finish: Any, cached: int) -> None:
@@ -419,8 +438,14 @@ class Fleet:
                 slots_LGC=slots_LGC,
                 load_LE=group["load_LE"],
                 planning=group["planning"],
+                asked=self.options.planning,
             )
-        write_state(self.options.state, state)
+        try:
+            write_state(self.options.state, state)
+        except (MoelessError, OSError) as error:  # nobody's request shall suffer from it
+            if self._warned != str(error):
+                self._warned = str(error)
+                log.warning("the state is not kept: %s", error)
 
     # -- steering ----------------------------------------------------------------------------------
 

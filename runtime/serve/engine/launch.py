@@ -106,10 +106,11 @@ def _work(options: EngineOptions, channel: Channel, facts: ServedFacts | None = 
         Worker(options, channel, known.context_length, known.codec.ends).run()
     except ChannelClosedError:
         pass
+    except MoelessError as error:
+        channel.send(("failed", error))
     except Exception as error:
         channel.send(("failed", f"{type(error).__name__}: {error}"))
-        if not isinstance(error, MoelessError):
-            raise
+        raise
     finally:
         channel.close()
 

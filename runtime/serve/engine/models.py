@@ -15,7 +15,7 @@ from moeless_opt.runtime.serve import TextCodec
 from moeless_opt.runtime.serve.engine.codec import BytesCodec, FolderCodec
 from moeless_opt.runtime.serve.engine.options import EngineOptions
 
-__all__ = ["ServedFacts", "TinyHome", "facts_of", "home_of", "load_served"]
+__all__ = ["ServedFacts", "TinyHome", "check_device", "facts_of", "home_of", "load_served"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,8 @@ class ServedFacts:
         Longest request.
     vocabulary : int
         Tokens from 0 up to this are known.
+    experts : int
+        Of a layer.
     codec : TextCodec
         Its tokenizer.
     """
@@ -37,6 +39,7 @@ class ServedFacts:
     name: str
     context_length: int
     vocabulary: int
+    experts: int
     codec: TextCodec
 
 
@@ -51,7 +54,7 @@ def facts_of(options: EngineOptions) -> ServedFacts:
     if options.model is None:
         from moeless_opt.runtime.tiny_moe import model as tiny
 
-        longest, vocabulary = tiny.MAX_LENGTH, tiny.START + 1
+        longest, vocabulary, experts = tiny.MAX_LENGTH, tiny.START + 1, tiny.EXPERTS
         codec: TextCodec = BytesCodec(tiny.START)
         name = "tiny-moe"
     else:
@@ -62,6 +65,7 @@ def facts_of(options: EngineOptions) -> ServedFacts:
 
         found = recipe_of(folder)
         longest, vocabulary = found.max_sequence_length, int(found.hf["vocab_size"])
+        experts = found.experts
         switch = found.rotary.switch_length
         if switch:  # LongRoPE changes the angles of all tokens there, also of those that are in the pool
             longest = min(longest, switch)
@@ -72,17 +76,28 @@ def facts_of(options: EngineOptions) -> ServedFacts:
                 "context_length", f"is {options.context_length}, the model goes up to {longest}"
             )
         longest = options.context_length
-    return ServedFacts(name=options.name or name, context_length=longest, vocabulary=vocabulary, codec=codec)
+    return ServedFacts(
+        name=options.name or name,
+        context_length=longest,
+        vocabulary=vocabulary,
+        experts=experts,
+        codec=codec,
+    )
+
+
+def check_device(options: EngineOptions) -> None:
+    """Refuse a device that is not here."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ProblemError("device", "is 'cuda', and there is none here")
 
 
 def device_of(options: EngineOptions) -> torch.device:
     """Where this rank computes."""
+    check_device(options)
     kind = options.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise ProblemError("device", "is 'cuda', and there is none here")
         import os
 
         index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()

@@ -41,6 +41,9 @@ class ServeState:
         Loads of the last window, for a start with other ranks.
     planning : Planning
         What the controller may do.
+    asked : Planning
+        What it was asked to do at the start: settings that were changed since outlive a restart, but not one
+        that asks for others itself.
     """
 
     model: str
@@ -48,6 +51,7 @@ class ServeState:
     slots_LGC: SlotArray
     load_LE: IntArray
     planning: Planning
+    asked: Planning
 
 
 def write_state(path: str, state: ServeState) -> None:
@@ -60,6 +64,7 @@ def write_state(path: str, state: ServeState) -> None:
         "slots": state.slots_LGC.tolist(),
         "load": state.load_LE.tolist(),
         "planning": asdict(state.planning),
+        "asked": asdict(state.asked),
     }
     atomic_write(path, json_bytes(document))
 
@@ -79,6 +84,7 @@ def read_state(path: str, model: str, layers: int, experts: int) -> ServeState |
         slots_LGC = integers("slots", entry.take("slots"), low=-1, high=experts - 1).astype(np.int32)
         load_LE = integers("load", entry.take("load"))
         planning: Planning = read_record(Planning, entry.take("planning", dict, {}), "planning")
+        asked: Planning = read_record(Planning, entry.take("asked", dict, {}), "asked")
         if slots_LGC.ndim != 3 or len(slots_LGC) != layers or load_LE.shape != (layers, experts):
             raise ProblemError("slots", f"have shape {slots_LGC.shape}, the model has {layers} layers")
         for slots_GC in slots_LGC:
@@ -86,7 +92,9 @@ def read_state(path: str, model: str, layers: int, experts: int) -> ServeState |
     except MoelessError as error:
         log.warning("%s is not used: %s", path, error)
         return None
-    return ServeState(model=model, experts=experts, slots_LGC=slots_LGC, load_LE=load_LE, planning=planning)
+    return ServeState(
+        model=model, experts=experts, slots_LGC=slots_LGC, load_LE=load_LE, planning=planning, asked=asked
+    )
 
 
 def slots_for(state: ServeState, ranks: int, slots: int | None) -> SlotArray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
-from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.errors import MoelessError, ProblemError
 from moeless_opt.problems.spec import Limits, ModelSpec, Topology
 from moeless_opt.runtime.control import Controller, LayerPlanner, MemoryReport, Observation, Planner
 from moeless_opt.runtime.live import LiveModel, RankLostError
@@ -241,6 +242,9 @@ class Steering:
         if planning.policy == "windowed":
             lag = min(LAG, planning.every - 1)
             planner = Planner(topology=topology, options=options)
+            # What a first plan loads is loaded now, and not beside the passes.
+            with suppress(MoelessError):
+                planner(np.ones((len(live.layers), live.experts)), live.target_LGC)
             self._controller = Controller(backend, planner, every=planning.every, lag=lag, share="balanced")
             return
         if planning.policy == "eplb":

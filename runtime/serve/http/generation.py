@@ -35,7 +35,7 @@ class Generation:
     Attributes
     ----------
     prompt_tokens, cached_tokens, generated_tokens : int
-        So far.
+        So far; a prompt of several answers counts once.
     """
 
     def __init__(self, engine: ServeEngine, mailbox: Mailbox, metrics: FrontMetrics, name: str) -> None:
@@ -43,6 +43,7 @@ class Generation:
         self._name = name
         self._letters: Letters = Letters()
         self._running: set[int] = set()
+        self._counted: set[int] = set()
         self._begun = time.monotonic()
         self._last: dict[int, float] = {}
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
@@ -53,7 +54,7 @@ class Generation:
         Parameters
         ----------
         prompts : sequence of token sequences
-            Of every answer.
+            Of every answer; answers to one prompt stand side by side and have the same object.
         samplings : sequence of Sampling
             Of every answer.
 
@@ -67,7 +68,9 @@ class Generation:
                 request = ServeRequest(id=f"{self._name}-{index}", prompt=tuple(prompt), sampling=sampling)
                 self._engine.submit(request, self._mailbox.slot(self._letters, index))
                 self._running.add(index)
-                self.prompt_tokens += len(request.prompt)
+                if not index or prompt is not prompts[index - 1]:
+                    self._counted.add(index)
+                    self.prompt_tokens += len(request.prompt)
         except MoelessError as error:
             self.cancel()
             raise api_error_of(error) from error
@@ -105,7 +108,7 @@ class Generation:
                 self._metrics.next_token(now - self._last[index])
             else:
                 self._metrics.first_token(now - self._begun)
-                self.cached_tokens += emitted.cached
+                self.cached_tokens += emitted.cached if index in self._counted else 0
             self._last[index] = now
             self.generated_tokens += 1
         if emitted.finish is None:

@@ -142,6 +142,8 @@ class _Draining(uvicorn.Server):
             log.warning("%d requests were not finished in time", front.open_requests)
         await asyncio.to_thread(front.engine.close)  # what still runs is told so
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn would leave the application's own end to a traceback
+            await self.lifespan.shutdown()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -131,6 +131,37 @@ def test_a_folder_that_is_no_model_ends_with_2(tmp_path: Path, capsys: Any) -> N
     assert "nothing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--ranks", "3"], "--ranks: is 3; 16 experts can be spread over 1, 2, 4, 8, 16 ranks at the start"),
+        (["--ranks", "2", "--slots", "3"], "--slots: is 3; 16 experts on 2 ranks need at least 8"),
+        (["--policy", "static", "--max-moves", "3"], "--max-moves: is for the policy 'windowed'"),
+        (["--context-length", "5000"], "--context-length: is 5000, the model goes up to 512"),
+        (["--state", "/no/such/folder/state.json"], "/no/such/folder/state.json: cannot be written"),
+        (["--dtype", "float64", "--experts", "grouped"], "use experts='loop'"),
+    ],
+)
+def test_what_the_model_or_the_machine_has_not_ends_with_2(argv: list[str], told: str, capsys: Any) -> None:
+    """By one line that names the option, before anything is loaded where that can be told then."""
+    assert cli.main([*argv, "--port", "0"]) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_second_signal_ends_it_at_once_and_without_a_traceback() -> None:
+    body = {"prompt": "a", "max_tokens": 400, "stream": True, "ignore_eos": True}
+    command = ("-m", "moeless_opt.runtime.serve", "--port", "0")
+    with running(*command) as (server, address), post(address, body) as stream:
+        assert stream.readline().startswith(b"data: ")
+        server.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) in (0, 1)  # 0: it was quicker than the second signal
+    assert "Traceback" not in "".join(LOGS[-1])
+
+
 @contextmanager
 def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server in processes of its own, and its address."""
@@ -138,6 +169,7 @@ def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": path}
     server = subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True)
     log: list[str] = []
+    LOGS.append(log)
     found = threading.Event()
 
     def watch() -> None:
@@ -161,6 +193,10 @@ def running(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         watcher.join()
         assert server.stderr is not None
         server.stderr.close()
+
+
+LOGS: list[list[str]] = []
+"""What the servers said."""
 
 
 def post(address: str, body: dict[str, Any]) -> Any:

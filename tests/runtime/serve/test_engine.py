@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,42 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match="context_length"):
         Fleet(EngineOptions(context_length=100_000))
     assert np.isfinite(EngineOptions().timeout)
+
+
+def test_a_state_that_can_no_longer_be_written_costs_no_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a pool of few blocks is the context that clients are told."""
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    options = EngineOptions(kv_blocks=2, state=str(folder / "state.json"))
+    made = Fleet(options)
+    folder.rmdir()
+    made.start()
+    try:
+        desk = Desk(made)
+        for name in ("a", "b"):
+            desk.send(name, tiny.encode("And"), max_tokens=100)
+            assert len(desk.tokens(name)) == 32 - 4
+        assert made.context_length == 32
+        with pytest.raises(ProblemError, match="room for 31"):
+            desk.send("c", tiny.encode("A" * 40))
+    finally:
+        made.close()
+    assert [record.message.split(":")[0] for record in caplog.records] == ["the state is not kept"]
+
+
+def test_settings_outlive_a_restart_but_not_one_that_asks_for_others(tmp_path: Path) -> None:
+    state = str(tmp_path / "state.json")
+    for asked, found in ((64, 64), (64, 9), (5, 5)):
+        made = Fleet(EngineOptions(kv_blocks=2, state=state, planning=Planning(every=asked)))
+        made.start()
+        try:
+            Desk(made).send("a", tiny.encode("And"), max_tokens=2)
+            end = time.monotonic() + 20
+            while made.planning().every != found:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            made.set_planning(every=9)
+        finally:
+            made.close()

@@ -42,6 +42,18 @@ def events(content: str) -> list[Any]:
 # ------------------------------------------------------------------------------------------- answers
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_with_several_answers_counts_once(rote: Any, stream: bool) -> None:
+    body: dict[str, Any] = {"prompt": ["hello", "hi", "hi"], "n": 2, "max_tokens": 3}
+    if stream:
+        more = {"stream": True, "stream_options": {"include_usage": True}}
+        told = events(rote.ask("POST", "/v1/completions", body | more)[2])[-2]
+    else:
+        told = rote.ask("POST", "/v1/completions", body)[2]
+    assert told["usage"]["prompt_tokens"] == 6 + 3 + 3
+    assert told["usage"]["completion_tokens"] == 2 * 3 * 3
+
+
 def test_a_completion_has_what_openai_says(rote: Any) -> None:
     status, headers, told = rote.ask(
         "POST", "/v1/completions", {"prompt": "hello", "max_tokens": 3, "logprobs": 2}

@@ -51,7 +51,9 @@ def test_a_planner_that_breaks_ends_planning_and_not_serving() -> None:
 def test_a_state_serves_any_number_of_ranks(ranks: int, tmp_path: Path) -> None:
     slots = np.stack([np.stack([np.arange(9), np.arange(7, 16)])] * 3).astype(np.int32)
     load = np.arange(48).reshape(3, 16)
-    state = ServeState(model="m", experts=16, slots_LGC=slots, load_LE=load, planning=Planning(every=9))
+    state = ServeState(
+        model="m", experts=16, slots_LGC=slots, load_LE=load, planning=Planning(every=9), asked=Planning()
+    )
     file = str(tmp_path / "state.json")
     write_state(file, state)
     again = read_state(file, "m", 3, 16)
@@ -80,6 +82,7 @@ def test_a_state_that_cannot_be_used_is_said_and_left(
         slots_LGC=np.array([[[0, 1]]], dtype=np.int32),
         load_LE=np.ones((1, 2), dtype=np.int64),
         planning=Planning(),
+        asked=Planning(),
     )
     write_state(str(file), good)
     for model, layers, experts in (("other", 1, 2), ("m", 2, 2), ("m", 1, 3)):
