@@ -64,7 +64,7 @@ _CONSTRAINED = _EVEN_OR_FREE | _LIMITS | _ENTRIES | {Feature.SIZING_CV}
 _SIZED = _EVEN_OR_FREE | _ENTRIES | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
 _ACTIVATION = _EVEN_OR_FREE | _ENTRIES | _FILL | {Feature.TIME_MODEL}
 _LEXICOGRAPHIC = (_EVEN_OR_FREE | _LIMITS | {Feature.PRIORITIES, Feature.BALANCE_THEN_NEAR}) - {Feature.SIGMA}
-_LOCALITY = _CONSTRUCT | {
+_LOCALITY = (_CONSTRUCT - {Feature.SCENARIOS, Feature.SIGMA}) | {
     Feature.BALANCE_THEN_NEAR,
     Feature.COSTS,
     Feature.GROUPS,
@@ -74,7 +74,7 @@ _LOCALITY = _CONSTRUCT | {
     Feature.REPLICA_LIMITS,
     Feature.FILL_DISTINCT,
     Feature.FILL_EQUAL,
-} - {Feature.SCENARIOS, Feature.SIGMA}
+}
 _EXACT = _SPLITS | _FILL | {Feature.HETEROGENEOUS, Feature.MEMORY, Feature.CERTIFIES}
 # The published methods ignore the live placement and all but the expected loads; their plans are valid and
 # pay for it.

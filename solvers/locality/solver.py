@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.problems.errors import InfeasibleError, UnsupportedFeatureError
 from moeless_opt.problems.plan import (
     Locality,
     Plan,
@@ -133,6 +133,7 @@ class LocalitySolver(Heuristic):
                 for even in _rules(problem):
                     best = _better(near, best, self._searched(task, search, start_LGC, even), search)
         best = self._proven(task, order, costs, replace(best, bound=bound))
+        _check_groups(problem, best)
         return replace(best, stopped_by=task.stop())
 
     def finished(self, problem: Problem, plan: Plan) -> Plan:
@@ -174,7 +175,9 @@ class LocalitySolver(Heuristic):
             for name, value in found.least.items():
                 least[name][rows] = value / len(rows)
         self._least = {
-            name: least[name] / problem.load_LE.sum() for name in ("traffic", "groups") if name in order
+            name: least[name] / (float(problem.load_LE.sum()) or 1.0)
+            for name in ("traffic", "groups")
+            if name in order
         }
         if tied:
             self._least["hops"] = least["hops"]
@@ -459,6 +462,20 @@ def _group_bound(problem: Problem, ways: list[GroupWays]) -> Bound | None:
     token_L = np.array([one.least_time(groups.max_outside) for one in ways])
     launch = time.launch / float(problem.topology.speed_G.max())
     return (token_L * time.token_cost + launch) * (1 - _EQUAL), ("groups",) * problem.layers
+
+
+def _check_groups(problem: Problem, best: Built) -> None:
+    """Refuse where more tokens are served outside their group's home than may be."""
+    groups, total_L = problem.groups, problem.load_LE.sum(1)
+    if groups is None or groups.max_outside >= 1:
+        return
+    part_L = outside_L(problem, best.slots_LGC, best.shares_LGC) / np.where(total_L > 0, total_L, 1.0)
+    if (part_L > groups.max_outside + 1e-6).any():
+        row = int(part_L.argmax())
+        raise InfeasibleError(
+            f"groups.max_outside: is {groups.max_outside:g}; in layer {problem.loads.layers[row]} the other "
+            f"rules leave no plan with less than {part_L[row]:.4g} served outside, as far as was looked"
+        )
 
 
 def _by_node(task: Task[Any], name: str, plain: Problem, home_LEG: BoolArray) -> SlotArray:

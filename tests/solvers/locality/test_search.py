@@ -141,6 +141,30 @@ def test_groups_that_do_not_fit_are_infeasible() -> None:
         mo.solve(problem, "locality")
 
 
+def test_groups_that_fit_nowhere_are_infeasible_where_some_tokens_may_leave() -> None:
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=np.arange(1.0, 9.0)[None, None]),
+        topology=mo.uniform(2, 1, slots=5),
+        groups=mo.Groups.even(8, 1, 0.1),
+        limits=mo.Limits(max_replicas=1),
+    )
+    with pytest.raises(mo.InfeasibleError, match=r"groups\.max_outside: is 0\.1; in layer 0"):
+        mo.solve(problem)
+
+
+@pytest.mark.parametrize("name", ["traffic", "groups"])
+def test_models_without_tokens_have_bounds_of_nothing(name: str) -> None:
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=np.zeros((1, 2, 4))),
+        topology=mo.uniform(2, 1, slots=3),
+        groups=mo.Groups.even(4, 2, 1.0),
+        objective=mo.Objective(priorities=("balance", name)),
+    )
+    told = solved(problem).locality
+    assert told is not None
+    assert told.traffic_bound_L.tolist() == [0.0, 0.0]
+
+
 def test_tokens_follow_from_layer_to_layer() -> None:
     loads = skewed(5, layers=4)
     order = mo.Objective(priorities=("balance", "hops"), balance_tolerance=0.02)
@@ -172,6 +196,7 @@ def test_the_front_falls_in_both() -> None:
         ({"objective": mo.Objective(priorities=("traffic", "groups"))}, "this order of priorities"),
         ({"objective": NEAR.replace(horizon=10.0), "current": LIVE}, r"objective\.horizon"),
         ({"limits": mo.Limits(spread=2)}, "replicas spread"),
+        ({"loads": mo.Loads(load_TLE=np.ones((2, 1, 24)))}, "several load scenarios"),
     ],
 )
 def test_what_it_cannot_follow_is_refused_by_name(more: dict[str, Any], message: str) -> None:
