@@ -1,12 +1,10 @@
-"""Several ranks: the same tokens through every re-placement, and when ranks are lost; restarts; torchrun."""
+"""Several ranks: the same tokens through every re-placement, and when ranks are lost; restarts."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -136,40 +134,3 @@ def test_a_restart_begins_from_the_last_plan(tmp_path: Path) -> None:
     saved = json.loads(state.read_text())
     assert (saved["experts"], saved["planning"]["policy"]) == (16, "static")
     assert np.shape(saved["slots"])[:2] == (6, 2)
-
-
-SCRIPT = """
-import sys, threading
-from moeless_opt.runtime.serve import Sampling, ServeRequest
-from moeless_opt.runtime.serve.engine import EngineOptions, open_engine
-engine = open_engine(EngineOptions(context_length=64))
-if engine is not None:
-    engine.start()
-    over, tokens = threading.Event(), []
-    def take(emitted):
-        tokens.append(emitted.token)
-        if emitted.finish: over.set()
-    rule = Sampling(temperature=0, max_tokens=5, ignore_end=True)
-    engine.submit(ServeRequest(id="x", prompt=(256, 65, 110, 100), sampling=rule), take)
-    assert over.wait(60)
-    print("TOKENS", tokens, engine.status().ranks, flush=True)
-    engine.close()
-"""
-
-
-@pytest.mark.slow
-def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
-    script = tmp_path / "serve.py"
-    script.write_text(SCRIPT)
-    package = Path(mo.__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=170,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    line = next(x for x in done.stdout.splitlines() if x.startswith("TOKENS"))
-    wanted = list(tiny.generate(tiny.load(), "And", 5))
-    assert line == f"TOKENS {wanted} 2"
