@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -105,8 +106,10 @@ class Display:
             return
         gap = report.best / report.bound - 1 if report.bound > 0 else float("inf")
         text = f"best {report.best:.6g}  bound {report.bound:.6g}  gap {gap:.3%}"
+        if math.isnan(report.best):  # nothing to tell yet but what is being done
+            text = ""
         with self._lock:
-            self.text = f"{text}  {report.note}".rstrip()
+            self.text = f"{text}  {report.note}".strip()
             if sys.stderr.isatty():
                 self.said = time.monotonic()
                 self._draw(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 
 from moeless_opt.problems.arrays import IntArray, SlotArray
+from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.construct import Construct
-from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, best_over_scenarios
+from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, best_over_scenarios, risk_L
 from moeless_opt.solvers.limits import apportioned, place_counts, rules_of, within_budgets
 from moeless_opt.solvers.shares import best_shares
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv
@@ -53,4 +56,12 @@ class Constrained(Heuristic):
 
         moves = "moves" in problem.objective.priorities
         slots_LGC = best_over_scenarios(problem, placed, stop=task.stop, moves=moves)
+        if moves and problem.current is not None and not task.stop():
+            # Warm GPUs first may leave others idle: where that is beyond the tolerance, as if nothing were live.
+            with suppress(InfeasibleError):
+                cold = problem.replace(current=None, known=None)
+                cold_LGC = best_over_scenarios(cold, placed, stop=task.stop)
+                limit_L = risk_L(problem, cold_LGC) * (1 + problem.objective.balance_tolerance)
+                late_L = risk_L(problem, slots_LGC) > limit_L
+                slots_LGC = np.where(late_L[:, None, None], cold_LGC, slots_LGC)
         return Built(slots_LGC=slots_LGC, share_LGC=best_shares(problem, slots_LGC))

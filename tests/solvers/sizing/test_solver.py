@@ -90,6 +90,16 @@ def test_activation_from_a_live_placement() -> None:
     assert again.moves.fraction < 1
 
 
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+def test_cv_sizing_uses_gpus_that_join(split: str) -> None:
+    sizing = mo.Sizing(policy="cv")
+    live = mo.plan(LOAD, mo.uniform(2, 2, slots=8), sizing=sizing, split=split)
+    more = mo.uniform(3, 2, slots=8)
+    fresh = mo.plan(LOAD, more, sizing=sizing, split=split)
+    found = mo.expand(live, more).plan
+    assert (found.certificate.value_L <= fresh.certificate.value_L * (1.01 + 1e-9)).all()
+
+
 def test_time_limit_proves_small_layers() -> None:
     problem = make_problem(LOAD[:, :8], mo.uniform(1, 8, slots=2), split="equal")
     quick, proven = mo.solve(problem), mo.solve(problem, time_limit=20)
