@@ -57,7 +57,7 @@ class Constrained(Heuristic):
         moves = "moves" in problem.objective.priorities
         slots_LGC = best_over_scenarios(problem, placed, stop=task.stop, moves=moves)
         if moves and problem.current is not None and not task.stop():
-            # Warm GPUs first may leave others idle: where that is beyond the tolerance, as if nothing were live.
+            # Warm GPUs first may leave others idle: beyond the tolerance, place as if nothing were live.
             with suppress(InfeasibleError):
                 cold = problem.replace(current=None, known=None)
                 cold_LGC = best_over_scenarios(cold, placed, stop=task.stop)
