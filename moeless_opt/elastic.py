@@ -9,7 +9,7 @@ GPUs keep their numbers: one that is lost or drained has no slots any more, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +149,7 @@ def repair(
     """
     began = Clock.begin()
     given = _problem_of(plan, problem, loads)
-    gone_X = integers("lost", list(lost), high=given.topology.gpus - 1)
+    gone_X = _gpus("lost", lost, high=given.topology.gpus - 1)
     slots_LGC = plan.slots_LGC.copy()
     slots_LGC[:, gone_X] = -1
     left = _without(given, gone_X)
@@ -207,7 +207,7 @@ def drain(
         If the others cannot hold every expert, or have no room to receive what has to come.
     """
     given = _problem_of(plan, problem, loads)
-    leave_X = integers("gpus", list(gpus), high=given.topology.gpus - 1)
+    leave_X = _gpus("gpus", gpus, high=given.topology.gpus - 1)
     slots_LGC = plan.slots_LGC.copy()
     slots_LGC[:, leave_X] = -1
     left = _without(given, leave_X)
@@ -245,6 +245,8 @@ def expand(
     ProblemError
         If the topology has fewer GPUs than the plan.
     """
+    if not isinstance(topology, Topology):
+        raise ProblemError("topology", f"is {type(topology).__name__}, must be a Topology")
     given = _problem_of(plan, problem, loads)
     before, after = plan.slots_LGC.shape[1], topology.gpus
     if after < before:
@@ -293,6 +295,12 @@ def survival(plan: Plan, *, failures: int = 3, topology: Topology | None = None,
         )
     given = plan.slots_LGC, plan.experts, topology.failure_domain_G
     return survival_of(*given, failures=failures, seed=seed)
+
+
+def _gpus(where: str, gpus: object, high: int) -> IntArray:
+    if isinstance(gpus, str) or not isinstance(gpus, Iterable):
+        raise ProblemError(where, f"is {gpus!r}, must be a list of GPUs")
+    return integers(where, list(gpus), high=high)
 
 
 def _problem_of(plan: Plan, problem: Problem | None, loads: ArrayLike | Loads | None) -> Problem:

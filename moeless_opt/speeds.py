@@ -62,8 +62,11 @@ def measured_speeds(
     [1.0, 1.0, 0.8]
     """
     token_SG = floats("tokens", tokens)
-    second_SG = np.asarray(seconds, dtype=np.float64)
-    if token_SG.ndim != 2 or second_SG.shape != token_SG.shape:
+    try:
+        second_SG = np.asarray(seconds, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ProblemError("seconds", "not an array of numbers [samples, GPUs]") from None
+    if token_SG.ndim != 2 or not token_SG.shape[1] or second_SG.shape != token_SG.shape:
         raise ProblemError(
             "seconds", f"has shape {second_SG.shape}, tokens {token_SG.shape}; both must be [samples, GPUs]"
         )

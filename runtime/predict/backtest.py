@@ -100,7 +100,7 @@ def backtest(
         If there are too few windows, or no forecaster.
     """
     load_TLE = _windows(loads, begin)
-    return tuple(one for one, _ in _tried(load_TLE, forecasters, whole("begin", begin, low=1)))
+    return tuple(one for one, _ in _tried(load_TLE, forecasters, begin))
 
 
 def forecast_next(
@@ -133,7 +133,7 @@ def forecast_next(
     ([[3.0, 1.0]], 0.0)
     """
     load_TLE = _windows(loads, begin)
-    ranked = _tried(load_TLE, forecasters, whole("begin", begin, low=1))
+    ranked = _tried(load_TLE, forecasters, begin)
     chosen, off_TLE = ranked[0]
     one = forecasters[chosen.name]()
     for load_LE in load_TLE:
@@ -156,7 +156,7 @@ def _windows(loads: Loads | ArrayLike, begin: int) -> FloatArray:
     load_TLE = loads.load_TLE if isinstance(loads, Loads) else floats("loads", loads)
     if load_TLE.ndim != 3:
         raise ProblemError("loads", f"has shape {load_TLE.shape}, must be [windows, layers, experts]")
-    if len(load_TLE) <= begin:
+    if len(load_TLE) <= whole("begin", begin, low=1):
         raise ProblemError("loads", f"has {len(load_TLE)} windows, a backtest needs more than {begin}")
     return np.asarray(load_TLE)
 

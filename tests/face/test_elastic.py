@@ -87,6 +87,10 @@ def test_what_cannot_be_held_is_told() -> None:
         mo.repair(plan, [0, 1, 2, 3])
     with pytest.raises(ProblemError, match="lost"):
         mo.repair(plan, [4])
+    with pytest.raises(ProblemError, match="lost: is 3, must be a list"):
+        mo.repair(plan, 3)  # type: ignore[arg-type]
+    with pytest.raises(ProblemError, match="topology: is str"):
+        mo.expand(plan, "8xH100")  # type: ignore[arg-type]
     with pytest.raises(ProblemError, match="problem: is missing"):
         mo.repair(plan.replace(made_for="abc"), [1])
     with pytest.raises(ProblemError, match="must be a Plan"):

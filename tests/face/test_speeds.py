@@ -47,3 +47,7 @@ def test_samples_that_say_nothing_are_left_out() -> None:
         mo.measured_speeds(tokens * [1, 0, 1], seconds)
     with pytest.raises(ProblemError, match="must be \\[samples, GPUs\\]"):
         mo.measured_speeds(tokens, seconds[:2])
+    with pytest.raises(ProblemError, match="seconds: not an array of numbers"):
+        mo.measured_speeds(tokens, [["a", "b", "c"]] * 3)
+    with pytest.raises(ProblemError, match="must be \\[samples, GPUs\\]"):
+        mo.measured_speeds([[]], [[]])
