@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -13,6 +14,35 @@ from dataclasses import asdict
 from pathlib import Path
 
 __all__ = ["main"]
+
+
+#: What is written into the folder.
+FILES = ("report.json", "table.txt", "time_models.json")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"is {text}, must be above 0 and finite")
+    return value
+
+
+def _open_folder(path: str) -> Path:
+    """The folder, made if need be; what cannot be written is known before minutes are spent.
+
+    Raises
+    ------
+    OSError
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    for file in map(folder.joinpath, FILES):
+        if file.exists():
+            with file.open("a"):
+                pass
+    return folder
 
 
 def _options() -> argparse.ArgumentParser:
@@ -28,7 +58,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="cpu: a dry run with small shapes"
     )
-    parser.add_argument("--seconds", type=float, default=450.0, help="for all parts (default 450)")
+    parser.add_argument("--seconds", type=_seconds, default=450.0, help="for all parts (default 450)")
     parser.add_argument("--list", action="store_true", help="what is looked at, without running it")
     return parser
 
@@ -48,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     from moeless_opt.runtime.gpu_check.setting import Setting
 
     try:
-        names = tuple(args.only or PARTS)
+        names = tuple(dict.fromkeys(args.only or PARTS))
         parts = [(name, check_part(name)) for name in names]
         if args.list:
             for name, part in parts:
@@ -57,8 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.device == "cuda" and not found:
             print("error: --device cuda: torch finds no GPU here", file=sys.stderr)
             return 2
-        folder = Path(args.out)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = _open_folder(args.out)
         setting = Setting.of("cuda" if found else "cpu", folder)
     except (MoelessError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -95,6 +95,20 @@ class AttachOptions:
             raise ProblemError("split", f"is {self.split!r}, must be 'auto', 'host' or 'device'")
         if self.places is not None:
             whole("places", self.places, low=1)
+        if self.row_block is not None:
+            whole("row_block", self.row_block, low=1)
+        if self.memory_limit is not None:
+            whole("memory_limit", self.memory_limit)
+        for g, node in enumerate(() if self.node_G is None else self.node_G):
+            whole(f"node_G[{g}]", node)
+        if self.home is not None and not callable(getattr(self.home, "read", None)):
+            raise ProblemError("home", f"is {self.home!r}, must be a HomeStore")
+        if self.links is not None and not isinstance(self.links, Links):
+            raise ProblemError("links", f"is {self.links!r}, must be Links")
+        for name in ("checksums", "staged"):
+            if not isinstance(getattr(self, name), bool):
+                raise ProblemError(name, f"is {getattr(self, name)!r}, must be true or false")
+        number("timeout", self.timeout, open_low=True)
         if self.dead_after is not None:
             number("dead_after", self.dead_after, low=0.1)
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch.distributed as dist
 
-from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.arrays import FloatArray, SlotArray, number, whole
 from moeless_opt.problems.errors import MoelessError, UnsupportedFeatureError
 from moeless_opt.runtime.live.groups import ExpertGroup, RankLostError
 from moeless_opt.runtime.live.meeting import Meeting
@@ -102,8 +102,8 @@ class Guard:
                 "along that its expert-parallel group cannot make up for"
             )
         self.live = live
-        self.grace = grace
-        self.slots = slots
+        self.grace = number("grace", grace)
+        self.slots = None if slots is None else whole("slots", slots, low=1)
         self.replan = replan
         self.load_LE: FloatArray | None = None
         self.recoveries: list[Recovery] = []

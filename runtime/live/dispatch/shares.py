@@ -83,6 +83,10 @@ def check_speeds(speed_G: Sequence[Any] | FloatArray | None, ranks: int) -> None
 def share_policy(shares: str | SharePolicy) -> SharePolicy:
     """A policy by name (``"balanced"``, ``"equal"``), or the policy itself."""
     if not isinstance(shares, str):
+        if not isinstance(shares, SharePolicy):
+            raise ProblemError(
+                "shares", f"is {shares!r}, must be a name, or an object with name and quotas()"
+            )
         return shares
     known: dict[str, Callable[[], SharePolicy]] = {"balanced": BalancedShares, "equal": EqualShares}
     if shares not in known:

@@ -137,3 +137,23 @@ def test_a_model_of_no_engine_and_an_unknown_option_are_named(others: list[Any])
         attach(torch.nn.Linear(2, 2))
     with pytest.raises(ProblemError, match="row_blok: is no option of attach; there are shares, home"):
         attach(torch.nn.Linear(2, 2), row_blok=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"timeout": "30"},
+        {"row_block": 0},
+        {"row_block": 2.5},
+        {"memory_limit": -5},
+        {"checksums": "no"},
+        {"staged": None},
+        {"home": "folder"},
+        {"links": 3},
+    ],
+)
+def test_options_without_a_meaning_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ProblemError, match=f"^{next(iter(options))}: is "):
+        AttachOptions(**options)

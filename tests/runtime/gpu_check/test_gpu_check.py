@@ -200,3 +200,31 @@ def test_what_a_trace_says() -> None:
     kernels = [s for s in spans if s.kind == "kernel"]
     assert time_beside([s for s in spans if s.stream == 9], kernels) == (20.0, 8.0)
     assert time_beside([], kernels) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3", "nan", "inf", "soon"])
+def test_a_time_that_is_none_is_refused(
+    seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cpu", "--seconds", seconds, "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert "argument --seconds: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["report.json", "table.txt", "time_models.json"])
+def test_a_report_that_could_not_be_written_is_known_first(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / file).mkdir()
+    assert main(["--device", "cpu", "--only", "collectives", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert file in said.err
+    assert not said.out
+
+
+def test_a_part_named_twice_runs_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--device", "cpu", "--list", "--only", "waits", "waits"]) == 0
+    assert capsys.readouterr().out.count("waits:") == 1
