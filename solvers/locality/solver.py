@@ -134,6 +134,7 @@ class LocalitySolver(Heuristic):
                     best = _better(near, best, self._searched(task, search, start_LGC, even), search)
         best = self._proven(task, order, costs, replace(best, bound=bound))
         _check_groups(problem, best)
+        _check_moves(problem, best)
         return replace(best, stopped_by=task.stop())
 
     def finished(self, problem: Problem, plan: Plan) -> Plan:
@@ -476,6 +477,25 @@ def _check_groups(problem: Problem, best: Built) -> None:
             f"groups.max_outside: is {groups.max_outside:g}; in layer {problem.loads.layers[row]} the other "
             f"rules leave no plan with less than {part_L[row]:.4g} served outside, as far as was looked"
         )
+
+
+def _check_moves(problem: Problem, best: Built) -> None:
+    """Refuse where groups that come home move more than may."""
+    limits = problem.limits
+    if problem.groups is None or problem.current is None or not limits.bounds_moves:
+        return
+    moves_L = new_replicas(best.slots_LGC, problem.current.slots_LGC, problem.experts).sum((1, 2))
+    for name, used in (
+        ("max_moves", int(moves_L.sum())),
+        ("max_layer_moves", int(moves_L.max())),
+        ("max_move_bytes", int(moves_L @ problem.bytes_L)),
+    ):
+        most = getattr(limits, name)
+        if most is not None and used > most:
+            raise InfeasibleError(
+                f"limits.{name}: is {most}; with the groups kept on a node {used} are needed, as far as was "
+                "looked"
+            )
 
 
 def _by_node(task: Task[Any], name: str, plain: Problem, home_LEG: BoolArray) -> SlotArray:

@@ -152,6 +152,13 @@ def test_groups_that_fit_nowhere_are_infeasible_where_some_tokens_may_leave() ->
         mo.solve(problem)
 
 
+def test_groups_that_would_move_more_than_may_are_told_by_the_limit() -> None:
+    limits = mo.Limits(max_moves=1)
+    problem = problem_of("fractional", groups=mo.Groups.even(24, 4), current=LIVE, limits=limits)
+    with pytest.raises(mo.InfeasibleError, match=r"limits\.max_moves: is 1; with the groups kept"):
+        mo.solve(problem)
+
+
 @pytest.mark.parametrize("name", ["traffic", "groups"])
 def test_models_without_tokens_have_bounds_of_nothing(name: str) -> None:
     problem = mo.Problem(
