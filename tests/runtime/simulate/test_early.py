@@ -209,15 +209,25 @@ def test_live_shares_cost_what_they_cost_and_are_left_where_they_do_not_pay() ->
     assert runs[1.0] == pytest.approx(static.report.layer_BL[0][0]), "one replica each is ready and free"
 
 
-def test_a_split_learns_from_the_last_pass_of_its_size() -> None:
+def test_a_split_learns_from_passes_of_its_size() -> None:
     split = SplitCost(1.0, layers=2)
     ready = np.array([20.0, 4.0])
-    assert split.worth_it(100, ready, ready - 0.5, None).tolist() == [True, False]  # a tenth is hoped for
-    assert split.worth_it(120, ready, ready - 2.0, None).tolist() == [False, False]
-    assert split.worth_it(127, ready, ready, None).tolist() == [True, True]
-    assert split.worth_it(1000, ready, ready, None).tolist() == [True, False]
-    assert split.worth_it(127, ready[:1], ready[:1] - 3, np.array([1])).tolist() == [False]
+    assert split.worth_it(100, ready, ready, None).tolist() == [True, False]  # a tenth is hoped for
+    assert split.worth_it(120, ready, ready - 4.0, None).tolist() == [True, False]
+    for _ in range(8):
+        split.worth_it(127, ready, ready - [0.0, 4.0], None)
     assert split.worth_it(127, ready, ready, None).tolist() == [False, True]
+    assert split.worth_it(1000, ready, ready, None).tolist() == [True, False]
+    for _ in range(4):
+        split.worth_it(127, ready[:1], ready[:1], np.array([1]))
+    assert split.worth_it(127, ready, ready, None).tolist() == [False, False]
+
+
+def test_a_split_that_pays_now_and_then_is_left_alone() -> None:
+    """One pass of eight saves what six cost: in the mean it hardly pays, and in the others it is lost."""
+    split, ready = SplitCost(1.0, layers=1), np.array([9.0])
+    paid = [bool(split.worth_it(8, ready, ready - 6.0 * (i % 8 == 7), None)[0]) for i in range(64)]
+    assert not any(paid)
 
 
 def test_what_is_believed_decides_and_the_truth_judges() -> None:
