@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from moeless_opt.problems.arrays import IntArray, SlotArray
+from moeless_opt.problems.arrays import IntArray, SlotArray, whole
 from moeless_opt.problems.errors import InfeasibleError, MoelessError, ProblemError
 from moeless_opt.problems.spec import Links
 from moeless_opt.runtime.live.courier import (
@@ -81,10 +81,20 @@ class TransferLimits:
         Bytes that one rank sends, or receives, in one step.
     max_extra_bytes : int, optional
         Bytes of experts that a rank may hold beyond the larger of before and after.
+
+    Raises
+    ------
+    ProblemError
+        If one is no whole number: of at least 1, and 0.
     """
 
     max_step_bytes: int | None = None
     max_extra_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_step_bytes", 1), ("max_extra_bytes", 0)):
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else whole(name, given, low=low))
 
 
 @dataclass

@@ -18,11 +18,10 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.plan import new_replicas
 from moeless_opt.problems.spec import Fill, Problem, replica_counts
 from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, in_entries, keeps_limits
 from moeless_opt.solvers.limits import full_within, mended_within, rules_of
-from moeless_opt.solvers.replan.live import live_slots
+from moeless_opt.solvers.replan.live import broken_moves, live_slots
 from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["Cover", "covered"]
@@ -127,14 +126,8 @@ def _check_moves(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) ->
     limits = problem.limits
     if not limits.bounds_moves:
         return
-    moves_L = new_replicas(slots_LGC, live_LGC, problem.experts).sum((1, 2))
-    for name, used in (
-        ("max_moves", int(moves_L.sum())),
-        ("max_layer_moves", int(moves_L.max())),
-        ("max_move_bytes", int(moves_L @ problem.bytes_L)),
-    ):
-        most = getattr(limits, name)
-        if most is not None and used > most:
-            raise InfeasibleError(
-                f"limits.{name}: is {most}; {used} are needed to give every expert a replica"
-            )
+    name, used = broken_moves(problem, slots_LGC, live_LGC)
+    if name:
+        raise InfeasibleError(
+            f"limits.{name}: is {getattr(limits, name)}; {used:.9g} are needed to give every expert a replica"
+        )

@@ -12,9 +12,11 @@ from moeless_opt.problems.plan import new_replicas
 from moeless_opt.problems.spec import Fill, Problem, without_copies
 from moeless_opt.solvers.core import mended
 from moeless_opt.solvers.limits import Rules, mended_within
+from moeless_opt.solvers.migration import schedule_migration
 
 __all__ = [
     "Content",
+    "broken_moves",
     "layer_moves",
     "layer_problem",
     "live_slots",
@@ -49,6 +51,25 @@ def live_slots(problem: Problem) -> SlotArray:
 def layer_moves(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) -> IntArray:
     """Replicas of each layer that are not live, shape [L]."""
     return np.asarray(new_replicas(slots_LGC, live_LGC, problem.experts).sum((1, 2)))
+
+
+def broken_moves(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) -> tuple[str, float]:
+    """The limit on moves that a placement breaks, and what it takes; "" where it keeps them all."""
+    limits, moves_L = problem.limits, layer_moves(problem, slots_LGC, live_LGC)
+    for name, used in (
+        ("max_moves", int(moves_L.sum())),
+        ("max_layer_moves", int(moves_L.max())),
+        ("max_move_bytes", int(moves_L @ problem.bytes_L)),
+    ):
+        most = getattr(limits, name)
+        if most is not None and used > most:
+            return name, used
+    if limits.max_move_seconds is None:
+        return "", 0
+    schedule = schedule_migration(
+        live_LGC, slots_LGC, problem.experts, problem.topology, bytes_L=problem.bytes_L
+    )
+    return ("max_move_seconds", schedule.seconds) if schedule.seconds > limits.max_move_seconds else ("", 0)
 
 
 def layer_problem(problem: Problem, layer: int) -> Problem:

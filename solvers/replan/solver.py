@@ -41,7 +41,7 @@ from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import replan_fractional
 from moeless_opt.solvers.replan.kept import TINY, besides_filling, search_small, shared_rules, within_all
-from moeless_opt.solvers.replan.live import layer_moves, layer_problem, live_slots, part_problem
+from moeless_opt.solvers.replan.live import broken_moves, layer_moves, layer_problem, live_slots, part_problem
 from moeless_opt.solvers.replan.min_moves import min_moves_bound
 from moeless_opt.solvers.replan.nearest import replan_nearest
 from moeless_opt.solvers.replan.relabel import relabel
@@ -562,7 +562,7 @@ def _within_moves(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray) -
                 break
             slots_LGC = slots_LGC.copy()
             slots_LGC[row] = least_LGC[row]
-    name = _broken_moves(problem, slots_LGC, live_LGC)
+    name, _ = broken_moves(problem, slots_LGC, live_LGC)
     if not name:
         return slots_LGC
     most = getattr(problem.limits, name)
@@ -570,25 +570,6 @@ def _within_moves(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray) -
     if name == "max_move_seconds" or (copies and int(problem.capacity_LG.max()) > 1):
         raise UnsupportedFeatureError(f"{told} in every plan that was found")
     raise InfeasibleError(told)
-
-
-def _broken_moves(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) -> str:
-    """The limit on moves that a placement breaks, if any."""
-    limits, moves_L = problem.limits, layer_moves(problem, slots_LGC, live_LGC)
-    for name, used in (
-        ("max_moves", int(moves_L.sum())),
-        ("max_layer_moves", int(moves_L.max())),
-        ("max_move_bytes", int(moves_L @ problem.bytes_L)),
-    ):
-        most = getattr(limits, name)
-        if most is not None and used > most:
-            return name
-    if limits.max_move_seconds is None:
-        return ""
-    schedule = schedule_migration(
-        live_LGC, slots_LGC, problem.experts, problem.topology, bytes_L=problem.bytes_L
-    )
-    return "max_move_seconds" if schedule.seconds > limits.max_move_seconds else ""
 
 
 def _ties(problem: Problem) -> bool:

@@ -496,3 +496,10 @@ def test_what_a_header_says() -> None:
     assert not world.switched[0]  # only in front of a batch of its own layer
     world.batch(0)
     assert world.switched == [[0]] * R
+
+
+@pytest.mark.parametrize("field", ["max_step_bytes", "max_extra_bytes"])
+@pytest.mark.parametrize("value", [-1, 0.5, float("nan"), "12", True])
+def test_transfer_limits_are_whole_numbers(field: str, value: Any) -> None:
+    with pytest.raises(ProblemError, match=field):
+        TransferLimits(**{field: value})

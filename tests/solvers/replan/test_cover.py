@@ -100,3 +100,21 @@ def test_full_slots_stay_full() -> None:
     found = mo.repair(live, [1])
     assert (found.coverage.slots_LGC[0, [0, 2, 3]] >= 0).all()
     assert (found.plan.slots_LGC[0, [0, 2, 3]] >= 0).all()
+
+
+@pytest.mark.parametrize("solver", ["cover", "replan"])
+@pytest.mark.parametrize(
+    "limits", [{"max_moves": 1}, {"max_move_bytes": 10**9}, {"max_move_seconds": 1e-9}], ids=str
+)
+def test_a_limit_that_forbids_coverage_is_named(solver: str, limits: dict[str, Any]) -> None:
+    live = Placement(slots_LGC=[[[0, 1], [-1, -1], [-1, -1]]], experts=4, partial=True)
+    with pytest.raises(InfeasibleError, match=next(iter(limits))):
+        mo.plan(
+            [[5.0, 4, 3, 2]],
+            mo.uniform(1, 3, slots=2),
+            expert_bytes=10**9,
+            current=live,
+            limits=mo.Limits(**limits),
+            solver=solver,
+            repair=True,
+        )
