@@ -12,13 +12,14 @@ from hypothesis import Phase, settings
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Where checks gate a change the same examples run every time; elsewhere new ones are explored.
-settings.register_profile("ci", derandomize=True)
+settings.register_profile("ci", derandomize=True, deadline=None)
 # For benchmarks/mutants.py: that a test fails is enough, its smallest example is not looked for.
 settings.register_profile(
     "mutants", derandomize=True, database=None, deadline=None, phases=[Phase.explicit, Phase.generate]
 )
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# How long an example takes says more of what else the machine does than of the code.
+settings.register_profile("here", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
 @pytest.fixture(scope="session")

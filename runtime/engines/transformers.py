@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
 from moeless_opt.runtime.live import (
     Adopted,
     AttachOptions,
@@ -201,6 +201,8 @@ def adopt(model: Any, options: AttachOptions) -> Adopted:
     """Take over the experts of a `transformers` model, which every rank has in full; see `Engine.adopt`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    if options.places is not None:
+        raise ProblemError("places", "is for grouped experts of megatron-core; these have no pool")
     found = [(name, m) for name, m in model.named_modules() if _is_experts(m)]
     modules = [m for _, m in found]
     _refuse(modules)

@@ -45,6 +45,17 @@ def _open_folder(path: str) -> Path:
     return folder
 
 
+def _measured(folder: Path) -> str:
+    """On what GPU a report in the folder was measured; "" where there is none."""
+    from moeless_opt.runtime.gpu_check.setting import DRY_RUN
+
+    try:
+        device = json.loads((folder / "report.json").read_text(encoding="utf-8"))["machine"]["device"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return "" if device == DRY_RUN else str(device)
+
+
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moeless_opt.runtime.gpu_check",
@@ -88,6 +99,13 @@ def main(arguments: list[str] | None = None) -> int:
             print("error: --device cuda: torch finds no GPU here", file=sys.stderr)
             return 2
         folder = _open_folder(args.out)
+        if not found and (device := _measured(folder)):
+            print(
+                f"error: {folder / 'report.json'} was measured on {device}, which a dry run would overwrite: "
+                "give another --out",
+                file=sys.stderr,
+            )
+            return 2
         setting = Setting.of("cuda" if found else "cpu", folder)
     except (MoelessError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

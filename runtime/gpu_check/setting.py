@@ -25,7 +25,20 @@ from moeless_opt.runtime.checkpoint import (
     quiet_config,
 )
 
-__all__ = ["Setting", "forward", "milliseconds", "model", "off", "synchronise", "tokens", "wide_model"]
+__all__ = [
+    "DRY_RUN",
+    "Setting",
+    "forward",
+    "milliseconds",
+    "model",
+    "off",
+    "synchronise",
+    "tokens",
+    "wide_model",
+]
+
+DRY_RUN = "cpu, dry run"
+"""The device in the report of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +107,7 @@ class Setting:
         import megatron.core
 
         told: dict[str, Any] = {
-            "device": "cpu, dry run" if self.dry else torch.cuda.get_device_name(self.device),
+            "device": DRY_RUN if self.dry else torch.cuda.get_device_name(self.device),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "megatron-core": megatron.core.__version__,

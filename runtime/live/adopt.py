@@ -95,6 +95,10 @@ class AttachOptions:
             raise ProblemError("split", f"is {self.split!r}, must be 'auto', 'host' or 'device'")
         if self.places is not None:
             whole("places", self.places, low=1)
+            if self.experts == "loop":
+                raise ProblemError(
+                    "places", f"is {self.places}, but only grouped experts have a pool, not 'loop'"
+                )
         if self.row_block is not None:
             whole("row_block", self.row_block, low=1)
         if self.memory_limit is not None:

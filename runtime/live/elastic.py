@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray, integers
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.runtime.control import stacked
 from moeless_opt.runtime.live.dispatch import SlotDispatcher, Stopwatch
@@ -332,7 +332,10 @@ def become_elastic(
         If ranks ask for different ones.
     """
     experts, layers = dispatchers[0].experts, len(banks)
-    kept_G = np.broadcast_to(np.asarray(experts if slots is None else slots), (group.size,))
+    kept = integers("slots", np.atleast_1d(np.asarray(experts if slots is None else slots)), low=1)
+    if kept.shape not in ((1,), (group.size,)):
+        raise ProblemError("slots", f"has shape {kept.shape}, must be one number or {group.size}")
+    kept_G = np.broadcast_to(kept, (group.size,))
     keeps = float(keep_alive) if isinstance(keep_alive, int | float) else vars(keep_alive)
     asked = zlib.crc32(repr((clock, kept_G.tolist(), keeps)).encode())
     rows = group.gather_ints([asked, other_bytes])

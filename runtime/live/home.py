@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-from moeless_opt.problems.errors import FormatError, ProblemError
+from moeless_opt.problems.arrays import whole
+from moeless_opt.problems.errors import FormatError
 from moeless_opt.runtime.live.experts import SlotBank, Weights
 from moeless_opt.runtime.live.groups import ExpertGroup
 
@@ -42,9 +43,7 @@ class PinnedHome:
     """
 
     def __init__(self, copies: int = 2) -> None:
-        if copies < 1:
-            raise ProblemError("copies", f"is {copies}, must be at least 1")
-        self.copies = copies
+        self.copies = whole("copies", copies, low=1)
         self._mine: dict[tuple[int, int], Weights] = {}
         # Holders by global rank, so that they mean the same in every group.
         self._holders: dict[tuple[int, int], list[int]] = {}

@@ -87,6 +87,8 @@ def measure_experts(
     for name, grid in (("tokens", grid_K), ("activated", grid_J)):
         if grid.size < 2 or (np.diff(grid) <= 0).any():
             raise ProblemError(name, f"is {grid.tolist()}, must be at least two rising numbers")
+    if number("quantile", quantile) > 1:
+        raise ProblemError("quantile", f"is {quantile}, must be from 0 to 1")
     chance = torch.Generator().manual_seed(seed)
     rows = torch.randn(int(grid_K[-1]), hidden, generator=chance).to(device, dtype)
     points = [(k, j) for k in range(grid_K.size) for j in range(grid_J.size)]
@@ -101,7 +103,7 @@ def measure_experts(
                 seconds[k, j].append(took)
     time_KJ: FloatArray = np.zeros((grid_K.size, grid_J.size))
     for (k, j), all_of_it in seconds.items():
-        time_KJ[k, j] = np.quantile(all_of_it, number("quantile", quantile))
+        time_KJ[k, j] = np.quantile(all_of_it, quantile)
     return TimeModel(
         curve_tokens=grid_K.astype(np.float64),
         curve_activated=grid_J.astype(np.float64),

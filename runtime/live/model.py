@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.arrays import FloatArray, SlotArray, number
 from moeless_opt.problems.errors import MoelessError, ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.spec import TimeModel
 from moeless_opt.runtime.control import MemoryReport, Observation, stacked
@@ -200,7 +200,7 @@ class LiveModel:
             On all ranks, if one was handed a plan that others were not.
         """
         self._alive()
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + number("timeout", timeout)
         while self._agreement.round(last=True):
             time.sleep(0.0005)
             if time.monotonic() > deadline:
@@ -217,7 +217,10 @@ class LiveModel:
 
     def set_planned_shares(self, plan: Any) -> None:
         """Use a plan's own ``share_LGC`` instead of solving for every batch."""
-        self.set_shares(PlannedShares(np.asarray(plan.share_LGC, dtype=np.float64), slots_of(plan)))
+        share_LGC = getattr(plan, "share_LGC", None)
+        if share_LGC is None:
+            raise ProblemError("plan", f"of type {type(plan).__name__} has no share_LGC")
+        self.set_shares(PlannedShares(np.asarray(share_LGC, dtype=np.float64), slots_of(plan)))
 
     # -- layer by layer ----------------------------------------------------------------------------
 

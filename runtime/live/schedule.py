@@ -7,7 +7,7 @@ is what lets a group of processes change a placement together without talking ab
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -411,7 +411,10 @@ def follow_schedule(
     layers, gpus = target.shape[:2]
     goal_LG = [[[int(e) for e in row if e >= 0] for row in layer] for layer in target]
     held = [[list(row) for row in layer] for layer in have_LG]
-    given = list(getattr(steps, "steps", steps))
+    given = getattr(steps, "steps", steps)
+    if not isinstance(given, Iterable):
+        raise ProblemError("steps", f"is {steps!r}, must be a Migration or a sequence of steps")
+    given = list(given)
     explicit = any(hasattr(step, "transfers") for step in given)
     last_L = {int(t.layer): s for s, step in enumerate(given) for t in getattr(step, "transfers", step)}
     limit_G = np.maximum(_all_bytes(held, bytes_L), _all_bytes(goal_LG, bytes_L)) + (

@@ -61,8 +61,8 @@ def refuses(w: World) -> None:
         ("moe_expert_capacity_factor", 1.0, "moe_expert_capacity_factor"),
         ("cuda_graph_impl", "local", "CUDA graphs"),
         ("moe_shared_expert_overlap", True, "moe_shared_expert_overlap"),
-        ("tensor_model_parallel_size", 2, "tensor_model_parallel_size"),
-        ("pipeline_model_parallel_size", 2, "pipeline_model_parallel_size"),
+        ("context_parallel_size", 2, "context parallelism"),
+        ("virtual_pipeline_model_parallel_size", 2, "interleaved pipeline stages"),
     ):
         old = getattr(config, field)
         setattr(config, field, value)

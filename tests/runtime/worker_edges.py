@@ -156,6 +156,13 @@ def uneven() -> Any:
     live.set_shares(BalancedShares([2, 3]))
     assert torch.equal(forward(model, x), want)
     assert [d.shares.speed_G for d in live.dispatchers] == [[2, 3]] * 2  # type: ignore[attr-defined]
+    with pytest.raises(ProblemError, match="plan of type NoneType has no share_LGC"):
+        live.set_planned_shares(None)
+    with pytest.raises(ProblemError, match="timeout: is -1"):
+        live.settle(-1)
+    for slots in ("a", 0, [8, 8, 8]):
+        with pytest.raises(ProblemError, match="slots"):
+            live.elastic(slots=slots)
     with pytest.raises(ProblemError, match="speed_G: has 3 entries for 2 ranks"):
         live.set_shares(BalancedShares([1, 2, 3]))
     if rank == 1:

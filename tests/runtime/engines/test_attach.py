@@ -152,6 +152,7 @@ def test_a_model_of_no_engine_and_an_unknown_option_are_named(others: list[Any])
         {"staged": None},
         {"home": "folder"},
         {"links": 3},
+        {"places": 8, "experts": "loop"},
     ],
 )
 def test_options_without_a_meaning_are_refused(options: dict[str, Any]) -> None:

@@ -225,6 +225,14 @@ def test_a_report_that_could_not_be_written_is_known_first(
     assert not said.out
 
 
+def test_a_dry_run_keeps_what_a_gpu_has_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = json.dumps({"machine": {"device": "NVIDIA H100"}})
+    (tmp_path / "report.json").write_text(text)
+    assert main(["--device", "cpu", "--only", "collectives", "--out", str(tmp_path)]) == 2
+    assert "was measured on NVIDIA H100" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.json", text)]
+
+
 def test_a_part_named_twice_runs_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--device", "cpu", "--list", "--only", "waits", "waits"]) == 0
     assert capsys.readouterr().out.count("waits:") == 1

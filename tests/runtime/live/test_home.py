@@ -9,8 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from moeless_opt.problems.errors import ProblemError  # noqa: E402
 from moeless_opt.runtime.live import home  # noqa: E402
-from moeless_opt.runtime.live.home import NodeHome  # noqa: E402
+from moeless_opt.runtime.live.home import NodeHome, PinnedHome  # noqa: E402
 
 
 @pytest.mark.parametrize(("node_R", "experts"), [([0, 0, 1, 1], 8), ([0, 0, 0], 9), ([0, 1], 4), ([0], 3)])
@@ -51,6 +52,12 @@ class Runtime:
     def cudaHostUnregister(self, pointer: int) -> None:
         del self.open[pointer]
         self.closed += 1
+
+
+@pytest.mark.parametrize("copies", [0, 1.5, "two", True])
+def test_copies_are_a_whole_number(copies: Any) -> None:
+    with pytest.raises(ProblemError, match="copies"):
+        PinnedHome(copies)
 
 
 def test_large_pinned_copies_take_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ def test_one_after_the_other_and_bad_grids() -> None:
     for bad in ((4,), (4, 4), (8, 4)):
         with pytest.raises(ProblemError, match="tokens"):
             measure_experts(in_turn(experts), 4, activated=(1, 2), tokens=bad)
+    for share in (2, -1, float("nan")):
+        with pytest.raises(ProblemError, match="quantile"):
+            measure_experts(in_turn(experts), 4, activated=(1, 2), tokens=(3, 6), quantile=share)
 
 
 def test_real_experts_take_longer_for_more() -> None:

@@ -195,6 +195,8 @@ def test_somebody_elses_steps_are_checked() -> None:
         follow_schedule([*good, [Shipment(1, 1, 0, 1, 5)]], have, target, [5, 5])
     with pytest.raises(ProblemError, match="does not hold"):
         follow_schedule([[Shipment(0, 1, 0, 0, 5)]], have, target, [5, 5])
+    with pytest.raises(ProblemError, match="steps: is 3"):
+        follow_schedule(3, have, target, [5, 5])
     with pytest.raises(ProblemError, match="no home copy"):
         follow_schedule([[Shipment(0, 1, -1, 0, 5)]], have, target, [5, 5])
     with pytest.raises(InfeasibleError, match="over its limit"):
