@@ -151,6 +151,7 @@ BAD = {
     "groups": 0,
     "threads": 0,
     "engine": "nonsense",
+    "within": "nonsense",
 }
 
 

@@ -57,8 +57,9 @@ def test_a_thousand_requests_with_random_cancellation(serving: Callable[..., Any
 
         async def one(k: int) -> tuple[int, bytes]:
             async with gate:
-                patience = rng.choice([None, rng.uniform(0, 0.05)])
-                return await ask(port, {"prompt": "x", "max_tokens": 20, "stream": k % 2 == 0}, patience)
+                # Shorter than any answer takes, so that it is not the machine's speed which decides who leaves.
+                patience = rng.choice([None, rng.uniform(0, 0.2)])
+                return await ask(port, {"prompt": "x", "max_tokens": 200, "stream": k % 2 == 0}, patience)
 
         return await asyncio.gather(*(one(k) for k in range(1000)))
 
@@ -70,7 +71,7 @@ def test_a_thousand_requests_with_random_cancellation(serving: Callable[..., Any
         assert 200 < len(whole) < 950
         assert all(content.count(b"[DONE]") == 1 or b'"usage"' in content for content in whole)
         assert served.ask("GET", "/healthz")[0] == 200
-    assert engine.finished["cancelled"] > 50
+    assert engine.finished["cancelled"] > 20
     assert engine.finished["length"] >= len(whole)
     assert engine.finished["error"] == 0
 

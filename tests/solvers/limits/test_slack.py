@@ -69,7 +69,13 @@ def test_every_solver_takes_what_cannot_bind(name: str) -> None:
         "activation": {"time": mo.TimeModel(activation_cost=5.0)},
         "lexicographic": {"objective": mo.Objective(priorities=("moves", "balance"))},
     }.get(name, {})
-    live = Feature.MIGRATION in FEATURES[name] and name in ("replan", "min-moves", "stay", "lexicographic")
+    live = Feature.MIGRATION in FEATURES[name] and name in (
+        "cover",
+        "replan",
+        "min-moves",
+        "stay",
+        "lexicographic",
+    )
     split = "equal" if Feature.FRACTIONAL not in FEATURES[name] else "fractional"
     free = problem(live=live, split=split, **asks)
     free = free.replace(loads=free.loads.select([0]), expert_bytes_L=[10], current=None) if not live else free
