@@ -57,7 +57,7 @@ def test_a_thousand_requests_with_random_cancellation(serving: Callable[..., Any
 
         async def one(k: int) -> tuple[int, bytes]:
             async with gate:
-                # Shorter than any answer takes, so that it is not the machine's speed which decides who leaves.
+                # Shorter than any answer takes: who leaves does not hang on the speed of the machine.
                 patience = rng.choice([None, rng.uniform(0, 0.2)])
                 return await ask(port, {"prompt": "x", "max_tokens": 200, "stream": k % 2 == 0}, patience)
 
