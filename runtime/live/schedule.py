@@ -379,6 +379,14 @@ def _all_bytes(rows_LG: Sequence[Sequence[Sequence[int]]], bytes_L: Sequence[int
     return np.asarray(np.sum(bytes_LG, axis=0), dtype=np.int64)
 
 
+def _given(steps: Any) -> list[Any]:
+    """The steps of a schedule that somebody else made."""
+    given = getattr(steps, "steps", steps)
+    if not isinstance(given, Iterable):
+        raise ProblemError("steps", f"is {steps!r}, must be a Migration or a sequence of steps")
+    return list(given)
+
+
 def follow_schedule(
     steps: Any,
     have_LG: Sequence[Sequence[Sequence[int]]],
@@ -411,10 +419,7 @@ def follow_schedule(
     layers, gpus = target.shape[:2]
     goal_LG = [[[int(e) for e in row if e >= 0] for row in layer] for layer in target]
     held = [[list(row) for row in layer] for layer in have_LG]
-    given = getattr(steps, "steps", steps)
-    if not isinstance(given, Iterable):
-        raise ProblemError("steps", f"is {steps!r}, must be a Migration or a sequence of steps")
-    given = list(given)
+    given = _given(steps)
     explicit = any(hasattr(step, "transfers") for step in given)
     last_L = {int(t.layer): s for s, step in enumerate(given) for t in getattr(step, "transfers", step)}
     limit_G = np.maximum(_all_bytes(held, bytes_L), _all_bytes(goal_LG, bytes_L)) + (
