@@ -219,7 +219,7 @@ class LiveModel:
         """Use a plan's own ``share_LGC`` instead of solving for every batch."""
         share_LGC = getattr(plan, "share_LGC", None)
         if share_LGC is None:
-            raise ProblemError("plan", f"of type {type(plan).__name__} has no share_LGC")
+            raise ProblemError("plan", f"is a {type(plan).__name__}, which has no share_LGC")
         self.set_shares(PlannedShares(np.asarray(share_LGC, dtype=np.float64), slots_of(plan)))
 
     # -- layer by layer ----------------------------------------------------------------------------

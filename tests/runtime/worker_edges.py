@@ -156,7 +156,7 @@ def uneven() -> Any:
     live.set_shares(BalancedShares([2, 3]))
     assert torch.equal(forward(model, x), want)
     assert [d.shares.speed_G for d in live.dispatchers] == [[2, 3]] * 2  # type: ignore[attr-defined]
-    with pytest.raises(ProblemError, match="plan of type NoneType has no share_LGC"):
+    with pytest.raises(ProblemError, match="plan: is a NoneType, which has no share_LGC"):
         live.set_planned_shares(None)
     with pytest.raises(ProblemError, match="timeout: is -1"):
         live.settle(-1)
