@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,10 +65,9 @@ class MinMoves(Heuristic):
         inside_L = wanted_L <= first.target_L  # where the re-plan's own bounds speak of the same time
         least_L = np.maximum(least_L, np.where(inside_L, first.least_moves_L, 0))
         moves_L = layer_moves(problem, slots_LGC, live_LGC)
-        open_L = [int(x) for x in np.flatnonzero(moves_L > least_L)]
-        for done, layer in enumerate(sorted(open_L, key=lambda x: (moves_L[x], x))):
-            if stop(float(moves_L.sum()), float(least_L.sum())):
-                break
+        proof = _Proof(task, slots_LGC, moves_L, least_L)
+
+        def ask(layer: int, share: float) -> tuple[int, list[list[int]] | None]:
             answer = min_moves(
                 problem.load_LE[layer],
                 live_LGC[layer],
@@ -75,22 +75,13 @@ class MinMoves(Heuristic):
                 problem.topology.speed_G,
                 float(wanted_L[layer]),
                 known=[[e for e in row if e >= 0] for row in slots_LGC[layer].tolist()],
-                stop=part_of(stop, 1.0 / (len(open_L) - done)),
+                stop=part_of(stop, share),
                 engine=task.options.engine,
                 least=int(least_L[layer]),
             )
-            least_L[layer] = max(int(least_L[layer]), answer.bound)
-            if answer.content is not None and answer.moves is not None and answer.moves < moves_L[layer]:
-                for gpu, row in enumerate(answer.content):
-                    slots_LGC[layer, gpu] = seat(live_LGC[layer, gpu].tolist(), row)
-                moves_L[layer] = answer.moves
-            task.report(
-                float(moves_L.sum()),
-                float(least_L.sum()),
-                done=(done + 1) / len(open_L),
-                note=f"moves, layer {problem.loads.layers[layer]}",
-            )
-        return _told(problem, slots_LGC, moves_L, least_L)
+            return answer.bound, answer.content
+
+        return proof.close(ask)
 
 
 def _even(task: Task[MinMovesOptions]) -> Built:
@@ -104,11 +95,9 @@ def _even(task: Task[MinMovesOptions]) -> Built:
     wanted_L = token_bound(problem) * (1 + problem.objective.balance_tolerance)
     wanted_L = np.maximum(wanted_L, risk_L(problem, slots_LGC))
     moves_L = layer_moves(problem, slots_LGC, live_LGC)
-    least_L = np.zeros_like(moves_L)
-    open_L = [int(x) for x in np.flatnonzero(moves_L > 0)]
-    for done, layer in enumerate(sorted(open_L, key=lambda x: (moves_L[x], x))):
-        if stop(float(moves_L.sum()), float(least_L.sum())):
-            break
+    proof = _Proof(task, slots_LGC, moves_L, np.zeros_like(moves_L))
+
+    def ask(layer: int, share: float) -> tuple[int, list[list[int]] | None]:
         answer = fewest_even_moves(
             problem.load_LE[layer],
             live_LGC[layer],
@@ -117,21 +106,55 @@ def _even(task: Task[MinMovesOptions]) -> Built:
             float(wanted_L[layer]),
             below=int(moves_L[layer]),
             exact=small,
-            stop=part_of(stop, 1.0 / (len(open_L) - done)),
+            stop=part_of(stop, share),
             engine=task.options.engine,
         )
-        least_L[layer] = answer.bound
-        if answer.content is not None:
-            for gpu, row in enumerate(answer.content):
-                slots_LGC[layer, gpu] = seat(live_LGC[layer, gpu].tolist(), row)
-            moves_L[layer] = layer_moves(problem, slots_LGC, live_LGC)[layer]
-        task.report(
-            float(moves_L.sum()),
-            float(least_L.sum()),
-            done=(done + 1) / len(open_L),
-            note=f"moves, layer {problem.loads.layers[layer]}",
-        )
-    return _told(problem, slots_LGC, moves_L, least_L)
+        return answer.bound, answer.content
+
+    return proof.close(ask)
+
+
+@dataclass(slots=True)
+class _Proof:
+    """Plans and bounds of all layers while they are brought together."""
+
+    task: Task[MinMovesOptions]
+    slots_LGC: SlotArray
+    moves_L: IntArray
+    least_L: IntArray
+
+    def close(self, ask: Callable[[int, float], tuple[int, list[list[int]] | None]]) -> Built:
+        """Prove the layers whose moves are above their bound, those with few moves first.
+
+        Parameters
+        ----------
+        ask : callable
+            From a layer and a share of the time left: a bound, and the contents of a plan if one is known.
+        """
+        problem, stop, report = self.task.problem, self.task.stop, self.task.report
+        moves_L, least_L = self.moves_L, self.least_L
+        live_LGC = live_slots(problem)
+        open_L = sorted((int(x) for x in np.flatnonzero(moves_L > least_L)), key=lambda x: (moves_L[x], x))
+        for done, layer in enumerate(open_L):
+            if stop(float(moves_L.sum()), float(least_L.sum())):
+                break
+            bound, content = ask(layer, 1.0 / (len(open_L) - done))
+            least_L[layer] = max(int(least_L[layer]), bound)
+            if content is not None:
+                slots_GC = np.array(
+                    [seat(live.tolist(), row) for live, row in zip(live_LGC[layer], content, strict=True)],
+                    dtype=self.slots_LGC.dtype,
+                )
+                moves = int(layer_moves(problem, slots_GC[None], live_LGC[layer][None])[0])
+                if moves < moves_L[layer]:
+                    self.slots_LGC[layer], moves_L[layer] = slots_GC, moves
+            report(
+                float(moves_L.sum()),
+                float(least_L.sum()),
+                done=(done + 1) / len(open_L),
+                note=f"moves, layer {problem.loads.layers[layer]}",
+            )
+        return _told(problem, self.slots_LGC, moves_L, least_L)
 
 
 def _told(problem: Problem, slots_LGC: SlotArray, moves_L: IntArray, least_L: IntArray) -> Built:
