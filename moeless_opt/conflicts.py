@@ -173,6 +173,10 @@ def rules(problem: Problem) -> list[Rule]:
         value = getattr(limits, name)
         if value != getattr(default, name):
             text = form.format(bytes_text(value, 5) if "bytes" in name else value)
+            if name == "spread" and limits.spread_experts is not None:
+                which = limits.spread_experts
+                those = f"{which}" if isinstance(which, int) else f"{len(which)} listed"
+                text = f"of {those} experts each is in at least {value} failure domains"
             found.append(Rule(f"limits.{name}", text, _without(name, getattr(default, name))))
     for key, form in (
         ("pinned", "expert {} must be on GPU {}"),
@@ -256,7 +260,11 @@ def _kinds(problem: Problem) -> tuple[list[int], list[int]]:
     tells |= problem.sizing.policy == "memory"  # layers alike may divide the bytes unlike
     keys: dict[tuple[Any, ...], list[int]] = {}
     for row in range(problem.layers):
-        key: tuple[Any, ...] = (problem.capacity_LG[row].tobytes(), int(problem.bytes_L[row]))
+        key: tuple[Any, ...] = (
+            problem.capacity_LG[row].tobytes(),
+            int(problem.bytes_L[row]),
+            np.sort(problem.spread_LE[row]).tobytes(),
+        )
         keys.setdefault((*key, row) if tells else key, []).append(row)
     return [rows[0] for rows in keys.values()], [len(rows) for rows in keys.values()]
 
@@ -270,10 +278,10 @@ def _model(problem: Problem, rows: list[int], count: list[int]) -> LinearModel:
     moved: list[tuple[int, float]] = []
     for row, weight in zip(rows, count, strict=True):
         var_EG = _pairs(model, pinned_LEG[row], forbidden_LEG[row])
-        for expert_G in var_EG.tolist():
+        for expert_G, wanted in zip(var_EG.tolist(), problem.spread_LE[row].tolist(), strict=True):
             most = limits.max_replicas or problem.topology.gpus
             model.row([(v, 1.0) for v in expert_G], limits.min_replicas, most)
-            _spread(model, expert_G, domain_G, limits.spread)
+            _spread(model, expert_G, domain_G, wanted)
         for gpu, room in enumerate(problem.capacity_LG[row].tolist()):
             model.row([(v, 1.0) for v in var_EG[:, gpu].tolist()], 0, room)
         every = [(int(v), 1.0) for v in var_EG.ravel()]

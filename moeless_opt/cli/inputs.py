@@ -142,7 +142,9 @@ def _override(problem: Problem, args: argparse.Namespace, what: str) -> Problem:
         changes |= {"share_entries": args.share_entries, "known": None}
     if args.sizing is not None:
         changes["sizing"] = Sizing.of(args.sizing)
-    if any(one is not None for one in (args.max_moves, args.max_move_bytes, args.spread)):
+    if any(
+        one is not None for one in (args.max_moves, args.max_move_bytes, args.spread, args.spread_experts)
+    ):
         changes["limits"] = _limits(args, problem.limits)
     if args.tolerance is not None:
         changes["objective"] = problem.objective.replace(balance_tolerance=args.tolerance)
@@ -259,6 +261,10 @@ def _limits(args: argparse.Namespace, given: Limits | None) -> Limits | None:
         changes["max_moves"] = args.max_moves
     if args.spread is not None:
         changes["spread"] = args.spread
+    if args.spread_experts is not None:
+        if args.spread is None and (given is None or given.spread == 1):
+            raise ProblemError("--spread", "is missing: --spread-experts says which experts it is for")
+        changes["spread_experts"] = args.spread_experts
     if args.max_move_bytes is not None:
         changes["max_move_bytes"] = size(args.max_move_bytes, "--max-move-bytes")
     return (given or Limits()).replace(**changes) if changes else given

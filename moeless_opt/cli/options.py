@@ -254,6 +254,13 @@ OPTIONS: tuple[Option, ...] = (
         help="failure domains (nodes, unless the topology says more) that every expert must reach",
     ),
     _input(
+        "--spread-experts",
+        modes=_RULES,
+        type=int,
+        metavar="K",
+        help="--spread for the K experts of each layer with the most tokens; for all by default",
+    ),
+    _input(
         "--max-moves",
         modes=(*_PLANS, "check", "explain"),
         type=int,

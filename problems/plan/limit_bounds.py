@@ -51,7 +51,7 @@ def least_and_most(problem: Problem) -> tuple[IntArray, IntArray]:
     for domain in np.unique(domain_G):
         reached_LE += pinned_LEG[:, :, domain_G == domain].any(2)
     # Pins in one domain leave the others to be reached by further replicas.
-    needed_LE = pinned_LEG.sum(2) + np.maximum(limits.spread - reached_LE, 0)
+    needed_LE = pinned_LEG.sum(2) + np.maximum(problem.spread_LE - reached_LE, 0)
     most_LE = allowed_LEG.sum(2)
     if problem.fill == Fill.COPIES:  # they count as replicas
         most_LE = (allowed_LEG * problem.capacity_LG[:, None, :]).sum(2)

@@ -380,7 +380,7 @@ def _limits(problem: Problem, held: _Held) -> list[str]:
         found += [
             f"layer {problem.loads.layers[x]}: expert {e} is in {reach[x, e]} failure domains, "
             f"must be in {limits.spread}"
-            for x, e in np.argwhere(reach < limits.spread)[:_MOST]
+            for x, e in np.argwhere(_to_spread(problem) & (reach < limits.spread))[:_MOST]
         ]
     for layer, expert, gpu in limits.pinned:
         for x, number in enumerate(problem.loads.layers):
@@ -391,6 +391,28 @@ def _limits(problem: Problem, held: _Held) -> list[str]:
             if layer in (-1, number) and held.at(x, gpu, expert):
                 found.append(f"layer {number}: expert {expert} is forbidden on GPU {gpu} and is there")
     return found
+
+
+def _to_spread(problem: Problem) -> BoolArray:
+    """Experts that `Limits.spread` is for, shape [L, E]."""
+    which = problem.limits.spread_experts
+    if which is None:
+        return np.ones((problem.layers, problem.experts), dtype=np.bool_)
+    if isinstance(which, int):  # before which fewer others come
+        number_E = np.arange(problem.experts)
+        ahead = [
+            (load_E[None, :] > load_E[:, None])
+            | ((load_E[None, :] == load_E[:, None]) & (number_E[None, :] < number_E[:, None]))
+            for load_E in problem.loads.load_LE
+        ]
+        return np.array([other_EE.sum(1) < which for other_EE in ahead])
+    listed = set(which)
+    return np.array(
+        [
+            [(layer, e) in listed or (-1, e) in listed for e in range(problem.experts)]
+            for layer in problem.loads.layers
+        ]
+    )
 
 
 def _new(problem: Problem, held: _Held) -> BoolArray:

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, floats, integers, whole
+from moeless_opt.problems.arrays import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Record,
+    floats,
+    frozen,
+    integers,
+    whole,
+)
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.loads import Loads, span
@@ -139,6 +148,8 @@ class Problem(Record):
     known: Known | None = None
     capacity_LG: IntArray = field(init=False, repr=False, compare=False)
     """Slots of each GPU in each layer, shape [L, G]."""
+    spread_LE: IntArray = field(init=False, repr=False, compare=False)
+    """Failure domains that each expert must reach, shape [L, E]."""
 
     def __post_init__(self) -> None:
         for key, kind in _KINDS:
@@ -183,6 +194,7 @@ class Problem(Record):
         for key in ("pinned", "forbidden"):
             for i, pair in enumerate(getattr(self.limits, key)):
                 self._check_pair(f"limits.{key}[{i}]", *pair)
+        object.__setattr__(self, "spread_LE", frozen(self._spread_LE()))
         self._check_sources()
         if self.groups is not None and self.groups.group_E.size != experts:
             raise ProblemError(
@@ -235,6 +247,25 @@ class Problem(Record):
             )
         entries = whole("share_entries", entries, low=1, high=MOST_ENTRIES)
         object.__setattr__(self, "share_entries", entries)
+
+    def _spread_LE(self) -> IntArray:
+        """What `Limits.spread` and `Limits.spread_experts` ask of each expert, shape [L, E]."""
+        spread, which = self.limits.spread, self.limits.spread_experts
+        shape = self.layers, self.experts
+        if isinstance(which, tuple):
+            for i, (layer, expert) in enumerate(which):
+                self._check_pair(f"limits.spread_experts[{i}]", layer, expert, 0)
+        if spread == 1 or which is None:
+            return np.broadcast_to(np.int64(spread), shape)
+        spread_LE = np.ones(shape, dtype=np.int64)
+        if isinstance(which, tuple):
+            row = {layer: x for x, layer in enumerate(self.loads.layers)}
+            for layer, expert in which:
+                spread_LE[slice(None) if layer < 0 else row[layer], expert] = spread
+        else:
+            hottest = np.argsort(-self.load_LE, axis=1, kind="stable")[:, :which]
+            np.put_along_axis(spread_LE, hottest, spread, axis=1)
+        return spread_LE
 
     def _check_pair(self, where: str, layer: int, expert: int, gpu: int) -> None:
         if layer >= 0 and layer not in self.loads.layers:
@@ -324,12 +355,14 @@ class Problem(Record):
         limits = self.limits
         if limits.spread > 1:
             self._check_spread()
-        need = self.experts * max(limits.min_replicas, limits.spread)
+        need_L = np.maximum(self.spread_LE, limits.min_replicas).sum(1)
+        need, every = int(need_L.max()), int(need_L.sum())
         room_L = self.capacity_LG.sum(1)
-        if (room_L < need).any():
-            raise InfeasibleError(self._shortage(int(room_L.min()), need))
+        if (room_L < need_L).any():
+            tight = int((room_L - need_L).argmin())
+            raise InfeasibleError(self._shortage(int(room_L[tight]), int(need_L[tight])))
         if self.sizing.policy == "memory" and self.topology.memory_G is not None:
-            floor, have = need * int(self.bytes_L.sum()), int(self.topology.memory_G.sum())
+            floor, have = int(need_L @ self.bytes_L), int(self.topology.memory_G.sum())
             if have < floor:
                 raise InfeasibleError(
                     f"topology.memory: {need} replicas in each of {self.layers} layers are {floor} bytes, "
@@ -340,14 +373,14 @@ class Problem(Record):
                 f"limits.max_layer_replicas: {limits.max_layer_replicas} replicas per layer are "
                 f"{need - limits.max_layer_replicas} too few; {self.experts} experts need {need}"
             )
-        if limits.max_total_replicas is not None and limits.max_total_replicas < need * self.layers:
+        if limits.max_total_replicas is not None and limits.max_total_replicas < every:
             raise InfeasibleError(
                 f"limits.max_total_replicas: {limits.max_total_replicas} replicas are "
-                f"{need * self.layers - limits.max_total_replicas} too few; "
-                f"{self.layers} layers of {self.experts} experts need {need * self.layers}"
+                f"{every - limits.max_total_replicas} too few; "
+                f"{self.layers} layers of {self.experts} experts need {every}"
             )
         if limits.max_total_bytes is not None:
-            floor = need * int(self.bytes_L.sum())
+            floor = int(need_L @ self.bytes_L)
             if limits.max_total_bytes < floor:
                 raise InfeasibleError(
                     f"limits.max_total_bytes: {limits.max_total_bytes} bytes are "
@@ -394,6 +427,8 @@ class Problem(Record):
     def _check_spread(self) -> None:
         spread, most = self.limits.spread, self.limits.max_replicas
         domains = np.unique(self.topology.failure_domain_G[self.capacity_LG.max(0) > 0]).size
+        if not (self.spread_LE > 1).any():
+            return
         if spread > domains:
             raise InfeasibleError(
                 f"limits.spread: {spread} failure domains are wanted, {domains} have room for experts"
@@ -434,6 +469,8 @@ class Problem(Record):
         topology, experts = self.topology, self.experts
         least = need // experts
         each = "one replica each" if least == 1 else f"{least} replicas each"
+        if need % experts:
+            each = f"{self.limits.min_replicas} and more replicas each"
         what = f"{experts} experts with {each} need {need} slots per layer"
         by_slots = None if topology.slots_G is None else int(np.minimum(topology.slots_G, experts).sum())
         if by_slots is not None and by_slots < need:
@@ -472,9 +509,16 @@ class Problem(Record):
         return html_facts(facts, f"Problem {self.name}")
 
 
-_SINCE = {"cost_GG": None, "load_TLGE": None, "flow_LEE": None, "groups": None, "sigma": 1.0}
+_SINCE = {
+    "cost_GG": None,
+    "load_TLGE": None,
+    "flow_LEE": None,
+    "groups": None,
+    "sigma": 1.0,
+    "spread_experts": None,
+}
 """Fields that problems had none of once, and their defaults: where those stand, the digest is what it was."""
-_UNHASHED = {"name", "source", "known", "scenarios", "skipped", "notes", "capacity_LG"}
+_UNHASHED = {"name", "source", "known", "scenarios", "skipped", "notes", "capacity_LG", "spread_LE"}
 
 
 @cache

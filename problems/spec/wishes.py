@@ -242,6 +242,9 @@ class Limits(Record):
         Replicas that may move in one layer.
     spread : int
         Failure domains that the replicas of every expert must reach.
+    spread_experts : int or tuple of (layer, expert), optional
+        Experts that `spread` is for; all by default. A number: so many of each layer, those with the most
+        expected tokens (of equal ones the first). Pairs: these, layers as in `pinned`.
     pinned, forbidden : tuple of (layer, expert, gpu)
         Replicas that must, or must not, be there. The layer is the model's own number, as in
         ``Loads.layers``; -1 stands for every layer.
@@ -257,6 +260,7 @@ class Limits(Record):
     max_move_seconds: float | None = None
     max_layer_moves: int | None = None
     spread: int = 1
+    spread_experts: int | tuple[tuple[int, int], ...] | None = None
     pinned: tuple[tuple[int, int, int], ...] = ()
     forbidden: tuple[tuple[int, int, int], ...] = ()
 
@@ -283,6 +287,11 @@ class Limits(Record):
                 "limits.max_replicas",
                 f"is {self.max_replicas}, must be at least min_replicas = {self.min_replicas}",
             )
+        which: object = self.spread_experts
+        if isinstance(which, Iterable) and not isinstance(which, str):
+            put(self, "spread_experts", _pairs("limits.spread_experts", which))
+        elif which is not None:
+            put(self, "spread_experts", whole("limits.spread_experts", which, low=1))
         for key in ("pinned", "forbidden"):
             object.__setattr__(self, key, _triples(f"limits.{key}", getattr(self, key)))
         both = set(self.pinned) & set(self.forbidden)
@@ -302,6 +311,17 @@ class Limits(Record):
         """Whether any upper limit on replicas or their bytes is set."""
         limits = (self.max_replicas, self.max_layer_replicas, self.max_total_replicas, self.max_total_bytes)
         return any(limit is not None for limit in limits)
+
+
+def _pairs(where: str, value: Iterable[object]) -> tuple[tuple[int, int], ...]:
+    pairs = []
+    for i, entry in enumerate(value):
+        numbers = tuple(entry) if isinstance(entry, Iterable) and not isinstance(entry, str) else ()
+        if len(numbers) != 2:
+            raise ProblemError(f"{where}[{i}]", f"is {entry!r}, must be (layer, expert)")
+        layer = whole(f"{where}[{i}].layer", numbers[0], low=-1)
+        pairs.append((layer, whole(f"{where}[{i}].expert", numbers[1])))
+    return tuple(pairs)
 
 
 def _triples(where: str, value: object) -> tuple[tuple[int, int, int], ...]:

@@ -137,15 +137,15 @@ def _obeys(
     back_K = rules.allowed_EG[old_K, from_K]
     back_K &= ~(rules.pinned_EG[new_K, from_K] & (count_GE[from_K, new_K] == 1))
     may_K &= ~swaps_K | back_K
-    if rules.spread > 1:
+    if rules.spreads:
         in_ED = rules.domains_ED(count_GE.T)
         reach_E, to_D, from_D = (in_ED > 0).sum(1), domain_G[to_K], domain_G[from_K]
         other_K = ~swaps_K | (to_D != from_D)
         lost_K = other_K & (in_ED[old_K, to_D] == 1)
         won_K = swaps_K & other_K & (in_ED[old_K, from_D] == 0)
-        may_K &= reach_E[old_K] - lost_K + won_K >= rules.spread
+        may_K &= reach_E[old_K] - lost_K + won_K >= rules.spread_E[old_K]
         lost_K = swaps_K & other_K & (in_ED[new_K, from_D] == 1)
-        may_K &= reach_E[new_K] - lost_K + (other_K & (in_ED[new_K, to_D] == 0)) >= rules.spread
+        may_K &= reach_E[new_K] - lost_K + (other_K & (in_ED[new_K, to_D] == 0)) >= rules.spread_E[new_K]
     return np.asarray(may_K)
 
 

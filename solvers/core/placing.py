@@ -32,7 +32,7 @@ def keeps_limits(problem: Problem, slots_LGC: SlotArray, *, tied: bool = True) -
         good_L &= ~(problem.pairs_LEG("pinned") & ~held_LEG).any((1, 2))
         good_L &= ~(problem.pairs_LEG("forbidden") & held_LEG).any((1, 2))
         domains = [held_LEG[:, :, topology.failure_domain_G == d].any(2) for d in _domains(problem)]
-        good_L &= (np.sum(domains, axis=0) >= limits.spread).all(1)
+        good_L &= (np.sum(domains, axis=0) >= problem.spread_LE).all(1)
     return np.asarray(good_L)
 
 

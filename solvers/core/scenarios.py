@@ -136,6 +136,10 @@ def guises(problem: Problem) -> Iterator[Problem]:
     if loads.shape[0] == 1:
         yield problem
         return
+    limits = problem.limits
+    if isinstance(limits.spread_experts, int):  # the hottest by all scenarios, whatever one of them says
+        hot = np.argwhere(problem.spread_LE > 1).tolist()
+        limits = limits.replace(spread_experts=tuple((loads.layers[x], e) for x, e in hot))
     weight_T = np.ones(loads.shape[0]) if loads.weight_T is None else loads.weight_T
     heaviest = np.argsort(-weight_T, kind="stable")[:MOST_SCENARIOS]
     for t, load_LE in (
@@ -148,7 +152,7 @@ def guises(problem: Problem) -> Iterator[Problem]:
             if problem.split == "nearest" and loads.load_TLNE is not None:
                 by_node = (problem.source_parts(t) * load_LE[:, None, :])[None]
             one = Loads(load_TLE=load_LE[None], layers=loads.layers, skipped=loads.skipped, load_TLNE=by_node)
-            yield problem.replace(loads=one, known=None)
+            yield problem.replace(loads=one, known=None, limits=limits)
 
 
 def best_over_scenarios(

@@ -40,8 +40,10 @@ def without_slack(problem: Problem) -> Problem:
             at_most("max_move_bytes", int(room_L @ size_L))
     domain_G = problem.topology.failure_domain_G
     alone = np.unique(domain_G).size == domain_G.size
+    if limits.spread_experts is not None and (problem.spread_LE == limits.spread).all():
+        drop["spread_experts"] = None  # it is for all of them
     if alone and 1 < limits.spread <= min(limits.min_replicas, gpus):
-        drop["spread"] = 1  # every replica is in a domain of its own
+        drop |= {"spread": 1, "spread_experts": None}  # every replica is in a domain of its own
     if not drop and limits != _NONE:
         return problem
     loose = limits.replace(**drop)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, SlotArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.spec import held_LGE
 from moeless_opt.solvers.core import Stop, keeps_limits, random_change
 from moeless_opt.solvers.lexicographic.figures import EQUAL, Figures
@@ -173,7 +173,7 @@ def _take(figures: Figures, chosen: Chosen, place: int, trial: SlotArray, open_L
 def _drop(figures: Figures, chosen: Chosen, place: int, open_L: BoolArray, stop: Stop) -> None:
     """Drop replicas while what comes before memory allows it: half of the spare ones, a quarter, ..."""
     problem = figures.problem
-    least = max(problem.limits.min_replicas, problem.limits.spread, 1)
+    least_LE = np.maximum(problem.spread_LE, problem.limits.min_replicas)
     live_LGE = None if figures.live_LGC is None else held_LGE(figures.live_LGC, problem.experts)
     part_L = np.full(problem.layers, 0.5)
     kept: list[set[tuple[int, int]]] = [set() for _ in range(problem.layers)]  # those that are needed
@@ -182,13 +182,13 @@ def _drop(figures: Figures, chosen: Chosen, place: int, open_L: BoolArray, stop:
         trial = chosen.slots_LGC.copy()
         gone: dict[int, list[tuple[int, int]]] = {}
         for layer in np.flatnonzero(todo_L).tolist():
-            spare = _spare(trial[layer], problem.load_LE[layer], least, live_LGE, layer)
+            spare = _spare(trial[layer], problem.load_LE[layer], least_LE[layer], live_LGE, layer)
             spare = [pair for pair in spare if pair not in kept[layer]]
             if not spare:
                 todo_L[layer] = False
                 continue
             most = max(int(part_L[layer] * len(spare)), 1)
-            gone[layer] = _dropped(trial[layer], spare, most, least)
+            gone[layer] = _dropped(trial[layer], spare, most, least_LE[layer])
         took_L = _take(figures, chosen, place, trial, todo_L)
         for layer, pairs in gone.items():
             if took_L[layer]:
@@ -199,13 +199,13 @@ def _drop(figures: Figures, chosen: Chosen, place: int, open_L: BoolArray, stop:
 
 
 def _spare(
-    slots_GC: SlotArray, load_E: FloatArray, least: int, live_LGE: BoolArray | None, layer: int
+    slots_GC: SlotArray, load_E: FloatArray, least_E: IntArray, live_LGE: BoolArray | None, layer: int
 ) -> list[tuple[int, int]]:
     """(GPU, expert) of replicas that could go: those to be loaded first, then light ones."""
     count_E = np.bincount(slots_GC[slots_GC >= 0], minlength=len(load_E))
     pairs = [(int(g), int(slots_GC[g, c])) for g, c in np.argwhere(slots_GC >= 0)]
     return sorted(
-        (pair for pair in pairs if count_E[pair[1]] > least),
+        (pair for pair in pairs if count_E[pair[1]] > least_E[pair[1]]),
         key=lambda p: (
             live_LGE is not None and bool(live_LGE[layer, p[0], p[1]]),
             load_E[p[1]] / count_E[p[1]],
@@ -215,7 +215,7 @@ def _spare(
 
 
 def _dropped(
-    slots_GC: SlotArray, spare: list[tuple[int, int]], most: int, least: int
+    slots_GC: SlotArray, spare: list[tuple[int, int]], most: int, least_E: IntArray
 ) -> list[tuple[int, int]]:
     """Empty the slots of the first spare replicas, in place, as far as every expert keeps enough."""
     count_E = np.bincount(slots_GC[slots_GC >= 0])
@@ -223,7 +223,7 @@ def _dropped(
     for gpu, expert in spare:
         if len(gone) == most:
             break
-        if count_E[expert] > least:
+        if count_E[expert] > least_E[expert]:
             count_E[expert] -= 1
             slots_GC[gpu, slots_GC[gpu] == expert] = -1
             gone.append((gpu, expert))

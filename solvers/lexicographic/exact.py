@@ -50,11 +50,11 @@ class OrderedLayer:
     equal: bool
     risk: str
     alpha: float
-    least: int
+    least_E: IntArray
     most: int
     most_in_all: float
     most_moves: float
-    spread: int
+    spread_E: IntArray
     fixed: float
     tokens: float
     scale: float
@@ -118,11 +118,11 @@ def ordered_layer(problem: Problem, layer: int, source_NE: FloatArray) -> Ordere
         equal=problem.split == "equal",
         risk=problem.objective.risk,
         alpha=problem.objective.cvar_alpha,
-        least=max(limits.min_replicas, limits.spread),
+        least_E=np.maximum(problem.spread_LE[layer], limits.min_replicas),
         most=gpus if limits.max_replicas is None else min(gpus, limits.max_replicas),
         most_in_all=min(caps, default=np.inf),
         most_moves=min(moves, default=np.inf),
-        spread=limits.spread,
+        spread_E=problem.spread_LE[layer],
         tokens=scale,
         fixed=time.launch / float(topology.speed_G.max()) / (scale * time.token_cost),
         scale=scale * time.token_cost,
@@ -132,7 +132,9 @@ def ordered_layer(problem: Problem, layer: int, source_NE: FloatArray) -> Ordere
 def size_of(layer: OrderedLayer) -> int:
     """Binary variables of the programme."""
     pairs = int(layer.allowed_EG.sum())
-    return pairs * (layer.most - layer.least + 1) if layer.equal else pairs
+    if not layer.equal:
+        return pairs
+    return int((layer.allowed_EG.sum(1) * np.maximum(layer.most - layer.least_E + 1, 0)).sum())
 
 
 def solve_in_order(
@@ -227,7 +229,7 @@ class _Programme:
             x = model.variable(float(layer.pinned_EG[e, g]), 1, whole=True, name=f"x_{e}_{g}")
             self.place[e, g] = [(x, 1.0)]
             hosts.append((x, 1.0))
-        model.row(hosts, layer.least, layer.most, name=f"copies_{e}")
+        model.row(hosts, float(layer.least_E[e]), layer.most, name=f"copies_{e}")
         for t, load_E in enumerate(layer.load_TE):
             self._serve(f"{t}_{e}", e, float(load_E[e]), self.tokens[t])
 
@@ -246,7 +248,7 @@ class _Programme:
     def _even_expert(self, e: int) -> None:
         model, layer = self.model, self.layer
         chosen: Row = []
-        for r in range(layer.least, layer.most + 1):
+        for r in range(int(layer.least_E[e]), layer.most + 1):
             n = model.variable(0, 1, whole=True, name=f"n_{e}_{r}")
             chosen.append((n, 1.0))
             copies: Row = [(n, -float(r))]
@@ -276,9 +278,7 @@ class _Programme:
         if np.isfinite(layer.most_moves):
             new = [part for pair, row in self.place.items() if not layer.live_EG[pair] for part in row]
             model.row(new, -np.inf, layer.most_moves, name="moved")
-        if layer.spread < 2:
-            return
-        for e in range(layer.load_TE.shape[1]):
+        for e in np.flatnonzero(layer.spread_E > 1).tolist():
             reached: Row = []
             for domain in np.unique(layer.domain_G).tolist():
                 inside = [p for g in self._gpus(e) if layer.domain_G[g] == domain for p in self.place[e, g]]
@@ -288,7 +288,7 @@ class _Programme:
                         [(d, 1.0), *((v, -c) for v, c in inside)], -np.inf, 0.0, name=f"reach_{e}_{domain}"
                     )
                     reached.append((d, 1.0))
-            model.row(reached, float(layer.spread), np.inf, name=f"spread_{e}")
+            model.row(reached, float(layer.spread_E[e]), np.inf, name=f"spread_{e}")
 
     def _balance(self) -> None:
         model, layer = self.model, self.layer
@@ -339,7 +339,7 @@ class _Programme:
             for e, load in enumerate(load_E.tolist()):
                 if layer.equal:
                     for g in self._gpus(e):
-                        counts = range(layer.least, layer.most + 1)
+                        counts = range(int(layer.least_E[e]), layer.most + 1)
                         row = zip(self.place[e, g], counts, strict=True)
                         tokens[e, g] = [(z, load / r) for (z, _), r in row]
                 else:

@@ -98,8 +98,7 @@ def _renamed(problem: Problem, slots_LGC: SlotArray) -> SlotArray:
 def _singles(figures: Figures) -> Iterator[SlotArray]:
     """One replica each: packed anew, and chosen from the live ones."""
     problem = figures.problem
-    least = max(problem.limits.min_replicas, problem.limits.spread)
-    count_LE = np.full(problem.load_LE.shape, least)
+    count_LE = np.maximum(problem.spread_LE, problem.limits.min_replicas)
     capacity_LG, speed_G = problem.capacity_LG, problem.topology.speed_G
     try:
         slots_LGC = pack(problem.load_LE, count_LE, capacity_LG, speed_G)

@@ -162,10 +162,10 @@ class _Search:
         good_M = (self.size_M >= max(int(rules.least_E[at]), 1)) & (self.size_M <= rules.most_E[at])
         good_M &= ~(self.set_MG & ~self.allowed_EG[e]).any(1)
         good_M &= ~(~self.set_MG & self.pinned_EG[e]).any(1)
-        if rules.spread > 1:
+        if rules.spread_E[at] > 1:
             domain_G = rules.domain_G[self.used]
             reached = [self.set_MG[:, domain_G == d].any(1) for d in np.unique(domain_G)]
-            good_M &= np.sum(reached, axis=0) >= rules.spread
+            good_M &= np.sum(reached, axis=0) >= rules.spread_E[at]
         if not self.load_TE[:, e].any():  # no use of a second one
             good_M &= ~self._some_within(good_M) | ~good_M
         return np.asarray(good_M)

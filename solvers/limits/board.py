@@ -43,8 +43,8 @@ class Board:
         Slots and failure domains.
     speed_G : array, shape [G]
         Relative speeds.
-    spread : int
-        Failure domains that every expert's replicas must reach.
+    spread_E : array of int, shape [E]
+        Failure domains that each expert's replicas must reach.
     """
 
     number: int
@@ -57,7 +57,7 @@ class Board:
     capacity_G: IntArray
     domain_G: IntArray
     speed_G: FloatArray
-    spread: int
+    spread_E: IntArray
     held_EG: BoolArray = field(init=False)
     load_G: FloatArray = field(init=False)
     used_G: IntArray = field(init=False)
@@ -139,10 +139,10 @@ class Board:
 
     def _new_domain_G(self, expert: int) -> BoolArray | None:
         """GPUs of failure domains that the expert has to reach yet; None if it reaches enough."""
-        if self.spread <= 1:
+        if self.spread_E[expert] <= 1:
             return None
         reached = np.unique(self.domain_G[self.held_EG[expert]])
-        return None if len(reached) >= self.spread else ~np.isin(self.domain_G, reached)
+        return None if len(reached) >= self.spread_E[expert] else ~np.isin(self.domain_G, reached)
 
     def _choose(self, expert: int, *, needed: bool) -> int | None:
         """The GPU for one more replica: with room, in a new domain if one is missing, warm, least loaded."""
@@ -190,12 +190,12 @@ class Board:
     def _keeps_spread(self, expert_X: IntArray, gpu_X: IntArray, to_Y: IntArray) -> BoolArray:
         """Whether experts that leave a GPU for another still reach as many domains as they can, [X, Y]."""
         here_X, there_Y = self.domain_G[gpu_X], self.domain_G[to_Y]
-        if self.spread <= 1:
+        if not (self.spread_E > 1).any():
             return np.ones((len(here_X), len(there_Y)), dtype=np.bool_)
         in_XD = np.zeros((len(expert_X), int(self.domain_G.max()) + 1), dtype=np.int64)
         row, gpu = np.nonzero(self.held_EG[expert_X])
         np.add.at(in_XD, (row, self.domain_G[gpu]), 1)
-        enough_X = np.minimum(self.spread, in_XD.sum(1))
+        enough_X = np.minimum(self.spread_E[expert_X], in_XD.sum(1))
         left_X = (in_XD > 0).sum(1) - (in_XD[np.arange(len(here_X)), here_X] == 1)
         reach = left_X[:, None] + (in_XD[:, there_Y] == 0)
         return np.asarray((here_X[:, None] == there_Y) | (reach >= enough_X[:, None]))
@@ -217,7 +217,7 @@ class Board:
         )
         fits_AG = self.allowed_EG[a_A] & ~self.held_EG[a_A]
         good_AR = (shift_AR > 0) & fits_AG[:, gpu_R] & (gpu_R != worst)
-        if self.spread > 1:
+        if (self.spread_E > 1).any():
             at_A, here = np.full(len(a_A), worst), np.array([worst])
             good_AR &= self._keeps_spread(a_A, at_A, np.arange(len(time_G)))[:, gpu_R]
             good_AR &= (b_R < 0) | self._keeps_spread(b_R, gpu_R, here)[:, 0]

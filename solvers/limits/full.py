@@ -110,7 +110,7 @@ def _culprit(rules: Rules, load_E: FloatArray, count_EG: IntArray, copies: bool)
         ("max_replicas", replace(rules, most_E=most_E)),
         ("forbidden", replace(rules, allowed_EG=open_EG, most_E=np.where(banned_E, most_E, rules.most_E))),
         ("min_replicas", replace(rules, least_E=alone_E)),
-        ("spread", replace(rules, spread=1, least_E=alone_E)),
+        ("spread", replace(rules, spread_E=one_E, least_E=alone_E)),
         ("pinned", replace(rules, pinned_EG=np.zeros_like(open_EG), least_E=one_E)),
     ):
         if _flow(loose, load_E, count_EG, copies) is not None:
@@ -123,7 +123,7 @@ def _flow(rules: Rules, load_E: FloatArray, count_EG: IntArray, copies: bool) ->
     pinned_EG, domain_G = rules.pinned_EG, rules.domain_G
     experts, gpus = pinned_EG.shape
     room_G = rules.capacity_G - pinned_EG.sum(0)
-    reach_E = np.maximum(rules.spread - rules.reach_E(pinned_EG), 0)
+    reach_E = np.maximum(rules.spread_E - rules.reach_E(pinned_EG), 0)
     rest_E = np.maximum(rules.least_E - pinned_EG.sum(1) - reach_E, 0)
     more_E = rules.most_E - pinned_EG.sum(1) - reach_E - rest_E
     extra = int(room_G.sum() - reach_E.sum() - rest_E.sum())

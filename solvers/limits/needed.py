@@ -101,7 +101,7 @@ def needed_EG(rules: Rules, there_EG: BoolArray, time_G: FloatArray | None = Non
 
 def _wanted(rules: Rules) -> tuple[np.ndarray, np.ndarray]:
     """Domains that each expert's pins do not reach yet, and replicas that it needs beyond those, [E] each."""
-    reach_E = np.maximum(rules.spread - rules.reach_E(rules.pinned_EG), 0)
+    reach_E = np.maximum(rules.spread_E - rules.reach_E(rules.pinned_EG), 0)
     return reach_E, np.maximum(rules.least_E - rules.pinned_EG.sum(1) - reach_E, 0)
 
 

@@ -232,7 +232,7 @@ def _around_pairs(
     fits = (capacity_G[:, None] == capacity_G) & (speed_G[:, None] == speed_G)  # [content, GPU]
     fits &= held_GE @ ~rules.allowed_EG == 0
     fits &= (1 - held_GE) @ rules.pinned_EG == 0
-    if rules.spread > 1:
+    if rules.spreads:
         fits &= domain_G[:, None] == domain_G
     if (seat_G := _matching(fits)) is None:
         return None
@@ -271,7 +271,7 @@ def board_of(
         capacity_G=rules.capacity_G,
         domain_G=rules.domain_G,
         speed_G=problem.topology.speed_G,
-        spread=rules.spread,
+        spread_E=rules.spread_E,
     )
 
 

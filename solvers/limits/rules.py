@@ -34,8 +34,8 @@ class Rules:
         Replicas that the layer may have.
     capacity_G, domain_G : arrays of int, shape [G]
         Slots, and failure domains as numbers from 0.
-    spread : int
-        Domains that the replicas of every expert must reach.
+    spread_E : array of int, shape [E]
+        Domains that the replicas of each expert must reach.
     """
 
     number: int
@@ -46,7 +46,12 @@ class Rules:
     total: int
     capacity_G: IntArray
     domain_G: IntArray
-    spread: int
+    spread_E: IntArray
+
+    @property
+    def spreads(self) -> bool:
+        """Whether any expert must be in more than one domain."""
+        return bool((self.spread_E > 1).any())
 
     def keeps(self, held_EG: BoolArray | IntArray) -> bool:
         """Whether a placement obeys everything; as a mask, or as slots where second copies may be."""
@@ -58,7 +63,7 @@ class Rules:
             and (held_EG.sum(0) <= self.capacity_G).all()
             and not (here_EG & ~self.allowed_EG).any()
             and not (self.pinned_EG & ~here_EG).any()
-            and (self.reach_E(here_EG) >= self.spread).all()
+            and (self.reach_E(here_EG) >= self.spread_E).all()
         )
 
     def reach_E(self, held_EG: BoolArray) -> IntArray:
@@ -73,21 +78,21 @@ class Rules:
     def may_drop_EG(self, held_EG: BoolArray) -> BoolArray:
         """Replicas without which the rules still hold, each by itself, shape [E, G]."""
         drop_EG = held_EG & ~self.pinned_EG & (held_EG.sum(1) > self.least_E)[:, None]
-        if self.spread > 1:
+        if self.spreads:
             in_ED = self.domains_ED(held_EG)
             alone_EG = in_ED[:, self.domain_G] == 1
-            drop_EG &= ~alone_EG | ((in_ED > 0).sum(1) > self.spread)[:, None]
+            drop_EG &= ~alone_EG | ((in_ED > 0).sum(1) > self.spread_E)[:, None]
         return np.asarray(drop_EG)
 
     def may_move(self, held_EG: BoolArray, expert_X: IntArray, gpu_X: IntArray, to_Y: IntArray) -> BoolArray:
         """Whether replicas of experts on GPUs may go to others, as far as limits say, shape [X, Y]."""
         may_XY = self.allowed_EG[expert_X][:, to_Y] & ~self.pinned_EG[expert_X, gpu_X][:, None]
-        if self.spread > 1:
+        if self.spreads:
             in_XD = self.domains_ED(held_EG)[expert_X]
             here_X, there_Y = self.domain_G[gpu_X], self.domain_G[to_Y]
             left_X = (in_XD > 0).sum(1) - (in_XD[np.arange(len(here_X)), here_X] == 1)
             reach_XY = left_X[:, None] + (in_XD[:, there_Y] == 0)
-            may_XY &= (here_X[:, None] == there_Y) | (reach_XY >= self.spread)
+            may_XY &= (here_X[:, None] == there_Y) | (reach_XY >= self.spread_E[expert_X][:, None])
         return np.asarray(may_XY)
 
     def permits(self, home: Sequence[Sequence[int]], adds: Sequence[Pair], drops: Sequence[Pair]) -> bool:
@@ -105,9 +110,9 @@ class Rules:
                 return False
             if any(self.pinned_EG[expert, gpu] for gpu in gone):
                 return False
-            if self.spread > 1 and gone:
+            if self.spread_E[expert] > 1 and gone:
                 stay = [gpu for gpu in home[expert] if gpu not in gone]
-                if len({int(self.domain_G[gpu]) for gpu in (*stay, *new)}) < self.spread:
+                if len({int(self.domain_G[gpu]) for gpu in (*stay, *new)}) < self.spread_E[expert]:
                     return False
         return True
 
@@ -155,7 +160,7 @@ def rules_of(problem: Problem, total_L: IntArray | None = None) -> list[Rules]:
             total=int(room_L[row]),
             capacity_G=problem.capacity_LG[row],
             domain_G=domain_G,
-            spread=limits.spread,
+            spread_E=problem.spread_LE[row],
         )
         for row in range(problem.layers)
     ]

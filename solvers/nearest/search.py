@@ -212,7 +212,7 @@ def _layers(task: NearestTask, goal_L: FloatArray, seed: int) -> NearLayers:
     one = np.ones((1, E, G), dtype=np.bool_)
     open_LEG, held_LEG = one, ~one
     least_LE, most_LE = np.ones((L, E), dtype=np.int64), np.full((L, E), G, dtype=np.int64)
-    spread_L, replicas_L = np.ones(L, dtype=np.int64), task.capacity_LG.sum(1).astype(np.int64)
+    spread_LE, replicas_L = np.ones((L, E), dtype=np.int64), task.capacity_LG.sum(1).astype(np.int64)
     domain_G = np.zeros(G, dtype=np.int64)
     rules = task.rules
     if rules is not None and L:
@@ -222,7 +222,7 @@ def _layers(task: NearestTask, goal_L: FloatArray, seed: int) -> NearLayers:
         least_LE, most_LE = (
             np.array([getattr(rule, key) for rule in rules], dtype=np.int64) for key in ("least_E", "most_E")
         )
-        spread_L = np.array([rule.spread for rule in rules], dtype=np.int64)
+        spread_LE = np.array([rule.spread_E for rule in rules], dtype=np.int64)
         replicas_L = np.array([rule.total for rule in rules], dtype=np.int64)
         domain_G = np.array(rules[0].domain_G, dtype=np.int64)
     nodes = task.part_LNE.shape[1]
@@ -247,7 +247,7 @@ def _layers(task: NearestTask, goal_L: FloatArray, seed: int) -> NearLayers:
         node_G=np.array(task.node_G, dtype=np.int64, order="C"),
         domain_G=domain_G,
         speed_G=np.array(task.speed_G, dtype=np.float64, order="C"),
-        spread_L=spread_L,
+        spread_LE=spread_LE,
         replicas_L=replicas_L,
         seed_L=np.arange(L, dtype=np.int64) + 1000003 * (seed % 1000),
         goal_L=np.array(goal_L / task.mean_L, dtype=np.float64, order="C"),

@@ -90,8 +90,8 @@ class NearState(NamedTuple):
         Load of each GPU.
     left_1 : array of int64, shape [1]
         Replicas that the layer may still gain.
-    domain_G, inside_ED, spread_1 : arrays of int64
-        Failure domains from 0, replicas of each expert there, and domains that an expert must reach.
+    domain_G, inside_ED, spread_E : arrays of int64
+        Failure domains from 0, replicas of each expert there, and domains that it must reach.
     delta_G : array of int64, shape [G]
         Zeros, between uses.
     """
@@ -118,7 +118,7 @@ class NearState(NamedTuple):
     left_1: Any
     domain_G: Any
     inside_ED: Any
-    spread_1: Any
+    spread_E: Any
     delta_G: Any
 
 
@@ -297,7 +297,7 @@ def noise(seed: Any, number: Any) -> Any:
 
 def may_leave(state: NearState, e: int, g: int, to: int) -> bool:
     """Whether a replica may go, to another GPU or (-1) for good, as far as domains say."""
-    if state.spread_1[0] <= 1:
+    if state.spread_E[e] <= 1:
         return True
     reach = 0
     for d in range(state.inside_ED.shape[1]):
@@ -305,7 +305,7 @@ def may_leave(state: NearState, e: int, g: int, to: int) -> bool:
         if to >= 0:
             inside += d == state.domain_G[to]
         reach += inside > 0
-    return bool(reach >= state.spread_1[0])
+    return bool(reach >= state.spread_E[e])
 
 
 def reaches(state: NearState, e: int) -> bool:
@@ -313,7 +313,7 @@ def reaches(state: NearState, e: int) -> bool:
     reach = 0
     for d in range(state.inside_ED.shape[1]):
         reach += state.inside_ED[e, d] > 0
-    return bool(reach >= state.spread_1[0])
+    return bool(reach >= state.spread_E[e])
 
 
 def pressure(state: NearState) -> int:
@@ -350,7 +350,7 @@ def _deltas(state: NearState, e_X: Any, out_X: Any, into_X: Any, piece_XN: Any) 
 
 def _leaves(state: NearState, e_X: Any, g_X: Any, to_X: Any) -> Any:
     """`may_leave` of many, shape [X]."""
-    if state.spread_1[0] <= 1:
+    if state.spread_E.max() <= 1:
         return np.ones(len(e_X), dtype=np.bool_)
     asked = zip(e_X.tolist(), g_X.tolist(), to_X.tolist(), strict=True)
     return np.array([may_leave(state, *one) for one in asked], dtype=np.bool_)
@@ -654,8 +654,10 @@ class NearLayers(NamedTuple):
         Nodes and failure domains, numbers from 0.
     speed_G : array of float, shape [G]
         Speeds, mean 1 in the unit of the loads.
-    spread_L, replicas_L : arrays of int64, shape [L]
-        Domains that an expert must reach, and replicas that a layer may have.
+    spread_LE : array of int64, shape [L, E]
+        Domains that each expert must reach.
+    replicas_L : array of int64, shape [L]
+        Replicas that a layer may have.
     seed_L : array of int64, shape [L]
         For the random choices.
     goal_L : array of float, shape [L]
@@ -680,7 +682,7 @@ class NearLayers(NamedTuple):
     node_G: Any
     domain_G: Any
     speed_G: Any
-    spread_L: Any
+    spread_LE: Any
     replicas_L: Any
     seed_L: Any
     goal_L: Any
@@ -720,7 +722,7 @@ def new_state(layers: NearLayers, x: int) -> NearState:
         np.zeros(1, dtype=np.int64),
         layers.domain_G,
         np.zeros((E, layers.domain_G.max() + 1), dtype=np.int64),
-        np.full(1, layers.spread_L[x], dtype=np.int64),
+        layers.spread_LE[x],
         np.zeros(G, dtype=np.int64),
     )
 

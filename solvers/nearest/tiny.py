@@ -62,7 +62,7 @@ def _beam(
     for step, e in enumerate(order_E.tolist()):
         may_S = ~(sets_SG & ~rules.allowed_EG[e]).any(1) & ~(rules.pinned_EG[e] & ~sets_SG).any(1)
         may_S &= (size_S >= rules.least_E[e]) & (size_S <= rules.most_E[e])
-        may_S &= np.array([len(set(rules.domain_G[row].tolist())) >= rules.spread for row in sets_SG])
+        may_S &= np.array([len(set(rules.domain_G[row].tolist())) >= rules.spread_E[e] for row in sets_SG])
         some_S = np.flatnonzero(may_S)
         used_WSG = used_WG[:, None, :] + sets_SG[some_S]
         fits = (used_WSG <= room_G).all(2) & (used_WSG.sum(2) + after_E[step + 1] <= slots)

@@ -133,7 +133,7 @@ def _harm(
 @njit
 def _needed(state: Any, e: Any, g: Any) -> Any:  # pragma: no cover
     """Whether an expert would reach too few domains without its slot on a GPU."""
-    if state.spread_1[0] <= 1 or state.reach_E[e] > state.spread_1[0]:
+    if state.spread_E[e] <= 1 or state.reach_E[e] > state.spread_E[e]:
         return False
     return state.on_EG[e, g] == 1 and state.inside_ED[e, state.domain_G[g]] == 1
 
@@ -156,7 +156,7 @@ def _gather(state: Any, h: Any, over_G: Any, press_G: Any) -> Any:  # pragma: no
     count_E, least_E, piece_E, heavier_E = state.count_E, state.least_E, state.piece_E, state.heavier_E
     held_EG, soft_G, left, capacity_G = state.held_EG, state.slack_G, state.left_1[0], state.capacity_G
     back_GC, work = state.back_GC, state.work_WX
-    spread, held = state.spread_1[0] > 1, state.facts_2[1] > 0
+    spread, held = state.facts_3[2] > 0, state.facts_3[1] > 0
     G, C = content_GC.shape
     n = 0
     for g in range(G):
@@ -224,8 +224,8 @@ def _try_places(
     press_G: Any,
 ) -> None:  # pragma: no cover
     content_GC, on_EG, price_EG, open_EG = state.content_GC, state.on_EG, state.price_EG, state.open_EG
-    soft_G, spread, back_GC, work = state.slack_G, state.spread_1[0] > 1, state.back_GC, state.work_WX
-    piece_E, lighter_E, cheapest = state.piece_E, state.lighter_E, state.facts_2[0]
+    soft_G, spread, back_GC, work = state.slack_G, state.facts_3[2] > 0, state.back_GC, state.work_WX
+    piece_E, lighter_E, cheapest = state.piece_E, state.lighter_E, state.facts_3[0]
     C = content_GC.shape[1]
     n = _gather(state, h, over_G, press_G)
     gpu_Y, slot_Y, yields_Y = work[0], work[1], work[2]
@@ -300,9 +300,9 @@ def _spread_out(state: Any, h: Any, over_G: Any, press_G: Any) -> Any:  # pragma
     its GPU, slack, pressure.
     """
     content_GC, held_EG, back_GC, piece_E = state.content_GC, state.held_EG, state.back_GC, state.piece_E
-    work, soft_G, cheapest = state.work_WX, state.slack_G, state.facts_2[0]
+    work, soft_G, cheapest = state.work_WX, state.slack_G, state.facts_3[0]
     arrive_E = work[7]
-    spread, held = state.spread_1[0] > 1, state.facts_2[1] > 0
+    spread, held = state.facts_3[2] > 0, state.facts_3[1] > 0
     G, C = content_GC.shape
     cheap = 0
     for g in range(G):
@@ -350,8 +350,8 @@ def _try_swaps(
     press_G: Any,
 ) -> None:  # pragma: no cover
     content_GC, on_EG, price_EG, open_EG = state.content_GC, state.on_EG, state.price_EG, state.open_EG
-    piece_E, held_EG, cheapest, work = state.piece_E, state.held_EG, state.facts_2[0], state.work_WX
-    spread = state.spread_1[0] > 1
+    piece_E, held_EG, cheapest, work = state.piece_E, state.held_EG, state.facts_3[0], state.work_WX
+    spread = state.facts_3[2] > 0
     G, C = content_GC.shape
     K = len(rate_K) - 1
     over_h, soft_h, before_h = over_G[h], state.slack_G[h], press_G[h]

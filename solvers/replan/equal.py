@@ -333,7 +333,7 @@ class _Search:
             held_LEG=np.zeros((1, E, G), dtype=np.bool_),
             speed_G=speed.copy(),  # arrays that may not be written to are another type, and compiled anew
             domain_G=np.zeros(G, dtype=np.int64),
-            spread_L=np.ones(n, dtype=np.int64),
+            spread_LE=np.ones((n, E), dtype=np.int64),
             replicas_L=task.capacity_LG[rows].sum(axis=1),
             word_L=np.array(
                 [equal_state.first_word(wish.seed, row) for row in rows.tolist()], dtype=np.uint64
@@ -352,7 +352,7 @@ class _Search:
                 open_LEG=np.stack([rule.allowed_EG for rule in rules]),
                 held_LEG=np.stack([rule.pinned_EG for rule in rules]),
                 domain_G=np.array(rules[0].domain_G, dtype=np.int64),
-                spread_L=np.array([rule.spread for rule in rules], dtype=np.int64),
+                spread_LE=np.array([rule.spread_E for rule in rules], dtype=np.int64),
                 replicas_L=np.array([rule.total for rule in rules], dtype=np.int64),
             )
         settings = EqualSearch(full, copies, 0, _MOST_BACK, _TRIES, 0)

@@ -93,14 +93,14 @@ class LayerState(NamedTuple):
         Failure domains, numbers from 0.
     inside_ED, reach_E : array of int64, shapes [E, D] and [E]
         GPUs of each domain that hold an expert, and domains that it reaches.
-    spread_1 : array of int64, shape [1]
-        Domains that an expert must reach.
+    spread_E : array of int64, shape [E]
+        Domains that each expert must reach.
     arrive_GE : array of int64, shape [G, E]
         `price_EG` the other way round, `BARRED` where an expert may not be placed.
     back_GC : array of int64, shape [G, C]
         What it pays back to empty each slot.
-    facts_2 : array of int64, shape [2]
-        The least price that is not 0, and whether anything is held.
+    facts_3 : array of int64, shape [3]
+        The least price that is not 0, whether anything is held, and whether anything must be spread.
     work_WX, steps_X4 : arrays of int64
         Room for the compiled form.
     """
@@ -127,10 +127,10 @@ class LayerState(NamedTuple):
     domain_G: Any
     inside_ED: Any
     reach_E: Any
-    spread_1: Any
+    spread_E: Any
     arrive_GE: Any
     back_GC: Any
-    facts_2: Any
+    facts_3: Any
     work_WX: Any
     steps_X4: Any
 
@@ -423,7 +423,7 @@ def _harm(state: LayerState, f: Any, gpu: Any) -> tuple[Any, Any]:
 def _needed(state: LayerState, e: Any, g: Any) -> Any:
     """Whether an expert would reach too few domains without its slot on a GPU."""
     alone = (state.on_EG[e, g] == 1) & (state.inside_ED[e, state.domain_G[g]] == 1)
-    return alone & (state.reach_E[e] <= state.spread_1[0]) & (state.spread_1[0] > 1)
+    return alone & (state.reach_E[e] <= state.spread_E[e]) & (state.spread_E[e] > 1)
 
 
 def _astray(state: LayerState, e: Any, g: Any, to: Any) -> Any:
@@ -701,7 +701,7 @@ def put_back(state: LayerState, start_GC: Any, chosen_G: Any, best_GC: Any, most
                     chosen_G[g] = True
                     grown = True
         if not missing:
-            spread = (state.reach_E >= state.spread_1[0]).all()
+            spread = (state.reach_E >= state.spread_E).all()
             return state.left_1[0] >= 0 and spread and not (state.count_E > state.most_E).any()
         if not grown:
             return False
@@ -836,7 +836,7 @@ def new_state(
     least_E: Any,
     most_E: Any,
     domain_G: Any,
-    spread: int,
+    spread_E: Any,
 ) -> LayerState:
     """A state of which nothing is counted yet; price, open and held are taken as they are."""
     E, G = len(load_E), len(capacity_G)
@@ -863,10 +863,13 @@ def new_state(
         domain_G,
         np.zeros((E, domain_G.max() + 1), dtype=np.int64),
         np.zeros(E, dtype=np.int64),
-        np.full(1, spread, dtype=np.int64),
+        spread_E,
         np.where(open_EG, price_EG, BARRED).T.copy(),
         np.zeros(content_GC.shape, dtype=np.int64),
-        np.array([np.where(price_EG > 0, price_EG, BARRED).min(), int(held_EG.any())], dtype=np.int64),
+        np.array(
+            [np.where(price_EG > 0, price_EG, BARRED).min(), int(held_EG.any()), int(spread_E.max() > 1)],
+            dtype=np.int64,
+        ),
         np.zeros((_WORK, max(content_GC.size, E)), dtype=np.int64),
         np.zeros((2 * content_GC.size + 4, 4), dtype=np.int64),
     )
@@ -889,8 +892,8 @@ class Layers(NamedTuple):
         Speeds.
     domain_G : array of int64, shape [G]
         Failure domains, numbers from 0.
-    spread_L : array of int64, shape [L]
-        Domains that an expert must reach.
+    spread_LE : array of int64, shape [L, E]
+        Domains that each expert must reach.
     replicas_L : array of int64, shape [L]
         Replicas that a layer may have.
     word_L : array of uint64, shape [L]
@@ -918,7 +921,7 @@ class Layers(NamedTuple):
     held_LEG: Any
     speed_G: Any
     domain_G: Any
-    spread_L: Any
+    spread_LE: Any
     replicas_L: Any
     word_L: Any
     base_LGC: Any
@@ -975,7 +978,7 @@ def search_layer(layers: Layers, search: EqualSearch, task: int, x: int, told: A
         layers.least_LE[x],
         layers.most_LE[x],
         layers.domain_G,
-        layers.spread_L[x],
+        layers.spread_LE[x],
     )
     most = layers.replicas_L[x]
     refresh(state, most)

@@ -17,6 +17,7 @@ from moeless_opt.explaining import bound_of, explain
 from moeless_opt.problems.plan import PROVEN
 from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.solvers.core import get_solver, required_features
+from tests.oracles.enumeration import wanted_domains
 from tests.strategies import plan_of
 
 # --- plans -------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def has_plan(problem: mo.Problem) -> bool:
     for held in placements(*pinned.shape):
         count, moved = held.sum(1), int((held & ~live).sum())
         total = int(count.sum())
-        reached = min(len(set(domains[row])) for row in held)
+        reached_E = [len(set(domains[row])) for row in held]
         tops = [
             (limits.max_replicas, int(count.max())),
             (limits.max_layer_replicas, total),
@@ -196,7 +197,7 @@ def has_plan(problem: mo.Problem) -> bool:
         if (
             count.min() >= limits.min_replicas
             and (held.sum(0) <= room).all()
-            and reached >= limits.spread
+            and (reached_E >= wanted_domains(problem)[0]).all()
             and not (pinned & ~held).any()
             and not (forbidden & held).any()
             and all(top is None or value <= top for top, value in tops)
@@ -228,6 +229,7 @@ def strict(seed: int) -> mo.Problem:
         max_total_replicas=some(7),
         max_total_bytes=some(70),
         spread=int(rng.integers(1, 3)),
+        spread_experts=(None, 1, ((-1, 0),))[seed % 3],
         pinned=pinned,
         forbidden=tuple(pair for pair in pairs() if pair not in pinned),
         max_moves=some(3) if live else None,

@@ -66,6 +66,7 @@ VALUES: dict[str, list[str]] = {
     "model_layers": ["2"],
     "sizing": ["slots"],
     "spread": ["1"],
+    "spread_experts": ["2"],
     "failures": ["1"],
     "max_moves": ["100"],
     "max_move_bytes": ["900GB"],
@@ -97,6 +98,7 @@ NEEDS: dict[str, list[str]] = {
     "max_moves": ["--current", "live.json"],
     "max_move_bytes": ["--current", "live.json", "--model", "Mixtral-8x7B"],
     "memory": ["--model", "Mixtral-8x7B"],
+    "spread_experts": ["--spread", "1"],
     "reserve": ["--memory", "9GB", "--model", "Mixtral-8x7B"],
 }
 """What else it takes for the option to mean something."""

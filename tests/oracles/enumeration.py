@@ -184,6 +184,23 @@ class Stage:
     allowed: float
 
 
+def wanted_domains(problem: Problem) -> IntArray:
+    """Failure domains that each expert has to reach, by the words of `Limits`, shape [L, E]."""
+    limits = problem.limits
+    wanted_LE: IntArray = np.full((problem.layers, problem.experts), limits.spread, dtype=np.int64)
+    which = limits.spread_experts
+    for x, layer in enumerate(problem.loads.layers):
+        load_E = problem.loads.load_LE[x].tolist()
+        ranked = sorted(range(len(load_E)), key=lambda e: (-load_E[e], e))
+        for e in range(problem.experts):
+            if isinstance(which, int):
+                there = e in ranked[:which]
+            else:
+                there = which is None or (layer, e) in which or (-1, e) in which
+            wanted_LE[x, e] = limits.spread if there else 1
+    return wanted_LE
+
+
 class Enumeration:
     """All plans of a problem of one layer, ranked by any order of priorities.
 
@@ -236,7 +253,7 @@ class Enumeration:
         if limits.spread > 1:
             domain_G = self.problem.topology.failure_domain_G
             reached_DPE = [held_PEG[:, :, domain_G == d].any(2) for d in set(domain_G.tolist())]
-            good &= (np.sum(reached_DPE, axis=0) >= limits.spread).all(1)
+            good &= (np.sum(reached_DPE, axis=0) >= wanted_domains(self.problem)[0]).all(1)
         for _, expert, gpu in limits.pinned:
             good &= held_PEG[:, expert, gpu]
         for _, expert, gpu in limits.forbidden:

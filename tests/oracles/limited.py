@@ -109,6 +109,7 @@ def _limits(
         else None,
         max_total_bytes=int(rng.integers(10 * experts, 30 * slots)) * layers if "bytes" in some else None,
         spread=2 if "spread" in some else 1,
+        spread_experts=(None, 1, 2, ((-1, 0),))[most % 4] if "spread" in some else None,
         pinned=tuple(drawn[:pins]) if "pinned" in some else (),
         forbidden=tuple(drawn[2 : 2 + bans]) if "forbidden" in some else (),
         max_moves=int(rng.integers(0, 2 * experts)) if "moves" in some else None,

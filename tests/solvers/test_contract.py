@@ -103,6 +103,30 @@ def test_the_table_tells_what_every_solver_honours() -> None:
     assert set(WANTED) == set(Feature) - {Feature.CERTIFIES}
 
 
+@pytest.mark.parametrize("which", [2, ((0, 5), (0, 1)), ()], ids=str)
+@pytest.mark.parametrize("name", [name for name in NAMES if Feature.SPREAD in FEATURES[name]])
+def test_spread_is_asked_of_some_experts_alone(name: str, which: Any) -> None:
+    problem = problem_for(name, Feature.SPREAD)
+    small = problem.topology.replace(slots_G=np.array([2, 2, 2, 2]))  # too few for all six twice
+    live = None if problem.current is None else mo.plan(OTHER_LE, small, split=problem.split)
+    problem = problem.replace(
+        topology=small,
+        limits=problem.limits.replace(spread_experts=which),
+        current=None if live is None else mo.Placement(slots_LGC=live.slots_LGC, experts=6),
+    )
+    try:
+        plan = mo.solve(problem, name, time_limit=5).plan
+    except mo.InfeasibleError:
+        assert name == "lazarus"  # it has pods for all experts or none
+        return
+    assert plan is not None
+    assert mo.violations(problem, plan) == []
+    domain_G = problem.topology.failure_domain_G
+    hot = [(x, e) for x in range(2) for e in np.argsort(-LOAD_LE[x], kind="stable")[:2].tolist()]
+    for layer, expert in hot if which == 2 else which:
+        assert len(set(domain_G[(plan.slots_LGC[layer] == expert).any(1)].tolist())) == 2
+
+
 @pytest.mark.parametrize("feature", WANTED)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_feature_is_honoured_or_refused_by_name(name: str, feature: Feature) -> None:

@@ -455,6 +455,7 @@ def whole_documents() -> dict[str, dict[str, Any]]:
             "max_moves": 3,
             "max_move_seconds": 1.0,
             "spread": 1,
+            "spread_experts": [[-1, 2]],
             "pinned": [[0, 0, 0]],
             "forbidden": [[0, 2, 0]],
         },

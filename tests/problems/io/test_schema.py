@@ -110,6 +110,8 @@ GOOD = [
     ("objective", {"priorities": ["moves", "balance"], "horizon": None, "risk": "cvar", "cvar_alpha": 0.5}),
     ("objective", {"risk": "sigma", "sigma": 0.5}),
     ("limits", {"max_moves": None, "pinned": [[-1, 0, 1]], "spread": 1, "max_move_seconds": 0.5}),
+    ("limits", {"spread": 1, "spread_experts": 2}),
+    ("limits", {"spread_experts": [[-1, 0], [0, 1]]}),
     ("current", {"slots": [[[0, 1], [2, -1]]]}),
     ("known", {"source": "me", "best": [3.0], "bound": [2.0]}),
     ("name", "x"),

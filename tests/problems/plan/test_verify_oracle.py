@@ -18,6 +18,7 @@ from moeless_opt.problems.spec.problem import Problem
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.problems.spec.wishes import Limits
+from tests.oracles.enumeration import wanted_domains
 from tests.strategies import full_slots, plan_of, random_shares, random_slots, slow_time
 
 SLACK = 1e-6
@@ -161,10 +162,11 @@ class Judge:
             if cap is not None and value > cap:
                 said.append(f"{what}, at most {cap} are allowed")
         domain, narrow = self.problem.topology.failure_domain_G, []
+        wanted_LE = wanted_domains(self.problem)
         for x in range(self.L):
             for e in range(self.E):
                 reach = len({domain[g] for g in range(self.G) if self.count[x][g][e]})
-                if limits.spread > 1 and reach < limits.spread:
+                if reach < wanted_LE[x, e] and wanted_LE[x, e] > 1:
                     narrow.append(
                         f"layer {self.layer[x]}: expert {e} is in {reach} failure domains, "
                         f"must be in {limits.spread}"
@@ -299,6 +301,7 @@ def random_limits(rng: Any, plan: Plan, problem: Problem) -> Limits:
         if rng.random() < 0.5 and least > 0
         else None,
         "spread": int(rng.choice([1, 1, 2, 3])),
+        "spread_experts": (None, 1, 2, ((-1, 0),))[int(replicas.sum()) % 4],
         "pinned": pairs(),
     }
     wanted["forbidden"] = pairs(*wanted["pinned"])

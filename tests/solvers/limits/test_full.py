@@ -10,7 +10,7 @@ from moeless_opt.api import make_problem
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.solvers.core.features import Feature, required_features
 from moeless_opt.solvers.limits import counts_of, full_counts_within, rules_of
-from tests.oracles.enumeration import even_slot_times, full_counts, set_times
+from tests.oracles.enumeration import even_slot_times, full_counts, set_times, wanted_domains
 from tests.oracles.limited import draw
 
 CASES = 60
@@ -53,7 +53,7 @@ def all_within(problem: mo.Problem) -> tuple[np.ndarray, np.ndarray]:
     for _, expert, gpu in limits.forbidden:
         keeps_P &= ~held_PEG[:, expert, gpu]
     reach_PE = sum(held_PEG[:, :, domain_G == one].any(2).astype(int) for one in np.unique(domain_G))
-    keeps_P &= (np.asarray(reach_PE) >= limits.spread).all(1)
+    keeps_P &= (np.asarray(reach_PE) >= wanted_domains(problem)[0]).all(1)
     live_EG = np.zeros(held_PEG.shape[1:], dtype=bool)
     if problem.current is not None:
         live_EG = problem.current.held_LGE[0].T

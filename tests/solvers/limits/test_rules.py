@@ -31,7 +31,7 @@ def some_rules(rng: np.random.Generator, experts: int, gpus: int) -> Rules:
         total=int(rng.integers(experts, experts * 2 + 2)),
         capacity_G=capacity_G,
         domain_G=rng.integers(0, 3, gpus),
-        spread=int(rng.integers(1, 3)),
+        spread_E=rng.integers(1, 3, experts) if rng.random() < 0.5 else np.full(experts, rng.integers(1, 3)),
     )
 
 
@@ -44,7 +44,7 @@ def all_within(rules: Rules) -> BoolArray:
 def as_stated(rules: Rules) -> Rules | None:
     """The same with the least replicas raised to what pins and domains ask for, as `rules_of` does."""
     pinned_EG = rules.pinned_EG
-    needed_E = pinned_EG.sum(1) + np.maximum(rules.spread - rules.reach_E(pinned_EG), 0)
+    needed_E = pinned_EG.sum(1) + np.maximum(rules.spread_E - rules.reach_E(pinned_EG), 0)
     rules.least_E = np.maximum(rules.least_E, needed_E)
     rules.most_E = np.minimum(rules.most_E, rules.allowed_EG.sum(1))
     return rules if (rules.least_E <= rules.most_E).all() else None

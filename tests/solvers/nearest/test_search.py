@@ -123,7 +123,9 @@ def drawn(seed: int) -> NearestTask:
                 total=int(max(held_EG.sum(), room_G.sum() - 1)),
                 capacity_G=room_G,
                 domain_G=node_G,
-                spread=int(min((held_EG @ np.eye(nodes)[node_G] > 0).sum(1).min(), 2)),
+                spread_E=np.minimum(
+                    (held_EG @ np.eye(nodes)[node_G] > 0).sum(1), 1 + np.arange(len(held_EG)) % 2
+                ),
             )
             for held_EG, room_G in zip(held_LEG, capacity_LG, strict=True)
         ]

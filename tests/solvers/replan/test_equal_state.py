@@ -48,11 +48,12 @@ def random_state(rng: np.random.Generator, *, copies: bool = False, full: bool =
         np.ones(E, dtype=np.int64),
         np.full(E, G * C if copies else G),
         rng.integers(0, 3, G),
-        1,
+        np.ones(E, dtype=np.int64),
     )
     equal_state.refresh(state, G * C)
     if rng.random() < 0.5:
-        state.spread_1[0] = state.reach_E.min()
+        state.spread_E[:] = np.where(rng.random(E) < 0.7, state.reach_E.min(), 1)
+        state.facts_3[2] = int(state.spread_E.max() > 1)
     equal_state.give_rooms(state, rng.uniform(0.5, 2.0, G), float(load.sum() / LOAD_UNIT / G * 1.1))
     return state
 
@@ -96,7 +97,7 @@ def test_changes_are_exact_kept_up_to_date_and_taken_back(seed: int, copies: boo
         if kind == equal_state.SWAP:
             assert state.open_EG[f, h]
         assert state.count_E.min() >= 1
-        assert state.reach_E.min() >= state.spread_1[0]
+        assert (state.reach_E >= state.spread_E).all()
         assert not full or (state.content_GC >= 0).sum() == (before[1] >= 0).sum()
         equal_state.unmake(state, change)
         np.testing.assert_array_equal(state.content_GC, before[1])
@@ -138,7 +139,7 @@ def test_the_first_change_is_the_best_of_all_single_ones(seed: int) -> None:
                         continue
                     if kind == equal_state.MOVE and f >= 0 and state.on_EG[f, h]:
                         continue
-                    if state.spread_1[0] > 1:
+                    if state.spread_E.max() > 1:
                         continue
                     assert rate((kind, e, h, at, f, g, to)) <= found * (1 + 1e-9)
 
@@ -205,7 +206,7 @@ def one_layer(state: LayerState, rng: np.random.Generator) -> Layers:
         held_LEG=state.held_EG[None],
         speed_G=np.ones(G),
         domain_G=state.domain_G,
-        spread_L=state.spread_1.copy(),
+        spread_LE=state.spread_E[None].copy(),
         replicas_L=np.array([state.content_GC.size]),
         word_L=np.array([equal_state.first_word(3, 0)], dtype=np.uint64),
         base_LGC=state.content_GC[None].copy(),
