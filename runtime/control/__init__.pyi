@@ -5,4 +5,5 @@ from .controller import Controller as Controller
 from .decision import stacked as stacked
 from .foreseer import Counted as Counted
 from .layer_planner import LayerPlanner as LayerPlanner
+from .learnt_times import LearntTimes as LearntTimes
 from .planner import Planner as Planner

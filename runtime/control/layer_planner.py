@@ -64,17 +64,14 @@ class LayerPlanner:
         gain: float = 0.02,
         kicks: int | None = None,
     ) -> None:
-        if time.unit != "s":
-            raise ProblemError("time.unit", f"is {time.unit!r}, must be 's': loading is weighed against time")
-        self.topology, self.model, self.time = topology, model, time
+        self.topology, self.model = topology, model
         self.distance = whole("distance", distance, low=1)
         self.gain = number("gain", gain)
         self.kicks = None if kicks is None else whole("kicks", kicks)
         bytes_L = np.full(model.layers, model.expert_bytes, dtype=np.int64)
         self.capacity_LG: IntArray = topology.capacity_LG(bytes_L, model.experts)
-        most = min(int(self.capacity_LG.max()), model.experts)
         self.per_token = number("per_token", per_token)
-        self.table = TimeTable.of(time, most, per_token=self.per_token)
+        self.plan_by(time)
         links = topology.links
         slowest = links.inter_node if topology.nodes > 1 else links.intra_node
         self.load_G: FloatArray = np.full(topology.gpus, links.latency + model.expert_bytes / slowest)
@@ -82,6 +79,13 @@ class LayerPlanner:
         one = np.ones((1, 1))
         slots = np.zeros((1, 1, 1), dtype=np.int32)
         timed_plan(one, slots, one.astype(np.int64), one[0], self.table, load_G=one[0], kicks=0)
+
+    def plan_by(self, time: TimeModel) -> None:
+        """Plan by these times from now on: what was learnt since (see `learnt_times`), in seconds."""
+        if time.unit != "s":
+            raise ProblemError("time.unit", f"is {time.unit!r}, must be 's': loading is weighed against time")
+        most = min(int(self.capacity_LG.max()), self.model.experts)
+        self.time, self.table = time, TimeTable.of(time, most, per_token=self.per_token)
 
     def expected_L(self, load_LE: FloatArray) -> FloatArray:
         """Seconds of layers in perfect balance: what hides the loading of the layers after them."""

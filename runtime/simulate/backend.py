@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray, number, whole
-from moeless_opt.problems.plan import TimeTable
 from moeless_opt.problems.spec import TimeModel
 from moeless_opt.runtime.control import MemoryReport, Observation
 from moeless_opt.runtime.pool import CostMeter, KeepAlive, WarmPool
+from moeless_opt.runtime.simulate.beliefs import Beliefs
 from moeless_opt.runtime.simulate.early import Early
 from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
 from moeless_opt.runtime.simulate.report import SimReport
@@ -39,6 +39,8 @@ class Terms:
     ----------
     believed : TimeModel, optional
         Expert times as the system believes them; the true ones by default.
+    learns : bool
+        Whether it corrects them by what its GPUs took.
     split_seconds : float, optional
         Seconds that a layer waits for live shares; by default they are free.
     elastic : bool
@@ -48,6 +50,7 @@ class Terms:
     """
 
     believed: TimeModel | None = None
+    learns: bool = False
     split_seconds: float | None = None
     elastic: bool = False
     charge_once: bool = False
@@ -119,14 +122,15 @@ class SimulatedBackend:
         self.now = 0.0
         self._peak_G: IntArray = self.bytes_L @ self.pool.held_LG
         self._served_LGC: BoolArray | None = None
-        self._believed = machine if terms.believed is None else machine.replace(time=terms.believed)
+        #: Times by which it plans.
+        self.beliefs = Beliefs(
+            machine,
+            terms.believed,
+            learns=terms.learns,
+            slots=min(int(np.max(capacity_LG)) + 1, self.experts),
+        )
         split = terms.split_seconds
         self._split = None if split is None else SplitCost(number("split_seconds", split), layers)
-        self._table = TimeTable.of(
-            self._believed.time,
-            min(int(np.max(capacity_LG)) + 1, self.experts),
-            per_token=machine.link_per_token,
-        )
         self._place(slots_LGC, None)
         self._switch: tuple[float, SlotArray, Any] | None = None
         self._stall = 0.0
@@ -140,7 +144,7 @@ class SimulatedBackend:
         if isinstance(self.transfers, PerPass) and self.transfers.patient is not True:
             self._early = Early(
                 machine=machine,
-                believed=self._believed,
+                beliefs=self.beliefs,
                 pool=self.pool,
                 rule=self.shares,
                 bytes_L=self.bytes_L,
@@ -361,6 +365,8 @@ class SimulatedBackend:
         tokens += np.tensordot(weight_B, times.tokens_BLG[done], 1)
         spent += np.tensordot(weight_B, times.seconds_BLG[done], 1)
         self._seen = (load, tokens, spent, batches + count)
+        if self.beliefs.see(times if count == part.count else times.first(count)):
+            self._placed.table, self._placed.believed = self.beliefs.table, self.beliefs.machine
         self.now = end
         self._stall = 0.0
         self._load_L = np.zeros_like(self._load_L)
@@ -382,11 +388,11 @@ class SimulatedBackend:
     def _made(self, slots_LGC: SlotArray, share_LGC: FloatArray | None) -> Placed:
         return Placed(
             self.machine,
-            self._table,
+            self.beliefs.table,
             slots_LGC,
             share_LGC,
             brief=self.transfers.per_pass,
-            believed=self._believed,
+            believed=self.beliefs.machine,
             split=self._split,
         )
 

@@ -14,6 +14,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.spec import replica_keys
 from moeless_opt.runtime.pool import WarmPool
+from moeless_opt.runtime.simulate.beliefs import Beliefs
 from moeless_opt.runtime.simulate.coming import STAGED, Coming
 from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
 from moeless_opt.runtime.simulate.shares import Placed, ShareRule
@@ -28,8 +29,10 @@ class Early:
 
     Parameters
     ----------
-    machine, believed : Machine
-        True times, and those that decide what to wait for.
+    machine : Machine
+        True times.
+    beliefs : Beliefs
+        Those that decide what to wait for.
     pool : WarmPool
         What is in memory or on its way.
     rule : ShareRule
@@ -47,7 +50,7 @@ class Early:
     """
 
     machine: Machine
-    believed: Machine
+    beliefs: Beliefs
     pool: WarmPool
     rule: ShareRule
     bytes_L: IntArray
@@ -247,4 +250,4 @@ class Early:
 
     def _believes(self, slots_LGC: SlotArray, placed: Placed) -> Placed:
         """Some layers, in the times that are believed."""
-        return Placed(self.believed, placed.table, slots_LGC, brief=True)
+        return Placed(self.beliefs.machine, placed.table, slots_LGC, brief=True)

@@ -16,7 +16,8 @@ weights and the KV cache, on data-parallel GPUs. It is the same for every policy
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 
@@ -50,6 +51,8 @@ class LayerTimes:
         Token-expert pairs that each GPU served.
     seconds_BLG : array, shape [B, L, G]
         Expert time of each GPU.
+    activated_BLG : array, shape [B, L, G]
+        Replicas of each GPU that served a token.
     used_BL : array, shape [B, L]
         Replicas that served a token.
     """
@@ -60,12 +63,23 @@ class LayerTimes:
     mean_BL: FloatArray
     tokens_BLG: FloatArray
     seconds_BLG: FloatArray
+    activated_BLG: FloatArray
     used_BL: FloatArray
 
     @property
     def layer_BL(self) -> FloatArray:
         """Seconds of the whole MoE layer, shape [B, L]."""
         return np.asarray(self.network_BL + self.experts_BL + self.split_BL)
+
+    @classmethod
+    def joined(cls, parts: Sequence[LayerTimes]) -> LayerTimes:
+        """Passes one after the other."""
+        names = [part.name for part in fields(cls)]
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+    def first(self, count: int) -> LayerTimes:
+        """Those of the first passes."""
+        return LayerTimes(**{part.name: getattr(self, part.name)[:count] for part in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -239,6 +253,7 @@ class Machine(Record):
             mean_BL=seconds.mean(1).reshape(passes, layers),
             tokens_BLG=tokens.reshape(shape),
             seconds_BLG=seconds.reshape(shape),
+            activated_BLG=used.reshape(shape).astype(np.float64),
             used_BL=used.sum(1).reshape(passes, layers).astype(np.float64),
         )
 

@@ -23,7 +23,14 @@ from moeless_opt.runtime.simulate.backend import SimulatedBackend, Terms
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.options import unknown
 from moeless_opt.runtime.simulate.settings import Settings
-from moeless_opt.runtime.simulate.shares import EqualRule, PerfectRule, PlannedRule, ShareRule, TimedRule
+from moeless_opt.runtime.simulate.shares import (
+    EqualRule,
+    FoundRule,
+    PerfectRule,
+    PlannedRule,
+    ShareRule,
+    TimedRule,
+)
 from moeless_opt.runtime.simulate.transfers import Overlapped, PerPass, Sooner, Transfers, WarmFirst
 
 __all__ = [
@@ -181,6 +188,7 @@ class Policy:
             decide_seconds=settings.decide_ms * 1e-3,
             terms=Terms(
                 believed=None if settings.believed == "exact" else machine.believed(settings.believed),
+                learns=settings.believed == "learnt" and "believed" in self.settings_read,
                 split_seconds=settings.split_seconds(model.experts, topology.gpus),
                 elastic=self.elastic,
                 charge_once=settings.charge_once,
@@ -253,16 +261,25 @@ def _moeless(site: Site, cv: float | None = None, within: float | None = None) -
     )
 
 
-def _by_time(site: Site) -> LayerPlanner:
-    machine, settings = site.machine, site.settings
-    return LayerPlanner(
-        site.topology,
-        machine.model,
-        machine.believed(settings.believed),
-        per_token=machine.link_per_token,
-        distance=settings.distance,
-        gain=settings.gain,
-    )
+class _ByTime:
+    """Plans by the times that the backend believes at the moment."""
+
+    def __init__(self, site: Site) -> None:
+        machine, settings = site.machine, site.settings
+        self.backend = site.backend
+        self.planner = LayerPlanner(
+            site.topology,
+            machine.model,
+            site.backend.beliefs.time,
+            per_token=machine.link_per_token,
+            distance=settings.distance,
+            gain=settings.gain,
+        )
+
+    def __call__(self, load_LE: FloatArray, live_LGC: SlotArray) -> Plan:
+        if self.backend.beliefs.time is not self.planner.time:
+            self.planner.plan_by(self.backend.beliefs.time)
+        return self.planner(load_LE, live_LGC)
 
 
 # ------------------------------------------------------------------------------------------- our own
@@ -315,6 +332,14 @@ _OURS = (
         compared=True,
         colour="#999999",
         marker="^",
+    ),
+    Policy(
+        name="oracle-placed",
+        summary="the same slots, loads known, true times; moves and shares free: what placing could do",
+        shares=FoundRule(),
+        part=BOUND,
+        colour="#666666",
+        marker="2",
     ),
     Policy(
         name="moeless",
@@ -418,7 +443,7 @@ _OURS = (
         summary="per pass from the same prediction, by the time model: moves only what pays, live shares",
         shares=_TIMED,
         transfers=_PER_PASS_WAY,
-        planner=_by_time,
+        planner=_ByTime,
         elastic=True,
         reads=frozenset({"gain"}),
         colour="#0072B2",
@@ -429,7 +454,7 @@ _OURS = (
         summary="... every layer waits for all that it loads",
         shares=_TIMED,
         transfers=PerPass(),
-        planner=_by_time,
+        planner=_ByTime,
         elastic=True,
         reads=frozenset({"gain"}),
         colour="#004488",
@@ -440,7 +465,7 @@ _OURS = (
         summary="... no layer waits: what is there serves until a load has come",
         shares=_TIMED,
         transfers=WarmFirst(),
-        planner=_by_time,
+        planner=_ByTime,
         elastic=True,
         reads=frozenset({"gain"}),
         colour="#66CCEE",

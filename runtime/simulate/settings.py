@@ -24,7 +24,7 @@ __all__ = ["BELIEVED", "Settings"]
 
 _POLICIES = "policies"
 
-BELIEVED = ("linear", "datasheet", "exact")
+BELIEVED = ("learnt", "linear", "datasheet", "exact")
 """What policies may take for the experts' times; the truth judges."""
 
 #: Microseconds of a layer's search on a host, by experts x GPUs (tests/benchmarks/split_cost.py).
@@ -85,9 +85,10 @@ class Settings(Record):
         group=_POLICIES,
     )
     believed: str = option(
-        "linear",
+        "learnt",
         name_of(BELIEVED),
-        "expert times that policies plan by: linear (a fit, a tenth off), datasheet (bare peaks), exact",
+        "expert times that policies plan by: linear (a fit, a tenth off), learnt (begins there, corrected by "
+        "what GPUs took), datasheet (bare peaks), exact",
         group=_POLICIES,
     )
     charge_once: bool = option(

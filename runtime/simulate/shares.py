@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from moeless_opt.api import plan
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan import TimeTable
 from moeless_opt.problems.spec import equal_shares
@@ -19,12 +20,13 @@ from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
 from moeless_opt.runtime.simulate.options import unknown
 from moeless_opt.runtime.simulate.wide import MANY, WideShares
 from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
-from moeless_opt.solvers.timed import shares_of_one, timed_shares
+from moeless_opt.solvers.timed import shares_of_one, timed_plan, timed_shares
 
 __all__ = [
     "SHARES",
     "BalancedRule",
     "EqualRule",
+    "FoundRule",
     "PerfectRule",
     "Placed",
     "PlannedRule",
@@ -299,14 +301,63 @@ class PerfectRule:
             mean_BL=seconds_BLG.mean(2),
             tokens_BLG=tokens_BLG,
             seconds_BLG=seconds_BLG,
+            activated_BLG=each_BLG,
             used_BL=active_BL.astype(np.float64),
         )
         return times, None
 
 
+class FoundRule:
+    """Placed anew for every pass and layer by its own loads and the true times, nothing paid for: no system.
+
+    What the slots allow, as far as a long search finds it; `PerfectRule` asks for a balance that whole
+    replicas in so many slots cannot have.
+    """
+
+    name, live = "found", False
+    KICKS = 64
+    """Shakes of each layer: within 1 % of what is proven possible (tests/benchmarks/oracle_gap.py)."""
+
+    def times(self, load_BLE: FloatArray, placed: Placed) -> tuple[LayerTimes, BoolArray | None]:
+        """See `ShareRule`."""
+        machine = placed.machine
+        bytes_L = np.full(load_BLE.shape[1], machine.model.expert_bytes, dtype=np.int64)
+        capacity_LG = machine.topology.capacity_LG(bytes_L, machine.model.experts)
+        most = min(int(capacity_LG.max()), machine.model.experts)
+        table = TimeTable.of(machine.time, most, per_token=machine.link_per_token)
+        return LayerTimes.joined(
+            [self._best(load_LE, placed, capacity_LG, table) for load_LE in load_BLE]
+        ), None
+
+    def _best(
+        self, load_LE: FloatArray, placed: Placed, capacity_LG: IntArray, table: TimeTable
+    ) -> LayerTimes:
+        """The quicker of two searches for each layer: from what stands, and from balanced tokens."""
+        machine = placed.machine
+        starts = [placed.slots_LGC]
+        if load_LE.any():
+            starts.append(plan(load_LE, machine.topology, model=machine.model, solver="construct").slots_LGC)
+        found = [
+            timed_plan(
+                load_LE,
+                slots_LGC,
+                capacity_LG,
+                machine.topology.speed_G,
+                table,
+                load_G=np.zeros(machine.topology.gpus),
+                kicks=self.KICKS,
+            )
+            for slots_LGC in starts
+        ]
+        best_L = np.argmin([one.value_L for one in found], axis=0)[:, None, None]
+        slots_LGC = np.choose(best_L, [one.slots_LGC for one in found])
+        share_LGC = np.choose(best_L, [one.share_LGC for one in found])
+        return machine.layers(load_LE[None], slots_LGC, share_LGC[None])
+
+
 SHARES: dict[str, ShareRule] = {
     rule.name: rule
-    for rule in (EqualRule(), PlannedRule(), BalancedRule(), TimedRule(), PerfectRule())
+    for rule in (EqualRule(), PlannedRule(), BalancedRule(), TimedRule(), PerfectRule(), FoundRule())
 }  # fmt: skip
 """The rules by name."""
 
