@@ -21,12 +21,12 @@ from moeless_opt.fronts import checked_schedule
 from moeless_opt.problems.arrays import IntArray, Record, SlotArray, integers
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import Migration, Plan, Survival, survival_of
-from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, Topology, span
+from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, Sizing, SizingPolicy, Topology, span
 from moeless_opt.problems.text import bytes_text
 from moeless_opt.report import ratio_text
 from moeless_opt.solvers.core import Clock
 
-__all__ = ["Repair", "Resize", "drain", "expand", "repair", "survival"]
+__all__ = ["Repair", "Resize", "drain", "expand", "limits_left", "repair", "survival"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -45,7 +45,8 @@ class Repair(Record):
     coverage : Plan
         Every expert back, by the fewest moves; of ``coverage.made_for``.
     plan : Plan
-        Balanced, from there; of ``plan.made_for``. The same as `coverage` where balance was not asked for.
+        Balanced, from there; of ``plan.made_for``. The same as `coverage` where balance was not asked for,
+        and where the layers share the GPUs' bytes (``memory``).
     seconds : (float, float)
         Time to plan each.
     """
@@ -100,7 +101,7 @@ class Resize(Record):
 
 
 def repair(
-    plan: Plan,
+    plan: Plan | Placement,
     lost: Sequence[int],
     *,
     problem: Problem | None = None,
@@ -113,12 +114,12 @@ def repair(
 
     Parameters
     ----------
-    plan : Plan
+    plan : Plan or Placement
         What was live when they failed.
     lost : sequence of int
         The GPUs that are gone.
     problem : Problem, optional
-        What the plan is for; needed where the plan was read from a file.
+        What the plan is for; needed for a placement, and where the plan was read from a file.
     loads : array [L, E] or Loads, optional
         Loads to plan for; the problem's by default.
     balance : bool
@@ -156,18 +157,15 @@ def repair(
     live = Placement(slots_LGC=slots_LGC, experts=given.experts, partial=True)
     missing = int((live.replicas_LE == 0).sum())
     live = live if missing else live.replace(partial=False)
-    # First aid knows nothing of nearness: groups come home and costs count when there is time to balance.
-    first = left.replace(
-        current=live,
-        objective=left.objective.replace(horizon=None, priorities=("balance", "moves")),
-        groups=None if balance else left.groups,
-        known=None,
-    )
-    coverage = _solved(first, solver="cover")
+    limits = left.limits.replace(max_moves=max_moves)
+    if left.sizing.policy == SizingPolicy.MEMORY:
+        # Which layer has how many slots is found together with the balance.
+        coverage = _solved(left.replace(current=live, limits=limits, known=None), **options)
+    else:
+        coverage = _solved(_first_aid(left, live, balance), solver="cover")
     covered_after = began.seconds
     found = coverage
-    if balance:
-        limits = left.limits.replace(max_moves=max_moves)
+    if balance and left.sizing.policy != SizingPolicy.MEMORY:
         current = Placement(slots_LGC=coverage.slots_LGC, experts=given.experts)
         found = _solved(left.replace(current=current, limits=limits, known=None), **options)
     return Repair(
@@ -180,8 +178,23 @@ def repair(
     )
 
 
+def _first_aid(left: Problem, live: Placement, balance: bool) -> Problem:
+    """What coverage is of.
+
+    Nothing of nearness (groups come home, and costs count, when there is time to balance), nor of how many
+    replicas are worth their bytes.
+    """
+    return left.replace(
+        current=live,
+        sizing=left.sizing if left.sizing.policy == SizingPolicy.FILL else Sizing(),
+        objective=left.objective.replace(horizon=None, priorities=("balance", "moves")),
+        groups=None if balance else left.groups,
+        known=None,
+    )
+
+
 def drain(
-    plan: Plan,
+    plan: Plan | Placement,
     gpus: Sequence[int],
     *,
     problem: Problem | None = None,
@@ -192,7 +205,7 @@ def drain(
 
     Parameters
     ----------
-    plan : Plan
+    plan : Plan or Placement
         What is live.
     gpus : sequence of int
         The GPUs that are to leave.
@@ -220,7 +233,7 @@ def drain(
 
 
 def expand(
-    plan: Plan,
+    plan: Plan | Placement,
     topology: Topology,
     *,
     problem: Problem | None = None,
@@ -231,7 +244,7 @@ def expand(
 
     Parameters
     ----------
-    plan : Plan
+    plan : Plan or Placement
         What is live.
     topology : Topology
         The GPUs as they will be: those of the plan first, in order, then the new ones.
@@ -303,14 +316,15 @@ def _gpus(where: str, gpus: object, high: int) -> IntArray:
     return integers(where, list(gpus), high=high)
 
 
-def _problem_of(plan: Plan, problem: Problem | None, loads: ArrayLike | Loads | None) -> Problem:
+def _problem_of(plan: Plan | Placement, problem: Problem | None, loads: ArrayLike | Loads | None) -> Problem:
     """What a plan is for, without anything live, with other loads where they are given."""
-    if not isinstance(plan, Plan):
-        raise ProblemError("plan", f"is {type(plan).__name__}, must be a Plan")
-    given = plan.made_for if problem is None else problem
-    if isinstance(given, str):
+    if not isinstance(plan, Plan | Placement):
+        raise ProblemError("plan", f"is {type(plan).__name__}, must be a Plan or a Placement")
+    given = plan.made_for if problem is None and isinstance(plan, Plan) else problem
+    if not isinstance(given, Problem):
         raise ProblemError(
-            "problem", "is missing: a plan that was read from a file does not have its problem"
+            "problem",
+            "is missing: a plan that was read from a file (or a placement) does not have its problem",
         )
     want, have = (given.layers, given.topology.gpus, given.experts), (*plan.slots_LGC.shape[:2], plan.experts)
     if want != have:
@@ -336,18 +350,39 @@ def _without(problem: Problem, gone_X: IntArray) -> Problem:
             room_G = getattr(topology, key).copy()
             room_G[gone_X] = 0
             changes[key] = room_G
-    left = problem.replace(topology=topology.replace(**changes), limits=Limits())
-    gone = set(gone_X.tolist())
-    limits = problem.limits
-    alive_G = left.usable_LG.any(0)
-    domains = np.unique(topology.failure_domain_G[alive_G]).size
-    each = int(np.minimum(left.capacity_LG, problem.experts).sum(1).min()) // problem.experts
-    limits = limits.replace(
-        spread=max(1, min(limits.spread, domains, each)),
-        min_replicas=max(1, min(limits.min_replicas, int(alive_G.sum()), each)),
-        pinned=tuple(pair for pair in limits.pinned if pair[2] not in gone),
+    left = problem.replace(topology=topology.replace(**changes))
+    return left.replace(limits=limits_left(left))
+
+
+def limits_left(problem: Problem) -> Limits:
+    """The limits of a problem some of whose GPUs are dead, as far as the others can keep them.
+
+    Without pins on dead GPUs; `spread` and `min_replicas` are as large as asked for, or as the GPUs that are
+    left have domains and slots for.
+    """
+    limits, alive_G = problem.limits, np.asarray(problem.usable_LG.any(0))
+    room_L = np.minimum(problem.capacity_LG, problem.experts).sum(1)
+    each = int(room_L.min()) // problem.experts
+    least = max(1, min(limits.min_replicas, int(alive_G.sum()), each))
+    domain_G = problem.topology.failure_domain_G
+    room_LD = np.stack(
+        [problem.capacity_LG[:, domain_G == d].sum(1) for d in np.unique(domain_G[alive_G])], 1
     )
-    return left.replace(limits=limits)
+    hot_LE = problem.spread_LE > 1
+    hot_L = hot_LE.sum(1)
+    # An expert counts once in a domain, however many slots there are.
+    reach_L = np.minimum(room_LD, hot_L[:, None]).sum(1)
+    spread = limits.spread
+    while spread > 1:
+        need_L = np.maximum(np.where(hot_LE, spread, 1), least).sum(1)
+        if spread <= room_LD.shape[1] and (need_L <= room_L).all() and (spread * hot_L <= reach_L).all():
+            break
+        spread -= 1
+    return limits.replace(
+        spread=spread,
+        min_replicas=least,
+        pinned=tuple(pair for pair in limits.pinned if alive_G[pair[2]]),
+    )
 
 
 def _solved(problem: Problem, **options: Any) -> Plan:

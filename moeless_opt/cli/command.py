@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from moeless_opt.adapters import check_name
-from moeless_opt.cli import modes
+from moeless_opt.cli import leaving, modes
 from moeless_opt.cli.inputs import read_problem
 from moeless_opt.cli.options import read_arguments
 from moeless_opt.cli.solving import run_solvers
@@ -30,6 +30,8 @@ _MODES: dict[str, Callable[[Problem, argparse.Namespace, Signals], int]] = {
     "explain": modes.tell,
     "bound": modes.bounds,
     "pareto": modes.trade_off,
+    "after-loss": leaving.after_loss,
+    "drain": leaving.drained,
     "recommend": modes.recommend,
     "export": modes.export,
 }

@@ -16,6 +16,7 @@ from moeless_opt.api import make_problem
 from moeless_opt.cli.nearness import with_nearness
 from moeless_opt.cli.options import RECORDINGS
 from moeless_opt.cli.units import gpu_list, per_gpu, size
+from moeless_opt.elastic import limits_left
 from moeless_opt.problems.arrays import IntArray, integers, whole
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.files import STDIN, gunzipped, named, read_bytes
@@ -66,6 +67,8 @@ def read_problem(args: argparse.Namespace) -> Problem:
             with named(name):
                 problem = problem_from_json(document, folder=Path(name).parent)
             problem = _override(problem, args, f"{name} is a problem")
+    if args.lost is not None:
+        problem = _lowered(problem, args)
     problem = _with_live(with_nearness(problem, args), args)
     for key in ("max_moves", "max_move_bytes"):
         if getattr(args, key) is not None and problem.current is None:
@@ -153,6 +156,24 @@ def _override(problem: Problem, args: argparse.Namespace, what: str) -> Problem:
     if args.current is not None or topology is None or problem.current is None:
         return problem.replace(**changes | ({"current": None} if args.current is not None else {}))
     return _relive(problem.replace(**changes | {"current": None}), problem.current.slots_LGC, args)
+
+
+def _lowered(problem: Problem, args: argparse.Namespace) -> Problem:
+    """The problem with limits that the GPUs that are not lost can keep, as `repair` has them."""
+    limits, kept = problem.limits, limits_left(problem)
+    domains = np.unique(problem.topology.failure_domain_G).size
+    if limits.spread > domains:  # never could be
+        kept = kept.replace(spread=limits.spread)
+    said = [
+        f"{name} {getattr(kept, name)} instead of {getattr(limits, name)}"
+        for name in ("spread", "min_replicas")
+        if getattr(kept, name) != getattr(limits, name)
+    ]
+    if len(kept.pinned) < len(limits.pinned):
+        said.append(f"{len(limits.pinned) - len(kept.pinned)} pins on lost GPUs dropped")
+    if said and not args.quiet:
+        say(f"note: {', '.join(said)}: what the GPUs that are left can hold")
+    return problem.replace(limits=kept) if said else problem
 
 
 # --- what is live ------------------------------------------------------------------------------------------

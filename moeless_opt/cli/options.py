@@ -24,6 +24,8 @@ MODES: dict[str, str] = {
     "explain": "--explain",
     "bound": "--bound",
     "pareto": "--pareto",
+    "after-loss": "--after-loss",
+    "drain": "--drain",
     "recommend": "--recommend",
     "export": "--export",
     "list-solvers": "--list-solvers",
@@ -36,7 +38,8 @@ _ALL = tuple(mode for mode in MODES if mode not in _LISTS)
 _RULES = tuple(mode for mode in _ALL if mode != "recommend")  # where slots and limits bind
 _PLANS = ("solve", "compare")
 _NEAR = ("solve", "compare", "check", "explain", "pareto")
-_LIVE = ("solve", "compare", "check", "explain", "pareto")
+_STAGED = ("after-loss", "drain")  # GPUs go: from what is live, with the order of the transfers
+_LIVE = ("solve", "compare", "check", "explain", "pareto", *_STAGED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ OPTIONS: tuple[Option, ...] = (
     _option(
         "--output",
         "-o",
-        modes=(*_PLANS, "pareto"),
+        modes=(*_PLANS, "pareto", *_STAGED),
         metavar="PLAN",
         help="write the plan here (.json, or .npz); of several, the best",
     ),
@@ -99,20 +102,20 @@ OPTIONS: tuple[Option, ...] = (
     _option("--plan", modes=_PLANS, metavar="PLAN", help="with --engine: write our plan here as well"),
     _option(
         "--solver",
-        modes=("solve", "explain"),
+        modes=("solve", "explain", *_STAGED),
         default="auto",
         help="name of the solver (default: auto; see --list-solvers)",
     ),
     _option(
         "--time",
-        modes=(*_PLANS, "pareto", "recommend", "explain"),
+        modes=(*_PLANS, "pareto", "recommend", "explain", *_STAGED),
         type=float,
         metavar="SECONDS",
         help="time limit (of each solver)",
     ),
     _option(
         "--seed",
-        modes=(*_PLANS, "pareto", "explain"),
+        modes=(*_PLANS, "pareto", "explain", *_STAGED),
         type=int,
         default=0,
         help="seed of the random parts (default: 0)",
@@ -126,7 +129,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _option(
         "--schedule",
-        modes=_PLANS,
+        modes=(*_PLANS, *_STAGED),
         metavar="JSON",
         help="write the ordered transfers from the live plan to the new one",
     ),
@@ -242,7 +245,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _input(
         "--sizing",
-        modes=(*_PLANS, "check", "explain", "bound"),
+        modes=(*_PLANS, "check", "explain", "bound", *_STAGED),
         metavar="RULE",
         help="slots, cv=0.2, makespan=1.05 (an imbalance) or memory",
     ),
@@ -262,7 +265,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _input(
         "--max-moves",
-        modes=(*_PLANS, "check", "explain"),
+        modes=(*_PLANS, "check", "explain", "after-loss"),
         type=int,
         metavar="N",
         help="replicas that may move in all",
@@ -275,7 +278,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _input(
         "--tolerance",
-        modes=(*_PLANS, "explain"),
+        modes=(*_PLANS, "explain", *_STAGED),
         type=float,
         metavar="X",
         help="balance that may be given up for fewer moves (0.01)",
@@ -405,6 +408,12 @@ def _add_modes(group: Any) -> None:
         metavar="moves|memory|traffic|groups|hops",
         help="plans from cheapest to best balanced (with --plot, a picture of the front)",
     )
+    add(
+        "--after-loss",
+        metavar="GPUS",
+        help="GPUs have failed (3,17 or 8-15): every expert back first, by the fewest loads, then balance",
+    )
+    add("--drain", metavar="GPUS", help="GPUs are to leave: who takes what they hold, while they still serve")
     add(
         "--recommend",
         action="store_true",

@@ -18,7 +18,7 @@ from moeless_opt.plots import picture_format, plot_loads
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.files import atomic_write
 from moeless_opt.problems.io import plan_to_json, save_plan
-from moeless_opt.problems.plan import Plan, even_times, imbalance
+from moeless_opt.problems.plan import Migration, Plan, even_times, imbalance
 from moeless_opt.problems.spec import Fill, Placement, Problem, Split, span
 from moeless_opt.problems.text import printable
 from moeless_opt.progress import Display
@@ -27,7 +27,7 @@ from moeless_opt.signals import Signals
 from moeless_opt.solvers.core import get_solver, require, required_features, solver_names
 from moeless_opt.terminal import say
 
-__all__ = ["find_plan", "run_solvers"]
+__all__ = ["describe", "find_plan", "json_line", "run_solvers", "schedule_document"]
 
 
 def run_solvers(problem: Problem, args: argparse.Namespace, signals: Signals) -> int:
@@ -142,7 +142,9 @@ def _write(problem: Problem, best: Plan, args: argparse.Namespace) -> None:
     if args.plot:
         atomic_write(args.plot, plot_loads(problem, best, form=picture_format(args.plot)))
     if args.schedule:
-        atomic_write(args.schedule, _schedule(problem, best))
+        from moeless_opt.fronts import migration
+
+        atomic_write(args.schedule, json_line(schedule_document(problem, migration(problem, best))))
 
 
 def _write_engine(problem: Problem, best: Plan, args: argparse.Namespace) -> None:
@@ -223,10 +225,8 @@ def _document(outcome: Comparison, best: Plan | None, change: Change | None) -> 
     }
 
 
-def _schedule(problem: Problem, plan: Plan) -> bytes:
-    from moeless_opt.fronts import migration
-
-    found = migration(problem, plan)
+def schedule_document(problem: Problem, *found: Migration) -> dict[str, Any]:
+    """Transfers in order, of one migration after another, as JSON."""
     steps = [
         {
             "seconds": step.seconds,
@@ -234,16 +234,21 @@ def _schedule(problem: Problem, plan: Plan) -> bytes:
             "transfers": [[t.layer, t.expert, t.source, t.target, t.bytes] for t in step.transfers],
             "drops_after": [[d.layer, d.expert, d.gpu] for d in step.drops_after],
         }
-        for step in found.steps
+        for one in found
+        for step in one.steps
     ]
-    document = {
+    return {
         "format": "moeless-migration",
         "version": 1,
         "problem_digest": problem.digest(),
-        "seconds": found.seconds,
-        "lower_bound": found.lower_bound,
+        "seconds": sum(one.seconds for one in found),
+        "lower_bound": sum(one.lower_bound for one in found),
         "steps": steps,
     }
+
+
+def json_line(document: dict[str, Any]) -> bytes:
+    """A document as a file's content."""
     return (json.dumps(document) + "\n").encode()
 
 

@@ -164,3 +164,114 @@ def test_the_command_asks_for_domains_and_tells_of_failures(tmp_path: Any, capsy
     assert main([*common, "--spread", "9"]) == 1
     assert main([*common, "--spread", "0"]) == 2
     assert main([*common, "--failures", "0"]) == 2
+
+
+@pytest.fixture
+def files(tmp_path: Any, monkeypatch: Any) -> list[str]:
+    """Loads and a live plan with every expert on two nodes; the command's words for them."""
+    monkeypatch.chdir(tmp_path)
+    np.save("loads.npy", LOADS)
+    mo.save_plan(mo.plan(LOADS, mo.uniform(2, 4, slots=6), limits=mo.Limits(spread=2)), "live.json")
+    return ["loads.npy", "--gpus", "2x4", "--slots", "6", "--spread", "2", "--current", "live.json"]
+
+
+def test_the_command_repairs_in_two_stages(files: list[str], capsys: Any) -> None:
+    from moeless_opt.cli.command import main
+
+    assert main([*files, "--after-loss", "3", "--json", "-o", "new.json", "--schedule", "steps.json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    wanted = mo.repair(mo.load_plan("live.json"), [3], problem=problem_of(files))
+    assert told["missing"] == wanted.missing == 0
+    assert told["spread"] == 2
+    assert [one["moves"] for one in told["stages"]] == [wanted.coverage.moves.count, wanted.plan.moves.count]
+    assert np.array_equal(mo.load_plan("new.json").slots_LGC, wanted.plan.slots_LGC)
+    with open("steps.json") as file:
+        steps = json.load(file)
+    assert steps == told["schedule"]
+    first, second = wanted.schedules()
+    assert steps["coverage_steps"] == len(first.steps)
+    moved = [tuple(one) for step in steps["steps"] for one in step["transfers"]]
+    assert moved == [
+        (t.layer, t.expert, t.source, t.target, t.bytes) for t in (*first.transfers, *second.transfers)
+    ]
+    assert main([*files, "--after-loss", "3"]) == 0
+    assert "coverage" in capsys.readouterr().out
+
+
+def test_a_lost_node_lowers_the_spread_alike(files: list[str], capsys: Any) -> None:
+    """`--lost`, `--after-loss` and `repair` ask for the same of the GPUs that are left, and say so."""
+    from moeless_opt.cli.command import main
+
+    assert main([*files, "--after-loss", "4-7"]) == 0
+    assert "note: spread 1 instead of 2" in " ".join(capsys.readouterr().err.split())
+    assert main([*files, "--lost", "4-7", "-o", "new.json"]) == 0
+    assert "note: spread 1 instead of 2: what the GPUs that are left" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert main([*files, "--lost", "4-7", "--check", "new.json"]) == 0
+    assert main([*files[:6], "9", *files[7:], "--lost", "4-7"]) == 1  # nine nodes there never were
+    assert main([*files, "--lost", "3", "--quiet", "-o", "new.json"]) == 0  # 18 slots: nothing is lowered
+    assert mo.load_plan("new.json").replicas_LE.min() == 2
+    # Slots for all of them twice, but those of one node for 15 of 16.
+    tight = mo.plan(LOADS, mo.uniform(2, 4, slots=5), limits=mo.Limits(spread=2))
+    assert mo.repair(tight, [3]).spread == 1
+
+
+def test_the_command_drains(files: list[str], capsys: Any) -> None:
+    from moeless_opt.cli.command import main
+
+    assert main([*files, "--drain", "0,7", "--json", "--schedule", "steps.json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    wanted = mo.drain(mo.load_plan("live.json"), [0, 7], problem=problem_of(files))
+    assert told["left"] == [0, 7]
+    assert told["plan"]["slots"] == wanted.plan.slots_LGC.tolist()
+    moved = [tuple(one) for step in told["schedule"]["steps"] for one in step["transfers"]]
+    assert moved == [(t.layer, t.expert, t.source, t.target, t.bytes) for t in wanted.schedule.transfers]
+    assert all(source >= 0 for _, _, source, _, _ in moved)  # who leaves serves until the end
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--drain", "8"], 2, "--drain: "),
+        (["--after-loss", "0-7"], 2, "--after-loss: names all GPUs; at least one must be left"),
+        (["--drain", "1", "--max-moves", "3"], 2, "--max-moves: is not read with --drain"),
+        (["--drain", "1-6", "-o", "new.json"], 1, "16 experts with one replica each need 16 slots"),
+        (
+            ["--after-loss", "1-6", "--schedule", "x.json"],
+            1,
+            "need 16 slots per layer, the GPUs have 12: 4 too few",
+        ),
+        (["--after-loss", "1", "--drain", "2"], 2, "one at a time"),
+    ],
+)
+def test_the_command_refuses(
+    files: list[str], capsys: Any, words: list[str], code: int, message: str
+) -> None:
+    from pathlib import Path
+
+    from moeless_opt.cli.command import main
+
+    assert main([*files, *words]) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not {"new.json", "x.json"} & {path.name for path in Path().iterdir()}
+    assert main([*files[:-2], "--drain", "1"]) == 2
+    assert "--drain: needs a live plan to start from: give --current PLAN" in capsys.readouterr().err
+
+
+def problem_of(words: list[str]) -> mo.Problem:
+    """The problem that the command's words make."""
+    from moeless_opt.cli.inputs import read_problem
+    from moeless_opt.cli.options import read_arguments
+
+    return read_problem(read_arguments(words))
+
+
+@pytest.mark.parametrize("sizing", ["cv=0.3", "makespan=1.1"])
+def test_plans_of_few_replicas_are_repaired_as_they_were_made(sizing: str) -> None:
+    plan = mo.plan(LOADS, mo.uniform(2, 4, slots=5), sizing=sizing)
+    found = mo.repair(plan, [3])
+    assert found.coverage.moves.count == found.missing
+    assert mo.violations(found.plan.made_for, found.plan) == []
+    assert found.plan.made_for.sizing == plan.made_for.sizing
+    assert found.plan.replicas <= plan.replicas + 3

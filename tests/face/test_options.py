@@ -31,6 +31,8 @@ CALLS: dict[str, list[str]] = {
     "explain": ["--explain"],
     "bound": ["--bound"],
     "pareto": ["--pareto", "memory"],
+    "after-loss": ["--after-loss", "3", "--current", "live.json"],
+    "drain": ["--drain", "3", "--current", "live.json"],
     "recommend": ["--recommend"],
     "export": ["--export", "layer.lp"],
     "list-solvers": ["--list-solvers"],
