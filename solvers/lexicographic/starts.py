@@ -23,8 +23,7 @@ from moeless_opt.solvers.core import Stop, near_homes, widened
 from moeless_opt.solvers.lexicographic.figures import Figures
 from moeless_opt.solvers.limits import place_counts
 from moeless_opt.solvers.pack import improve, pack
-from moeless_opt.solvers.replan import ReplanWish, live_slots, replan_within
-from moeless_opt.solvers.replan.relabel import relabel
+from moeless_opt.solvers.replan import ReplanWish, live_slots, on_live_gpus, replan_within
 from moeless_opt.solvers.sizing import count_replicas, fewest_for_time
 
 __all__ = ["lean_starts", "starts"]
@@ -83,16 +82,7 @@ def _renamed(problem: Problem, slots_LGC: SlotArray) -> SlotArray:
     """The same contents on the GPUs that hold most of them, where something is live."""
     if problem.current is None or (problem.topology.nodes > 1 and "traffic" in problem.objective.priorities):
         return slots_LGC
-    live_LGC = live_slots(problem)
-    topology = problem.topology
-    return relabel(
-        live_LGC,
-        widened(slots_LGC, live_LGC.shape[2]),
-        experts=problem.experts,
-        speed_G=topology.speed_G,
-        capacity_LG=problem.capacity_LG,
-        node_G=topology.node_G,
-    )
+    return on_live_gpus(problem, slots_LGC)
 
 
 def _singles(figures: Figures) -> Iterator[SlotArray]:

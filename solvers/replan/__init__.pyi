@@ -1,6 +1,7 @@
 from . import relabel as relabel
 from .equal import warm_equal as warm_equal
 from .live import live_slots as live_slots
+from .relabel import on_live_gpus as on_live_gpus
 from .relabel import seat as seat
 from .solver import Replan as Replan
 from .solver import frontier as frontier

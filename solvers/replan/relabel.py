@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from moeless_opt.problems.arrays import BoolArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.spec import Problem, without_copies
+from moeless_opt.solvers.core import keeps_limits, widened
 
-__all__ = ["relabel", "seat", "seat_all"]
+__all__ = ["on_live_gpus", "relabel", "seat", "seat_all"]
 
 
 MANY = 256
@@ -92,6 +94,57 @@ def relabel(
         alike_GG = (speed[:, None] == speed) & (capacity[layer][:, None] == capacity[layer])
         takes_LG.append(_assign(np.rint(value_LGG[layer]).astype(np.int64), alike_GG))
     return _seated(live, new, takes_LG)
+
+
+def on_live_gpus(problem: Problem, slots_LGC: SlotArray) -> SlotArray:
+    """A new placement with each GPU's contents where most of them are live, in a table as wide.
+
+    A layer in which that breaks a limit (pins and domains know GPUs by name) stays as it is. Where the layers
+    share the GPUs' bytes, GPUs alike trade what they hold in all layers, then as many replicas of one layer.
+    """
+    assert problem.current is not None
+    live_LGC = without_copies(problem.current.slots_LGC)
+    wide = max(slots_LGC.shape[2], int((live_LGC >= 0).sum(2).max()))
+    live_LGC, new_LGC, topology = widened(live_LGC, wide), widened(slots_LGC, wide), problem.topology
+    shared = problem.sizing.policy == "memory"
+    if shared:
+        new_LGC = _relabelled_alike(live_LGC, new_LGC, problem)
+    named_LGC = relabel(
+        live_LGC,
+        new_LGC,
+        experts=problem.experts,
+        speed_G=topology.speed_G,
+        capacity_LG=(new_LGC >= 0).sum(2) if shared else problem.capacity_LG,
+        node_G=topology.node_G,
+    )
+    astray_L = ~keeps_limits(problem, named_LGC, tied=False)
+    named_LGC[astray_L] = new_LGC[astray_L]
+    return widened(named_LGC, slots_LGC.shape[2])
+
+
+def _relabelled_alike(live_LGC: SlotArray, new_LGC: SlotArray, problem: Problem) -> SlotArray:
+    """As `relabel`, with the same permutation in every layer: all layers as one, of experts of their own."""
+    layers, gpus, wide = new_LGC.shape
+    first_L11 = (np.arange(layers) * problem.experts)[:, None, None]
+    both = [
+        np.where(one >= 0, one + first_L11, -1).transpose(1, 0, 2).reshape(1, gpus, layers * wide)
+        for one in (live_LGC, new_LGC)
+    ]
+    topology = problem.topology
+    memory_1G = None if topology.memory_G is None else topology.memory_G[None]
+    (found_GP,) = relabel(
+        *both,
+        experts=layers * problem.experts,
+        speed_G=topology.speed_G,
+        capacity_LG=memory_1G,
+        node_G=topology.node_G,
+    )
+    out_LGC = np.full_like(new_LGC, -1)
+    for gpu, row in enumerate(found_GP):
+        for layer in range(layers):
+            mine = row[(row >= 0) & (row // problem.experts == layer)] - layer * problem.experts
+            out_LGC[layer, gpu, : len(mine)] = mine
+    return out_LGC
 
 
 def _seated(live_LGC: NDArray[Any], new_LGC: NDArray[Any], takes_LG: list[list[int]]) -> SlotArray:

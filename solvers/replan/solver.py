@@ -35,8 +35,16 @@ from moeless_opt.solvers.core import (
     part_of,
     risk_L,
     token_bound,
+    widened,
 )
-from moeless_opt.solvers.limits import counts_of, full_counts_within, full_within, rules_of, slots_counted
+from moeless_opt.solvers.limits import (
+    Rules,
+    counts_of,
+    full_counts_within,
+    full_within,
+    rules_of,
+    slots_counted,
+)
 from moeless_opt.solvers.migration import schedule_migration
 from moeless_opt.solvers.replan.equal import replan_equal
 from moeless_opt.solvers.replan.fractional import replan_fractional
@@ -44,7 +52,7 @@ from moeless_opt.solvers.replan.kept import TINY, besides_filling, search_small,
 from moeless_opt.solvers.replan.live import broken_moves, layer_moves, layer_problem, live_slots, part_problem
 from moeless_opt.solvers.replan.min_moves import min_moves_bound
 from moeless_opt.solvers.replan.nearest import replan_nearest
-from moeless_opt.solvers.replan.relabel import relabel
+from moeless_opt.solvers.replan.relabel import on_live_gpus
 from moeless_opt.solvers.replan.task import Replanned, ReplanTask, ReplanWish, Sources, front_of
 from moeless_opt.solvers.replan.wide import MANY_GPUS
 from moeless_opt.solvers.shares import best_shares
@@ -92,10 +100,16 @@ class Frontier:
     moves_KL: IntArray
 
 
-def replan_within(problem: Problem, wish: ReplanWish, *, stop: Stop | None = None) -> Replanned:
-    """Re-plan by the kernel of the problem's split, within its limits, measured against its bound."""
+def replan_within(
+    problem: Problem, wish: ReplanWish, *, rules: list[Rules] | None = None, stop: Stop | None = None
+) -> Replanned:
+    """Re-plan by the kernel of the problem's split, within its limits or narrower rules.
+
+    Measured against the bound of the wish; where it has none, of the problem.
+    """
     assert problem.current is not None
-    rules = shared_rules(problem) if _limited(problem) else None
+    if rules is None:
+        rules = shared_rules(problem) if _limited(problem) else None
     speed_G = problem.topology.speed_G
     live_LGC, sources = live_slots(problem), None
     if problem.split == "nearest":
@@ -107,7 +121,8 @@ def replan_within(problem: Problem, wish: ReplanWish, *, stop: Stop | None = Non
         )
     given = problem.load_LE, live_LGC, problem.capacity_LG, speed_G, rules
     task = ReplanTask(*given, Fill(problem.fill), sources)
-    wish = replace(wish, bound_L=token_bound(problem), repair=problem.current.partial)
+    bound_L = token_bound(problem) if wish.bound_L is None else wish.bound_L
+    wish = replace(wish, bound_L=bound_L, repair=problem.current.partial)
     return _KERNELS[problem.split](task, wish, stop=stop)
 
 
@@ -727,19 +742,7 @@ def _best_of_scratch(
         max_moves=None, max_move_bytes=None, max_move_seconds=None, max_layer_moves=None
     )
     fresh = Construct().placed(task, problem.replace(current=None, limits=limits))
-    wide = np.full_like(slots_LGC, -1)
-    wide[:, :, : fresh.slots_LGC.shape[2]] = fresh.slots_LGC[:, :, : wide.shape[2]]
-    topology = problem.topology
-    fresh_LGC = relabel(
-        live_LGC,
-        wide,
-        experts=problem.experts,
-        speed_G=topology.speed_G,
-        capacity_LG=problem.capacity_LG,
-        node_G=topology.node_G,
-    )
-    astray_L = ~keeps_limits(problem, fresh_LGC, tied=False)
-    fresh_LGC[astray_L] = wide[astray_L]  # names of GPUs matter there
+    fresh_LGC = on_live_gpus(problem, widened(fresh.slots_LGC, slots_LGC.shape[2]))
     fresh_moves_L, fresh_time_L = layer_moves(problem, fresh_LGC, live_LGC), risk_L(problem, fresh_LGC)
     reaches, fresh_reaches = time_L <= wanted_L, fresh_time_L <= wanted_L
     better = np.where(

@@ -1,6 +1,6 @@
 """How many replicas there are to be: under limits, a coefficient of variation, a target, a budget.
 
-May import `construct`, `pack`, `shares`, `core`, `problems`.
+May import `replan`, `limits`, `construct`, `pack`, `shares`, `core`, `problems`.
 """
 
 import lazy_loader

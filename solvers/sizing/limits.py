@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,10 +11,11 @@ from moeless_opt.problems.arrays import IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.construct import Construct
-from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, best_over_scenarios, risk_L
+from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, best_over_scenarios
 from moeless_opt.solvers.limits import apportioned, place_counts, rules_of, within_budgets
 from moeless_opt.solvers.shares import best_shares
 from moeless_opt.solvers.sizing.minimal import fewest_for_cv
+from moeless_opt.solvers.sizing.near_live import near_live
 
 __all__ = ["Constrained", "count_replicas"]
 
@@ -55,13 +57,17 @@ class Constrained(Heuristic):
             return place_counts(guise, counts_LE, stop=task.stop)
 
         moves = "moves" in problem.objective.priorities
-        slots_LGC = best_over_scenarios(problem, placed, stop=task.stop, moves=moves)
-        if moves and problem.current is not None and not task.stop():
-            # Warm GPUs first may leave others idle: beyond the tolerance, place as if nothing were live.
+        tables = [best_over_scenarios(problem, placed, stop=task.stop, moves=moves)]
+        if problem.current is None or not moves:
+            return Built(slots_LGC=tables[0], share_LGC=best_shares(problem, tables[0]))
+        if not task.stop():
+            # Warm GPUs first may leave others idle: place as if nothing were live as well.
             with suppress(InfeasibleError):
                 cold = problem.replace(current=None, known=None)
-                cold_LGC = best_over_scenarios(cold, placed, stop=task.stop)
-                limit_L = risk_L(problem, cold_LGC) * (1 + problem.objective.balance_tolerance)
-                late_L = risk_L(problem, slots_LGC) > limit_L
-                slots_LGC = np.where(late_L[:, None, None], cold_LGC, slots_LGC)
+                tables.append(best_over_scenarios(cold, placed, stop=task.stop))
+        rules = [
+            replace(one, least_E=count_E, most_E=count_E, total=int(count_E.sum()))
+            for one, count_E in zip(rules_of(problem), counts_LE, strict=True)
+        ]
+        slots_LGC = near_live(problem, tables, rules, stop=task.stop)
         return Built(slots_LGC=slots_LGC, share_LGC=best_shares(problem, slots_LGC))

@@ -7,6 +7,7 @@ layers share the GPUs' bytes, replicas go where they buy most).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,10 +30,13 @@ from moeless_opt.solvers.core import (
     risk_L,
     widened,
 )
+from moeless_opt.solvers.limits import rules_of
+from moeless_opt.solvers.replan import on_live_gpus
 from moeless_opt.solvers.shares import best_shares
 from moeless_opt.solvers.sizing.budget import plan_budget
 from moeless_opt.solvers.sizing.memory import share_slots, slots_for_one_each
 from moeless_opt.solvers.sizing.minimal import TimeSizing, fewest_for_time
+from moeless_opt.solvers.sizing.near_live import near_live
 
 __all__ = ["Sized"]
 
@@ -91,7 +95,11 @@ def _few_replicas(problem: Problem, stop: Stop) -> tuple[SlotArray, str] | None:
             "more slots or a larger imbalance would do"
         )
     few, least = int(found.replicas_L.sum()), int(found.bound_L.sum())
-    return found.slots_LGC, f"{few} replicas for an imbalance of {wanted}; no plan has fewer than {least}"
+    rules = [
+        replace(one, total=int(count)) for one, count in zip(rules_of(problem), found.replicas_L, strict=True)
+    ]
+    slots_LGC = near_live(problem, [found.slots_LGC], rules, target_L, stop=stop)
+    return slots_LGC, f"{few} replicas for an imbalance of {wanted}; no plan has fewer than {least}"
 
 
 def _enough(task: Task[NoOptions]) -> tuple[SlotArray, str]:
@@ -201,10 +209,19 @@ def _shared_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
             "topology.slots", "cannot be given with sizing 'memory': there bytes are the only limit"
         )
     if problem.loads.shape[0] == 1:
-        return _spend_memory(problem, stop)
+        slots_LGC, message = _spend_memory(problem, stop)
+        return _on_live(problem, slots_LGC), message
     slots_LGC = best_over_scenarios(problem, lambda guise: _spend_memory(guise, stop)[0], stop=stop)
+    slots_LGC = _on_live(problem, slots_LGC)
     spare_L = (slots_LGC >= 0).sum((1, 2)) - problem.experts
     return slots_LGC, f"{spare_L.sum()} spare replicas, {spare_L.min()} to {spare_L.max()} a layer"
+
+
+def _on_live(problem: Problem, slots_LGC: SlotArray) -> SlotArray:
+    """Each GPU's contents where most of them are live, if anything is."""
+    if problem.current is None or "moves" not in problem.objective.priorities:
+        return slots_LGC
+    return on_live_gpus(problem, slots_LGC)
 
 
 def _spend_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
