@@ -122,13 +122,20 @@ class MegatronDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Count, agree, split, sort by destination."""
+        expert_Tk = chosen_experts(routing_map, self.core.topk)
+        return self.dispatch_chosen(
+            hidden_states, expert_Tk, probs.gather(1, expert_Tk.clamp(max=self.core.experts - 1))
+        )
+
+    def dispatch_chosen(
+        self, hidden_states: Tensor, expert_Tk: Tensor, prob_Tk: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same from indices: experts of each token, ascending, and their weights."""
         self.hidden_shape = hidden_states.shape
         rows, marks = hidden_states.reshape(-1, self.hidden_shape[-1]), self.core.valid
         if self.part.cuts:
             run = self.part.run(len(rows))
-            rows, routing_map, probs = rows[run], routing_map[run], probs[run]
-        expert_Tk = chosen_experts(routing_map, self.core.topk)
-        prob_Tk = probs.gather(1, expert_Tk.clamp(max=self.core.experts - 1))
+            rows, expert_Tk, prob_Tk = rows[run], expert_Tk[run], prob_Tk[run]
         self.core.valid = self.part.own(marks)
         try:
             return self.core.prepare(rows, expert_Tk, prob_Tk)

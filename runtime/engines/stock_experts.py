@@ -109,6 +109,6 @@ def activation_of(config: Any) -> Callable[[Tensor], Tensor]:
         gate, linear = x.chunk(2, dim=-1)
         if most is not None:
             gate, linear = gate.clamp(max=most), linear.clamp(min=-most, max=most)
-        return function(gate) * (linear + offset)
+        return function(gate) * (linear + offset if offset else linear)
 
     return gated

@@ -139,8 +139,13 @@ class Agreement:
         self._policies.append(_Asked(policy, 1 + digest(policy), self.group.ranks))
 
     def header(self, layer: int | None) -> tuple[int, ...]:
-        """What this rank tells the others now, in front of a batch of a layer (None: between passes)."""
+        """What this rank tells the others now, in front of a batch of a layer (None: between passes).
+
+        Nothing, where there are no others and nothing is under way.
+        """
         self._passes += layer == 0
+        if layer is not None and self._quiet():
+            return ()
         where = BETWEEN if layer is None else layer
         asked, following = len(self._policies) - 1, self._asked + 1
         policy = self._policies[following].digest if following <= asked else 0
@@ -158,6 +163,10 @@ class Agreement:
         MoelessError
             If they were asked for different share policies; the old one stays.
         """
+        if not headers_RK.size:
+            self.batches += layer == 0
+            self.lanes.quiet(layer)
+            return
         steps_RK, plans_RK, lanes_RK = np.split(headers_RK, CUTS, axis=1)
         told_R = _Step(*steps_RK.T)
         if (told_R.layer != told_R.layer[0]).any() or (told_R.passes != told_R.passes[0]).any():
@@ -178,6 +187,12 @@ class Agreement:
                     f"{name!r}); the shares stay as they were"
                 )
             self._use(self._asked)
+
+    def _quiet(self) -> bool:
+        """Whether this rank is alone and would decide nothing now."""
+        if not self.group.alone or len(self._policies) - 1 > self._asked or self.group.heart is not None:
+            return False
+        return self.migrator.quiet and self.lanes.rests
 
     def _ranks(self, which_R: BoolArray) -> list[int]:
         return [self.group.ranks[r] for r in np.flatnonzero(which_R)]

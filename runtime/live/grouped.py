@@ -53,11 +53,12 @@ class GroupedExperts(Module):
         self.grouped = can_group(bank.shapes[0][1], *(shape[-1] for shape, _ in bank.shapes))
         self._layout: tuple[IntArray, IntArray | None] | None = None
         self._at: Tensor | None = None
+        self._views: tuple[list[Tensor], list[list[Tensor]]] | None = None
         self.follow(bank)
 
     def follow(self, bank: SlotBank) -> None:
         """Serve what the bank holds."""
-        self._layout = self._at = None
+        self._layout = self._at = self._views = None
         self.weights = ParameterList(t for e in bank.order for t in bank.resident[e])
 
     def _placed(self) -> tuple[IntArray, IntArray | None]:
@@ -83,11 +84,38 @@ class GroupedExperts(Module):
             tokens = (probs.unsqueeze(-1) * tokens).to(tokens.dtype)
             probs = torch.ones_like(probs)
         bank: PooledBank = self.__dict__["bank"]
+        if tokens.device.type == "cpu" and not isinstance(tokens_per_expert, Tensor):
+            return self._by_expert(bank, tokens, np.asarray(tokens_per_expert), probs), None
         first, second = bank.stacks
         ends = self._ends(tokens_per_expert, len(first), tokens.device)
-        inner = self.activation(self._product(tokens, first, ends))
-        inner = (inner * probs.unsqueeze(-1)).to(inner.dtype)
+        inner = self._between(self._product(tokens, first, ends), probs)
         return self._product(inner, second, ends), None
+
+    def _between(self, inner: Tensor, probs: Tensor) -> Tensor:
+        out = self.activation(inner)
+        return (out * probs.unsqueeze(-1)).to(out.dtype)
+
+    def _by_expert(self, bank: PooledBank, tokens: Tensor, size_S: IntArray, probs: Tensor) -> Tensor:
+        """The same products one after the other, those of experts without rows left out.
+
+        On a CPU torch's grouped product does that, too, but for all places of the pool.
+        """
+        at = self._placed()[0]
+        if self._views is None or self._views[0] is not bank.stacks:
+            self._views = bank.stacks, [[w.t() for w in stack] for stack in bank.stacks]
+        active = np.flatnonzero(size_S)
+        sizes, places = size_S[active].tolist(), at[active].tolist()
+        out = tokens
+        for number, views in enumerate(self._views[1]):
+            if number:
+                out = self._between(out, probs)
+            into = tokens.new_empty((len(tokens), views[0].size(1)))
+            for rows, place, to in zip(
+                torch.split(out, sizes), places, torch.split(into, sizes), strict=True
+            ):
+                torch.mm(rows, views[place], out=to)
+            out = into
+        return out
 
     def _ends(self, sizes: Any, places: int, device: torch.device) -> Tensor:
         """Where the rows of each place of the pool end; on the device, from sizes there or here."""

@@ -116,6 +116,16 @@ class Lanes:
         return not (self._open or self._posted or self._ready)
 
     @property
+    def rests(self) -> bool:
+        """Idle, with nothing to let go and no copies that are kept for a time."""
+        return self.idle and self.elastic is None and not (self._floor_given or self._changed)
+
+    def quiet(self, layer: int | None) -> None:
+        """A batch of a layer in which nothing is decided."""
+        self.passes += layer == 0
+        self.now = max(self.now, time.monotonic_ns() // 1000 * 1e-6)
+
+    @property
     def extra(self) -> set[tuple[int, int, int]]:
         """Copies in memory that do not serve: (layer, expert, rank)."""
         return {(int(x), int(e), int(g)) for x, g, e in np.argwhere(self._extra_LGE)}

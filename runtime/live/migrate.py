@@ -232,6 +232,11 @@ class Migrator:
         """No plan is under way or waiting."""
         return self._schedule is None and self._request is None
 
+    @property
+    def quiet(self) -> bool:
+        """Idle, and nobody has anything to learn of it."""
+        return self.idle and self._number == self._seen and not self.claims
+
     def submit(
         self,
         target_LGC: SlotArray,

@@ -141,6 +141,9 @@ class SlotDispatcher:
         self._unseen = False
         self._gather: Tensor | None = None
         self._scatter: Tensor | None = None
+        # Whether the last batch was sorted for the experts at once, and what that follows from.
+        self._sorted_here = False
+        self._key_E: tuple[SlotTable, IntArray | None, IntArray] | None = None
         self.to_ranks: list[int] = []
         self.from_ranks: list[int] = []
         self.set_table(table)
@@ -225,6 +228,9 @@ class SlotDispatcher:
             raise ProblemError("valid", f"marks {self.valid.numel()} tokens, the batch has {n_tokens}")
         if self.valid is not None and self.skip_invalid:
             expert_Tk = torch.where(self.valid[:, None], expert_Tk, self.experts)
+        self._sorted_here = self.group.size == 1 and not x_TH.is_cuda and self.row_block == 1
+        if self._sorted_here:
+            return self._prepare_here(x_TH, expert_Tk, prob_Tk)
         flat = expert_Tk.reshape(-1)
         counts = self._count(flat)
         self._observe(expert_Tk, counts)
@@ -237,6 +243,44 @@ class SlotDispatcher:
             order = self._to_slot_order(order)
         self._place(order, n_tokens, k)
         return x_TH.index_select(0, order // k), prob_Tk.reshape(-1).index_select(0, order)
+
+    def _prepare_here(self, x_TH: Tensor, expert_Tk: Tensor, prob_Tk: Tensor) -> tuple[Tensor, Tensor]:
+        """One rank on a CPU: every row has one place to go, and is put there at once (`sort_in` leaves it).
+
+        On the host's arrays: for a few rows torch takes longer to begin than to count and sort.
+        """
+        n_tokens, k = expert_Tk.shape
+        flat = np.ascontiguousarray(expert_Tk.numpy()).reshape(-1)
+        counts_E = np.bincount(flat, minlength=self.experts + 1)[: self.experts].astype(np.int64, copy=False)
+        counts = torch.from_numpy(counts_E)
+        self._observe(expert_Tk, counts)
+        if self.header is not None:
+            extra = self.header(self.index)
+            if self.agree is not None:
+                self.agree(self.index, np.array([extra], dtype=np.int64))
+        self._gathered, self._unseen = counts[None], False
+        sends_P = counts_E[self.table.expert_P]
+        self._sends_RP = self.chunks_RS = sends_P[None]
+        n_rows = int(sends_P.sum())
+        self.to_ranks = self.from_ranks = [n_rows]
+        order = np.argsort(self._row_key_E()[flat], kind="stable")[:n_rows]
+        back = np.full(n_tokens * k, n_rows, dtype=np.int64)
+        back[order] = np.arange(n_rows)
+        self.back_kT = torch.from_numpy(np.ascontiguousarray(back.reshape(n_tokens, k).T))
+        self.complete = n_rows == n_tokens * k
+        rows = torch.from_numpy(order)
+        return x_TH.index_select(0, torch.from_numpy(order // k)), prob_Tk.reshape(-1).index_select(0, rows)
+
+    def _row_key_E(self) -> IntArray:
+        """Where the rows of each expert stand among those of the others; E, for none, behind all."""
+        wanted = self.slot_order()
+        if self._key_E is None or self._key_E[0] is not self.table or self._key_E[1] is not wanted:
+            expert_S: IntArray = self.table.expert_P if wanted is None else self.table.expert_P[wanted]
+            key_E: IntArray = np.full(self.experts + 1, len(expert_S), dtype=np.int64)
+            key_E[expert_S] = np.arange(len(expert_S))
+            self._key_E = (self.table, wanted, key_E)
+            return key_E
+        return self._key_E[2]
 
     def _refuse_gradients(self, x_TH: Tensor, prob_Tk: Tensor) -> None:
         wanting = (
@@ -367,7 +411,11 @@ class SlotDispatcher:
         split was on the device), weights [M]
         """
         wanted, sizes_S = self.slot_order(), self._sizes_there()
-        if self._unseen:
+        if self._sorted_here:
+            padded_S: IntArray = self.chunks_RS[0] if wanted is None else self.chunks_RS[0, wanted]
+            self._tokens = self._tokens + rows.size(0)
+            self._gather = self._scatter = None
+        elif self._unseen:
             assert sizes_S is not None
             self._tokens = self._tokens + sizes_S.sum()
             self._gather = self._scatter = None
@@ -378,7 +426,7 @@ class SlotDispatcher:
             sizes_RS = self.chunks_RS
             if wanted is not None:
                 starts_RS, sizes_RS = starts_RS[:, wanted], sizes_RS[:, wanted]
-            padded_S: IntArray = -(-sizes_RS.sum(axis=0) // self.row_block) * self.row_block
+            padded_S = -(-sizes_RS.sum(axis=0) // self.row_block) * self.row_block
             self._order_in(starts_RS, sizes_RS, padded_S, rows, wanted)
             self._tokens = self._tokens + int(sizes_RS.sum())
         if self._gather is not None:

@@ -1,9 +1,11 @@
 """The decoder of a paged pass: megatron-core's modules in its order, without what stands between them.
 
 A pass of a few tokens takes most of its time in the wrappers of layers (checkpoints, offloading, CUDA-
-graph captures, profiling ranges), none of which is used here. What computes is called as it stands in the
-model: norms, projections, latent attention, routers, dispatchers, experts, with their hooks. Sums are
-taken in the same order.
+graph captures, profiling ranges), none of which is used here, and in small operations. What computes is
+called as it stands in the model: norms, projections, latent attention, routers, dispatchers, experts, with
+their hooks. Sums are taken in the same order. Two things are put together where a model allows it: queries
+and keys are normalised and turned as one tensor, and what a router chooses goes to the dispatcher as
+indices, without the dense maps between them.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moeless_opt.runtime.checkpoint import MoELayer, SelfAttention
@@ -32,10 +35,18 @@ class LeanDecoder:
         self.layers = list(model.decoder.layers)
         self.final_layernorm = model.decoder.final_layernorm
         self.no_rope_L = list(config.no_rope_freq or [0] * len(self.layers))
-        self.interleaved = bool(config.rotary_interleaved)
+        interleaved = bool(config.rotary_interleaved)
         plain = not (config.multi_latent_attention or getattr(config, "attention_output_gate", False))
         plain = plain and not getattr(config, "rotary_scaling_factor", None)
-        self.direct_L = [plain and type(layer.self_attention) is SelfAttention for layer in self.layers]
+        self._attend_L = [
+            _Attend(layer.self_attention, interleaved)
+            if plain and type(layer.self_attention) is SelfAttention
+            else None
+            for layer in self.layers
+        ]
+        self._routes_L = [
+            _Routes(layer.mlp.router) if type(layer.mlp) is MoELayer else None for layer in self.layers
+        ]
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -56,32 +67,79 @@ class LeanDecoder:
         rotary : tensor or None
             Angles of the rows (None with latent attention, which has its own).
         turn : pair of tensors or None
-            Their cosines and sines.
+            Their cosines and sines, [T, 1, width].
         """
         for number, layer in enumerate(self.layers):
             still = bool(self.no_rope_L[number])
             normed = layer.input_layernorm(x)
-            if self.direct_L[number]:
-                out, bias = self._attend(layer.self_attention, normed, None if still else turn)
+            attend, routes = self._attend_L[number], self._routes_L[number]
+            if attend is not None:
+                out, bias = attend(normed, None if still else turn)
             else:
                 out, bias = layer.self_attention(normed, None, rotary_pos_emb=rotary)
             x = _added(x, out, bias)
             normed = layer.pre_mlp_layernorm(x)
-            if type(layer.mlp) is MoELayer:
-                x = x + _experts(layer.mlp, normed)
+            if routes is not None:
+                x = x + _experts(layer.mlp, routes, normed)
             else:
                 x = _added(x, *layer.mlp(normed))
         return x if self.final_layernorm is None else self.final_layernorm(x)
 
-    def _attend(
-        self, attention: Any, x: Tensor, turn: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        query, key, value = attention.get_query_key_value_tensors(x, None)
-        if turn is not None:
-            query, key = self._turned(query, turn), self._turned(key, turn)
-        out = attention.core_attention.forward(query, key, value)
+
+class _Attend:
+    """Self-attention of one layer: projection, norms of queries and keys, rotation, core attention.
+
+    Parameters
+    ----------
+    attention : SelfAttention
+        Without output gate.
+    interleaved : bool
+        Pairs that are turned are neighbouring channels, else the two halves.
+    """
+
+    def __init__(self, attention: Any, interleaved: bool) -> None:
+        self.attention, self.interleaved = attention, interleaved
+        self.groups = int(attention.num_query_groups_per_partition)
+        self.each = int(attention.num_attention_heads_per_partition) // self.groups
+        self.width = int(attention.hidden_size_per_attention_head)
+        norms = attention.q_layernorm, attention.k_layernorm
+        plain = all(type(norm) is torch.nn.RMSNorm for norm in norms) and norms[0].eps == norms[1].eps
+        self.normed = plain and all(tuple(norm.normalized_shape) == (self.width,) for norm in norms)
+        config = attention.config
+        whole = int(config.num_query_groups or self.groups) == self.groups and not config.test_mode
+        self.joint = whole and (self.normed or norms == (None, None))
+        self._scale: Tensor | None = None
+
+    def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+        attention = self.attention
+        if self.joint and not (self.normed and _hooked(attention.q_layernorm, attention.k_layernorm)):
+            query, key, value = self._together(x, turn)
+        else:
+            query, key, value = (t[:, 0] for t in attention.get_query_key_value_tensors(x, None))
+            if turn is not None:
+                query, key = self._turned(query, turn), self._turned(key, turn)
+        out = attention.core_attention.attend(query, key, value)
         projected: tuple[Tensor, Tensor | None] = attention.linear_proj(out)
         return projected
+
+    def _together(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [T, heads, width]; a group's queries stand in front of its key."""
+        mixed = self.attention.linear_qkv(x)[0].view(len(x), self.groups, self.each + 2, self.width)
+        both, value = mixed[:, :, : self.each + 1], mixed[:, :, self.each + 1]
+        if self.normed:
+            norm = self.attention.q_layernorm
+            both = F.rms_norm(both, (self.width,), None, norm.eps) * self._scales()
+        if turn is not None:
+            both = self._turned(both, (turn[0][:, None], turn[1][:, None]))
+        query = both[:, :, : self.each].reshape(len(x), -1, self.width)
+        return query, both[:, :, self.each], value
+
+    def _scales(self) -> Tensor:
+        """Weights of both norms, [queries of a group + 1, width]."""
+        query, key = self.attention.q_layernorm.weight, self.attention.k_layernorm.weight
+        if self._scale is None:
+            self._scale = torch.stack([query] * self.each + [key]).detach()
+        return self._scale
 
     def _turned(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """Rotate pairs of channels, as megatron-core does."""
@@ -98,16 +156,96 @@ class LeanDecoder:
         return out if rest is None else torch.cat((out, rest), dim=-1)
 
 
+class _Routes:
+    """A router's choice as indices.
+
+    The rules (softmax before or after the choice, sigmoid with a bias, groups) are megatron-core's; the plain
+    ones are repeated here without its maps. Whether that gives the same, bit for bit, is tried once on the
+    router itself: one for which it does not is asked itself.
+
+    Parameters
+    ----------
+    router : TopKRouter
+        In evaluation mode.
+    """
+
+    def __init__(self, router: Any) -> None:
+        self.router, config = router, router.config
+        self.topk = int(config.moe_router_topk)
+        self.softmax = config.moe_router_score_function == "softmax"
+        self.first = bool(config.moe_router_pre_softmax)
+        self.factor = config.moe_router_topk_scaling_factor
+        self.plain = not config.moe_router_group_topk and self._same()
+
+    @torch.no_grad()
+    def _same(self) -> bool:
+        """Whether both ways choose alike for some numbers without pattern."""
+        router, experts = self.router, int(self.router.config.num_moe_experts)
+        made = torch.Generator().manual_seed(1)
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(
+            router.config.moe_router_dtype, router.weight.dtype
+        )
+        logits = (torch.randn((64, experts), generator=made) * 3).to(router.weight.device, dtype)
+        probs, chosen = router.routing(logits[:, None])
+        expert_Tk, prob_Tk = self._choose(logits)
+        mine = torch.zeros_like(probs).scatter(1, expert_Tk, prob_Tk)
+        return bool(torch.equal(mine, probs)) and bool(chosen.gather(1, expert_Tk).all())
+
+    def asked(self) -> bool:
+        """Whether somebody watches, replays or trains the router: then it has to be asked itself."""
+        router = self.router
+        return not self.plain or _hooked(router) or router.training or router.router_replay is not None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts of each row, ascending, and their weights: [T, k] each."""
+        return self._choose(self.router.gating(x).view(-1, self.router.config.num_moe_experts))
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        bias = self.router.expert_bias
+        if self.softmax:
+            scores = (
+                torch.softmax(logits, dim=-1, dtype=torch.float32).type_as(logits) if self.first else logits
+            )
+            value, expert = scores.topk(self.topk, dim=1)
+            prob = value if self.first else torch.softmax(value, dim=-1, dtype=torch.float32).type_as(logits)
+        else:
+            scores = torch.sigmoid(logits.float()).type_as(logits)
+            if bias is None:
+                prob, expert = scores.topk(self.topk, dim=1)
+            else:
+                expert = (scores + bias).topk(self.topk, dim=1).indices
+                prob = scores.gather(1, expert).type_as(logits)
+            if self.topk > 1:
+                prob = prob / (prob.sum(dim=-1, keepdim=True) + 1e-20)
+        if self.factor:
+            prob = prob * self.factor
+        if self.topk == 1:
+            return expert, prob
+        expert, at = expert.sort(dim=1)
+        return expert, prob.gather(1, at)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return torch.softmax(x, dim=-1, dtype=torch.float32).type_as(x)
+
+
+def _hooked(*modules: Any) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
 def _added(x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
     return x + (out if bias is None else out + bias)
 
 
-def _experts(layer: Any, x: Tensor) -> Tensor:
+def _experts(layer: Any, routes: _Routes, x: Tensor) -> Tensor:
     """A MoE layer: shared experts, router, dispatcher, experts."""
     shared = layer.shared_experts(x) if layer.use_shared_expert else None
-    probs, routing_map = layer.router(x)
     dispatcher = layer.token_dispatcher
-    rows, weights = dispatcher.dispatch_preprocess(x, routing_map, probs)
+    if routes.asked():
+        probs, routing_map = layer.router(x)
+        rows, weights = dispatcher.dispatch_preprocess(x, routing_map, probs)
+    else:
+        rows, weights = dispatcher.dispatch_chosen(x, *routes(x))
     rows, weights = dispatcher.token_dispatch(rows, weights)
     rows, sizes, weights = dispatcher.dispatch_postprocess(rows, weights)
     rows, _ = layer.experts(rows, sizes, weights)

@@ -99,13 +99,15 @@ class _Group:
     """Runs that attend together, padded to the longest.
 
     ``rows`` picks the rows of the pass (None: all from ``begin`` on, one each); ``back`` finds them again.
+    ``blocks`` are those of the runs, one run after the other; ``mask`` is added to the scores.
     """
 
     rows: Tensor | None
     back: Tensor | None
     begin: int
     end: int
-    slots: Tensor
+    runs: int
+    blocks: Tensor
     mask: Tensor
 
 
@@ -128,12 +130,11 @@ class _Active:
         end_R = rows.position_T[begin_R + length_R - 1] + 1
         size = pool.block_tokens
         longest = math.ceil(int(end_R.max()) / size)
-        slots = rows.blocks_RB[first:last, :longest, None] * size + np.arange(size)
         place_K = np.arange(longest * size)
         widest = int(length_R.max())
         begin, end = int(begin_R[0]), int(begin_R[-1] + length_R[-1])
         where_RQ = begin_R[:, None] + np.minimum(np.arange(widest), length_R[:, None] - 1)
-        mask = place_K <= rows.position_T[where_RQ][:, :, None]
+        hidden = (place_K > rows.position_T[where_RQ][:, :, None])[:, None]
         picked = back = None
         if widest > 1:
             picked = _tensor(where_RQ.ravel(), pool.device)
@@ -144,8 +145,11 @@ class _Active:
             back=back,
             begin=begin,
             end=end,
-            slots=_tensor(slots.reshape(last - first, -1), pool.device),
-            mask=_tensor(mask[:, None], pool.device),
+            runs=last - first,
+            blocks=_tensor(rows.blocks_RB[first:last, :longest].ravel(), pool.device),
+            mask=torch.zeros(hidden.shape, dtype=pool.dtype, device=pool.device).masked_fill_(
+                _tensor(hidden, pool.device), -math.inf
+            ),
         )
 
 
@@ -166,11 +170,16 @@ class _PagedAttention(torch.nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attend: tensors are [T, 1, heads, width]; returns [T, 1, heads x width]."""
         owner: PagedModel = self.__dict__["owner"]
-        active = owner.active
-        if active is None:
+        if owner.active is None:
             out: Tensor = self.stock(query, key, value, *args, **kwargs)
             return out
-        q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        return self.attend(query[:, 0], key[:, 0], value[:, 0])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend in the pass that is active: tensors are [T, heads, width]."""
+        owner: PagedModel = self.__dict__["owner"]
+        active = owner.active
+        assert active is not None
         keys, values = owner.pool.of(self.layer, k, v)
         keys.index_copy_(0, active.slot, k)
         values.index_copy_(0, active.slot, v)
@@ -179,12 +188,9 @@ class _PagedAttention(torch.nn.Module):
         return joined.reshape(joined.size(0), 1, -1)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, group: _Group) -> Tensor:
-        runs, places = group.slots.shape
-        flat = group.slots.view(-1)
-        k_RhKd = keys.index_select(0, flat).view(runs, places, *keys.shape[1:]).transpose(1, 2)
-        v_RhKd = values.index_select(0, flat).view(runs, places, *values.shape[1:]).transpose(1, 2)
+        k_RhKd, v_RhKd = (self._gathered(x, group) for x in (keys, values))
         rows = q[group.begin : group.end] if group.rows is None else q.index_select(0, group.rows)
-        q_RhQd = rows.view(runs, -1, *q.shape[1:]).transpose(1, 2)
+        q_RhQd = rows.view(group.runs, -1, *q.shape[1:]).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             q_RhQd,
             k_RhKd,
@@ -195,6 +201,12 @@ class _PagedAttention(torch.nn.Module):
         )
         back = out.transpose(1, 2).flatten(0, 1)
         return back if group.back is None else back.index_select(0, group.back)
+
+    def _gathered(self, pool: Tensor, group: _Group) -> Tensor:
+        """Keys or values of each run, [R, heads, places, width]; whole blocks are copied."""
+        size = self.__dict__["owner"].pool.block_tokens
+        blocks = pool.view(-1, size * pool.size(1) * pool.size(2)).index_select(0, group.blocks)
+        return blocks.view(group.runs, -1, *pool.shape[1:]).transpose(1, 2)
 
 
 class _PlainLinear(torch.nn.Module):
@@ -278,6 +290,7 @@ class PagedModel:
         self.model, self.pool, self.context_length = model, pool, context_length
         self.active: _Active | None = None
         self._angles: dict[int, Tensor] = {}
+        self._turn: Tensor | None = None
         if not hasattr(model, "decoder") or not hasattr(model, "output_layer"):
             raise UnsupportedFeatureError(f"{type(model).__name__} is no megatron-core GPTModel")
         for number, layer in enumerate(model.decoder.layers):
@@ -309,6 +322,13 @@ class PagedModel:
             self._angles[id(rotary)] = rotary(self.context_length)
         return self._angles[id(rotary)]
 
+    def _turns(self, rotary: Any, dtype: torch.dtype) -> Tensor:
+        """Cosines and sines of all positions, [context, 2, width]."""
+        if self._turn is None or self._turn.dtype != dtype:
+            angles = self.angles(rotary)[:, 0, 0]
+            self._turn = torch.stack((angles.cos(), angles.sin()), dim=1).to(dtype)
+        return self._turn
+
     @torch.no_grad()
     def forward(self, rows: PassRows) -> Tensor:
         """Compute a pass.
@@ -334,8 +354,10 @@ class PagedModel:
         assert self._lean is not None
         turn = None
         if rotary_pos_emb is not None:
-            kind = hidden_states.dtype
-            turn = rotary_pos_emb.cos().to(kind), rotary_pos_emb.sin().to(kind)
+            assert self.active is not None
+            table = self._turns(self.model.rotary_pos_emb.stock, hidden_states.dtype)
+            cos, sin = table.index_select(0, self.active.position).unbind(1)
+            turn = cos[:, None], sin[:, None]
         return self._lean.forward(hidden_states, rotary_pos_emb, turn)
 
     def idle_rows(self) -> PassRows:
