@@ -124,11 +124,14 @@ class ServeRequest:
         Tokens, at least one.
     sampling : Sampling
         How to go on.
+    client : str
+        Whose it is: places in the queue and in the batch are shared evenly among clients.
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -405,6 +408,10 @@ class ServeEngine(Protocol):
         MoelessError
             If it cannot.
         """
+        ...
+
+    def check_room(self, client: str) -> None:
+        """Raise `EngineBusyError` if a request of the client would be turned away now; costs nothing."""
         ...
 
     def submit(self, request: ServeRequest, deliver: Deliver) -> None:

@@ -95,6 +95,7 @@ class Fleet:
         self._check_options(options)
         self._crew: Crew | None = None
         self._flights: dict[str, _Flight] = {}
+        self._held: Counter[str] = Counter()  # requests under way, by client
         self._load: list[int] = []
         self._alive: list[bool] = []
         self._lock = threading.RLock()
@@ -240,14 +241,29 @@ class Fleet:
                 raise EngineStoppedError(self._failure or "the engine takes no requests")
             if request.id in self._flights:
                 raise ProblemError("id", f"{request.id!r} is in use")
-            room = self.options.max_waiting + self.options.max_running * sum(self._alive)
-            if len(self._flights) >= room:
-                waiting = len(self._flights) - self.options.max_running * sum(self._alive)
-                raise EngineBusyError(max(waiting, 0), self._patience())
+            self.check_room(request.client)
             text = TextStream(self.codec, request.sampling.stop, request.prompt)
             flight = _Flight(request, deliver, text, self._least_busy())
             self._flights[request.id] = flight
+            self._held[request.client] += 1
             self._send(flight)
+
+    def check_room(self, client: str) -> None:
+        """See `ServeEngine.check_room`.
+
+        A quarter more than the queue has is kept for those who hold less than their even part of all places:
+        one client's flood fills the queue and leaves a way in for others.
+        """
+        with self._lock:
+            batch = self.options.max_running * sum(self._alive)
+            room, held = batch + self.options.max_waiting, self._held[client]
+            clients = len(self._held) + (not held)
+            if held * clients < room:
+                room += -(-self.options.max_waiting // 4)
+            if not held:
+                del self._held[client]  # looking made an entry
+            if len(self._flights) >= room:
+                raise EngineBusyError(max(len(self._flights) - batch, 0), self._patience())
 
     def _check_request(self, request: ServeRequest) -> None:
         prompt, most = request.prompt, self.context_length
@@ -353,6 +369,10 @@ class Fleet:
         flight.over = True
         self._flights.pop(flight.request.id, None)
         self._load[flight.rank] -= 1
+        client = flight.request.client
+        self._held[client] -= 1
+        if not self._held[client]:
+            del self._held[client]
         self._finished[last.finish or "error"] += 1
         self._ends.append(time.monotonic())
         flight.deliver(last)

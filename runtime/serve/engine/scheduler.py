@@ -1,13 +1,15 @@
 """Who computes what in the next pass of one rank: those that generate first, then prompts. No torch here.
 
 A pass has a budget of tokens. Every request that generates takes one; what is left goes to prompts in order
-of arrival, so a long one is computed in pieces while others go on. A request holds only the blocks that it
-has filled: where the pool runs out, the youngest gives its blocks back and is computed again later.
+of arrival, so a long one is computed in pieces while others go on. Into the batch comes next the client that
+has the fewest requests in it, so nobody waits for all that another has sent before. A request holds only the
+blocks that it has filled: where the pool runs out, the youngest gives its blocks back and is computed again
+later.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,6 +35,8 @@ class Sequenced:
         Tokens of the prompt (with what was generated before it came to this rank).
     most : int
         Tokens at which it ends.
+    again : bool
+        Whether it was in the batch before.
     """
 
     request: ServeRequest
@@ -41,6 +45,7 @@ class Sequenced:
     most: int
     computed: int = 0
     cached: int = 0
+    again: bool = False
     blocks: list[int] = field(default_factory=list)
 
     @property
@@ -131,18 +136,26 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.most_running:
-            one = self.waiting[0]
+            one = self._first()
             found = self.pool.match(one.tokens)
             needed = -(-(len(one.tokens) + 1) // self.pool.size) - len(found)
             # Room for the whole prompt, or for as much as there is if nothing else runs.
             if self.running and needed > self.pool.free:
                 self.pool.give(found)
                 return
-            self.waiting.popleft()
+            self.waiting.remove(one)
             one.blocks = found
             one.computed = len(found) * self.pool.size
             one.cached = max(one.cached, min(one.computed, one.given))
             self.running.append(one)
+
+    def _first(self) -> Sequenced:
+        """Who comes next: what was in the batch before, else a client's that has the fewest in it."""
+        first = self.waiting[0]
+        if first.again or all(one.request.client == first.request.client for one in self.waiting):
+            return first
+        inside = Counter(one.request.client for one in self.running)
+        return min(self.waiting, key=lambda one: inside[one.request.client])
 
     def _decodes(self) -> list[tuple[Sequenced, int]]:
         """Requests that generate, one token each; where they are more than the budget, in turns."""
@@ -186,6 +199,7 @@ class Scheduler:
         self.running.remove(one)
         self._release(one)
         one.computed = 0
+        one.again = True
         self.waiting.appendleft(one)
         self.preempted += 1
 

@@ -64,6 +64,10 @@ def check_planning(planning: Planning, experts: int, ranks: int) -> None:
         raise ProblemError(
             "slots", f"is {planning.slots}; {experts} experts on {ranks} ranks need at least {least}"
         )
+    if planning.slots is not None and planning.slots > experts:
+        raise ProblemError(
+            "slots", f"is {planning.slots}; a rank holds an expert once, so at most {experts} of them"
+        )
     if planning.max_moves is not None and planning.policy != "windowed":
         raise ProblemError(
             "max_moves", f"is for the policy 'windowed'; {planning.policy!r} knows no such limit"

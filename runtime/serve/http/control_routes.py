@@ -8,6 +8,7 @@ from fastapi import APIRouter, Body, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from moeless_opt.problems.io import plan_to_json
+from moeless_opt.runtime.serve import Planning
 from moeless_opt.runtime.serve.http.front import HttpFront
 from moeless_opt.runtime.serve.http.history import event_document, status_document
 from moeless_opt.runtime.serve.http.openai_routes import refusals
@@ -21,15 +22,15 @@ Seconds = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class PlanningChange(BaseModel):
-    """Fields of the controller's settings to change; those left out stay."""
+    """Fields of the controller's settings to change; those left out stay, null gives the default back."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    policy: Literal["static", "eplb", "moeless", "windowed", "per-layer"] = Field(
+    policy: Literal["static", "eplb", "moeless", "windowed", "per-layer"] | None = Field(
         default="windowed", description="Who decides where experts sit."
     )
-    paused: bool = Field(default=False, description="Plan nothing for the time being.")
-    every: Annotated[int, Field(ge=1, le=10**9)] = Field(
+    paused: bool | None = Field(default=False, description="Plan nothing for the time being.")
+    every: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
         default=64, description="Forward passes between two looks at the loads."
     )
     slots: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
@@ -84,7 +85,9 @@ def get_planning(request: Request) -> dict[str, Any]:
 def patch_planning(request: Request, change: PlanningChange) -> dict[str, Any]:
     """Change policy, budgets, or pause: all fields that are given, or none."""
     front = _front(request)
-    front.engine.set_planning(**change.model_dump(exclude_unset=True))
+    changes = change.model_dump(exclude_unset=True)
+    default = Planning()
+    front.engine.set_planning(**{k: getattr(default, k) if v is None else v for k, v in changes.items()})
     return _planning(front)
 
 

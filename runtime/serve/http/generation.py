@@ -31,6 +31,8 @@ class Generation:
         Is told of first tokens, tokens, and ends.
     name : str
         Id of the HTTP request.
+    client : str
+        Whose it is.
 
     Attributes
     ----------
@@ -38,9 +40,11 @@ class Generation:
         So far; a prompt of several answers counts once.
     """
 
-    def __init__(self, engine: ServeEngine, mailbox: Mailbox, metrics: FrontMetrics, name: str) -> None:
+    def __init__(
+        self, engine: ServeEngine, mailbox: Mailbox, metrics: FrontMetrics, name: str, client: str
+    ) -> None:
         self._engine, self._mailbox, self._metrics = engine, mailbox, metrics
-        self._name = name
+        self._name, self._client = name, client
         self._letters: Letters = Letters()
         self._running: set[int] = set()
         self._counted: set[int] = set()
@@ -65,7 +69,9 @@ class Generation:
         """
         try:
             for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-                request = ServeRequest(id=f"{self._name}-{index}", prompt=tuple(prompt), sampling=sampling)
+                request = ServeRequest(
+                    id=f"{self._name}-{index}", prompt=tuple(prompt), sampling=sampling, client=self._client
+                )
                 self._engine.submit(request, self._mailbox.slot(self._letters, index))
                 self._running.add(index)
                 if not index or prompt is not prompts[index - 1]:

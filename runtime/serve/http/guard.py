@@ -6,6 +6,7 @@ Plain ASGI, so that streams stay streams.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import uuid
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moeless_opt.runtime.serve.http.errors import ApiError, error_response
+from moeless_opt.runtime.serve import EngineBusyError
+from moeless_opt.runtime.serve.http.errors import ApiError, api_error_of, error_response
 from moeless_opt.runtime.serve.http.front import HttpFront
 
 __all__ = ["RequestGuard"]
@@ -109,6 +111,18 @@ class RequestGuard:
             self._check_key(headers.get("authorization", ""), self._admin if changes else self._keys)
         if path in GENERATING and scope["method"] == "POST":
             self._front.check_open()
+            scope["state"]["client"] = client = self._client(scope, headers.get("authorization", ""))
+            # Before body and parsing: in a flood refusals must cost little, or those served wait for them.
+            try:
+                self._front.engine.check_room(client)
+            except EngineBusyError as error:
+                raise api_error_of(error) from None
+
+    def _client(self, scope: Scope, given: str) -> str:
+        """Whose request it is: the key's, or the address's where there are no keys."""
+        if self._keys:
+            return "key " + hashlib.sha256(given.partition(" ")[2].strip().encode()).hexdigest()[:16]
+        return f"address {(scope.get('client') or ('', 0))[0]}"
 
     def _check_key(self, given: str, keys: tuple[str, ...]) -> None:
         if not keys:

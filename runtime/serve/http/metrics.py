@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -101,6 +101,40 @@ def _number(kind: type[Metric], name: str, told: str, value: float) -> Metric:
     return kind(f"moeless_{name}", told, value=value)  # type: ignore[call-arg]
 
 
+#: Kind, name, what is told of it, and where the engine's status has it.
+_FIGURES: tuple[tuple[type[Metric], str, str, Callable[[ServeStatus], float]], ...] = (
+    (GaugeMetricFamily, "ready", "Whether requests are served", lambda s: s.ready),
+    (GaugeMetricFamily, "ranks", "Ranks that serve", lambda s: s.ranks),
+    (GaugeMetricFamily, "requests_running", "Requests in the batch", lambda s: s.running),
+    (GaugeMetricFamily, "requests_waiting", "Requests in the queue", lambda s: s.waiting),
+    (GaugeMetricFamily, "queue_capacity", "How many requests may wait", lambda s: s.capacity),
+    (GaugeMetricFamily, "kv_blocks", "Blocks of the KV pools", lambda s: s.kv_blocks),
+    (GaugeMetricFamily, "kv_blocks_used", "Blocks that requests hold", lambda s: s.kv_blocks_used),
+    (
+        GaugeMetricFamily,
+        "kv_blocks_cached",
+        "Kept for prompts that begin alike",
+        lambda s: s.kv_cached_blocks,
+    ),
+    (CounterMetricFamily, "passes", "Forward passes", lambda s: s.passes),
+    (CounterMetricFamily, "prompt_tokens", "Tokens of prompts that were computed", lambda s: s.prompt_tokens),
+    (
+        CounterMetricFamily,
+        "cached_prompt_tokens",
+        "Those that needed no computing",
+        lambda s: s.cached_tokens,
+    ),
+    (CounterMetricFamily, "generated_tokens", "Tokens generated", lambda s: s.generated_tokens),
+    (CounterMetricFamily, "requests_retried", "Begun anew on another rank", lambda s: s.retried),
+    (CounterMetricFamily, "recoveries", "Losses of ranks that were survived", lambda s: s.recoveries),
+    (CounterMetricFamily, "plans", "Plans applied", lambda s: s.plans),
+    (CounterMetricFamily, "moved_bytes", "Weights moved by plans", lambda s: s.bytes_moved),
+    (CounterMetricFamily, "plan_seconds", "Time of planning", lambda s: s.plan_seconds),
+    (CounterMetricFamily, "weight_wait_seconds", "Waits of passes for weights", lambda s: s.wait_seconds),
+    (CounterMetricFamily, "cold_starts", "Replicas fetched when they were wanted", lambda s: s.cold_starts),
+)
+
+
 class _EngineFigures:
     """What the engine says, in Prometheus' terms."""
 
@@ -118,45 +152,15 @@ class _EngineFigures:
         except Exception:  # an engine that has failed must not take the other figures with it
             yield _number(GaugeMetricFamily, "ready", "Whether requests are served", 0)
             return
-        yield from self._of_requests(status)
-        yield from self._of_experts(status)
-
-    @staticmethod
-    def _of_requests(s: ServeStatus) -> Iterator[Metric]:
-        for name, told, value in (
-            ("ready", "Whether requests are served", s.ready),
-            ("ranks", "Ranks that serve", s.ranks),
-            ("requests_running", "Requests in the batch", s.running),
-            ("requests_waiting", "Requests in the queue", s.waiting),
-            ("queue_capacity", "How many requests may wait", s.capacity),
-            ("kv_blocks", "Blocks of the KV pools", s.kv_blocks),
-            ("kv_blocks_used", "Blocks that requests hold", s.kv_blocks_used),
-            ("kv_blocks_cached", "Blocks kept for prompts that begin alike", s.kv_cached_blocks),
-        ):
-            yield _number(GaugeMetricFamily, name, told, value)
-        for name, told, value in (
-            ("passes", "Forward passes", s.passes),
-            ("prompt_tokens", "Tokens of prompts that were computed", s.prompt_tokens),
-            ("cached_prompt_tokens", "Tokens of prompts that needed no computing", s.cached_tokens),
-            ("generated_tokens", "Tokens generated", s.generated_tokens),
-            ("requests_retried", "Requests begun anew on another rank", s.retried),
-            ("recoveries", "Losses of ranks that were survived", s.recoveries),
-        ):
-            yield _number(CounterMetricFamily, name, told, value)
-
-    @staticmethod
-    def _of_experts(s: ServeStatus) -> Iterator[Metric]:
-        for name, told, value in (
-            ("plans", "Plans applied", s.plans),
-            ("moved_bytes", "Weights moved by plans", s.bytes_moved),
-            ("plan_seconds", "Time of planning", s.plan_seconds),
-            ("weight_wait_seconds", "Time that passes waited for weights", s.wait_seconds),
-            ("cold_starts", "Replicas fetched when they were wanted", s.cold_starts),
-        ):
-            yield _number(CounterMetricFamily, name, told, value)
-        if s.prediction_error is not None:
+        for kind, name, told, value in _FIGURES:
+            yield _number(kind, name, told, value(status))
+        if status.prediction_error is not None:
             told = "Distance between foreseen and true loads (total variation)"
-            yield _number(GaugeMetricFamily, "prediction_error", told, s.prediction_error)
+            yield _number(GaugeMetricFamily, "prediction_error", told, status.prediction_error)
+        yield from self._by_label(status)
+
+    @staticmethod
+    def _by_label(s: ServeStatus) -> Iterator[Metric]:
         cost = CounterMetricFamily(
             "moeless_cost_gigabyte_seconds", "Memory times time, by charging rule", labels=["rule", "part"]
         )

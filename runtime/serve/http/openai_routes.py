@@ -186,7 +186,7 @@ async def _answer(
         "model": front.engine.model,
         "system_fingerprint": FINGERPRINT,
     }
-    generation = Generation(front.engine, front.mailbox, front.metrics, name)
+    generation = Generation(front.engine, front.mailbox, front.metrics, name, request.state.client)
     try:
         generation.submit(prompts, samplings)
     except ApiError as error:

@@ -89,6 +89,11 @@ class RoteEngine:
             raise ProblemError("--model", self.broken)
         self.thread.start()
 
+    def check_room(self, client: str) -> None:
+        with self.lock:
+            if len(self.queue) >= self.room + self.capacity:
+                raise EngineBusyError(self.capacity, 1.5)
+
     def submit(self, request: ServeRequest, deliver: Deliver) -> None:
         with self.lock:
             if self.stopping:
@@ -97,8 +102,7 @@ class RoteEngine:
                 raise ProblemError("prompt", f"has {len(request.prompt)} tokens, more than the context")
             if max(request.prompt) > 257:
                 raise ProblemError("prompt", f"token {max(request.prompt)} is none of 0..257")
-            if len(self.queue) >= self.room + self.capacity:
-                raise EngineBusyError(self.capacity, 1.5)
+            self.check_room(request.client)
             self.seen.append(request)
             self.queue.append([request, deliver, 0, ""])
             self.lock.notify_all()

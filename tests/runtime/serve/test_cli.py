@@ -135,6 +135,7 @@ def test_a_folder_that_is_no_model_ends_with_2(tmp_path: Path, capsys: Any) -> N
     ("argv", "told"),
     [
         (["--ranks", "3"], "--ranks: is 3; 16 experts can be spread over 1, 2, 4, 8, 16 ranks at the start"),
+        (["--slots", "99"], "--slots: is 99; a rank holds an expert once, so at most 16 of them"),
         (["--ranks", "2", "--slots", "3"], "--slots: is 3; 16 experts on 2 ranks need at least 8"),
         (["--policy", "static", "--max-moves", "3"], "--max-moves: is for the policy 'windowed'"),
         (["--context-length", "5000"], "--context-length: is 5000, the model goes up to 512"),

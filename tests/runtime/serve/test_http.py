@@ -293,6 +293,9 @@ def test_plans_and_settings_are_seen_and_changed(rote: Any) -> None:
     assert rote.ask("PATCH", "/v1/planning", {"every": 0, "paused": False})[0] == 400
     assert rote.ask("GET", "/v1/planning")[2] == changed
     assert rote.ask("PATCH", "/v1/planning", {"paused": False, "max_moves": None})[2] == before
+    rote.ask("PATCH", "/v1/planning", {"policy": "eplb", "every": 3, "paused": True, "slots": 9})
+    default = {"policy": None, "every": None, "paused": None, "slots": None}
+    assert rote.ask("PATCH", "/v1/planning", default)[2] == before
 
 
 def test_metrics_are_prometheus(rote: Any) -> None:
