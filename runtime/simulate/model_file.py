@@ -15,10 +15,16 @@ from moeless_opt.runtime.simulate.hardware import Beside
 __all__ = ["read_model"]
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "experts_per_token")
+_TOP_K = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "experts_per_token"
+)  # fmt: skip
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 #: Bits of a weight, scales included, by the method of ``quantization_config``.
 _BITS = {"fp8": 8 + 32 / 128**2, "mxfp4": 4.25, "nvfp4": 4.5, "awq": 4.25, "gptq": 4.25}
+#: Methods of so many bits as the file says, and scales.
+_SAID = ("awq", "gptq")
+#: Fields of architectures that are not read: layers of one kind each (Nemotron-H), other names (DBRX).
+_UNREAD = ("hybrid_override_pattern", "ffn_config")
 _PLAIN = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
 
 
@@ -32,6 +38,11 @@ class _Config:
         text = data.get("text_config")
         both = {**data, **text} if isinstance(text, Mapping) else dict(data)
         self.path, self.data = path, {name: value for name, value in both.items() if value is not None}
+        unread = next((name for name in _UNREAD if name in self.data), None)
+        if unread is not None:
+            raise FormatError(
+                path, f"has {unread!r}: of an architecture that is not read; make a ModelSpec of it"
+            )
 
     def number(self, *names: str, default: int | None = None, low: int = 1) -> int:
         """A whole number by the first of the names that is there."""
@@ -50,17 +61,49 @@ class _Config:
     def moe_layers(self) -> tuple[int, int]:
         """How many layers have experts, and how many dense ones come first."""
         layers = self.number("num_hidden_layers")
-        listed = self.data.get("moe_layers")
-        if isinstance(listed, list) and listed:
-            return len(listed), min(listed)
-        first = self.number("first_k_dense_replace", default=0, low=0)
-        step = self.number("interleave_moe_layer_step", "decoder_sparse_step", "moe_layer_freq", default=1)
-        dense = self.data.get("mlp_only_layers")
-        found = [layer for layer in range(first, layers) if (layer + 1) % step == 0 or step == 1]
-        found = [layer for layer in found if not isinstance(dense, list) or layer not in dense]
+        sparse = self.data.get("moe_layers")
+        if isinstance(sparse, list) and sparse:
+            found = sparse
+        elif any(isinstance(self.data.get(name), list) for name in ("mlp_layer_types", "moe_layer_freq")):
+            kinds = self.data.get("mlp_layer_types") or self.data["moe_layer_freq"]
+            found = [layer for layer, kind in enumerate(kinds) if kind in (1, True, "sparse")]
+        else:
+            found = [layer for layer in self._since(layers) if self._has_experts(layer)]
         if not found:
             raise FormatError(self.path, "has no layer with experts")
-        return len(found), found[0]
+        bad = [layer for layer in found if not isinstance(layer, int) or not 0 <= layer < layers]
+        if bad:
+            raise FormatError(self.path, f"has experts in layer {bad[0]!r} of {layers}")
+        return len(found), min(found)
+
+    def _since(self, layers: int) -> range:
+        """Layers after the dense ones that come first."""
+        first = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+        return range(self.number(*first, default=0, low=0), layers)
+
+    def _has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts, by the steps that architectures know."""
+        dense = self.data.get("mlp_only_layers")
+        if isinstance(dense, list) and layer in dense:
+            return False
+        if "expert_layer_period" in self.data:  # Jamba
+            offset = self.number("expert_layer_offset", default=0, low=0)
+            return layer % self.number("expert_layer_period") == offset
+        if layer % self.number("moe_layer_freq", "moe_layer_interval", default=1):  # DeepSeek, Ernie
+            return False
+        return (layer + 1) % self.number("interleave_moe_layer_step", "decoder_sparse_step", default=1) == 0
+
+    def attending(self) -> int:
+        """How many layers keep keys and values of every token."""
+        layers = self.number("num_hidden_layers")
+        kinds = self.data.get("layer_types")
+        if isinstance(kinds, list):
+            return sum("attention" in str(kind) and "linear" not in str(kind) for kind in kinds)
+        linear = self.data.get("attn_type_list")  # MiniMax: 1 where it is not linear
+        if isinstance(linear, list):
+            return sum(kind == 1 for kind in linear)
+        period = self.number("attn_layer_period", "full_attention_interval", default=1)
+        return -(-layers // period)
 
     def bits(self) -> float:
         """Bits of an expert's weight as served."""
@@ -71,6 +114,12 @@ class _Config:
                 raise FormatError(
                     self.path, f"quantization {name!r} is not known; there are {', '.join(_BITS)}"
                 )
+            if name in _SAID and ("bits" in method or "w_bit" in method):
+                key = "bits" if "bits" in method else "w_bit"
+                try:
+                    return whole(key, method[key], low=1) + 0.25
+                except ProblemError as error:
+                    raise FormatError(self.path, f"quantization_config: {key!r} {error.what}") from None
             return _BITS[name]
         name = str(self.data.get("torch_dtype", self.data.get("dtype", "bfloat16"))).removeprefix("torch.")
         if name not in _PLAIN:
@@ -105,8 +154,9 @@ def read_model(path: str | PathLike[str]) -> tuple[ModelSpec, Beside]:
     hidden = config.number("hidden_size")
     ffn = config.number("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
     shared = config.number(*_SHARED, default=0, low=0)
-    if "shared_expert_intermediate_size" in config.data:  # Qwen: one, as wide as several
-        shared = -(-config.number("shared_expert_intermediate_size", low=0) // ffn)
+    wide_shared = ("shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim")
+    if any(name in config.data for name in wide_shared):  # one, as wide as several: Qwen, Granite
+        shared = -(-config.number(*wide_shared, low=0) // ffn)
     elif str(config.data.get("model_type", "")).startswith("llama4"):
         shared = 1
     try:
@@ -131,4 +181,4 @@ def read_model(path: str | PathLike[str]) -> tuple[ModelSpec, Beside]:
     wide = config.number("intermediate_size_mlp", "intermediate_size", default=ffn)
     once = 2.0 * config.number("vocab_size", default=0, low=0) * hidden
     once += (every - layers) * (2.5 * hidden**2 + 3.0 * hidden * wide)
-    return model, Beside(config.kv_bytes() * every / layers, once)
+    return model, Beside(config.kv_bytes() * config.attending() / layers, once)

@@ -84,9 +84,152 @@ def test_a_config_gives_what_the_preset_has(tmp_path: Path, content: dict[str, A
     assert read_model(tmp_path)[0] == found  # the folder does as well
 
 
+def dimensions(hidden: int, ffn: int, layers: int, **more: Any) -> dict[str, Any]:
+    """What every file has, with grouped queries of 8 heads of 128, and more."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 1000,
+        "torch_dtype": "bfloat16",
+        **more,
+    }
+
+
+#: Fields as these families spell them; layers with experts, the first of them, experts, top k, width, shared
+#: experts, and in how many layers keys and values are kept.
+FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "qwen2_moe": (
+        dimensions(
+            2048, 5632, 24, num_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408,
+            shared_expert_intermediate_size=5632, decoder_sparse_step=1, mlp_only_layers=[],
+        ),
+        (24, 0, 60, 4, 1408, 4, 24),
+    ),
+    "qwen3_moe": (
+        dimensions(
+            4096, 12288, 94, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536,
+            decoder_sparse_step=1, mlp_only_layers=[0, 93],
+        ),
+        (92, 1, 128, 8, 1536, 0, 94),
+    ),
+    "qwen3_next": (
+        dimensions(
+            2048, 5120, 48, num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512,
+            shared_expert_intermediate_size=512, decoder_sparse_step=1, mlp_only_layers=[],
+            full_attention_interval=4,
+        ),
+        (48, 0, 512, 10, 512, 1, 12),
+    ),
+    "deepseek_v2": (
+        dimensions(
+            5120, 12288, 60, n_routed_experts=160, num_experts_per_tok=6, moe_intermediate_size=1536,
+            n_shared_experts=2, n_group=8, first_k_dense_replace=1, moe_layer_freq=1,
+        ),
+        (59, 1, 160, 6, 1536, 2, 60),
+    ),
+    "gpt_oss": (
+        dimensions(
+            2880, 2880, 24, num_local_experts=32, num_experts_per_tok=4, experts_per_token=4,
+            layer_types=["sliding_attention", "full_attention"] * 12,
+            quantization_config={"quant_method": "mxfp4"},
+        ),
+        (24, 0, 32, 4, 2880, 0, 24),
+    ),
+    "llama4_text": (
+        dimensions(
+            5120, 8192, 48, num_local_experts=128, num_experts_per_tok=1, intermediate_size_mlp=16384,
+            interleave_moe_layer_step=2,
+        ),
+        (24, 1, 128, 1, 8192, 1, 48),
+    ),
+    "olmoe": (
+        dimensions(2048, 1024, 16, num_experts=64, num_experts_per_tok=8),
+        (16, 0, 64, 8, 1024, 0, 16),
+    ),
+    "phimoe": (
+        dimensions(4096, 6400, 32, num_local_experts=16, num_experts_per_tok=2),
+        (32, 0, 16, 2, 6400, 0, 32),
+    ),
+    "glm4_moe": (
+        dimensions(
+            5120, 12288, 92, n_routed_experts=160, num_experts_per_tok=8, moe_intermediate_size=1536,
+            n_shared_experts=1, n_group=1, first_k_dense_replace=3,
+        ),
+        (89, 3, 160, 8, 1536, 1, 92),
+    ),
+    "granitemoehybrid": (
+        dimensions(
+            1536, 512, 40, num_local_experts=62, num_experts_per_tok=6, shared_intermediate_size=1024,
+            layer_types=(["mamba"] * 9 + ["attention"]) * 4,
+        ),
+        (40, 0, 62, 6, 512, 2, 4),
+    ),
+    "jamba": (
+        dimensions(
+            4096, 14336, 32, num_experts=16, num_experts_per_tok=2, expert_layer_period=2,
+            expert_layer_offset=1, attn_layer_period=8, attn_layer_offset=4,
+        ),
+        (16, 1, 16, 2, 14336, 0, 4),
+    ),
+    "ernie4_5_moe": (
+        dimensions(
+            2560, 12288, 28, moe_num_experts=64, moe_k=6, moe_intermediate_size=1536,
+            moe_num_shared_experts=2, moe_layer_start_index=1, moe_layer_interval=1,
+        ),
+        (27, 1, 64, 6, 1536, 2, 28),
+    ),
+    "lfm2_moe": (
+        dimensions(
+            2048, 7168, 24, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=1792,
+            num_dense_layers=2, layer_types=["conv", "conv", "full_attention"] * 8,
+        ),
+        (22, 2, 32, 4, 1792, 0, 8),
+    ),
+    "mimo": (
+        dimensions(
+            4096, 16384, 48, n_routed_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048,
+            moe_layer_freq=[0] + [1] * 47,
+        ),
+        (47, 1, 256, 8, 2048, 0, 48),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_read_as_they_spell_their_fields(tmp_path: Path, family: str) -> None:
+    """Layers without experts of Jamba, and Granite's shared expert, were read as if there were none."""
+    content, (layers, first, experts, top_k, ffn, shared, attending) = FAMILIES[family]
+    found, beside = read_model(config(tmp_path, {"model_type": family, **content}))
+    assert (found.layers, found.first_moe_layer) == (layers, first)
+    assert (found.experts, found.top_k, found.ffn, found.shared_experts) == (experts, top_k, ffn, shared)
+    assert found.bias == (family == "gpt_oss")
+    assert beside.kv_bytes * layers == pytest.approx(2 * 2 * 8 * 128 * attending)
+    row = simulate(
+        Scenario(model=str(tmp_path), topology="8x8xH200", seconds=2, rate=1, policies=STATIC)
+    ).rows[0]
+    assert row["mean_ms"] > 0
+
+
+def test_bits_are_those_that_the_file_says(tmp_path: Path) -> None:
+    for change, bits in (({}, 4.25), ({"bits": 8}, 8.25)):
+        path = config(tmp_path, {**MIXTRAL, "quantization_config": {"quant_method": "gptq", **change}})
+        assert read_model(path)[0].bits == bits
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (
+            {"hybrid_override_pattern": "M-E*"},
+            "'hybrid_override_pattern': of an architecture that is not read",
+        ),
+        ({"moe_layers": [1, 32]}, "has experts in layer 32 of 32"),
+        ({"moe_topk": [2, 2], "num_experts_per_tok": None}, "'moe_topk' is [2, 2], must be a whole number"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": "x"}}, "'bits' is 'x', must be"),
         ({"num_local_experts": None}, "'num_local_experts' is missing"),
         ({"hidden_size": -1}, "'hidden_size' is -1, must be a whole number of at least 1"),
         ({"num_experts_per_tok": 9}, "top_k"),
