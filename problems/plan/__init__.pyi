@@ -18,6 +18,7 @@ from .evaluate import new_replicas as new_replicas
 from .evaluate import node_traffic as node_traffic
 from .evaluate import over_perfect as over_perfect
 from .evaluate import perfect_times as perfect_times
+from .evaluate import served_tokens as served_tokens
 from .evaluate import slot_sums as slot_sums
 from .limit_bounds import least_and_most as least_and_most
 from .limit_bounds import limit_bound as limit_bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.spec import TimeModel, Topology, replica_counts, without_copies
+from moeless_opt.problems.spec import TimeModel, Topology, replica_counts, second_copies, without_copies
 
 __all__ = [
     "activated",
@@ -19,6 +19,7 @@ __all__ = [
     "node_traffic",
     "over_perfect",
     "perfect_times",
+    "served_tokens",
     "slot_sums",
 ]
 
@@ -27,6 +28,17 @@ def gpu_tokens(load_LE: FloatArray, slots_LGC: SlotArray, share_LGC: FloatArray)
     """Tokens that each GPU serves, shape [L, G]."""
     # an empty slot (-1) reads some other expert's load, and its share is 0
     return np.asarray(np.einsum("lgc,lgc->lg", _slot_loads(load_LE, slots_LGC), share_LGC))
+
+
+def served_tokens(load_LE: FloatArray, slots_LGC: SlotArray, share_LGC: FloatArray) -> FloatArray:
+    """Tokens that each slot serves, shape [L, G, C]; of an expert's copies on a GPU the first has all."""
+    tokens_LGC = np.where(slots_LGC >= 0, _slot_loads(load_LE, slots_LGC) * share_LGC, 0.0)
+    if second_copies(slots_LGC).any():
+        for first in range(slots_LGC.shape[2] - 1):
+            same = slots_LGC[:, :, first + 1 :] == slots_LGC[:, :, first, None]
+            tokens_LGC[:, :, first] += np.where(same, tokens_LGC[:, :, first + 1 :], 0.0).sum(2)
+            tokens_LGC[:, :, first + 1 :][same] = 0.0
+    return np.asarray(tokens_LGC)
 
 
 def _slot_loads(load_LE: FloatArray, slots_LGC: SlotArray) -> FloatArray:

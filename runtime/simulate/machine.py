@@ -7,7 +7,8 @@ hidden state from each other GPU's share, over the link of their nodes, and send
 ports of the node and of the network work side by side; the phase ends with the slowest port. Combine is
 dispatch backwards and takes as long.
 
-*Experts*: the problem's `TimeModel` of tokens and activated replicas; the phase ends with the slowest GPU.
+*Experts*: the problem's `TimeModel` of tokens and activated replicas, or, where experts run one after the
+other, the sum of what each takes for its own tokens; the phase ends with the slowest GPU.
 
 *The rest of a pass* (attention, shared experts, norms): the larger of its arithmetic and of reading its
 weights and the KV cache, on data-parallel GPUs. It is the same for every policy.
@@ -26,7 +27,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, number
 from moeless_opt.problems.errors import FormatError
 from moeless_opt.problems.files import read_text
-from moeless_opt.problems.plan import activated, gpu_tokens
+from moeless_opt.problems.plan import activated, gpu_tokens, served_tokens
 from moeless_opt.problems.spec import ModelSpec, TimeModel, Topology
 from moeless_opt.runtime.simulate.hardware import BESIDE, GPUS, UNKNOWN, Beside
 from moeless_opt.runtime.simulate.options import unknown
@@ -94,6 +95,9 @@ class Machine(Record):
         Dimensions.
     time : TimeModel
         Expert time in seconds.
+    in_turn : bool
+        Whether experts of a GPU run one after the other, each for its own tokens: a measured curve is then
+        read at one expert for each. Else it is read at all tokens, as if they spread evenly over the experts.
     flops, bandwidth : float
         FLOP/s and bytes/s that a GPU attains outside the experts.
     kv_bytes : float
@@ -111,6 +115,7 @@ class Machine(Record):
     time: TimeModel
     flops: float
     bandwidth: float
+    in_turn: bool = False
     kv_bytes: float = 4096.0
     once: float = 0.0
     gpu: str = "A6000"
@@ -131,6 +136,7 @@ class Machine(Record):
         timings: str | PathLike[str] | None = None,
         timed: tuple[int, int] | None = None,
         beside: Beside | None = None,
+        in_turn: bool = False,
     ) -> Machine:
         """A machine from its data sheet, or from measured times of one expert on it.
 
@@ -146,6 +152,8 @@ class Machine(Record):
             Hidden and inner width of the expert that was measured; by default the model's own.
         beside : Beside, optional
             What the model holds beside its experts; by default what is known of its name.
+        in_turn : bool
+            Whether measured times are read for each expert with its own tokens.
 
         Raises
         ------
@@ -169,7 +177,8 @@ class Machine(Record):
             time = expert_curve(timings, model, timed=timed, most=8 * topology.gpus)
             basis = (
                 f"expert time measured ({Path(timings).name}, an expert of {timed[0]} x {timed[1]}), scaled "
-                f"by size to {model.hidden} x {model.ffn}; experts of a GPU one after the other (assumed); "
+                f"by size to {model.hidden} x {model.ffn}; experts of a GPU one after the other, "
+                f"{'each for its own tokens' if in_turn else 'tokens spread evenly over them'} (assumed); "
                 f"the rest assumed: {EFFICIENCY[0]:.0%} and {EFFICIENCY[1]:.0%} of an {gpu}'s peaks"
             )
         return cls(
@@ -178,6 +187,7 @@ class Machine(Record):
             time=time,
             flops=flops,
             bandwidth=bandwidth,
+            in_turn=in_turn,
             kv_bytes=beside.kv_bytes,
             once=2.0 * beside.once,
             gpu=gpu,
@@ -242,9 +252,11 @@ class Machine(Record):
         shares = share_BLGC.reshape(slots.shape)
         tokens = gpu_tokens(flat, slots, shares)
         used = activated(flat, slots, shares)
-        seconds = self.time.time(tokens, used, self.topology.speed_G)
-        # A GPU that serves nothing launches nothing; a measured curve cannot say so below its first point.
-        seconds = np.where(tokens > 0, seconds, 0.0)
+        if self.in_turn and self.time.has_curve:
+            seconds = self._in_turn(served_tokens(flat, slots, shares))
+        else:
+            # A GPU that serves nothing launches nothing; a curve cannot say so below its first point.
+            seconds = np.where(tokens > 0, self.time.time(tokens, used, self.topology.speed_G), 0.0)
         shape = (passes, layers, slots.shape[1])
         return LayerTimes(
             network_BL=self.all_to_all(tokens).reshape(passes, layers),
@@ -256,6 +268,13 @@ class Machine(Record):
             activated_BLG=used.reshape(shape).astype(np.float64),
             used_BL=used.sum(1).reshape(passes, layers).astype(np.float64),
         )
+
+    def _in_turn(self, tokens_RGC: FloatArray) -> FloatArray:
+        """Seconds of each GPU whose experts run one after the other, shape [R, G]."""
+        seconds_RGC = np.zeros(tokens_RGC.shape)
+        served = tokens_RGC > 0
+        seconds_RGC[served] = self.time.time(tokens_RGC[served], 1.0, 1.0)
+        return np.asarray(seconds_RGC.sum(2) / self.topology.speed_G)
 
     def all_to_all(self, tokens_BG: FloatArray) -> FloatArray:
         """Seconds of dispatch and combine together, for the pairs that each GPU serves, shape [B]."""

@@ -184,6 +184,12 @@ class Scenario(Settings):
         shown="the model's own",
         group=_SYSTEM,
     )
+    in_turn: bool = option(
+        False,
+        flag(),
+        "measured kernel times: each expert's by its own tokens, not by its GPU's, spread evenly",
+        group=_SYSTEM,
+    )
     slots: int | None = option(
         None,
         whole_number(1, optional=True),

@@ -173,10 +173,15 @@ class _Setup:
             name, timed = _TIMINGS[scenario.gpu_name]
             timings = self.at(None, name)
         flops, bandwidth = (f"{share:.0%}" for share in EFFICIENCY)
+        if scenario.in_turn and timings is None:
+            raise ProblemError(
+                "in_turn", f"is for measured kernel times; of {scenario.gpu_name} there are none"
+            )
         if timings is not None:
             self.say("measured", f"expert kernel times of one shape on the GPU ({timings.name})")
             self.say("composed", "those times scaled by the experts' size")
-            self.say("assumed", "experts of a GPU run one after the other")
+            how = "by its own tokens" if scenario.in_turn else "the tokens spread evenly over them"
+            self.say("assumed", f"experts of a GPU run one after the other, {how}")
         else:
             self.say("assumed", f"expert times: a roofline at {flops} and {bandwidth} of the data sheet")
         self.say(
@@ -189,6 +194,7 @@ class _Setup:
             timings=timings,
             timed=timed,
             beside=scenario.beside,
+            in_turn=scenario.in_turn,
         )
 
     def arrivals(self) -> Arrivals:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.io.arrivals import poisson_arrivals
 from moeless_opt.problems.io.traces import TokenTraces
-from moeless_opt.problems.spec.architecture import ModelSpec, model_preset
-from moeless_opt.problems.spec.placement import contiguous, equal_shares, replica_keys
+from moeless_opt.problems.spec.architecture import model_preset
+from moeless_opt.problems.spec.placement import equal_shares, replica_keys
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.runtime.control.backend import Backend
@@ -35,18 +35,10 @@ from moeless_opt.runtime.simulate.traffic import (
     from_traces,
     one_second_batches,
 )
+from tests.oracles.small_machine import CAPACITY, MODEL, STATIC, machine_of
 
-MODEL = ModelSpec(name="small", layers=3, experts=4, top_k=2, hidden=64, ffn=128)
-TOPOLOGY = Topology.uniform(2, 2, slots=2, links=Links(intra_node=1e9, inter_node=1e8, host=5e7))
-MACHINE = Machine(
-    topology=TOPOLOGY,
-    model=MODEL,
-    time=TimeModel(token_cost=1e-6, activation_cost=1e-5, unit="s"),
-    flops=1e12,
-    bandwidth=1e11,
-)
-CAPACITY = np.full((3, 4), 2)
-STATIC = contiguous(4, CAPACITY)
+MACHINE = machine_of(2, 2, intra_node=1e9, inter_node=1e8)
+TOPOLOGY = MACHINE.topology
 
 
 def passes_of(seed: int, count: int, gap: float = 0.0) -> Passes:
@@ -148,6 +140,31 @@ def test_measured_curve(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("layer_name,input\nexpert.w1,1\n")
     with pytest.raises(FormatError, match="no table"):
         expert_curve(tmp_path / "bad.csv", model, timed=(64, 128))
+
+
+def test_experts_in_turn_take_what_each_takes_for_its_own_tokens() -> None:
+    """Few tokens take as long as ten; taken to spread evenly, 2 and 38 looked as quick as 20 and 20."""
+    curve = TimeModel(
+        curve_tokens=np.array([1.0, 10.0, 100.0]),
+        curve_activated=np.array([1.0, 2.0]),
+        curve_time=np.array([[10.0, 20.0], [10.0, 20.0], [100.0, 110.0]]),
+        unit="s",
+    )
+    even, turns = (MACHINE.replace(time=curve, in_turn=in_turn) for in_turn in (False, True))
+    slots = np.array([[[0, 1], [2, 3], [0, 0], [3, -1]]], dtype=np.int32)
+    shares = np.array([[[0.5, 1], [1, 0.5], [0.25, 0.25], [0.5, 0]]])[None]
+    load = np.array([[[4.0, 38.0, 30.0, 0.0]]])
+    together, apart = (one.layers(load, slots, shares) for one in (even, turns))
+    assert together.seconds_BLG[0, 0].tolist() == pytest.approx([50.0, 30.0, 10.0, 0.0])
+    # Copies of an expert on one GPU are one expert, and one without tokens is none.
+    assert apart.seconds_BLG[0, 0].tolist() == pytest.approx([48.0, 30.0, 10.0, 0.0])
+    assert np.array_equal(together.tokens_BLG, apart.tokens_BLG)
+    fast = turns.replace(topology=TOPOLOGY.replace(speed_G=np.array([2.0, 1, 1, 1])))
+    assert fast.layers(load, slots, shares).seconds_BLG[0, 0, 0] == pytest.approx(24.0)
+    straight = MACHINE.replace(in_turn=True)  # no curve: nothing to read
+    assert np.array_equal(
+        straight.layers(load, slots, shares).seconds_BLG, MACHINE.layers(load, slots, shares).seconds_BLG
+    )
 
 
 # --- the backend -------------------------------------------------------------------------------------------

@@ -9,28 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeless_opt.problems.spec.architecture import ModelSpec
-from moeless_opt.problems.spec.placement import contiguous, equal_shares, replica_keys
+from moeless_opt.problems.spec.placement import equal_shares, replica_keys
 from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.runtime.pool.warm import WarmPool
 from moeless_opt.runtime.simulate.backend import SimulatedBackend, Terms
 from moeless_opt.runtime.simulate.coming import STAGED, Coming
-from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.shares import SplitCost
 from moeless_opt.runtime.simulate.traffic import Passes
+from tests.oracles.small_machine import CAPACITY, MODEL, STATIC, machine_of
 
-MODEL = ModelSpec(name="small", layers=3, experts=4, top_k=2, hidden=64, ffn=128)
-TOPOLOGY = Topology.uniform(1, 4, slots=2, links=Links(intra_node=1e8, inter_node=1e8, host=5e7))
-MACHINE = Machine(
-    topology=TOPOLOGY,
-    model=MODEL,
-    time=TimeModel(token_cost=1e-6, activation_cost=1e-5, unit="s"),
-    flops=1e12,
-    bandwidth=1e11,
-)
-CAPACITY = np.full((3, 4), 2)
-STATIC = contiguous(4, CAPACITY)
+MACHINE = machine_of(1, 4, intra_node=1e8, inter_node=1e8)
 
 
 def backend_of(transfers: str, shares: str = "equal", **options: object) -> SimulatedBackend:

@@ -11,30 +11,19 @@ from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.io.arrivals import Arrivals
-from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.placement import contiguous
-from moeless_opt.problems.spec.time_model import TimeModel
-from moeless_opt.problems.spec.topology import Links, Topology
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.cli import main
 from moeless_opt.runtime.simulate.drive import drive
 from moeless_opt.runtime.simulate.foresight import Assumed
-from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.policies import POLICIES
 from moeless_opt.runtime.simulate.serving import ClosedLoop
 from moeless_opt.runtime.simulate.settings import Settings
 from moeless_opt.runtime.simulate.traffic import RoutingModel
+from tests.oracles.small_machine import CAPACITY, MODEL, machine_of
 
-MODEL = ModelSpec(name="small", layers=3, experts=4, top_k=2, hidden=64, ffn=128)
-TOPOLOGY = Topology.uniform(1, 4, slots=2, links=Links(intra_node=1e9, inter_node=1e8, host=5e7))
-MACHINE = Machine(
-    topology=TOPOLOGY,
-    model=MODEL,
-    time=TimeModel(token_cost=1e-5, activation_cost=1e-4, unit="s"),
-    flops=1e12,
-    bandwidth=1e11,
-)
-CAPACITY = np.full((3, 4), 2)
+MACHINE = machine_of(1, 4, intra_node=1e9, inter_node=1e8, slower=10)
+TOPOLOGY = MACHINE.topology
 ROUTING = RoutingModel(
     popularity_DLE=np.random.default_rng(0).uniform(0.5, 1.5, (2, 3, 4)), concentration=8.0, top_k=2
 )
