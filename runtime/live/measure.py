@@ -23,6 +23,8 @@ __all__ = ["in_turn", "measure_experts"]
 
 #: Cycles of the device, about half a millisecond.
 HEAD_START = 1_000_000
+#: Bytes of cache of a core, at most, that others do not share.
+CORE_CACHE = 8 * 2**20
 RunExperts = Callable[[Tensor, IntArray], Any]
 
 
@@ -48,7 +50,7 @@ def measure_experts(
     repeats: int = 7,
     quantile: float = 0.5,
     clock: Callable[[], float] = time.perf_counter,
-    seed: int = 0,
+    flush: int | None = None,
 ) -> TimeModel:
     """Time experts on this machine.
 
@@ -73,8 +75,10 @@ def measure_experts(
         Which of them counts: the median, or 0, the quickest, where others disturb the machine.
     clock : callable
         Seconds; `time.thread_time` on a machine that others use, too.
-    seed : int
-        Of the rows' values.
+    flush : int, optional
+        Bytes that are written between two measurements: in a pass other layers come between, and weights are
+        read anew. From warm caches one more expert looks too cheap. By default more than the caches hold that
+        are a core's or the GPU's own; 0: nothing.
 
     Returns
     -------
@@ -89,7 +93,10 @@ def measure_experts(
             raise ProblemError(name, f"is {grid.tolist()}, must be at least two rising numbers")
     if number("quantile", quantile) > 1:
         raise ProblemError("quantile", f"is {quantile}, must be from 0 to 1")
-    chance = torch.Generator().manual_seed(seed)
+    if flush is None:
+        flush = 2 * _cache(device)
+    other = torch.zeros(whole("flush", flush), dtype=torch.uint8, device=device)
+    chance = torch.Generator().manual_seed(0)
     rows = torch.randn(int(grid_K[-1]), hidden, generator=chance).to(device, dtype)
     points = [(k, j) for k in range(grid_K.size) for j in range(grid_J.size)]
     seconds: dict[tuple[int, int], list[float]] = {point: [] for point in points}
@@ -98,6 +105,7 @@ def measure_experts(
             n, parts = int(grid_K[k]), int(grid_J[j])
             sizes = np.full(parts, n // parts)
             sizes[: n % parts] += 1
+            _cool(other)
             took = _timed(run, rows[:n], sizes[sizes > 0], device, clock)
             if turn:  # the first one warms up
                 seconds[k, j].append(took)
@@ -111,6 +119,18 @@ def measure_experts(
         unit="s",
         name=f"measured on this {device.type}",
     )
+
+
+def _cache(device: torch.device) -> int:
+    """Bytes of the cache that keeps weights from one call to the next: a GPU's second level, or some MB."""
+    if device.type != "cuda":
+        return CORE_CACHE
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def _cool(other: Tensor) -> None:
+    """Write it, so that caches hold nothing else."""
+    other += 1
 
 
 def _timed(

@@ -379,11 +379,11 @@ class LiveModel:
         layer : int, optional
             Whose experts are timed, the first by default; each rank should hold at least two.
         **how
-            ``repeats``, ``quantile``, ``clock``, as of `measure_experts`.
+            ``repeats``, ``quantile``, ``clock``, ``flush``, as of `measure_experts`.
         """
         index = self._index(self.layers[0] if layer is None else layer)
         same_everywhere(self.group, {"tokens": list(tokens), "layer": index})
-        return watch.measure(self.adopted, self.group, index, tokens, **how)
+        return watch.measure(self.adopted, self.group, index, tokens, row_block=self.row_block.rows, **how)
 
     # -- home copies and checksums -----------------------------------------------------------------
 

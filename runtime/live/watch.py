@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from moeless_opt.problems.arrays import IntArray
+from moeless_opt.problems.arrays import IntArray, integers
 from moeless_opt.problems.spec import TimeModel
 from moeless_opt.runtime.control import MemoryReport, Observation
 from moeless_opt.runtime.live.adopt import Adopted
@@ -99,13 +99,22 @@ def measure(
     repeats: int = 7,
     quantile: float = 0.5,
     clock: Callable[[], float] = time.perf_counter,
+    flush: int | None = None,
+    row_block: int = 1,
 ) -> TimeModel:
-    """Time curve of a layer's experts; a collective, see `LiveModel.measure`."""
+    """Time curve of a layer's experts; a collective, see `LiveModel.measure`.
+
+    An expert's rows are padded to multiples of `row_block`, as in a pass: a single one takes as long as all.
+    """
     bank = adopted.banks[index]
     held = min(row[0] for row in group.gather_ints([len(bank.order)]))
+    most = int(integers("tokens", tokens, low=1).max(initial=1)) + held * row_block
+    longest = torch.ones(most, adopted.hidden, dtype=bank.shapes[0][1], device=group.device)
 
     def some(rows: torch.Tensor, sizes: IntArray) -> None:
-        adopted.run_experts(index, rows, np.pad(sizes, (0, len(bank.order) - sizes.size)))
+        padded: IntArray = -(-sizes // row_block) * row_block
+        rows = rows if len(rows) == padded.sum() else longest[: int(padded.sum())]
+        adopted.run_experts(index, rows, np.pad(padded, (0, len(bank.order) - sizes.size)))
 
     mine = measure_experts(
         some,
@@ -117,6 +126,7 @@ def measure(
         repeats=repeats,
         quantile=quantile,
         clock=clock,
+        flush=flush,
     )
     assert mine.curve_time is not None
     rows = group.gather_ints(np.rint(mine.curve_time.ravel() * 1e9).astype(int).tolist())

@@ -11,17 +11,44 @@ import moeless_opt as mo
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.runtime.control.controller import Controller
+from moeless_opt.runtime.control.layer_planner import LayerPlanner
 from moeless_opt.runtime.control.planner import Planner
-from moeless_opt.runtime.simulate.backend import SimulatedBackend
+from moeless_opt.runtime.simulate.backend import SimulatedBackend, Terms
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.traffic import Passes
 
+LAYERED = ("per-layer", "timed")
+"""Policies that plan layer by layer, from a prediction."""
 
-def planner(name: str, ranks: int, slots: int) -> Planner:
+
+def believed(measured: TimeModel) -> TimeModel:
+    """Times that a policy plans by: not those that judge it, but a line through them, a tenth off."""
+    fit = measured.linear(1e5)
+    return fit.replace(token_cost=1.1 * fit.token_cost, activation_cost=0.9 * fit.activation_cost)
+
+
+def spec(setting: dict[str, Any]) -> ModelSpec:
+    """The live model's dimensions."""
+    return ModelSpec(
+        name="tiny",
+        layers=setting["layers"],
+        experts=8,
+        top_k=2,
+        hidden=setting["hidden"],
+        ffn=setting["ffn"],
+    )
+
+
+def planner(
+    name: str, ranks: int, setting: dict[str, Any], time: TimeModel | None = None
+) -> Planner | LayerPlanner:
     """The planner of a policy, live and simulated."""
-    topology = mo.uniform(1, ranks, slots=slots)
+    topology = mo.uniform(1, ranks, slots=setting["slots"])
     if name == "eplb":
         return Planner(topology=topology, solver="eplb", split="equal")
+    if name == "timed":
+        assert time is not None
+        return LayerPlanner(topology, spec(setting), time)
     return Planner(topology=topology)
 
 
@@ -56,32 +83,36 @@ class Twin:
     moves: list[int]
 
 
-def machine(setting: dict[str, Any], ranks: int, time: TimeModel) -> Machine:
+def machine(setting: dict[str, Any], ranks: int, time: TimeModel, in_turn: bool = True) -> Machine:
     """The ranks as a machine."""
     return Machine(
         topology=mo.uniform(1, ranks, slots=setting["slots"]),
-        model=ModelSpec(
-            name="tiny",
-            layers=setting["layers"],
-            experts=8,
-            top_k=2,
-            hidden=setting["hidden"],
-            ffn=setting["ffn"],
-        ),
+        model=spec(setting),
         time=time,
+        in_turn=in_turn,
         flops=1e12,
         bandwidth=1e11,
     )
 
 
-def simulate(name: str, live: dict[str, Any], setting: dict[str, Any], ranks: int, time: TimeModel) -> Twin:
-    """Run a policy over the loads of a live run."""
+def simulate(
+    name: str,
+    live: dict[str, Any],
+    setting: dict[str, Any],
+    ranks: int,
+    time: TimeModel,
+    thought: TimeModel | None = None,
+    *,
+    in_turn: bool = True,
+) -> Twin:
+    """Run a policy over the loads of a live run: what takes `time`, and plans by `thought`."""
     backend = SimulatedBackend(
-        machine(setting, ranks, time),
+        machine(setting, ranks, time, in_turn),
         np.array(live["start"], dtype=np.int32),
         np.full((setting["layers"], ranks), setting["slots"]),
-        shares="equal" if name == "eplb" else "balanced",
+        shares={"eplb": "equal", "timed": "timed"}.get(name, "balanced"),
         transfers="exposed",
+        terms=Terms(believed=thought),
     )
     seen: list[Any] = []
     observe = backend.observe
@@ -91,11 +122,11 @@ def simulate(name: str, live: dict[str, Any], setting: dict[str, Any], ranks: in
         return seen[-1]
 
     backend.observe = remembered  # type: ignore[method-assign]
-    controller = Controller(backend, planner(name, ranks, setting["slots"]), every=1)
+    controller = Controller(backend, planner(name, ranks, setting, thought), every=1)
     slots: list[Any] = []
     moves: list[int] = []
     for step, load_LE in enumerate(np.array(live["loads"], dtype=float)):
-        if name == "per-layer":
+        if name in LAYERED:
             made = []
             for lived in live["decisions"][step]["layers"]:
                 decided = controller.before_layer(lived["layer"], np.array(lived["load"]))
@@ -103,7 +134,7 @@ def simulate(name: str, live: dict[str, Any], setting: dict[str, Any], ranks: in
                 made.append(filled(decided.slots_GC.tolist()))
             slots.append(made)
         backend.run(passes(load_LE))
-        if name in ("static", "per-layer"):
+        if name in ("static", *LAYERED):
             backend.observe()
         elif (decision := controller.after()) is not None:
             slots.append(decision.plan.slots_LGC.tolist())

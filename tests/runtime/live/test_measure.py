@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +52,44 @@ def test_one_after_the_other_and_bad_grids() -> None:
     for share in (2, -1, float("nan")):
         with pytest.raises(ProblemError, match="quantile"):
             measure_experts(in_turn(experts), 4, activated=(1, 2), tokens=(3, 6), quantile=share)
+
+
+def test_caches_are_cold_at_every_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From warm caches one more expert looked too cheap, and balance worth more than it is."""
+    from moeless_opt.runtime.live import measure
+
+    works, between, seen = Clockwork(), [], []
+    monkeypatch.setattr(measure, "_cool", lambda other: between.append(len(other)))
+    for flush in (None, 5, 0):
+        measure_experts(
+            lambda rows, sizes: seen.append(len(between)), 8, activated=(1, 2), tokens=(4, 10), repeats=1,
+            clock=works, flush=flush,
+        )  # fmt: skip
+    assert seen == list(range(1, 25))  # once before each
+    assert between == [2 * measure.CORE_CACHE] * 8 + [5] * 8 + [0] * 8
+    with pytest.raises(ProblemError, match="flush"):
+        measure_experts(works.run, 8, activated=(1, 2), tokens=(4, 10), flush=-1)
+
+
+def test_rows_are_padded_as_in_a_pass() -> None:
+    """One row of a block of 16 was timed as one, and decode looked cheaper the fewer rows an expert had."""
+    from moeless_opt.runtime.live.watch import measure
+
+    seen: list[tuple[int, list[int]]] = []
+    bank = SimpleNamespace(order=(0, 1, 2), shapes=[((4, 8), torch.float32)])
+    adopted = SimpleNamespace(
+        banks=[bank], hidden=8, run_experts=lambda i, rows, sizes: seen.append((len(rows), sizes.tolist()))
+    )
+    group = SimpleNamespace(gather_ints=lambda values: [values], device=torch.device("cpu"), size=1)
+    time = measure(adopted, group, 0, [1, 20], repeats=1, flush=0, row_block=16)  # type: ignore[arg-type]
+    assert time.curve_tokens is not None
+    assert time.curve_tokens.tolist() == [1, 20]
+    assert set(map(str, seen)) == set(
+        map(str, [(16, [16, 0, 0]), (32, [32, 0, 0]), (32, [16, 16, 0]), (48, [16, 16, 16])])
+    )
+    seen.clear()
+    measure(adopted, group, 0, [1, 20], repeats=1, flush=0)  # type: ignore[arg-type]
+    assert (20, [10, 10, 0]) in seen
 
 
 def test_real_experts_take_longer_for_more() -> None:
