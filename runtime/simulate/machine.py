@@ -7,8 +7,8 @@ hidden state from each other GPU's share, over the link of their nodes, and send
 ports of the node and of the network work side by side; the phase ends with the slowest port. Combine is
 dispatch backwards and takes as long.
 
-*Experts*: the problem's `TimeModel` of tokens and activated replicas, or, where experts run one after the
-other, the sum of what each takes for its own tokens; the phase ends with the slowest GPU.
+*Experts*: the problem's `TimeModel` of tokens and activated replicas, where experts run one after the other
+corrected for uneven tokens; the phase ends with the slowest GPU.
 
 *The rest of a pass* (attention, shared experts, norms): the larger of its arithmetic and of reading its
 weights and the KV cache, on data-parallel GPUs. It is the same for every policy.
@@ -96,8 +96,8 @@ class Machine(Record):
     time : TimeModel
         Expert time in seconds.
     in_turn : bool
-        Whether experts of a GPU run one after the other, each for its own tokens: a measured curve is then
-        read at one expert for each. Else it is read at all tokens, as if they spread evenly over the experts.
+        Whether experts of a GPU run one after the other, each for its own tokens: a measured curve, whose
+        tokens are spread evenly, is corrected by what each takes alone. Else they are as if spread evenly.
     flops, bandwidth : float
         FLOP/s and bytes/s that a GPU attains outside the experts.
     kv_bytes : float
@@ -252,11 +252,11 @@ class Machine(Record):
         shares = share_BLGC.reshape(slots.shape)
         tokens = gpu_tokens(flat, slots, shares)
         used = activated(flat, slots, shares)
+        seconds = self.time.time(tokens, used, self.topology.speed_G)
         if self.in_turn and self.time.has_curve:
-            seconds = self._in_turn(served_tokens(flat, slots, shares))
-        else:
-            # A GPU that serves nothing launches nothing; a curve cannot say so below its first point.
-            seconds = np.where(tokens > 0, self.time.time(tokens, used, self.topology.speed_G), 0.0)
+            seconds = seconds + self._uneven(served_tokens(flat, slots, shares), used)
+        # A GPU that serves nothing launches nothing; a measured curve cannot say so below its first point.
+        seconds = np.where(tokens > 0, seconds, 0.0)
         shape = (passes, layers, slots.shape[1])
         return LayerTimes(
             network_BL=self.all_to_all(tokens).reshape(passes, layers),
@@ -269,12 +269,13 @@ class Machine(Record):
             used_BL=used.sum(1).reshape(passes, layers).astype(np.float64),
         )
 
-    def _in_turn(self, tokens_RGC: FloatArray) -> FloatArray:
-        """Seconds of each GPU whose experts run one after the other, shape [R, G]."""
-        seconds_RGC = np.zeros(tokens_RGC.shape)
+    def _uneven(self, tokens_RGC: FloatArray, used_RG: IntArray) -> FloatArray:
+        """Seconds that experts in turn take beyond what they would with as many tokens each, shape [R, G]."""
+        own_RGC = np.zeros(tokens_RGC.shape)
         served = tokens_RGC > 0
-        seconds_RGC[served] = self.time.time(tokens_RGC[served], 1.0, 1.0)
-        return np.asarray(seconds_RGC.sum(2) / self.topology.speed_G)
+        own_RGC[served] = self.time.time(tokens_RGC[served], 1.0, 1.0)
+        even_RG = used_RG * self.time.time(tokens_RGC.sum(2) / np.maximum(used_RG, 1), 1.0, 1.0)
+        return np.asarray((own_RGC.sum(2) - even_RG) / self.topology.speed_G)
 
     def all_to_all(self, tokens_BG: FloatArray) -> FloatArray:
         """Seconds of dispatch and combine together, for the pairs that each GPU serves, shape [B]."""

@@ -147,7 +147,7 @@ def test_experts_in_turn_take_what_each_takes_for_its_own_tokens() -> None:
     curve = TimeModel(
         curve_tokens=np.array([1.0, 10.0, 100.0]),
         curve_activated=np.array([1.0, 2.0]),
-        curve_time=np.array([[10.0, 20.0], [10.0, 20.0], [100.0, 110.0]]),
+        curve_time=np.array([[10.0, 18.0], [10.0, 18.0], [100.0, 108.0]]),
         unit="s",
     )
     even, turns = (MACHINE.replace(time=curve, in_turn=in_turn) for in_turn in (False, True))
@@ -155,12 +155,12 @@ def test_experts_in_turn_take_what_each_takes_for_its_own_tokens() -> None:
     shares = np.array([[[0.5, 1], [1, 0.5], [0.25, 0.25], [0.5, 0]]])[None]
     load = np.array([[[4.0, 38.0, 30.0, 0.0]]])
     together, apart = (one.layers(load, slots, shares) for one in (even, turns))
-    assert together.seconds_BLG[0, 0].tolist() == pytest.approx([50.0, 30.0, 10.0, 0.0])
-    # Copies of an expert on one GPU are one expert, and one without tokens is none.
-    assert apart.seconds_BLG[0, 0].tolist() == pytest.approx([48.0, 30.0, 10.0, 0.0])
+    assert together.seconds_BLG[0, 0].tolist() == pytest.approx([48.0, 30.0, 10.0, 0.0])
+    # Two experts of 20 take 20 each alone, and 48 together; of 2 and 38 they take 10 and 38. Copies of an expert on one GPU are one expert, and one without tokens is none.
+    assert apart.seconds_BLG[0, 0].tolist() == pytest.approx([56.0, 30.0, 10.0, 0.0])
     assert np.array_equal(together.tokens_BLG, apart.tokens_BLG)
     fast = turns.replace(topology=TOPOLOGY.replace(speed_G=np.array([2.0, 1, 1, 1])))
-    assert fast.layers(load, slots, shares).seconds_BLG[0, 0, 0] == pytest.approx(24.0)
+    assert fast.layers(load, slots, shares).seconds_BLG[0, 0, 0] == pytest.approx(28.0)
     straight = MACHINE.replace(in_turn=True)  # no curve: nothing to read
     assert np.array_equal(
         straight.layers(load, slots, shares).seconds_BLG, MACHINE.layers(load, slots, shares).seconds_BLG
