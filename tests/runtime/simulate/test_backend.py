@@ -156,7 +156,8 @@ def test_experts_in_turn_take_what_each_takes_for_its_own_tokens() -> None:
     load = np.array([[[4.0, 38.0, 30.0, 0.0]]])
     together, apart = (one.layers(load, slots, shares) for one in (even, turns))
     assert together.seconds_BLG[0, 0].tolist() == pytest.approx([48.0, 30.0, 10.0, 0.0])
-    # Two experts of 20 take 20 each alone, and 48 together; of 2 and 38 they take 10 and 38. Copies of an expert on one GPU are one expert, and one without tokens is none.
+    # Two experts of 20 take 20 each alone and 48 together; of 2 and 38 they take 10 and 38. Copies of an
+    # expert on one GPU are one expert, and one without tokens is none.
     assert apart.seconds_BLG[0, 0].tolist() == pytest.approx([56.0, 30.0, 10.0, 0.0])
     assert np.array_equal(together.tokens_BLG, apart.tokens_BLG)
     fast = turns.replace(topology=TOPOLOGY.replace(speed_G=np.array([2.0, 1, 1, 1])))
