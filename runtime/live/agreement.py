@@ -90,6 +90,8 @@ def same_everywhere(group: ExpertGroup, told: Mapping[str, Any]) -> None:
 
 #: Stands for a layer between forward passes.
 BETWEEN = -1
+#: Policies that a rank which comes back takes over from the others.
+NAMED = ("balanced", "equal")
 
 
 class Agreement:
@@ -270,6 +272,18 @@ class Agreement:
     def policy_digest(self) -> int:
         """A number of the policy in force, the same in every process."""
         return self._policies[self._asked].digest
+
+    @property
+    def named(self) -> int:
+        """Which of `NAMED` is in force; below 0: none, but a policy of its own."""
+        digests = [1 + digest(share_policy(name)) for name in NAMED]
+        return digests.index(self.policy_digest) if self.policy_digest in digests else -1
+
+    def take_named(self, which: int) -> None:
+        """Use one of `NAMED` as the others do: this rank is new among them."""
+        policy = share_policy(NAMED[which])
+        self._policies[self._asked] = _Asked(policy, 1 + digest(policy), self.group.ranks)
+        self._use(self._asked)
 
     @property
     def policy(self) -> SharePolicy:

@@ -238,7 +238,11 @@ class Guard:
         first = next(g for g in range(group.size) if g not in new)
         self._refuse_strangers(group, [g for g in new if rows[g][2] != rows[first][2]])
         live.regroup(group)
-        have_LG, policies = self._held(group)
+        have_LG, policies, named = self._held(group)
+        if named[first] >= 0:  # there is nothing to it but its name
+            if self._new:
+                live.take_policy(named[first])
+            policies = [policies[first] if g in new else policy for g, policy in enumerate(policies)]
         self._refuse_strangers(group, [g for g in new if policies[g] != policies[first]])
         live.share_sums(first, new=bool(new))
         target = self._target(group, have_LG, rows[first][1], first, new)
@@ -264,17 +268,18 @@ class Guard:
         self._new = False
         self._answered = max(self._answered, rows[first][3])
 
-    def _held(self, group: ExpertGroup) -> tuple[list[list[list[int]]], list[int]]:
-        """Experts that the ranks hold, by layer and rank, and checksums of the shares that they use."""
+    def _held(self, group: ExpertGroup) -> tuple[list[list[list[int]]], list[int], list[int]]:
+        """Experts that the ranks hold, by layer and rank; checksums and names of the shares that they use."""
         banks, experts = self.live.banks, self.live.experts
         mine = [int(e in bank.resident) for bank in banks for e in range(experts)]
-        rows = np.asarray(group.gather_ints([self.live.policy_digest(), *mine]), dtype=np.int64)
-        held_RLE = rows[:, 1:].reshape(group.size, len(banks), experts)
+        shares = [self.live.policy_digest(), self.live.named_policy()]
+        rows = np.asarray(group.gather_ints([*shares, *mine]), dtype=np.int64)
+        held_RLE = rows[:, 2:].reshape(group.size, len(banks), experts)
         held_LG = [
             [np.flatnonzero(held_RLE[g, layer]).tolist() for g in range(group.size)]
             for layer in range(len(banks))
         ]
-        return held_LG, rows[:, 0].tolist()
+        return held_LG, rows[:, 0].tolist(), rows[:, 1].tolist()
 
     def _refuse_strangers(self, group: ExpertGroup, strangers: list[int]) -> None:
         """Ranks that came back with other options than the others have."""

@@ -45,8 +45,10 @@ def _losses() -> Iterator[None]:
         raise RankLostError(str(error)) from error
 
 
-#: Seconds in which ranks that have just met must have connected: who has not died on the way is there.
+#: Seconds in which ranks that have just met must have connected: who has not died on the way is there. Where
+#: hearts are listened to more closely, this times what one may be silent, and at least the second number.
 MEET = 20.0
+QUICK_MEET = (1.5, 4.0)
 #: The longest wait for a work before this rank looks whether somebody is lost.
 SLICE = datetime.timedelta(seconds=0.25)
 
@@ -238,6 +240,7 @@ class ExpertGroup:
     def among(self, ranks: Sequence[int], name: str, heart: Heartbeat | None) -> ExpertGroup:
         """New groups among these (global) ranks, which all call this: some of those here, or more."""
         nodes = self.given_nodes
+        meet = MEET if heart is None else min(MEET, max(heart.dead_after * QUICK_MEET[0], QUICK_MEET[1]))
         made = ExpertGroup(
             ranks,
             list(ranks).index(self.ranks[self.rank]),
@@ -248,7 +251,7 @@ class ExpertGroup:
             name,
             self.staged,
             heart,
-            MEET,
+            meet,
         )
         made.given_nodes = nodes  # of those, too, that are away
         return made

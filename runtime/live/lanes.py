@@ -440,10 +440,19 @@ class Lanes:
         self._floor_given = True
         return True
 
-    def drop_open(self, reason: str) -> None:
-        """Give up tickets that are not adopted; all ranks do so at the same point."""
-        while self._open:
-            self._end(self._open.popleft(), "void", reason)
+    def end_elastic(self) -> None:
+        """Keep nothing warm any more; all ranks do so at the same point, with nothing on its way."""
+        self.elastic = None
+        for layer in range(len(self._extra_LGE)):
+            self._let_go(layer)
+
+    def drop_open(self, reason: str, keep: frozenset[int] = frozenset()) -> None:
+        """Give up tickets that are not adopted, but for these numbers; all ranks do so at the same point."""
+        kept = [ticket for ticket in self._open if ticket.number in keep]
+        dropped = [ticket for ticket in self._open if ticket.number not in keep]
+        self._open = deque(kept)
+        for ticket in dropped:
+            self._end(ticket, "void", reason)
 
     def reset(self) -> None:
         """Forget everything: ranks were lost."""

@@ -55,6 +55,11 @@ class LayerPlans:
         self._tickets.pop(number + REMEMBERED, None)
         return number
 
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Of the tickets of whole plans."""
+        return frozenset(ticket.number for tickets in self._tickets.values() for ticket in tickets)
+
     def report(self, number: int) -> MigrationReport:
         """What became of a plan of all layers."""
         if number not in self._tickets:

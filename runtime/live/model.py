@@ -206,10 +206,21 @@ class LiveModel:
             if time.monotonic() > deadline:
                 raise MoelessError(f"the migrations did not end within {timeout:g} s")
 
-    def tick(self) -> None:
-        """One round of agreement without traffic: an idle model's experts move on, and kept-alive ones go."""
+    def tick(self, *, last: bool = False) -> None:
+        """One round of agreement without traffic: an idle model's experts move on, and kept-alive ones go.
+
+        Parameters
+        ----------
+        last : bool
+            Nothing more will be handed in: what not all ranks were handed is dropped.
+
+        Raises
+        ------
+        MoelessError
+            On all ranks, if something was.
+        """
         self._alive()
-        self._agreement.round()
+        self._agreement.round(last=last)
 
     def set_shares(self, shares: str | SharePolicy) -> None:
         """Use another policy from the first batch on that all ranks know of it."""
@@ -261,6 +272,10 @@ class LiveModel:
     def prewarm_layer(self, layer: int, slots_GC: SlotArray) -> int:
         """Load these replicas ahead of their use, without using them yet; the keep-alive runs from now."""
         return self._plans.one(self._index(layer), slots_GC, serve=False)
+
+    def drop_layers(self, reason: str) -> None:
+        """Give up plans of single layers that are still being made; all ranks do so at the same point."""
+        self.lanes.drop_open(reason, self._plans.numbers)
 
     def layer_plan(self, number: int) -> Ticket:
         """What became of a plan of one layer; on this rank, at any time."""
@@ -322,6 +337,12 @@ class LiveModel:
             self.model.register_forward_hook(made.end_pass),
         ]
         return made
+
+    def inelastic(self) -> None:
+        """Let kept replicas go and carry whole plans out as such again; all ranks, between passes."""
+        self.settle()
+        self._unhook()
+        self.lanes.end_elastic()
 
     def scale_to_zero(self) -> int:
         """Give up every replica but one of each expert; all ranks call it together, between passes.
@@ -425,6 +446,14 @@ class LiveModel:
     def policy_digest(self) -> int:
         """Checksum of the policy of shares that is in force."""
         return self._agreement.policy_digest
+
+    def named_policy(self) -> int:
+        """A number of the policy of shares in force, if it is one that has but a name; else below 0."""
+        return self._agreement.named
+
+    def take_policy(self, named: int) -> None:
+        """Use the policy with this number, as the ranks do among which this one is new."""
+        self._agreement.take_named(named)
 
     def share_sums(self, giver: int, *, new: bool) -> None:
         """Give ranks that are new the checksums of a rank that has them; a collective."""

@@ -347,6 +347,8 @@ class ServeStatus:
         Distance between foreseen and true loads (total variation, 0 to 1), mean of the last plans.
     recoveries : int
         Losses of ranks that were survived.
+    restarts : int
+        Processes that were started in the place of ranks that were lost.
     events : tuple of PlanEvent
         The newest ones, oldest first.
     """
@@ -378,6 +380,7 @@ class ServeStatus:
     cost: Mapping[str, tuple[float, float]]
     prediction_error: float | None
     recoveries: int
+    restarts: int
     events: tuple[PlanEvent, ...]
 
 

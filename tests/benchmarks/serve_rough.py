@@ -1,8 +1,12 @@
 """Rough clients on a real ``moeless-serve``: they break off, read slowly, vanish, and are ten times too many.
 
     python tests/benchmarks/serve_rough.py [--ranks 4] [-- OPTIONS OF THE SERVER]
+    python tests/benchmarks/serve_rough.py --faults --ranks 4 [-- OPTIONS OF THE SERVER]
 
 Tells how requests ended, and that nothing of them is left: no request that runs, no block of the KV pool.
+``--faults``: ranks are killed and stopped under load, then everything is, then it gets SIGTERM while a rank
+is away; tells the longest time without a token for anybody, when all ranks are back, and whether all answers are
+those of before.
 All stays on the loopback. Needs the extras serve and load.
 """
 
@@ -11,12 +15,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import itertools
 import json
+import os
 import random
 import signal
 import socket
 import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -122,14 +131,155 @@ def settle(address: str) -> dict[str, Any]:
         time.sleep(0.2)
 
 
+class Load:
+    """So many greedy streams at any time, until told to end."""
+
+    def __init__(self, port: int, streams: int = 8) -> None:
+        self.port, self.stop = port, False
+        self.times: list[float] = []
+        self.ends: collections.Counter[str] = collections.Counter()
+        self.texts: dict[str, set[str]] = collections.defaultdict(set)
+        self.threads = [threading.Thread(target=self._ask, args=(k,)) for k in range(streams)]
+        for thread in self.threads:
+            thread.start()
+
+    def _ask(self, k: int) -> None:
+        prompt = PROMPTS[k % 4]
+        body = {"prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True, "stream": True}
+        while not self.stop:
+            whole = b""
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=120) as connection:
+                    connection.sendall(raw(body))
+                    while part := connection.recv(65536):
+                        self.times.append(time.monotonic())
+                        whole += part
+            except OSError as error:
+                self.ends[type(error).__name__] += 1
+                time.sleep(0.1)
+                continue
+            text, told = "", whole[9:12].decode()
+            for line in whole.split(b"\n"):
+                if line.startswith(b"data: {"):
+                    event = json.loads(line[6:])
+                    text += event["choices"][0]["text"] if "choices" in event else ""
+                    told = event["error"]["message"] if "error" in event else told
+            self.ends["whole" if b"[DONE]" in whole else told] += 1
+            if b"[DONE]" in whole:
+                self.texts[prompt].add(text)
+
+    def silence(self, begin: float, end: float) -> float:
+        """Longest time without a token for anybody."""
+        times = [begin, *sorted(t for t in self.times if begin < t < end), end]
+        return max(b - a for a, b in itertools.pairwise(times))
+
+    def end(self) -> None:
+        """Ask no more, and wait for the answers."""
+        self.stop = True
+        for thread in self.threads:
+            thread.join()
+
+
+def ranks_of(server: int) -> dict[int, int]:
+    """Processes of ranks by rank (Linux)."""
+    found = {}
+    for children in Path(f"/proc/{server}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            numbers = [int(entry[11:]) for entry in environment if entry.startswith(b"LOCAL_RANK=")]
+            found.update(dict.fromkeys(numbers, int(pid)))
+    return found
+
+
+def wait_for(address: str, ranks: int, seconds: float = 120.0) -> float:
+    """Seconds until the status says that so many ranks serve."""
+    begun = time.monotonic()
+    while get(address, "/v1/status?since=1e11")["ranks"] != ranks:
+        if time.monotonic() - begun > seconds:
+            return float("inf")
+        time.sleep(0.05)
+    return time.monotonic() - begun
+
+
+def lose(server: int, address: str, load: Load, which: list[int], how: signal.Signals, ranks: int) -> str:
+    """Send ranks a signal under load; what became of it."""
+    before, ends = get(address, "/v1/status?since=1e11"), load.ends.copy()
+    pids, begun = ranks_of(server), time.monotonic()
+    for rank in which:
+        os.kill(pids[rank], how)
+        time.sleep(0.5 * (len(which) > 1))
+    gone = wait_for(address, ranks - len(which), 30.0)
+    served = time.monotonic() - begun
+    back = served + wait_for(address, ranks)
+    time.sleep(2.0)
+    now = time.monotonic()
+    retried = get(address, "/v1/status?since=1e11")["requests"]["retried"] - before["requests"]["retried"]
+    assert gone < 30, "nobody noticed"
+    return (
+        f"longest silence {load.silence(begun, begun + served + 3):.2f} s, until all ranks were back after "
+        f"{back:.1f} s {load.silence(begun, now):.2f} s; {retried} requests begun anew, "
+        f"ended {dict(load.ends - ends)}"
+    )
+
+
+def faults(ranks: int, more: list[str]) -> int:
+    """Ranks die and hang, everything dies, and the server is to end while a rank is away."""
+    last = ranks - 1
+    with tempfile.TemporaryDirectory() as folder:
+        more = ["--state", f"{folder}/state.json", "--every", "16", *more]
+        server, address, first = start_server(ranks, more)
+        print(f"first token after {first:.1f} s")
+        load = Load(urlsplit(address).port or 0)
+        time.sleep(3.0)
+        begun = time.monotonic()
+        time.sleep(4.0)
+        print(f"calm: longest silence {load.silence(begun, time.monotonic()):.2f} s", flush=True)
+        for what, which, how in (
+            ("one killed", [last], signal.SIGKILL),
+            ("the first killed", [0], signal.SIGKILL),
+            ("one stopped", [1], signal.SIGSTOP),
+            ("two killed in short order", [1, last], signal.SIGKILL),
+        ):
+            print(f"{what}: {lose(server.pid, address, load, which, how, ranks)}", flush=True)
+        plan = get(address, "/v1/plan")["slots"]
+        time.sleep(2.0)
+        pids = [server.pid, *ranks_of(server.pid).values()]
+        load.stop = True
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        server.wait()
+        load.end()
+        texts = load.texts
+        server, address, first = start_server(ranks, [*more, "--pause"])
+        kept = get(address, "/v1/plan")["slots"] == plan
+        print(f"all killed: first token of the next after {first:.1f} s, same placement: {kept}")
+        load = Load(urlsplit(address).port or 0)
+        time.sleep(2.0)
+        os.kill(ranks_of(server.pid)[last], signal.SIGKILL)
+        time.sleep(0.3)
+        load.stop = True
+        server.send_signal(signal.SIGTERM)
+        load.end()
+        code = server.wait(120)
+        print(f"SIGTERM 0.3 s after a kill: {dict(load.ends)}, ended with {code}")
+    for prompt, told in load.texts.items():
+        texts[prompt] |= told
+    same = all(len(told) == 1 for told in texts.values())
+    print(f"the same answers at all times: {same}")
+    return int(not same or code != 0)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--faults", action="store_true", help="of ranks, in place of rough clients")
     parser.add_argument("--requests", type=int, default=1000, help="with random cancellation (default 1000)")
     argv, more = sys.argv[1:], []
     if "--" in argv:
         argv, more = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     args = parser.parse_args(argv)
+    if args.faults:
+        return faults(args.ranks, more)
     small = ["--max-running", "16", "--max-waiting", "48", *more]
     server, address, _ = start_server(args.ranks, small)
     port = urlsplit(address).port or 0

@@ -73,19 +73,42 @@ def queue_channels() -> tuple[QueueChannel, QueueChannel]:
 
 
 class PipeChannel:
-    """One end of a connection of `multiprocessing`."""
+    """One end of a connection of `multiprocessing`.
 
-    def __init__(self, connection: Connection) -> None:
+    Parameters
+    ----------
+    connection : Connection
+        To the other process.
+    patient : bool
+        A thread writes: whoever sends never waits for a process that does not read (it may be stopped).
+    """
+
+    def __init__(self, connection: Connection, *, patient: bool = False) -> None:
         self._connection = connection
         self._lock = threading.Lock()
+        self._letters: queue.SimpleQueue[Any] | None = None
+        if patient:
+            self._letters = queue.SimpleQueue()
+            threading.Thread(target=self._post, name="moeless-sender", daemon=True).start()
 
-    def send(self, message: Any) -> None:
-        """See `Channel.send`; a message to nobody is dropped, `take` tells."""
+    def _post(self) -> None:
+        assert self._letters is not None
+        while (letter := self._letters.get()) is not None:
+            self._write(letter[0])
+
+    def _write(self, message: Any) -> None:
         with self._lock:
             try:
                 self._connection.send(message)
             except (OSError, ValueError):
                 return
+
+    def send(self, message: Any) -> None:
+        """See `Channel.send`; a message to nobody is dropped, `take` tells."""
+        if self._letters is None:
+            self._write(message)
+        else:
+            self._letters.put((message,))
 
     def take(self, timeout: float) -> list[Any]:
         """See `Channel.take`."""
@@ -101,4 +124,6 @@ class PipeChannel:
 
     def close(self) -> None:
         """See `Channel.close`."""
+        if self._letters is not None:
+            self._letters.put(None)
         self._connection.close()

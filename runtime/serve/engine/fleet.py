@@ -30,10 +30,18 @@ from moeless_opt.runtime.serve import (
 )
 from moeless_opt.runtime.serve.engine.channel import Channel, ChannelClosedError
 from moeless_opt.runtime.serve.engine.codec import TextStream
-from moeless_opt.runtime.serve.engine.launch import START, Crew, launched_from_outside, serve_rank, start_crew
+from moeless_opt.runtime.serve.engine.launch import (
+    START,
+    Crew,
+    Hiring,
+    launched_from_outside,
+    serve_rank,
+    start_crew,
+)
 from moeless_opt.runtime.serve.engine.models import ServedFacts, check_device, facts_of
 from moeless_opt.runtime.serve.engine.options import EngineOptions
 from moeless_opt.runtime.serve.engine.plans import given_plan, judged_plan
+from moeless_opt.runtime.serve.engine.restarts import Restarts
 from moeless_opt.runtime.serve.engine.state import ServeState, read_state, slots_for, write_state
 
 __all__ = ["Fleet", "open_engine"]
@@ -46,6 +54,8 @@ RETRIES = 3
 EVENTS = 200
 #: Seconds between two writings of the state.
 SAVE = 1.0
+#: What ranks count for themselves.
+TOKENS = ("prompt_tokens", "cached_tokens", "generated_tokens")
 
 
 def open_engine(options: EngineOptions) -> ServeEngine | None:
@@ -98,6 +108,12 @@ class Fleet:
         self._held: Counter[str] = Counter()  # requests under way, by client
         self._load: list[int] = []
         self._alive: list[bool] = []
+        #: Ranks that the others have in their midst, as far as was heard; those that are on their way to it.
+        self._seated: set[int] = set()
+        self._entering: set[int] = set()
+        self._restarts = Restarts(options.max_restarts)
+        self._returning: set[int] = set()
+        self._over = threading.Event()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._deciding = threading.Lock()
@@ -105,11 +121,17 @@ class Fleet:
         self._reports: dict[int, dict[str, Any]] = {}
         self._group: dict[str, Any] = {}
         self._events: deque[PlanEvent] = deque(maxlen=EVENTS)
-        self._answers = 0
+        self._told = self._own_events = 0
+        #: Orders that not all ranks are known to have carried out, and answers, by their numbers.
+        self._orders: deque[tuple[int, str, Any]] = deque()
+        self._ordered = self._carried = 0
+        self._answers: dict[int, PlanEvent] = {}
+        #: Tokens that ranks computed which are gone.
+        self._past: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._retried = 0
         self._ends: deque[float] = deque(maxlen=32)
-        self._draining = self._closed = False
+        self._started = self._draining = self._closed = False
         self._failure = ""
         self._refusal: MoelessError | None = None
         self._warned = ""
@@ -145,11 +167,7 @@ class Fleet:
         ranks = len(crew.channels)
         self._load, self._alive = [0] * ranks, [True] * ranks
         for rank, channel in enumerate(crew.channels):
-            reader = threading.Thread(
-                target=self._read, args=(rank, channel), name=f"moeless-reader-{rank}", daemon=True
-            )
-            self._readers.append(reader)
-            reader.start()
+            self._listen(rank, channel)
         deadline = time.monotonic() + START
         with self._changed:
             while len(self._ready) < ranks and not self._failure and all(self._alive):
@@ -160,7 +178,15 @@ class Fleet:
             reason = self._failure or f"ranks did not begin within {START:g} s"
             self.close()
             raise self._refusal or MoelessError(reason)
+        self._started = True
         self._restore()
+
+    def _listen(self, rank: int, channel: Channel) -> None:
+        reader = threading.Thread(
+            target=self._read, args=(rank, channel), name=f"moeless-reader-{rank}", daemon=True
+        )
+        self._readers.append(reader)
+        reader.start()
 
     def _check_options(self, options: EngineOptions) -> None:
         """What can be told before anything is loaded."""
@@ -181,7 +207,9 @@ class Fleet:
     def _check(self, planning: Planning) -> None:
         from moeless_opt.runtime.serve.engine.steering import check_planning
 
-        check_planning(planning, self.facts.experts, max(sum(self._alive), 1))
+        ranks = sum(self._alive) + len(self._returning)  # those that come back count
+        largest = max(self._ready[0]["expert_bytes"]) if 0 in self._ready else 0
+        check_planning(planning, self.facts.experts, max(ranks, 1), largest)
 
     def _restore(self) -> None:
         """Begin from the settings and the placement of the last run."""
@@ -222,11 +250,12 @@ class Fleet:
             if self._closed:
                 return
             self._closed = self._draining = True
+        self._over.set()
         self._end_all("the engine was closed")
         if self._crew is not None:
             self._save(force=True)
             self._order("stop", None)
-            self._crew.close()
+            self._crew.close({rank for rank, alive in enumerate(self._alive) if alive})
             for reader in self._readers:
                 if reader is not threading.current_thread():
                     reader.join(2.0)
@@ -310,7 +339,7 @@ class Fleet:
             try:
                 messages = channel.take(0.5)
             except ChannelClosedError:
-                self._lost(rank)
+                self._gone(rank, channel)
                 return
             for kind, content in messages:
                 if kind == "tokens":
@@ -319,11 +348,20 @@ class Fleet:
                 elif kind == "report":
                     self._reported(rank, content)
                 elif kind == "ready":
-                    with self._changed:
-                        self._ready[rank] = content
-                        self._changed.notify_all()
+                    self._begins(rank, content)
                 elif kind == "failed":
                     self._failed(rank, content)
+
+    def _begins(self, rank: int, facts: dict[str, Any]) -> None:
+        """A rank serves from now on."""
+        with self._changed:
+            self._ready[rank] = facts
+            self._restarts.serves(rank)
+            if rank in self._entering:
+                self._entering.discard(rank)
+                self._returning.discard(rank)
+                self._alive[rank] = True
+            self._changed.notify_all()
 
     def _failed(self, rank: int, reason: str | MoelessError) -> None:
         """A rank says why it ends: before all have begun that is the end of the engine."""
@@ -383,60 +421,138 @@ class Fleet:
             for flight in list(self._flights.values()):
                 self._end(flight, Emitted(request=flight.request.id, finish="error", error=reason))
 
+    def _gone(self, rank: int, channel: Channel) -> None:
+        """A rank's process has ended."""
+        with self._changed:
+            if self._crew is None or self._crew.channels[rank] is not channel:
+                return  # another one is in its place
+            entering = rank in self._entering
+            self._entering.discard(rank)
+        if entering:
+            self._return(rank)
+        else:
+            self._lost(rank)
+
     def _lost(self, rank: int) -> None:
         """A rank is gone: its requests go on elsewhere, from the tokens that they have."""
         with self._changed:
             if not self._alive[rank]:
                 return
             self._alive[rank] = False
-            self._reports.pop(rank, None)
+            self._seated.discard(rank)
+            report = self._reports.pop(rank, {})
+            self._past.update({name: report.get(name, 0) for name in TOKENS})
             self._changed.notify_all()
             if self._closed:
                 return
-            mine = [f for f in self._flights.values() if f.rank == rank]
             if not any(self._alive):
                 self._failure = self._failure or "all ranks are gone"
                 self._end_all(self._failure)
                 return
-            for flight in mine:
-                self._load[rank] -= 1
-                flight.tries += 1
-                name = flight.request.id
-                if flight.cancelled or flight.tries > RETRIES:
-                    self._load[rank] += 1
-                    how = (
-                        Emitted(request=name, finish="cancelled")
-                        if flight.cancelled
-                        else Emitted(
-                            request=name, finish="error", error=f"{flight.tries} ranks were lost under it"
-                        )
-                    )
-                    self._end(flight, how)
-                    continue
-                self._retried += 1
-                flight.rank = self._least_busy()
-                self._send(flight)
+            for flight in [f for f in self._flights.values() if f.rank == rank]:
+                self._again(flight)
+        if self._started:
+            self._return(rank)
+
+    def _again(self, flight: _Flight) -> None:
+        """Begin a request anew whose rank was lost, or end it."""
+        flight.tries += 1
+        name, error = flight.request.id, f"{flight.tries} ranks were lost under it"
+        if flight.cancelled:
+            self._end(flight, Emitted(request=name, finish="cancelled"))
+        elif flight.tries > RETRIES:
+            self._end(flight, Emitted(request=name, finish="error", error=error))
+        else:
+            self._retried += 1
+            self._load[flight.rank] -= 1
+            flight.rank = self._least_busy()
+            self._send(flight)
+
+    # -- ranks that come back ----------------------------------------------------------------------
+
+    def _return(self, rank: int) -> None:
+        """Bring a rank back that was lost, beside everything else."""
+        assert self._crew is not None
+        if self._crew.hiring is None or self._closed or self._failure:
+            return
+        with self._lock:
+            self._returning.add(rank)
+        threading.Thread(
+            target=self._bring_back, args=(rank, self._crew, self._crew.hiring), daemon=True
+        ).start()
+
+    def _bring_back(self, rank: int, crew: Crew, hiring: Hiring) -> None:
+        while (wait := self._restarts.next(rank)) is not None:
+            if self._over.wait(wait):
+                return
+            log.warning("rank %d is started anew", rank)
+            try:
+                hiring.start(rank, joins=True)
+                (channel,) = hiring.arrived([rank])
+            except MoelessError as error:
+                log.warning("rank %d: %s", rank, error)
+                continue
+            with self._lock:
+                crew.channels[rank], crew.processes[rank] = channel, hiring.processes[rank]
+                self._entering.add(rank)
+                channel.send(("enter", self._carried))
+                for order in self._orders:
+                    channel.send(("order", order))
+            self._listen(rank, channel)
+            return
+        with self._lock:
+            self._returning.discard(rank)
+            many = f"was lost {self.options.max_restarts + 1} times in a row"
+            text = f"rank {rank} {many if self.options.max_restarts else 'was lost'}: it is not started again"
+            log.error("%s", text)
+            self._own_events += 1
+            self._events.append(
+                PlanEvent(
+                    number=self._told + self._own_events,
+                    at=time.time(),
+                    passes=self._group.get("passes", 0),
+                    kind="ranks",
+                    detail=text,
+                )
+            )
 
     def _reported(self, rank: int, report: dict[str, Any]) -> None:
         with self._changed:
             group = report.pop("group", None)
-            self._reports[rank] = report
+            if self._alive[rank]:
+                self._reports[rank] = report
             if group is not None:
-                for event in group.pop("events"):
-                    self._events.append(event)
-                    self._answers += event.kind in ("given", "refused", "settings")
-                self._group = group
+                self._heard(group)
             self._changed.notify_all()
         if group is None:
             return
-        for gone, alive in enumerate(self._alive):
-            if alive and gone not in group["members"]:
-                self._evicted(gone)
+        for gone in self._seated - set(group["members"]):
+            self._evicted(gone)
+        self._seated |= {member for member in group["members"] if self._alive[member]}
         self._save()
+
+    def _heard(self, group: dict[str, Any]) -> None:
+        """What the first of the ranks says of all of them; it may be another one than before."""
+        for event in group.pop("events"):
+            if event.number > self._told:
+                self._told = event.number
+                self._events.append(self._numbered(event))
+        for number, event in group.pop("answers"):
+            if number > self._carried:
+                self._answers[number] = self._numbered(event)
+        self._carried = max(self._carried, group["carried_out"])
+        while self._orders and self._orders[0][0] <= self._carried:
+            self._orders.popleft()
+        self._group = group
+
+    def _numbered(self, event: PlanEvent) -> PlanEvent:
+        """Counted together with what is told here."""
+        return replace(event, number=event.number + self._own_events)
 
     def _evicted(self, rank: int) -> None:
         """The others went on without a rank that did not answer."""
         assert self._crew is not None
+        self._seated.discard(rank)
         if rank < len(self._crew.processes):
             self._crew.processes[rank].kill()
         self._lost(rank)
@@ -469,13 +585,16 @@ class Fleet:
 
     # -- steering ----------------------------------------------------------------------------------
 
-    def _order(self, kind: str, content: Any) -> None:
-        """Tell all ranks; with the lock, so that all get their orders in one order."""
+    def _order(self, kind: str, content: Any) -> int:
+        """Tell all ranks; with the lock, so that all get their orders in one order. Returns its number."""
         with self._lock:
             assert self._crew is not None
-            for alive, channel in zip(self._alive, self._crew.channels, strict=True):
-                if alive:
-                    channel.send(("order", (kind, content)))
+            self._ordered += 1
+            self._orders.append((self._ordered, kind, content))
+            for rank, channel in enumerate(self._crew.channels):
+                if self._alive[rank] or rank in self._entering:
+                    channel.send(("order", self._orders[-1]))
+            return self._ordered
 
     def status(self) -> ServeStatus:
         """See `ServeEngine.status`."""
@@ -486,6 +605,9 @@ class Fleet:
             experts = facts.get("experts", 0)
             none = np.zeros((len(layers), experts), dtype=np.int64)
             running = sum(r["running"] for r in reports)
+            tokens = Counter(self._past)
+            for report in reports:
+                tokens.update({name: report[name] for name in TOKENS})
             return ServeStatus(
                 ready=bool(self._ready) and not (self._failure or self._draining) and alive > 0,
                 ranks=alive,
@@ -496,9 +618,9 @@ class Fleet:
                 kv_blocks_used=sum(r["used"] for r in reports),
                 kv_cached_blocks=sum(r["kept"] for r in reports),
                 passes=group.get("passes", 0),
-                prompt_tokens=sum(r["prompt_tokens"] for r in reports),
-                cached_tokens=sum(r["cached_tokens"] for r in reports),
-                generated_tokens=sum(r["generated_tokens"] for r in reports),
+                prompt_tokens=tokens["prompt_tokens"],
+                cached_tokens=tokens["cached_tokens"],
+                generated_tokens=tokens["generated_tokens"],
                 finished=dict(self._finished),
                 retried=self._retried,
                 layers=layers,
@@ -514,6 +636,7 @@ class Fleet:
                 cost=group.get("cost", {}),
                 prediction_error=group.get("prediction_error"),
                 recoveries=group.get("recoveries", 0),
+                restarts=self._restarts.count,
                 events=tuple(self._events),
             )
 
@@ -557,12 +680,16 @@ class Fleet:
     def _ask(self, kind: str, content: Any, timeout: float = 30.0) -> PlanEvent:
         """Give an order and wait until it is carried out."""
         with self._deciding, self._changed:
-            before, deadline = self._answers, time.monotonic() + timeout
-            self._order(kind, content)
-            while self._answers == before:
-                if not self._changed.wait(deadline - time.monotonic()) or self._closed:
-                    raise EngineStoppedError("the ranks did not answer")
-            event = next(e for e in reversed(self._events) if e.kind in ("given", "refused", "settings"))
+            number, deadline = self._order(kind, content), time.monotonic() + timeout
+            while number not in self._answers:
+                if self._closed or self._failure:
+                    raise EngineStoppedError(self._failure or "the engine was closed")
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise EngineStoppedError(
+                        f"the ranks have not answered within {timeout:g} s; they do it once they can"
+                    )
+            event = self._answers.pop(number)
+            self._answers.clear()  # of those that nobody waits for any more
         if event.kind == "refused":
             raise ProblemError("plan", f"was refused: {event.detail}")
         return event

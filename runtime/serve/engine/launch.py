@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener
 from typing import Any
 
@@ -53,6 +55,10 @@ class Crew:
         Those that were started here.
     threads : list of Thread
         Ranks of this process.
+    keep : object
+        The store, which must outlive the ranks.
+    hiring : Hiring, optional
+        Starts processes in the place of others.
     """
 
     def __init__(
@@ -61,13 +67,21 @@ class Crew:
         processes: list[subprocess.Popen[bytes]],
         threads: list[threading.Thread],
         keep: Any = None,
+        hiring: Hiring | None = None,
     ) -> None:
         self.channels, self.processes, self.threads = channels, processes, threads
-        self._keep = keep  # the store, which must outlive the ranks
+        self.hiring = hiring
+        self._keep = keep
 
-    def close(self, timeout: float = 5.0) -> None:
-        """Wait for the ranks to end, and end those that do not."""
+    def close(self, serving: Iterable[int] = (), timeout: float = 5.0) -> None:
+        """Wait for the ranks that serve to end, and end those that do not, and the others."""
         deadline = time.monotonic() + timeout
+        if self.hiring is not None:
+            self.hiring.close()
+            for rank, process in self.hiring.processes.items():
+                if rank not in serving:
+                    process.kill()
+                    process.wait()
         for thread in self.threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
         for process in self.processes:
@@ -97,13 +111,19 @@ def _in_thread(options: EngineOptions, channel: QueueChannel) -> threading.Threa
     return thread
 
 
-def _work(options: EngineOptions, channel: Channel, facts: ServedFacts | None = None) -> None:
+def _work(
+    options: EngineOptions,
+    channel: Channel,
+    facts: ServedFacts | None = None,
+    seat: tuple[int, Any] | None = None,
+) -> None:
     """Be a rank until the end; what goes wrong is told to the front."""
     try:
-        from moeless_opt.runtime.serve.engine.worker import Worker
+        from moeless_opt.runtime.serve.engine.worker import Seat, Worker
 
         known = facts_of(options) if facts is None else facts
-        Worker(options, channel, known.context_length, known.codec.ends).run()
+        place = None if seat is None else Seat(*seat)
+        Worker(options, channel, known.context_length, known.codec.ends, place).run()
     except ChannelClosedError:
         pass
     except MoelessError as error:
@@ -118,37 +138,150 @@ def _work(options: EngineOptions, channel: Channel, facts: ServedFacts | None = 
 # -- processes of its own --------------------------------------------------------------------------
 
 
-def _spawn(options: EngineOptions) -> Crew:
-    key = secrets.token_bytes(32)
-    listener = Listener(("127.0.0.1", 0), authkey=key)
-    store = _tcp_store()
-    processes = []
-    try:
-        for rank in range(options.ranks):
-            env = os.environ | {"LOCAL_RANK": str(rank)}
-            env.setdefault("OMP_NUM_THREADS", "1")
-            # Nothing is compiled here, and asking whether it is takes time in every layer.
-            env.setdefault("TORCHDYNAMO_DISABLE", "1")
-            process = subprocess.Popen(
+class Hiring:
+    """Starts processes of ranks, and lets them in.
+
+    Parameters
+    ----------
+    options : EngineOptions
+        What they serve.
+    store : TCPStore
+        In which they meet.
+    """
+
+    def __init__(self, options: EngineOptions, store: Any) -> None:
+        self.options, self._store = options, store
+        self._door = Door("127.0.0.1")
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def start(self, rank: int, *, joins: bool = False) -> None:
+        """Start a process; one that `joins` takes the place of one that the others have lost."""
+        env = os.environ | {"LOCAL_RANK": str(rank)}
+        env.setdefault("OMP_NUM_THREADS", "1")
+        # Nothing is compiled here, and asking whether it is takes time in every layer.
+        env.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # What gloo and the store say of ranks that are gone is told in one line here.
+        env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        with self._lock:
+            if self._closed:
+                raise MoelessError("the engine was closed")
+            self._door.forget(rank)
+            if rank in self.processes:  # whatever it may still be at
+                self.processes[rank].kill()
+                self.processes[rank].wait()
+            process = self.processes[rank] = subprocess.Popen(
                 [sys.executable, "-m", "moeless_opt.runtime.serve.engine.rank"],
                 stdin=subprocess.PIPE,
                 env=env,
                 # A signal for the front's group (Ctrl-C) is the front's to answer.
                 start_new_session=True,
             )
-            assert process.stdin is not None
-            pickle.dump((options, rank, options.ranks, listener.address, key, store.port), process.stdin)
+        assert process.stdin is not None
+        told = (self.options, rank, self.options.ranks, self._door.address, self._door.key, self._store.port)
+        with suppress(BrokenPipeError):  # it has ended already; `arrived` tells
+            pickle.dump((*told, joins), process.stdin)
             process.stdin.close()
-            processes.append(process)
-        channels = _accept(listener, range(options.ranks), processes)
-    except BaseException:
-        for process in processes:
+
+    def arrived(self, ranks: Sequence[int]) -> list[Channel]:
+        """Channels to the processes of these ranks, once they are there.
+
+        Raises
+        ------
+        MoelessError
+            If one has ended, or does not come.
+        """
+        mine = [self.processes[rank] for rank in ranks]
+        return self._door.arrived(ranks, lambda: [p for p in mine if p.poll() is not None])
+
+    def close(self) -> None:
+        """Start nobody any more."""
+        with self._lock:
+            self._closed = True
+        self._door.close()
+
+    def kill(self) -> None:
+        """End all processes."""
+        self.close()
+        for process in self.processes.values():
             process.kill()
             process.wait()
+
+
+class Door:
+    """Where processes of ranks come in.
+
+    Parameters
+    ----------
+    host : str
+        Address of this machine to listen at.
+    """
+
+    def __init__(self, host: str) -> None:
+        self.key = secrets.token_bytes(32)
+        self._listener = Listener((host, 0), authkey=self.key)
+        self.address = self._listener.address
+        self._came: dict[int, Channel] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        threading.Thread(target=self._wait, name="moeless-door", daemon=True).start()
+
+    def _wait(self) -> None:
+        while True:
+            try:
+                connection = self._listener.accept()
+                rank = connection.recv()
+            except (OSError, EOFError, AuthenticationError):  # who knows the key not, or has died
+                if self._closed:
+                    return
+                continue
+            if self._closed:
+                return
+            with self._changed:
+                self._came[rank] = PipeChannel(connection, patient=True)
+                self._changed.notify_all()
+
+    def forget(self, rank: int) -> None:
+        """Another process of this rank is to come."""
+        with self._changed:
+            self._came.pop(rank, None)
+
+    def arrived(self, ranks: Sequence[int], ended: Callable[[], Sequence[Any]]) -> list[Channel]:
+        """See `Hiring.arrived`."""
+        deadline = time.monotonic() + START
+        with self._changed:
+            while missing := [rank for rank in ranks if rank not in self._came]:
+                if dead := ended():
+                    raise MoelessError(f"a rank ended while it started, with code {dead[0].returncode}")
+                if time.monotonic() > deadline:
+                    raise MoelessError(
+                        f"{len(missing)} of {len(ranks)} ranks did not come within {START:g} s"
+                    )
+                self._changed.wait(0.05)
+            return [self._came[rank] for rank in ranks]
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        if self._closed:
+            return
+        self._closed = True
+        with suppress(OSError, EOFError, AuthenticationError):  # wakes the thread
+            Client(self.address, authkey=self.key).close()
+        self._listener.close()
+
+
+def _spawn(options: EngineOptions) -> Crew:
+    store = _tcp_store()
+    hiring, ranks = Hiring(options, store), range(options.ranks)
+    try:
+        for rank in ranks:
+            hiring.start(rank)
+        channels = hiring.arrived(ranks)
+    except BaseException:
+        hiring.kill()
         raise
-    finally:
-        listener.close()
-    return Crew(channels, processes, [], store)
+    return Crew(channels, [hiring.processes[rank] for rank in ranks], [], store, hiring)
 
 
 def _tcp_store(port: int | None = None) -> Any:
@@ -160,39 +293,22 @@ def _tcp_store(port: int | None = None) -> Any:
     return TCPStore("127.0.0.1", port, is_master=False)
 
 
-def _accept(listener: Listener, ranks: range, processes: list[subprocess.Popen[bytes]]) -> list[Channel]:
-    """Connections of these ranks, in order."""
-    found: dict[int, Channel] = {}
-
-    def wait() -> None:
-        while len(found) < len(ranks):
-            connection = listener.accept()
-            rank = connection.recv()
-            found[rank] = PipeChannel(connection)
-
-    thread = threading.Thread(target=wait, name="moeless-front", daemon=True)
-    thread.start()
-    deadline = time.monotonic() + START
-    while thread.is_alive():
-        thread.join(0.05)
-        dead = [p for p in processes if p.poll() is not None]
-        if dead:
-            raise MoelessError(f"a rank ended while it started, with code {dead[0].returncode}")
-        if time.monotonic() > deadline:
-            raise MoelessError(
-                f"{len(ranks) - len(found)} of {len(ranks)} ranks did not come within {START:g} s"
-            )
-    return [found[rank] for rank in ranks]
-
-
 def rank_main() -> None:
     """What a process of a rank runs: settings come by standard input."""
-    options, rank, size, address, key, port = pickle.load(sys.stdin.buffer)
-    connection = Client(address, authkey=key)
-    connection.send(rank)
-    store = _tcp_store(port)
-    join_world(options, rank, size, store)
-    _work(options, PipeChannel(connection))
+    options, rank, size, address, key, port, joins = pickle.load(sys.stdin.buffer)
+    try:
+        connection = Client(address, authkey=key)
+        connection.send(rank)
+        store = _tcp_store(port)
+    except (OSError, EOFError, RuntimeError):  # the front is gone meanwhile
+        os._exit(1)
+    if joins:
+        from moeless_opt.runtime.checkpoint import stand_outside
+
+        stand_outside(rank, size)
+    else:
+        join_world(options, rank, size, store)
+    _work(options, PipeChannel(connection), seat=(rank, store) if joins else None)
     # Groups of ranks that are gone would be waited for.
     sys.stdout.flush()
     os._exit(0)
@@ -224,17 +340,15 @@ def _meet(options: EngineOptions, size: int) -> Crew:
 
     join_world(options, 0, size)
     store = dist.distributed_c10d._get_default_store()
-    key = secrets.token_bytes(32)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size
-    host = "127.0.0.1" if local else socket.gethostname()
-    listener = Listener((host, 0), authkey=key)
-    store.set(PLACE, pickle.dumps((listener.address, key)).hex())
+    door = Door("127.0.0.1" if local else socket.gethostname())
+    store.set(PLACE, pickle.dumps((door.address, door.key)).hex())
     here, there = queue_channels()
     thread = _in_thread(options, there)
     try:
-        others = _accept(listener, range(1, size), [])
+        others = door.arrived(range(1, size), list)
     finally:
-        listener.close()
+        door.close()
     return Crew([here, *others], [], [thread], store)
 
 

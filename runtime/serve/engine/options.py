@@ -53,7 +53,10 @@ class EngineOptions:
     state : str or None
         File that the placement and the settings are kept in: a restart begins from there.
     timeout : float
-        Seconds without a word after which a rank counts as lost.
+        Seconds without a sign of life after which a rank counts as lost (at least 0.5). One that gives such
+        signs is waited for, however long its pass takes.
+    max_restarts : int
+        Times in a row that a rank which was lost is started anew, by whoever started it here.
     """
 
     model: str | None = None
@@ -71,7 +74,8 @@ class EngineOptions:
     experts: str = "auto"
     planning: Planning = field(default_factory=Planning)
     state: str | None = None
-    timeout: float = 10.0
+    timeout: float = 2.5
+    max_restarts: int = 5
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -81,12 +85,13 @@ class EngineOptions:
             ("max_running", 1, 2**16),
             ("max_waiting", 0, 2**20),
             ("block_tokens", 1, 2**12),
+            ("max_restarts", 0, 2**20),
         ):
             put(self, key, whole(key, getattr(self, key), low=low, high=high))
         for key, low in (("context_length", 2), ("kv_blocks", 1)):
             if getattr(self, key) is not None:
                 put(self, key, whole(key, getattr(self, key), low=low))
-        put(self, "timeout", number("timeout", self.timeout, open_low=True))
+        put(self, "timeout", number("timeout", self.timeout, low=0.5))
         if self.device not in DEVICES:
             raise ProblemError("device", f"is {self.device!r}, must be one of {', '.join(DEVICES)}")
         if self.experts not in ("auto", "grouped", "loop"):

@@ -69,10 +69,21 @@ def write_state(path: str, state: ServeState) -> None:
     atomic_write(path, json_bytes(document))
 
 
+def set_aside(path: str) -> str:
+    """Give a file that is not used another name, so that nothing overwrites it; says which."""
+    for number in range(1, 1000):
+        place = Path(f"{path}.unused{'' if number == 1 else number}")
+        if not place.exists():
+            Path(path).rename(place)
+            return str(place)
+    raise OSError(f"{path}.unused: there are 1000 of them already")
+
+
 def read_state(path: str, model: str, layers: int, experts: int) -> ServeState | None:
     """Read it; None where there is none, or none of this model (which is said in the log).
 
-    A state that cannot be used must not keep a server from starting: it is an optimisation.
+    A state that cannot be used must not keep a server from starting: it is an optimisation. Nor is it lost:
+    it gets another name.
     """
     if not Path(path).exists():
         return None
@@ -90,7 +101,10 @@ def read_state(path: str, model: str, layers: int, experts: int) -> ServeState |
         for slots_GC in slots_LGC:
             check_slots(slots_GC, experts, np.full(slots_GC.shape[0], experts))
     except MoelessError as error:
-        log.warning("%s is not used: %s", path, error)
+        try:
+            log.warning("%s is not used, and kept as %s: %s", path, set_aside(path), error)
+        except OSError as problem:
+            log.warning("%s is not used: %s (and cannot be renamed: %s)", path, error, problem)
         return None
     return ServeState(
         model=model, experts=experts, slots_LGC=slots_LGC, load_LE=load_LE, planning=planning, asked=asked

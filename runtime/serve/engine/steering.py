@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,14 @@ import torch
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import MoelessError, ProblemError
-from moeless_opt.problems.spec import Limits, ModelSpec, Topology
-from moeless_opt.runtime.control import Controller, LayerPlanner, MemoryReport, Observation, Planner
-from moeless_opt.runtime.live import LiveModel, RankLostError
+from moeless_opt.problems.plan import Plan
+from moeless_opt.problems.spec import Limits, ModelSpec, TimeModel, Topology, held_LGE
+from moeless_opt.runtime.control import Controller, LayerPlanner, MemoryReport, Observation, Planner, stacked
+from moeless_opt.runtime.live import LiveModel, RankLostError, rows_to_slots
 from moeless_opt.runtime.pool import RULES, CostMeter
 from moeless_opt.runtime.predict import GatePredictor, PerLayer, load_distance, plain_gates
 from moeless_opt.runtime.serve import PlanEvent, Planning
+from moeless_opt.solvers.core import mended
 
 __all__ = ["Steering", "check_planning", "ranks_as_topology"]
 
@@ -35,6 +37,8 @@ LAG = 2
 EVENTS = 200
 #: Rows for which the experts are timed, for the planner of single layers.
 MEASURED = (1, 4, 16, 64, 256)
+#: How often each of them is.
+REPEATS = 3
 
 
 def ranks_as_topology(live: LiveModel, slots: int | None) -> Topology:
@@ -52,8 +56,17 @@ def ranks_as_topology(live: LiveModel, slots: int | None) -> Topology:
     return Topology.uniform(1, group.size, slots=slots)
 
 
-def check_planning(planning: Planning, experts: int, ranks: int) -> None:
+def check_planning(planning: Planning, experts: int, ranks: int, expert_bytes: int = 0) -> None:
     """Refuse settings that contradict each other, or this model.
+
+    Parameters
+    ----------
+    planning : Planning
+        Asked for.
+    experts, ranks : int
+        Of a layer; that serve it.
+    expert_bytes : int
+        Of the largest expert, once that is known.
 
     Raises
     ------
@@ -71,6 +84,10 @@ def check_planning(planning: Planning, experts: int, ranks: int) -> None:
     if planning.max_moves is not None and planning.policy != "windowed":
         raise ProblemError(
             "max_moves", f"is for the policy 'windowed'; {planning.policy!r} knows no such limit"
+        )
+    if planning.max_step_bytes is not None and planning.max_step_bytes < expert_bytes:
+        raise ProblemError(
+            "max_step_bytes", f"is {planning.max_step_bytes}, less than one expert, {expert_bytes} bytes"
         )
     if planning.max_step_bytes is not None and planning.keep_alive is not None:
         raise ProblemError("max_step_bytes", "is not for elastic experts: leave keep_alive out")
@@ -137,6 +154,39 @@ class _Watched:
         return self.live.side_group()
 
 
+class _Fitting:
+    """A planner that may find more replicas than there are slots: a rank has left, or `slots` were lowered.
+
+    It plans from what would be left of them: every expert somewhere, no rank over its slots.
+
+    Parameters
+    ----------
+    planner : Planner or LayerPlanner
+        Of `topology`.
+    """
+
+    def __init__(self, planner: Any, topology: Topology) -> None:
+        self.planner, self.topology = planner, topology
+        assert topology.slots_G is not None
+        self._slots_G = [int(slots) for slots in topology.slots_G]
+
+    def __call__(self, load_LE: FloatArray, live_LGC: SlotArray) -> Any:
+        """See `Planner`."""
+        fits = [self._fit(load_E, slots_GC) for load_E, slots_GC in zip(load_LE, live_LGC, strict=True)]
+        return self.planner(load_LE, stacked(fits))
+
+    def plan_layer(self, index: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
+        """See `PlanLayer`."""
+        found: SlotArray = self.planner.plan_layer(index, load_E, self._fit(load_E, slots_GC))
+        return found
+
+    def _fit(self, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
+        if ((slots_GC >= 0).sum(1) <= self._slots_G).all():
+            return slots_GC
+        rows = [row[row >= 0].tolist() for row in slots_GC]
+        return rows_to_slots(mended(load_E.tolist(), rows, self._slots_G))
+
+
 class Steering:
     """Who plans on this rank, and the books of it.
 
@@ -148,16 +198,22 @@ class Steering:
         At first.
     kv_bytes : callable
         Bytes that requests hold in this rank's KV pool now.
+    new : bool
+        This rank takes the place of one that was lost: nothing is done with the others before `regrouped`.
     """
 
-    def __init__(self, live: LiveModel, planning: Planning, kv_bytes: Callable[[], float]) -> None:
+    def __init__(
+        self, live: LiveModel, planning: Planning, kv_bytes: Callable[[], float], *, new: bool = False
+    ) -> None:
         self.live, self.planning, self._kv_bytes = live, planning, kv_bytes
         self.events: deque[PlanEvent] = deque(maxlen=EVENTS)
         self.numbered = 0
         self.passes = 0
         self.plans = self.bytes_moved = self.cold_starts = 0
         self.plan_seconds = self.wait_seconds = 0.0
+        self.recoveries = 0
         self.failed = False
+        self._curve: TimeModel | None = None
         self._controller: Controller | None = None
         self._layers: PerLayer | None = None
         self._elastic: Any = None
@@ -165,8 +221,11 @@ class Steering:
         self._cold = (0, 0, 0.0)
         self._open: dict[int, PlanEvent] = {}
         self._errors: deque[float] = deque(maxlen=64)
-        self._fresh()
-        self.apply_settings(planning, first=True)
+        self._meter: CostMeter | None = None
+        self._past: dict[str, tuple[float, float]] = dict.fromkeys(RULES, (0.0, 0.0))
+        if not new:
+            self._fresh()
+            self.apply_settings(planning, first=True)
 
     def _fresh(self) -> None:
         """Books that depend on the ranks begin anew."""
@@ -184,11 +243,7 @@ class Steering:
         )
         everybody = sum(row[0] for row in live.group.gather_ints([rest]))
         self._bytes_L = np.array([bank.expert_bytes for bank in live.banks], dtype=np.float64)
-        old = getattr(self, "_meter", None)
         self._meter = CostMeter(self._bytes_L, float(everybody), elastic=False)
-        self._past = getattr(self, "_past", dict.fromkeys(RULES, (0.0, 0.0)))
-        if old is not None:
-            self._put_by(old)
         self._charged = time.perf_counter()
 
     def _put_by(self, meter: Any) -> None:
@@ -199,7 +254,8 @@ class Steering:
 
     def cost(self) -> dict[str, tuple[float, float]]:
         """GB*s of experts and of the rest under each rule."""
-        meters = [self._meter] if self._elastic is None else [self._meter, self._elastic.meter]
+        meters = [] if self._meter is None else [self._meter]
+        meters += [] if self._elastic is None else [self._elastic.meter]
         out = dict(self._past)
         for rule in RULES:
             for meter in meters:
@@ -209,17 +265,19 @@ class Steering:
 
     # -- settings ----------------------------------------------------------------------------------
 
-    def apply_settings(self, planning: Planning, *, first: bool = False) -> None:
-        """Plan by these settings from now on."""
+    def apply_settings(self, planning: Planning, *, first: bool = False) -> PlanEvent | None:
+        """Plan by these settings from now on; what is told of it."""
         before, self.planning = self.planning, planning
+        self._stop()
         if first or planning.keep_alive != before.keep_alive:
             self._set_elastic(planning.keep_alive)
-        self._stop()
         self.failed = False
-        if not planning.paused:
-            self._start()
-        if not first:
-            self.tell("settings", detail=f"policy {planning.policy}{', paused' if planning.paused else ''}")
+        self._start()
+        if first:
+            return None
+        return self.tell(
+            "settings", detail=f"policy {planning.policy}{', paused' if planning.paused else ''}"
+        )
 
     def _set_elastic(self, keep_alive: float | None) -> None:
         if self._elastic is not None:
@@ -228,41 +286,67 @@ class Steering:
         if keep_alive is not None:
             self._elastic = self.live.elastic(keep_alive, kv_bytes=self._kv_bytes)
         elif self.live.lanes.elastic is not None:
-            # Nothing stays warm from here on: what is kept leaves with the next rounds.
-            self._elastic = self.live.elastic(0.0, kv_bytes=self._kv_bytes)
+            self.live.inelastic()
         self._cold = (0, 0, 0.0)
         self._charged = time.perf_counter()
 
     def _start(self) -> None:
         """Make the controller that the settings ask for; one rank alone has nothing to decide."""
-        live, planning = self.live, self.planning
-        if live.group.size == 1 or planning.policy == "static":
+        planning = self.planning
+        if planning.paused or self.live.group.size == 1 or planning.policy == "static":
             return
-        topology = ranks_as_topology(live, planning.slots)
+        try:
+            if planning.policy in ("windowed", "eplb"):
+                self._controller = self._by_windows(planning)
+            else:
+                self._controller = self._by_layers(planning)
+                self._layers = PerLayer(
+                    self.live, self._controller, GatePredictor(plain_gates(self.live.model))
+                )
+                self._layers.__enter__()
+        except RankLostError:
+            raise
+        except Exception as error:
+            self.fail(f"{type(error).__name__}: {error}")
+
+    def _topology(self, planning: Planning) -> Topology:
+        """What is planned for: the ranks that there are now."""
+        slots, live = planning.slots, self.live
+        if slots is not None and slots * live.group.size < live.experts:  # until lost ranks are back
+            slots = None
+        return ranks_as_topology(live, slots)
+
+    def _by_windows(self, planning: Planning) -> Controller:
+        topology, backend = self._topology(planning), _Watched(self)
+        if planning.policy == "eplb":
+            published = _Fitting(Planner(topology=topology, solver="eplb", split="equal"), topology)
+            return Controller(backend, published, every=planning.every, share="equal")
         options: dict[str, Any] = {"expert_bytes": self._bytes_L.astype(np.int64)}
         if planning.max_moves is not None:
             options["limits"] = Limits(max_moves=planning.max_moves)
-        backend = _Watched(self)
-        if planning.policy == "windowed":
-            lag = min(LAG, planning.every - 1)
-            planner = Planner(topology=topology, options=options)
-            # What a first plan loads is loaded now, and not beside the passes.
-            with suppress(MoelessError):
-                planner(np.ones((len(live.layers), live.experts)), live.target_LGC)
-            self._controller = Controller(backend, planner, every=planning.every, lag=lag, share="balanced")
-            return
-        if planning.policy == "eplb":
-            planner = Planner(topology=topology, solver="eplb", split="equal")
-            self._controller = Controller(backend, planner, every=planning.every, share="equal")
-            return
+        planner, live = _Fitting(Planner(topology=topology, options=options), topology), self.live
+        # What a first plan loads is loaded now, and not beside the passes.
+        with suppress(MoelessError):
+            planner(np.ones((len(live.layers), live.experts)), live.target_LGC)
+        lag = min(LAG, planning.every - 1)
+        return Controller(backend, planner, every=planning.every, lag=lag, share="balanced")
+
+    def _by_layers(self, planning: Planning) -> Controller:
+        topology, backend = self._topology(planning), _Watched(self)
         if planning.policy == "moeless":
-            single: Any = Planner(topology=topology, solver="moeless", split="equal")
-        else:
-            single = LayerPlanner(topology, self._model_spec(), live.measure(MEASURED))
-        share = "equal" if planning.policy == "moeless" else "balanced"
-        self._controller = Controller(backend, single, share=share)
-        self._layers = PerLayer(live, self._controller, GatePredictor(plain_gates(live.model)))
-        self._layers.__enter__()
+            published = Planner(topology=topology, solver="moeless", split="equal")
+            return Controller(backend, _Fitting(published, topology), share="equal")
+        if self._curve is None:
+            self._curve = self._measured()
+        planner = LayerPlanner(topology, self._model_spec(), self._curve)
+        return Controller(backend, _Fitting(planner, topology), share="balanced")
+
+    def _measured(self) -> TimeModel:
+        """How long experts take here; by their rows alone where a rank holds too few to compare."""
+        held = min(row[0] for row in self.live.group.gather_ints([len(self.live.banks[0].order)]))
+        if held < 2:
+            return TimeModel()
+        return self.live.measure(MEASURED, repeats=REPEATS)
 
     def _model_spec(self) -> ModelSpec:
         live = self.live
@@ -282,17 +366,20 @@ class Steering:
         )
 
     def _stop(self, *, lost: bool = False) -> None:
+        """End the planning, at the same point on all ranks.
+
+        What is being planned is waited for by nobody: a planner may take long (the first time it loads, or
+        compiles, what it needs), and serving goes on meanwhile.
+        """
         if self._layers is not None:
             self._layers.__exit__()
             self._layers = None
         controller, self._controller = self._controller, None
         if controller is None:
             return
-        if lost:  # its thread may wait for a rank that is gone
-            controller.give_up()
-            return
-        controller.drain()
-        controller.close()
+        controller.give_up()
+        if not lost:
+            self.live.drop_layers("planning was changed")
 
     def close(self) -> None:
         """End the planning."""
@@ -325,12 +412,17 @@ class Steering:
 
     def halt(self) -> None:
         """Some rank's planning has failed; all call this at the same point."""
-        if self._controller is not None:
-            self._stop(lost=True)
-            if not self.failed:
-                self.tell("failed", detail="planning failed on another rank")
+        self._stop()
+        if not self.failed:
+            self.tell("failed", detail="planning failed on another rank")
         self.failed = False
         self.planning = replace(self.planning, paused=True)
+        try:  # a plan that those have which did not fail is dropped
+            self.live.tick(last=True)
+        except RankLostError:
+            raise
+        except MoelessError as error:
+            self.tell("failed", detail=str(error))
 
     def taken(self) -> Observation:
         """Everything seen since this was last called."""
@@ -362,7 +454,7 @@ class Steering:
         for number in list(self._open):
             try:
                 report = self.live.migration(number)
-            except (KeyError, IndexError):
+            except (KeyError, MoelessError):  # so old that it is forgotten
                 self._open.pop(number)
                 continue
             if report.status in ("done", "superseded", "aborted"):
@@ -389,8 +481,9 @@ class Steering:
             if decision.load_E.any() and true_E.any():
                 self._errors.append(load_distance(decision.load_E, true_E.astype(np.float64)))
         controller.layer_decisions.clear()
-        if errors:
-            self.tell("failed", detail=errors[-1])
+        errors = [error for error in errors if not error.startswith(RankLostError.__name__)]
+        if errors and not self.failed:
+            self.fail(errors[-1])
         if not done:
             return
         moved = cold = 0
@@ -420,20 +513,28 @@ class Steering:
         limits = {}
         if self.planning.max_step_bytes is not None and self._elastic is None:
             limits["max_step_bytes"] = self.planning.max_step_bytes
+        experts = self.live.experts
+        before_LGE = held_LGE(self.live.target_LGC, experts)
         number = self.live.apply(plan, **limits)
+        arrivals_LGE = held_LGE(getattr(plan, "slots_LGC", plan), experts) & ~before_LGE
+        moves_L = arrivals_LGE.sum((1, 2))
         self._asleep = None
         self.plans += 1
-        moves = getattr(plan, "moves", None)
+        judged = isinstance(plan, Plan)
         event = self.tell(
             kind,
-            moves=0 if moves is None else moves.count,
-            bytes=0 if moves is None else int(moves.count_L @ self._bytes_L),
-            seconds=0.0 if moves is None else plan.certificate.seconds,
+            moves=int(moves_L.sum()),
+            bytes=int(moves_L @ self._bytes_L),
+            seconds=plan.certificate.seconds if judged else 0.0,
             imbalance_before=float(self.imbalance_L.mean()),
-            imbalance_after=1.0 if moves is None else float(plan.imbalance_L.mean()),
+            imbalance_after=float(plan.imbalance_L.mean()) if judged else 1.0,
         )
         self._open[number] = event
         return number
+
+    def event_of(self, number: int) -> PlanEvent:
+        """What was told of a plan that has just been handed in."""
+        return self._open[number]
 
     def sleep(self) -> None:
         """Without traffic: give up every replica but one of each expert."""
@@ -448,7 +549,12 @@ class Steering:
         """Traffic is back: what served the last traffic is the best guess for the next."""
         before, self._asleep = self._asleep, None
         if before is not None and not self.planning.paused and self.planning.policy != "static":
-            self.applied(before, "plan")
+            try:
+                self.applied(before, "plan")
+            except RankLostError:
+                raise
+            except MoelessError as error:  # the same on all ranks
+                self.tell("failed", detail=f"the last placement does not come back: {error}")
 
     @property
     def asleep(self) -> bool:
@@ -475,29 +581,60 @@ class Steering:
 
     # -- ranks and costs ---------------------------------------------------------------------------
 
-    def regrouped(self, lost: int) -> None:
-        """Ranks were lost: plan for those that are left."""
+    def books(self) -> dict[str, Any]:
+        """What other ranks take over from this one when ranks have left or come back."""
+        return {
+            "planning": asdict(self.planning),
+            "passes": self.passes,
+            "numbered": self.numbered,
+            "plans": self.plans,
+            "bytes_moved": int(self.bytes_moved),
+            "cold_starts": self.cold_starts,
+            "plan_seconds": self.plan_seconds,
+            "wait_seconds": self.wait_seconds,
+            "recoveries": self.recoveries,
+            "past": self.cost(),
+            "given": [event.number for event in self._open.values() if event.kind in ("given", "restored")],
+        }
+
+    def regrouped(self, books: Mapping[str, Any], detail: str, *, lost: bool, new: bool) -> None:
+        """Ranks have left or come back: go on from one rank's books, and plan for those that there are.
+
+        Parameters
+        ----------
+        books : mapping
+            Of `books`, the same on all ranks; all counters that decide on collectives are from here on, too.
+        detail : str
+            What has happened.
+        lost, new : bool
+            Whether ranks have left, and whether some are new.
+        """
         self._stop(lost=True)
-        if self._elastic is not None:
-            self._put_by(self._elastic.meter)
-            self._elastic = None
+        self._elastic = None
         self._open.clear()
         self._asleep = None
+        self.failed = False
+        for name in ("passes", "numbered", "plans", "bytes_moved", "cold_starts", "recoveries"):
+            setattr(self, name, int(books[name]))
+        self.plan_seconds, self.wait_seconds = float(books["plan_seconds"]), float(books["wait_seconds"])
+        self._past = {rule: (float(past[0]), float(past[1])) for rule, past in books["past"].items()}
+        self.planning = Planning(**books["planning"])
+        self.recoveries += lost
+        if new:
+            self._curve = None
         self._fresh()
         if self.planning.keep_alive is not None:
             self._set_elastic(self.planning.keep_alive)
-        ranks = self.live.group.size
-        self.tell("ranks", detail=f"{lost} ranks were lost, {ranks} are left")
-        if self.planning.slots is not None and self.planning.slots * ranks < self.live.experts:
-            self.planning = replace(self.planning, slots=None)
-        if not self.planning.paused:
-            self._start()
+        self.tell("ranks", detail=detail)
+        for number in books["given"]:
+            self.tell("failed", detail=f"plan {number} was given up: the ranks changed under it")
+        self._start()
 
     def _charge(self, seconds: float) -> None:
         """Charge memory times time where experts are not elastic (those have a meter of their own)."""
         now = time.perf_counter()
         wall, self._charged = now - self._charged, now
-        if self._elastic is not None:
+        if self._elastic is not None or self._meter is None:
             return
         live = self.live
         held_L = np.array(

@@ -3,13 +3,16 @@
 A step is the same on all ranks: one small exchange of whole numbers tells whether anybody has work and which
 orders (new settings, plans, the end) all have received; then, if anybody has work, all compute one forward
 pass, a rank without requests with one row that is no token. Orders are carried out in the order in which
-they were given, at the same step everywhere. Where a rank is lost, the others repeat the step without it.
+they were given, at the same step everywhere. Where a rank is lost, the others repeat the step without it;
+a process that takes its place comes in between two steps, and takes over what the others know.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,8 @@ from torch import Tensor
 
 from moeless_opt.problems.errors import MoelessError, UnsupportedFeatureError
 from moeless_opt.runtime.engines.attach import attach
-from moeless_opt.runtime.live import Guard, LiveModel
-from moeless_opt.runtime.serve import Planning, ServeRequest
+from moeless_opt.runtime.live import ExpertGroup, Guard, LiveModel, RankLostError
+from moeless_opt.runtime.serve import PlanEvent, ServeRequest
 from moeless_opt.runtime.serve.engine.blocks import BlockPool
 from moeless_opt.runtime.serve.engine.channel import Channel, ChannelClosedError
 from moeless_opt.runtime.serve.engine.models import device_of, home_of, load_served
@@ -29,7 +32,7 @@ from moeless_opt.runtime.serve.engine.sampling import ChosenToken, choose_tokens
 from moeless_opt.runtime.serve.engine.scheduler import Scheduler, Sequenced, Turn
 from moeless_opt.runtime.serve.engine.steering import Steering
 
-__all__ = ["Worker"]
+__all__ = ["Seat", "Worker"]
 
 #: Seconds that a rank without work waits for messages between two steps.
 IDLE_WAIT = 0.05
@@ -37,6 +40,10 @@ IDLE_WAIT = 0.05
 GRACE = 2.0
 #: Seconds between two reports to the front.
 REPORT = 0.25
+#: Seconds that an operation among ranks may take which are all alive.
+SLOWEST = 120.0
+#: Answers to orders that are remembered.
+ANSWERS = 16
 
 
 class Worker:
@@ -52,10 +59,17 @@ class Worker:
         Longest request.
     ends : frozenset of int
         Tokens that end a text.
+    seat : Seat, optional
+        The place of a rank that was lost, which this one takes.
     """
 
     def __init__(
-        self, options: EngineOptions, channel: Channel, context_length: int, ends: frozenset[int]
+        self,
+        options: EngineOptions,
+        channel: Channel,
+        context_length: int,
+        ends: frozenset[int],
+        seat: Seat | None = None,
     ) -> None:
         self.options, self.channel, self.ends = options, channel, ends
         device = device_of(options)
@@ -71,15 +85,19 @@ class Worker:
             most_running=options.max_running,
             context_length=context_length,
         )
-        self.live = self._attach(model)
-        self.guard = Guard(self.live, grace=min(options.timeout, GRACE))
-        # The first pass makes the pool's tensors; compiled parts load now and not under the first request.
-        self._forward(None)
-        self.live.observe()
-        self.steering = Steering(self.live, options.planning, self._kv_bytes)
+        self.live = self._attach(model, seat)
+        self.guard = Guard(self.live, grace=min(options.timeout, GRACE))  # a new rank is in behind this
+        self._new = seat is not None
+        if seat is None:
+            # The first pass makes the pool's tensors; compiled parts load now, not under the first request.
+            self._forward(None)
+            self.live.observe()
+        self.steering = Steering(self.live, options.planning, self._kv_bytes, new=self._new)
         self.sequences: dict[str, Sequenced] = {}
-        self.orders: deque[tuple[str, Any]] = deque()
+        #: Orders that are not carried out yet, with their numbers; the newest number that has come.
+        self.orders: deque[tuple[int, str, Any]] = deque()
         self.received = self.carried_out = 0
+        self.answers: deque[tuple[int, PlanEvent]] = deque(maxlen=ANSWERS)
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self._stopping = False
         self._recovered = 0
@@ -87,18 +105,25 @@ class Worker:
         self._told_events = 0
         self._idle_since = time.monotonic()
 
-    def _attach(self, model: Any) -> LiveModel:
+    def _attach(self, model: Any, seat: Seat | None) -> LiveModel:
         import torch.distributed as dist
 
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        home = home_of(self.options, model, ranks)
+        # Who hangs is known by its heart; who lives may take its time.
+        how: dict[str, Any] = {
+            "home": home_of(self.options, model, ranks),
+            "timeout": max(SLOWEST, self.options.timeout),
+            "dead_after": self.options.timeout,
+        }
+        if seat is not None:
+            how |= {"join": seat.rank, "store": seat.store}
         wanted = self.options.experts
         if wanted != "auto":
-            return attach(model, home=home, experts=wanted, timeout=self.options.timeout)
+            return attach(model, experts=wanted, **how)
         try:
-            return attach(model, home=home, experts="grouped", timeout=self.options.timeout)
+            return attach(model, experts="grouped", **how)
         except UnsupportedFeatureError:  # experts with biases, float64
-            return attach(model, home=home, experts="loop", timeout=self.options.timeout)
+            return attach(model, experts="loop", **how)
 
     def _kv_bytes(self) -> float:
         return float(self.scheduler.pool.used * self.paged.pool.block_bytes)
@@ -132,7 +157,6 @@ class Worker:
         self._receive(0.0 if busy else IDLE_WAIT)
         turn = self.scheduler.next()
         logits, busy_ranks = self.guard.run(lambda: self._together(turn))
-        self._after_losses()
         if turn is not None:
             assert logits is not None
             self._finish(turn, logits)
@@ -146,7 +170,9 @@ class Worker:
         self._after_losses()
         steering, live = self.steering, self.live
         asks_sleep = self._wants_sleep()
-        mine = [int(turn is not None), self.received, int(steering.failed), int(asks_sleep)]
+        heart = live.group.heart
+        knocks = 0 if heart is None else heart.knocks
+        mine = [turn is not None, self.received, steering.failed, asks_sleep, knocks, live.knocks]
         rows = live.group.gather_ints(mine)
         busy = sum(row[0] for row in rows)
         if any(row[2] for row in rows):
@@ -155,7 +181,8 @@ class Worker:
         if not busy:
             if all(row[3] for row in rows):
                 steering.sleep()
-            if steering.moving:
+            knocked = min(row[4] for row in rows) > min(row[5] for row in rows)
+            if steering.moving or knocked:  # whoever knocks is heard in a round
                 steering.tick()
             return None, 0
         if steering.asleep:
@@ -179,11 +206,35 @@ class Worker:
         return None
 
     def _after_losses(self) -> None:
-        """Where ranks were lost since the last look, steer for those that are left."""
-        if len(self.guard.recoveries) > self._recovered:
-            new = self.guard.recoveries[self._recovered :]
-            self._recovered = len(self.guard.recoveries)
-            self.steering.regrouped(sum(len(r.lost) for r in new))
+        """Where ranks have left or come back since the last look, go on with those that there are."""
+        count = len(self.guard.recoveries)
+        if count == self._recovered:
+            return
+        fresh = self.guard.recoveries[self._recovered :]
+        lost = sorted({rank for one in fresh for rank in one.lost})
+        joined = sorted({rank for one in fresh for rank in one.joined})
+        steering, group = self.steering, self.live.group
+        rows = group.gather_ints([self._new, self.carried_out, bool(lost), steering.numbered])
+        # Of those that were there before, who got furthest tells the others.
+        giver = max(range(group.size), key=lambda g: (not rows[g][0], rows[g][1], -g))
+        told = {
+            "books": steering.books() | {"numbered": max(row[3] for row in rows)},
+            "answers": [(number, asdict(event)) for number, event in self.answers],
+            "detail": _changed(lost, joined, group.size),
+        }
+        heard = json.loads(_told_by(group, giver, json.dumps(told, default=int)))
+        while self.orders and self.orders[0][0] <= rows[giver][1]:
+            self.orders.popleft()
+        self.carried_out = rows[giver][1]
+        self.received = max(self.received, self.carried_out)
+        self.answers = deque(((n, PlanEvent(**event)) for n, event in heard["answers"]), maxlen=ANSWERS)
+        steering.regrouped(
+            heard["books"],
+            heard["detail"],
+            lost=bool(rows[giver][2]),
+            new=any(row[0] for row in rows),
+        )
+        self._new, self._recovered = False, count
 
     # -- messages ----------------------------------------------------------------------------------
 
@@ -196,7 +247,9 @@ class Worker:
                 self._cancel(content)
             elif kind == "order":
                 self.orders.append(content)
-                self.received += 1
+                self.received = content[0]
+            elif kind == "enter":  # what the others have carried out already
+                self.received = self.carried_out = content
 
     def _take(self, request: ServeRequest, given: int) -> None:
         self.sequences[request.id] = self.scheduler.add(request, given)
@@ -209,22 +262,31 @@ class Worker:
 
     def _carry_out(self, upto: int) -> None:
         """Orders that all ranks have."""
-        while self.carried_out < upto:
-            kind, content = self.orders.popleft()
-            self.carried_out += 1
+        while self.orders and self.orders[0][0] <= upto:
+            number, kind, content = self.orders[0]
+            event = None
             if kind == "stop":
                 self._stopping = True
             elif kind == "planning":
-                planning: Planning = content
-                self.steering.apply_settings(planning)
+                event = self.steering.apply_settings(content)
             elif kind == "apply":
-                why, plan = content
-                try:
-                    self.steering.applied(plan, why)
-                    if why == "restored":
-                        self.live.settle(self.options.timeout)
-                except MoelessError as error:  # the same on all ranks
-                    self.steering.tell("refused", detail=str(error))
+                event = self._apply(*content)
+            if event is not None:
+                self.answers.append((number, event))
+            # Only now: where a rank is lost in the midst, those who are not done do it again.
+            self.orders.popleft()
+            self.carried_out = number
+
+    def _apply(self, why: str, plan: Any) -> PlanEvent:
+        try:
+            number = self.steering.applied(plan, why)
+            if why == "restored":
+                self.live.settle()
+        except RankLostError:
+            raise
+        except MoelessError as error:  # the same on all ranks
+            return self.steering.tell("refused", detail=str(error))
+        return self.steering.event_of(number)
 
     # -- tokens ------------------------------------------------------------------------------------
 
@@ -298,11 +360,47 @@ class Worker:
             "cold_starts": steering.cold_starts,
             "cost": steering.cost(),
             "prediction_error": steering.prediction_error,
-            "recoveries": len(self.guard.recoveries),
+            "recoveries": steering.recoveries,
+            "carried_out": self.carried_out,
+            "answers": list(self.answers),
             "planning": steering.planning,
             "asleep": steering.asleep,
             "events": fresh,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """The place of a rank that was lost.
+
+    Parameters
+    ----------
+    rank : int
+        Global.
+    store : torch.distributed.Store
+        In which all ranks have met.
+    """
+
+    rank: int
+    store: Any
+
+
+def _changed(lost: list[int], joined: list[int], ranks: int) -> str:
+    """What has happened to the ranks, for people."""
+
+    def some(which: list[int], what: str) -> list[str]:
+        names = ", ".join(map(str, which))
+        return [f"rank{'s' * (len(which) > 1)} {names} {what}"] if which else []
+
+    left = f"{ranks} {'is' if ranks == 1 else 'are'} there"
+    return "; ".join([*some(lost, "left"), *some(joined, "came in"), left])
+
+
+def _told_by(group: ExpertGroup, giver: int, text: str) -> str:
+    """A text of one rank, on all of them; a collective."""
+    mine = text.encode() if group.rank == giver else b""
+    size = group.gather_ints([len(mine)])[giver][0]
+    return bytes(group.gather_ints(list(mine.ljust(size, b" ")))[giver]).decode()
 
 
 def kv_blocks(options: EngineOptions, context_length: int) -> int:

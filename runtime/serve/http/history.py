@@ -70,6 +70,7 @@ def status_document(status: ServeStatus, samples: Sequence[dict[str, Any]]) -> d
         "ready": status.ready,
         "ranks": status.ranks,
         "recoveries": status.recoveries,
+        "restarts": status.restarts,
         "requests": {name: getattr(status, name) for name in requests} | {"finished": dict(status.finished)},
         "kv_blocks": {
             "all": status.kv_blocks,

@@ -127,6 +127,7 @@ _FIGURES: tuple[tuple[type[Metric], str, str, Callable[[ServeStatus], float]], .
     (CounterMetricFamily, "generated_tokens", "Tokens generated", lambda s: s.generated_tokens),
     (CounterMetricFamily, "requests_retried", "Begun anew on another rank", lambda s: s.retried),
     (CounterMetricFamily, "recoveries", "Losses of ranks that were survived", lambda s: s.recoveries),
+    (CounterMetricFamily, "restarts", "Processes of ranks started anew", lambda s: s.restarts),
     (CounterMetricFamily, "plans", "Plans applied", lambda s: s.plans),
     (CounterMetricFamily, "moved_bytes", "Weights moved by plans", lambda s: s.bytes_moved),
     (CounterMetricFamily, "plan_seconds", "Time of planning", lambda s: s.plan_seconds),

@@ -189,7 +189,7 @@ class RoteEngine:
             imbalance_L=np.array([1.3, 1.4]), plans=len(self.events), bytes_moved=1000 * len(self.events),
             plan_seconds=0.1, wait_seconds=0.2, cold_starts=3,
             cost=dict.fromkeys(RULES, (1.0 + 0.01 * self.passes, 2.0)), prediction_error=0.05, recoveries=0,
-            events=tuple(self.events),
+            restarts=0, events=tuple(self.events),
         )  # fmt: skip
 
     def plan(self) -> Plan:

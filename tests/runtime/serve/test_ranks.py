@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,67 @@ def test_tokens_are_the_same_through_plans_policies_and_the_loss_of_a_rank(tmp_p
         assert status.ranks == 1
         assert status.retried > 0
         assert status.ready
+        back(engine, 2)
+        assert Round(engine, "back").tokens() == wanted
+        engine.set_planning(policy="per-layer", keep_alive=5.0)
+        running = Round(engine, "stopped", 40)
+        until(lambda: len(running.out["stopped0"]) > 3)
+        os.kill(engine._crew.processes[0].pid, signal.SIGSTOP)  # the first one, which speaks for all
+        assert [tokens[:16] for tokens in running.tokens()] == wanted
+        back(engine, 2)
+        assert Round(engine, "again").tokens() == wanted
+        status = engine.status()
+        assert (status.recoveries, status.restarts) == (2, 2)
+        assert engine.planning().policy == "per-layer"
+        numbers = [event.number for event in status.events]
+        assert numbers == sorted(set(numbers))
+        assert [e.detail for e in status.events if e.kind == "ranks"] == [
+            "rank 1 left; 1 is there",
+            "rank 1 came in; 2 are there",
+            "rank 0 left; 1 is there",
+            "rank 0 came in; 2 are there",
+        ]
+    finally:
+        engine.close()
+
+
+def back(engine: Fleet, ranks: int) -> None:
+    """Wait until so many ranks serve and have said so."""
+    until(lambda: engine.status().ranks == ranks and engine._group["ranks"] == ranks, 120)
+
+
+@pytest.mark.slow
+def test_switches_of_all_kinds_end_and_change_no_token() -> None:
+    rng = random.Random(4)
+    engine = Fleet(EngineOptions(ranks=2, context_length=64, planning=Planning(policy="static", every=3)))
+    engine.start()
+    try:
+        wanted, running = Round(engine, "static", 6).tokens(), None
+        for k in range(30):
+            if running is None or running.over.is_set():
+                assert running is None or running.tokens() == wanted
+                running = Round(engine, f"{k}-", 6) if rng.random() < 0.7 else None
+            if rng.random() < 0.2:
+                slots_LGC = engine.plan().slots_LGC
+                assert engine.apply({"slots": slots_LGC[:, ::-1].tolist()}).kind == "given"
+                continue
+            policy = rng.choice(("static", "windowed", "eplb", "moeless", "per-layer", "per-layer"))
+            keep_alive = rng.choice((None, 0.0, 0.05, 5.0))
+            idle_after, slots = rng.choice((None, 0.0, 0.1)), rng.choice((None, 8, 10, 16))
+            paused, every = rng.random() < 0.15, rng.choice((1, 2, 3, 8))
+            settings = Planning(
+                policy=policy,
+                paused=paused,
+                every=every,
+                slots=slots,
+                keep_alive=keep_alive,
+                idle_after=idle_after,
+            )
+            assert engine.set_planning(**asdict(settings)) == settings
+        status = engine.status()
+        assert status.plans > 0
+        assert (status.recoveries, status.ranks) == (0, 2)
+        assert not [e.detail for e in status.events if e.kind == "failed" and "given up" not in e.detail]
     finally:
         engine.close()
 

@@ -10,12 +10,14 @@ import pytest
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import Plan, check_slots
-from moeless_opt.runtime.control import Controller
+from moeless_opt.problems.spec import Topology
+from moeless_opt.runtime.control import Controller, Planner
 from moeless_opt.runtime.serve import Planning, Sampling, ServeRequest
 from moeless_opt.runtime.serve.engine import EngineOptions
 from moeless_opt.runtime.serve.engine.channel import queue_channels
+from moeless_opt.runtime.serve.engine.restarts import Restarts
 from moeless_opt.runtime.serve.engine.state import ServeState, read_state, slots_for, write_state
-from moeless_opt.runtime.serve.engine.steering import _Watched, check_planning
+from moeless_opt.runtime.serve.engine.steering import _Fitting, _Watched, check_planning
 from moeless_opt.runtime.serve.engine.worker import Worker
 from moeless_opt.runtime.tiny_moe import model as tiny
 
@@ -42,9 +44,34 @@ def test_a_planner_that_breaks_ends_planning_and_not_serving() -> None:
     assert [e.kind for e in steering.events] == ["failed"]
     assert "the planner broke" in steering.events[0].detail
     assert steering.planning.paused
-    front.send(("order", ("planning", Planning(every=3))))
+    front.send(("order", (1, "planning", Planning(every=3))))
     worker.step()
     assert not steering.planning.paused
+
+
+def test_lost_ranks_are_started_anew_ever_later_and_not_for_ever() -> None:
+    now = 0.0
+    restarts = Restarts(4, clock=lambda: now)
+    assert [restarts.next(2) for _ in range(6)] == [0.0, 1.0, 2.0, 4.0, None, None]
+    assert restarts.next(1) == 0.0, "each rank by itself"
+    restarts.serves(1)
+    now = 299.0
+    assert restarts.next(1) == 1.0, "it has not served long enough"
+    restarts.serves(1)
+    now = 599.0
+    assert restarts.next(1) == 0.0
+    assert restarts.count == 7
+    assert Restarts(0).next(0) is None
+
+
+def test_planners_take_a_placement_that_is_wider_than_their_slots() -> None:
+    topology = Topology.uniform(1, 4, slots=5)
+    planner = _Fitting(Planner(topology=topology, solver="eplb", split="equal"), topology)
+    load_LE = np.arange(32.0).reshape(2, 16)
+    wide_LGC = np.stack([np.stack([np.roll(np.arange(16), -g)[:9] for g in range(0, 16, 4)])] * 2)
+    plan = planner(load_LE, wide_LGC.astype(np.int32))
+    for slots_GC in (*plan.slots_LGC, planner.plan_layer(0, load_LE[0], wide_LGC[0].astype(np.int32))):
+        check_slots(slots_GC, 16, np.full(4, 5))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -76,6 +103,8 @@ def test_a_state_that_cannot_be_used_is_said_and_left(
     for text in ("", "{", "[]", '{"format": "moeless-plan", "version": 1}'):
         file.write_text(text)
         assert read_state(str(file), "m", 3, 16) is None
+        assert not file.exists()
+        assert max(tmp_path.iterdir(), key=lambda one: (len(one.name), one.name)).read_text() == text
     good = ServeState(
         model="m",
         experts=2,
@@ -86,6 +115,7 @@ def test_a_state_that_cannot_be_used_is_said_and_left(
     )
     write_state(str(file), good)
     for model, layers, experts in (("other", 1, 2), ("m", 2, 2), ("m", 1, 3)):
+        write_state(str(file), good)
         assert read_state(str(file), model, layers, experts) is None
     assert len(caplog.records) == 7
 
@@ -97,8 +127,9 @@ def test_a_state_that_cannot_be_used_is_said_and_left(
         ({"policy": "eplb", "max_moves": 3}, "max_moves"),
         ({"max_step_bytes": 9, "keep_alive": 1.0}, "max_step_bytes"),
         ({"policy": "per-layer", "max_step_bytes": 9}, "max_step_bytes"),
+        ({"policy": "windowed", "max_step_bytes": 9}, "max_step_bytes: is 9, less than one expert"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], field: str) -> None:
     with pytest.raises(ProblemError, match=f"^{field}"):
-        check_planning(Planning(**settings), 16, 2)  # type: ignore[arg-type]
+        check_planning(Planning(**settings), 16, 2, 1000)  # type: ignore[arg-type]
