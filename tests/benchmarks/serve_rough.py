@@ -5,8 +5,8 @@
 
 Tells how requests ended, and that nothing of them is left: no request that runs, no block of the KV pool.
 ``--faults``: ranks are killed and stopped under load, then everything is, then it gets SIGTERM while a rank
-is away; tells the longest time without a token for anybody, when all ranks are back, and whether all answers are
-those of before.
+is away. Tells the longest time without a token for anybody, when all ranks are back, and whether all answers
+are those of before.
 All stays on the loopback. Needs the extras serve and load.
 """
 
