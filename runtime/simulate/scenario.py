@@ -39,6 +39,9 @@ __all__ = ["BATCHING", "Scenario", "ignored", "model_of"]
 BATCHING = ("seconds", "continuous", "closed")
 """When requests share a forward pass."""
 
+HALVES = ("both", "first", "second")
+"""Which recorded requests are played; halves are disjoint, by request."""
+
 _SYSTEM, _TRAFFIC, _ROUTING = "what runs where", "traffic", "routing and predictions"
 
 
@@ -229,6 +232,13 @@ class Scenario(Settings):
     decode_every: int = option(
         0, whole_number(), "with --batching seconds: also every n-th writing pass", group=_TRAFFIC
     )
+    batch: float = option(
+        1.0,
+        real(open_low=True),
+        "with --batching seconds: whose arrivals share a pass",
+        unit="seconds",
+        group=_TRAFFIC,
+    )
     most_tokens: int = option(8192, whole_number(1), "of a pass with --batching closed", group=_TRAFFIC)
     most_requests: int = option(256, whole_number(1), "of a pass with --batching closed", group=_TRAFFIC)
     seconds: float = option(300.0, real(), "of arrivals (0: all)", unit="seconds", group=_TRAFFIC)
@@ -259,9 +269,15 @@ class Scenario(Settings):
     stay: float | None = option(
         None,
         real(high=1.0, optional=True),
-        "token traces: chance that a request has its forerunner's domain",
+        "chance that a request has its forerunner's domain; 0: a pass mixes domains, 1: it has one alone",
         metavar="P",
-        shown="0; 0.9 for tiny-moe",
+        shown="0.9; 0 for token traces of a file",
+        group=_ROUTING,
+    )
+    half: str = option(
+        "both",
+        name_of(HALVES),
+        f"token traces: half of the requests, one to tune on and one to judge by: {', '.join(HALVES)}",
         group=_ROUTING,
     )
     popularity: Path | None = option(
@@ -368,9 +384,12 @@ def _by_mode(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool,
     played = tiny or values["traces"] is not None or values["predictions"] is not None
     generated = "it is for generated routing; here recorded tokens are routed"
     yield ("batching",), played and batching == "closed", generated
-    yield ("affinity", "skew", "popularity", "lengths", "bank", "decode_every"), played, generated
-    yield ("stay",), not played, "it is for token traces; here routing is generated"
+    yield ("affinity", "skew", "popularity", "lengths", "bank", "decode_every", "batch"), played, generated
+    yield ("half",), not played, "it is for token traces; here routing is generated"
+    learns = values["predictor"] == "affinity" and values["predictions"] is None
+    yield ("half",), played and learns, "affinity learns from the first half and is judged by the second"
     yield ("decode_every",), batching != "seconds", f"it is for batching 'seconds', not {batching!r}"
+    yield ("batch",), batching != "seconds", f"it is for batching 'seconds', not {batching!r}"
     yield ("bank",), batching != "continuous", f"it is for batching 'continuous', not {batching!r}"
     closed = ("most_tokens", "most_requests")
     yield closed, batching != "closed", f"it is for batching 'closed', not {batching!r}"

@@ -253,6 +253,9 @@ class _Setup:
         learnt = requests = None
         if scenario.predictor == "affinity" and predictions is None:
             learnt, requests = traces.split(0.5, seed=0)
+        elif scenario.half != "both":
+            requests = traces.split(0.5, seed=0)[scenario.half == "second"]
+            self.say("composed", f"requests of the {scenario.half} half alone ({len(requests)})")
         # Recorded answers are written token by token; whole texts can be read in one pass.
         at_once = (
             predictions is not None and not traces.prompt_tokens.any() and scenario.batching == "seconds"
@@ -300,6 +303,8 @@ class _Setup:
         """Routing drawn, with popularity measured for this very model where there is some."""
         scenario = self.scenario
         routing, measured = self.routing()
+        if scenario.stay is not None:
+            routing = routing.replace(stay=scenario.stay)
         if scenario.skew != 1:
             routing = routing.skewed(scenario.skew)
             self.say("assumed", f"popularity raised to the power {scenario.skew:g}")
@@ -368,8 +373,11 @@ class _Setup:
                 how += f"; requests of a domain route in one of {bank} ways"
             return lambda: continuous(routing, arrivals, period=period, window=16, bank=bank, seed=seed), how
         writing = f"every {every}-th writing pass" if every else "no writing pass"
-        return lambda: one_second_batches(routing, arrivals, decode_every=every, seed=seed), (
-            "the paper's batching: the requests of one second together, one pass reads their prompts; "
+        batch = scenario.batch
+        paper = "the paper's batching: the requests of one second together"
+        together = paper if batch == 1 else f"the requests of {batch:g} s together"
+        return lambda: one_second_batches(routing, arrivals, decode_every=every, seconds=batch, seed=seed), (
+            f"{together}, one pass reads their prompts; "
             f"{writing} is simulated (which passes the paper's latency averages over is not said there)"
         )
 

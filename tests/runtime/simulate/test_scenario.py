@@ -20,6 +20,7 @@ from moeless_opt.runtime.simulate.options import option_of
 from moeless_opt.runtime.simulate.policies import POLICIES, Policy, get_policy, list_policies, policy_names
 from moeless_opt.runtime.simulate.run import simulate
 from moeless_opt.runtime.simulate.scenario import Scenario, ignored
+from moeless_opt.runtime.simulate.scene import scene
 from moeless_opt.runtime.simulate.shares import BalancedRule, EqualRule
 
 QUICK = Scenario(model="tiny-moe", seconds=3)
@@ -137,6 +138,8 @@ OTHER = {
     "most_tokens": 300,
     "most_requests": 2,
     "stay": 0.1,
+    "batch": 2.0,
+    "half": "second",
     "affinity": True,
     "bank": 2,
     "predictor": "ewma",
@@ -159,6 +162,32 @@ def test_what_is_called_idle_changes_no_figure(mode: str) -> None:
     others = [name for name in OTHER if name not in idle]
     changed = [name for name in others if figures_of(base.replace(**{name: OTHER[name]})) != want]
     assert changed
+
+
+def test_halves_share_no_request() -> None:
+    base = Scenario(model="tiny-moe", seconds=6)
+    first, second, both = (scene(base.replace(half=half)).composition for half in ("first", "second", "both"))
+    assert first is not None
+    assert second is not None
+    assert both is not None
+    assert first.requests is not None
+    assert second.requests is not None
+    assert both.requests is None
+    assert not set(first.requests) & set(second.requests)
+    assert len(first.requests) + len(second.requests) == both.traces.requests
+    with pytest.raises(ProblemError, match="half: is set to 'first', but it is for token traces"):
+        Scenario(half="first")
+    with pytest.raises(ProblemError, match=r"half: .*affinity learns from the first half"):
+        Scenario(model="Phi-3.5-MoE", traces=Path("x.npz"), predictor="affinity", half="first")
+
+
+def test_a_pass_of_one_domain_is_more_uneven_and_a_longer_batch_is_larger() -> None:
+    base = Scenario(model="Phi-3.5-MoE", seconds=12, policies=("static",))
+    mixed, alone, longer = (
+        simulate(base.replace(**change)).rows[0] for change in ({"stay": 0.0}, {"stay": 1.0}, {"batch": 4.0})
+    )
+    assert alone["imbalance"] > 1.03 * mixed["imbalance"]
+    assert longer["mean_ms"] > 2 * mixed["mean_ms"]
 
 
 def test_model_and_topology_of_ones_own() -> None:
