@@ -62,6 +62,9 @@ class Controller:
         thread, beside those passes.
     share : {"balanced", "equal"} or None
         Tell the backend how replicas share tokens, once, at the start; None leaves it to the plans.
+    first : int, optional
+        Forward passes before the first look, by default `every`: a placement made without loads is soon worth
+        a plan.
 
     Raises
     ------
@@ -78,6 +81,7 @@ class Controller:
         decay: float = 0.0,
         lag: int = 0,
         share: str | None = None,
+        first: int | None = None,
     ) -> None:
         self.backend = backend
         self.planner = planner
@@ -91,7 +95,7 @@ class Controller:
         #: The newest decisions of the per-layer mode.
         self.layer_decisions: deque[LayerDecision] = deque(maxlen=REMEMBERED)
         self._foreseer: LayerForeseer | None = None
-        self._due = self.every
+        self._due = self.every if first is None else whole("first", first, low=1)
         self._pending: tuple[int, int, Future[tuple[Plan, float]]] | None = None
         self._worker = ThreadPoolExecutor(1, "moeless-planner") if self.lag else None
         if share is not None:

@@ -333,6 +333,9 @@ class ServeStatus:
         Replicas of each expert in force.
     imbalance_L : array, shape [L]
         Largest over mean rows of a rank in the last window.
+    largest_rows, mean_rows : float
+        Rows of a layer's fullest rank, and of a rank on average, summed over layers and passes: what a pass
+        waits for, and what it would wait for in perfect balance.
     plans, bytes_moved : int
         Plans applied, and bytes that they moved.
     plan_seconds : float
@@ -372,6 +375,8 @@ class ServeStatus:
     tokens_LG: IntArray
     replicas_LE: IntArray
     imbalance_L: FloatArray
+    largest_rows: float
+    mean_rows: float
     plans: int
     bytes_moved: int
     plan_seconds: float

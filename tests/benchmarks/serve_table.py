@@ -8,10 +8,13 @@ rate is drawn anew every two seconds from a log-normal distribution), and halfwa
 code and English to Russian, Chinese and proofs. Beside them, greedy requests run whose answers are
 compared with the un-batched, un-cached model. Columns:
 
-- tok/s, TTFT and TPOT (ms; median and 99th percentile), as the front sees them - imbalance: largest over
-mean rows of a rank, mean over layers and reports - plans, MB: applied, and moved - GB*s of experts under
-each charging rule (docs/simulator.md), from the first request to the end of the last - same: greedy
-answers that are those of the model alone
+- tok/s, TTFT and TPOT (ms; median and 99th percentile), as the front sees them
+- makespan: rows of a layer's fullest rank over those of the mean one, summed over all layers and passes: what
+  a pass waits for where every rank has a processor of its own (ranks that share them gain no time)
+- imbalance: the same of windows of sixteen passes, mean over layers and reports
+- passes; plans, MB: applied, and moved
+- GB*s of experts under each charging rule (docs/simulator.md), from the first request to the end of the last
+- same: greedy answers that are those of the model alone
 
 ``--engine``: tokens per second of this engine and of `transformers` generate (static batch, padded), same
 weights, one process, one thread, greedy, 1, 8 and 32 requests at once, of equal lengths and (uneven) of a
@@ -149,7 +152,7 @@ def play(engine: Fleet, at: np.ndarray, seconds: float, probes: dict[str, list[i
     return clients
 
 
-def policies(ranks: int, seconds: float, rate: float, every: int, data: Path | None) -> None:
+def policies(ranks: int, seconds: float, rate: float, every: int, data: Path | None, only: list[str]) -> None:
     """The table of policies."""
     model, length = tiny.load(), 24
     openings = [tiny.encode(text) for texts in tiny.PROMPTS.values() for text in texts]
@@ -161,14 +164,14 @@ def policies(ranks: int, seconds: float, rate: float, every: int, data: Path | N
     engine.start()
     print(f"{ranks} ranks, {len(at)} requests in {seconds:g} s, start {time.perf_counter() - began:.1f} s")
     rows: list[list[str]] = [
-        ["", "tok/s", "TTFT 50", "99", "TPOT 50", "99", "imbalance", "plans", "MB"]
+        ["", "tok/s", "TTFT 50", "99", "TPOT 50", "99", "makespan", "imbalance", "passes", "plans", "MB"]
         + [f"GBs {rule}" for rule in RULES]
         + ["same"]
     ]
     try:
         static = engine.plan() if ranks > 1 and settled(engine) else None
         for name, planning in POLICIES.items():
-            if ranks == 1 and name != "static EP":
+            if (ranks == 1 and name != "static EP") or (only and name not in only):
                 continue
             engine.set_planning(policy="static", keep_alive=None)
             if static is not None:
@@ -189,12 +192,18 @@ def policies(ranks: int, seconds: float, rate: float, every: int, data: Path | N
             stop.set()
             watcher.join()
             after = engine.status()
+            rows_each = after.mean_rows - before.mean_rows
             same = sum(clients.tokens(probe) == wanted[probe] for probe in probes)
+            assert same == len(probes), (
+                f"{name}: {len(probes) - same} answers are not those of the model alone"
+            )
             rows.append(
                 [
                     name,
                     *clients.figures(),
+                    f"{(after.largest_rows - before.largest_rows) / max(rows_each, 1e-9):.3f}",
                     f"{np.mean(seen):.3f}",
+                    str(after.passes - before.passes),
                     str(after.plans - before.plans),
                     f"{(after.bytes_moved - before.bytes_moved) / 1e6:.1f}",
                     *(f"{after.cost[rule][0] - before.cost[rule][0]:.3f}" for rule in RULES),
@@ -370,6 +379,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.5)
     parser.add_argument("--every", type=int, default=32)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--only", action="append", default=[], choices=list(POLICIES), help="this policy")
     parser.add_argument("--engine", action="store_true")
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--length", type=int, default=64)
@@ -382,7 +392,7 @@ def main() -> None:
     elif options.kill:
         kill(options.ranks)
     else:
-        policies(options.ranks, options.seconds, options.rate, options.every, options.data)
+        policies(options.ranks, options.seconds, options.rate, options.every, options.data, options.only)
 
 
 if __name__ == "__main__":

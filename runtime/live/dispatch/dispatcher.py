@@ -183,6 +183,15 @@ class SlotDispatcher:
         return self._sends_RP
 
     @property
+    def batch_rows_G(self) -> IntArray | None:
+        """Rows of each rank's experts in the last batch, int64 [G]; None where the host knows them not."""
+        if self._sends_RP is None or not self._sends_RP.shape[1]:
+            return None
+        upto: IntArray = np.zeros(self._sends_RP.shape[1] + 1, dtype=np.int64)
+        np.cumsum(self._sends_RP.sum(axis=0), out=upto[1:])
+        return upto[self.table.ends_G] - upto[self.table.starts_G]
+
+    @property
     def batch_counts_RE(self) -> IntArray:
         """Tokens of each expert on each rank in the last batch: int64 [R, E]."""
         if self._gathered is None:

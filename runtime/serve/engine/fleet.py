@@ -628,6 +628,8 @@ class Fleet:
                 tokens_LG=group.get("tokens_LG", np.zeros((len(layers), alive), dtype=np.int64)),
                 replicas_LE=group.get("replicas_LE", none),
                 imbalance_L=group.get("imbalance_L", np.ones(len(layers))),
+                largest_rows=group.get("largest_rows", 0.0),
+                mean_rows=group.get("mean_rows", 0.0),
                 plans=group.get("plans", 0),
                 bytes_moved=group.get("bytes_moved", 0),
                 plan_seconds=group.get("plan_seconds", 0.0),

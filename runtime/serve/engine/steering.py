@@ -219,6 +219,7 @@ class Steering:
         self._elastic: Any = None
         self._asleep: SlotArray | None = None
         self._cold = (0, 0, 0.0)
+        self.largest_rows = self.mean_rows = 0.0
         self._open: dict[int, PlanEvent] = {}
         self._errors: deque[float] = deque(maxlen=64)
         self._meter: CostMeter | None = None
@@ -329,7 +330,8 @@ class Steering:
         with suppress(MoelessError):
             planner(np.ones((len(live.layers), live.experts)), live.target_LGC)
         lag = min(LAG, planning.every - 1)
-        return Controller(backend, planner, every=planning.every, lag=lag, share="balanced")
+        first = min(LOOK, planning.every)
+        return Controller(backend, planner, every=planning.every, lag=lag, share="balanced", first=first)
 
     def _by_layers(self, planning: Planning) -> Controller:
         topology, backend = self._topology(planning), _Watched(self)
@@ -390,6 +392,11 @@ class Steering:
     def after_pass(self, seconds: float) -> None:
         """A forward pass has run on all ranks."""
         self.passes += 1
+        for dispatcher in self.live.dispatchers if self.live.group.size > 1 else ():
+            row_G = dispatcher.batch_rows_G
+            if row_G is not None:
+                self.largest_rows += float(row_G.max())
+                self.mean_rows += float(row_G.mean())
         self._charge(seconds)
         controller = self._controller
         if controller is not None and self._layers is None and not self.failed:

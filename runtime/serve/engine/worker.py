@@ -353,6 +353,8 @@ class Worker:
             "load_LE": steering.load_LE,
             "tokens_LG": steering.tokens_LG,
             "imbalance_L": steering.imbalance_L,
+            "largest_rows": steering.largest_rows,
+            "mean_rows": steering.mean_rows,
             "plans": steering.plans,
             "bytes_moved": steering.bytes_moved,
             "plan_seconds": steering.plan_seconds,

@@ -128,6 +128,8 @@ _FIGURES: tuple[tuple[type[Metric], str, str, Callable[[ServeStatus], float]], .
     (CounterMetricFamily, "requests_retried", "Begun anew on another rank", lambda s: s.retried),
     (CounterMetricFamily, "recoveries", "Losses of ranks that were survived", lambda s: s.recoveries),
     (CounterMetricFamily, "restarts", "Processes of ranks started anew", lambda s: s.restarts),
+    (CounterMetricFamily, "largest_rows", "Of layers' fullest ranks, pass by pass", lambda s: s.largest_rows),
+    (CounterMetricFamily, "mean_rows", "Of a rank on average, likewise", lambda s: s.mean_rows),
     (CounterMetricFamily, "plans", "Plans applied", lambda s: s.plans),
     (CounterMetricFamily, "moved_bytes", "Weights moved by plans", lambda s: s.bytes_moved),
     (CounterMetricFamily, "plan_seconds", "Time of planning", lambda s: s.plan_seconds),

@@ -71,6 +71,15 @@ def test_it_plans_every_so_many_passes_from_what_is_live() -> None:
     assert third.plan.moves.count < third.plan.replicas / 2
 
 
+def test_the_first_look_may_come_before_the_others() -> None:
+    backend = Notebook([skewed(0), skewed(0), skewed(5)])
+    controller = Controller(backend, Planner(topology=TOPOLOGY), every=4, first=2)
+    decided = [controller.after() for _ in range(10)]
+    assert [i for i, d in enumerate(decided) if d is not None] == [1, 5, 9]
+    with pytest.raises(ProblemError, match="^first"):
+        Controller(backend, Planner(topology=TOPOLOGY), first=0)
+
+
 def test_several_passes_at_once_and_empty_windows() -> None:
     backend = Notebook([np.zeros((L, E), dtype=np.int64), skewed(1)])
     controller = Controller(backend, Planner(topology=TOPOLOGY), every=10)
