@@ -7,3 +7,4 @@ from .foreseer import Counted as Counted
 from .layer_planner import LayerPlanner as LayerPlanner
 from .learnt_times import LearntTimes as LearntTimes
 from .planner import Planner as Planner
+from .speed_watch import SpeedWatch as SpeedWatch

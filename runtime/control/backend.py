@@ -11,7 +11,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 
-__all__ = ["Backend", "LayerBackend", "LoadWindow", "MemoryReport", "Observation"]
+__all__ = ["Backend", "LayerBackend", "LoadWindow", "MemoryReport", "Observation", "SpeedBackend"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +129,15 @@ class Backend(Protocol):
 
     def memory(self) -> MemoryReport:
         """Bytes of experts per rank."""
+        ...
+
+
+@runtime_checkable
+class SpeedBackend(Protocol):
+    """What a controller needs besides, for shares that follow how fast the ranks are."""
+
+    def set_speeds(self, speed_G: FloatArray) -> None:
+        """Balance tokens by these relative speeds, shape [G], where they are balanced at all."""
         ...
 
 

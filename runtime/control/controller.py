@@ -26,16 +26,18 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, number, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import Plan, check_slots
-from moeless_opt.runtime.control.backend import Backend, LayerBackend, LoadWindow
+from moeless_opt.runtime.control.backend import Backend, LayerBackend, LoadWindow, SpeedBackend
 from moeless_opt.runtime.control.decision import Decision, LayerDecision, same_replicas, stacked
 from moeless_opt.runtime.control.foreseer import Foreseen, LayerForeseer
 from moeless_opt.runtime.control.planner import PlanLayer
+from moeless_opt.runtime.control.speed_watch import SpeedWatch
 
 __all__ = ["Controller"]
 
@@ -65,11 +67,14 @@ class Controller:
     first : int, optional
         Forward passes before the first look, by default `every`: a placement made without loads is soon worth
         a plan.
+    speeds : SpeedWatch, optional
+        Follow how fast the GPUs really are (windowed mode): once a change has lasted, plans are made for the
+        new speeds, and balanced shares follow them, too. Without it all are as the planner's topology says.
 
     Raises
     ------
     ProblemError
-        If `lag` is not below `every`.
+        If `lag` is not below `every`, or the planner cannot be told of speeds that are to be followed.
     """
 
     def __init__(
@@ -82,7 +87,11 @@ class Controller:
         lag: int = 0,
         share: str | None = None,
         first: int | None = None,
+        speeds: SpeedWatch | None = None,
     ) -> None:
+        if speeds is not None and not callable(getattr(planner, "at_speeds", None)):
+            raise ProblemError("planner", "has no at_speeds, which following the GPUs' speeds needs")
+        self.speeds = speeds
         self.backend = backend
         self.planner = planner
         self.every = whole("every", every, low=1)
@@ -114,7 +123,10 @@ class Controller:
         if self.passes < self._due:
             return decision
         self._due = self.passes + self.every
-        load_LE = self.window.update(self.backend.observe())
+        seen = self.backend.observe()
+        load_LE = self.window.update(seen)
+        if self.speeds is not None and self.speeds.see(seen):
+            self._follow(self.speeds)
         if not load_LE.any():
             return decision
         slots_LGC = self.backend.slots_LGC
@@ -126,6 +138,14 @@ class Controller:
             self._worker.submit(self._plan, load_LE.copy(), slots_LGC.copy()),
         )
         return decision
+
+    def _follow(self, speeds: SpeedWatch) -> None:
+        """Plan, and share, for the GPUs as they are now."""
+        assert speeds.speed_G is not None
+        planner: Any = self.planner
+        self.planner = planner.at_speeds(speeds.speed_G)
+        if isinstance(self.backend, SpeedBackend):
+            self.backend.set_speeds(speeds.speed_G)
 
     def before(self, predicted_LE: FloatArray) -> Decision | list[LayerDecision]:
         """Plan for the predicted loads of the next pass and apply it, all layers at once.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -52,6 +52,10 @@ class Planner:
         return make_plan(
             load_LE, self.topology, current=current, solver=self.solver, split=self.split, **self.options
         )
+
+    def at_speeds(self, speed_G: FloatArray) -> Planner:
+        """The same for GPUs of these relative speeds, shape [G]."""
+        return replace(self, topology=self.topology.replace(speed_G=speed_G))
 
     def plan_layer(self, index: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
         """Plan one layer as a problem of its own."""

@@ -19,7 +19,7 @@ from moeless_opt.runtime.control import MemoryReport, Observation, stacked
 from moeless_opt.runtime.live import watch
 from moeless_opt.runtime.live.adopt import Adopted, AttachOptions
 from moeless_opt.runtime.live.agreement import Agreement, digest, same_everywhere
-from moeless_opt.runtime.live.dispatch import PlannedShares, SharePolicy, SlotDispatcher
+from moeless_opt.runtime.live.dispatch import BalancedShares, PlannedShares, SharePolicy, SlotDispatcher
 from moeless_opt.runtime.live.elastic import Elastic, become_elastic
 from moeless_opt.runtime.live.groups import ExpertGroup, SideGroup
 from moeless_opt.runtime.live.home import HomeStore, PinnedHome, save_experts
@@ -225,6 +225,13 @@ class LiveModel:
     def set_shares(self, shares: str | SharePolicy) -> None:
         """Use another policy from the first batch on that all ranks know of it."""
         self._agreement.ask(shares)
+
+    def set_speeds(self, speed_G: FloatArray) -> None:
+        """Balance tokens by these relative speeds of the ranks, shape [G]; other policies stay."""
+        newest = self._agreement.newest
+        if isinstance(newest, BalancedShares):
+            per_mille = [max(1, round(1000 * float(speed))) for speed in speed_G]
+            self.set_shares(BalancedShares(per_mille, newest.sweeps))
 
     def set_planned_shares(self, plan: Any) -> None:
         """Use a plan's own ``share_LGC`` instead of solving for every batch."""

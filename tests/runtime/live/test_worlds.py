@@ -205,3 +205,13 @@ def test_transformers_models_give_the_same_logits(run_world: World) -> None:
     for name, (moving, detached) in results[0].items():
         assert moving < 1e-5, name
         assert detached == 0.0, name
+
+
+def test_a_slow_rank_is_given_less(run_world: World) -> None:
+    """Twice as slow in its experts: found by all ranks alike, and planned and shared for."""
+    plain, followed = run_world("worker_speeds.py", 4, "2")[0]
+    assert plain["speed"] is None
+    assert 0.4 < followed["speed"][3] < 0.7
+    assert plain["share"] > 0.24
+    assert followed["share"] < 0.2
+    assert followed["makespan_ms"] < plain["makespan_ms"]
