@@ -19,8 +19,8 @@ from moeless_opt.runtime.control.speed_watch import SpeedWatch
 from moeless_opt.runtime.engines.attach import attach
 
 LAYERS, EVERY, LOOKS = 2, 2, 9
-ROW = 1e-4
-"""Seconds of a row on a nominal rank: well above what the machine's own hiccups are for a batch."""
+ROW = 2e-4
+"""Seconds of a row on a nominal rank."""
 
 
 class Noted:
@@ -38,27 +38,34 @@ class Noted:
         return self.seen[-1]
 
 
-def slowed(live: Any, seconds: float) -> None:
-    """Let every row of the experts take so long, within what their stopwatch measures."""
+def slowed(live: Any, seconds: float, sleeps: bool) -> None:
+    """Let rows of the experts take so long by their stopwatch: truly, or by a clock that only rows move."""
     for dispatcher in live.dispatchers:
-        rest = dispatcher.sort_out
+        rest, now = dispatcher.sort_out, [0.0]
+        if not sleeps:
+            dispatcher.experts_watch.clock = lambda now=now: now[0]
 
-        def sort_out(rows: torch.Tensor, rest: Any = rest) -> torch.Tensor:
-            time.sleep(len(rows) * seconds)
+        def sort_out(rows: torch.Tensor, rest: Any = rest, now: list[float] = now) -> torch.Tensor:
+            now[0] += len(rows) * seconds
+            if sleeps:
+                time.sleep(len(rows) * seconds)
             return rest(rows)  # type: ignore[no-any-return]
 
         dispatcher.sort_out = sort_out
 
 
 def main() -> None:
-    """argv: how many times slower the last rank is. Reports what it is like without and with the watch."""
+    """argv: how many times slower the last rank is; ``sleep`` to be so by the clock on the wall.
+
+    Reports what it is like without and with the watch.
+    """
     rank, size = worlds.join()
     times = float(sys.argv[1])
     model = worlds.tiny_model(LAYERS, 2, torch.float64, exact=True)
     x = worlds.batch(rank)
     stock = worlds.forward(model, x)
     live = attach(model, row_block=1)
-    slowed(live, ROW * (times if rank == size - 1 else 1.0))
+    slowed(live, ROW * (times if rank == size - 1 else 1.0), "sleep" in sys.argv)
     told = []
     for watch in (None, SpeedWatch(least=0.1)):
         backend = Noted(live)
