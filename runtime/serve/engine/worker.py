@@ -172,7 +172,15 @@ class Worker:
         asks_sleep = self._wants_sleep()
         heart = live.group.heart
         knocks = 0 if heart is None else heart.knocks
-        mine = [turn is not None, self.received, steering.failed, asks_sleep, knocks, live.knocks]
+        mine = [
+            turn is not None,
+            self.received,
+            steering.failed,
+            asks_sleep,
+            knocks,
+            live.knocks,
+            steering.moving,
+        ]
         rows = live.group.gather_ints(mine)
         busy = sum(row[0] for row in rows)
         if any(row[2] for row in rows):
@@ -182,7 +190,8 @@ class Worker:
             if all(row[3] for row in rows):
                 steering.sleep()
             knocked = min(row[4] for row in rows) > min(row[5] for row in rows)
-            if steering.moving or knocked:  # whoever knocks is heard in a round
+            # A plan may be under way for one rank alone, where planning has failed on the others.
+            if any(row[6] for row in rows) or knocked:  # whoever knocks is heard in a round
                 steering.tick()
             return None, 0
         if steering.asleep:

@@ -20,6 +20,7 @@ from moeless_opt.runtime.serve.engine.state import ServeState, read_state, slots
 from moeless_opt.runtime.serve.engine.steering import _Fitting, _Watched, check_planning
 from moeless_opt.runtime.serve.engine.worker import Worker
 from moeless_opt.runtime.tiny_moe import model as tiny
+from tests.runtime.worlds import run_world
 
 
 def broken(load_LE: FloatArray, slots_LGC: SlotArray) -> Plan:
@@ -133,3 +134,10 @@ def test_a_state_that_cannot_be_used_is_said_and_left(
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], field: str) -> None:
     with pytest.raises(ProblemError, match=f"^{field}"):
         check_planning(Planning(**settings), 16, 2, 1000)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_planner_that_breaks_on_one_rank_alone_ends_planning_on_all() -> None:
+    one, other = run_world("worker_serve.py", 2)
+    assert one == other
+    assert one["tokens"] == [list(tiny.generate(tiny.load(), "And", 12))] * 3
