@@ -256,7 +256,10 @@ class Planning:
                 put(self, name, whole(name, getattr(self, name), low=low))
         for name in ("keep_alive", "idle_after"):
             if getattr(self, name) is not None:
-                put(self, name, number(name, getattr(self, name)))
+                seconds = number(name, getattr(self, name))
+                if seconds > 1e9:
+                    raise ProblemError(name, f"is {seconds:g}, must be at most 1e+09 seconds")
+                put(self, name, seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

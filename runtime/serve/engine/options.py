@@ -11,6 +11,8 @@ from moeless_opt.runtime.serve import Planning
 __all__ = ["DEVICES", "DTYPES", "EngineOptions"]
 
 DEVICES = ("auto", "cpu", "cuda")
+#: Seconds that no wait is longer than: clocks of operating systems end somewhere.
+LONGEST = 1e6
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -92,6 +94,12 @@ class EngineOptions:
             if getattr(self, key) is not None:
                 put(self, key, whole(key, getattr(self, key), low=low))
         put(self, "timeout", number("timeout", self.timeout, low=0.5))
+        if self.timeout > LONGEST:
+            raise ProblemError("timeout", f"is {self.timeout:g}, must be at most {LONGEST:g} seconds")
+        for key in ("model", "name", "state"):
+            text = getattr(self, key)
+            if text is not None and not (text.strip() and text.isprintable()):
+                raise ProblemError(key, f"is {text!r}, must be printable text that is not empty")
         if self.device not in DEVICES:
             raise ProblemError("device", f"is {self.device!r}, must be one of {', '.join(DEVICES)}")
         if self.experts not in ("auto", "grouped", "loop"):

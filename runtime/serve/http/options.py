@@ -10,6 +10,11 @@ from moeless_opt.problems.errors import ProblemError
 __all__ = ["HttpOptions"]
 
 
+TIMES = ("head_timeout", "body_timeout", "write_timeout", "request_timeout", "drain_timeout")
+LONGEST = 1e6
+"""Seconds that the clocks of operating systems and event loops can count."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpOptions:
     """Options of the HTTP side.
@@ -67,16 +72,23 @@ class HttpOptions:
             keys = tuple(getattr(self, name))
             if not all(isinstance(key, str) and key and key.isascii() and key.isprintable() for key in keys):
                 raise ProblemError(name, "must be printable ASCII texts of at least one character")
+            if any(key != key.strip() for key in keys):
+                raise ProblemError(name, "must not begin or end with a space, which headers do not carry")
             put(self, name, keys)
         put(self, "allowed_hosts", tuple(self.allowed_hosts))
+        if not all(name and name.isprintable() and " " not in name for name in self.allowed_hosts):
+            raise ProblemError("allowed_hosts", "must be names of hosts, or *")
         for name in ("max_body", "max_choices", "max_connections"):
             put(self, name, whole(name, getattr(self, name), low=1, high=2**40))
-        for name in ("head_timeout", "body_timeout", "write_timeout", "request_timeout", "drain_timeout"):
+        for name in TIMES:
             seconds = number(name, getattr(self, name))
             if seconds == 0:
                 raise ProblemError(name, "is 0, must be above 0 seconds")
             put(self, name, seconds)
         put(self, "idle_connection", number("idle_connection", self.idle_connection))
+        for name in (*TIMES, "idle_connection"):
+            if getattr(self, name) > LONGEST:
+                raise ProblemError(name, f"is {getattr(self, name):g}, must be at most {LONGEST:g} seconds")
 
     @property
     def is_loopback(self) -> bool:
