@@ -89,7 +89,14 @@ _PUBLISHED = _SPLITS | {
     Feature.COSTS,
 }
 
-_PODS = {Feature.MEMORY, Feature.SPREAD, Feature.SCENARIOS, Feature.SIGMA, Feature.NODE_AWARE}
+_PODS = {
+    Feature.HETEROGENEOUS,
+    Feature.MEMORY,
+    Feature.SPREAD,
+    Feature.SCENARIOS,
+    Feature.SIGMA,
+    Feature.NODE_AWARE,
+}
 
 PUBLISHED = frozenset({"static", "eplb", "eplb-hierarchical", "moeless"})
 """Methods as published: they know balance and nothing else, so `compare` shows them as they are."""

@@ -85,3 +85,27 @@ def test_bad_input() -> None:
         mo.survival(plan).given(1.5)
     with pytest.raises(ProblemError, match="failures"):
         mo.survival(plan, failures=0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_pods_of_unequal_gpus(seed: int) -> None:
+    """Slots and speeds of any kind, dead GPUs, one expert: valid, and seldom more sets than pods."""
+    rng = np.random.default_rng(seed)
+    gpus = int(rng.integers(1, 9))
+    slots_G = rng.integers(0, 5, gpus)
+    slots_G[rng.integers(gpus)] = 4
+    experts = int(rng.integers(1, int(slots_G.sum()) + 1))
+    topology = mo.Topology(
+        node_G=np.arange(gpus) // 2, speed_G=rng.choice([0.5, 1.0, 2.0], gpus), slots_G=slots_G
+    )
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=rng.integers(0, 50, (1, 2, experts)).astype(float)),
+        topology=topology,
+        split=str(rng.choice(["equal", "fractional"])),
+    )
+    plan = mo.solve(problem, "lazarus").plan
+    assert plan is not None
+    assert mo.violations(problem, plan) == []
+    held_LEG = np.array([[(row == e).any(1) for e in range(experts)] for row in plan.slots_LGC])
+    sets = max(len({tuple(one) for one in held_EG.tolist()}) for held_EG in held_LEG)
+    assert sets <= (slots_G > 0).sum()
