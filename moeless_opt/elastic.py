@@ -361,6 +361,8 @@ def limits_left(problem: Problem) -> Limits:
     left have domains and slots for.
     """
     limits, alive_G = problem.limits, np.asarray(problem.usable_LG.any(0))
+    if not alive_G.any():
+        return limits
     room_L = np.minimum(problem.capacity_LG, problem.experts).sum(1)
     each = int(room_L.min()) // problem.experts
     least = max(1, min(limits.min_replicas, int(alive_G.sum()), each))

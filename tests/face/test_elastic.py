@@ -275,3 +275,10 @@ def test_plans_of_few_replicas_are_repaired_as_they_were_made(sizing: str) -> No
     assert mo.violations(found.plan.made_for, found.plan) == []
     assert found.plan.made_for.sizing == plan.made_for.sizing
     assert found.plan.replicas <= plan.replicas + 3
+
+
+def test_nothing_is_left_where_the_others_have_no_slots() -> None:
+    plan = mo.plan(LOADS[:, :3], mo.uniform(1, 3, slots=[3, 0, 0]))
+    for change in (mo.repair, mo.drain):
+        with pytest.raises(InfeasibleError, match="need 3 slots per layer, the GPUs have 0"):
+            change(plan, [0])
