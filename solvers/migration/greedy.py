@@ -90,6 +90,7 @@ class _Board:
         self.layer, self.gpu, self.expert = layer[order], gpu[order], expert[order]
         self.kind = self.layer * experts + self.expert  # expert of a layer, as one number
         self.waiting = np.arange(len(order))
+        self.queued = np.ones(len(order), dtype=np.bool_)
         self._copies(held)
         used = np.bincount(self._parts(held)[1], weights=size_L[self._parts(held)[0]], minlength=self.gpus)
         self.used_G: IntArray = used.astype(np.int64)
@@ -198,7 +199,8 @@ class _Board:
         np.add.at(self.count, kind, 1)
         np.add.at(self.used_G, target, self.size_L[layer])
         np.maximum(self.peak_G, self.used_G, out=self.peak_G)
-        self.waiting = np.setdiff1d(self.waiting, taken, assume_unique=True)
+        self.queued[taken] = False
+        self.waiting = self.waiting[self.queued[self.waiting]]
         self.left_L -= np.bincount(layer, minlength=self.layers)
         columns = (layer, self.expert[taken], source, target, self.size_L[layer])
         transfers = tuple(map(Transfer, *(column.tolist() for column in columns)))
@@ -209,10 +211,14 @@ class _Board:
         """Give up replicas of layers that are complete."""
         layer, gpu, expert = self._parts(keys)
         np.subtract.at(self.used_G, gpu, self.size_L[layer])
-        self.drops = np.setdiff1d(self.drops, keys, assume_unique=True)
+        if len(keys):
+            self.drops = np.setdiff1d(self.drops, keys, assume_unique=True)
         return tuple(map(Drop, layer.tolist(), expert.tolist(), gpu.tolist()))
 
 
 def _firsts(key: IntArray) -> IntArray:
-    """Where each value comes first, ascending."""
-    return np.sort(np.unique(key, return_index=True)[1])
+    """Where each value comes first, ascending; values are small."""
+    at = np.arange(len(key))
+    first = np.empty(int(key.max(initial=0)) + 1, dtype=np.int64)
+    first[key[::-1]] = at[::-1]  # of several the last one written stays
+    return np.flatnonzero(first[key] == at)
