@@ -7,4 +7,6 @@ from .foreseer import Counted as Counted
 from .layer_planner import LayerPlanner as LayerPlanner
 from .learnt_times import LearntTimes as LearntTimes
 from .planner import Planner as Planner
+from .planner import PlanWindow as PlanWindow
 from .speed_watch import SpeedWatch as SpeedWatch
+from .worth_moving import WorthMoving as WorthMoving

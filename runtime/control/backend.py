@@ -76,6 +76,7 @@ class LoadWindow:
         self.load_LE: FloatArray | None = None
         self.seconds_LG: FloatArray | None = None
         self.tokens_LG: FloatArray | None = None
+        self.passes = 0.0
 
     def update(self, seen: Observation) -> FloatArray:
         """Add an observation; returns the faded loads."""
@@ -84,6 +85,7 @@ class LoadWindow:
             old = getattr(self, name)
             # After the loss of a rank the per-rank axes are shorter: their past means nothing then.
             setattr(self, name, new if old is None or old.shape != new.shape else self.decay * old + new)
+        self.passes = self.decay * self.passes + seen.batches
         assert self.load_LE is not None
         return self.load_LE
 

@@ -36,7 +36,7 @@ from moeless_opt.problems.plan import Plan, check_slots
 from moeless_opt.runtime.control.backend import Backend, LayerBackend, LoadWindow, SpeedBackend
 from moeless_opt.runtime.control.decision import Decision, LayerDecision, same_replicas, stacked
 from moeless_opt.runtime.control.foreseer import Foreseen, LayerForeseer
-from moeless_opt.runtime.control.planner import PlanLayer
+from moeless_opt.runtime.control.planner import PlanLayer, PlanWindow
 from moeless_opt.runtime.control.speed_watch import SpeedWatch
 
 __all__ = ["Controller"]
@@ -52,8 +52,9 @@ class Controller:
     ----------
     backend : Backend
         What is controlled.
-    planner : callable, or PlanLayer
-        From loads [L, E] and live slots [L, G, C] to a `Plan` (windowed mode), or with ``plan_layer``
+    planner : callable, or PlanLayer, or PlanWindow
+        From loads [L, E] and live slots [L, G, C] to a `Plan` (windowed mode; ``plan_window`` is told of how
+        many passes they are), or with ``plan_layer``
         (per-layer mode); `Planner` and `layer_planner.LayerPlanner` are both.
     every : int
         Forward passes between two looks at the loads.
@@ -80,7 +81,7 @@ class Controller:
     def __init__(
         self,
         backend: Backend,
-        planner: Callable[[FloatArray, SlotArray], Plan] | PlanLayer,
+        planner: Callable[[FloatArray, SlotArray], Plan] | PlanLayer | PlanWindow,
         *,
         every: int = 64,
         decay: float = 0.0,
@@ -129,13 +130,13 @@ class Controller:
             self._follow(self.speeds)
         if not load_LE.any():
             return decision
-        slots_LGC = self.backend.slots_LGC
+        slots_LGC, count = self.backend.slots_LGC, self.window.passes
         if self._worker is None:
-            return self._decide(self.passes, *self._plan(load_LE, slots_LGC))
+            return self._decide(self.passes, *self._plan(load_LE, slots_LGC, count))
         self._pending = (
             self.passes,
             self.passes + self.lag,
-            self._worker.submit(self._plan, load_LE.copy(), slots_LGC.copy()),
+            self._worker.submit(self._plan, load_LE.copy(), slots_LGC.copy(), count),
         )
         return decision
 
@@ -156,7 +157,7 @@ class Controller:
             The latter where the planner knows only single layers.
         """
         if callable(self.planner):
-            return self._decide(self.passes, *self._plan(predicted_LE, self.backend.slots_LGC))
+            return self._decide(self.passes, *self._plan(predicted_LE, self.backend.slots_LGC, 1.0))
         slots_LGC = self.backend.slots_LGC
         found = [
             self._of_layer(layer, load_E, slots_GC)
@@ -291,11 +292,14 @@ class Controller:
         self._pending = None
         return self._decide(at_pass, *future.result())
 
-    def _plan(self, load_LE: FloatArray, slots_LGC: SlotArray) -> tuple[Plan, float]:
+    def _plan(self, load_LE: FloatArray, slots_LGC: SlotArray, passes: float) -> tuple[Plan, float]:
         began = clock.perf_counter()
-        if not callable(self.planner):
+        if isinstance(self.planner, PlanWindow):
+            plan = self.planner.plan_window(load_LE, slots_LGC, passes)
+        elif callable(self.planner):
+            plan = self.planner(load_LE, slots_LGC)
+        else:
             raise ProblemError("planner", "plans single layers only; the windowed mode needs a callable")
-        plan = self.planner(load_LE, slots_LGC)
         found: object = plan
         if not isinstance(found, Plan):
             raise ProblemError("planner", f"returned {type(found).__name__}, must return a Plan")

@@ -13,7 +13,7 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.spec import Placement, Topology
 
-__all__ = ["PlanLayer", "Planner"]
+__all__ = ["PlanLayer", "PlanWindow", "Planner"]
 
 
 @runtime_checkable
@@ -22,6 +22,15 @@ class PlanLayer(Protocol):
 
     def plan_layer(self, index: int, load_E: FloatArray, slots_GC: SlotArray) -> SlotArray:
         """Slots [G, C] of one layer, by its place on axis L, from its loads [E] and what GPUs hold [G, C]."""
+        ...
+
+
+@runtime_checkable
+class PlanWindow(Protocol):
+    """A planner that looks at how many passes loads are of, e.g. `worth_moving.WorthMoving`."""
+
+    def plan_window(self, load_LE: FloatArray, live_LGC: SlotArray, passes: float) -> Plan:
+        """Plan from the loads of a window of so many passes and the live placement."""
         ...
 
 

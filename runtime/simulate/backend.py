@@ -364,7 +364,7 @@ class SimulatedBackend:
         load += np.tensordot(weight_B, part.load_BLE[done], 1)
         tokens += np.tensordot(weight_B, times.tokens_BLG[done], 1)
         spent += np.tensordot(weight_B, times.seconds_BLG[done], 1)
-        self._seen = (load, tokens, spent, batches + count)
+        self._seen = (load, tokens, spent, batches + round(float(weight_B.sum())))
         if self.beliefs.see(times if count == part.count else times.first(count)):
             self._placed.table, self._placed.believed = self.beliefs.table, self.beliefs.machine
         self.now = end

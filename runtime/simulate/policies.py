@@ -18,7 +18,7 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError, SolverUnavailableError
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.spec import Objective, Sizing, Topology, contiguous
-from moeless_opt.runtime.control import Controller, LayerPlanner, Planner
+from moeless_opt.runtime.control import Controller, LayerPlanner, Planner, PlanWindow, WorthMoving
 from moeless_opt.runtime.simulate.backend import SimulatedBackend, Terms
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.options import unknown
@@ -49,7 +49,7 @@ __all__ = [
     "policy_names",
 ]
 
-Plans = Callable[[FloatArray, SlotArray], Plan]
+Plans = Callable[[FloatArray, SlotArray], Plan] | PlanWindow
 
 SYSTEM, BASELINE, BOUND = "system", "baseline", "bound"
 """Parts of a policy in a table: one of many, what all others are set against, what none reaches."""
@@ -209,7 +209,7 @@ class Policy:
 class _Once:
     """The first plan, for ever."""
 
-    def __init__(self, planner: Plans) -> None:
+    def __init__(self, planner: Planner) -> None:
         self.planner = planner
         self.plan: Plan | None = None
 
@@ -248,6 +248,19 @@ def _eplb(site: Site) -> Planner:
 def _few_moves(site: Site) -> Planner:
     objective = Objective(balance_tolerance=site.settings.tolerance)
     return Planner(topology=site.topology, options={"model": site.machine.model, "objective": objective})
+
+
+def _moves_that_pay(site: Site) -> WorthMoving:
+    machine, settings, beliefs = site.machine, site.settings, site.backend.beliefs
+    return WorthMoving(
+        _few_moves(site),
+        site.topology,
+        machine.model,
+        lambda: beliefs.time,
+        per_token=machine.link_per_token,
+        split=settings.split_seconds(machine.model.experts, site.topology.gpus),
+        gain=settings.gain,
+    )
 
 
 def _moeless(site: Site, cv: float | None = None, within: float | None = None) -> Planner:
@@ -430,11 +443,11 @@ _OURS = (
     ),
     Policy(
         name="ours-windowed",
-        summary="few moves per window on its loads, live shares",
+        summary="few moves per window on its loads, in layers that gain by them; live shares",
         shares=_TIMED,
-        planner=_few_moves,
+        planner=_moves_that_pay,
         elastic=True,
-        reads=frozenset({"tolerance"}),
+        reads=frozenset({"tolerance", "gain"}),
         colour="#56B4E9",
         marker="<",
     ),
