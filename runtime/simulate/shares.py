@@ -64,9 +64,13 @@ class SplitCost:
     MARGIN = 1.5
     """They are paid for where they saved so many times what they cost: P99 is worth more than the mean."""
 
+    IN_VAIN = 0.4
+    """... and in no larger share of the passes of late were not worth what they cost."""
+
     def __init__(self, seconds: float, layers: int) -> None:
         self.seconds, self.layers = seconds, layers
         self._saved: dict[int, FloatArray] = {}
+        self._vain: dict[int, FloatArray] = {}
 
     def worth_it(
         self, tokens: float, ready_L: FloatArray, live_L: FloatArray, rows: IntArray | None
@@ -82,11 +86,15 @@ class SplitCost:
         rows : array of int, shape [L], optional
             Which layers these are; all by default.
         """
-        saved_L = self._saved.setdefault(int(np.log2(max(tokens, 1.0))), np.full(self.layers, np.nan))
+        size = int(np.log2(max(tokens, 1.0)))
+        saved_L = self._saved.setdefault(size, np.full(self.layers, np.nan))
+        vain_L = self._vain.setdefault(size, np.zeros(self.layers))
         which = slice(None) if rows is None else rows
         expected_L = np.where(np.isnan(saved_L[which]), self.FIRST * ready_L, saved_L[which])
         saved_L[which] = expected_L + self.NEWEST * (ready_L - live_L - expected_L)
-        return np.asarray(expected_L > self.MARGIN * self.seconds)
+        before_L = vain_L[which]
+        vain_L[which] = before_L + self.NEWEST * ((ready_L - live_L < self.seconds) - before_L)
+        return np.asarray((expected_L > self.MARGIN * self.seconds) & (before_L <= self.IN_VAIN))
 
 
 @dataclass(slots=True)
