@@ -218,6 +218,16 @@ def test_a_split_that_pays_now_and_then_is_left_alone() -> None:
     assert not any(paid)
 
 
+def test_a_split_that_is_in_vain_half_of_the_time_is_left_alone() -> None:
+    """In the mean it saves three times what it costs, but every other pass ends later for it."""
+    split, ready = SplitCost(1.0, layers=2), np.array([9.0, 9.0])
+    paid = [
+        split.worth_it(8, ready, ready - [6.0 * (i % 2), 6.0 * (i % 4 > 0)], None).tolist() for i in range(64)
+    ]
+    assert not any(first for first, _ in paid[16:])
+    assert all(second for _, second in paid[16:])  # one in four
+
+
 def test_what_is_believed_decides_and_the_truth_judges() -> None:
     """A system that takes experts to be free spreads tokens, and pays for it."""
     load, slots = [[40.0, 30.0, 20.0, 10.0]] * 3, with_second(0, 3)
