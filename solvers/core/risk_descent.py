@@ -20,7 +20,7 @@ from moeless_opt.solvers.core.stopping import Stop
 __all__ = ["descend_even"]
 
 STEPS = 120
-"""Changes of a layer at most."""
+"""Changes of a layer at most, where nothing else is said."""
 TARGETS = 12
 """GPUs that a change may reach: those with least to do in the scenario of the slowest GPU."""
 _GAIN = 1e-6
@@ -38,6 +38,7 @@ def descend_even(
     *,
     enough: float,
     stop: Stop,
+    steps: int = STEPS,
 ) -> None:
     """Lower the risk of a layer with even shares, in place, until no change does.
 
@@ -57,10 +58,12 @@ def descend_even(
         Risk (tokens over speed) that asks for no further change.
     stop : Stop
         Asked before every change.
+    steps : int
+        Changes at most.
     """
     layer = _Layer.of(load_TE, slots_GC, capacity_G, speed_G)
     value = float(measure(layer.time_TG.max(1)[:, None])[0])
-    for _ in range(STEPS):
+    for _ in range(steps):
         if value <= enough or stop():
             break
         best: tuple[float, Callable[[], None]] = (value * (1 - _GAIN), lambda: None)

@@ -19,6 +19,7 @@ from moeless_opt.problems.spec import TOKENS, Fill, Limits, Loads, Problem, equa
 from moeless_opt.solvers.core.chain import chained
 from moeless_opt.solvers.core.entries import in_entries
 from moeless_opt.solvers.core.placing import keeps_limits, random_change, widened
+from moeless_opt.solvers.core.risk_descent import STEPS as STEPS_DOWN
 from moeless_opt.solvers.core.risk_descent import descend_even
 from moeless_opt.solvers.core.slack import without_slack
 from moeless_opt.solvers.core.stopping import Stop
@@ -27,6 +28,7 @@ from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
 __all__ = [
     "MOST_SCENARIOS",
     "best_over_scenarios",
+    "descents",
     "guises",
     "perfect_tokens",
     "risk_L",
@@ -292,25 +294,49 @@ def _descended(even: Problem, tables: list[SlotArray], near: float, stop: Stop) 
     tables = [widened(table, wide) for table in tables]
     best_L = np.stack([risk_L(even, table) for table in tables]).argmin(0)
     start_LGC = np.array([tables[x][layer] for layer, x in enumerate(best_L)])
-    found_LGC, loads = start_LGC.copy(), even.loads
+    return descents(even, start_LGC, (STEPS_DOWN,), near, stop)
+
+
+def descents(
+    even: Problem, start_LGC: SlotArray, ladder: tuple[int, ...], near: float, stop: Stop
+) -> list[SlotArray]:
+    """What so many changes make of a placement with even shares, each of them lowering the risk most.
+
+    Parameters
+    ----------
+    even : Problem
+        With an equal split.
+    start_LGC : array of int32, shape [L, G, C]
+        As wide as the problem's slots.
+    ladder : tuple of int
+        Changes of a layer, rising: one placement for each.
+    near : float
+        Distance from a perfect balance at which a layer is descended no further.
+    stop : Stop
+        Asked before every change.
+    """
+    found, now_LGC, loads = [], start_LGC.copy(), even.loads
     enough_L = perfect_tokens(even) * (1 + near)
 
     def measure(top_TK: FloatArray) -> FloatArray:
         return risk(top_TK, loads.weight_T, even.objective)
 
-    for layer, slots_GC in enumerate(found_LGC):
-        descend_even(
-            loads.load_TLE[:, layer],
-            slots_GC,
-            even.capacity_LG[layer],
-            even.topology.speed_G,
-            measure,
-            enough=float(enough_L[layer]),
-            stop=stop,
-        )
-    broken_L = ~keeps_limits(even, found_LGC)
-    found_LGC[broken_L] = start_LGC[broken_L]
-    return [found_LGC]
+    for before, steps in zip((0, *ladder), ladder, strict=False):
+        for layer, slots_GC in enumerate(now_LGC):
+            descend_even(
+                loads.load_TLE[:, layer],
+                slots_GC,
+                even.capacity_LG[layer],
+                even.topology.speed_G,
+                measure,
+                enough=float(enough_L[layer]),
+                stop=stop,
+                steps=steps - before,
+            )
+        kept_LGC, broken_L = now_LGC.copy(), ~keeps_limits(even, now_LGC)
+        kept_LGC[broken_L] = start_LGC[broken_L]
+        found.append(kept_LGC)
+    return found
 
 
 def settle_small(problem: Problem, slots_LGC: SlotArray, stop: Stop) -> None:

@@ -9,6 +9,7 @@ than they save.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.plan import Payback, Plan, Progress, ProgressCallback, gpu_times, move_seconds
-from moeless_opt.problems.spec import Fill, Problem, replica_counts, without_copies
+from moeless_opt.problems.spec import Fill, Limits, Problem, replica_counts, without_copies
 from moeless_opt.solvers.construct import Construct
 from moeless_opt.solvers.core import (
     Built,
@@ -29,6 +30,7 @@ from moeless_opt.solvers.core import (
     Task,
     best_over_scenarios,
     choose_points,
+    descents,
     in_entries,
     keeps_limits,
     only_moves,
@@ -76,6 +78,9 @@ _KERNELS: dict[str, Callable[..., Replanned]] = {
     "fractional": replan_fractional,
     "nearest": replan_nearest,
 }
+
+DESCENTS = (2, 5, 10, 20, 40, 120)
+"""Changes of a layer by which a re-plan with even shares is improved over several scenarios."""
 
 SCRATCH_FROM = 0.3
 """Share of a layer's replicas whose move makes a fresh construction worth a look."""
@@ -257,12 +262,13 @@ class Replan(Heuristic):
         horizon = problem.objective.horizon
         if horizon is not None:
             return self._while_it_pays(task, live_LGC, horizon)
-        return best_over_scenarios(
+        slots_LGC = best_over_scenarios(
             problem,
             lambda guise: self._within_limits(replace(task, problem=guise), live_LGC, least),
             stop=task.stop,
             moves=True,
         )
+        return slots_LGC if problem.loads.shape[0] == 1 else _lowered(task, slots_LGC, live_LGC)
 
     def _tightened(self, task: Task[ReplanOptions], live_LGC: SlotArray, slots_LGC: SlotArray) -> SlotArray:
         """Layers that whole entries make too slow planned again, for ever shorter times, as limits allow.
@@ -738,10 +744,7 @@ def _best_of_scratch(
     doubtful = ((time_L > wanted_L) & ~first.cut_L) | (moves_L - fills_L > SCRATCH_FROM * filled_L)
     if not doubtful.any() or task.stop():
         return slots_LGC
-    limits = problem.limits.replace(
-        max_moves=None, max_move_bytes=None, max_move_seconds=None, max_layer_moves=None
-    )
-    fresh = Construct().placed(task, problem.replace(current=None, limits=limits))
+    fresh = Construct().placed(task, problem.replace(current=None, limits=_but_moves(problem)))
     fresh_LGC = on_live_gpus(problem, widened(fresh.slots_LGC, slots_LGC.shape[2]))
     fresh_moves_L, fresh_time_L = layer_moves(problem, fresh_LGC, live_LGC), risk_L(problem, fresh_LGC)
     reaches, fresh_reaches = time_L <= wanted_L, fresh_time_L <= wanted_L
@@ -753,6 +756,55 @@ def _best_of_scratch(
     mixed_LGC = slots_LGC.copy()
     mixed_LGC[doubtful & better] = fresh_LGC[doubtful & better]
     return mixed_LGC if within_all(problem, mixed_LGC) else slots_LGC
+
+
+def _lowered(task: Task[ReplanOptions], slots_LGC: SlotArray, live_LGC: SlotArray) -> SlotArray:
+    """A re-plan for single scenarios, changed further where that lowers the risk over all of them.
+
+    With even shares a few changes, or more; and, where that is not enough, a fresh construction on the
+    GPUs that hold most of it. Of what the limits on moves allow each layer takes the fewest moves within the
+    tolerance of the best.
+    """
+    problem, wish = task.problem, task.problem.objective
+    wanted_L = token_bound(problem) * (1 + wish.balance_tolerance) * (1 + 1e-9)
+    wide = max(int(problem.capacity_LG.max()), slots_LGC.shape[2])
+    tables = [widened(slots_LGC, wide)]
+    times = [risk_L(problem, slots_LGC)]
+
+    def late() -> bool:
+        return not task.stop() and bool((np.min(times, axis=0) > wanted_L).any())
+
+    def offer(table_LGC: SlotArray) -> None:
+        bad_L = ~keeps_limits(problem, table_LGC, tied=False)
+        tables.append(widened(table_LGC, wide))
+        times.append(np.where(bad_L, np.inf, risk_L(problem, table_LGC)))
+
+    if problem.topology.gpus > MANY_GPUS or problem.split == "nearest" or problem.fill == Fill.COPIES:
+        return slots_LGC
+    if problem.split == "equal" and late():
+        for table_LGC in descents(problem, tables[0], DESCENTS, wish.balance_tolerance / 2, task.stop):
+            offer(table_LGC)
+    if late():
+        fresh = problem.replace(current=None, limits=_but_moves(problem), known=None)
+        with suppress(InfeasibleError):
+            offer(on_live_gpus(problem, Construct().placed(task, fresh).slots_LGC))
+    if len(tables) == 1:
+        return slots_LGC
+    allowed_L = np.min(times, axis=0) * (1 + wish.balance_tolerance)
+    moves_KL = np.stack([layer_moves(problem, table, live_LGC) for table in tables])
+    offers = _Offers(np.stack(tables), np.maximum(np.stack(times), allowed_L), moves_KL)
+    budget, cost_L = _budget(problem)
+    price_L = np.ones(problem.layers, dtype=np.int64) if cost_L is None else cost_L
+    found_LGC = widened(offers.within(budget, price_L, problem.limits.max_layer_moves), slots_LGC.shape[2])
+    kept = within_all(problem, found_LGC) and not broken_moves(problem, found_LGC, live_LGC)[0]
+    return found_LGC if kept else slots_LGC
+
+
+def _but_moves(problem: Problem) -> Limits:
+    """The limits without those on moves."""
+    return problem.limits.replace(
+        max_moves=None, max_move_bytes=None, max_move_seconds=None, max_layer_moves=None
+    )
 
 
 def payback_of(problem: Problem, plan: Plan, live_LGC: SlotArray) -> Payback:

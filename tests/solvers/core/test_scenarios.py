@@ -195,3 +195,21 @@ def test_tiny_even_layers_are_the_best_there_are(risk: str) -> None:
         plan = mo.solve(problem).plan
         assert plan is not None
         assert plan.certificate.value_L[0] == pytest.approx(least, rel=1e-9)
+
+
+@pytest.mark.parametrize("limits", [mo.Limits(), mo.Limits(max_replicas=4), mo.Limits(max_moves=30)])
+@pytest.mark.parametrize("risk", ["expected", "worst"])
+def test_an_even_replan_is_lowered_over_the_scenarios(limits: mo.Limits, risk: str) -> None:
+    rng = np.random.default_rng(0)
+    base_LE = rng.lognormal(0, 1, (2, 64)) * 1000
+    load = base_LE * rng.lognormal(0, 0.5, (3, *base_LE.shape))
+    topology, wish = mo.uniform(2, 4, slots=10), mo.Objective(risk=risk)
+    live = mo.plan(base_LE, topology, split="equal")
+    again = mo.plan(load, topology, split="equal", objective=wish, current=live, limits=limits)
+    fresh = mo.plan(load, topology, split="equal", objective=wish)
+    if limits.max_moves is None:  # 1.15 and 1.19 where only single scenarios are looked at
+        assert (again.imbalance_L <= fresh.imbalance_L * 1.02).all()
+        assert again.moves.count < 0.7 * again.replicas
+    else:
+        assert again.moves.count <= limits.max_moves
+        assert again.imbalance_L.max() < 1.12
