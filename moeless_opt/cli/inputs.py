@@ -27,12 +27,15 @@ from moeless_opt.problems.spec import (
     PRIORITIES,
     TOPOLOGY_PRESETS,
     Limits,
+    Loads,
+    Objective,
     Placement,
     Problem,
     Sizing,
     Topology,
     held_LGE,
     model_preset,
+    risk_rule,
     span,
 )
 from moeless_opt.problems.text import bytes_text
@@ -106,6 +109,10 @@ def _recorded(raw: bytes | None, args: argparse.Namespace) -> Problem:
     if args.experts is None and args.model is not None:
         options["experts"] = model_preset(args.model).experts
     loads = read_loads(args.problem, content=raw, **options)
+    if args.also is not None:
+        loads = _together(loads, args, options)
+    elif args.weights is not None:
+        raise ProblemError("--weights", "are those of several workloads: give --also FILE")
     topology = _topology(args, None)
     if topology is None:
         raise ProblemError(
@@ -121,14 +128,29 @@ def _recorded(raw: bytes | None, args: argparse.Namespace) -> Problem:
         fill=args.fill or "none",
         share_entries=args.share_entries,
         balance_tolerance=args.tolerance,
+        objective=None if args.risk is None else Objective(**risk_rule(args.risk)),
         limits=_limits(args, None),
         sizing=args.sizing,
         name=Path(args.problem).stem,
     )
 
 
+def _together(loads: Loads, args: argparse.Namespace, options: dict[str, Any]) -> Loads:
+    """The recording and those of ``--also``, each a scenario of as many tokens."""
+    files, weights = [args.problem, *args.also], None
+    if args.weights is not None:
+        try:
+            weights = [float(part) for part in args.weights.split(",")]
+        except ValueError:
+            raise ProblemError("--weights", f"is {args.weights!r}, must be numbers such as 0.7,0.3") from None
+        if len(weights) != len(files):
+            raise ProblemError("--weights", f"has {len(weights)} numbers, there are {len(files)} workloads")
+    parts = [loads, *(read_loads(file, **options) for file in args.also)]
+    return Loads.together(parts, names=files, weights=weights)
+
+
 def _override(problem: Problem, args: argparse.Namespace, what: str) -> Problem:
-    for key in RECORDINGS:
+    for key in (*RECORDINGS, "also", "weights"):
         if getattr(args, key) is not None:
             raise ProblemError(f"--{key}", f"is for recordings; {what}")
     changes: dict[str, Any] = {}
@@ -149,8 +171,11 @@ def _override(problem: Problem, args: argparse.Namespace, what: str) -> Problem:
         one is not None for one in (args.max_moves, args.max_move_bytes, args.spread, args.spread_experts)
     ):
         changes["limits"] = _limits(args, problem.limits)
+    wish: dict[str, Any] = {} if args.risk is None else risk_rule(args.risk)
     if args.tolerance is not None:
-        changes["objective"] = problem.objective.replace(balance_tolerance=args.tolerance)
+        wish["balance_tolerance"] = args.tolerance
+    if wish:
+        changes["objective"] = problem.objective.replace(**wish)
     if not changes:
         return problem
     if args.current is not None or topology is None or problem.current is None:

@@ -284,6 +284,12 @@ OPTIONS: tuple[Option, ...] = (
         help="balance that may be given up for fewer moves (0.01)",
     ),
     _input(
+        "--risk",
+        modes=(*_PLANS, "check", "explain", "bound", "pareto"),
+        metavar="RULE",
+        help="over several scenarios: expected, worst, cvar=0.9 or sigma=1 (mean and deviations above it)",
+    ),
+    _input(
         "--priorities",
         modes=(*_PLANS, "check", "explain"),
         metavar="LIST",
@@ -319,6 +325,20 @@ OPTIONS: tuple[Option, ...] = (
         modes=_ALL,
         metavar="NAME",
         help="which of several scenarios (workloads) of a recording",
+    ),
+    _input(
+        "--also",
+        modes=_ALL,
+        action="append",
+        metavar="FILE",
+        help="a recording of another workload of the model (decode beside prefill), as a scenario more; of "
+        "as many tokens; may be given again",
+    ),
+    _input(
+        "--weights",
+        modes=_ALL,
+        metavar="LIST",
+        help="with --also: what each workload counts, that of the problem first: 0.7,0.3 (default: alike)",
     ),
     _input("--key", modes=_ALL, metavar="NAME", help="which array of a recording that has several"),
     _input(

@@ -37,3 +37,4 @@ from .wishes import Risk as Risk
 from .wishes import Sizing as Sizing
 from .wishes import SizingPolicy as SizingPolicy
 from .wishes import Split as Split
+from .wishes import risk_rule as risk_rule

@@ -127,6 +127,72 @@ class Loads(Record):
                 raise ProblemError("loads.flow", f"reaches {flow_LEE.max():g}, must be at most {_MOST:g}")
             put(self, "flow_LEE", flow_LEE)
 
+    @classmethod
+    def together(
+        cls, parts: Sequence[Loads], *, names: Sequence[str] = (), weights: Sequence[float] | None = None
+    ) -> Loads:
+        """Several workloads of one model as scenarios of one plan, such as prefill and decode.
+
+        Every layer of each is scaled to the most tokens that it has in any of them: a recording counts no
+        more for being longer. Scenarios of a part stay scenarios, and share its weight.
+
+        Parameters
+        ----------
+        parts : sequence of Loads
+            Of the same layers and experts.
+        names : sequence of str, optional
+            One for each part; their sources by default.
+        weights : sequence of float, optional
+            One for each part; equal by default.
+
+        Raises
+        ------
+        ProblemError
+            If the parts do not fit together.
+        """
+        if not parts:
+            raise ProblemError("loads", "are of no workload, must be of at least one")
+        names = tuple(names) or tuple(part.source or str(i) for i, part in enumerate(parts))
+        weights = [1.0] * len(parts) if weights is None else list(weights)
+        for what, given in (("scenarios", names), ("weights", weights)):
+            if len(given) != len(parts):
+                raise ProblemError(f"loads.{what}", f"are {len(given)}, there are {len(parts)} workloads")
+        first = parts[0]
+        for name, part in zip(names, parts, strict=True):
+            if part.layers != first.layers or part.shape[2] != first.shape[2]:
+                raise ProblemError(
+                    name,
+                    f"has layers {span(part.layers)} of {part.shape[2]} experts, {names[0]} has "
+                    f"{span(first.layers)} of {first.shape[2]}: they are no workloads of one model",
+                )
+            if any(one is not None for one in (part.load_TLNE, part.load_TLGE, part.flow_LEE)):
+                raise ProblemError(
+                    name, "has loads by source or a flow between layers, which is for one workload alone"
+                )
+        total_PTL = [part.load_TLE.sum(2) for part in parts]
+        most_L = np.concatenate(total_PTL).max(0)
+        load_TLE = np.concatenate(
+            [
+                part.load_TLE * (most_L / np.where(total_TL > 0, total_TL, 1.0))[:, :, None]
+                for part, total_TL in zip(parts, total_PTL, strict=True)
+            ]
+        )
+        weight_T, called = [], []
+        for name, weight, part in zip(names, floats("loads.weights", weights), parts, strict=True):
+            each = np.ones(part.shape[0]) if part.weight_T is None else part.weight_T
+            weight_T.append(weight * each / each.sum())
+            own = part.scenarios or tuple(str(t) for t in range(part.shape[0]))
+            called += [name] if part.shape[0] == 1 else [f"{name}: {one}" for one in own]
+        return cls(
+            load_TLE=load_TLE,
+            weight_T=np.concatenate(weight_T),
+            layers=first.layers,
+            skipped=first.skipped,
+            scenarios=tuple(called),
+            source=", ".join(names),
+            notes=tuple(note for part in parts for note in part.notes),
+        )
+
     @property
     def load_LE(self) -> FloatArray:
         """Expected loads over the scenarios, shape [L, E]."""

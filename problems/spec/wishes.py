@@ -27,6 +27,7 @@ __all__ = [
     "Sizing",
     "SizingPolicy",
     "Split",
+    "risk_rule",
 ]
 
 
@@ -166,6 +167,26 @@ class Objective(Record):
             raise ProblemError(
                 "objective.cvar_alpha", f"is {self.cvar_alpha}, must be at least 0 and below 1"
             )
+
+
+def risk_rule(rule: str) -> dict[str, Any]:
+    """The fields of an `Objective` by a short rule: a risk, or ``cvar=0.9``, ``sigma=0.5``.
+
+    Raises
+    ------
+    ProblemError
+        If there is no such risk, or it takes no value.
+    """
+    risk, given, value = rule.partition("=")
+    if not given:
+        return {"risk": risk}
+    field = {Risk.CVAR: "cvar_alpha", Risk.SIGMA: "sigma"}.get(risk)  # type: ignore[call-overload]
+    if field is None:
+        raise ProblemError("objective.risk", f"is {rule!r}: {risk!r} takes no value")
+    try:
+        return {"risk": risk, field: float(value)}
+    except ValueError:
+        raise ProblemError("objective.risk", f"is {rule!r}: {value!r} is no number") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -80,6 +80,9 @@ VALUES: dict[str, list[str]] = {
     "groups": ["4"],
     "traffic": ["nodes"],
     "scenario": ["0"],
+    "also": ["table.npy"],
+    "weights": ["1,2"],
+    "risk": ["worst"],
     "key": ["a"],
     "steps": ["keep"],
     "experts": ["8"],
@@ -102,6 +105,7 @@ NEEDS: dict[str, list[str]] = {
     "memory": ["--model", "Mixtral-8x7B"],
     "spread_experts": ["--spread", "1"],
     "reserve": ["--memory", "9GB", "--model", "Mixtral-8x7B"],
+    "weights": ["--also", "table.npy"],
 }
 """What else it takes for the option to mean something."""
 
@@ -145,7 +149,7 @@ def call(mode: str, option: Option) -> list[str]:
             argv += [flag, value]
     if mode in ("list-solvers", "list-instances"):
         return argv
-    if option.dest in ("key", "scenario", "steps", "as"):
+    if option.dest in ("key", "scenario", "steps", "as", "also", "weights"):
         gpus = ["--gpus", "4", *([] if mode == "recommend" else ["--slots", "3"])]
         loads = ["loads.npz"] if option.dest == "key" else ["table.npy"]
         return [*loads, *argv, *gpus]
@@ -181,7 +185,9 @@ def test_an_option_is_read_or_refused(folder: Path, capsys: Any, mode: str, opti
     args = read_arguments(argv, Watched())
     vars(args)["_read"] = set()
     # Read all the same where it makes another problem of it, for which the plan is none.
-    other = mode == "check" and option.dest in ("gpus", "topology", "key", "scenario", "steps", "experts")
+    recorded = ("key", "scenario", "steps", "experts", "also", "weights")
+    other = mode == "check" and option.dest in ("gpus", "topology", *recorded)
+    other |= mode == "export" and option.dest in ("also", "weights")  # a model of several scenarios
     other |= option.dest == "fill" and mode in ("pareto", "export")  # full slots trade no memory
     other |= option.dest == "share_entries" and mode == "export"  # the model's shares are free
     with suppress(ProblemError, mo.UnsupportedFeatureError) if other else nullcontext():
@@ -246,6 +252,19 @@ def test_modes_refuse_each_other(first: str, second: str) -> None:
         (["problem.json", "--steps", "sum"], "--steps: is for recordings; problem.json is a problem"),
         (["flashlb-equal", "--key", "x"], "--key: is for recordings; flashlb-equal is a shipped instance"),
         (["problem.json", "--scenario", "0"], "--scenario: is for recordings"),
+        (["problem.json", "--also", "table.npy"], "--also: is for recordings; problem.json is a problem"),
+        (
+            ["table.npy", "--gpus", "4", "--slots", "3", "--also", "busy.csv"],
+            "busy.csv: has layers 0 of 7 experts, table.npy has 0-1 of 8",
+        ),
+        (["table.npy", "--gpus", "4", "--slots", "3", "--weights", "1,2"], "--weights: are those of several"),
+        (
+            ["table.npy", "--gpus", "4", "--slots", "3", "--also", "table.npy", "--weights", "1"],
+            "--weights: has 1 numbers, there are 2 workloads",
+        ),
+        (["problem.json", "--risk", "bold"], "objective.risk: is 'bold', must be one of"),
+        (["problem.json", "--risk", "worst=2"], "objective.risk: is 'worst=2': 'worst' takes no value"),
+        (["problem.json", "--risk", "sigma=x"], "objective.risk: is 'sigma=x': 'x' is no number"),
         (["table.npy", "--gpus", "4", "--slots", "3", "--scenario", "99"], "table.npy: "),
         (
             ["problem.json", "--compare", "oracle", "-o", "x.json"],

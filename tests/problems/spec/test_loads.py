@@ -89,3 +89,25 @@ def test_the_callers_array_is_neither_kept_nor_frozen() -> None:
 def test_repr() -> None:
     load = Loads(load_TLE=[[[3, 1], [0, 0]], [[1, 3], [0, 0]]], source="chat")
     assert repr(load) == "Loads(2 scenarios, 2 layers x 2 experts, hottest expert 1.00 x mean, from chat)"
+
+
+def test_workloads_together_are_scenarios_of_as_many_tokens() -> None:
+    prefill = Loads(load_TLE=[[4.0, 4.0], [0.0, 0.0]], layers=(3, 5), source="a")
+    decode = Loads(load_TLE=[[[1.0, 3.0], [2.0, 0.0]], [[0.0, 2.0], [1.0, 1.0]]], layers=(3, 5))
+    both = Loads.together([prefill, decode], names=("prefill", "decode"), weights=(3, 1))
+    assert both.scenarios == ("prefill", "decode: 0", "decode: 1")
+    np.testing.assert_allclose(both.weight_T, [0.75, 0.125, 0.125])
+    expected = [[[4, 4], [0, 0]], [[2, 6], [2, 0]], [[0, 8], [1, 1]]]
+    np.testing.assert_allclose(both.load_TLE, expected)
+    assert both.layers == (3, 5)
+    for parts, more, said in (
+        ([], {}, "are of no workload"),
+        (
+            [prefill, prefill.select([3])],
+            {"names": ("a", "b")},
+            "b: has layers 3 of 2 experts, a has 3, 5 of 2",
+        ),
+        ([prefill], {"weights": (1, 2)}, "are 2, there are 1"),
+    ):
+        with pytest.raises(ProblemError, match=said):
+            Loads.together(parts, **more)
