@@ -45,8 +45,8 @@ def test_learning_is_worth_most_of_knowing() -> None:
         kind: simulate(PROMPTS.replace(policies=("static", "ours"), believed=kind)).rows[1]["mean_ms"]
         for kind in ("exact", "learnt", "datasheet")
     }
-    assert mean["exact"] <= mean["learnt"] * 1.01
-    assert mean["learnt"] <= mean["datasheet"] * 1.001
+    assert mean["learnt"] <= mean["exact"] * 1.02
+    assert mean["learnt"] <= mean["datasheet"] * 0.98
 
 
 def test_what_placing_could_do_lies_between_balance_and_systems() -> None:
