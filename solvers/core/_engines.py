@@ -100,6 +100,7 @@ def _with_mathopt(job: Job, kind: Any) -> dict[str, Any]:
         threads=None if kind == mathopt.SolverType.HIGHS else job["threads"],
         relative_gap_tolerance=job["gap"],
         random_seed=job["seed"],
+        node_limit=job["nodes"],
     )
     if _left(job) < float("inf"):
         parameters.time_limit = datetime.timedelta(seconds=_left(job))

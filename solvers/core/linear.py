@@ -158,6 +158,7 @@ def solve_linear(
     gap: float = GAP,
     seed: int | None = None,
     warm: bool = False,
+    nodes: int | None = None,
 ) -> LinearAnswer:
     """Solve a programme.
 
@@ -179,6 +180,8 @@ def solve_linear(
         Random seed, for MathOpt's.
     warm : bool
         Whether the variables' `start` is a solution to begin with, for engines that take one.
+    nodes : int, optional
+        Nodes of the search at most, for MathOpt's: a limit that is the same on every machine.
 
     Returns
     -------
@@ -199,6 +202,7 @@ def solve_linear(
         "seed": seed,
         "deadline": clock.monotonic() + left - min(0.1, 0.1 * left) if left < np.inf else np.inf,
         "start": np.array(model.start) if warm else None,
+        "nodes": nodes,
     }
     if why := stop():
         return LinearAnswer(

@@ -19,6 +19,7 @@ for _function in (
     plain.without,
     plain.over,
     plain.holds,
+    plain.reaches,
     plain.shift,
     plain.settle,
     plain.take,

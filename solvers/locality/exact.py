@@ -59,17 +59,25 @@ class Proven:
 
 
 def size_of_model(problem: Problem, *, tied: bool) -> int:
-    """Binary variables of the largest programme."""
+    """Binary variables of the largest programme, more or less."""
     pairs = problem.experts * problem.topology.gpus
     if problem.split == "equal":
         pairs *= problem.topology.gpus
     if problem.groups is not None:
         pairs += problem.groups.count * problem.topology.nodes
+    if problem.split == "fractional":
+        pairs *= problem.loads.shape[0]  # of shares that are free in each scenario
     return pairs * (problem.layers if tied else 1)
 
 
 def prove(
-    problem: Problem, order: tuple[str, ...], costs: Costs, rows: IntArray, *, stop: Stop
+    problem: Problem,
+    order: tuple[str, ...],
+    costs: Costs,
+    rows: IntArray,
+    *,
+    stop: Stop,
+    nodes: int | None = None,
 ) -> Proven | None:
     """Minimise the priorities one after the other; None where time or a limit leaves no proof.
 
@@ -79,6 +87,8 @@ def prove(
         Balance first.
     rows : array of int
         Layers that are planned together: one, or all of them where hops tie them.
+    nodes : int, optional
+        Nodes of each programme's search at most.
     """
     programme = _Programme(problem, order, costs, rows)
     tolerance = problem.objective.balance_tolerance if len(order) > 1 else 0.0
@@ -86,7 +96,7 @@ def prove(
     found: Proven | None = None
     least: dict[str, float] = {}
     for name in order:
-        answer = solve_linear(programme.minimising(name), stop=stop, gap=_GAP)
+        answer = solve_linear(programme.minimising(name), stop=stop, gap=_GAP, nodes=nodes)
         if answer.status != "optimal" or answer.value_V is None:
             return None
         value_V = answer.value_V
@@ -119,6 +129,7 @@ class _Programme:
         self.scale: dict[str, float] = {}
         for i, x in enumerate(rows.tolist()):
             self._layer(i, x)
+        self._limits()
         if problem.groups is not None and (problem.groups.max_outside < 1 or "groups" in order):
             self._groups("groups" in order)
         if "moves" in order:
@@ -188,12 +199,59 @@ class _Programme:
                 if load_E[e] > 0
             ]
             model.row([*work, (top, -float(topology.speed_G[g]))], -np.inf, 0.0)
-        caps = [c for c in (limits.max_layer_replicas, limits.max_total_replicas) if c is not None]
-        if caps:
-            model.row(everything, 0.0, float(min(caps)))
+        if problem.loads.shape[0] > 1:
+            self._scenarios(i, x, place, share, top)
+        if limits.max_layer_replicas is not None:
+            model.row(everything, 0.0, float(limits.max_layer_replicas))
         self.place.append(place)
         self.share.append(share)
         self.tops.append(top)
+
+    def _scenarios(
+        self,
+        i: int,
+        x: int,
+        place: dict[tuple[int, int], Row],
+        share: dict[tuple[int, int], Row],
+        top: int,
+    ) -> None:
+        """Times of each scenario, with shares of its own where they are free, and the risk over them."""
+        problem, model, loads, speed_G = (
+            self.problem,
+            self.model,
+            self.problem.loads,
+            self.problem.topology.speed_G,
+        )
+        count = loads.shape[0]
+        weight_T = np.full(count, 1 / count) if loads.weight_T is None else loads.weight_T
+        tops = [model.variable(0, np.inf) for _ in range(count)]
+        for t, time in enumerate(tops):
+            load_E = loads.load_TLE[t, x] / self.unit_X[i]
+            own = share
+            if problem.split == "fractional":
+                own = {pair: [(model.variable(0, 1), 1.0)] for pair in place}
+                for pair, parts in own.items():
+                    model.row([*parts, *((v, -c) for v, c in place[pair])], -np.inf, 0.0)
+                for e in range(problem.experts):
+                    model.row([part for (a, _), parts in own.items() if a == e for part in parts], 1.0, 1.0)
+            for g in range(problem.topology.gpus):
+                work = [
+                    (v, c * float(load_E[a])) for (a, h), parts in own.items() if h == g for v, c in parts
+                ]
+                model.row([*work, (time, -float(speed_G[g]))], -np.inf, 0.0)
+        pairs = list(zip(tops, weight_T.tolist(), strict=True))
+        if problem.objective.risk == "worst":
+            for time in tops:
+                model.row([(time, 1.0), (top, -1.0)], -np.inf, 0.0)
+        elif problem.objective.risk == "expected":
+            model.row([*pairs, (top, -1.0)], -np.inf, 0.0)
+        else:  # cvar: a threshold, and what is above it
+            tail, threshold = 1.0 - problem.objective.cvar_alpha, model.variable(0, np.inf)
+            above = [model.variable(0, np.inf) for _ in tops]
+            for time, over in zip(tops, above, strict=True):
+                model.row([(time, 1.0), (threshold, -1.0), (over, -1.0)], -np.inf, 0.0)
+            weighed = [(over, weight / tail) for over, (_, weight) in zip(above, pairs, strict=True)]
+            model.row([(threshold, 1.0), *weighed, (top, -1.0)], -np.inf, 0.0)
 
     def _even(
         self,
@@ -226,13 +284,66 @@ class _Programme:
         self.term[name], self.scale[name] = value, scale
         self.model.row([*parts, (value, -1.0)], -np.inf, 0.0)
 
-    def _moves(self) -> None:
+    def _limits(self) -> None:
+        """What may move and be held in all, and the failure domains that experts must reach."""
+        problem, model, limits = self.problem, self.model, self.problem.limits
+        new: Row = []
+        sent: Row = []
+        held: Row = []
+        for place, x in zip(self.place, self.rows.tolist(), strict=True):
+            size = float(problem.bytes_L[x])
+            row = self._new(place, x) if limits.bounds_moves and problem.current is not None else []
+            if limits.max_layer_moves is not None:
+                model.row(row, 0.0, float(limits.max_layer_moves))
+            new += row
+            sent += [(v, c * size) for v, c in row if size > 0]
+            held += [(v, c * size) for parts in place.values() for v, c in parts]
+            if limits.spread > 1:
+                self._spread(place)
+        if limits.max_moves is not None:
+            model.row(new, 0.0, float(limits.max_moves))
+        if limits.max_move_bytes is not None:
+            self._bytes(sent, limits.max_move_bytes)
+        if limits.max_total_replicas is not None:
+            every = [part for place in self.place for parts in place.values() for part in parts]
+            model.row(every, 0.0, float(limits.max_total_replicas))
+        if limits.max_total_bytes is not None:
+            self._bytes(held, limits.max_total_bytes)
+
+    def _bytes(self, row: Row, most: int) -> None:
+        """At most so many bytes, counted in replicas of the largest size."""
+        unit = float(self.problem.bytes_L.max())
+        if unit > 0:
+            self.model.row([(v, c / unit) for v, c in row], 0.0, most / unit)
+
+    def _spread(self, place: dict[tuple[int, int], Row]) -> None:
+        model, domain_G = self.model, self.problem.topology.failure_domain_G
+        for e in range(self.problem.experts):
+            reached: Row = []
+            for domain in np.unique(domain_G).tolist():
+                inside = [
+                    part
+                    for (a, g), parts in place.items()
+                    if a == e and domain_G[g] == domain
+                    for part in parts
+                ]
+                if inside:
+                    d = model.variable(0, 1, whole=True)
+                    model.row([*inside, (d, -1.0)], 0.0, np.inf)
+                    reached.append((d, 1.0))
+            model.row(reached, float(self.problem.limits.spread), np.inf)
+
+    def _new(self, place: dict[tuple[int, int], Row], x: int) -> Row:
+        """Replicas of a layer that are not live."""
         live = self.problem.current
         assert live is not None
+        held = {(int(e), g) for g, row in enumerate(live.slots_LGC[x]) for e in row if e >= 0}
+        return [part for pair, row in place.items() if pair not in held for part in row]
+
+    def _moves(self) -> None:
         parts: Row = []
         for place, x in zip(self.place, self.rows.tolist(), strict=True):
-            held = {(int(e), g) for g, row in enumerate(live.slots_LGC[x]) for e in row if e >= 0}
-            parts += [part for pair, row in place.items() if pair not in held for part in row]
+            parts += self._new(place, x)
         self._count("moves", parts, 1.0)
 
     def _carried(self, tokens_SE: FloatArray, served: dict[tuple[int, int], Row], unit: float) -> Row:

@@ -10,6 +10,7 @@ Axes: W ways, K groups, N nodes.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,10 +18,19 @@ from moeless_opt.problems.arrays import BoolArray, IntArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.spec import Problem
 
-__all__ = ["GroupWays"]
+__all__ = ["GroupWays", "Way"]
 
 _MOST = 60_000
 _BITS = 50
+_NEVER = 1 << 40  # moves to a node where a group cannot be
+
+
+class Way(NamedTuple):
+    """A node for each group: replicas that it lacks there at least, and tokens over speed of its slowest."""
+
+    moves: int
+    time: float
+    node_K: IntArray
 
 
 @lru_cache(maxsize=8)
@@ -60,13 +70,44 @@ class GroupWays:
         usable_G = problem.usable_LG[row]
         self.speed_N = np.bincount(node_G, weights=topology.speed_G * usable_G, minlength=self.nodes)
         alike = bool((self.room_N == self.room_N[0]).all() and (self.speed_N == self.speed_N[0]).all())
+        self._need_of(problem)
+        self.alike = alike = alike and bool((self.miss_KN < _NEVER).all())
         ways = _all_ways(groups.count, self.nodes, alike)
         self.exact = ways is not None
         """Whether all ways are looked at."""
         self.way_WK = self._greedy() if ways is None else ways
         on_WKN = self.way_WK[:, :, None] == np.arange(self.nodes)
         self.load_WN = np.einsum("wkn,k->wn", on_WKN, self.load_K)
-        self.fits_W: BoolArray = (np.einsum("wkn,k->wn", on_WKN, self.size_K) <= self.room_N).all(1)
+        self.may_W: BoolArray = (np.einsum("wkn,k->wn", on_WKN, self.size_K) <= self.room_N).all(1)
+        self.fits_W: BoolArray = (np.einsum("wkn,k->wn", on_WKN, self.need_K) <= self.room_N).all(1)
+        self.fits_W &= (self.miss_KN[np.arange(groups.count), self.way_WK] < _NEVER).all(1)
+        if problem.split == "equal":  # else replicas elsewhere may serve nothing
+            self.may_W &= self.fits_W
+
+    def _need_of(self, problem: Problem) -> None:
+        """Slots that each group needs, and the fewest moves that bring it whole to each node."""
+        groups, limits, topology = problem.groups, problem.limits, problem.topology
+        assert groups is not None
+        least = max(limits.min_replicas, limits.spread)
+        self.need_K = self.size_K * least
+        banned_EG, pinned_EG = (problem.pairs_LEG(key)[self.row] for key in ("forbidden", "pinned"))
+        open_EG = ~banned_EG & problem.usable_LG[self.row]
+        live_EG = np.zeros_like(open_EG)
+        if problem.current is not None:
+            live_EG = problem.current.held_LGE[self.row].T & open_EG
+        miss_EN = np.zeros((problem.experts, self.nodes), dtype=np.int64)
+        for node in range(self.nodes):
+            here_G = topology.node_G == node
+            domains = np.unique(topology.failure_domain_G[here_G])
+            reach_E = np.zeros(problem.experts, dtype=np.int64)
+            for domain in domains:
+                reach_E += open_EG[:, here_G & (topology.failure_domain_G == domain)].any(1)
+            hosts_E = open_EG[:, here_G].sum(1)
+            never_E = (hosts_E < least) | (reach_E < limits.spread) | pinned_EG[:, ~here_G].any(1)
+            lacks_E = np.maximum(least - live_EG[:, here_G].sum(1), (pinned_EG & ~live_EG)[:, here_G].sum(1))
+            miss_EN[:, node] = np.where(never_E, _NEVER, np.maximum(lacks_E, 0))
+        self.miss_KN = np.zeros((groups.count, self.nodes), dtype=np.int64)
+        np.add.at(self.miss_KN, groups.group_E, miss_EN)
 
     def _greedy(self) -> IntArray:
         """Heavy groups first, each to the node that is least loaded and has room."""
@@ -74,10 +115,11 @@ class GroupWays:
         way_K = np.zeros(len(self.load_K), dtype=np.int64)
         for group in np.lexsort((-self.load_K, -self.size_K)):
             time_N = (load_N + self.load_K[group]) / np.maximum(self.speed_N, 1e-300)
-            way_K[group] = node = int(np.lexsort((time_N, left_N < self.size_K[group]))[0])
+            shut_N = (left_N < self.need_K[group]) | (self.miss_KN[group] >= _NEVER)
+            way_K[group] = node = int(np.lexsort((time_N, shut_N))[0])
             load_N[node] += self.load_K[group]
-            left_N[node] -= self.size_K[group]
-        return way_K[None]
+            left_N[node] -= self.need_K[group]
+        return np.stack([way_K, self.miss_KN.argmin(1)])  # the other one stays where it can
 
     def best(self, *, whole: bool) -> IntArray:
         """Node of each group so that the slowest node is as quick as can be, shape [K].
@@ -87,16 +129,100 @@ class GroupWays:
         InfeasibleError
             If the groups must be whole and their experts fit in no way.
         """
-        if whole and not self.fits_W.any():
-            raise InfeasibleError(
-                f"groups: their {self.size_K.sum()} experts do not fit on {self.nodes} nodes of "
-                f"{self.room_N.min()} to {self.room_N.max()} slots with every group on one node"
-                + ("" if self.exact else " (as far as was looked)")
-            )
+        if whole:
+            self.check_fits()
         time_W = (self.load_WN / np.maximum(self.speed_N, 1e-300)).max(1)
         time_W = np.where(self.fits_W | ~self.fits_W.any(), time_W, np.inf)
         spread_W = (self.load_WN**2).sum(1)
         return np.asarray(self.way_WK[np.lexsort((spread_W, time_W))[0]])
+
+    def check_fits(self) -> None:
+        """Raise if no way keeps every group on one node.
+
+        Raises
+        ------
+        InfeasibleError
+            If their experts fit in no way.
+        """
+        if self.fits_W.any():
+            return
+        shut = (self.miss_KN >= _NEVER).all(1)
+        looked = "" if self.exact else " (as far as was looked)"
+        if shut.any():
+            raise InfeasibleError(
+                f"groups: group {int(shut.argmax())} can be on no node as a whole with the limits on pairs, "
+                "replicas and failure domains"
+            )
+        raise InfeasibleError(
+            f"groups: their {self.size_K.sum()} experts do not fit on {self.nodes} nodes of "
+            f"{self.room_N.min()} to {self.room_N.max()} slots with every group on one node{looked}"
+        )
+
+    def front(self, tolerance: float) -> list[Way]:
+        """Ways from the fewest moves to the quickest, each quicker than the one before; all of them fit.
+
+        Parameters
+        ----------
+        tolerance : float
+            Of the last one's time: of ways that are so near the quickest, that of the fewest moves.
+        """
+        time_W = (self.load_WN / np.maximum(self.speed_N, 1e-300)).max(1)
+        rows = np.flatnonzero(self.fits_W)
+        if not len(rows):
+            return []
+        wanted = float(time_W[rows].min()) * (1 + tolerance)
+        cost_W = self._fewest_moves()
+        found: list[Way] = []
+        best = _NEVER
+        for w in rows[np.lexsort((cost_W[rows], np.maximum(time_W[rows], wanted)))].tolist():
+            if cost_W[w] >= best:  # a bound on its moves
+                continue
+            moves, node_K = self._placed(w)
+            if moves < best:
+                best = moves
+                if found and max(found[-1].time, wanted) >= time_W[w]:
+                    found.pop()
+                found.append(Way(moves, float(time_W[w]), node_K))
+        return found[::-1]
+
+    def every(self, most: int) -> list[Way]:
+        """All ways that fit, on whichever node; none where there are more than this."""
+        groups = len(self.load_K)
+        if self.nodes**groups > most:
+            return []
+        found = []
+        for row in np.ndindex(*(self.nodes,) * groups):
+            on_KN = np.array(row)[:, None] == np.arange(self.nodes)
+            moves = int(self.miss_KN[on_KN].sum())
+            if moves < _NEVER and (self.need_K @ on_KN <= self.room_N).all():
+                time = float((self.load_K @ on_KN / np.maximum(self.speed_N, 1e-300)).max())
+                found.append(Way(moves, time, np.array(row, dtype=np.int64)))
+        return found
+
+    def _fewest_moves(self) -> IntArray:
+        """Moves that each way needs at least, with alike nodes in any order, shape [W]."""
+        groups = len(self.load_K)
+        if not (self.alike and self.exact):
+            return np.asarray(self.miss_KN[np.arange(groups), self.way_WK].sum(1))
+        on_WKN = self.way_WK[:, :, None] == np.arange(self.nodes)
+        lacks_WNM = np.einsum("wkn,km->wnm", on_WKN.astype(np.int64), self.miss_KN)
+        return np.asarray(lacks_WNM.min(2).sum(1))
+
+    def _placed(self, way: int) -> tuple[int, IntArray]:
+        """The fewest moves of a way, and the node of each group then; nodes that are alike change places."""
+        node_K = self.way_WK[way]
+        if self.alike and self.exact:
+            from ortools.graph.python.linear_sum_assignment import SimpleLinearSumAssignment
+
+            lacks_NM = np.zeros((self.nodes, self.nodes), dtype=np.int64)
+            np.add.at(lacks_NM, node_K, self.miss_KN)
+            solver = SimpleLinearSumAssignment()
+            left, right = (i.ravel() for i in np.indices(lacks_NM.shape))
+            solver.add_arcs_with_cost(left, right, lacks_NM.ravel())
+            if solver.solve() != solver.OPTIMAL:
+                raise AssertionError("every node may take every place")
+            node_K = np.array([solver.right_mate(n) for n in range(self.nodes)])[node_K]
+        return int(self.miss_KN[np.arange(len(node_K)), node_K].sum()), np.asarray(node_K, dtype=np.int64)
 
     def fewest_outside(self, tokens_per_speed: float) -> float:
         """Tokens that are served outside their group's node in any plan whose GPUs carry at most this."""
@@ -110,7 +236,7 @@ class GroupWays:
             return 0.0
         if max_outside <= 0:
             time_W = (self.load_WN / np.maximum(self.speed_N, 1e-300)).max(1)
-            return float(time_W[self.fits_W].min(initial=np.inf))
+            return float(time_W[self.may_W].min(initial=np.inf))
         allowed = max_outside * float(self.load_K.sum())
         low, high = 0.0, float((self.load_WN / np.maximum(self.speed_N, 1e-300)).max(1).min())
         for _ in range(_BITS):

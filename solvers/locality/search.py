@@ -71,8 +71,10 @@ class LayerSearch:
         What a served token pays on a GPU.
     allowed_EG : array of bool, shape [E, G]
         Where an expert may be.
-    limit : float
-        Tokens over speed that a GPU may have.
+    limit_T : array, shape [T]
+        Tokens over speed that a GPU may have in each scenario.
+    most_held : int
+        Replicas of the layer in all.
     move : float
         What a replica that is not live costs, in tokens.
     most_moves : int
@@ -86,7 +88,8 @@ class LayerSearch:
     sources: list[TokenSources]
     toll_EG: FloatArray
     allowed_EG: BoolArray
-    limit: float
+    limit_T: FloatArray
+    most_held: int
     move: float
     most_moves: int
     even: bool
@@ -148,20 +151,18 @@ def _job(
     dearest = max((s.weight * float(s.price_SG.max(initial=0.0)) for s in layer.sources), default=0.0)
     dearest = max(dearest, float(layer.toll_EG.max(initial=0.0))) or 1.0
     field = _field(problem, layer, unit, dearest)
-    limits = problem.limits
-    caps = [c for c in (limits.max_layer_replicas, limits.max_total_replicas) if c is not None]
     held = int((layer.start_GC >= 0).sum())
     piece = float(load_E.sum()) / max(held, 1) / unit
     tune = Tune(
         steps=int(steps),
         seed=int(seed * 7919 + layer.row * 104729 + 1),
-        limit=float(layer.limit / unit),
         hot=float(_HOT * tuned[0] * piece),
         heavy=float(tuned[1]),
         move=float(layer.move / unit),
         most_moves=int(layer.most_moves),
         full=int(problem.fill != "none"),
-        most_held=int(min(caps, default=gpus * experts)),
+        most_held=int(layer.most_held),
+        spread=int(problem.limits.spread),
     )
     wide = layer.start_GC.shape[1]
     content_GC = np.full((gpus, wide), -1, dtype=np.int64)
@@ -174,10 +175,10 @@ def _job(
         count_E=np.zeros(experts, dtype=np.int64),
         piece_EG=np.zeros((experts, gpus)),
         cost_E=np.zeros(experts),
-        carried_G=np.zeros(gpus),
+        carried_TG=np.zeros((len(layer.limit_T), gpus)),
         trial_2G=np.zeros((2, gpus + 1), dtype=np.int64),
         trial_piece_2G=np.zeros((2, gpus + 1)),
-        extra_G=np.zeros(gpus),
+        extra_TG=np.zeros((len(layer.limit_T), gpus)),
         mark_B=np.zeros(groups),
         random_1=np.zeros(1, dtype=np.int64),
     )
@@ -207,6 +208,10 @@ def _field(problem: Problem, layer: LayerSearch, unit: float, dearest: float) ->
     live_EG = np.zeros((experts, gpus), dtype=np.bool_)
     if problem.current is not None:
         live_EG = held_LGE(problem.current.slots_LGC[row : row + 1], experts)[0].T
+    load_TE = problem.loads.load_TLE[:, row]
+    ratio_TE = np.ones((1, experts))
+    if len(load_TE) > 1:
+        ratio_TE = np.divide(load_TE / unit, load_E, out=np.zeros_like(load_TE), where=load_E > 0)
     most = gpus if limits.max_replicas is None else limits.max_replicas
     return Field(
         even=int(layer.even),
@@ -222,6 +227,9 @@ def _field(problem: Problem, layer: LayerSearch, unit: float, dearest: float) ->
         group_KG=group_KG,
         load_E=np.ascontiguousarray(load_E),
         speed_G=np.array(problem.topology.speed_G, dtype=np.float64),
+        ratio_TE=np.ascontiguousarray(ratio_TE),
+        limit_T=np.array(layer.limit_T, dtype=np.float64) / unit,
+        domain_G=np.array(problem.topology.failure_domain_G, dtype=np.int64),
         capacity_G=np.array(np.minimum(problem.capacity_LG[row], layer.start_GC.shape[1]), dtype=np.int64),
         least_E=np.full(experts, max(limits.min_replicas, 1), dtype=np.int64),
         most_E=np.full(experts, most, dtype=np.int64),
@@ -291,7 +299,8 @@ def _tiny() -> tuple[Field, Tune, State]:
         sources=[sources],
         toll_EG=np.zeros((2, 2)),
         allowed_EG=np.ones((2, 2), dtype=np.bool_),
-        limit=1.0,
+        limit_T=np.ones(1),
+        most_held=4,
         move=0.0,
         most_moves=4,
         even=False,

@@ -8,6 +8,7 @@ Groups that are kept on a node get the best node of all ways there are, and ever
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,17 +22,17 @@ from moeless_opt.problems.plan import (
     Plan,
     gpu_times,
     hops_L,
-    new_replicas,
     order_of,
     outside_L,
     traffic_L,
 )
-from moeless_opt.problems.spec import PRIORITIES, Problem
+from moeless_opt.problems.spec import PRIORITIES, Loads, Problem
 from moeless_opt.solvers.construct import Construct
-from moeless_opt.solvers.core import Bound, Built, FirstOf, Heuristic, MaxTime, Task, one_of, widened
+from moeless_opt.solvers.core import Bound, Built, FirstOf, Heuristic, MaxTime, Task, one_of, risk_L, widened
 from moeless_opt.solvers.locality.costs import NEAR, Costs, traffic_bound
 from moeless_opt.solvers.locality.exact import prove, size_of_model
 from moeless_opt.solvers.locality.groups import GroupWays
+from moeless_opt.solvers.locality.kept import broken_limit, kept_groups, moves_of
 from moeless_opt.solvers.locality.search import LayerSearch, search_near_layers
 from moeless_opt.solvers.locality.shares import near_shares
 from moeless_opt.solvers.replan import Replan
@@ -57,11 +58,13 @@ _LATER = (
     1.6,
     2.2,
 )  # times over the bound that are tried for that
+_BOXES = 1.0, 1.06, 1.15  # times what each scenario took: in the search it may take more, by the risk not
 _COOL, _STRICT = 0.3, 60.0  # threshold and price of lateness where a search ended late
 _EQUAL = 1e-9
 _ROUNDING = 1e-7  # part of a proven value that it gives up as a bound: the programmes' tolerance
 _SMALL, _MIDDLE = 100, 400  # binary variables that are looked at without, and with a time limit
 _TINY = 40  # without one, where hops tie the layers
+_MANY, _NODES = 600, 900  # such variables of all layers, and nodes of their searches, without one
 _LONG = 60.0  # seconds for it where nobody says how many
 
 
@@ -82,7 +85,11 @@ class _Search:
     Parameters
     ----------
     limit_L : array, shape [L]
-        Tokens over speed that a GPU may have.
+        Tokens over speed that a GPU may have, over several scenarios by the risk.
+    limit_TL : array, shape [T, L]
+        The same in each scenario, as the search takes it.
+    held_L : array of int, shape [L]
+        Replicas of each layer.
     most_L : array of int, shape [L]
         Moves of each layer.
     move : float
@@ -94,6 +101,8 @@ class _Search:
 
     costs: Costs
     limit_L: FloatArray
+    limit_TL: FloatArray
+    held_L: IntArray
     most_L: IntArray
     move: float
     outside: float
@@ -122,17 +131,17 @@ class LocalitySolver(Heuristic):
         near = tuple(name for name in order if name in NEAR)
         ways = None if problem.groups is None else [GroupWays(problem, x) for x in range(problem.layers)]
         whole = problem.groups is not None and problem.groups.max_outside <= 0
-        homes = None if ways is None else np.stack([one.best(whole=whole) for one in ways])
-        costs = Costs(problem, near, homes)
         bound = None if ways is None else _group_bound(problem, ways)
-        base = self._base(task, order, costs, whole)
-        best = base
-        if near:
+        costs, base = self._base(task, order, near, ways)
+        best = self._proven(task, order, costs, replace(base, bound=bound))
+        if near and not best.proof:
             search = self._limits(problem, base, order, costs, whole)
+            best, several = base, problem.loads.shape[0] > 1
             for start_LGC in self._starts(task, near, costs, ways, base):
-                for even in _rules(problem):
-                    best = _better(near, best, self._searched(task, search, start_LGC, even), search)
-        best = self._proven(task, order, costs, replace(best, bound=bound))
+                for even, looser in itertools.product(_rules(problem), _BOXES if several else _BOXES[:1]):
+                    boxed = replace(search, limit_TL=search.limit_TL * looser)
+                    best = _better(near, best, self._searched(task, boxed, start_LGC, even), search)
+            best = replace(best, bound=bound)
         _check_groups(problem, best)
         _check_moves(problem, best)
         return replace(best, stopped_by=task.stop())
@@ -146,10 +155,16 @@ class LocalitySolver(Heuristic):
         problem, stop = task.problem, task.stop
         tied = "hops" in order
         most = _MIDDLE if stop.remaining < _LONG else _TINY if tied else _SMALL
-        if problem.split == "nearest" or problem.limits.bounds_moves or stop():
+        sigma = problem.loads.shape[0] > 1 and problem.objective.risk == "sigma"  # is no linear programme
+        if problem.split == "nearest" or sigma or _ties(problem) or stop():
             return best
-        if size_of_model(problem, tied=tied) > most:
+        size, nodes = size_of_model(problem, tied=tied), None
+        if size > most:
             return best
+        if stop.remaining == np.inf:  # as much work as a second or so, on any machine
+            nodes = _NODES if tied else _NODES // problem.layers
+            if size * (1 if tied else problem.layers) > _MANY:
+                return best
         slots_LGC, share_LGC = best.slots_LGC.copy(), best.shares_LGC.copy()
         bound_L, names = (
             (np.zeros(problem.layers), ("none",) * problem.layers) if best.bound is None else best.bound
@@ -165,6 +180,7 @@ class LocalitySolver(Heuristic):
                 costs,
                 rows,
                 stop=FirstOf(stop, MaxTime(min(stop.remaining, _LONG) / (len(parts) - done))),
+                nodes=nodes,
             )
             if found is None:
                 return best
@@ -196,73 +212,107 @@ class LocalitySolver(Heuristic):
         if near[0] != "groups" or not free or ways is None or not all(one.fits_W.any() for one in ways):
             return [base.slots_LGC]
         assert costs.away_LEG is not None
-        limits = problem.limits
-        if limits.pinned or limits.forbidden:
-            return [base.slots_LGC]
-        at_home = _by_node(task, self.name, _plain(problem, ("balance",)), ~costs.away_LEG)
+        at_home = kept_groups(task, self.name, _plain(problem, ("balance",)), ways, ("balance",))[0]
         return [base.slots_LGC, at_home]
 
-    def _base(self, task: Task[Any], order: tuple[str, ...], costs: Costs, whole: bool) -> Built:
-        """A balanced placement that keeps the groups where they must be kept, and moves what it has to."""
+    def _base(
+        self, task: Task[Any], order: tuple[str, ...], near: tuple[str, ...], ways: list[GroupWays] | None
+    ) -> tuple[Costs, Built]:
+        """Costs, and a balanced placement that keeps the groups as they must be, and moves what it has to."""
         problem = task.problem
         plain = _plain(problem, ("balance", "moves") if "moves" in order else ("balance",))
-        if costs.away_LEG is None or (problem.groups is not None and problem.groups.max_outside >= 1):
-            solver: Heuristic = Construct(self.name)
-            if problem.current is not None and ("moves" in order or problem.limits.bounds_moves):
-                solver = Replan(self.name)
-            built = solver.placed(task, plain)
-            slots_LGC = widened(built.slots_LGC, costs.wide)
-            limit_L = _tokens(problem, slots_LGC)
-            return Built(slots_LGC=slots_LGC, share_LGC=near_shares(problem, costs, slots_LGC, limit_L))
-        return self._grouped(task, plain, costs, whole)
-
-    def _grouped(self, task: Task[Any], plain: Problem, costs: Costs, whole: bool) -> Built:
-        """Every node holds its groups, balanced for itself; then some tokens go elsewhere if they may."""
-        problem, groups = task.problem, task.problem.groups
-        assert groups is not None
-        assert costs.away_LEG is not None
-        ways = [GroupWays(problem, x) for x in range(problem.layers)]
-        if all(one.fits_W.any() for one in ways):
-            slots_LGC = _by_node(task, self.name, plain, ~costs.away_LEG)
-        else:
-            slots_LGC = widened(Construct(self.name).placed(task, plain).slots_LGC, costs.wide)
-        if whole:
+        if ways is not None and problem.groups is not None and problem.groups.max_outside < 1:
+            if problem.groups.max_outside > 0:
+                return self._partly(task, plain, near, ways, order)
+            slots_LGC, home_LK = kept_groups(task, self.name, plain, ways, order)
+            costs = Costs(problem, near, home_LK)
             limit_L = _tokens(problem, slots_LGC)
             if problem.split == "fractional":
                 limit_L = np.zeros(problem.layers)
-            return Built(slots_LGC=slots_LGC, share_LGC=near_shares(problem, costs, slots_LGC, limit_L))
+            return costs, Built(
+                slots_LGC=slots_LGC, share_LGC=near_shares(problem, costs, slots_LGC, limit_L)
+            )
+        costs = Costs(problem, near, None if ways is None else _homes(problem, ways))
+        slots_LGC = widened(self._plain_slots(task, plain, order), costs.wide)
+        limit_L = _tokens(problem, slots_LGC)
+        return costs, Built(slots_LGC=slots_LGC, share_LGC=near_shares(problem, costs, slots_LGC, limit_L))
+
+    def _plain_slots(self, task: Task[Any], plain: Problem, order: tuple[str, ...]) -> SlotArray:
+        """Balanced, with few moves where they count."""
+        solver: Heuristic = Construct(self.name)
+        if plain.current is not None and ("moves" in order or plain.limits.bounds_moves):
+            solver = Replan(self.name)
+        return solver.placed(task, plain).slots_LGC
+
+    def _partly(
+        self,
+        task: Task[Any],
+        plain: Problem,
+        near: tuple[str, ...],
+        ways: list[GroupWays],
+        order: tuple[str, ...],
+    ) -> tuple[Costs, Built]:
+        """Every node holds its groups, balanced for itself; then some tokens go elsewhere, as many as may.
+
+        Where that is not to be had (no room, too many moves), or something is live, from a balanced one.
+        """
+        problem, groups = task.problem, task.problem.groups
+        assert groups is not None
+        home_LK, starts = _homes(problem, ways), list[SlotArray]()
+        try:
+            start_LGC, home_LK = kept_groups(task, self.name, plain, ways, order)
+            starts.append(start_LGC)
+        except InfeasibleError:
+            pass
+        costs = Costs(problem, near, home_LK)
+        if not starts or problem.current is not None:
+            starts.append(widened(self._plain_slots(task, plain, order), costs.wide))
         low_L = np.array([one.least_time(groups.max_outside) for one in ways])
         mean_L = problem.load_LE.sum(1) / np.where(problem.usable_LG, problem.topology.speed_G, 0.0).sum(1)
         low_L, most_L = np.maximum(low_L, mean_L), groups.max_outside * problem.load_LE.sum(1)
         aside = Costs(problem, ("groups",), None)
         aside.away_LEG = costs.away_LEG
-        free_L, best_LGC = np.full(problem.layers, _FREE), slots_LGC.copy()
-        share_LGC = near_shares(problem, aside, slots_LGC, np.zeros(problem.layers), _OUTSIDE)
+        best_LGC = starts[0].copy()
+        share_LGC = near_shares(problem, aside, best_LGC, np.zeros(problem.layers), _OUTSIDE)
         open_L = np.ones(problem.layers, dtype=np.bool_)
+        sum_L = problem.load_LE.sum(1)
+        part_TL = problem.loads.load_TLE.sum(2) / np.where(sum_L > 0, sum_L, 1.0)
         for factor in _LATER:
-            limits = _Search(aside, low_L * factor, free_L, 0.0, _OUTSIDE, _all(problem))
-            for even in _rules(problem):
-                trial = self._searched(task, limits, slots_LGC, even, open_L)
-                trial_share = limits.shares(trial)
-                late_L = _tokens(problem, trial) > limits.limit_L * (1 + 1e-7)
-                good_L = open_L & ~late_L
-                good_L &= outside_L(problem, trial, trial_share) <= most_L * (1 + _EQUAL)
-                best_LGC[good_L], share_LGC[good_L] = trial[good_L], trial_share[good_L]
-                open_L &= ~good_L
+            for start_LGC in starts:
+                free_L = _may_move(problem, moves_of(problem, start_LGC))
+                limit_L = low_L * factor
+                limits = _Search(
+                    aside,
+                    limit_L,
+                    limit_L * part_TL,
+                    _may_hold(problem, start_LGC),
+                    free_L,
+                    0.0,
+                    _OUTSIDE,
+                    _all(problem),
+                )
+                for even in _rules(problem):
+                    trial = self._searched(task, limits, start_LGC, even, open_L)
+                    trial_share = limits.shares(trial)
+                    late_L = _tokens(problem, trial) > limits.limit_L * (1 + 1e-7)
+                    good_L = open_L & ~late_L
+                    good_L &= outside_L(problem, trial, trial_share) <= most_L * (1 + _EQUAL)
+                    best_LGC[good_L], share_LGC[good_L] = trial[good_L], trial_share[good_L]
+                    open_L &= ~good_L
             if not open_L.any() or task.stop():
                 break
-        return Built(slots_LGC=best_LGC, share_LGC=share_LGC)
+        return costs, Built(slots_LGC=best_LGC, share_LGC=share_LGC)
 
     def _limits(
         self, problem: Problem, base: Built, order: tuple[str, ...], costs: Costs, whole: bool
     ) -> _Search:
         """How slow a GPU may be, how much may move, and where experts may go."""
-        limit_L = _tokens(problem, base.slots_LGC) * (1 + problem.objective.balance_tolerance)
+        more = 1 + problem.objective.balance_tolerance
+        limit_L, limit_TL = _tokens(problem, base.slots_LGC) * more, _tops(problem, base.slots_LGC) * more
         near_first = min(order.index(name) for name in costs.order)
         move, most_L = 0.0, np.full(problem.layers, _FREE)
         if problem.current is not None:
-            new = new_replicas(base.slots_LGC, problem.current.slots_LGC, problem.experts)
-            count_L = new.sum((1, 2)).astype(np.int64)
+            count_L = moves_of(problem, base.slots_LGC)
             if "moves" in order and order.index("moves") < near_first:
                 most_L = count_L
             else:
@@ -271,7 +321,8 @@ class LocalitySolver(Heuristic):
         allowed_LEG = _all(problem) if not whole or costs.away_LEG is None else ~costs.away_LEG
         groups = problem.groups
         outside = _OUTSIDE if groups is not None and 0 < groups.max_outside < 1 else 0.0
-        return _Search(costs, limit_L, most_L, move, outside, np.asarray(allowed_LEG))
+        held_L = _may_hold(problem, base.slots_LGC)
+        return _Search(costs, limit_L, limit_TL, held_L, most_L, move, outside, np.asarray(allowed_LEG))
 
     def _searched(
         self,
@@ -330,7 +381,8 @@ def _layer(
         sources=costs.sources(row, share_LGE),
         toll_EG=costs.toll_EG(row, slots_LGC, search.outside),
         allowed_EG=search.allowed_LEG[row],
-        limit=float(search.limit_L[row]),
+        limit_T=search.limit_TL[:, row],
+        most_held=int(search.held_L[row]),
         move=search.move * float(problem.load_LE[row].sum()),
         most_moves=int(search.most_L[row]),
         even=even,
@@ -411,9 +463,11 @@ def _order(problem: Problem) -> tuple[str, ...]:
         raise UnsupportedFeatureError(
             "limits.max_move_seconds: is not supported by solver 'locality'; max_moves and max_move_bytes are"
         )
-    if problem.groups is not None and (limits.pinned or limits.forbidden) and problem.groups.max_outside < 1:
+    groups, several = problem.groups, problem.loads.shape[0] > 1
+    if several and groups is not None and 0 < groups.max_outside < 1 and problem.split == "fractional":
         raise UnsupportedFeatureError(
-            "limits: pinned and forbidden pairs are not supported together with groups kept on a node"
+            "groups.max_outside: a share between 0 and 1 is not supported together with several load scenarios "
+            "and free shares, which are other ones in each scenario; 0 and 1 are"
         )
     return order
 
@@ -433,11 +487,52 @@ def _all(problem: Problem) -> BoolArray:
 
 
 def _tokens(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
-    """Largest tokens over speed of each layer, with the quickest shares where they are free."""
+    """Largest tokens over speed of each layer, with the quickest shares where they are free, by the risk."""
+    if problem.loads.shape[0] > 1:
+        return risk_L(problem, slots_LGC)
     load_LE, speed_G = problem.load_LE, problem.topology.speed_G
     if problem.split == "fractional":
         return solve_shares(load_LE, slots_LGC, speed_G).time_L
     return np.asarray(gpu_times(load_LE, slots_LGC, best_shares(problem, slots_LGC), speed_G).max(1))
+
+
+def _tops(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
+    """The same in each scenario, shape [T, L]; where the worst counts, that in all."""
+    loads, value_L = problem.loads, _tokens(problem, slots_LGC)
+    if loads.shape[0] == 1:
+        return value_L[None]
+    if problem.objective.risk == "worst":
+        return np.repeat(value_L[None], loads.shape[0], axis=0)
+    found = []
+    for t in range(loads.shape[0]):
+        by_node = None if loads.load_TLNE is None else loads.load_TLNE[t : t + 1]
+        one = Loads(load_TLE=loads.load_TLE[t : t + 1], layers=loads.layers, load_TLNE=by_node)
+        plain = problem.objective.replace(priorities=("balance",))
+        found.append(_tokens(problem.replace(loads=one, objective=plain, known=None), slots_LGC))
+    return np.stack(found)
+
+
+def _ties(problem: Problem) -> bool:
+    """Whether a limit is on several layers together: what each may use is not proven."""
+    limits = problem.limits
+    total = limits.max_moves, limits.max_move_bytes, limits.max_total_replicas, limits.max_total_bytes
+    return problem.layers > 1 and any(limit is not None for limit in total)
+
+
+def _may_hold(problem: Problem, slots_LGC: SlotArray) -> IntArray:
+    """Replicas that each layer may hold: those of the base, and an even part of what the limits leave."""
+    limits, size_L = problem.limits, problem.bytes_L
+    held_L = (slots_LGC >= 0).sum((1, 2))
+    most_L = problem.capacity_LG.sum(1)
+    if limits.max_layer_replicas is not None:
+        most_L = np.minimum(most_L, limits.max_layer_replicas)
+    if limits.max_total_replicas is not None:
+        spare = max(limits.max_total_replicas - int(held_L.sum()), 0)
+        most_L = np.minimum(most_L, held_L + spare // problem.layers)
+    if limits.max_total_bytes is not None and size_L.any():
+        spare = max(limits.max_total_bytes - int(held_L @ size_L), 0)
+        most_L = np.minimum(most_L, held_L + spare // int(size_L.sum()))
+    return np.asarray(most_L, dtype=np.int64)
 
 
 def _may_move(problem: Problem, count_L: IntArray) -> IntArray:
@@ -481,51 +576,27 @@ def _check_groups(problem: Problem, best: Built) -> None:
 
 def _check_moves(problem: Problem, best: Built) -> None:
     """Refuse where groups that come home move more than may."""
-    limits = problem.limits
-    if problem.groups is None or problem.current is None or not limits.bounds_moves:
+    if problem.groups is None or problem.current is None or not problem.limits.bounds_moves:
         return
-    moves_L = new_replicas(best.slots_LGC, problem.current.slots_LGC, problem.experts).sum((1, 2))
-    for name, used in (
-        ("max_moves", int(moves_L.sum())),
-        ("max_layer_moves", int(moves_L.max())),
-        ("max_move_bytes", int(moves_L @ problem.bytes_L)),
-    ):
-        most = getattr(limits, name)
-        if most is not None and used > most:
-            raise InfeasibleError(
-                f"limits.{name}: is {most}; with the groups kept on a node {used} are needed, as far as was "
-                "looked"
-            )
+    over = broken_limit(problem, best.slots_LGC)
+    if over is not None:
+        raise InfeasibleError(
+            f"limits.{over[0]}: is {getattr(problem.limits, over[0])}; with the groups kept on a node "
+            f"{over[1]} are needed, as far as was looked"
+        )
 
 
-def _by_node(task: Task[Any], name: str, plain: Problem, home_LEG: BoolArray) -> SlotArray:
-    """Every node holds the experts that are at home there, balanced for itself, shape [L, G, C]."""
-    node_G, wide = plain.topology.node_G, int(plain.capacity_LG.max())
-    slots_LGC = np.full((plain.layers, len(node_G), wide), -1, dtype=np.int32)
-    for row in range(plain.layers):
-        for node in range(plain.topology.nodes):
-            gpu_H = np.flatnonzero(node_G == node)
-            expert_X = np.flatnonzero(home_LEG[row][:, gpu_H[0]])
-            if not len(expert_X):
-                continue
-            part = Problem(
-                loads=plain.loads.__class__(load_TLE=plain.load_LE[row : row + 1, expert_X]),
-                topology=plain.topology.__class__(
-                    node_G=np.zeros(len(gpu_H), dtype=np.int64),
-                    speed_G=plain.topology.speed_G[gpu_H],
-                    slots_G=plain.capacity_LG[row, gpu_H],
-                ),
-                split="equal" if plain.split == "nearest" else plain.split,
-                fill=plain.fill,
-                objective=plain.objective.replace(priorities=("balance",)),
-                time=plain.time,
-                limits=plain.limits.replace(
-                    max_moves=None, max_move_bytes=None, max_layer_moves=None, max_total_replicas=None
-                ),
-            )
-            found = Construct(name).placed(task, part).slots_LGC[0]
-            slots_LGC[row, gpu_H, : found.shape[1]] = np.where(found >= 0, expert_X[found], -1)
-    return slots_LGC
+def _homes(problem: Problem, ways: list[GroupWays]) -> IntArray:
+    """The node of each group by which the search goes, near what is live, shape [L, K]."""
+    if problem.current is None:
+        return np.stack([one.best(whole=False) for one in ways])
+    fronts = [one.front(problem.objective.balance_tolerance) for one in ways]
+    return np.stack(
+        [
+            front[-1].node_K if front else one.best(whole=False)
+            for front, one in zip(fronts, ways, strict=True)
+        ]
+    )
 
 
 def _better(near: tuple[str, ...], base: Built, found_LGC: SlotArray, search: _Search) -> Built:

@@ -9,7 +9,7 @@ What a replica serves follows from the placement. With free shares and with the 
 sends to its cheapest replicas, evenly over equals; an even split divides by the number of replicas, and at
 each level of a tree of costs a group keeps what it serves of its own.
 
-Axes: S sources, E experts, G GPUs, C slots, M sets of sources, K levels, B groups of a level.
+Axes: T scenarios, S sources, E experts, G GPUs, C slots, M sets of sources, K levels, B groups of a level.
 """
 
 from __future__ import annotations
@@ -61,6 +61,12 @@ class Field(NamedTuple):
         Groups of the GPUs.
     load_E, speed_G : arrays
         All tokens of an expert that are served; speeds.
+    ratio_TE : array, shape [T, E]
+        Tokens of an expert in each scenario, over those.
+    limit_T : array, shape [T]
+        Tokens over speed that a GPU may have in each scenario.
+    domain_G : array of int, shape [G]
+        Failure domains.
     capacity_G, least_E, most_E : arrays of int
         Slots; fewest and most replicas.
     allowed_EG, pinned_EG, live_EG : arrays of bool
@@ -80,6 +86,9 @@ class Field(NamedTuple):
     group_KG: IntArray
     load_E: FloatArray
     speed_G: FloatArray
+    ratio_TE: FloatArray
+    limit_T: FloatArray
+    domain_G: IntArray
     capacity_G: IntArray
     least_E: IntArray
     most_E: IntArray
@@ -94,8 +103,6 @@ class Tune(NamedTuple):
     Attributes
     ----------
     steps, seed : int
-    limit : float
-        Tokens over speed that a GPU may have.
     hot : float
         Largest threshold at the start.
     heavy : float
@@ -108,17 +115,19 @@ class Tune(NamedTuple):
         1 where a slot that is full stays full.
     most_held : int
         Replicas of the layer in all.
+    spread : int
+        Failure domains that an expert must reach.
     """
 
     steps: int
     seed: int
-    limit: float
     hot: float
     heavy: float
     move: float
     most_moves: int
     full: int
     most_held: int
+    spread: int
 
 
 class State(NamedTuple):
@@ -129,10 +138,10 @@ class State(NamedTuple):
     count_E: IntArray
     piece_EG: FloatArray
     cost_E: FloatArray
-    carried_G: FloatArray
+    carried_TG: FloatArray
     trial_2G: IntArray
     trial_piece_2G: FloatArray
-    extra_G: FloatArray
+    extra_TG: FloatArray
     mark_B: FloatArray
     random_1: IntArray
 
@@ -200,9 +209,9 @@ def without(state: State, row: int, e: int, gpu: int) -> int:
     return n
 
 
-def over(field: Field, tune: Tune, g: int, carried: float) -> float:
-    """Tokens beyond the limit."""
-    room = tune.limit * field.speed_G[g]
+def over(field: Field, t: int, g: int, carried: float) -> float:
+    """Tokens beyond the limit of a scenario."""
+    room = field.limit_T[t] * field.speed_G[g]
     return carried - room if carried > room else 0.0
 
 
@@ -214,43 +223,64 @@ def holds(state: State, gpu: int, e: int) -> bool:
     return found
 
 
-def shift(state: State, row: int, e: int, count: int, sign: float) -> None:
-    """Add what an expert puts on GPUs: now (sign -1, its row is free) or in a trial (sign 1)."""
-    if sign < 0:
-        for i in range(state.count_E[e]):
-            state.extra_G[state.host_EG[e, i]] -= state.piece_EG[e, i]
-    else:
-        for i in range(count):
-            state.extra_G[state.trial_2G[row, i]] += state.trial_piece_2G[row, i]
-
-
-def settle(field: Field, tune: Tune, state: State, e: int, row: int, count: int) -> float:
-    """Overflow that a pair of changes adds on an expert's GPUs, each counted once; clears what was added."""
-    added = 0.0
+def reaches(field: Field, tune: Tune, state: State, e: int, gone: int, come: int) -> bool:
+    """Whether an expert that leaves a GPU for another (-1: for none) is in enough failure domains then."""
+    domains = 0
     for i in range(state.count_E[e]):
         g = state.host_EG[e, i]
-        if state.extra_G[g] != 0.0:
-            now = state.carried_G[g]
-            added += over(field, tune, g, now + state.extra_G[g]) - over(field, tune, g, now)
-            state.extra_G[g] = 0.0
-    for i in range(count):
-        g = state.trial_2G[row, i]
-        if state.extra_G[g] != 0.0:
-            now = state.carried_G[g]
-            added += over(field, tune, g, now + state.extra_G[g]) - over(field, tune, g, now)
-            state.extra_G[g] = 0.0
-    return added
+        if g == gone:
+            continue
+        known = come >= 0 and field.domain_G[come] == field.domain_G[g]
+        for j in range(i):
+            h = state.host_EG[e, j]
+            known = known or (h != gone and field.domain_G[h] == field.domain_G[g])
+        if not known:
+            domains += 1
+    return domains + (1 if come >= 0 else 0) >= tune.spread
 
 
-def take(state: State, e: int, row: int, count: int, cost: float) -> None:
+def shift(field: Field, state: State, row: int, e: int, count: int, sign: float) -> None:
+    """Add what an expert puts on GPUs: now (sign -1, its row is free) or in a trial (sign 1)."""
+    for t in range(len(field.limit_T)):
+        ratio = field.ratio_TE[t, e]
+        if sign < 0:
+            for i in range(state.count_E[e]):
+                state.extra_TG[t, state.host_EG[e, i]] -= state.piece_EG[e, i] * ratio
+        else:
+            for i in range(count):
+                state.extra_TG[t, state.trial_2G[row, i]] += state.trial_piece_2G[row, i] * ratio
+
+
+def settle(field: Field, state: State, e: int, row: int, count: int) -> float:
+    """Overflow that a pair of changes adds on an expert's GPUs, each counted once; clears what was added."""
+    added = 0.0
+    for t in range(len(field.limit_T)):
+        for i in range(state.count_E[e]):
+            g = state.host_EG[e, i]
+            if state.extra_TG[t, g] != 0.0:
+                now = state.carried_TG[t, g]
+                added += over(field, t, g, now + state.extra_TG[t, g]) - over(field, t, g, now)
+                state.extra_TG[t, g] = 0.0
+        for i in range(count):
+            g = state.trial_2G[row, i]
+            if state.extra_TG[t, g] != 0.0:
+                now = state.carried_TG[t, g]
+                added += over(field, t, g, now + state.extra_TG[t, g]) - over(field, t, g, now)
+                state.extra_TG[t, g] = 0.0
+    return added / len(field.limit_T)
+
+
+def take(field: Field, state: State, e: int, row: int, count: int, cost: float) -> None:
     """Make a trial row an expert's hosts."""
-    for i in range(state.count_E[e]):
-        state.carried_G[state.host_EG[e, i]] -= state.piece_EG[e, i]
+    for t in range(len(field.limit_T)):
+        ratio = field.ratio_TE[t, e]
+        for i in range(state.count_E[e]):
+            state.carried_TG[t, state.host_EG[e, i]] -= state.piece_EG[e, i] * ratio
+        for i in range(count):
+            state.carried_TG[t, state.trial_2G[row, i]] += state.trial_piece_2G[row, i] * ratio
     for i in range(count):
-        g = state.trial_2G[row, i]
-        state.host_EG[e, i] = g
+        state.host_EG[e, i] = state.trial_2G[row, i]
         state.piece_EG[e, i] = state.trial_piece_2G[row, i]
-        state.carried_G[g] += state.piece_EG[e, i]
     state.count_E[e] = count
     state.cost_E[e] = cost
 
@@ -260,9 +290,11 @@ def begin(field: Field, state: State) -> None:
     gpus, slots = state.content_GC.shape
     for e in range(len(state.count_E)):
         state.count_E[e] = 0
+    scenarios = len(field.limit_T)
     for g in range(gpus):
-        state.carried_G[g] = 0.0
-        state.extra_G[g] = 0.0
+        for t in range(scenarios):
+            state.carried_TG[t, g] = 0.0
+            state.extra_TG[t, g] = 0.0
         for c in range(slots):
             e = state.content_GC[g, c]
             if e >= 0:
@@ -271,8 +303,9 @@ def begin(field: Field, state: State) -> None:
     for e in range(len(state.count_E)):
         count = state.count_E[e]
         state.cost_E[e] = weigh(field, e, state.host_EG[e], count, state.piece_EG[e], state.mark_B)
-        for i in range(count):
-            state.carried_G[state.host_EG[e, i]] += state.piece_EG[e, i]
+        for t in range(scenarios):
+            for i in range(count):
+                state.carried_TG[t, state.host_EG[e, i]] += state.piece_EG[e, i] * field.ratio_TE[t, e]
 
 
 def step_from(field: Field, tune: Tune, state: State, step_6: IntArray) -> int:
@@ -299,6 +332,8 @@ def step_from(field: Field, tune: Tune, state: State, step_6: IntArray) -> int:
             return 0
         if a >= 0 and (not field.allowed_EG[a, h] or holds(state, h, a)):
             return 0
+        if tune.spread > 1 and b >= 0 and not reaches(field, tune, state, b, h, g):
+            return 0
     else:
         if a >= 0 and state.count_E[a] <= field.least_E[a]:
             return 0
@@ -307,6 +342,8 @@ def step_from(field: Field, tune: Tune, state: State, step_6: IntArray) -> int:
             b = -1  # the slot is left empty
         if b < 0 and (a < 0 or tune.full):
             return 0
+    if tune.spread > 1 and a >= 0 and not reaches(field, tune, state, a, g, h):
+        return 0
     step_6[0], step_6[1], step_6[2], step_6[3], step_6[4], step_6[5] = g, c, a, h, d, b
     return 1
 
@@ -337,13 +374,15 @@ def anneal(field: Field, tune: Tune, state: State, told: Any) -> None:
     for e in range(len(state.count_E)):
         cost += state.cost_E[e]
         held += state.count_E[e]
+    scenarios = len(field.limit_T)
     for g in range(gpus):
-        overflow += over(field, tune, g, state.carried_G[g])
+        for t in range(scenarios):
+            overflow += over(field, t, g, state.carried_TG[t, g]) / scenarios
         for c in range(slots):
             e = state.content_GC[g, c]
             if e >= 0 and not field.live_EG[e, g]:
                 moves += 1
-    start_over, scale = overflow, tune.limit * gpus
+    start_over, scale = overflow, field.limit_T.max() * gpus
     best_over, best_cost = overflow, cost + tune.move * moves
     for turn in range(tune.steps):
         if turn % _ASK == 0 and told[0]:
@@ -366,28 +405,28 @@ def anneal(field: Field, tune: Tune, state: State, told: Any) -> None:
                 count_a += 1
             cost_a = weigh(field, a, state.trial_2G[0], count_a, state.trial_piece_2G[0], state.mark_B)
             added += cost_a - state.cost_E[a]
-            shift(state, 0, a, count_a, -1.0)
-            shift(state, 0, a, count_a, 1.0)
+            shift(field, state, 0, a, count_a, -1.0)
+            shift(field, state, 0, a, count_a, 1.0)
         if b >= 0:
             count_b = without(state, 1, b, h)
             state.trial_2G[1, count_b] = g
             count_b += 1
             cost_b = weigh(field, b, state.trial_2G[1], count_b, state.trial_piece_2G[1], state.mark_B)
             added += cost_b - state.cost_E[b]
-            shift(state, 1, b, count_b, -1.0)
-            shift(state, 1, b, count_b, 1.0)
+            shift(field, state, 1, b, count_b, -1.0)
+            shift(field, state, 1, b, count_b, 1.0)
         beyond = 0.0
         if a >= 0:
-            beyond += settle(field, tune, state, a, 0, count_a)
+            beyond += settle(field, state, a, 0, count_a)
         if b >= 0:
-            beyond += settle(field, tune, state, b, 1, count_b)
+            beyond += settle(field, state, b, 1, count_b)
         rise = added + tune.move * more + heavy * beyond
         if rise > tune.hot * cold * cold * (draw(state, 1 << 20) / (1 << 20)):
             continue
         if a >= 0:
-            take(state, a, 0, count_a, cost_a)
+            take(field, state, a, 0, count_a, cost_a)
         if b >= 0:
-            take(state, b, 1, count_b, cost_b)
+            take(field, state, b, 1, count_b, cost_b)
         state.content_GC[g, c] = b
         if h >= 0:
             state.content_GC[h, d] = a

@@ -202,12 +202,20 @@ def test_the_front_falls_in_both() -> None:
     [
         ({"objective": mo.Objective(priorities=("traffic", "groups"))}, "this order of priorities"),
         ({"objective": NEAR.replace(horizon=10.0), "current": LIVE}, r"objective\.horizon"),
-        ({"limits": mo.Limits(spread=2)}, "replicas spread"),
-        ({"loads": mo.Loads(load_TLE=np.ones((2, 1, 24)))}, "several load scenarios"),
+        ({"fill": "copies"}, "second copies on a GPU"),
+        (
+            {
+                "loads": mo.Loads(load_TLE=np.ones((2, 1, 24))),
+                "split": "fractional",
+                "groups": mo.Groups.even(24, 6, 0.5),
+            },
+            r"groups\.max_outside: a share between",
+        ),
+        ({"time": mo.TimeModel(activation_cost=1.0)}, "time model with more than tokens"),
     ],
 )
 def test_what_it_cannot_follow_is_refused_by_name(more: dict[str, Any], message: str) -> None:
-    problem = problem_of("equal", groups=mo.Groups.even(24, 6, 1.0), **more)
+    problem = problem_of(**{"split": "equal", "groups": mo.Groups.even(24, 6, 1.0)} | more)
     with pytest.raises(mo.UnsupportedFeatureError, match=message):
         mo.solve(problem, "locality")
 
@@ -224,7 +232,8 @@ def test_the_kernel_counts_as_the_evaluation_does(even: bool) -> None:
         sources=Costs(problem, ("traffic",), None).sources(0, None),
         toll_EG=np.zeros((24, 6)),
         allowed_EG=np.ones((24, 6), dtype=np.bool_),
-        limit=float(start.certificate.value_L[0]) * 1.05,
+        limit_T=start.certificate.value_L[:1] * 1.05,
+        most_held=30,
         move=0.0,
         most_moves=1000,
         even=even,
@@ -236,5 +245,5 @@ def test_the_kernel_counts_as_the_evaluation_does(even: bool) -> None:
     share = best_shares(alone, slots_GC[None])
     assert found.cost_E.sum() * unit == pytest.approx(traffic_L(alone, slots_GC[None], share)[0], rel=1e-9)
     time = gpu_times(alone.load_LE, slots_GC[None], share, alone.topology.speed_G)[0]
-    np.testing.assert_allclose(found.carried_G * unit, time, rtol=1e-9)
-    assert time.max() <= layer.limit * (1 + 1e-9)
+    np.testing.assert_allclose(found.carried_TG[0] * unit, time, rtol=1e-9)
+    assert time.max() <= layer.limit_T[0] * (1 + 1e-9)
