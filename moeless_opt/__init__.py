@@ -27,7 +27,7 @@ from moeless_opt.problems.io import (
     save_problem,
     save_time_models,
 )
-from moeless_opt.problems.io.recordings import read_loads
+from moeless_opt.problems.io.recordings import read_loads, read_sources
 from moeless_opt.problems.plan import (
     Certificate,
     EngineMeasures,
@@ -139,6 +139,7 @@ __all__ = [
     "plan",
     "read_loads",
     "read_placement",
+    "read_sources",
     "recommend_redundancy",
     "repair",
     "save_plan",

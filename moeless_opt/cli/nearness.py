@@ -12,7 +12,8 @@ from moeless_opt.problems.arrays import FloatArray, floats
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.files import named, read_bytes
 from moeless_opt.problems.io import read_arrays
-from moeless_opt.problems.spec import Groups, Problem, Topology
+from moeless_opt.problems.io.recordings import is_many, read_sources
+from moeless_opt.problems.spec import Groups, Problem, Topology, span
 
 __all__ = ["with_nearness"]
 
@@ -73,7 +74,7 @@ def _costs(text: str, topology: Topology) -> Topology:
 
 def _sources(path: str, problem: Problem) -> dict[str, FloatArray]:
     """Loads by source, ``[sources, layers, experts]``: of every GPU, or of every node."""
-    load_SLE = _array(path, "--sources")
+    load_SLE = _array(path, "--sources") if not is_many(path) else _by_rank(path, problem)
     want, topology = problem.load_LE.shape, problem.topology
     if (
         load_SLE.ndim != 3
@@ -90,6 +91,17 @@ def _sources(path: str, problem: Problem) -> dict[str, FloatArray]:
     by_source = np.moveaxis(load_SLE, 0, 1)[None]
     key = "load_TLGE" if len(load_SLE) == topology.gpus else "load_TLNE"
     return {"load_TLE": by_source.sum(2), key: by_source}
+
+
+def _by_rank(path: str, problem: Problem) -> FloatArray:
+    """A folder or pattern of one recording for each rank, ``[ranks, layers, experts]``."""
+    loads = read_sources(path, experts=problem.experts)
+    assert loads.load_TLGE is not None
+    if loads.layers != problem.loads.layers:
+        raise ProblemError(
+            "--sources", f"{path} has the layers {span(loads.layers)}, the loads {span(problem.loads.layers)}"
+        )
+    return np.moveaxis(loads.load_TLGE[0], 1, 0)
 
 
 def _groups(text: str, experts: int) -> Groups:

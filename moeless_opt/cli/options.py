@@ -304,8 +304,9 @@ OPTIONS: tuple[Option, ...] = (
     _input(
         "--sources",
         modes=_NEAR,
-        metavar="NPY",
-        help="loads by where they come from: [sources, layers, experts], of every GPU or of every node",
+        metavar="PATH",
+        help="loads by where they come from: [sources, layers, experts] of every GPU or node, or a "
+        "folder with one recording for each rank",
     ),
     _input(
         "--flow",

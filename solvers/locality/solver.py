@@ -466,7 +466,7 @@ def _order(problem: Problem) -> tuple[str, ...]:
     groups, several = problem.groups, problem.loads.shape[0] > 1
     if several and groups is not None and 0 < groups.max_outside < 1 and problem.split == "fractional":
         raise UnsupportedFeatureError(
-            "groups.max_outside: a share between 0 and 1 is not supported together with several load scenarios "
+            "groups.max_outside: a share between 0 and 1 is not supported together with several scenarios "
             "and free shares, which are other ones in each scenario; 0 and 1 are"
         )
     return order

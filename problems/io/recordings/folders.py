@@ -16,7 +16,7 @@ from moeless_opt.problems.io import parse_json
 from moeless_opt.problems.io.recordings.arrays import plain_numbers
 from moeless_opt.problems.io.recordings.source import Found, Source, cut, shape_text
 
-__all__ = ["is_many", "read_many", "told_by_name"]
+__all__ = ["is_many", "rank_files", "read_many", "told_by_name"]
 
 _MOST_FILES = 10_000
 _BESIDE = re.compile(  # what recorders write beside their counts
@@ -62,6 +62,29 @@ def read_many(source: Source, read: Callable[[Source, bytes], Found]) -> Found:
     if len(parts) == 1:
         return _checked_alone(source, names[0], parts[0])
     return _together(source, names, parts)
+
+
+def rank_files(path: str) -> list[str]:
+    """The files of ranks 0, 1, ... of a folder or pattern, one each.
+
+    Raises
+    ------
+    FormatError
+        If a file's name tells no rank, or not each rank has one.
+    """
+    source = Source(path, None, None, 0)
+    found: dict[int, str] = {}
+    for name in _files(source):
+        rank = told_by_name(name, "rank")
+        if rank is None:
+            raise source.error(f"{os.path.basename(name)} names no rank, such as rank0 in its name")
+        if rank in found:
+            raise source.error(f"has several files of rank {rank}: {os.path.basename(name)} and another")
+        found[rank] = name
+    missing = sorted(set(range(max(found) + 1)) - set(found))
+    if missing:
+        raise source.error(f"the file of rank {missing[0]} is missing")
+    return [found[rank] for rank in sorted(found)]
 
 
 def _checked_alone(source: Source, name: str, part: Found) -> Found:
