@@ -24,6 +24,7 @@ for _function in (
     plain.settle,
     plain.take,
     plain.begin,
+    plain.overflown,
     plain.step_from,
     plain.moved,
     plain.anneal,

@@ -18,14 +18,14 @@ from moeless_opt.problems.arrays import BoolArray, IntArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.spec import Problem
 
-__all__ = ["GroupWays", "Way"]
+__all__ = ["GroupWay", "GroupWays"]
 
 _MOST = 60_000
 _BITS = 50
 _NEVER = 1 << 40  # moves to a node where a group cannot be
 
 
-class Way(NamedTuple):
+class GroupWay(NamedTuple):
     """A node for each group: replicas that it lacks there at least, and tokens over speed of its slowest."""
 
     moves: int
@@ -158,7 +158,7 @@ class GroupWays:
             f"{self.room_N.min()} to {self.room_N.max()} slots with every group on one node{looked}"
         )
 
-    def front(self, tolerance: float) -> list[Way]:
+    def front(self, tolerance: float) -> list[GroupWay]:
         """Ways from the fewest moves to the quickest, each quicker than the one before; all of them fit.
 
         Parameters
@@ -172,7 +172,7 @@ class GroupWays:
             return []
         wanted = float(time_W[rows].min()) * (1 + tolerance)
         cost_W = self._fewest_moves()
-        found: list[Way] = []
+        found: list[GroupWay] = []
         best = _NEVER
         for w in rows[np.lexsort((cost_W[rows], np.maximum(time_W[rows], wanted)))].tolist():
             if cost_W[w] >= best:  # a bound on its moves
@@ -182,10 +182,10 @@ class GroupWays:
                 best = moves
                 if found and max(found[-1].time, wanted) >= time_W[w]:
                     found.pop()
-                found.append(Way(moves, float(time_W[w]), node_K))
+                found.append(GroupWay(moves, float(time_W[w]), node_K))
         return found[::-1]
 
-    def every(self, most: int) -> list[Way]:
+    def every(self, most: int) -> list[GroupWay]:
         """All ways that fit, on whichever node; none where there are more than this."""
         groups = len(self.load_K)
         if self.nodes**groups > most:
@@ -196,7 +196,7 @@ class GroupWays:
             moves = int(self.miss_KN[on_KN].sum())
             if moves < _NEVER and (self.need_K @ on_KN <= self.room_N).all():
                 time = float((self.load_K @ on_KN / np.maximum(self.speed_N, 1e-300)).max())
-                found.append(Way(moves, time, np.array(row, dtype=np.int64)))
+                found.append(GroupWay(moves, time, np.array(row, dtype=np.int64)))
         return found
 
     def _fewest_moves(self) -> IntArray:

@@ -20,7 +20,7 @@ from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, Topolog
 from moeless_opt.solvers.construct import Construct
 from moeless_opt.solvers.core import Task, choose_points, widened
 from moeless_opt.solvers.limits import Rules, layer_front, rules_of, slots_holding
-from moeless_opt.solvers.locality.groups import GroupWays, Way
+from moeless_opt.solvers.locality.groups import GroupWay, GroupWays
 from moeless_opt.solvers.replan import Replan, frontier
 
 __all__ = ["broken_limit", "kept_groups", "moves_of"]
@@ -97,7 +97,7 @@ def kept_groups(
     return _chosen(plain, points)
 
 
-def _spaced(front: list[Way]) -> list[Way]:
+def _spaced(front: list[GroupWay]) -> list[GroupWay]:
     """Of a front the last, the first, and some between them."""
     last = len(front) - 1
     return [front[k] for k in sorted({0, last // 2, 3 * last // 4, last})]
@@ -128,7 +128,7 @@ def _over(problem: Problem, moves_L: IntArray) -> tuple[str, int] | None:
     return None
 
 
-def _check_least(problem: Problem, front_L: list[list[Way]], exact: bool) -> None:
+def _check_least(problem: Problem, front_L: list[list[GroupWay]], exact: bool) -> None:
     """Refuse where the fewest moves that bring the groups together are more than may be."""
     over = _over(problem, np.array([front[0].moves for front in front_L]))
     if over is not None:

@@ -308,6 +308,15 @@ def begin(field: Field, state: State) -> None:
                 state.carried_TG[t, state.host_EG[e, i]] += state.piece_EG[e, i] * field.ratio_TE[t, e]
 
 
+def overflown(field: Field, state: State) -> float:
+    """Tokens beyond the limits on all GPUs, in the mean of the scenarios."""
+    overflow, scenarios = 0.0, len(field.limit_T)
+    for g in range(len(field.speed_G)):
+        for t in range(scenarios):
+            overflow += over(field, t, g, state.carried_TG[t, g]) / scenarios
+    return overflow
+
+
 def step_from(field: Field, tune: Tune, state: State, step_6: IntArray) -> int:
     """Draw a step: the expert that leaves g, the one that comes, and for an exchange the other GPU and slot.
 
@@ -370,14 +379,12 @@ def anneal(field: Field, tune: Tune, state: State, told: Any) -> None:
     gpus, slots = state.content_GC.shape
     best_GC = state.content_GC.copy()
     step_6 = np.zeros(6, dtype=np.int64)
-    cost, overflow, moves, held = 0.0, 0.0, 0, 0
+    cost, moves, held = 0.0, 0, 0
     for e in range(len(state.count_E)):
         cost += state.cost_E[e]
         held += state.count_E[e]
-    scenarios = len(field.limit_T)
+    overflow = overflown(field, state)
     for g in range(gpus):
-        for t in range(scenarios):
-            overflow += over(field, t, g, state.carried_TG[t, g]) / scenarios
         for c in range(slots):
             e = state.content_GC[g, c]
             if e >= 0 and not field.live_EG[e, g]:
