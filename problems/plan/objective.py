@@ -65,7 +65,7 @@ def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) 
         mean_L = weight_T @ top_TL
         above_TL = np.maximum(top_TL - mean_L, 0.0)
         above_TL = np.minimum(above_TL, 1e150)  # times that stand for "impossible" have no square
-    return np.asarray(mean_L + objective.sigma * np.sqrt(weight_T @ above_TL**2))
+        return np.asarray(mean_L + objective.sigma * np.sqrt(weight_T @ above_TL**2))
     order_TL = np.argsort(-top_TL, axis=0, kind="stable")
     weight_TL = weight_T[order_TL]
     tail = 1.0 - objective.cvar_alpha
