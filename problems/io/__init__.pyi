@@ -1,4 +1,5 @@
 from .arrivals import Arrivals as Arrivals
+from .arrivals import Lengths as Lengths
 from .arrivals import poisson_arrivals as poisson_arrivals
 from .arrivals import read_arrivals as read_arrivals
 from .arrivals import read_lengths as read_lengths

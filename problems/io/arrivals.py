@@ -177,13 +177,18 @@ def read_arrivals(path: str | PathLike[str]) -> Arrivals:
 def read_lengths(path: str | PathLike[str]) -> Lengths:
     """Read prompt and answer lengths: a .csv (or .csv.gz) with ``num_prefill_tokens``, ``num_decode_tokens``.
 
+    Or ``n_prompt_tokens`` and ``n_generated_tokens``, as recordings of tokens name them.
+
     Raises
     ------
     FormatError
         If a column is missing or a line does not fit.
     """
     lines = read_text(path).splitlines()
-    rows = _columns(str(path), lines, ("num_prefill_tokens", "num_decode_tokens"))
+    names = ("num_prefill_tokens", "num_decode_tokens")
+    if lines and "n_prompt_tokens" in lines[0]:
+        names = ("n_prompt_tokens", "n_generated_tokens")
+    rows = _columns(str(path), lines, names)
     pairs = [(_int(path, n, a), max(_int(path, n, b), 1)) for n, (a, b) in rows]
     prompt, output = (np.array(column) for column in zip(*pairs, strict=True))
     with named(path):

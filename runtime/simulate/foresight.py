@@ -375,17 +375,19 @@ class Recorded:
     ----------
     predictions : Predictions
         Both sides.
-    composition : Composition
-        Of ``predictions.traces``; that of the traffic.
+    items : iterator of StepTokens
+        Rows of ``predictions.traces`` that the passes route, as the traffic has them.
     kind : str
         Which gates.
     distance : int
         Layers ahead.
     """
 
-    def __init__(self, predictions: Predictions, composition: Composition, kind: str, distance: int) -> None:
+    def __init__(
+        self, predictions: Predictions, items: Iterator[StepTokens], kind: str, distance: int
+    ) -> None:
         self.predictions, self.kind, self.distance = predictions, kind, distance
-        self._items = composition.tokens()
+        self._items = items
         self._first = AutoRegressive()
 
     @property
@@ -463,6 +465,7 @@ def foreseer(
     composition: Composition | None = None,
     predictions: Predictions | None = None,
     learnt: IntArray | None = None,
+    items: Iterator[StepTokens] | None = None,
 ) -> Foreseer:
     """A predictor by its name, fresh for one run.
 
@@ -482,6 +485,8 @@ def foreseer(
         Predictions beside those traces.
     learnt : array of int, optional
         Requests of the traces that *affinity* learns from, where the recording brings no transitions.
+    items : iterator of StepTokens, optional
+        Rows that the passes route, where they follow from more than `composition`.
 
     Raises
     ------
@@ -505,7 +510,7 @@ def foreseer(
         return _affinity(composition.traces, distance, predictions, learnt)
     if predictions is None:
         raise ProblemError("predictor", f"{name!r} needs recorded predictions; give a file of them")
-    return Recorded(predictions, composition, _KINDS[name], distance)
+    return Recorded(predictions, items or composition.tokens(), _KINDS[name], distance)
 
 
 def _affinity(

@@ -20,8 +20,10 @@ from moeless_opt.runtime.simulate.drive import drive
 from moeless_opt.runtime.simulate.foresight import JudgedForeseer, foreseer
 from moeless_opt.runtime.simulate.policies import BASELINE, Policy, Run
 from moeless_opt.runtime.simulate.report import SimReport, SimRow
+from moeless_opt.runtime.simulate.routes import PlayedRoutes
 from moeless_opt.runtime.simulate.scenario import Scenario
 from moeless_opt.runtime.simulate.scene import Scene, scene
+from moeless_opt.runtime.simulate.serving import ClosedLoop
 
 __all__ = ["LEGEND", "Simulation", "simulate"]
 
@@ -205,7 +207,8 @@ def _basis(here: Scene, scenario: Scenario, policies: tuple[Policy, ...]) -> dic
     return {kind: tuple(parts) for kind, parts in lines.items()}
 
 
-def _foreseer(here: Scene, scenario: Scenario, name: str) -> JudgedForeseer:
+def _foreseer(here: Scene, scenario: Scenario, name: str, loop: ClosedLoop | None = None) -> JudgedForeseer:
+    routes = None if loop is None else loop.routes
     return JudgedForeseer(
         foreseer(
             name,
@@ -215,14 +218,16 @@ def _foreseer(here: Scene, scenario: Scenario, name: str) -> JudgedForeseer:
             composition=here.composition,
             predictions=here.predictions,
             learnt=here.learnt,
+            items=routes.items() if isinstance(routes, PlayedRoutes) else None,
         )
     )
 
 
 def _run(policy: Policy, here: Scene, scenario: Scenario, progress: Told | None) -> dict[str, Any]:
     run = policy.build(here.machine, here.topology, scenario)
-    foresight = _foreseer(here, scenario, policy.predictor or scenario.predictor) if policy.per_pass else None
     loop = here.closed(run.backend) if here.closed is not None else None
+    name = policy.predictor or scenario.predictor
+    foresight = _foreseer(here, scenario, name, loop) if policy.per_pass else None
     began = time.monotonic()
     report = drive(
         run.backend,

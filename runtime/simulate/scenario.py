@@ -261,7 +261,10 @@ class Scenario(Settings):
         group=_TRAFFIC,
     )
     lengths: Path | None = option(
-        None, file(), "prompt and answer lengths to use in place of the arrivals' own", group=_TRAFFIC
+        None,
+        file(),
+        "prompt and answer lengths in place of the arrivals' own; with --traces, of its requests in order",
+        group=_TRAFFIC,
     )
     traces: Path | None = option(
         None, file(), "token traces (.npz): routing measured instead of generated", group=_ROUTING
@@ -383,8 +386,8 @@ def _by_mode(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], bool,
     tiny = _tiny(values["model"])
     played = tiny or values["traces"] is not None or values["predictions"] is not None
     generated = "it is for generated routing; here recorded tokens are routed"
-    yield ("batching",), played and batching == "closed", generated
-    yield ("affinity", "skew", "popularity", "lengths", "bank", "decode_every", "batch"), played, generated
+    yield ("affinity", "skew", "popularity", "bank", "decode_every", "batch"), played, generated
+    yield ("lengths",), played and batching != "closed", "recorded texts are as long as they are"
     yield ("half",), not played, "it is for token traces; here routing is generated"
     learns = values["predictor"] == "affinity" and values["predictions"] is None
     yield ("half",), played and learns, "affinity learns from the first half and is judged by the second"

@@ -27,6 +27,7 @@ from moeless_opt.problems.io import (
 )
 from moeless_opt.problems.spec import Topology
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
+from moeless_opt.runtime.simulate.compose import draw_requests
 from moeless_opt.runtime.simulate.foresight import (
     Composition,
     Predictions,
@@ -36,6 +37,7 @@ from moeless_opt.runtime.simulate.foresight import (
 from moeless_opt.runtime.simulate.hardware import GPUS, slots_of, topology_of
 from moeless_opt.runtime.simulate.machine import EFFICIENCY, Machine
 from moeless_opt.runtime.simulate.memory import USABLE, Room
+from moeless_opt.runtime.simulate.routes import PlayedRoutes, recorded_lengths
 from moeless_opt.runtime.simulate.scenario import Scenario
 from moeless_opt.runtime.simulate.serving import ClosedLoop
 from moeless_opt.runtime.simulate.traffic import Passes, RoutingModel, continuous, one_second_batches
@@ -271,29 +273,51 @@ class _Setup:
             seed=scenario.seed,
         )
         self.say("measured", f"routing of every token ({traces!r})")
-        self.say(
-            "composed",
-            "which recorded request arrives when (its own length stands); "
-            + (
+        closed: Callable[[SimulatedBackend], ClosedLoop] | None = None
+        traffic: Callable[[], Iterator[Passes]] = composition.passes
+        if scenario.batching == "closed":
+            closed, how = self.replayed(composition)
+            traffic, text = _none, (*text, how)
+        else:
+            how = "its own length stands; " + (
                 "all texts of one second are read in one pass"
                 if at_once
                 else f"a pass every {scenario.period:g} s, a token of the answer of each live request"
-            ),
-        )
-        self.say("assumed", "no queue, no limit on the batch")
+            )
+            self.say("assumed", "no queue, no limit on the batch")
+        self.say("composed", f"which recorded request arrives when; {how}")
         if stay:
             self.say("assumed", f"a request has its forerunner's domain with chance {stay:g}")
         return Scene(
             machine=machine,
             topology=topology,
-            traffic=composition.passes,
+            traffic=traffic,
             text=(*text, f"routing: {traces!r}"),
             basis=self.basis,
             until=arrivals.seconds,
             composition=composition,
             predictions=predictions,
             learnt=learnt,
+            closed=closed,
         )
+
+    def replayed(self, composition: Composition) -> tuple[Callable[[SimulatedBackend], ClosedLoop], str]:
+        """The closed loop of recorded requests, and what is said about it."""
+        scenario, traces = self.scenario, composition.traces
+        drawn_R = draw_requests(
+            traces,
+            composition.arrivals,
+            requests=composition.requests,
+            stay=composition.stay,
+            seed=composition.seed,
+        )
+        path, lengths = scenario.lengths, None
+        if path is not None:
+            lengths = read_lengths(path if path.exists() or scenario.data is None else scenario.data / path)
+            self.say("measured", f"length of every prompt and answer ({path.name})")
+        arrivals, first, done = recorded_lengths(traces, composition.arrivals, drawn_R, lengths)
+        loop, how = self.closed(lambda: PlayedRoutes(traces, drawn_R, first, scenario.seed), arrivals)
+        return loop, f"{how}; {done}"
 
     # -- routing by chance -------------------------------------------------------------------------------
 
@@ -327,7 +351,7 @@ class _Setup:
         closed: Callable[[SimulatedBackend], ClosedLoop] | None = None
         traffic: Callable[[], Iterator[Passes]]
         if scenario.batching == "closed":
-            closed, how = self.closed(routing, arrivals)
+            closed, how = self.closed(lambda: routing, arrivals)
             traffic = _none
         else:
             traffic, how = self.composed(routing, arrivals)
@@ -382,7 +406,7 @@ class _Setup:
         )
 
     def closed(
-        self, routing: RoutingModel, arrivals: Arrivals
+        self, routing: Callable[[], RoutingModel | PlayedRoutes], arrivals: Arrivals
     ) -> tuple[Callable[[SimulatedBackend], ClosedLoop], str]:
         """The closed loop of each policy, and what is said about it."""
         scenario = self.scenario
@@ -392,7 +416,7 @@ class _Setup:
         def loop(backend: SimulatedBackend) -> ClosedLoop:
             return ClosedLoop(
                 backend,
-                routing,
+                routing(),
                 arrivals,
                 memory=memory,
                 most_tokens=scenario.most_tokens,

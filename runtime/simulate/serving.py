@@ -16,7 +16,7 @@ the policy makes it take. So a quicker policy has shorter queues, and one that h
 larger batches; passes differ from policy to policy, and only requests can be compared: time to the first
 token, time per further token, and time from arrival to the last one.
 
-A request's routing is drawn for the request, not for the pass, and is the same under every policy.
+A request's routing is its own, not the pass's, and the same under every policy: drawn or recorded (`routes`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, number, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.io import Arrivals
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
+from moeless_opt.runtime.simulate.routes import DrawnRoutes, PlayedRoutes, Routes
 from moeless_opt.runtime.simulate.traffic import Passes, RoutingModel
 
 __all__ = ["ClosedLoop", "Served"]
@@ -94,7 +95,7 @@ class ClosedLoop:
     ----------
     backend : SimulatedBackend
         What serves; asked for its time and for what it holds before every pass.
-    model : RoutingModel
+    model : RoutingModel or PlayedRoutes
         Where tokens go.
     arrivals : Arrivals
         Requests and their lengths.
@@ -111,7 +112,7 @@ class ClosedLoop:
     def __init__(
         self,
         backend: SimulatedBackend,
-        model: RoutingModel,
+        model: RoutingModel | PlayedRoutes,
         arrivals: Arrivals,
         *,
         memory: float | None = None,
@@ -120,18 +121,20 @@ class ClosedLoop:
         until: float | None = None,
         seed: int = 0,
     ) -> None:
-        self.backend, self.model, self.arrivals = backend, model, arrivals
+        self.backend, self.arrivals = backend, arrivals
         self.memory = None if memory is None else number("memory", memory, open_low=True)
         self.most_tokens = whole("most_tokens", most_tokens, low=1)
         self.most_requests = whole("most_requests", most_requests, low=1)
         self.until = np.inf if until is None else number("until", until, open_low=True)
-        self.seed = whole("seed", seed)
-        shape = model.popularity_DLE.shape[1:]
-        expected = (len(backend.bytes_L), backend.experts)
-        if shape != expected:
-            raise ProblemError("routing", f"is for [layers, experts] = {shape}, the backend has {expected}")
         requests = arrivals.requests
-        self._domain_R = model.requests(requests, np.random.default_rng(self.seed))
+        self.routes: Routes = (
+            model if isinstance(model, PlayedRoutes) else DrawnRoutes(model, requests, whole("seed", seed))
+        )
+        expected = (len(backend.bytes_L), backend.experts)
+        if self.routes.shape != expected:
+            raise ProblemError(
+                "routing", f"is for [layers, experts] = {self.routes.shape}, the backend has {expected}"
+            )
         self._first_R = np.full(requests, _NEVER)
         self._end_R = np.full(requests, _NEVER)
         self._start_R = np.full(requests, _NEVER)
@@ -158,11 +161,9 @@ class ClosedLoop:
     def __iter__(self) -> Iterator[Passes]:
         """Make passes until everything is served (or `until` is reached)."""
         arrivals, backend = self.arrivals, self.backend
-        rng = np.random.default_rng((self.seed, 1))
         waiting: deque[int] = deque()
         live: IntArray = np.zeros(0, dtype=np.int64)
         written: IntArray = np.zeros(0, dtype=np.int64)
-        share_RLE = np.zeros((0, *self.model.popularity_DLE.shape[1:]), dtype=np.float32)
         come = 0
         while come < arrivals.requests or waiting or live.size:
             now = backend.now
@@ -174,11 +175,11 @@ class ClosedLoop:
             waiting.extend(range(come, reached))
             come = reached
             new = self._admit(waiting, live)
-            share_RLE = np.concatenate([share_RLE, self._routing(new)])
+            self.routes.enter(new)
             live = np.concatenate([live, new])
             written = np.concatenate([written, np.zeros(len(new), dtype=np.int64)])
             reads_R = written == 0
-            token_R = np.where(reads_R, np.maximum(arrivals.prompt_R[live], 1), 1).astype(np.float64)
+            token_R = np.where(reads_R, np.maximum(arrivals.prompt_R[live], 1), 1)
             self._start_R[new] = now
             self._passes += 1
             self._batches += len(live)
@@ -186,17 +187,18 @@ class ClosedLoop:
             yield Passes(
                 start_B=np.array([now]),
                 weight_B=np.ones(1),
-                tokens_B=token_R.sum(keepdims=True),
+                tokens_B=np.array([float(token_R.sum())]),
                 kv_tokens_B=np.array([float((arrivals.prompt_R[live] + written).sum())]),
                 prefill_B=reads_R.any(keepdims=True),
-                load_BLE=self._loads(token_R, share_RLE, rng),
+                load_BLE=self.routes.load_LE(token_R, written)[None],
             )
             # The pass has run: everybody in it has got a token.
             self._first_R[live[reads_R]] = backend.now
             written = written + 1
             over = written >= arrivals.output_R[live]
             self._end_R[live[over]] = backend.now
-            live, written, share_RLE = live[~over], written[~over], share_RLE[~over]
+            self.routes.stay(~over)
+            live, written = live[~over], written[~over]
 
     def _admit(self, waiting: deque[int], live: IntArray) -> IntArray:
         """Take requests off the queue as far as the limits go; one at least where nothing runs."""
@@ -220,24 +222,6 @@ class ClosedLoop:
             new.append(waiting.popleft())
             tokens, room = tokens + reads, room - needs
         return np.array(new, dtype=np.int64)
-
-    def _routing(self, new: IntArray) -> FloatArray:
-        """The requests' own distributions, whoever is in the batch beside them."""
-        rows = [
-            self.model.distributions(
-                self._domain_R[request : request + 1], np.random.default_rng((self.seed, 2, int(request)))
-            )
-            for request in new
-        ]
-        blank = np.zeros((0, *self.model.popularity_DLE.shape[1:]), dtype=np.float32)
-        return np.concatenate([blank, *rows])
-
-    def _loads(self, token_R: FloatArray, share_RLE: FloatArray, rng: np.random.Generator) -> FloatArray:
-        requests, layers, experts = share_RLE.shape
-        mix_LE = (token_R @ share_RLE.reshape(requests, layers * experts)).reshape(layers, experts)
-        mix_LE = mix_LE / np.maximum(mix_LE.sum(1, keepdims=True), 1e-30)
-        pairs = int(token_R.sum()) * self.model.top_k
-        return rng.multinomial(np.full(layers, pairs), mix_LE)[None].astype(np.float64)
 
     def served(self) -> Served:
         """How the requests have fared until now."""

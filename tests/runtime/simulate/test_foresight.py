@@ -204,7 +204,7 @@ def test_recorded_predictions_are_counted_token_by_token(batching: str, kind: st
     composition = Composition(
         traces=predictions.traces, arrivals=ARRIVALS, batching=batching, stay=0.6, window=4, seed=5
     )
-    recorded = Recorded(predictions, composition, kind, distance)
+    recorded = Recorded(predictions, composition.tokens(), kind, distance)
     for item, passes in zip(composition.tokens(), composition.passes(), strict=True):
         got = recorded(passes)
         want = np.zeros_like(got)
@@ -225,7 +225,7 @@ def test_recorded_predictions_are_counted_token_by_token(batching: str, kind: st
 def test_passes_must_be_those_that_were_composed() -> None:
     predictions = predictions_of(11)
     composition = Composition(traces=predictions.traces, arrivals=ARRIVALS, batching="continuous", window=4)
-    recorded = Recorded(predictions, composition, "gate", 1)
+    recorded = Recorded(predictions, composition.tokens(), "gate", 1)
     (first, *_) = composition.passes()
     with pytest.raises(ProblemError, match="passes"):
         recorded(first.part(0, 2))

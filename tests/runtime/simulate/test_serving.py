@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.io.arrivals import Arrivals
+from moeless_opt.problems.io.arrivals import Arrivals, Lengths
+from moeless_opt.problems.io.traces import TokenTraces, loads_by_step
 from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.runtime.simulate.backend import SimulatedBackend
 from moeless_opt.runtime.simulate.cli import main
 from moeless_opt.runtime.simulate.drive import drive
-from moeless_opt.runtime.simulate.foresight import Assumed
+from moeless_opt.runtime.simulate.foresight import Assumed, Predictions, Recorded
 from moeless_opt.runtime.simulate.policies import POLICIES
+from moeless_opt.runtime.simulate.routes import DrawnRoutes, PlayedRoutes, recorded_lengths
 from moeless_opt.runtime.simulate.serving import ClosedLoop
 from moeless_opt.runtime.simulate.settings import Settings
 from moeless_opt.runtime.simulate.traffic import RoutingModel
@@ -146,7 +148,8 @@ def test_routing_belongs_to_the_request() -> None:
     shares = []
     for most in (1, 8):  # different batches
         loop = ClosedLoop(backend_of(), ROUTING, arrivals, most_requests=most, seed=3)
-        shares.append(loop._routing(np.arange(3)))
+        assert isinstance(loop.routes, DrawnRoutes)
+        shares.append(loop.routes.of(np.arange(3)))
     assert np.array_equal(*shares)
 
 
@@ -166,6 +169,66 @@ def test_every_policy_serves_the_same_requests() -> None:
         assert figures["ended"] == 20, name
         assert 0 <= figures["queued_mean_s"] < figures["first_mean_s"] <= figures["whole_mean_s"]
         assert figures["whole_p99_s"] >= figures["whole_mean_s"]
+
+
+def traces_of(tokens: list[int], prompts: list[int] | None = None) -> TokenTraces:
+    rng = np.random.default_rng(5)
+    chosen = rng.permuted(np.tile(np.arange(4), (sum(tokens), 3, 1)), axis=2)[:, :, :2]
+    return TokenTraces(
+        experts_TLK=chosen,
+        offsets=np.concatenate([[0], np.cumsum(tokens)]),
+        experts=4,
+        prompt_tokens=np.array(prompts or [0] * len(tokens)),
+    )
+
+
+def test_recorded_requests_are_written_token_by_token() -> None:
+    traces = traces_of([6, 4], [2, 1])
+    drawn_R = np.array([1, 0])
+    arrivals, first, _ = recorded_lengths(traces, arrivals_of([0.0, 0.0], [9, 9], [9, 9]), drawn_R, None)
+    assert (arrivals.prompt_R.tolist(), arrivals.output_R.tolist()) == ([1, 2], [4, 5])
+    backend = backend_of()
+    loop = ClosedLoop(backend, PlayedRoutes(traces, drawn_R, first, 0), arrivals)
+    loads = []
+    for passes in loop:
+        loads.append(passes.load_BLE[0])
+        backend.run(passes)
+    rows = [[6, 0, 1], [7, 2], [8, 3], [9, 4], [5]]  # prompts of both, then a token of each
+    assert len(loads) == len(rows)
+    for load_LE, chosen in zip(loads, rows, strict=True):
+        steps = np.zeros(len(chosen), dtype=np.int64)
+        assert np.array_equal(load_LE, loads_by_step(traces, np.array(chosen), steps, 1)[0])
+
+
+def test_prompts_that_are_not_recorded_go_where_their_request_went() -> None:
+    traces = traces_of([3, 5])
+    traces = traces.replace(experts_TLK=np.where(np.arange(8)[:, None, None] < 3, [0, 1], [2, 3])
+                            + np.zeros((8, 3, 1), dtype=np.int64))  # fmt: skip
+    lengths = Lengths(prompt_R=np.array([40, 7]), output_R=np.array([4, 9]))
+    drawn_R = np.array([0])
+    arrivals, first, text = recorded_lengths(traces, arrivals_of([0.0], [1], [1]), drawn_R, lengths)
+    assert (arrivals.prompt_R.tolist(), arrivals.output_R.tolist()) == ([40], [4])
+    assert "1 of the recorded answers are cut" in text  # nine of the second, of which six are known
+    passes = next(iter(ClosedLoop(backend_of(), PlayedRoutes(traces, drawn_R, first, 0), arrivals)))
+    assert passes.load_BLE[0].tolist() == [[40, 40, 0, 0]] * 3
+    with pytest.raises(ProblemError, match="lengths: are of 1 requests, must be of the 2"):
+        recorded_lengths(traces, arrivals, drawn_R, Lengths(prompt_R=np.array([1]), output_R=np.array([1])))
+    halves, _, _ = recorded_lengths(traces, arrivals, np.array([1]), None)
+    assert (halves.prompt_R.tolist(), halves.output_R.tolist()) == ([2], [4])
+
+
+def test_recorded_gates_foresee_the_very_tokens_of_the_closed_loop() -> None:
+    traces = traces_of([6, 4, 5], [2, 1, 3])
+    said = np.repeat(traces.experts_TLK[:, :, None], 2, axis=2)  # what was said is what was chosen
+    predictions = Predictions(traces=traces, said={"chosen_tuned": said})
+    drawn_R = np.array([2, 0, 1])
+    arrivals = arrivals_of([0.0, 0.0, 0.001], [1, 1, 1], [1, 1, 1])
+    arrivals, first, _ = recorded_lengths(traces, arrivals, drawn_R, None)
+    backend, routes = backend_of(), PlayedRoutes(traces, drawn_R, first, 0)
+    foreseen = Recorded(predictions, routes.items(), "tuned", 1)
+    for passes in ClosedLoop(backend, routes, arrivals, most_requests=2):
+        assert np.array_equal(foreseen(passes)[:, 1:], passes.load_BLE[:, 1:])
+        backend.run(passes)
 
 
 def test_it_ends_in_time() -> None:
