@@ -158,8 +158,15 @@ class _Board:
             going.append(taken)
             sources.append(source)
             kinds.append(kind)
-            entry = np.delete(entry, where)
+            entry = np.delete(entry, where) if self.topology.nodes > 1 else self._open(entry, busy_in, fresh)
+            if not entry.size:
+                break
         return self._carry_out(np.concatenate(going), np.concatenate(sources), np.concatenate(kinds))
+
+    def _open(self, entry: IntArray, busy_in: BoolArray, count: IntArray) -> IntArray:
+        """Entries on one node that can still be served in this step: those whose port is free."""
+        port = np.where(count[self.kind[entry]] == 0, _FROM_HOST, _INTRA)
+        return entry[~busy_in[port, self.gpu[entry]]]
 
     def _look(
         self, entry: IntArray, busy_out: BoolArray, busy_in: BoolArray, count: IntArray, attempt: int
@@ -171,13 +178,20 @@ class _Board:
         seen = int(min(have.max(initial=1), _SEEN))
         place = (np.arange(max(seen, 1)) + (target + attempt)[:, None]) % np.maximum(have, 1)[:, None]
         source = self.copy_gpu[np.minimum(self.first[kind][:, None] + place, len(self.copy_gpu) - 1)]
+        rows, from_host = np.arange(len(entry)), have == 0
+        if self.topology.nodes == 1:
+            free = ~busy_out[_INTRA, source] & ~busy_in[_INTRA, target][:, None]
+            best = free.argmax(axis=1)
+            return _Match(
+                source=np.where(from_host, HOST, source[rows, best]),
+                kind=np.where(from_host, _FROM_HOST, _INTRA),
+                can=np.where(from_host, ~busy_in[_FROM_HOST, target], free[rows, best]),
+            )
         own = node_G[source] == node_G[target][:, None]
         port = np.where(own, _INTRA, _INTER)
         free = ~busy_out[port, source] & ~busy_in[port, target[:, None]]
         free &= own | ~own.any(axis=1, keepdims=True)  # better wait for the own node than cross
         best = (2 * free + own).argmax(axis=1)
-        rows = np.arange(len(entry))
-        from_host = have == 0
         return _Match(
             source=np.where(from_host, HOST, source[rows, best]),
             kind=np.where(from_host, _FROM_HOST, port[rows, best]),
