@@ -123,7 +123,7 @@ def forecast_next(
     Returns
     -------
     NextWindow
-        Its loads have as many tokens in each layer as the last window.
+        Its loads have as many tokens in each layer as the last window in which it had any.
 
     Examples
     --------
@@ -144,7 +144,11 @@ def forecast_next(
     share_TLE = np.concatenate([share_LE[None], np.maximum(share_LE + kept, 0.0)])
     share_TLE /= share_TLE.sum(2, keepdims=True)
     layers = {"layers": loads.layers, "skipped": loads.skipped} if isinstance(loads, Loads) else {}
-    total_L1 = load_TLE[-1].sum(1, keepdims=True)
+    total_TL = load_TLE.sum(2)
+    last_L = (
+        len(total_TL) - 1 - (total_TL[::-1] > 0).argmax(0)
+    )  # the newest window, too, of a layer without any
+    total_L1 = np.take_along_axis(total_TL, last_L[None], 0).T
     return NextWindow(
         loads=Loads(load_TLE=share_TLE * total_L1, **layers),  # type: ignore[arg-type]
         chosen=chosen,

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from moeless_opt.cli import main
+from moeless_opt.runtime.predict import cli as forecast
 from moeless_opt.runtime.serve import cli as serve
 from moeless_opt.runtime.simulate import advise_cli as advise
 from moeless_opt.runtime.simulate import cli as simulate
@@ -80,6 +81,8 @@ def test_commands_print_what_the_page_says(page: Path, tmp_path: Path, monkeypat
                     serve._parser().parse_args(shlex.split(command)[1:])
                 elif command.startswith("moeless-advise"):
                     advise._parser().parse_args(shlex.split(command)[1:])
+                elif command.startswith("moeless-forecast"):
+                    forecast._parser().parse_args(shlex.split(command)[1:])
                 else:
                     simulate._parser().parse_args(shlex.split(command)[1:])
         elif body.startswith(SHOWN):
