@@ -116,7 +116,7 @@ class Fleet:
         self._over = threading.Event()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._deciding = threading.Lock()
+        self._deciding = threading.RLock()
         self._ready: dict[int, dict[str, Any]] = {}
         self._reports: dict[int, dict[str, Any]] = {}
         self._group: dict[str, Any] = {}
@@ -671,12 +671,14 @@ class Fleet:
         for name in changes:
             if name not in known:
                 raise ProblemError(name, f"is no setting; there are {', '.join(sorted(known))}")
-        wanted = replace(self.planning(), **changes)
-        with self._lock:
-            if not self._ready or self._closed:
-                raise EngineStoppedError("nothing is served")
-            self._check(wanted)
-        self._ask("planning", wanted)
+        with self._deciding:  # who changes one setting undoes nobody's change of another
+            with self._lock:
+                if not self._ready or self._closed:
+                    raise EngineStoppedError("nothing is served")
+                under_way = [content for _, kind, content in self._orders if kind == "planning"]
+                wanted = replace(under_way[-1] if under_way else self.planning(), **changes)
+                self._check(wanted)
+            self._ask("planning", wanted)
         return wanted
 
     def _ask(self, kind: str, content: Any, timeout: float = 30.0) -> PlanEvent:

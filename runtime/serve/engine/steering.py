@@ -555,7 +555,7 @@ class Steering:
     def wake(self) -> None:
         """Traffic is back: what served the last traffic is the best guess for the next."""
         before, self._asleep = self._asleep, None
-        if before is not None and not self.planning.paused and self.planning.policy != "static":
+        if before is not None:
             try:
                 self.applied(before, "plan")
             except RankLostError:

@@ -195,6 +195,12 @@ def test_a_restart_begins_from_the_last_plan(tmp_path: Path) -> None:
         until(lambda: any(e.kind == "plan" for e in engine.status().events))  # and all are back
         assert [e.kind for e in engine.status().events][:3] == ["settings", "restored", "idle"]
         assert engine.planning().every == 7
+        # What was sent is not lost with the traffic, also where nobody plans.
+        engine.set_planning(policy="static", idle_after=0.5)
+        engine.apply({"slots": slots.tolist()})
+        until(lambda: engine.status().replicas_LE.sum() == 6 * 16)
+        Round(engine, "static", 4).tokens()
+        until(lambda: engine.status().replicas_LE.sum() == 6 * 18)
         assert engine.set_planning(idle_after=None, policy="static").policy == "static"
     finally:
         engine.close()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +16,8 @@ from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import Plan, check_slots
 from moeless_opt.problems.spec import Topology
 from moeless_opt.runtime.control import Controller, Planner
-from moeless_opt.runtime.serve import Planning, Sampling, ServeRequest
-from moeless_opt.runtime.serve.engine import EngineOptions
+from moeless_opt.runtime.serve import PlanEvent, Planning, Sampling, ServeRequest
+from moeless_opt.runtime.serve.engine import EngineOptions, Fleet
 from moeless_opt.runtime.serve.engine.channel import queue_channels
 from moeless_opt.runtime.serve.engine.restarts import Restarts
 from moeless_opt.runtime.serve.engine.state import ServeState, read_state, slots_for, write_state
@@ -134,6 +138,51 @@ def test_a_state_that_cannot_be_used_is_said_and_left(
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], field: str) -> None:
     with pytest.raises(ProblemError, match=f"^{field}"):
         check_planning(Planning(**settings), 16, 2, 1000)  # type: ignore[arg-type]
+
+
+def test_who_changes_one_setting_undoes_nobodys_change_of_another() -> None:
+    engine, (front, _) = Fleet(EngineOptions()), queue_channels()
+    fleet: Any = engine
+    fleet._crew, fleet._ready, fleet._alive = (
+        SimpleNamespace(channels=[front]),
+        {0: {"expert_bytes": [1]}},
+        [1],
+    )
+
+    def ask(**change: Any) -> threading.Thread:
+        asker = threading.Thread(target=engine.set_planning, kwargs=change, daemon=True)
+        asker.start()
+        return asker
+
+    def ordered(number: int) -> Planning:
+        end = time.monotonic() + 30
+        while fleet._ordered < number:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return next(planning for order, _, planning in fleet._orders if order == number)
+
+    def carry_out(number: int) -> None:
+        planning = ordered(number)
+        event = PlanEvent(number=number, at=0.0, passes=0, kind="settings")
+        told = {"events": [], "answers": [(number, event)], "carried_out": number, "planning": planning}
+        with fleet._changed:
+            fleet._heard(told)
+            fleet._changed.notify_all()
+
+    askers = [ask(every=7), ask(policy="static")]
+    time.sleep(0.2)  # both have asked before either is answered
+    carry_out(1)
+    carry_out(2)
+    assert engine.planning() == Planning(every=7, policy="static")
+    # An order that nobody waits for any more is carried out all the same, once the ranks can.
+    fleet._order("planning", Planning(every=9))
+    askers.append(ask(policy="eplb"))
+    assert ordered(4) == Planning(every=9, policy="eplb")
+    carry_out(4)
+    for asker in askers:
+        asker.join(30)
+        assert not asker.is_alive()
+    assert engine.planning() == Planning(every=9, policy="eplb")
 
 
 @pytest.mark.slow
