@@ -676,7 +676,7 @@ class Fleet:
                 if not self._ready or self._closed:
                     raise EngineStoppedError("nothing is served")
                 under_way = [content for _, kind, content in self._orders if kind == "planning"]
-                wanted = replace(under_way[-1] if under_way else self.planning(), **changes)
+                wanted: Planning = replace(under_way[-1] if under_way else self.planning(), **changes)
                 self._check(wanted)
             self._ask("planning", wanted)
         return wanted
