@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.solvers.limits.rules import Rules
 
@@ -31,7 +31,12 @@ _NEW = 1 << 20
 """Cost of a pair that is not there, beside the order of the GPUs by load."""
 
 
-def needed_EG(rules: Rules, there_EG: BoolArray, time_G: FloatArray | None = None) -> BoolArray:
+def needed_EG(
+    rules: Rules,
+    there_EG: BoolArray,
+    time_G: FloatArray | None = None,
+    arrived_G: IntArray | None = None,
+) -> BoolArray:
     """Replicas that suffice for all that must be, as few of them new as possible, shape [E, G].
 
     Parameters
@@ -42,25 +47,17 @@ def needed_EG(rules: Rules, there_EG: BoolArray, time_G: FloatArray | None = Non
         What is there already.
     time_G : array of float, shape [G], optional
         How busy the GPUs are: of equally good ones the least busy are taken.
+    arrived_G : array of int, shape [G], optional
+        Replicas that come to each GPU anyway: the new ones go where fewest come, not to the least busy.
 
     Raises
     ------
     InfeasibleError
         If no placement obeys.
     """
-    pinned_EG, allowed_EG, capacity_G = rules.pinned_EG, rules.allowed_EG, rules.capacity_G
-    room_G = capacity_G - pinned_EG.sum(0)
-    if (room_G < 0).any():
-        gpu = int(room_G.argmin())
-        raise InfeasibleError(
-            f"limits.pinned: layer {rules.number}, GPU {gpu} has {capacity_G[gpu]} slots, "
-            "more experts are pinned to it"
-        )
-    if rules.least_E.sum() > rules.total:
-        raise InfeasibleError(
-            f"limits: layer {rules.number}: its experts need {rules.least_E.sum()} replicas, "
-            f"{rules.total} are allowed"
-        )
+    pinned_EG, allowed_EG = rules.pinned_EG, rules.allowed_EG
+    room_G = rules.capacity_G - pinned_EG.sum(0)
+    _check_fit(rules, room_G)
     experts, gpus = allowed_EG.shape
     domains = int(rules.domain_G.max(initial=0)) + 1
     rank_G = np.zeros(gpus, dtype=np.int64)
@@ -73,6 +70,14 @@ def needed_EG(rules: Rules, there_EG: BoolArray, time_G: FloatArray | None = Non
     heads = [1 + g_P, np.zeros(gpus, dtype=np.int64)]
     caps = [np.ones(len(e_P), dtype=np.int64), room_G]
     costs = [np.where(there_EG[e_P, g_P], 0, _NEW + rank_G[g_P]), np.zeros(gpus, dtype=np.int64)]
+    if arrived_G is not None:
+        # What is new reaches its GPU through a node of its own, the dearer the more come.
+        door = rest + experts
+        heads[0] = np.where(there_EG[e_P, g_P], 1 + g_P, door + g_P)
+        costs[0] = np.where(there_EG[e_P, g_P], 0, _NEW)
+        g_D, cost_D = _doors(room_G, arrived_G + (pinned_EG & ~there_EG).sum(0))
+        tails, heads = [*tails, door + g_D], [*heads, 1 + g_D]
+        caps, costs = [*caps, np.ones_like(g_D)], [*costs, cost_D]
     e_D, d_D = (index.ravel() for index in np.indices((experts, domains)))
     pinned_in_ED = rules.domains_ED(pinned_EG)
     for start, cap_D in (
@@ -99,6 +104,28 @@ def needed_EG(rules: Rules, there_EG: BoolArray, time_G: FloatArray | None = Non
     return held_EG
 
 
+def _check_fit(rules: Rules, room_G: IntArray) -> None:
+    """Refuse pins that leave a GPU less room than none, and more replicas than may be."""
+    if (room_G < 0).any():
+        gpu = int(room_G.argmin())
+        raise InfeasibleError(
+            f"limits.pinned: layer {rules.number}, GPU {gpu} has {rules.capacity_G[gpu]} slots, "
+            "more experts are pinned to it"
+        )
+    if rules.least_E.sum() > rules.total:
+        raise InfeasibleError(
+            f"limits: layer {rules.number}: its experts need {rules.least_E.sum()} replicas, "
+            f"{rules.total} are allowed"
+        )
+
+
+def _doors(room_G: IntArray, arrived_G: IntArray) -> tuple[IntArray, IntArray]:
+    """GPU and cost of each replica that may come: the dearer the more have come before it."""
+    g_D = np.repeat(np.arange(len(room_G)), room_G)
+    turn_D = np.arange(len(g_D)) - np.repeat(np.cumsum(room_G) - room_G, room_G)
+    return g_D, arrived_G[g_D] + turn_D
+
+
 def _wanted(rules: Rules) -> tuple[np.ndarray, np.ndarray]:
     """Domains that each expert's pins do not reach yet, and replicas that it needs beyond those, [E] each."""
     reach_E = np.maximum(rules.spread_E - rules.reach_E(rules.pinned_EG), 0)
@@ -106,7 +133,11 @@ def _wanted(rules: Rules) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mended_within(
-    rules: Rules, load_E: FloatArray, content: Sequence[Sequence[int]], speed_G: FloatArray
+    rules: Rules,
+    load_E: FloatArray,
+    content: Sequence[Sequence[int]],
+    speed_G: FloatArray,
+    arrived_G: IntArray | None = None,
 ) -> list[list[int]]:
     """Contents that obey the rules with as few new replicas as any; what else is there stays as it fits.
 
@@ -120,6 +151,8 @@ def mended_within(
         Experts on each GPU.
     speed_G : array of float, shape [G]
         Relative speeds.
+    arrived_G : array of int, shape [G], optional
+        See `needed_EG`.
 
     Returns
     -------
@@ -137,7 +170,7 @@ def mended_within(
     if rules.keeps(there_EG):
         return [list(row) for row in content]
     piece_E = load_E / np.maximum(there_EG.sum(1), 1)
-    held_EG = needed_EG(rules, there_EG, piece_E @ there_EG / speed_G)
+    held_EG = needed_EG(rules, there_EG, piece_E @ there_EG / speed_G, arrived_G)
     count_E, used_G = held_EG.sum(1), held_EG.sum(0)
     left = rules.total - int(count_E.sum())
     rest = np.argwhere(there_EG & rules.allowed_EG & ~held_EG)

@@ -19,9 +19,9 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.spec import Fill, Problem, replica_counts
-from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, in_entries, keeps_limits
+from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, in_entries, keeps_limits, only_moves
 from moeless_opt.solvers.limits import full_within, mended_within, rules_of
-from moeless_opt.solvers.replan.live import broken_moves, live_slots
+from moeless_opt.solvers.replan.live import broken_moves, layer_moves, live_slots
 from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["Cover", "covered"]
@@ -102,8 +102,12 @@ class Cover(Heuristic):
         broken_L = ~keeps_limits(problem, slots_LGC, tied=False)
         if broken_L.any():
             slots_LGC = _within(problem, live_LGC, slots_LGC, np.flatnonzero(broken_L))
-        if problem.fill != Fill.NONE:
-            slots_LGC = full_within(problem, slots_LGC)
+        slots_LGC = _full(problem, live_LGC, slots_LGC)
+        if (
+            problem.limits.bounds_moves
+            and broken_moves(problem, slots_LGC, live_LGC)[0] == "max_move_seconds"
+        ):
+            slots_LGC = _full(problem, live_LGC, _quick(problem, live_LGC))
         _check_moves(problem, slots_LGC, live_LGC)
         share_LGC = in_entries(problem, problem.load_LE, slots_LGC, best_shares(problem, slots_LGC))
         return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
@@ -121,13 +125,47 @@ def _within(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, rows: I
     return slots_LGC
 
 
+def _full(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray) -> SlotArray:
+    """Coverage with full slots where `fill` asks for them, by the fewest further moves."""
+    if problem.fill == Fill.NONE:
+        return slots_LGC
+    limits = problem.limits
+    # Whoever fills slots minds the moves first where they are bounded.
+    few = problem.replace(limits=limits.replace(max_moves=int(problem.capacity_LG.sum())))
+    full_LGC = full_within(few, slots_LGC)
+    if limits == only_moves(limits) or not (live_LGC >= 0).any():
+        return full_LGC
+    # Coverage may have dropped what a full layer can keep.
+    direct_LGC = full_within(few, live_LGC)
+    fewer_L = layer_moves(problem, direct_LGC, live_LGC) < layer_moves(problem, full_LGC, live_LGC)
+    return np.where(fewer_L[:, None, None], direct_LGC, full_LGC)
+
+
+def _quick(problem: Problem, live_LGC: SlotArray) -> SlotArray:
+    """Coverage by the fewest moves, spread over the GPUs that receive them; large replicas first."""
+    slots_LGC, rules, speed_G = np.full_like(live_LGC, -1), rules_of(problem), problem.topology.speed_G
+    size_L = np.maximum(problem.bytes_L, 1)
+    come_G = np.zeros(problem.topology.gpus, dtype=np.int64)
+    for row in np.argsort(-size_L, kind="stable").tolist():
+        content = [[e for e in held if e >= 0] for held in live_LGC[row].tolist()]
+        found = mended_within(rules[row], problem.load_LE[row], content, speed_G, come_G // size_L[row])
+        for gpu, held in enumerate(found):
+            slots_LGC[row, gpu, : len(held)] = held
+            come_G[gpu] += size_L[row] * len(set(held).difference(content[gpu]))
+    return slots_LGC
+
+
 def _check_moves(problem: Problem, slots_LGC: SlotArray, live_LGC: SlotArray) -> None:
-    """Refuse where fewer may move than must."""
+    """Refuse where fewer may move than must, or coverage takes longer than may be."""
     limits = problem.limits
     if not limits.bounds_moves:
         return
     name, used = broken_moves(problem, slots_LGC, live_LGC)
-    if name:
-        raise InfeasibleError(
-            f"limits.{name}: is {getattr(limits, name)}; {used:.9g} are needed to give every expert a replica"
-        )
+    if not name:
+        return
+    # More moves over other links may be sooner still: of seconds that is all that is known.
+    if name == "max_move_seconds":
+        takes = f"the coverage with the fewest moves that was found takes {used:.9g}"
+    else:
+        takes = f"{used:.9g} are needed to give every expert a replica"
+    raise InfeasibleError(f"limits.{name}: is {getattr(limits, name)}; {takes}")
