@@ -456,8 +456,10 @@ def warm_up() -> bool:
     from moeless_opt.solvers.pack import fast
     from moeless_opt.solvers.replan import warm_equal
     from moeless_opt.solvers.shares import warm_entries
+    from moeless_opt.solvers.timed import warm_timed
 
-    return fast.warm() and warm_equal() and warm_entries() and warm_nearest() and warm_locality()
+    warm = (fast.warm, warm_equal, warm_entries, warm_nearest, warm_locality, warm_timed)
+    return all(one() for one in warm)
 
 
 def recommend_redundancy(

@@ -20,7 +20,7 @@ from moeless_opt.problems.plan.verify import check_slots, verify
 from moeless_opt.problems.spec import Loads, ModelSpec, Placement, Problem, TimeModel, Topology
 from moeless_opt.solvers.core import Clock
 from moeless_opt.solvers.core.finish import Built, finish
-from moeless_opt.solvers.timed import timed_plan
+from moeless_opt.solvers.timed import timed_plan, warm_timed
 
 __all__ = ["LayerPlanner"]
 
@@ -75,10 +75,7 @@ class LayerPlanner:
         links = topology.links
         slowest = links.inter_node if topology.nodes > 1 else links.intra_node
         self.load_G: FloatArray = np.full(topology.gpus, links.latency + model.expert_bytes / slowest)
-        # Compiled kernels load (or compile) now, not in front of the first batch.
-        one = np.ones((1, 1))
-        slots = np.zeros((1, 1, 1), dtype=np.int32)
-        timed_plan(one, slots, one.astype(np.int64), one[0], self.table, load_G=one[0], kicks=0)
+        warm_timed()  # compiled kernels load (or compile) now, not in front of the first batch
 
     def plan_by(self, time: TimeModel) -> None:
         """Plan by these times from now on: what was learnt since (see `learnt_times`), in seconds."""

@@ -23,15 +23,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan import TimeTable
-from moeless_opt.problems.spec import held_LGE
+from moeless_opt.problems.spec import TimeModel, held_LGE
 from moeless_opt.solvers.core import Stop
+from moeless_opt.solvers.pack import fast
 
-__all__ = ["Timed", "kicks_for", "timed_plan", "timed_shares"]
+__all__ = ["Timed", "kicks_for", "timed_plan", "timed_shares", "warm_timed"]
 
 UNWATCHED = 50_000  # rows x experts x GPUs x descents that are done sooner than a watcher is there
 EVERY = 0.01  # seconds between questions to `stop`
@@ -88,27 +90,40 @@ def _search(
     kicks = kicks_for(experts) if kicks is None else kicks
     load_G, lead_R, price_R = (np.zeros(len(speed_G)), None, None) if loading is None else loading
     costs = kernels.Costs(
-        speed_G=np.ascontiguousarray(speed_G, dtype=np.float64),
-        load_G=load_G,
+        speed_G=_plain(speed_G),
+        load_G=_plain(load_G),
         may_load=loading is not None,
-        knot_K=table.knot_K,
-        table_AK=table.table_AK,
+        knot_K=_plain(table.knot_K),
+        table_AK=_plain(table.table_AK),
         halt=np.zeros(1, dtype=np.int64),
     )
     with _watched(stop if y_REG.size * (1 + kicks) > UNWATCHED else None, costs.halt):
         kernels.rows(
             costs,
-            np.ascontiguousarray(load_RE, dtype=np.float64),
-            np.ascontiguousarray(held_REG),
-            np.ascontiguousarray(room_RG, dtype=np.int64),
-            none_R if lead_R is None else lead_R,
-            none_R if price_R is None else price_R,
+            _plain(load_RE),
+            _plain(held_REG, np.bool_),
+            _plain(room_RG, np.int64),
+            none_R if lead_R is None else _plain(lead_R),
+            none_R if price_R is None else _plain(price_R),
             kicks,
-            np.zeros((1, 0, 0)) if start_LEG is None else start_LEG,
+            np.zeros((1, 0, 0)) if start_LEG is None else _plain(start_LEG),
             y_REG,
             value_R,
         )
     return y_REG, value_R
+
+
+def _plain(array: Any, dtype: Any = np.float64) -> Any:
+    """As the kernels take it: for arrays of another kind, read-only ones too, they would be compiled anew."""
+    return np.require(array, dtype, ["C", "W"])
+
+
+def warm_timed() -> bool:
+    """Compile or load the kernels; returns whether they are compiled (whether Numba is there)."""
+    one, slots = np.ones((1, 1)), np.zeros((1, 1, 1), dtype=np.int32)
+    table = TimeTable.of(TimeModel(), 1)
+    timed_plan(one, slots, one.astype(np.int64), one[0], table, load_G=one[0], kicks=0)
+    return fast.available()
 
 
 @contextmanager
@@ -256,9 +271,9 @@ def timed_plan(
 
     layers, experts = load_LE.shape
     held_LEG = np.ascontiguousarray(held_LGE(live_LGC, experts).transpose(0, 2, 1))
-    room_LG = np.array(capacity_LG, dtype=np.int64)
+    room_LG = np.array(capacity_LG, dtype=np.int64, order="C")  # slots that homes take are taken off
     home_LE = np.empty((layers, experts), dtype=np.int64)
-    kernels.reserve(load_LE, held_LEG, room_LG, home_LE)
+    kernels.reserve(_plain(load_LE), held_LEG, room_LG, home_LE)
     y_LEG, value_L = _search(
         load_LE,
         held_LEG,

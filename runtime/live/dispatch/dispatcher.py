@@ -237,7 +237,8 @@ class SlotDispatcher:
             raise ProblemError("valid", f"marks {self.valid.numel()} tokens, the batch has {n_tokens}")
         if self.valid is not None and self.skip_invalid:
             expert_Tk = torch.where(self.valid[:, None], expert_Tk, self.experts)
-        self._sorted_here = self.group.size == 1 and not x_TH.is_cuda and self.row_block == 1
+        here = self.group.size == 1 and not x_TH.is_cuda and self._there is None
+        self._sorted_here = here and self.row_block == 1
         if self._sorted_here:
             return self._prepare_here(x_TH, expert_Tk, prob_Tk)
         flat = expert_Tk.reshape(-1)

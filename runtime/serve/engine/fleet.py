@@ -35,6 +35,7 @@ from moeless_opt.runtime.serve.engine.launch import (
     Crew,
     Hiring,
     launched_from_outside,
+    prepare,
     serve_rank,
     start_crew,
 )
@@ -227,6 +228,8 @@ class Fleet:
             log.warning("the settings in %s are not used: %s", self.options.state, error)
         else:
             self._planning = state.planning
+            if len(self._alive) > 1:
+                prepare(state.planning)
             self._order("planning", state.planning)
         if len(self._alive) > 1:
             slots_LGC = slots_for(state, len(self._alive), self._planning.slots)
@@ -671,6 +674,12 @@ class Fleet:
         for name in changes:
             if name not in known:
                 raise ProblemError(name, f"is no setting; there are {', '.join(sorted(known))}")
+        with self._lock:
+            several = sum(self._alive) > 1
+            if several:
+                self._check(asked := replace(self.planning(), **changes))
+        if several:
+            prepare(asked)  # nobody waits for this who asks for something else
         with self._deciding:  # who changes one setting undoes nobody's change of another
             with self._lock:
                 if not self._ready or self._closed:

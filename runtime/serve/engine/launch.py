@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import pickle
 import secrets
@@ -18,6 +19,7 @@ from multiprocessing.connection import Client, Listener
 from typing import Any
 
 from moeless_opt.problems.errors import MoelessError, ProblemError
+from moeless_opt.runtime.serve import Planning
 from moeless_opt.runtime.serve.engine.channel import (
     Channel,
     ChannelClosedError,
@@ -28,12 +30,15 @@ from moeless_opt.runtime.serve.engine.channel import (
 from moeless_opt.runtime.serve.engine.models import ServedFacts, facts_of
 from moeless_opt.runtime.serve.engine.options import EngineOptions
 
-__all__ = ["Crew", "launched_from_outside", "serve_rank", "start_crew"]
+__all__ = ["Crew", "launched_from_outside", "prepare", "serve_rank", "start_crew"]
 
 #: Seconds for a rank to load and to report.
 START = 600.0
 #: Where the ranks of a launcher find the front.
 PLACE = "moeless/serve/front"
+_COMPILE = (
+    "import sys; sys.path[:] = sys.argv[1:]; from moeless_opt.solvers.timed import warm_timed; warm_timed()"
+)
 
 
 def launched_from_outside(environment: Mapping[str, str] | None = None) -> tuple[int, int] | None:
@@ -133,6 +138,20 @@ def _work(
         raise
     finally:
         channel.close()
+
+
+def prepare(planning: Planning) -> None:
+    """Have a planner's kernels compiled, by a process beside what serves; Numba's cache keeps them.
+
+    Else all ranks would do that at the same time, and nothing would be served for as long.
+    """
+    if planning.policy == "per-layer" and not planning.paused:
+        _compile()
+
+
+@functools.cache
+def _compile() -> None:
+    subprocess.run([sys.executable, "-c", _COMPILE, *sys.path], check=False, stdin=subprocess.DEVNULL)
 
 
 # -- processes of its own --------------------------------------------------------------------------
@@ -277,6 +296,7 @@ def _spawn(options: EngineOptions) -> Crew:
     try:
         for rank in ranks:
             hiring.start(rank)
+        prepare(options.planning)
         channels = hiring.arrived(ranks)
     except BaseException:
         hiring.kill()

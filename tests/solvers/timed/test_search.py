@@ -20,7 +20,7 @@ from moeless_opt.problems.plan.time_bounds import TimeTable, timed_bound
 from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.solvers.core.stopping import NeverStop
-from moeless_opt.solvers.timed.search import timed_plan, timed_shares
+from moeless_opt.solvers.timed.search import timed_plan, timed_shares, warm_timed
 from tests.oracles.least_time import least_time
 
 CURVE = TimeModel(
@@ -177,7 +177,7 @@ sys.path.insert(0, {root!r})
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.problems.spec.placement import contiguous
 from moeless_opt.problems.plan.time_bounds import TimeTable
-from moeless_opt.solvers.timed.search import timed_plan, timed_shares
+from moeless_opt.solvers.timed.search import timed_plan, timed_shares, warm_timed
 rng = np.random.default_rng(3)
 load = np.floor(rng.lognormal(4, 1.2, (3, 10)))
 capacity, speed = np.full((3, 4), 4), np.array([1.0, 1, 2, 0.5])
@@ -238,3 +238,21 @@ def test_a_search_is_told_to_stop_in_its_midst() -> None:
     )
     np.testing.assert_array_equal(still.slots_LGC, watched.slots_LGC)
     np.testing.assert_array_equal(still.share_LGC, watched.share_LGC)
+
+
+def test_one_compiled_form_serves_all_kinds_of_arrays() -> None:
+    """Read-only, narrow and strided arrays compile nothing anew, which takes seconds in a forward pass."""
+    if not warm_timed():
+        pytest.skip("Numba is not installed")
+    from moeless_opt.solvers.timed import _kernels
+
+    table = TimeTable.of(TimeModel(), 3)
+    load_LE = np.arange(1.0, 9.0, dtype=np.float32).reshape(4, 2).T
+    slots_LGC = np.array([[[0, 1], [2, 3]]] * 2, dtype=np.int32)
+    speed_G = np.ones(2)
+    for array in (load_LE, slots_LGC, speed_G):
+        array.setflags(write=False)
+    capacity_LG = np.full((2, 2), 3, dtype=np.int32)
+    found = timed_plan(load_LE, slots_LGC, capacity_LG, speed_G, table, load_G=speed_G, lead_L=speed_G)
+    timed_shares(load_LE, found.slots_LGC, speed_G, table, start_LGC=found.share_LGC)
+    assert len(_kernels.rows.signatures) == len(_kernels.reserve.signatures) == 1
