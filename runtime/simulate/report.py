@@ -88,8 +88,10 @@ class SimRow(TypedDict):
 
     ``mean_ms``, ``p99_ms``, ``wait_ms`` are of a MoE layer in one pass; ``quantiles_ms`` its latency at equal
     steps of the distribution function; ``held`` and ``moved_per_pass`` count replicas; ``cost`` is in GB*s by
-    charging rule; ``foreseen`` is the total-variation distance of predicted from actual loads (``_ahead``:
-    over the layers that an earlier one foresees, ``_L``: by layer); ``requests`` is of the closed loop;
+    charging rule; ``peak_GB`` is the most that the experts of a GPU took, replicas on their way included, and
+    ``room_GB`` what a GPU has for experts and the KV cache; ``foreseen`` is the total-variation distance of
+    predicted from actual loads (``_ahead``: over the layers that an earlier one foresees, ``_L``: by layer);
+    ``requests`` is of the closed loop;
     ``plan_ms`` and ``seconds`` are of the machine at hand.
     """
 
@@ -103,6 +105,8 @@ class SimRow(TypedDict):
     held: float
     moved_per_pass: float
     moved_GB: float
+    peak_GB: float
+    room_GB: float
     busy: float
     cost: dict[str, float]
     plan_ms: float

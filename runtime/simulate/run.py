@@ -99,8 +99,20 @@ class Simulation:
             line += [_cost(row, baseline, rule) for rule in RULES]
             line += ["" if row["foreseen"] is None else f"{row['foreseen']:.4f}", f"{row['plan_ms']:.1f}"]
             cells.append(line)
-        text = table(head, cells, words_last=False)
+        text = "\n".join([table(head, cells, words_last=False), *self._beyond()])
         return text if self.rows[0]["requests"] is None else f"{text}\n\n{self._requests()}"
+
+    def _beyond(self) -> list[str]:
+        """The policies that need more memory than there is while replicas change, if there are any."""
+        beyond = [
+            f"{row['policy']} {row['peak_GB']:.1f} GB" for row in self.rows if row["peak_GB"] > row["room_GB"]
+        ]
+        if not beyond:
+            return []
+        return [
+            f"does not fit while replicas change: {', '.join(beyond)} of experts on one GPU, replicas on "
+            f"their way included; there are {self.rows[0]['room_GB']:.1f} GB for experts and the KV cache"
+        ]
 
     def _requests(self) -> str:
         """Latency of requests in the closed loop: mean and 99th percentile."""
@@ -241,6 +253,8 @@ def _run(policy: Policy, here: Scene, scenario: Scenario, progress: Told | None)
         raise ProblemError("seconds", f"is {scenario.seconds:g}, which is too short for a single pass")
     return {
         **_figures(run, report),
+        "peak_GB": float(run.backend.memory().peak_G.max()) / 1e9,
+        "room_GB": here.room / 1e9,
         **_foreseen(foresight, scenario.distance),
         "requests": None if loop is None else loop.served().figures(),
         "seconds": time.monotonic() - began,

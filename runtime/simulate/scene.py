@@ -79,6 +79,8 @@ class Scene:
         Where token traces are played, see `foresight.foreseer`.
     closed : callable, optional
         Makes the closed loop over a backend, in place of `traffic`.
+    room : float
+        Bytes of a GPU for experts and the KV cache.
     """
 
     machine: Machine
@@ -91,6 +93,7 @@ class Scene:
     predictions: Predictions | None = None
     learnt: IntArray | None = None
     closed: Callable[[SimulatedBackend], ClosedLoop] | None = None
+    room: float = np.inf
 
 
 def scene(scenario: Scenario) -> Scene:
@@ -150,7 +153,10 @@ class _Setup:
         )
         made = self.played if scenario.played else self.generated
         found = made(machine, topology, arrivals, text)
-        return replace(found, traffic=lambda: _fitting(found.traffic(), room, topology))
+        traffic = found.traffic
+        return replace(
+            found, traffic=lambda: _fitting(traffic(), room, topology), room=room.memory - room.others
+        )
 
     def place(self) -> tuple[Topology, Machine, Room]:
         """The machine: as given, or with slots; by default one more than static needs, where that fits."""

@@ -313,6 +313,17 @@ def test_figures_stay(name: str) -> None:
         assert found[policy] == pytest.approx(figures, rel=1e-6), policy
 
 
+def test_what_needs_more_memory_than_there_is_while_replicas_change_is_told() -> None:
+    scenario = Scenario(model="Llama-4-Scout", seconds=10, policies=("static", "eplb"))
+    found = simulate(scenario)
+    static, eplb = found.rows
+    assert static["peak_GB"] < static["room_GB"] < eplb["peak_GB"]
+    last = found.table().splitlines()[-1]
+    assert last.startswith(f"does not fit while replicas change: eplb {eplb['peak_GB']:.1f} GB")
+    assert "static" not in last
+    assert "does not fit" not in simulate(scenario.replace(memory=100.0, spare=0)).table()
+
+
 # -------------------------------------------------------------------------------------------- policies
 
 
