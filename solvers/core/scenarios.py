@@ -153,7 +153,13 @@ def guises(problem: Problem) -> Iterator[Problem]:
             by_node = None
             if problem.split == "nearest" and loads.load_TLNE is not None:
                 by_node = (problem.source_parts(t) * load_LE[:, None, :])[None]
-            one = Loads(load_TLE=load_LE[None], layers=loads.layers, skipped=loads.skipped, load_TLNE=by_node)
+            one = Loads(
+                load_TLE=load_LE[None],
+                layers=loads.layers,
+                skipped=loads.skipped,
+                load_TLNE=by_node,
+                flow_LEE=loads.flow_LEE,
+            )
             yield problem.replace(loads=one, known=None, limits=limits)
 
 

@@ -202,7 +202,7 @@ class Replan(Heuristic):
 
     def build(self, task: Task[ReplanOptions]) -> Built:
         """Re-plan within the limits; with a horizon, only as far as it pays."""
-        asked, live_LGC = task.problem, live_slots(task.problem)
+        asked, live_LGC = _balance_last(task.problem), live_slots(task.problem)
         problem = besides_filling(asked, live_LGC)
         try:
             return self._built(replace(task, problem=problem), asked, live_LGC)
@@ -310,8 +310,11 @@ class Replan(Heuristic):
             # The others are as they are: only what breaks a limit is planned again.
             rows = np.flatnonzero(~keeps_L).tolist()
             part = replace(task, problem=part_problem(problem, rows))
+            found_LGC = self._searched(part, live_LGC[rows])
+            wide = max(free_LGC.shape[2], found_LGC.shape[2])
+            free_LGC = widened(free_LGC, wide)
             slots_LGC = free_LGC.copy()
-            slots_LGC[rows] = self._searched(part, live_LGC[rows])
+            slots_LGC[rows] = widened(found_LGC, wide)
             one = problem.objective.horizon is None and problem.loads.shape[0] == 1
             if one and problem.split == "equal":
                 slots_LGC[rows] = _or_mended(part, live_LGC[rows], slots_LGC[rows], free_LGC[rows])
@@ -598,6 +601,14 @@ def _ties(problem: Problem) -> bool:
     limits = problem.limits
     names = (limits.max_moves, limits.max_move_bytes, limits.max_move_seconds)
     return any(one is not None for one in (*names, limits.max_total_replicas, limits.max_total_bytes))
+
+
+def _balance_last(problem: Problem) -> Problem:
+    """The problem without a tolerance where moves are no priority: nothing gains by worse balance."""
+    wish = problem.objective
+    if "moves" in wish.priorities or wish.balance_tolerance == 0:
+        return problem
+    return problem.replace(objective=wish.replace(balance_tolerance=0.0), known=None)
 
 
 def _wish(task: Task[ReplanOptions], **more: Any) -> ReplanWish:

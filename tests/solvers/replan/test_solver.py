@@ -331,3 +331,28 @@ def test_no_moves_are_said_to_be_needed_where_dropping_a_replica_is_enough() -> 
     assert plan.moves.count == 0
     assert plan.slots_LGC.tolist() == [[[0], [-1]]]
     assert plan.certificate.proof.endswith("at least 0")
+
+
+def test_layers_planned_again_may_be_narrower_than_the_live_ones() -> None:
+    """What is live has a slot more on its widest GPU than any GPU has now."""
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=[[[3.0, 5.0], [9.0, 1.0]], [[4.0, 2.0], [1.0, 8.0]]]),
+        topology=mo.uniform(2, 2, slots=2),
+        split="nearest",
+        current=mo.Placement(slots_LGC=[[[1, -1, -1], [0, -1, -1], [1, 0, -1], [0, -1, -1]]] * 2, experts=2),
+        limits=mo.Limits(max_replicas=3, pinned=((1, 0, 0),)),
+        objective=mo.Objective(risk="cvar", balance_tolerance=0.0),
+    )
+    plan = mo.solve(problem).plan
+    assert plan is not None
+    assert 0 in plan.slots_LGC[1, 0]
+
+
+def test_affinity_that_cannot_differ_is_passed_over_with_scenarios() -> None:
+    """On one node nothing hops: the plan is that of balance, and each scenario keeps its flow."""
+    load_TLE = np.random.default_rng(0).lognormal(0, 1, (3, 2, 5))
+    loads = mo.Loads(load_TLE=load_TLE, flow_LEE=np.ones((1, 5, 5)))
+    hops = mo.Objective(priorities=("balance", "hops"))
+    for split in ("fractional", "equal"):
+        plan = mo.plan(loads, mo.uniform(1, 2, slots=3), split=split, objective=hops)
+        assert (plan.certificate.lower_bound_L <= plan.certificate.value_L * (1 + 1e-9)).all()
