@@ -284,7 +284,10 @@ def _near_front(
                     seconds=began.seconds, best=best, bound=0.0, done=(done + 1) / len(ladder), note=note
                 )
             )
-    found.sort(key=lambda one: (one[1], one[0]))
+    # What differs by rounding alone is one cost, and of one cost the better balance comes first.
+    unit = 1e-9 * max((cost for _, cost, _ in found), default=0.0) or 1.0
+    found = [(first, cost if cost > unit else 0.0, plan) for first, cost, plan in found]
+    found.sort(key=lambda one: (round(one[1] / unit), one[0]))
     kept_plans: list[tuple[float, float, Plan]] = []
     for one in found:
         if not kept_plans or one[0] < kept_plans[-1][0] * (1 - 1e-9):

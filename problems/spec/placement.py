@@ -332,7 +332,9 @@ class Placement(Record):
         slots.flags.writeable = False
         object.__setattr__(self, "slots_LGC", slots)
         missing = self.replicas_LE == 0
-        if missing.any() and not self.partial:
+        if not missing.any():  # one form of what is whole, however it is told
+            object.__setattr__(self, "partial", False)
+        elif not self.partial:
             layer, expert = (int(i) for i in np.argwhere(missing)[0])
             raise ProblemError(f"placement.slots[{layer}]", f"expert {expert} has no replica; it needs one")
 

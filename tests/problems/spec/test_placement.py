@@ -216,3 +216,10 @@ def test_a_repair_keeps_as_many_experts_as_any_could() -> None:
         for row, kept in zip(live[0].tolist(), fixed.slots_LGC[0].tolist(), strict=True):
             assert all(kept.count(e) <= row.count(e) for e in kept if e >= 0)
             assert len(row) == wide
+
+
+def test_a_placement_that_lacks_nothing_is_not_partial() -> None:
+    """So that a problem has one digest, however what is live is told."""
+    slots_LGC = [[[0, 1], [1, -1]]]
+    assert not Placement(slots_LGC=slots_LGC, experts=2, partial=True).partial
+    assert Placement(slots_LGC=slots_LGC, experts=3, partial=True).partial
