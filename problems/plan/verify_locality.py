@@ -21,33 +21,49 @@ def locality_violations(problem: Problem, plan: Plan) -> list[str]:
     """Rules on groups that the plan breaks, and claims on its locality that are not so."""
     if problem.groups is None and plan.locality is None:
         return []
+    share_LEG = _by_expert(problem, plan, plan.share_LGC)
+    found = [] if problem.groups is None else _groups(problem, plan, share_LEG)
+    return found if plan.locality is None else [*found, *_claims(problem, plan, share_LEG)]
+
+
+def _by_expert(problem: Problem, plan: Plan, share_LGC: FloatArray) -> FloatArray:
     share_LEG = np.zeros((problem.layers, problem.experts, problem.topology.gpus))
     for layer, gpu, slot in np.argwhere(plan.slots_LGC >= 0):
-        share_LEG[layer, plan.slots_LGC[layer, gpu, slot], gpu] += plan.share_LGC[layer, gpu, slot]
-    found = [] if problem.groups is None else _groups(problem, share_LEG)
-    return found if plan.locality is None else [*found, *_claims(problem, plan, share_LEG)]
+        share_LEG[layer, plan.slots_LGC[layer, gpu, slot], gpu] += share_LGC[layer, gpu, slot]
+    return share_LEG
+
+
+def _served(problem: Problem, share_LEG: FloatArray, load_LE: FloatArray) -> FloatArray:
+    """Tokens of each group that each node serves, shape [L, K, N]."""
+    groups, node_G = problem.groups, problem.topology.node_G
+    assert groups is not None
+    table_LKN = np.zeros((problem.layers, groups.count, problem.topology.nodes))
+    for layer, expert, gpu in np.argwhere(share_LEG > 0):
+        tokens = share_LEG[layer, expert, gpu] * load_LE[layer, expert]
+        table_LKN[layer, groups.group_E[expert], node_G[gpu]] += tokens
+    return table_LKN
 
 
 def _outside(problem: Problem, share_LEG: FloatArray) -> FloatArray:
     """Tokens served outside their group's home, shape [L]."""
-    groups, node_G, load_LE = problem.groups, problem.topology.node_G, problem.load_LE
-    assert groups is not None
-    outside_L = np.zeros(problem.layers)
-    for layer in range(problem.layers):
-        table_KN = np.zeros((groups.count, problem.topology.nodes))
-        for expert, gpu in np.argwhere(share_LEG[layer] > 0):
-            tokens = share_LEG[layer, expert, gpu] * load_LE[layer, expert]
-            table_KN[groups.group_E[expert], node_G[gpu]] += tokens
-        outside_L[layer] = (table_KN.sum(1) - table_KN.max(1)).sum()
-    return outside_L
+    table_LKN = _served(problem, share_LEG, problem.load_LE)
+    return np.asarray((table_LKN.sum(2) - table_LKN.max(2)).sum(1))
 
 
-def _groups(problem: Problem, share_LEG: FloatArray) -> list[str]:
+def _groups(problem: Problem, plan: Plan, share_LEG: FloatArray) -> list[str]:
+    """Layers that serve too much elsewhere; with shares by scenario, by these, around one home."""
     assert problem.groups is not None
     most = problem.groups.max_outside
     if most >= 1:
         return []
     total_L, outside_L = problem.load_LE.sum(1), _outside(problem, share_LEG)
+    if plan.scenario_share_TLGC is not None:
+        load_TLE, weight_T = problem.loads.load_TLE, problem.loads.weight_T
+        weight_T = np.full(len(load_TLE), 1 / len(load_TLE)) if weight_T is None else weight_T
+        table_LKN = np.zeros((problem.layers, problem.groups.count, problem.topology.nodes))
+        for weight, load_LE, share_LGC in zip(weight_T, load_TLE, plan.scenario_share_TLGC, strict=True):
+            table_LKN += weight * _served(problem, _by_expert(problem, plan, share_LGC), load_LE)
+        outside_L = np.maximum(outside_L, (table_LKN.sum(2) - table_LKN.max(2)).sum(1))
     over = np.flatnonzero(outside_L > total_L * (most + _NEAR))
     return [
         f"layer {problem.loads.layers[x]}: {outside_L[x] / total_L[x]:.4%} of the tokens are served outside "

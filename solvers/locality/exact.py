@@ -18,6 +18,7 @@ Axes: S sources that pay alike, K groups.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -428,6 +429,11 @@ class _Programme:
                         if load_E[e] > 0
                     ]
                     model.row([(away, 1.0), *here, (b, -whole)], 0.0, np.inf)
+                    if self.problem.loads.shape[0] > 1 and groups.max_outside <= 0:
+                        # Shares of a scenario would serve with what is elsewhere.
+                        for e, g in itertools.product(inside, np.flatnonzero(node_G == n).tolist()):
+                            for v, c in self.place[i].get((e, g), []):
+                                model.row([(v, c), (b, -1.0)], -np.inf, 0.0)
                 model.row(homes, 1.0, 1.0)
                 outside.append((away, 1.0))
             if groups.max_outside < 1:

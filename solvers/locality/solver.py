@@ -143,6 +143,7 @@ class LocalitySolver(Heuristic):
                     best = _better(near, best, self._searched(task, boxed, start_LGC, even), search)
             best = replace(best, bound=bound)
         _check_groups(problem, best)
+        _check_full(problem, best)
         _check_moves(problem, best)
         return replace(best, stopped_by=task.stop())
 
@@ -156,7 +157,7 @@ class LocalitySolver(Heuristic):
         tied = "hops" in order
         most = _MIDDLE if stop.remaining < _LONG else _TINY if tied else _SMALL
         sigma = problem.loads.shape[0] > 1 and problem.objective.risk == "sigma"  # is no linear programme
-        if problem.split == "nearest" or sigma or _ties(problem) or stop():
+        if problem.split == "nearest" or sigma or _ties(problem) or _elsewhere(problem) or stop():
             return best
         size, nodes = size_of_model(problem, tied=tied), None
         if size > most:
@@ -519,6 +520,14 @@ def _ties(problem: Problem) -> bool:
     return problem.layers > 1 and any(limit is not None for limit in total)
 
 
+def _elsewhere(problem: Problem) -> bool:
+    """Whether kept groups may need replicas elsewhere, which in no scenario may serve: is not proven."""
+    groups, limits = problem.groups, problem.limits
+    if groups is None or groups.max_outside >= 1 or problem.loads.shape[0] == 1:
+        return False
+    return bool(limits.pinned or limits.spread > 1 or limits.min_replicas > 1 or problem.fill != "none")
+
+
 def _may_hold(problem: Problem, slots_LGC: SlotArray) -> IntArray:
     """Replicas that each layer may hold: those of the base, and an even part of what the limits leave."""
     limits, size_L = problem.limits, problem.bytes_L
@@ -571,6 +580,20 @@ def _check_groups(problem: Problem, best: Built) -> None:
         raise InfeasibleError(
             f"groups.max_outside: is {groups.max_outside:g}; in layer {problem.loads.layers[row]} the other "
             f"rules leave no plan with less than {part_L[row]:.4g} served outside, as far as was looked"
+        )
+
+
+def _check_full(problem: Problem, best: Built) -> None:
+    """Refuse where only experts of other nodes are left for some slots, and would serve there."""
+    groups, serves = problem.groups, problem.split != "fractional" or problem.loads.shape[0] > 1
+    if problem.fill == "none" or not serves or groups is None or groups.max_outside > 0:
+        return
+    lacks_LG = problem.capacity_LG > (best.slots_LGC >= 0).sum(2)
+    if problem.topology.nodes > 1 and lacks_LG.any():
+        row, gpu = (int(i) for i in np.argwhere(lacks_LG)[0])
+        raise InfeasibleError(
+            f"fill: GPU {gpu} has more slots in layer {problem.loads.layers[row]} than groups at home on its "
+            "node have experts for, as far as was looked; must be 'none', or groups.max_outside above 0"
         )
 
 

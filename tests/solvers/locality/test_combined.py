@@ -218,3 +218,87 @@ def test_everything_together_is_honoured(split: str, aim: str, live: bool) -> No
         )
     problem = problem.replace(objective=problem.objective.replace(priorities=ORDERS[aim]))
     solved(problem, effort="quick")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_are_kept_in_every_scenario(seed: int) -> None:
+    """Free shares follow the traffic, but not to another node; as quick as any plan, by enumeration."""
+    load_TE = np.random.default_rng(seed).lognormal(3, 1, (2, 6))
+    group_E = np.arange(6) // 2
+    plan = mo.plan(
+        mo.Loads(load_TLE=load_TE[:, None]),
+        mo.uniform(2, 2, slots=3),
+        groups=mo.Groups(group_E=group_E),
+        objective=mo.Objective(risk="worst", balance_tolerance=0.0),
+    )
+    assert plan.scenario_share_TLGC is not None
+    for share_GC in plan.scenario_share_TLGC[:, 0]:
+        homes = {(int(group_E[plan.slots_LGC[0, g, c]]), g // 2) for g, c in np.argwhere(share_GC > 0)}
+        assert len(homes) == 3
+    best = np.inf
+    for way in itertools.product((0, 1), repeat=3):
+        inside = [np.flatnonzero(np.array(way)[group_E] == node) for node in (0, 1)]
+        nodes = [(one, placements([3, 3], len(one))) for one in inside if len(one)]
+        if all(len(held_PEG) for _, held_PEG in nodes):
+            times = [[set_times(h, load_E[one], np.ones(2)) for load_E in load_TE] for one, h in nodes]
+            best = min(best, max(float(np.max(time_TP, axis=0).min()) for time_TP in times))
+    assert plan.certificate.value_L[0] == pytest.approx(best, rel=1e-6)
+    assert plan.certificate.lower_bound_L[0] <= best * (1 + 1e-9)
+
+
+def test_scenario_shares_outside_their_group_are_told() -> None:
+    """The verifier looks at the shares of every scenario, not only at those of the expected loads."""
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=[[[4.0, 1.0]], [[1.0, 4.0]]]),
+        topology=mo.uniform(2, 1, slots=2),
+        groups=mo.Groups(group_E=np.array([0, 1])),
+    )
+    free = mo.solve(problem.replace(groups=None)).plan
+    assert free is not None
+    at_home_LGC = np.array(
+        [[[1.0 if e == g else 0.0 for e in row] for g, row in enumerate(free.slots_LGC[0])]]
+    )
+    assert any("outside their group's node" in one for one in mo.violations(problem, free))
+    assert any(
+        "outside their group's node" in one
+        for one in mo.violations(problem, free.replace(share_LGC=at_home_LGC))
+    )
+
+
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+def test_full_slots_that_groups_at_home_cannot_fill_are_refused(split: str) -> None:
+    loads = mo.Loads(load_TLE=np.random.default_rng(1).lognormal(3, 1, (2, 1, 6)))
+    with pytest.raises(mo.InfeasibleError, match=r"fill: GPU \d has more slots in layer 0"):
+        mo.plan(loads, mo.uniform(2, 2, slots=4), split=split, groups=mo.Groups.even(6, 3), fill="distinct")
+
+
+def test_a_front_of_groups_has_no_point_that_another_beats() -> None:
+    """Tokens outside that come of rounding are none."""
+    loads = mo.Loads(load_TLE=(np.random.default_rng(0).lognormal(0, 1, (1, 2, 8)) * 100).round())
+    problem = mo.Problem(loads=loads, topology=mo.uniform(2, 2, slots=3), groups=mo.Groups.even(8, 2))
+    values = np.array(mo.pareto(problem, ("balance", "groups")).values)
+    assert values[0, 1] == 0
+    assert (np.diff(values[:, 1]) > 1e-6).all()
+
+
+def test_moves_that_are_no_priority_give_up_no_balance() -> None:
+    """With moves limited and not wanted few, the tolerance is nearness's own, and counted once."""
+    live_LGC = [
+        [[-1, -1, -1], [0, 2, 1], [2, 0, -1], [1, -1, -1]],
+        [[0, -1, -1], [2, 0, -1], [1, -1, -1], [1, -1, -1]],
+    ]
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=[[[4.1, 3.6, 2.9], [6.5, 7.2, 10.0]]]),
+        topology=mo.uniform(2, 2, slots=[1, 3, 2, 3]),
+        current=mo.Placement(slots_LGC=live_LGC, experts=3),
+        limits=mo.Limits(max_moves=2, max_layer_replicas=4, spread=2, spread_experts=((0, 1),)),
+        objective=mo.Objective(priorities=("balance",), balance_tolerance=0.5),
+    )
+    best_L = np.array([4.1, 7.2])  # the heaviest that is whole, by a move in the second layer
+    alone = mo.solve(problem).plan
+    near = problem.objective.replace(priorities=("balance", "traffic"))
+    both = mo.solve(problem.replace(objective=near)).plan
+    assert alone is not None
+    assert both is not None
+    assert alone.certificate.value_L == pytest.approx(best_L)
+    assert (both.certificate.value_L <= best_L * 1.5 * (1 + 1e-6)).all()
