@@ -43,6 +43,7 @@ from .scenarios import perfect_tokens as perfect_tokens
 from .scenarios import risk_L as risk_L
 from .scenarios import scenario_shares as scenario_shares
 from .scenarios import settle_small as settle_small
+from .slack import but_moves as but_moves
 from .slack import only_moves as only_moves
 from .slack import without_slack as without_slack
 from .solver import Heuristic as Heuristic

@@ -8,9 +8,10 @@ import numpy as np
 
 from moeless_opt.problems.spec import Fill, Limits, Problem
 
-__all__ = ["only_moves", "without_slack"]
+__all__ = ["but_moves", "only_moves", "without_slack"]
 
 _NONE = cast(Limits, Problem.__dataclass_fields__["limits"].default)
+_OF_MOVES = ("max_moves", "max_move_bytes", "max_move_seconds", "max_layer_moves")
 
 
 def without_slack(problem: Problem) -> Problem:
@@ -54,5 +55,9 @@ def only_moves(limits: Limits) -> Limits:
     """The limits on moves alone; themselves where there are no others."""
     if limits is _NONE:
         return limits
-    names = ("max_moves", "max_move_bytes", "max_move_seconds", "max_layer_moves")
-    return _NONE.replace(**{name: getattr(limits, name) for name in names})
+    return _NONE.replace(**{name: getattr(limits, name) for name in _OF_MOVES})
+
+
+def but_moves(limits: Limits) -> Limits:
+    """The limits without those on moves."""
+    return limits.replace(**dict.fromkeys(_OF_MOVES))

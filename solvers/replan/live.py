@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import new_replicas
 from moeless_opt.problems.spec import Fill, Problem, without_copies
-from moeless_opt.solvers.core import mended
+from moeless_opt.solvers.core import but_moves, mended
 from moeless_opt.solvers.limits import Rules, mended_within
 from moeless_opt.solvers.migration import schedule_migration
 
@@ -25,6 +26,8 @@ __all__ = [
     "moves_between",
     "part_problem",
 ]
+
+Entry = TypeVar("Entry", bound=tuple[int, ...])
 
 Content = list[list[int]]
 """Experts on each GPU of a layer."""
@@ -81,24 +84,27 @@ def part_problem(problem: Problem, rows: list[int]) -> Problem:
     """Some layers of a problem, of the same slots, without the limits on moves and on all layers together."""
     assert problem.current is not None
     numbers, limits = [problem.loads.layers[row] for row in rows], problem.limits
+    which = limits.spread_experts
     return problem.replace(
         loads=problem.loads.select(numbers),
         topology=problem.topology.replace(slots_G=problem.capacity_LG[rows[0]], memory_G=None),
         expert_bytes_L=None if not problem.bytes_L.any() else problem.bytes_L[rows],
         model=None,
         current=problem.current.replace(slots_LGC=problem.current.slots_LGC[rows]),
-        limits=limits.replace(
+        limits=but_moves(limits).replace(
             max_total_replicas=None,
             max_total_bytes=None,
-            max_moves=None,
-            max_move_bytes=None,
-            max_move_seconds=None,
-            max_layer_moves=None,
-            pinned=tuple(pair for pair in limits.pinned if pair[0] in (-1, *numbers)),
-            forbidden=tuple(pair for pair in limits.forbidden if pair[0] in (-1, *numbers)),
+            pinned=_of(limits.pinned, numbers),
+            forbidden=_of(limits.forbidden, numbers),
+            spread_experts=which if which is None or isinstance(which, int) else _of(which, numbers),
         ),
         known=None,
     )
+
+
+def _of(entries: Iterable[Entry], numbers: Sequence[int]) -> tuple[Entry, ...]:
+    """Those that are for some layers, or for every layer."""
+    return tuple(entry for entry in entries if entry[0] in (-1, *numbers))
 
 
 def moves_between(live: Sequence[frozenset[int]], content: Sequence[Sequence[int]]) -> int:

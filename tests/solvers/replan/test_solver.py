@@ -356,3 +356,20 @@ def test_affinity_that_cannot_differ_is_passed_over_with_scenarios() -> None:
     for split in ("fractional", "equal"):
         plan = mo.plan(loads, mo.uniform(1, 2, slots=3), split=split, objective=hops)
         assert (plan.certificate.lower_bound_L <= plan.certificate.value_L * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("split", ["equal", "fractional", "nearest"])
+@pytest.mark.parametrize("more", [{}, {"max_layer_moves": 2}])
+def test_experts_listed_for_spread_in_some_layers_are_spread_there(split: str, more: dict[str, int]) -> None:
+    """Layers are also re-planned by themselves, where those of the others are not known."""
+    rng = np.random.default_rng(0)
+    limits = mo.Limits(spread=2, spread_experts=((0, 1), (1, 2)))
+    topology = mo.uniform(nodes=2, gpus_per_node=2, slots=3)
+    load_TLE = rng.integers(1, 99, (3, 2, 6)).astype(float)
+    problem = mo.Problem(loads=mo.Loads(load_TLE=load_TLE), topology=topology, limits=limits)
+    live = mo.Placement(slots_LGC=mo.solve(problem).plan.slots_LGC, experts=6)
+    later = mo.Loads(load_TLE=load_TLE[:, :, ::-1].copy())
+    asked = problem.replace(current=live, loads=later, split=split, limits=limits.replace(**more))
+    slots_LGC = mo.solve(asked).plan.slots_LGC
+    for layer, expert in ((0, 1), (1, 2)):
+        assert len(np.unique(topology.failure_domain_G[(slots_LGC[layer] == expert).any(1)])) == 2
