@@ -24,7 +24,7 @@ from moeless_opt.problems.plan import Migration, Plan, Survival, survival_of
 from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, Sizing, SizingPolicy, Topology, span
 from moeless_opt.problems.text import bytes_text
 from moeless_opt.report import ratio_text
-from moeless_opt.solvers.core import Clock
+from moeless_opt.solvers.core import Clock, but_moves
 
 __all__ = ["Repair", "Resize", "drain", "expand", "limits_left", "repair", "survival"]
 
@@ -332,10 +332,7 @@ def _problem_of(plan: Plan | Placement, problem: Problem | None, loads: ArrayLik
             "plan",
             "is for {} layers, {} GPUs and {} experts; the problem has {}, {} and {}".format(*have, *want),
         )
-    free = given.limits.replace(
-        max_moves=None, max_move_bytes=None, max_move_seconds=None, max_layer_moves=None
-    )
-    given = given.replace(current=None, limits=free, known=None)
+    given = given.replace(current=None, limits=but_moves(given.limits), known=None)
     return given if loads is None else given.replace(loads=as_loads(loads))
 
 

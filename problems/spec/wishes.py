@@ -310,11 +310,13 @@ class Limits(Record):
             )
         which: object = self.spread_experts
         if isinstance(which, Iterable) and not isinstance(which, str):
-            put(self, "spread_experts", _pairs("limits.spread_experts", which))
+            put(self, "spread_experts", _numbers("limits.spread_experts", which, "layer", "expert"))
         elif which is not None:
             put(self, "spread_experts", whole("limits.spread_experts", which, low=1))
         for key in ("pinned", "forbidden"):
-            object.__setattr__(self, key, _triples(f"limits.{key}", getattr(self, key)))
+            object.__setattr__(
+                self, key, _numbers(f"limits.{key}", getattr(self, key), "layer", "expert", "gpu")
+            )
         both = set(self.pinned) & set(self.forbidden)
         if both:
             raise ProblemError(
@@ -334,31 +336,23 @@ class Limits(Record):
         return any(limit is not None for limit in limits)
 
 
-def _pairs(where: str, value: Iterable[object]) -> tuple[tuple[int, int], ...]:
-    pairs = []
-    for i, entry in enumerate(value):
-        numbers = tuple(entry) if isinstance(entry, Iterable) and not isinstance(entry, str) else ()
-        if len(numbers) != 2:
-            raise ProblemError(f"{where}[{i}]", f"is {entry!r}, must be (layer, expert)")
-        layer = whole(f"{where}[{i}].layer", numbers[0], low=-1)
-        pairs.append((layer, whole(f"{where}[{i}].expert", numbers[1])))
-    return tuple(pairs)
-
-
-def _triples(where: str, value: object) -> tuple[tuple[int, int, int], ...]:
+def _numbers(where: str, value: object, *names: str) -> tuple[tuple[int, ...], ...]:
+    """Tuples of whole numbers, each with so many names; a layer may be -1, which means every layer."""
+    form = f"({', '.join(names)})"
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ProblemError(where, f"is {value!r}, must be a list of (layer, expert, gpu)")
-    triples = []
+        raise ProblemError(where, f"is {value!r}, must be a list of {form}")
+    found = []
     for i, entry in enumerate(value):
         numbers = tuple(entry) if isinstance(entry, Iterable) and not isinstance(entry, str) else ()
-        if len(numbers) != 3:
-            raise ProblemError(f"{where}[{i}]", f"is {entry!r}, must be (layer, expert, gpu)")
-        layer = whole(f"{where}[{i}].layer", numbers[0], low=-1)  # -1 means every layer
-        expert, gpu = (
-            whole(f"{where}[{i}].{key}", n) for key, n in zip(("expert", "gpu"), numbers[1:], strict=True)
+        if len(numbers) != len(names):
+            raise ProblemError(f"{where}[{i}]", f"is {entry!r}, must be {form}")
+        found.append(
+            tuple(
+                whole(f"{where}[{i}].{name}", n, low=-1 if name == "layer" else 0)
+                for name, n in zip(names, numbers, strict=True)
+            )
         )
-        triples.append((layer, expert, gpu))
-    return tuple(triples)
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -19,7 +19,7 @@ from moeless_opt.problems.plan import Plan, TimeTable
 from moeless_opt.problems.plan.verify import verify
 from moeless_opt.problems.spec import Loads, ModelSpec, Placement, Problem, TimeModel, Topology
 from moeless_opt.runtime.control.decision import same_replicas
-from moeless_opt.solvers.core import Clock
+from moeless_opt.solvers.core import Clock, widened
 from moeless_opt.solvers.core.finish import Built, finish
 from moeless_opt.solvers.timed import shares_of_one, timed_shares
 
@@ -78,7 +78,7 @@ class WorthMoving:
         if pays_L.all():
             return wanted
         width = max(wanted.slots_LGC.shape[2], live_LGC.shape[2])
-        slots_LGC, live = _wide(wanted.slots_LGC, width), _wide(live_LGC, width)
+        slots_LGC, live = widened(wanted.slots_LGC, width), widened(live_LGC, width)
         share_LGC = np.zeros(slots_LGC.shape)
         share_LGC[:, :, : wanted.share_LGC.shape[2]] = wanted.share_LGC
         stays_L = ~pays_L
@@ -131,9 +131,3 @@ class WorthMoving:
 
 def _layers(a_LGC: SlotArray, b_LGC: SlotArray) -> list[tuple[SlotArray, SlotArray]]:
     return list(zip(a_LGC, b_LGC, strict=True))
-
-
-def _wide(slots_LGC: SlotArray, width: int) -> SlotArray:
-    found = np.full((*slots_LGC.shape[:2], width), -1, dtype=np.int32)
-    found[:, :, : slots_LGC.shape[2]] = slots_LGC
-    return found

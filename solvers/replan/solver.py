@@ -19,7 +19,7 @@ import numpy as np
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray, whole
 from moeless_opt.problems.errors import InfeasibleError, ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.plan import Payback, Plan, Progress, ProgressCallback, gpu_times, move_seconds
-from moeless_opt.problems.spec import Fill, Limits, Problem, replica_counts, without_copies
+from moeless_opt.problems.spec import Fill, Problem, replica_counts, without_copies
 from moeless_opt.solvers.construct import Construct
 from moeless_opt.solvers.core import (
     Built,
@@ -29,6 +29,7 @@ from moeless_opt.solvers.core import (
     Stop,
     Task,
     best_over_scenarios,
+    but_moves,
     choose_points,
     descents,
     in_entries,
@@ -755,7 +756,7 @@ def _best_of_scratch(
     doubtful = ((time_L > wanted_L) & ~first.cut_L) | (moves_L - fills_L > SCRATCH_FROM * filled_L)
     if not doubtful.any() or task.stop():
         return slots_LGC
-    fresh = Construct().placed(task, problem.replace(current=None, limits=_but_moves(problem)))
+    fresh = Construct().placed(task, problem.replace(current=None, limits=but_moves(problem.limits)))
     fresh_LGC = on_live_gpus(problem, widened(fresh.slots_LGC, slots_LGC.shape[2]))
     fresh_moves_L, fresh_time_L = layer_moves(problem, fresh_LGC, live_LGC), risk_L(problem, fresh_LGC)
     reaches, fresh_reaches = time_L <= wanted_L, fresh_time_L <= wanted_L
@@ -777,6 +778,8 @@ def _lowered(task: Task[ReplanOptions], slots_LGC: SlotArray, live_LGC: SlotArra
     tolerance of the best.
     """
     problem, wish = task.problem, task.problem.objective
+    if problem.topology.gpus > MANY_GPUS or problem.split == "nearest" or problem.fill == Fill.COPIES:
+        return slots_LGC
     wanted_L = token_bound(problem) * (1 + wish.balance_tolerance) * (1 + 1e-9)
     wide = max(int(problem.capacity_LG.max()), slots_LGC.shape[2])
     tables = [widened(slots_LGC, wide)]
@@ -790,13 +793,11 @@ def _lowered(task: Task[ReplanOptions], slots_LGC: SlotArray, live_LGC: SlotArra
         tables.append(widened(table_LGC, wide))
         times.append(np.where(bad_L, np.inf, risk_L(problem, table_LGC)))
 
-    if problem.topology.gpus > MANY_GPUS or problem.split == "nearest" or problem.fill == Fill.COPIES:
-        return slots_LGC
     if problem.split == "equal" and late():
         for table_LGC in descents(problem, tables[0], DESCENTS, wish.balance_tolerance / 2, task.stop):
             offer(table_LGC)
     if late():
-        fresh = problem.replace(current=None, limits=_but_moves(problem), known=None)
+        fresh = problem.replace(current=None, limits=but_moves(problem.limits), known=None)
         with suppress(InfeasibleError):
             offer(on_live_gpus(problem, Construct().placed(task, fresh).slots_LGC))
     if len(tables) == 1:
@@ -809,13 +810,6 @@ def _lowered(task: Task[ReplanOptions], slots_LGC: SlotArray, live_LGC: SlotArra
     found_LGC = widened(offers.within(budget, price_L, problem.limits.max_layer_moves), slots_LGC.shape[2])
     kept = within_all(problem, found_LGC) and not broken_moves(problem, found_LGC, live_LGC)[0]
     return found_LGC if kept else slots_LGC
-
-
-def _but_moves(problem: Problem) -> Limits:
-    """The limits without those on moves."""
-    return problem.limits.replace(
-        max_moves=None, max_move_bytes=None, max_move_seconds=None, max_layer_moves=None
-    )
 
 
 def payback_of(problem: Problem, plan: Plan, live_LGC: SlotArray) -> Payback:

@@ -115,7 +115,8 @@ def _search(
 
 def _plain(array: Any, dtype: Any = np.float64) -> Any:
     """As the kernels take it: for arrays of another kind, read-only ones too, they would be compiled anew."""
-    return np.require(array, dtype, ["C", "W"])
+    array = np.asarray(array, dtype)
+    return array if array.flags.carray else np.array(array, order="C")
 
 
 def warm_timed() -> bool:

@@ -674,21 +674,23 @@ class Fleet:
         for name in changes:
             if name not in known:
                 raise ProblemError(name, f"is no setting; there are {', '.join(sorted(known))}")
-        with self._lock:
-            several = sum(self._alive) > 1
-            if several:
-                self._check(asked := replace(self.planning(), **changes))
-        if several:
-            prepare(asked)  # nobody waits for this who asks for something else
+        wanted = self._wanted(changes)
+        if sum(self._alive) > 1:
+            prepare(wanted)  # nobody waits for this who asks for something else
         with self._deciding:  # who changes one setting undoes nobody's change of another
-            with self._lock:
-                if not self._ready or self._closed:
-                    raise EngineStoppedError("nothing is served")
-                under_way = [content for _, kind, content in self._orders if kind == "planning"]
-                wanted: Planning = replace(under_way[-1] if under_way else self.planning(), **changes)
-                self._check(wanted)
+            wanted = self._wanted(changes)
             self._ask("planning", wanted)
         return wanted
+
+    def _wanted(self, changes: dict[str, Any]) -> Planning:
+        """The settings that are asked for last with some changed, if that can be."""
+        with self._lock:
+            if not self._ready or self._closed:
+                raise EngineStoppedError("nothing is served")
+            under_way = [content for _, kind, content in self._orders if kind == "planning"]
+            wanted: Planning = replace(under_way[-1] if under_way else self.planning(), **changes)
+            self._check(wanted)
+            return wanted
 
     def _ask(self, kind: str, content: Any, timeout: float = 30.0) -> PlanEvent:
         """Give an order and wait until it is carried out."""
