@@ -70,6 +70,9 @@ def _options() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="cpu: a dry run with small shapes"
     )
     parser.add_argument("--seconds", type=_seconds, default=450.0, help="for all parts (default 450)")
+    parser.add_argument(
+        "--traces", action="store_true", help="keep the profiler's traces too: trace_*.json.gz, for Perfetto"
+    )
     parser.add_argument("--list", action="store_true", help="what is looked at, without running it")
     return parser
 
@@ -106,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
-        setting = Setting.of("cuda" if found else "cpu", folder)
+        setting = Setting.of("cuda" if found else "cpu", folder, args.traces)
     except (MoelessError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -125,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         machine = {"device": f"unknown: {error}"}
     report = {
         "machine": machine,
-        "shapes": {k: v for k, v in asdict(setting).items() if k not in ("device", "folder")},
+        "shapes": {k: v for k, v in asdict(setting).items() if k not in ("device", "folder", "traces")},
         "counts": counts,
         "lines": [asdict(line) for line in lines],
     }

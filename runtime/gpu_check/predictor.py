@@ -46,7 +46,8 @@ def check(setting: Setting, sheet: Sheet) -> None:
 
     for call in (plain, foreseen):
         call()
-    base, spans = timeline(plain, setting.device), timeline(foreseen, setting.device)
+    base = timeline(plain, setting.device)
+    spans = timeline(foreseen, setting.device, setting.trace("predictor"))
     more = sum(host_waits(spans).values()) - sum(host_waits(base).values())
     sheet.take("waits of the host that the predictor adds", max(0, more), "per pass", most=0)
     kernels = [s for s in spans if s.kind == "kernel"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import statistics
 import time
 import zlib
@@ -57,6 +58,8 @@ class Setting:
         Sequences, and tokens of each, of the two batches.
     rounds : int
         Repetitions of what is timed.
+    traces : bool
+        Keep what the profiler saw.
     """
 
     device: torch.device
@@ -70,13 +73,13 @@ class Setting:
     decode: tuple[int, int] = (32, 1)
     prefill: tuple[int, int] = (4, 1024)
     rounds: int = 30
+    traces: bool = False
 
     @classmethod
-    def of(cls, device: str, folder: Path) -> Setting:
+    def of(cls, device: str, folder: Path, traces: bool = False) -> Setting:
         """The shapes for a device."""
-        full = cls(
-            device=torch.device(device, 0) if device == "cuda" else torch.device(device), folder=folder
-        )
+        where = torch.device(device, 0) if device == "cuda" else torch.device(device)
+        full = cls(device=where, folder=folder, traces=traces)
         if not full.dry:
             return full
         return replace(
@@ -101,6 +104,10 @@ class Setting:
     def dtype(self) -> torch.dtype:
         """What models are served in."""
         return torch.float32 if self.dry else torch.bfloat16
+
+    def trace(self, name: str) -> Path | None:
+        """Where the trace of what is so called is kept, if it is."""
+        return self.folder / f"trace_{re.sub(r'[^a-z0-9]+', '_', name)}.json.gz" if self.traces else None
 
     def machine(self) -> dict[str, Any]:
         """What it runs on, for the report."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from collections import Counter
@@ -35,8 +36,11 @@ class Span(NamedTuple):
     stream: int
 
 
-def timeline(call: Callable[[], Any], device: torch.device) -> list[Span]:
-    """Run a call under the profiler until the device has done it; of the host only what the call did."""
+def timeline(call: Callable[[], Any], device: torch.device, keep: Path | None = None) -> list[Span]:
+    """Run a call under the profiler until the device has done it; of the host only what the call did.
+
+    The trace in Chrome's form is written to `keep`, compressed, if that is given.
+    """
     from torch.profiler import ProfilerActivity, profile, record_function
 
     gpu = device.type == "cuda"
@@ -49,7 +53,10 @@ def timeline(call: Callable[[], Any], device: torch.device) -> list[Span]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         seen.export_chrome_trace(str(path))
-        return spans_of(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+    if keep is not None:
+        keep.write_bytes(gzip.compress(text.encode()))
+    return spans_of(json.loads(text))
 
 
 def spans_of(trace: dict[str, Any]) -> list[Span]:

@@ -35,7 +35,7 @@ def check(setting: Setting, sheet: Sheet) -> None:
         for _ in range(3):
             call()
         synchronise(setting)
-        spans = timeline(call, setting.device)
+        spans = timeline(call, setting.device, setting.trace(f"waits {name}"))
         found = host_waits(spans)
         here = pageable(spans)
         memory = host_calls(spans, MEMORY)

@@ -17,8 +17,9 @@ compared with the un-batched, un-cached model. Columns:
 - same: greedy answers that are those of the model alone
 
 ``--engine``: tokens per second of this engine and of `transformers` generate (static batch, padded), same
-weights, one process, one thread, greedy, 1, 8 and 32 requests at once, of equal lengths and (uneven) of a
-quarter to all of it. ``--kill``: requests under way while a rank is killed.
+weights, one process, one thread, on the GPU if there is one (or as ``--device`` says), greedy, 1, 8 and 32
+requests at once, of equal lengths and (uneven) of a quarter to all of it.
+``--kill``: requests under way while a rank is killed.
 """
 
 from __future__ import annotations
@@ -277,10 +278,13 @@ def as_transformers(model: Any) -> Any:
     return made
 
 
-def beside_transformers(length: int, rounds: int) -> None:
+def beside_transformers(length: int, rounds: int, device: str) -> None:
     """Tokens per second of both, one after the other in every round; the best of the rounds counts."""
-    other = as_transformers(tiny.load())
-    engine = Fleet(EngineOptions(max_running=64, prefix_cache=False))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(torch.cuda.get_device_name() if device == "cuda" else device)
+    other = as_transformers(tiny.load()).to(device)
+    engine = Fleet(EngineOptions(max_running=64, prefix_cache=False, device=device))
     engine.start()
     openings = [tiny.encode(text) for texts in tiny.PROMPTS.values() for text in texts]
     # Sixteen openings, and the same behind a few bytes of their own.
@@ -293,8 +297,8 @@ def beside_transformers(length: int, rounds: int) -> None:
         for count, even in ((1, True), (8, True), (32, True), (8, False), (32, False)):
             chosen = prompts[:count]
             widest = max(map(len, chosen))
-            ids = torch.tensor([[pad] * (widest - len(p)) + p for p in chosen])
-            mask = torch.tensor([[0] * (widest - len(p)) + [1] * len(p) for p in chosen])
+            ids = torch.tensor([[pad] * (widest - len(p)) + p for p in chosen], device=device)
+            mask = torch.tensor([[0] * (widest - len(p)) + [1] * len(p) for p in chosen], device=device)
             ours, theirs, cpu_ours, cpu_theirs, same = [], [], [], [], 0
             # Each request its own length: a static batch runs until the longest has ended.
             lengths = [length if even else length * (1 + i % 4) // 4 for i in range(count)]
@@ -384,11 +388,12 @@ def main() -> None:
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of --engine")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(platform.machine(), torch.__version__)
     if options.engine:
-        beside_transformers(options.length, options.rounds)
+        beside_transformers(options.length, options.rounds, options.device)
     elif options.kill:
         kill(options.ranks)
     else:
