@@ -32,7 +32,7 @@ from moeless_opt.runtime.live import (
     can_group,
     meta_shell,
 )
-from moeless_opt.runtime.live.dispatch import SlotDispatcher, chosen_experts
+from moeless_opt.runtime.live.dispatch import SlotDispatcher
 
 check_megatron()
 with warnings.catch_warnings():
@@ -122,10 +122,7 @@ class MegatronDispatcher(MoETokenDispatcher):  # type: ignore[misc]
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Count, agree, split, sort by destination."""
-        expert_Tk = chosen_experts(routing_map, self.core.topk)
-        return self.dispatch_chosen(
-            hidden_states, expert_Tk, probs.gather(1, expert_Tk.clamp(max=self.core.experts - 1))
-        )
+        return self.dispatch_chosen(hidden_states, *self.core.chosen(routing_map, probs))
 
     def dispatch_chosen(
         self, hidden_states: Tensor, expert_Tk: Tensor, prob_Tk: Tensor

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, ParameterList
 
 from moeless_opt.problems.arrays import IntArray
-from moeless_opt.runtime.live.dispatch.device import upload
+from moeless_opt.runtime.live.dispatch.device import place_ends, upload
 from moeless_opt.runtime.live.experts import SlotBank
 from moeless_opt.runtime.live.pooled import PooledBank
 
@@ -93,7 +93,7 @@ class GroupedExperts(Module):
 
     def _between(self, inner: Tensor, probs: Tensor) -> Tensor:
         out = self.activation(inner)
-        return (out * probs.unsqueeze(-1)).to(out.dtype)
+        return torch.mul(out, probs.unsqueeze(-1), out=torch.empty_like(out))
 
     def _by_expert(self, bank: PooledBank, tokens: Tensor, size_S: IntArray, probs: Tensor) -> Tensor:
         """The same products one after the other, those of experts without rows left out.
@@ -125,9 +125,8 @@ class GroupedExperts(Module):
             size_P[at] = np.asarray(sizes)
             return upload(np.cumsum(size_P, dtype=np.int32), device)
         if self._at is None:
-            self._at = upload(at, device)
-        size = torch.zeros(places, dtype=sizes.dtype, device=device)
-        return size.index_copy_(0, self._at, sizes).cumsum(0, dtype=torch.int32)
+            self._at = upload(at.astype(np.int32), device)
+        return place_ends(sizes, self._at, places)
 
     def _product(self, rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
         if self.grouped:

@@ -92,7 +92,7 @@ class LiveModel:
         ]
         for dispatcher, bank in zip(self.dispatchers, self.banks, strict=True):
             dispatcher.experts_train = bank.trains
-            dispatcher.split_on(options.split)
+            dispatcher.split_on(options.split, adopted.hidden, bank.shapes[0][1])
         self.migrator = Migrator(
             self.group, self.banks, tables, self._switched, home=self.home, links=options.links
         )

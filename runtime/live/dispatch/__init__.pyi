@@ -1,5 +1,4 @@
 from .dispatcher import SlotDispatcher as SlotDispatcher
-from .dispatcher import chosen_experts as chosen_experts
 from .shares import BalancedShares as BalancedShares
 from .shares import EqualShares as EqualShares
 from .shares import PlannedShares as PlannedShares

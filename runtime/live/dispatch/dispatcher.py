@@ -33,6 +33,7 @@ from torch import Tensor
 from moeless_opt.problems.arrays import IntArray
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
 from moeless_opt.runtime.live import ExpertGroup, SlotTable
+from moeless_opt.runtime.live.dispatch import device
 from moeless_opt.runtime.live.dispatch.device import DeviceSplit, on_device, runs_here, upload
 from moeless_opt.runtime.live.dispatch.routes import source_aware
 from moeless_opt.runtime.live.dispatch.shares import SharePolicy, warm_split
@@ -131,7 +132,7 @@ class SlotDispatcher:
         #: Whether the experts take the sizes of their batches on the device.
         self.sizes_there = False
         self.load_E: Tensor | None = None
-        self._tokens: int | Tensor = 0
+        self._tokens = 0
         #: Seconds in the experts, and from a batch's counts to its sum.
         self.experts_watch, self.layer_watch = Stopwatch(), Stopwatch()
         self._there: DeviceSplit | None = None
@@ -158,10 +159,12 @@ class SlotDispatcher:
         me = self.group.rank
         self.mine = slice(int(table.starts_G[me]), int(table.ends_G[me]))
 
-    def split_on(self, where: str) -> None:
+    def split_on(self, where: str, width: int = 0, dtype: torch.dtype | None = None) -> None:
         """Split on the ``"host"``, on the ``"device"``, or by kernels if counts are on a GPU (``"auto"``).
 
         The integers are the same, so ranks need not agree. Policies without kernels are computed on the host.
+        Where there are kernels, rows are sorted, gathered and added up by them as well; those for rows of
+        this width and type are made at once.
 
         Raises
         ------
@@ -172,7 +175,7 @@ class SlotDispatcher:
         self._there = DeviceSplit(self.index, self.group.device) if there else None
         if self._there is not None and self.index == 0:
             # All layers have the same kernels.
-            self._there.warm(self.shares, self.experts, self.group)
+            self._there.warm(self.shares, self.experts, self.group, topk=self.topk, width=width, dtype=dtype)
 
     @property
     def sends_RP(self) -> IntArray:
@@ -213,6 +216,23 @@ class SlotDispatcher:
 
     # -- 1, 2: counts, agreement, split ------------------------------------------------------------
 
+    def chosen(self, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts of each token, ascending, and their weights, from a router's maps.
+
+        Parameters
+        ----------
+        routing_map : bool tensor, shape [T, E]
+        probs : tensor, shape [T, E]
+
+        Returns
+        -------
+        int64 tensor [T, k] (E where a token has fewer), tensor [T, k]
+        """
+        if self._there is not None and not (torch.is_grad_enabled() and probs.requires_grad):
+            return device.choose(routing_map, probs, self.topk)
+        expert_Tk = chosen_experts(routing_map, self.topk)
+        return expert_Tk, probs.gather(1, expert_Tk.clamp(max=self.experts - 1))
+
     def prepare(self, x_TH: Tensor, expert_Tk: Tensor, prob_Tk: Tensor) -> tuple[Tensor, Tensor]:
         """Count, agree, split, and sort the tokens by destination.
 
@@ -241,18 +261,38 @@ class SlotDispatcher:
         self._sorted_here = here and self.row_block == 1
         if self._sorted_here:
             return self._prepare_here(x_TH, expert_Tk, prob_Tk)
+        if self._there is not None:
+            return self._prepare_there(x_TH, expert_Tk, prob_Tk)
         flat = expert_Tk.reshape(-1)
         counts = self._count(flat)
         self._observe(expert_Tk, counts)
         self._share_out(counts)
         order = torch.argsort(flat, stable=True)
-        n_rows = flat.numel() if self._unseen else sum(self.to_ranks)
+        n_rows = sum(self.to_ranks)
         if n_rows < flat.numel():
             order = order[:n_rows]
         if not self.table.sorted:
             order = self._to_slot_order(order)
         self._place(order, n_tokens, k)
         return x_TH.index_select(0, order // k), prob_Tk.reshape(-1).index_select(0, order)
+
+    def _prepare_there(self, x_TH: Tensor, expert_Tk: Tensor, prob_Tk: Tensor) -> tuple[Tensor, Tensor]:
+        """By kernels, as few as can be: a small batch waits for their launches."""
+        n_tokens, k = expert_Tk.shape
+        counts, order, back = device.sort(expert_Tk.reshape(-1), self.experts)
+        self._observe(expert_Tk, counts)
+        self._share_out(counts)
+        if not self.table.sorted:
+            if self._sends_RP is None:
+                assert self._there is not None
+                order = self._there.by_slot(order, back)
+            else:
+                order = self._to_slot_order(order[: sum(self.to_ranks)])
+                back[order] = torch.arange(order.numel(), device=order.device)
+        if not self._unseen:
+            order = order[: sum(self.to_ranks)]
+        self.back_kT = back.view(n_tokens, k).t()
+        return device.gather(x_TH, prob_Tk.reshape(-1), order, k)
 
     def _prepare_here(self, x_TH: Tensor, expert_Tk: Tensor, prob_Tk: Tensor) -> tuple[Tensor, Tensor]:
         """One rank on a CPU: every row has one place to go, and is put there at once (`sort_in` leaves it).
@@ -388,8 +428,6 @@ class SlotDispatcher:
         self.from_ranks = self.chunks_RS.sum(axis=1).tolist()
 
     def _to_slot_order(self, order: Tensor) -> Tensor:
-        if self._sends_RP is None and self._there is not None:
-            return self._there.by_slot(order)
         own_P = self.sends_RP[self.group.rank]
         by_expert = self.table.to_slots_P
         sizes = own_P[by_expert]
@@ -426,8 +464,6 @@ class SlotDispatcher:
             self._tokens = self._tokens + rows.size(0)
             self._gather = self._scatter = None
         elif self._unseen:
-            assert sizes_S is not None
-            self._tokens = self._tokens + sizes_S.sum()
             self._gather = self._scatter = None
             if wanted is not None and rows.size(0):
                 self._order_there(wanted, rows.size(0), rows.size(0))
@@ -439,7 +475,9 @@ class SlotDispatcher:
             padded_S = -(-sizes_RS.sum(axis=0) // self.row_block) * self.row_block
             self._order_in(starts_RS, sizes_RS, padded_S, rows, wanted)
             self._tokens = self._tokens + int(sizes_RS.sum())
-        if self._gather is not None:
+        if self._gather is not None and self._there is not None:
+            rows, probs = device.gather(rows, probs, self._gather, 1)
+        elif self._gather is not None:
             rows, probs = rows.index_select(0, self._gather), probs.index_select(0, self._gather)
         self.experts_watch.start(rows.is_cuda)
         return rows, padded_S if sizes_S is None else sizes_S, probs
@@ -448,11 +486,13 @@ class SlotDispatcher:
         """Rows of each local slot on the device, if they are wanted and known there."""
         if self._sends_RP is not None or not self.sizes_there or self.row_block > 1 or self._there is None:
             return None
-        return self._there.sizes(self.slot_order())
+        return self._there.sizes(self.slot_order(), counted=self._unseen)
 
     def _order_there(self, wanted: IntArray | None, rows: int, padded: int) -> None:
         assert self._there is not None
-        self._gather, self._scatter = self._there.by_local_slot(wanted, rows, padded, self.row_block)
+        self._gather, self._scatter = self._there.by_local_slot(
+            wanted, rows, padded, self.row_block, fewer=self._unseen
+        )
 
     def _order_in(
         self,
@@ -492,20 +532,18 @@ class SlotDispatcher:
 
     def combine(self, rows: Tensor) -> Tensor:
         """Sum of each token's contributions, in ascending order of its experts."""
-        if self._unseen:
-            # Places of tokens with fewer experts than k: nobody has computed them.
-            assert self._there is not None
-            real = torch.arange(rows.size(0), device=rows.device) < self._there.sends_RP.sum()
-            rows = torch.where(real[:, None], rows, 0)
-        if not self.complete:
-            rows = torch.cat((rows, rows.new_zeros(1, rows.size(1))))
-        out = rows.index_select(0, self.back_kT[0])
-        for place_T in self.back_kT[1:]:
-            out += rows.index_select(0, place_T)
+        if self._there is not None:
+            out = device.combine(rows, self.back_kT.t().reshape(-1), len(self.back_kT))
+        else:
+            if not self.complete:
+                rows = torch.cat((rows, rows.new_zeros(1, rows.size(1))))
+            out = rows.index_select(0, self.back_kT[0])
+            for place_T in self.back_kT[1:]:
+                out += rows.index_select(0, place_T)
         self.layer_watch.stop(out.is_cuda)
         return out
 
     def take_tokens(self) -> int:
         """Rows that this rank's experts of the layer computed since the last call."""
-        tokens, self._tokens = int(self._tokens), 0
-        return tokens
+        tokens, self._tokens = self._tokens, 0
+        return tokens if self._there is None else tokens + self._there.take_tokens()

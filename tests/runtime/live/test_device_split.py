@@ -173,7 +173,10 @@ def test_rows_are_ordered_as_on_the_host() -> None:
         for p in table.to_slots_P.tolist():
             expected[p] = rows[at : at + int(sends_RP[me, p])].tolist()
             at += int(sends_RP[me, p])
-        assert split.by_slot(rows).tolist() == [row for p in sorted(expected) for row in expected[p]]
+        back = torch.full((len(rows),), -7)
+        by_slot = [row for p in sorted(expected) for row in expected[p]]
+        assert split.by_slot(rows, back).tolist() == by_slot
+        assert [by_slot.index(row) for row in range(len(rows))] == back.tolist()
         chunks_RS = sends_RP[:, int(table.starts_G[me]) : int(table.ends_G[me])]
         if not chunks_RS.size:
             continue

@@ -1,8 +1,13 @@
 from .compiled import Compiled as Compiled
 from .compiled import compiled as compiled
+from .launching import runs_here as runs_here
+from .launching import upload as upload
+from .launching import why_not as why_not
+from .rows import choose as choose
+from .rows import combine as combine
+from .rows import gather as gather
+from .rows import place_ends as place_ends
+from .rows import sort as sort
 from .split import DeviceSplit as DeviceSplit
 from .split import Told as Told
 from .split import on_device as on_device
-from .split import runs_here as runs_here
-from .split import upload as upload
-from .split import why_not as why_not

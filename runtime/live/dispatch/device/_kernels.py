@@ -566,8 +566,8 @@ def pack(
 
 
 @triton.jit(do_not_specialize=["P", "me"])
-def fill(sends_RP, place_P, order, out, P, me, PB: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows that are sorted by expert, sorted by slot; a program for each slot.
+def fill(sends_RP, place_P, order, out, back, P, me, PB: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows that are sorted by expert, sorted by slot, and where each then stands; a program for each slot.
 
     Slot p takes its rows behind those of the slots that come before it among the replicas (`place_P`).
     """
@@ -582,7 +582,9 @@ def fill(sends_RP, place_P, order, out, P, me, PB: tl.constexpr, BLOCK: tl.const
     i = tl.arange(0, BLOCK)
     for at in range(0, size, BLOCK):
         inside = at + i < size
-        tl.store(out + target + at + i, tl.load(order + source + at + i, mask=inside), mask=inside)
+        row = tl.load(order + source + at + i, mask=inside, other=0)
+        tl.store(out + target + at + i, row, mask=inside)
+        tl.store(back + row, target + at + i, mask=inside)
 
 
 @triton.jit(do_not_specialize=["R", "P", "first", "S", "rows"])

@@ -15,6 +15,7 @@ __all__ = ["Compiled", "compiled"]
 #: Names of arguments that point to something else than whole numbers of 64 bits.
 INDICES = (
     "copies_E",
+    "end_P",
     "first_G",
     "hold_SX",
     "many",
@@ -62,9 +63,9 @@ def compiled(name: str, *, capability: int = 90, warps: int = 1, **sizes: Any) -
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from moeless_opt.runtime.live.dispatch.device import _kernels
+    from moeless_opt.runtime.live.dispatch.device import _kernels, _row_kernels
 
-    kernel = getattr(_kernels, name)
+    kernel = getattr(_kernels if name in _kernels.__all__ else _row_kernels, name)
     if _kernels.interpreted():
         raise UnsupportedFeatureError("TRITON_INTERPRET=1: kernels are interpreted here, not compiled")
     kinds = {}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import threading
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeless_opt.problems.arrays import IntArray
-from moeless_opt.problems.errors import UnsupportedFeatureError
 from moeless_opt.runtime.live import ExpertGroup, SlotTable, rows_to_slots
 from moeless_opt.runtime.live.dispatch import (
     BalancedShares,
@@ -22,8 +18,10 @@ from moeless_opt.runtime.live.dispatch import (
     SharePolicy,
     TimedShares,
 )
+from moeless_opt.runtime.live.dispatch.device.launching import interpreted, launch, power, upload
+from moeless_opt.runtime.live.dispatch.device.rows import place_ends, warm_rows
 
-__all__ = ["DeviceSplit", "Told", "on_device", "runs_here", "upload", "why_not"]
+__all__ = ["DeviceSplit", "Told", "on_device"]
 
 #: Tries for one division of tokens, and most steps of one descent; as in `_timed_kernels`.
 TRIES, STEPS = 8, 1000
@@ -37,46 +35,6 @@ BLOCK = 1024
 FAST = 2**31
 
 
-def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy on the device, without waiting for it: from pinned memory, which torch keeps for the next."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-@lru_cache(maxsize=1)
-def _kernels() -> Any:
-    """The kernels, which import Triton."""
-    from moeless_opt.runtime.live.dispatch.device import _kernels as found
-
-    return found
-
-
-def why_not(device: torch.device) -> str | None:
-    """What is missing for splits on a device; None: nothing."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    if device.type != "cuda" and not _kernels().interpreted():
-        return (
-            f"kernels do not run on {device.type}; for a trial, slowly, start Python with TRITON_INTERPRET=1 "
-            "in the environment"
-        )
-    return None
-
-
-def runs_here(split: str, device: torch.device) -> bool:
-    """Whether splits shall be on the device, by the option `split` of `attach`.
-
-    Raises
-    ------
-    UnsupportedFeatureError
-        If they were asked for and cannot be.
-    """
-    reason = why_not(device)
-    if split == "device" and reason is not None:
-        raise UnsupportedFeatureError(f"split='device': {reason}; or use split='host'")
-    return split == "device" or (split == "auto" and device.type == "cuda" and reason is None)
-
-
 def on_device(policy: SharePolicy) -> bool:
     """Whether there are kernels for a policy; others are computed on the host."""
     if type(policy) is BalancedShares:
@@ -84,21 +42,6 @@ def on_device(policy: SharePolicy) -> bool:
     if type(policy) is TimedShares:
         return on_device(policy.balanced)
     return type(policy) in (EqualShares, PlannedShares)
-
-
-#: The interpreter of kernels keeps its place in globals.
-_one_at_a_time = threading.Lock()
-
-
-def _launch(name: str, grid: tuple[int, ...], *arguments: Any, warps: int = 1, **sizes: int) -> None:
-    """Run a kernel; products and sums stay apart, as they are on the host."""
-    with _one_at_a_time:
-        getattr(_kernels(), name)[grid](*arguments, **sizes, num_warps=warps, enable_fp_fusion=False)
-
-
-def _power(size: int, least: int = 1) -> int:
-    """The next power of two."""
-    return max(least, 1 << max(size - 1, 0).bit_length())
 
 
 class Told(NamedTuple):
@@ -126,7 +69,7 @@ class _Placed:
     def __init__(self, table: SlotTable, group: ExpertGroup, device: torch.device) -> None:
         self.table = table
         experts, slots, ranks = table.experts, table.expert_P.size, table.gpus
-        self.widest = _power(int(table.replicas_E.max()), 2)
+        self.widest = power(int(table.replicas_E.max()), 2)
         by_expert = table.to_slots_P
         starts_E = np.cumsum(table.replicas_E) - table.replicas_E
         nth_P = np.arange(slots) - starts_E[table.expert_P[by_expert]]
@@ -189,8 +132,18 @@ class DeviceSplit:
         self._times: tuple[SlotTable, SharePolicy, tuple[Tensor, ...]] | None = None
         self._nothing = torch.zeros(1, dtype=torch.float64, device=device)
         self._wanted: tuple[bytes, Tensor] | None = None
+        self._tokens = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def warm(self, policy: SharePolicy, experts: int, group: ExpertGroup) -> None:
+    def warm(
+        self,
+        policy: SharePolicy,
+        experts: int,
+        group: ExpertGroup,
+        *,
+        topk: int = 1,
+        width: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Compile what a forward may want, or read it from Triton's cache; some seconds, once on a machine.
 
         Parameters
@@ -201,9 +154,15 @@ class DeviceSplit:
             Of a layer.
         group : ExpertGroup
             The ranks.
+        topk : int
+            Experts of a token.
+        width, dtype
+            Of the rows, where they are known.
         """
-        if _kernels().interpreted():
+        if interpreted():
             return
+        if dtype is not None:
+            warm_rows(experts, topk, width, dtype, self.device)
         gathered = torch.zeros((group.size, experts), dtype=torch.int64, device=self.device)
         order = torch.zeros(1, dtype=torch.int64, device=self.device)
         copies = 1
@@ -216,9 +175,11 @@ class DeviceSplit:
                 if on_device(one):
                     self.start(gathered, one, table, group)
             self.tell(gathered)
-            self.by_slot(order)
+            self.by_slot(order, order.clone())
             if self._at().mine:
                 self.by_local_slot(None, 1, 1, 1)
+                for counted in (False, True):
+                    place_ends(self.sizes(None, counted), self._at().as_they_stand, 1)
             copies *= 2
 
     # -- launches ----------------------------------------------------------------------------------
@@ -262,8 +223,8 @@ class DeviceSplit:
         else:
             assert isinstance(policy, BalancedShares)
             self._balance(counts, policy)
-        tile = _power(ranks) * at.widest
-        _launch(
+        tile = power(ranks) * at.widest
+        launch(
             "split",
             (table.experts,),
             counts,
@@ -280,16 +241,16 @@ class DeviceSplit:
             ranks,
             at.slots,
             at.nodes,
-            RB=_power(ranks),
+            RB=power(ranks),
             X=at.widest,
             POLICY=kind,
-            warps=min(8, _power(tile // 256)),
+            warps=min(8, power(tile // 256)),
         )
 
     def _balance(self, counts: Tensor, policy: BalancedShares) -> None:
         at, ranks = self._at(), self.group.size
-        SB = _power(at.many_count, LEAST)
-        _launch(
+        SB = power(at.many_count, LEAST)
+        launch(
             "order",
             (at.table.experts,),
             counts,
@@ -302,14 +263,14 @@ class DeviceSplit:
             at.order_S,
             ranks,
             at.many_count,
-            RB=_power(ranks),
+            RB=power(ranks),
             SB=SB,
         )
         policy.check(1, ranks)
         if self._speeds is None or self._speeds[0] is not policy or len(self._speeds[1]) != ranks:
             speed_G = np.array(policy.speed_G or [1] * ranks, dtype=np.int64)
             self._speeds = policy, upload(speed_G, self.device)
-        _launch(
+        launch(
             "pour",
             (1,),
             at.load_E,
@@ -326,8 +287,8 @@ class DeviceSplit:
             ranks,
             at.most,
             at.many_count,
-            GB=_power(ranks),
-            CB=_power(at.most, 8),
+            GB=power(ranks),
+            CB=power(at.most, 8),
             SB=SB,
             X=at.widest,
             UNIT=policy.speed_G is None,
@@ -342,8 +303,8 @@ class DeviceSplit:
             known = self._times = table, policy, tuple(upload(part, self.device) for part in parts)
         at, (rate_G, knot_K, table_AK) = self._at(), known[2]
         busy_G, base_G, alone_G = at.sums_3G
-        SB = _power(at.many_count, LEAST)
-        _launch(
+        SB = power(at.many_count, LEAST)
+        launch(
             "search",
             (1,),
             at.many_S,
@@ -364,13 +325,13 @@ class DeviceSplit:
             at.many_count,
             len(knot_K),
             len(table_AK),
-            GB=_power(self.group.size),
+            GB=power(self.group.size),
             SB=SB,
             X=at.widest,
             TRIES=TRIES,
             STEPS=STEPS,
-            LOG=_power(len(knot_K)).bit_length() - 1,
-            warps=min(8, _power(SB * at.widest // 32)),
+            LOG=power(len(knot_K)).bit_length() - 1,
+            warps=min(8, power(SB * at.widest // 32)),
         )
 
     def _weighted(self, policy: PlannedShares, table: SlotTable) -> tuple[Tensor, Tensor]:
@@ -391,7 +352,7 @@ class DeviceSplit:
         experts = at.table.experts
         extra = gathered.size(1) - experts
         out = gathered.new_empty((ranks, extra + 2 + at.mine))
-        _launch(
+        launch(
             "pack",
             (ranks,),
             gathered,
@@ -405,8 +366,8 @@ class DeviceSplit:
             at.slots,
             self.group.rank,
             at.mine,
-            KB=_power(extra, LEAST),
-            SB=_power(at.mine, LEAST),
+            KB=power(extra, LEAST),
+            SB=power(at.mine, LEAST),
             warps=1,
         )
         if out.is_cuda:
@@ -425,11 +386,35 @@ class DeviceSplit:
 
     # -- orders of rows ----------------------------------------------------------------------------
 
-    def sizes(self, wanted_S: IntArray | None) -> Tensor:
-        """Rows for each local slot, in an order of the slots; int64 [S] on the device."""
+    def sizes(self, wanted_S: IntArray | None, counted: bool = False) -> Tensor:
+        """Rows for each local slot, in an order of the slots; int64 [S] on the device.
+
+        Those that are counted are told by `take_tokens`.
+        """
         at = self._at()
-        size_S = at.sends_RP[:, at.first : at.first + at.mine].sum(0)
-        return size_S if wanted_S is None else size_S.index_select(0, self._wanting(wanted_S))
+        size_S = at.sends_RP.new_empty(at.mine)
+        if at.mine:
+            launch(
+                "sizes",
+                (1,),
+                at.sends_RP,
+                self._wanting(wanted_S),
+                size_S,
+                self._tokens,
+                self.group.size,
+                at.slots,
+                at.first,
+                at.mine,
+                SB=power(at.mine, LEAST),
+                COUNT=counted,
+            )
+        return size_S
+
+    def take_tokens(self) -> int:
+        """Rows that were counted since the last call; waits for the device."""
+        tokens = int(self._tokens)
+        self._tokens.zero_()
+        return tokens
 
     def _wanting(self, wanted_S: IntArray | None) -> Tensor:
         """An order of the slots, sent when it changes."""
@@ -440,27 +425,31 @@ class DeviceSplit:
             self._wanted = key, upload(wanted_S.astype(np.int32), self.device)
         return self._wanted[1]
 
-    def by_slot(self, order: Tensor) -> Tensor:
-        """Rows of this rank in the order of the flat slots, from that by expert; what is over stays."""
+    def by_slot(self, order: Tensor, back: Tensor) -> Tensor:
+        """Rows of this rank in the order of the flat slots, from that by expert; what is over stays.
+
+        ``back[i]`` becomes where row i stands.
+        """
         at = self._at()
         out = order.clone()
-        _launch(
+        launch(
             "fill",
             (at.slots,),
             at.sends_RP,
             at.place_P,
             order,
             out,
+            back,
             at.slots,
             self.group.rank,
-            PB=_power(at.slots, _power(2 * at.table.experts)),
+            PB=power(at.slots, power(2 * at.table.experts)),
             BLOCK=BLOCK,
             warps=4,
         )
         return out
 
     def by_local_slot(
-        self, wanted_S: IntArray | None, rows: int, padded: int, block: int
+        self, wanted_S: IntArray | None, rows: int, padded: int, block: int, *, fewer: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Whence the rows come, slot by slot (0 where padded), and where each that arrives will stand.
 
@@ -469,15 +458,20 @@ class DeviceSplit:
         wanted_S : array of int64, shape [S], optional
             Order of the slots; None: as they stand.
         rows, padded : int
-            Rows that arrive (at most), and how many they are with the padding.
+            Rows that arrive, and how many they are with the padding.
         block : int
             Each slot's are padded to a multiple of so many.
+        fewer : bool
+            Fewer rows may arrive; the rest is 0.
         """
         at = self._at()
-        gather = torch.zeros(padded, dtype=torch.int64, device=self.device)
-        scatter = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        RB, SB = _power(self.group.size), _power(at.mine, LEAST)
-        _launch(
+        # Where every place is written, nothing stays as it is made.
+        gather = (torch.zeros if fewer or padded > rows else torch.empty)(
+            padded, dtype=torch.int64, device=self.device
+        )
+        scatter = (torch.zeros if fewer else torch.empty)(rows, dtype=torch.int64, device=self.device)
+        RB, SB = power(self.group.size), power(at.mine, LEAST)
+        launch(
             "arrange",
             (self.group.size, at.mine),
             at.sends_RP,
@@ -492,6 +486,6 @@ class DeviceSplit:
             RB=RB,
             SB=SB,
             BLOCK=BLOCK,
-            warps=min(8, _power(RB * SB // 256)),
+            warps=min(8, power(RB * SB // 256)),
         )
         return gather, scatter
