@@ -35,9 +35,12 @@ FIRST, TIMES, MODULUS = 88172645, 48271, 2147483647
 """Numbers without pattern: S. K. Park, K. W. Miller, "Random number generators", Comm. ACM 31 (1988)."""
 
 
-@njit("f8(i8, i8, f8, f8[::1], f8[:, ::1])", cache=True, nogil=True)
-def seconds(tokens: int, used: int, speed: float, knot_K: Any, table_AK: Any) -> float:
-    """Time of a GPU: linear between the knots, the last segment goes on, the first value holds below."""
+@njit("f8(i8, i8, f8, f8[::1], f8[:, :, ::1])", cache=True, nogil=True)
+def seconds(tokens: int, used: int, speed: float, knot_K: Any, table_2AK: Any) -> float:
+    """Time of a GPU: linear between the knots, the last segment goes on, the first value holds below.
+
+    `table_2AK`: values at the knots, and slopes behind them.
+    """
     low, high = 0, len(knot_K) - 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -45,12 +48,11 @@ def seconds(tokens: int, used: int, speed: float, knot_K: Any, table_AK: Any) ->
             low = middle
         else:
             high = middle
-    along = max((tokens - knot_K[low]) / (knot_K[low + 1] - knot_K[low]), 0.0)
-    used = min(used, len(table_AK) - 1)
-    return (table_AK[used, low] + (table_AK[used, low + 1] - table_AK[used, low]) * along) / speed
+    used = min(used, table_2AK.shape[1] - 1)
+    return (table_2AK[0, used, low] + table_2AK[1, used, low] * max(tokens - knot_K[low], 0.0)) / speed
 
 
-@njit("UniTuple(f8, 2)(i8, i8, i8, f8, i8, i8, f8, f8[::1], f8[:, ::1])", cache=True, nogil=True)
+@njit("UniTuple(f8, 2)(i8, i8, i8, f8, i8, i8, f8, f8[::1], f8[:, :, ::1])", cache=True, nogil=True)
 def part_of(
     amount: int,
     n_g: int,
@@ -60,14 +62,14 @@ def part_of(
     a_h: int,
     s_h: float,
     knot_K: Any,
-    table_AK: Any,
+    table_2AK: Any,
 ) -> tuple[float, float]:
     """How many of `amount` tokens to hand from g to h (which then uses a_h experts), and when both end."""
     # The gap between the two falls with what is handed on: regula falsi, Illinois style.
     low, high = 0, amount
-    gap_low = seconds(n_g, a_g, s_g, knot_K, table_AK) - seconds(n_h, a_h, s_h, knot_K, table_AK)
-    gap_high = seconds(n_g - amount, a_g, s_g, knot_K, table_AK) - seconds(
-        n_h + amount, a_h, s_h, knot_K, table_AK
+    gap_low = seconds(n_g, a_g, s_g, knot_K, table_2AK) - seconds(n_h, a_h, s_h, knot_K, table_2AK)
+    gap_high = seconds(n_g - amount, a_g, s_g, knot_K, table_2AK) - seconds(
+        n_h + amount, a_h, s_h, knot_K, table_2AK
     )
     best, value = 0, np.inf
     if gap_low <= 0.0 or gap_high >= 0.0:
@@ -77,8 +79,8 @@ def part_of(
             break
         middle = low + int((high - low) * (gap_low / (gap_low - gap_high)))
         middle = min(max(middle, low + 1), high - 1)
-        t_g = seconds(n_g - middle, a_g, s_g, knot_K, table_AK)
-        t_h = seconds(n_h + middle, a_h, s_h, knot_K, table_AK)
+        t_g = seconds(n_g - middle, a_g, s_g, knot_K, table_2AK)
+        t_h = seconds(n_h + middle, a_h, s_h, knot_K, table_2AK)
         worst = max(t_g, t_h)
         if worst < value:
             best, value = middle, worst
@@ -111,7 +113,8 @@ def _hand(s: int, source: int, target: int, amount: int, y_SX: Any, rank_SX: Any
 
 
 @njit(
-    "f8(f8, i8[:, ::1], i8[:, ::1], i8[:, ::1], i8[::1], i8[:, ::1], f8[::1], f8[::1], f8[::1], f8[:, ::1])",
+    "f8(f8, i8[:, ::1], i8[:, ::1], i8[:, ::1], i8[::1], i8[:, ::1],"
+    " f8[::1], f8[::1], f8[::1], f8[:, :, ::1])",
     cache=True,
     nogil=True,
 )
@@ -125,12 +128,12 @@ def _descend(
     t_G: Any,
     speed_G: Any,
     knot_K: Any,
-    table_AK: Any,
+    table_2AK: Any,
 ) -> float:
     """Relieve the slowest GPU by the best single step until none helps; keeps what is a new best."""
     n_G, a_G = served_2G[0], served_2G[1]  # tokens, and activated experts
     for g in range(len(t_G)):
-        t_G[g] = seconds(n_G[g], a_G[g], speed_G[g], knot_K, table_AK)
+        t_G[g] = seconds(n_G[g], a_G[g], speed_G[g], knot_K, table_2AK)
     for _ in range(STEPS):
         g = t_G.argmax()
         if t_G[g] < best * (1 - TINY):
@@ -146,17 +149,17 @@ def _descend(
             if source < 0:
                 continue
             amount = y_SX[s, source]
-            without = seconds(n_G[g] - amount, a_G[g] - 1, speed_G[g], knot_K, table_AK)
+            without = seconds(n_G[g] - amount, a_G[g] - 1, speed_G[g], knot_K, table_2AK)
             for x in range(copies_S[s]):
                 h = rank_SX[s, x]
                 if x == source or t_G[h] >= limit:
                     continue
                 a_h = a_G[h] + int(y_SX[s, x] == 0)
-                ends = max(without, seconds(n_G[h] + amount, a_h, speed_G[h], knot_K, table_AK))
+                ends = max(without, seconds(n_G[h] + amount, a_h, speed_G[h], knot_K, table_2AK))
                 if ends < soon:
                     soon, step_s, step_source, step_target, step_amount = ends, s, source, x, amount
                 part, ends = part_of(
-                    amount, n_G[g], a_G[g], speed_G[g], n_G[h], a_h, speed_G[h], knot_K, table_AK
+                    amount, n_G[g], a_G[g], speed_G[g], n_G[h], a_h, speed_G[h], knot_K, table_2AK
                 )
                 if ends < soon:
                     soon, step_s, step_source, step_target, step_amount = ends, s, source, x, int(part)
@@ -165,7 +168,7 @@ def _descend(
         _hand(step_s, step_source, step_target, step_amount, y_SX, rank_SX, n_G, a_G)
         for x in (step_source, step_target):
             h = rank_SX[step_s, x]
-            t_G[h] = seconds(n_G[h], a_G[h], speed_G[h], knot_K, table_AK)
+            t_G[h] = seconds(n_G[h], a_G[h], speed_G[h], knot_K, table_2AK)
     return best
 
 
@@ -185,12 +188,12 @@ def _take(from_SX: Any, y_SX: Any, rank_SX: Any, copies_S: Any, n_G: Any, a_G: A
 
 
 @njit(
-    "i8(i8, i8[:, ::1], i8[:, ::1], i8[::1], i8[::1], i8[::1], f8[::1])",
+    "void(i8, i8[:, ::1], i8[:, ::1], i8[::1], i8[::1], i8[::1], f8[::1])",
     cache=True,
     nogil=True,
 )
-def _shake(draw: int, y_SX: Any, rank_SX: Any, copies_S: Any, n_G: Any, a_G: Any, t_G: Any) -> int:
-    """Hand an expert's tokens on the slowest GPU, then on any, to another replica; the last number."""
+def _shake(draw: int, y_SX: Any, rank_SX: Any, copies_S: Any, n_G: Any, a_G: Any, t_G: Any) -> None:
+    """Hand an expert's tokens on the slowest GPU, then on any, to another replica."""
     for push in range(2):
         g = t_G.argmax()
         if push == 1:
@@ -213,11 +216,10 @@ def _shake(draw: int, y_SX: Any, rank_SX: Any, copies_S: Any, n_G: Any, a_G: Any
                         target += int(target >= x)
                         _hand(s, x, target, y_SX[s, x], y_SX, rank_SX, n_G, a_G)
                     nth -= 1
-    return draw
 
 
 @njit(
-    "i8[::1](i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], f8[::1], f8[::1], f8[:, ::1], i8)",
+    "i8[::1](i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], f8[::1], f8[::1], f8[:, :, ::1], i8)",
     cache=True,
     nogil=True,
 )
@@ -229,13 +231,13 @@ def timed_quotas(
     rank_P: Any,
     speed_G: Any,
     knot_K: Any,
-    table_AK: Any,
+    table_2AK: Any,
     kicks: int,
 ) -> Any:
     """Tokens of each slot, so that the slowest GPU ends soon: never later than with `balanced_P`.
 
-    Relieves the slowest GPU again and again, from whole experts and from the balanced quotas; shakes the best
-    so far and does so again, `kicks` times.
+    Relieves the slowest GPU again and again, from whole experts and from the balanced quotas; then, in two
+    rounds of `kicks` in all, shakes the best before the round and does so again.
     """
     quota_P = np.empty(len(rank_P), dtype=np.int64)
     served_2G = np.zeros((2, len(speed_G)), dtype=np.int64)
@@ -270,23 +272,30 @@ def timed_quotas(
             p = to_slots_P[starts_E[e] + x]
             g = rank_SX[s, x] = rank_P[p]
             balanced_SX[s, x] = balanced_P[p]
-            t = seconds(n_G[g] + load_E[e], a_G[g] + 1, speed_G[g], knot_K, table_AK)
+            t = seconds(n_G[g] + load_E[e], a_G[g] + 1, speed_G[g], knot_K, table_2AK)
             if t < least:
                 first, least = x, t
         # Whole on the replica that ends soonest with it.
         _hand(s, -1, first, load_E[e], y_SX, rank_SX, n_G, a_G)
     t_G = np.empty(len(speed_G))
-    best = _descend(np.inf, y_SX, best_SX, rank_SX, copies_S, served_2G, t_G, speed_G, knot_K, table_AK)
+    best = _descend(np.inf, y_SX, best_SX, rank_SX, copies_S, served_2G, t_G, speed_G, knot_K, table_2AK)
     if count:
-        _take(balanced_SX, y_SX, rank_SX, copies_S, n_G, a_G)
-        best = _descend(best, y_SX, best_SX, rank_SX, copies_S, served_2G, t_G, speed_G, knot_K, table_AK)
-        draw = FIRST
-        for _ in range(kicks):
-            _take(best_SX, y_SX, rank_SX, copies_S, n_G, a_G)
-            for g in range(len(t_G)):
-                t_G[g] = seconds(n_G[g], a_G[g], speed_G[g], knot_K, table_AK)
-            draw = _shake(draw, y_SX, rank_SX, copies_S, n_G, a_G, t_G)
-            best = _descend(best, y_SX, best_SX, rank_SX, copies_S, served_2G, t_G, speed_G, knot_K, table_AK)
+        found_SX, base_SX = np.zeros_like(best_SX), balanced_SX
+        for k in range(-1, kicks):
+            # A round starts from the best of those before: on a GPU all of a round descend at once.
+            if k in (0, kicks - kicks // 2):
+                base_SX = best_SX.copy()
+            _take(base_SX, y_SX, rank_SX, copies_S, n_G, a_G)
+            if k >= 0:
+                for g in range(len(t_G)):
+                    t_G[g] = seconds(n_G[g], a_G[g], speed_G[g], knot_K, table_2AK)
+                _shake((k + 1) * FIRST % MODULUS, y_SX, rank_SX, copies_S, n_G, a_G, t_G)
+            t = _descend(
+                np.inf, y_SX, found_SX, rank_SX, copies_S, served_2G, t_G, speed_G, knot_K, table_2AK
+            )
+            if t < best:
+                best = t
+                best_SX[:] = found_SX
     for s in range(count):
         e = several_E[order_S[s]]
         for x in range(copies_S[s]):

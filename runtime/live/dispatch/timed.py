@@ -75,7 +75,7 @@ class TimedShares(RankShares):
             None if self.speed_G is None else np.maximum(np.rint(1000 * self.speed_G), 1).astype(int).tolist()
         )
         self.balanced = BalancedShares(mille)
-        self._tables: dict[int, TimeTable] = {}
+        self._tables: dict[int, tuple[FloatArray, FloatArray]] = {}
         _kernels()
 
     def check(self, layers: int, ranks: int) -> None:
@@ -92,7 +92,7 @@ class TimedShares(RankShares):
 
     def quotas(self, index: int, load_E: IntArray, table: SlotTable) -> IntArray:
         """See `SharePolicy.quotas`."""
-        times = self.times(table)
+        knot_K, table_2AK = self.times(table)
         found_P: IntArray = _kernels().timed_quotas(
             np.require(load_E, np.int64, ("C", "W")),
             self.balanced.quotas(index, load_E, table),
@@ -100,19 +100,30 @@ class TimedShares(RankShares):
             table.to_slots_P,
             table.rank_P,
             self.rates(table),
-            times.knot_K,
-            times.table_AK,
+            knot_K,
+            table_2AK,
             self.effort(table),
         )
         return found_P
 
-    def times(self, table: SlotTable) -> TimeTable:
-        """The time model, up to the most experts that a rank of the table can activate."""
+    def times(self, table: SlotTable) -> tuple[FloatArray, FloatArray]:
+        """The time model, up to the most experts that a rank of the table can activate.
+
+        Returns
+        -------
+        array, shape [K]
+            Tokens at the knots.
+        array, shape [2, A, K]
+            Times of A activated experts (from 0) there, and slopes behind them.
+        """
         most = max(map(len, table.rows))
         if most not in self._tables:
             times = TimeTable.of(self.time, most, per_token=self.per_token)
+            slope_AK = np.diff(times.table_AK, axis=1) / np.diff(times.knot_K)
+            # Behind the last knot the last slope goes on.
+            slope_AK = np.concatenate((slope_AK, slope_AK[:, -1:]), axis=1)
             # The kernels take no read-only arrays, which those of a curve are.
-            self._tables[most] = TimeTable(times.knot_K.astype(np.float64), times.table_AK)
+            self._tables[most] = times.knot_K.astype(np.float64), np.stack((times.table_AK, slope_AK))
         return self._tables[most]
 
     def rates(self, table: SlotTable) -> FloatArray:

@@ -269,8 +269,8 @@ COMPILE = """
 from moeless_opt.runtime.live.dispatch.device import compiled
 
 for name, sizes in {
-    "split": dict(RB=8, X=2, POLICY=1),
-    "search": dict(GB=8, SB=8, X=2, TRIES=8, STEPS=1000, LOG=1),
+    "split": dict(RB=8, X=2, NB=32, POLICY=1),
+    "search": dict(GB=8, SB=8, X=2, NB=32, TRIES=8, STEPS=1000, LOG=1, UNIT=False),
 }.items():
     found = compiled(name, **sizes)
     assert 0 < found.instructions, name

@@ -32,26 +32,33 @@ ONE: tl.constexpr = tl.constexpr(2**20)
 
 @triton.jit(do_not_specialize=["stride", "R", "S"])
 def order(
-    counts, stride, many, copies_E, nth_E, load_E, load_S, place_S, R, S, RB: tl.constexpr, SB: tl.constexpr
-):
-    """Loads; and places of the experts with several replicas, heaviest first (of equals the first).
+    counts, stride, many, copies_E, nth_E, rank_EX, load_E, place_S, load_S, copies_S, rank_SX, R, S,
+    RB: tl.constexpr, SB: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """Loads; and the experts with several replicas, heaviest first (of equals the first): S is sorted.
 
-    A program for each expert, which adds up all counts that it compares with: cheaper than a second launch.
+    `place_S` tells where each of `many` has gone. A program for each expert, which adds up all counts that
+    it compares with: cheaper than a second launch.
     """
     e = tl.program_id(0)
     r = tl.arange(0, RB)
     own = tl.sum(tl.load(counts + r * stride + e, mask=r < R, other=0), 0)
     tl.store(load_E + e, own)
-    if tl.load(copies_E + e) > 1:
+    copies = tl.load(copies_E + e)
+    if copies > 1:
         mine = tl.load(nth_E + e)
         s = tl.arange(0, SB)
+        x = tl.arange(0, X)
         expert = tl.load(many + s, mask=s < S, other=0)
         total = tl.zeros([SB], tl.int64)
         for rank in range(R):
             total += tl.load(counts + rank * stride + expert, mask=s < S, other=0)
         before = (total > own) | ((total == own) & (s < mine))
-        tl.store(place_S + tl.sum((before & (s < S)).to(tl.int32), 0), mine)
-        tl.store(load_S + mine, own)
+        place = tl.sum((before & (s < S)).to(tl.int32), 0)
+        tl.store(place_S + mine, place)
+        tl.store(load_S + place, own)
+        tl.store(copies_S + place, copies)
+        tl.store(rank_SX + place * X + x, tl.load(rank_EX + e * X + x))
 
 
 @triton.jit
@@ -108,28 +115,9 @@ def _levelled(tokens, busy, speed, valid, X: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["sweeps", "G", "C", "S"])
 def pour(
-    load_E,
-    many,
-    load_S,
-    place_S,
-    single_GC,
-    rank_EX,
-    copies_E,
-    speed_G,
-    busy_G,
-    base_G,
-    alone_G,
-    quota_SX,
-    sweeps,
-    G,
-    C,
-    S,
-    GB: tl.constexpr,
-    CB: tl.constexpr,
-    SB: tl.constexpr,
-    X: tl.constexpr,
-    UNIT: tl.constexpr,
-):
+    load_E, load_S, copies_S, rank_SX, single_GC, speed_G, busy_G, base_G, alone_G, quota_SX, sweeps, G, C, S,
+    GB: tl.constexpr, CB: tl.constexpr, SB: tl.constexpr, X: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
     """Quotas of `BalancedShares`, one program: the sweeps are a chain."""
     g = tl.arange(0, GB)
     x = tl.arange(0, X)
@@ -151,19 +139,24 @@ def pour(
     best = tl.sum(zero.to(tl.int64).reshape([SB * X]), 0) - 1
     sweep = used * 0
     while sweep < sweeps:
+        n = tl.load(copies_S)
+        rank = tl.load(rank_SX + x)
+        load = tl.load(load_S)
         for k in range(used):
-            i = tl.load(place_S + k)
-            e = tl.load(many + i)
-            n = tl.load(copies_E + e)
-            rank = tl.load(rank_EX + e * X + x)
             valid = x < n
-            had = tl.load(quota_SX + i * X + x)
+            had = tl.load(quota_SX + k * X + x)
             busy = tl.load(busy_G + rank, mask=valid, other=0) - had
             speed = tl.load(speed_G + rank, mask=valid, other=1)
-            part = _poured(tl.load(load_S + i), busy, speed, valid, n, X, UNIT)
+            part = _poured(load, busy, speed, valid, n, X, UNIT)
+            at = rank
+            # Of the next expert all that does not depend on this one, while this is under way.
+            after = tl.minimum(k + 1, used - 1)
+            n = tl.load(copies_S + after)
+            rank = tl.load(rank_SX + after * X + x)
+            load = tl.load(load_S + after)
             tl.debug_barrier()
-            tl.store(quota_SX + i * X + x, part)
-            tl.store(busy_G + rank, busy + part, mask=valid)
+            tl.store(quota_SX + k * X + x, part)
+            tl.store(busy_G + at, busy + part, mask=valid)
             tl.debug_barrier()
         level = tl.load(busy_G + g, mask=g < G, other=0) * ONE
         if not UNIT:
@@ -176,23 +169,23 @@ def pour(
 
 
 @triton.jit
-def _seconds(tokens, used, rate, knot_K, table_AK, K, A, LOG: tl.constexpr):
+def _seconds(tokens, used, rate, knot_K, table_AK, slope_AK, K, A, LOG: tl.constexpr, UNIT: tl.constexpr):
     """`_timed_kernels.seconds`, elementwise."""
     low = tokens.to(tl.int32) * 0
-    high = low + (K - 1)
     tokens = tokens.to(tl.float64)
-    for _ in tl.static_range(LOG):
-        middle = (low + high) // 2
-        open_ = high - low > 1
-        right = tl.load(knot_K + middle) <= tokens
-        low = tl.where(open_ & right, middle, low)
-        high = tl.where(open_ & (right == 0), middle, high)
-    at = tl.load(knot_K + low)
-    along = (tokens - at) / (tl.load(knot_K + low + 1) - at)
-    along = tl.where(along > 0.0, along, 0.0)
-    row = table_AK + tl.minimum(used, A - 1).to(tl.int32) * K + low
-    left = tl.load(row)
-    return (left + (tl.load(row + 1) - left) * along) / rate
+    if LOG > 0:
+        high = low + (K - 1)
+        for _ in tl.static_range(LOG):
+            middle = (low + high) // 2
+            open_ = high - low > 1
+            right = tl.load(knot_K + middle) <= tokens
+            low = tl.where(open_ & right, middle, low)
+            high = tl.where(open_ & (right == 0), middle, high)
+    beyond = tokens - tl.load(knot_K + low)
+    beyond = tl.where(beyond > 0.0, beyond, 0.0)
+    row = tl.minimum(used, A - 1).to(tl.int32) * K + low
+    time = tl.load(table_AK + row) + tl.load(slope_AK + row) * beyond
+    return time if UNIT else time / rate
 
 
 @triton.jit
@@ -202,45 +195,32 @@ def _later(a, b):
 
 @triton.jit
 def _part_of(
-    amount,
-    n_g,
-    a_g,
-    s_g,
-    n_h,
-    a_h,
-    s_h,
-    asked,
-    knot_K,
-    table_AK,
-    K,
-    A,
-    TRIES: tl.constexpr,
-    LOG: tl.constexpr,
-):
-    """`_timed_kernels.part_of`, elementwise."""
+    amount, t_g, n_g, a_g, s_g, t_h, n_h, a_h, s_h, asked, knot_K, table_AK, slope_AK, K, A,
+    TRIES: tl.constexpr, LOG: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """`_timed_kernels.part_of`, elementwise; now g takes t_g, and h, with the expert, t_h."""
     infinite = tl.full(amount.shape, float("inf"), tl.float64)
     close = tl.full(amount.shape, 1e-4, tl.float64)
     low = amount * 0
     high = amount
-    gap_low = _seconds(n_g, a_g, s_g, knot_K, table_AK, K, A, LOG)
-    gap_low -= _seconds(n_h, a_h, s_h, knot_K, table_AK, K, A, LOG)
-    gap_high = _seconds(n_g - amount, a_g, s_g, knot_K, table_AK, K, A, LOG)
-    gap_high -= _seconds(n_h + amount, a_h, s_h, knot_K, table_AK, K, A, LOG)
+    gap_low = t_g - t_h
+    gap_high = _seconds(n_g - amount, a_g, s_g, knot_K, table_AK, slope_AK, K, A, LOG, UNIT)
+    gap_high -= _seconds(n_h + amount, a_h, s_h, knot_K, table_AK, slope_AK, K, A, LOG, UNIT)
     best = low
     value = infinite
-    going = asked & (gap_low > 0.0) & (gap_high < 0.0)
-    for _ in range(TRIES):
-        going = going & (high - low >= 2)
+    going = asked & (gap_low > 0.0) & (gap_high < 0.0) & (high - low >= 2)
+    turn = 0
+    while turn < TRIES:
         slope = tl.where(going, gap_low - gap_high, 1.0)
         middle = low + ((high - low).to(tl.float64) * (gap_low / slope)).to(tl.int64)
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
-        t_g = _seconds(n_g - middle, a_g, s_g, knot_K, table_AK, K, A, LOG)
-        t_h = _seconds(n_h + middle, a_h, s_h, knot_K, table_AK, K, A, LOG)
-        worst = _later(t_g, t_h)
+        then_g = _seconds(n_g - middle, a_g, s_g, knot_K, table_AK, slope_AK, K, A, LOG, UNIT)
+        then_h = _seconds(n_h + middle, a_h, s_h, knot_K, table_AK, slope_AK, K, A, LOG, UNIT)
+        worst = _later(then_g, then_h)
         better = going & (worst < value)
         best = tl.where(better, middle, best)
         value = tl.where(better, worst, value)
-        gap = t_g - t_h
+        gap = then_g - then_h
         going = going & (tl.abs(gap) > close * worst)
         up = going & (gap > 0.0)
         down = going & (gap <= 0.0)
@@ -249,6 +229,10 @@ def _part_of(
         new_low = tl.where(up, gap, tl.where(down, gap_low * 0.5, gap_low))
         gap_high = tl.where(down, gap, tl.where(up, gap_high * 0.5, gap_high))
         gap_low = new_low
+        going = going & (high - low >= 2)
+        turn += 1
+        if tl.max(tl.max(going.to(tl.int32), 1), 0) == 0:
+            turn = turn + TRIES
     return best, value
 
 
@@ -259,101 +243,34 @@ def _pick(tile, s, x, row, column):
 
 
 @triton.jit
-def _hand(y, n, a, hold, s, x, g, row, source, target, amount):
-    """`_timed_kernels._hand`: tokens of an expert from one replica to another; all as it is then."""
+def _hand(y, n, a, n_h, a_h, hold, s, x, g, row, source, target, amount):
+    """`_timed_kernels._hand`: tokens of an expert from one replica to another; all as it is then.
+
+    `n_h` and `a_h` are `n` and `a` of each replica's rank.
+    """
     left = _pick(y, s, x, row, source) - amount
     had = _pick(y, s, x, row, target)
-    from_g = g == _pick(hold, s, x, row, source)
-    to_g = g == _pick(hold, s, x, row, target)
-    n = n + tl.where(to_g, amount, 0) - tl.where(from_g, amount, 0)
-    a = a + (to_g & (had == 0)).to(tl.int64) - (from_g & (left == 0)).to(tl.int64)
+    giver = _pick(hold, s, x, row, source)
+    taker = _pick(hold, s, x, row, target)
+    less = (left == 0).to(tl.int64)
+    more = (had == 0).to(tl.int64)
+    n = n + tl.where(g == taker, amount, 0) - tl.where(g == giver, amount, 0)
+    a = a + tl.where(g == taker, more, 0) - tl.where(g == giver, less, 0)
+    n_h = n_h + tl.where(hold == taker, amount, 0) - tl.where(hold == giver, amount, 0)
+    a_h = a_h + tl.where(hold == taker, more, 0) - tl.where(hold == giver, less, 0)
     here = s[:, None] == row
     y = (
         y
         + tl.where(here & (x[None, :] == target), amount, 0)
         - tl.where(here & (x[None, :] == source), amount, 0)
     )
-    return y, n, a
+    return y, n, a, n_h, a_h
 
 
 @triton.jit
-def _descend(
-    best, y, n, a, best_y, best_n, best_a, hold, valid, rate, n_G, a_G, t_G, rate_G, knot_K, table_AK, K, A,
-    G, SB: tl.constexpr, X: tl.constexpr, GB: tl.constexpr, TRIES: tl.constexpr, STEPS: tl.constexpr,
-    LOG: tl.constexpr,
-):  # fmt: skip
-    """`_timed_kernels._descend`, with all steps from the slowest rank looked at side by side."""
-    s = tl.arange(0, SB)
-    x = tl.arange(0, X)
-    g = tl.arange(0, GB)
-    rate_h = tl.load(rate_G + hold, mask=valid, other=1.0)
-    nearly = tl.full([], 1 - 1e-9, tl.float64)
-    sooner = tl.full([], 1 - 1e-6, tl.float64)
-    infinite = tl.full([SB, X], float("inf"), tl.float64)
-    index = s[:, None] * X + x[None, :]
-    step = 0
-    while step < STEPS:
-        t = tl.where(g < G, _seconds(n, a, rate, knot_K, table_AK, K, A, LOG), -1.0)
-        worst = tl.max(t, 0)
-        slow = tl.argmax(t, 0, tie_break_left=True)
-        better = worst < best * nearly
-        best = tl.where(better, worst, best)
-        best_y = tl.where(better, y, best_y)
-        best_n = tl.where(better, n, best_n)
-        best_a = tl.where(better, a, best_a)
-        limit = worst * sooner
-        tl.store(n_G + g, n, mask=g < G)
-        tl.store(a_G + g, a, mask=g < G)
-        tl.store(t_G + g, t, mask=g < G)
-        tl.debug_barrier()
-        n_h = tl.load(n_G + hold, mask=valid, other=0)
-        a_h = tl.load(a_G + hold, mask=valid, other=0) + (y == 0).to(tl.int64)
-        t_h = tl.load(t_G + hold, mask=valid, other=0.0)
-        tl.debug_barrier()
-        there = valid & (hold == slow) & (y > 0)
-        held = tl.sum(tl.where(there, y, 0), 1)
-        source = tl.sum(tl.where(there, x[None, :], 0), 1)
-        amount = held[:, None] + y * 0
-        can = valid & (amount > 0) & (hold != slow) & (t_h < limit)
-        n_g = tl.sum(tl.where(g == slow, n, 0), 0)
-        a_g = tl.sum(tl.where(g == slow, a, 0), 0)
-        rate_g = tl.sum(tl.where(g == slow, rate, 0.0), 0)
-        without = _seconds(n_g - held, a_g - 1 + held * 0, rate_g, knot_K, table_AK, K, A, LOG)
-        whole = _seconds(n_h + amount, a_h, rate_h, knot_K, table_AK, K, A, LOG)
-        whole = _later(without[:, None] + whole * 0.0, whole)
-        part, ends = _part_of(
-            amount,
-            n_g + y * 0,
-            a_g + y * 0,
-            rate_g,
-            n_h,
-            a_h,
-            rate_h,
-            can,
-            knot_K,
-            table_AK,
-            K,
-            A,
-            TRIES,
-            LOG,
-        )
-        value = tl.where(can, tl.where(ends < whole, ends, whole), infinite)
-        least = tl.min(tl.min(value, 1), 0)
-        first = tl.min(tl.min(tl.where(value == least, index, SB * X), 1), 0)
-        row = first // X
-        target = first % X
-        give = _pick(tl.where(ends < whole, part, amount), s, x, row, target)
-        at = tl.sum(tl.where(s == row, source, 0), 0)
-        step += 1
-        if least < limit:
-            y, n, a = _hand(y, n, a, hold, s, x, g, row, at, target, give)
-        else:
-            step = step + STEPS
-    return best, y, n, a, best_y, best_n, best_a
-
-
-@triton.jit
-def _push(draw, slow, y, n, a, hold, copies, valid, SB: tl.constexpr, X: tl.constexpr, GB: tl.constexpr):
+def _push(
+    draw, slow, y, n, a, n_h, a_h, hold, copies, valid, SB: tl.constexpr, X: tl.constexpr, GB: tl.constexpr
+):
     """One half of `_timed_kernels._shake`."""
     s = tl.arange(0, SB)
     x = tl.arange(0, X)
@@ -370,74 +287,141 @@ def _push(draw, slow, y, n, a, hold, copies, valid, SB: tl.constexpr, X: tl.cons
         target = draw % (tl.sum(tl.where(s == row, copies, 0), 0) - 1)
         target += (target >= source).to(tl.int64)
         amount = _pick(y, s, x, row, source)
-        y, n, a = _hand(y, n, a, hold, s, x, g, row, source, target, amount)
-    return draw, y, n, a
+        y, n, a, n_h, a_h = _hand(y, n, a, n_h, a_h, hold, s, x, g, row, source, target, amount)
+    return draw, y, n, a, n_h, a_h
 
 
-@triton.jit(do_not_specialize=["kicks", "G", "S", "K", "A"])
+@triton.jit(do_not_specialize=["first", "G", "S", "K", "A"])
 def search(
-    many, load_S, place_S, rank_EX, copies_E, base_G, alone_G, busy_G, quota_SX, rate_G, knot_K, table_AK,
-    n_G, a_G, t_G, kicks, G, S, K, A,
-    GB: tl.constexpr, SB: tl.constexpr, X: tl.constexpr, TRIES: tl.constexpr, STEPS: tl.constexpr,
-    LOG: tl.constexpr,
+    load_S, copies_S, rank_SX, base_G, alone_G, busy_G, quota_SX, rate_G, knot_K, table_AK, slope_AK,
+    y_NSX, n_NG, a_NG, t_N, first, G, S, K, A,
+    GB: tl.constexpr, SB: tl.constexpr, X: tl.constexpr, NB: tl.constexpr, TRIES: tl.constexpr,
+    STEPS: tl.constexpr, LOG: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Quotas of `TimedShares`, one program, from what `pour` leaves; in the place of its quotas."""
+    """Quotas of `TimedShares`: one descent of `_timed_kernels.timed_quotas` for each program.
+
+    The first two start from whole experts and from what `pour` leaves (`first` is 0), the others from the
+    best of the `first` that ended before, shaken. Each leaves its quotas, and what the ranks then do.
+    """
+    nth = first + tl.program_id(0)
     s = tl.arange(0, SB)
     x = tl.arange(0, X)
     g = tl.arange(0, GB)
-    used = tl.sum((tl.load(load_S + s, mask=s < S, other=0) > 0).to(tl.int32), 0)
-    here = s < used
-    nth = tl.load(place_S + s, mask=here, other=0)
-    expert = tl.load(many + nth, mask=here, other=0)
-    copies = tl.load(copies_E + expert, mask=here, other=2).to(tl.int64)
-    load = tl.load(load_S + nth, mask=here, other=0)
+    load = tl.load(load_S + s, mask=s < S, other=0)
+    here = load > 0
+    used = tl.sum(here.to(tl.int32), 0)
+    copies = tl.load(copies_S + s, mask=here, other=2).to(tl.int64)
     valid = here[:, None] & (x[None, :] < copies[:, None])
-    hold = tl.load(rank_EX + expert[:, None] * X + x[None, :], mask=valid, other=0)
-    even = tl.load(quota_SX + nth[:, None] * X + x[None, :], mask=valid, other=0)
+    cell = s[:, None] * X + x[None, :]
+    hold = tl.load(rank_SX + cell, mask=valid, other=-1)
+    rank = tl.where(valid, hold, 0)
     rate = tl.load(rate_G + g, mask=g < G, other=1.0)
+    rate_h = tl.load(rate_G + rank)
     n = tl.load(base_G + g, mask=g < G, other=0)
     a = tl.load(alone_G + g, mask=g < G, other=0)
-    even_n = tl.load(busy_G + g, mask=g < G, other=0)
-    even_a = a
-    y = even * 0
-    for row in range(used):
-        # Whole on the replica that ends soonest with it.
-        mine = s[:, None] == row
-        rank_x = tl.sum(tl.where(mine, hold, 0), 0)
-        real_x = tl.sum((mine & valid).to(tl.int32), 0) > 0
-        at = rank_x[:, None] == g[None, :]
-        n_x = tl.sum(tl.where(at, n[None, :], 0), 1)
-        a_x = tl.sum(tl.where(at, a[None, :], 0), 1)
-        rate_x = tl.sum(tl.where(at, rate[None, :], 0.0), 1)
-        tokens = tl.sum(tl.where(s == row, load, 0), 0)
-        ends = _seconds(n_x + tokens, a_x + 1, rate_x, knot_K, table_AK, K, A, LOG)
-        ends = tl.where(real_x, ends, float("inf"))
-        first = tl.argmin(ends, 0, tie_break_left=True)
-        to = tl.sum(tl.where(x == first, rank_x, 0), 0)
-        y += tl.where(mine & (x[None, :] == first), tokens, 0)
-        n += tl.where(g == to, tokens, 0)
-        a += (g == to).to(tl.int64)
-        serves_x = (tl.sum(tl.where(mine, even, 0), 0) > 0) & real_x
-        even_a += tl.sum((at & serves_x[:, None]).to(tl.int64), 0)
+    n_h = tl.load(base_G + rank)
+    a_h = tl.load(alone_G + rank)
+    y = tl.zeros([SB, X], tl.int64)
+    if first == 0:
+        even = tl.load(quota_SX + cell, mask=valid, other=0)
+        if nth == 1:
+            y = even
+            n = tl.load(busy_G + g, mask=g < G, other=0)
+            n_h = tl.load(busy_G + rank)
+        for row in range(used):
+            mine = s[:, None] == row
+            rank_x = tl.sum(tl.where(mine, hold, 0), 0)
+            real_x = tl.sum((mine & valid).to(tl.int32), 0) > 0
+            if nth == 0:
+                # Whole on the replica that ends soonest with it.
+                n_x = tl.sum(tl.where(mine, n_h, 0), 0)
+                a_x = tl.sum(tl.where(mine, a_h, 0), 0)
+                rate_x = tl.sum(tl.where(mine, rate_h, 0.0), 0)
+                tokens = tl.sum(tl.where(s == row, load, 0), 0)
+                ends = _seconds(n_x + tokens, a_x + 1, rate_x, knot_K, table_AK, slope_AK, K, A, LOG, UNIT)
+                ends = tl.where(real_x, ends, float("inf"))
+                soonest = tl.argmin(ends, 0, tie_break_left=True)
+                to = tl.sum(tl.where(x == soonest, rank_x, 0), 0)
+                y += tl.where(mine & (x[None, :] == soonest), tokens, 0)
+                n += tl.where(g == to, tokens, 0)
+                a += (g == to).to(tl.int64)
+                n_h += tl.where(hold == to, tokens, 0)
+                a_h += (hold == to).to(tl.int64)
+            else:
+                for place in tl.static_range(X):
+                    serves = tl.sum(tl.where(x == place, tl.sum(tl.where(mine, even, 0), 0), 0), 0) > 0
+                    to = tl.sum(tl.where(x == place, rank_x, 0), 0)
+                    a += ((g == to) & serves).to(tl.int64)
+                    a_h += ((hold == to) & serves).to(tl.int64)
+    else:
+        k = tl.arange(0, NB)
+        t_k = tl.load(t_N + k, mask=k < first, other=float("inf"))
+        at = tl.argmin(t_k, 0, tie_break_left=True)
+        y = tl.load(y_NSX + at * S * X + cell, mask=valid, other=0)
+        n = tl.load(n_NG + at * G + g, mask=g < G, other=0)
+        a = tl.load(a_NG + at * G + g, mask=g < G, other=0)
+        n_h = tl.load(n_NG + at * G + rank)
+        a_h = tl.load(a_NG + at * G + rank)
+        t = _seconds(n, a, rate, knot_K, table_AK, slope_AK, K, A, LOG, UNIT)
+        slow = tl.argmax(tl.where(g < G, t, -1.0), 0, tie_break_left=True)
+        draw = (nth.to(tl.int64) - 1) * 88172645 % 2147483647
+        draw, y, n, a, n_h, a_h = _push(draw, slow, y, n, a, n_h, a_h, hold, copies, valid, SB, X, GB)
+        draw = draw * 48271 % 2147483647
+        slow = (draw % G).to(slow.dtype)
+        draw, y, n, a, n_h, a_h = _push(draw, slow, y, n, a, n_h, a_h, hold, copies, valid, SB, X, GB)
+    nearly = tl.full([], 1 - 1e-9, tl.float64)
+    sooner = tl.full([], 1 - 1e-6, tl.float64)
+    infinite = tl.full([SB, X], float("inf"), tl.float64)
     best = tl.full([], float("inf"), tl.float64)
     best_y, best_n, best_a = y, n, a
-    draw = used.to(tl.int64) * 0 + 88172645
-    for turn in range(kicks + 2):
-        if turn == 1:
-            y, n, a = even, even_n, even_a
-        if turn > 1:
-            y, n, a = best_y, best_n, best_a
-            t = tl.where(g < G, _seconds(n, a, rate, knot_K, table_AK, K, A, LOG), -1.0)
-            slow = tl.argmax(t, 0, tie_break_left=True)
-            draw, y, n, a = _push(draw, slow, y, n, a, hold, copies, valid, SB, X, GB)
-            draw = draw * 48271 % 2147483647
-            slow = (draw % G).to(tl.int32)
-            draw, y, n, a = _push(draw, slow, y, n, a, hold, copies, valid, SB, X, GB)
-        best, y, n, a, best_y, best_n, best_a = _descend(
-            best, y, n, a, best_y, best_n, best_a, hold, valid, rate, n_G, a_G, t_G, rate_G, knot_K, table_AK,
-            K, A, G, SB, X, GB, TRIES, STEPS, LOG,
+    step = 0
+    while step < STEPS:
+        t = _seconds(n, a, rate, knot_K, table_AK, slope_AK, K, A, LOG, UNIT)
+        t = tl.where(g < G, t, -1.0)
+        worst = tl.max(t, 0)
+        slow = tl.argmax(t, 0, tie_break_left=True)
+        better = worst < best * nearly
+        best = tl.where(better, worst, best)
+        best_y = tl.where(better, y, best_y)
+        best_n = tl.where(better, n, best_n)
+        best_a = tl.where(better, a, best_a)
+        limit = worst * sooner
+        there = valid & (hold == slow) & (y > 0)
+        held = tl.sum(tl.where(there, y, 0), 1)
+        source = tl.sum(tl.where(there, x[None, :], 0), 1)
+        amount = held[:, None] + y * 0
+        t_h = _seconds(n_h, a_h, rate_h, knot_K, table_AK, slope_AK, K, A, LOG, UNIT)
+        can = valid & (amount > 0) & (hold != slow) & (t_h < limit)
+        n_g = tl.sum(tl.where(g == slow, n, 0), 0)
+        a_g = tl.sum(tl.where(g == slow, a, 0), 0)
+        rate_g = tl.sum(tl.where(g == slow, rate, 0.0), 0)
+        then_h = a_h + (y == 0).to(tl.int64)
+        without = _seconds(
+            n_g - held, a_g - 1 + held * 0, rate_g, knot_K, table_AK, slope_AK, K, A, LOG, UNIT
+        )
+        whole = _seconds(n_h + amount, then_h, rate_h, knot_K, table_AK, slope_AK, K, A, LOG, UNIT)
+        whole = _later(without[:, None] + whole * 0.0, whole)
+        used_h = _seconds(n_h, then_h, rate_h, knot_K, table_AK, slope_AK, K, A, LOG, UNIT)
+        part, ends = _part_of(
+            amount, worst, n_g + y * 0, a_g + y * 0, rate_g, used_h, n_h, then_h, rate_h, can, knot_K,
+            table_AK, slope_AK, K, A, TRIES, LOG, UNIT,
         )  # fmt: skip
-    tl.store(quota_SX + nth[:, None] * X + x[None, :], best_y, mask=valid)
+        value = tl.where(can, tl.where(ends < whole, ends, whole), infinite)
+        least = tl.min(tl.min(value, 1), 0)
+        chosen = tl.min(tl.min(tl.where(value == least, cell, SB * X), 1), 0)
+        row = chosen // X
+        target = chosen % X
+        step += 1
+        if least < limit:
+            give = _pick(tl.where(ends < whole, part, amount), s, x, row, target)
+            at = tl.sum(tl.where(s == row, source, 0), 0)
+            y, n, a, n_h, a_h = _hand(y, n, a, n_h, a_h, hold, s, x, g, row, at, target, give)
+        else:
+            step = step + STEPS
+    tl.store(y_NSX + nth * S * X + cell, best_y, mask=valid)
+    tl.store(n_NG + nth * G + g, best_n, mask=g < G)
+    tl.store(a_NG + nth * G + g, best_a, mask=g < G)
+    tl.store(t_N + nth, best)
 
 
 @triton.jit
@@ -450,27 +434,17 @@ def _matched(flow, supply, demand):
     return flow + more, tl.sum(more, 1), tl.sum(more, 0)
 
 
-@triton.jit(do_not_specialize=["stride", "R", "P", "nodes"])
+@triton.jit(do_not_specialize=["stride", "R", "P", "S", "nodes", "tries"])
 def split(
-    counts,
-    stride,
-    slot_EX,
-    rank_EX,
-    copies_E,
-    nth_E,
-    weight_EX,
-    total_E,
-    quota_SX,
-    node_R,
-    sends_RP,
-    R,
-    P,
-    nodes,
-    RB: tl.constexpr,
-    X: tl.constexpr,
-    POLICY: tl.constexpr,
-):
-    """Quotas (`EqualShares`, `PlannedShares`, or as they are given) and routes; a program for each expert."""
+    counts, stride, slot_EX, rank_EX, copies_E, nth_E, weight_EX, total_E, place_S, quota_NSX, t_N, node_R,
+    sends_RP, R, P, S, nodes, tries,
+    RB: tl.constexpr, X: tl.constexpr, NB: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Quotas and routes; a program for each expert.
+
+    Quotas are those of `EqualShares` (POLICY 0), of `PlannedShares` (1), or as they are given, of the first
+    of the quickest of several tries.
+    """
     e = tl.program_id(0)
     r = tl.arange(0, RB)
     x = tl.arange(0, X)
@@ -489,7 +463,10 @@ def split(
         elif POLICY == 1:
             quota = _rounded(load, tl.load(weight_EX + e * X + x), tl.load(total_E + e), valid, n, X)
         else:
-            quota = tl.load(quota_SX + tl.load(nth_E + e) * X + x)
+            k = tl.arange(0, NB)
+            t_k = tl.load(t_N + k, mask=k < tries, other=float("inf"))
+            at = tl.argmin(t_k, 0, tie_break_left=True) * S + tl.load(place_S + tl.load(nth_E + e))
+            quota = tl.where(load > 0, tl.load(quota_NSX + at * X + x, mask=valid, other=0), 0)
         rank = tl.load(rank_EX + e * X + x)
         there = tl.load(counts + rank * stride + e, mask=valid, other=0)
         own = tl.minimum(there, quota)

@@ -15,20 +15,21 @@ __all__ = ["Compiled", "compiled"]
 #: Names of arguments that point to something else than whole numbers of 64 bits.
 INDICES = (
     "copies_E",
+    "copies_S",
     "end_P",
     "first_G",
-    "hold_SX",
     "many",
     "node_R",
     "nth_E",
     "place_P",
     "place_S",
     "rank_EX",
+    "rank_SX",
     "single_GC",
     "slot_EX",
     "wanted_S",
 )
-REALS = ("weight_EX", "total_E", "knot_K", "table_AK", "rate_G", "t_G")
+REALS = ("weight_EX", "total_E", "knot_K", "table_AK", "slope_AK", "rate_G", "t_N")
 
 
 class Compiled(NamedTuple):

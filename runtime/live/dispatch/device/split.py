@@ -105,11 +105,23 @@ class _Placed:
         new = torch.empty(0, dtype=torch.int64, device=device).new_empty
         self.sends_RP = new((ranks, slots))
         self.load_E = new(experts)
-        self.load_S, self.quota_SX = new(max(self.many_count, 1)), new((max(self.many_count, 1), self.widest))
-        self.order_S = torch.empty(max(self.many_count, 1), dtype=torch.int32, device=device)
+        several = max(self.many_count, 1)
+        # Experts with several replicas, heaviest first, and where each of them stands there.
+        self.load_S, self.quota_SX = new(several), new((several, self.widest))
+        self.place_S, self.copies_S = (new(several).int() for _ in range(2))
+        self.rank_SX = new((several, self.widest)).int()
         # Tokens of each rank when it is balanced; those of experts of one replica; how many such are used.
         self.sums_3G = [new(ranks) for _ in range(3)]
-        self.steps = new(ranks), new(ranks), new(ranks).double()
+        self.tries: tuple[Tensor, ...] = ()
+
+    def tried(self, count: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Room for what so many descents leave: quotas, tokens and experts of the ranks, time."""
+        if not self.tries or len(self.tries[0]) != count:
+            ranks = len(self.sums_3G[0])
+            made = [(count, *self.quota_SX.shape), (count, ranks), (count, ranks)]
+            whole = (torch.empty(shape, dtype=torch.int64, device=device) for shape in made)
+            self.tries = (*whole, torch.empty(count, dtype=torch.float64, device=device))
+        return self.tries
 
 
 class DeviceSplit:
@@ -213,13 +225,14 @@ class DeviceSplit:
         at, ranks = self._at(), self.group.size
         counts, stride = gathered, gathered.stride(0)
         kind, weight_EX, total_E = 2, self._nothing, self._nothing
+        quotas, times = at.quota_SX, self._nothing
         if type(policy) is EqualShares or table.single:
             kind = 0
         elif type(policy) is PlannedShares:
             kind, (weight_EX, total_E) = 1, self._weighted(policy, table)
         elif isinstance(policy, TimedShares):
             self._balance(counts, policy.balanced)
-            self._search(policy, table)
+            quotas, times = self._search(policy, table)
         else:
             assert isinstance(policy, BalancedShares)
             self._balance(counts, policy)
@@ -235,14 +248,19 @@ class DeviceSplit:
             at.nth_E,
             weight_EX,
             total_E,
-            at.quota_SX,
+            at.place_S,
+            quotas,
+            times,
             at.node_R,
             at.sends_RP,
             ranks,
             at.slots,
+            len(at.load_S),
             at.nodes,
+            len(times),
             RB=power(ranks),
             X=at.widest,
+            NB=power(len(times), LEAST),
             POLICY=kind,
             warps=min(8, power(tile // 256)),
         )
@@ -258,13 +276,17 @@ class DeviceSplit:
             at.many_S,
             at.copies_E,
             at.nth_E,
+            at.rank_EX,
             at.load_E,
+            at.place_S,
             at.load_S,
-            at.order_S,
+            at.copies_S,
+            at.rank_SX,
             ranks,
             at.many_count,
             RB=power(ranks),
             SB=SB,
+            X=at.widest,
         )
         policy.check(1, ranks)
         if self._speeds is None or self._speeds[0] is not policy or len(self._speeds[1]) != ranks:
@@ -274,12 +296,10 @@ class DeviceSplit:
             "pour",
             (1,),
             at.load_E,
-            at.many_S,
             at.load_S,
-            at.order_S,
+            at.copies_S,
+            at.rank_SX,
             at.single_GC,
-            at.rank_EX,
-            at.copies_E,
             self._speeds[1],
             *at.sums_3G,
             at.quota_SX,
@@ -295,44 +315,54 @@ class DeviceSplit:
             warps=1,
         )
 
-    def _search(self, policy: TimedShares, table: SlotTable) -> None:
+    def _search(self, policy: TimedShares, table: SlotTable) -> tuple[Tensor, Tensor]:
+        """Quotas of all descents, and the time of each."""
         known = self._times
         if known is None or known[0] is not table or known[1] is not policy:
             times = policy.times(table)
-            parts = (policy.rates(table), times.knot_K, times.table_AK)
+            parts = (policy.rates(table), times[0], *times[1])
             known = self._times = table, policy, tuple(upload(part, self.device) for part in parts)
-        at, (rate_G, knot_K, table_AK) = self._at(), known[2]
+        at, (rate_G, knot_K, table_AK, slope_AK) = self._at(), known[2]
         busy_G, base_G, alone_G = at.sums_3G
+        kicks = policy.effort(table)
+        tries = at.tried(2 + kicks, self.device)
         SB = power(at.many_count, LEAST)
-        launch(
-            "search",
-            (1,),
-            at.many_S,
-            at.load_S,
-            at.order_S,
-            at.rank_EX,
-            at.copies_E,
-            base_G,
-            alone_G,
-            busy_G,
-            at.quota_SX,
-            rate_G,
-            knot_K,
-            table_AK,
-            *at.steps,
-            policy.effort(table),
-            self.group.size,
-            at.many_count,
-            len(knot_K),
-            len(table_AK),
-            GB=power(self.group.size),
-            SB=SB,
-            X=at.widest,
-            TRIES=TRIES,
-            STEPS=STEPS,
-            LOG=power(len(knot_K)).bit_length() - 1,
-            warps=min(8, power(SB * at.widest // 32)),
-        )
+        first = 0
+        for count in (2, kicks - kicks // 2, kicks // 2):
+            if not count:
+                continue
+            launch(
+                "search",
+                (count,),
+                at.load_S,
+                at.copies_S,
+                at.rank_SX,
+                base_G,
+                alone_G,
+                busy_G,
+                at.quota_SX,
+                rate_G,
+                knot_K,
+                table_AK,
+                slope_AK,
+                *tries,
+                first,
+                self.group.size,
+                at.many_count,
+                len(knot_K),
+                len(table_AK),
+                GB=power(self.group.size),
+                SB=SB,
+                X=at.widest,
+                NB=power(len(tries[-1]), LEAST),
+                TRIES=TRIES,
+                STEPS=STEPS,
+                LOG=power(len(knot_K) - 1).bit_length() - 1,
+                UNIT=policy.speed_G is None,
+                warps=max(1, min(8, SB * at.widest // 128)),
+            )
+            first += count
+        return tries[0], tries[-1]
 
     def _weighted(self, policy: PlannedShares, table: SlotTable) -> tuple[Tensor, Tensor]:
         """Weights of the slots by expert, and their sums; sent when plan or table change."""
