@@ -363,7 +363,7 @@ def _layers_of(problem: Problem, rows: Any) -> Problem:
     loads = problem.loads
     by_node = None if loads.load_TLNE is None else loads.load_TLNE[:, rows]
     capacity_G = problem.capacity_LG[rows].max(0)
-    kept = tuple(name for name in problem.objective.priorities if name not in ("groups", "hops"))
+    kept = tuple(name for name in problem.objective.priorities if name not in ("groups", "hops", "survival"))
     return problem.replace(
         groups=None,
         objective=problem.objective.replace(priorities=kept or ("balance",)),

@@ -19,7 +19,7 @@ __all__ = ["with_nearness"]
 
 
 def with_nearness(problem: Problem, args: argparse.Namespace) -> Problem:
-    """The problem with ``--costs``, ``--sources``, ``--flow``, ``--groups`` and ``--priorities``."""
+    """The problem with ``--costs``, ``--sources``, ``--flow``, ``--groups``, ``--priorities``, ``--failure-rate``."""
     changes: dict[str, Any] = {}
     loads = problem.loads
     if args.costs is not None:
@@ -35,6 +35,13 @@ def with_nearness(problem: Problem, args: argparse.Namespace) -> Problem:
     if args.priorities is not None:
         names = tuple(name.strip() for name in args.priorities.split(","))
         changes["objective"] = problem.objective.replace(priorities=names)
+    if args.failure_rate is not None:
+        wish = changes.get("objective", problem.objective)
+        if "survival" not in wish.priorities:
+            raise ProblemError(
+                "--failure-rate", "is for the priority survival: give --priorities survival,..."
+            )
+        changes["objective"] = wish.replace(failure_rate=args.failure_rate)
     return problem.replace(**changes, known=None) if changes else problem
 
 

@@ -293,7 +293,14 @@ OPTIONS: tuple[Option, ...] = (
         "--priorities",
         modes=(*_PLANS, "check", "explain"),
         metavar="LIST",
-        help="what to minimise, in this order: balance,traffic (also moves, memory, groups, hops)",
+        help="what to minimise, in this order: balance,traffic (also moves, memory, groups, hops, survival)",
+    ),
+    _input(
+        "--failure-rate",
+        modes=(*_PLANS, "check", "explain"),
+        type=float,
+        metavar="P",
+        help="with the priority survival: probability that a failure domain fails, each by itself (0.01)",
     ),
     _input(
         "--costs",

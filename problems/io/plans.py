@@ -63,6 +63,11 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             "solver": certificate.solver,
             "seconds": certificate.seconds,
             "proof": certificate.proof,
+            **(
+                {}
+                if certificate.loss is None
+                else {"loss": certificate.loss, "loss_bound": certificate.loss_bound}
+            ),
         },
     }
 
@@ -114,6 +119,7 @@ def plan_from_json(data: object, where: str = "") -> Plan:
     proof = Fields(entry.take("certificate", dict), entry.path("certificate"))
     proof.take("status", str, "")  # derived from the values
     proof.take("gap", None, [])
+    loss = proof.take("loss", (*NUMBER, type(None)), None)
     split = entry.take("split", str)
     if split not in SPLITS:
         raise FormatError(entry.path("split"), f"is {split!r}, must be one of {SPLITS}")
@@ -143,6 +149,8 @@ def plan_from_json(data: object, where: str = "") -> Plan:
             solver=proof.take("solver", str, ""),
             seconds=number(proof.path("seconds"), proof.take("seconds", NUMBER, 0.0)),
             proof=proof.take("proof", str, ""),
+            loss=None if loss is None else number(proof.path("loss"), loss),
+            loss_bound=number(proof.path("loss_bound"), proof.take("loss_bound", NUMBER, 0.0)),
         ),
         made_for=entry.take("problem_digest", str, ""),
         unit=entry.take("unit", str, "tokens"),

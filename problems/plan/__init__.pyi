@@ -20,6 +20,10 @@ from .evaluate import over_perfect as over_perfect
 from .evaluate import perfect_times as perfect_times
 from .evaluate import served_tokens as served_tokens
 from .evaluate import slot_sums as slot_sums
+from .failures import FailureSets as FailureSets
+from .failures import failure_sets as failure_sets
+from .failures import loss_chance as loss_chance
+from .failures import lost_sets as lost_sets
 from .limit_bounds import least_and_most as least_and_most
 from .limit_bounds import limit_bound as limit_bound
 from .limit_bounds import replica_limits as replica_limits

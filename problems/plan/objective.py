@@ -13,6 +13,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.plan.evaluate import gpu_times, node_traffic, over_perfect, perfect_times
+from moeless_opt.problems.plan.failures import failure_sets, loss_chance
 from moeless_opt.problems.plan.links import (
     by_expert,
     hop_sources,
@@ -260,6 +261,12 @@ TERMS: dict[str, Term] = {
             value=_of(hops_L),
             matters=lambda problem: problem.loads.flow_LEE is not None and _distances(problem),
         ),
+        Term(
+            name="survival",
+            unit=lambda problem: "probability of a loss",
+            value=lambda problem, plan: loss_chance(problem, plan.slots_LGC),
+            matters=lambda problem: failure_sets(problem).gone_FD.shape[1] > 1,
+        ),
     )
 }
 """The terms by name."""
@@ -297,8 +304,9 @@ def objective_vector(problem: Problem, plan: Plan) -> dict[str, float]:
         ship, or replicas where the size of an expert is unknown. ``traffic``: tokens that leave their node.
         ``memory``: bytes held, or replicas. ``groups``: tokens served outside their group's home, where the
         problem has groups. ``hops``: what following tokens from layer to layer costs, where a flow is known.
+        ``survival``: the probability that failures lose an expert, where it is a priority.
     """
-    left_out = set()
+    left_out = set() if "survival" in problem.objective.priorities else {"survival"}
     if problem.groups is None:
         left_out.add("groups")
     if problem.loads.flow_LEE is None:

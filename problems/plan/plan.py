@@ -55,6 +55,11 @@ class Certificate(Record):
         Time that the solve took.
     proof : str
         What else was proven, for people.
+    loss : float, optional
+        Probability that failures lose an expert, where survival is a priority (see
+        ``Objective.failure_rate``).
+    loss_bound : float
+        No plan for these GPUs and slots has a smaller one.
     """
 
     value_L: FloatArray
@@ -63,6 +68,8 @@ class Certificate(Record):
     solver: str = ""
     seconds: float = 0.0
     proof: str = ""
+    loss: float | None = None
+    loss_bound: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("value_L", "lower_bound_L"):

@@ -15,6 +15,7 @@ from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArr
 from moeless_opt.problems.errors import InvalidPlanError
 from moeless_opt.problems.plan.plan import PROVEN, Plan
 from moeless_opt.problems.plan.verify_locality import locality_violations
+from moeless_opt.problems.plan.verify_survival import survival_violations
 from moeless_opt.problems.spec import Problem, TimeModel
 
 __all__ = ["check_slots", "verify", "violations"]
@@ -44,7 +45,7 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
     coverage, slots and that all are full where they must be, memory, token shares
     (that an equal split is equal, and entries of a table whole), replica limits, pinned and forbidden pairs,
     failure domains, groups kept on a node, moves and their limits, and the plan's own claims: times,
-    imbalance, moves, bounds, locality.
+    imbalance, moves, bounds, locality, survival.
     """
     slots, share = plan.slots_LGC, plan.share_LGC
     layers, experts, gpus = problem.layers, problem.experts, problem.topology.gpus
@@ -73,7 +74,7 @@ def violations(problem: Problem, plan: Plan) -> list[str]:
     if problem.limits is not _NO_LIMITS:
         found += _limits(problem, held)
     found += _moves(problem, plan, held)
-    found += locality_violations(problem, plan)
+    found += [*locality_violations(problem, plan), *survival_violations(problem, plan)]
     return found + _claims(problem, plan, held)
 
 

@@ -515,6 +515,7 @@ _SINCE = {
     "flow_LEE": None,
     "groups": None,
     "sigma": 1.0,
+    "failure_rate": 0.01,
     "spread_experts": None,
 }
 """Fields that problems had none of once, and their defaults: where those stand, the digest is what it was."""

@@ -72,6 +72,8 @@ class Priority(_Choice):
     """Tokens served outside the node of their expert's group (see `Groups`)."""
     HOPS = "hops"
     """What following tokens from layer to layer costs (see ``Loads.flow_LEE``)."""
+    SURVIVAL = "survival"
+    """The probability that failing domains lose an expert (see ``Objective.failure_rate``)."""
 
 
 class Risk(_Choice):
@@ -111,8 +113,8 @@ class Objective(Record):
     Parameters
     ----------
     priorities : tuple of Priority or str
-        From ``balance``, ``moves``, ``traffic``, ``memory`` (the default), ``groups`` and ``hops``, in any
-        order; the first weighs most. See
+        From ``balance``, ``moves``, ``traffic``, ``memory`` (the default), ``groups``, ``hops`` and
+        ``survival``, in any order; the first weighs most. See
         ``docs/formulation.md`` for who minimises which order how well.
     balance_tolerance : float
         A layer's largest GPU time may be this share above its least where a later priority gains by it.
@@ -127,6 +129,9 @@ class Objective(Record):
     sigma : float
         With the risk ``"sigma"``: how many deviations, 0 to 1. Counted is what lies above the mean (the upper
         semideviation), so that no plan gains by being slower in its good scenarios.
+    failure_rate : float
+        With the priority ``survival``: probability that a failure domain fails, each by itself, until the
+        placement is mended; 0.0001 to 0.5.
     """
 
     priorities: tuple[str, ...] = PRIORITIES
@@ -135,6 +140,7 @@ class Objective(Record):
     risk: str = Risk.EXPECTED
     cvar_alpha: float = 0.9
     sigma: float = 1.0
+    failure_rate: float = 0.01
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -162,6 +168,11 @@ class Objective(Record):
         put(self, "sigma", number("objective.sigma", self.sigma))
         if self.sigma > 1:
             raise ProblemError("objective.sigma", f"is {self.sigma}, must be at least 0 and at most 1")
+        put(self, "failure_rate", number("objective.failure_rate", self.failure_rate))
+        if not 1e-4 <= self.failure_rate <= 0.5:
+            raise ProblemError(
+                "objective.failure_rate", f"is {self.failure_rate:g}, must be at least 0.0001 and at most 0.5"
+            )
         put(self, "cvar_alpha", number("objective.cvar_alpha", self.cvar_alpha))
         if self.cvar_alpha >= 1:
             raise ProblemError(

@@ -16,6 +16,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray
 from moeless_opt.problems.plan import (
     judged,
+    loss_chance,
     new_replicas,
     node_traffic,
     order_of,
@@ -76,6 +77,9 @@ def _in_order(problem: Problem, found: Built, other: Built) -> tuple[list[FloatA
         if problem.current is not None:
             new = new_replicas(built.slots_LGC, problem.current.slots_LGC, problem.experts)
             figures["moves"] = new.sum((1, 2)).astype(np.float64)
+        if "survival" in order:  # of all layers together
+            chance = loss_chance(problem, built.slots_LGC)
+            figures["survival"] = np.full(problem.layers, chance / problem.layers)
         pair.append([figures[name] for name in order])
     if "balance" in order[:-1]:
         place = order.index("balance")
@@ -108,11 +112,11 @@ def best_of(problem: Problem, found: Built, other: Built) -> Built:
     take_L = better_L(other_rank, found_rank)
     if not take_L.any():
         return found
+    apart = problem.limits.max_move_seconds is None and "survival" not in order_of(problem)
     whole = replace(other, bound=other.bound if found.bound is None else found.bound)
     if take_L.all():
         return whole
-    mixed = _mixed(found, other, take_L)
-    if problem.limits.max_move_seconds is None and not _broken(problem, mixed):
+    if apart and not _broken(problem, mixed := _mixed(found, other, take_L)):
         return mixed
     total = better_L(
         [figure_L.sum(keepdims=True) for figure_L in other_rank],

@@ -40,6 +40,7 @@ class Feature(enum.StrEnum):
     GROUPS = "groups of experts kept on a node"
     NEARNESS = "priorities of groups and hops"
     BALANCE_THEN_NEAR = "balance and then traffic, groups or hops"
+    SURVIVAL = "the priority of survival"
     SHARE_ENTRIES = "shares in whole entries of a dispatch table"
     CERTIFIES = "proofs of optimality"
 
@@ -63,7 +64,9 @@ _EVEN_OR_FREE = _CONSTRUCT - {Feature.NEAREST}
 _CONSTRAINED = _EVEN_OR_FREE | _LIMITS | _ENTRIES | {Feature.SIZING_CV}
 _SIZED = _EVEN_OR_FREE | _ENTRIES | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
 _ACTIVATION = _EVEN_OR_FREE | _ENTRIES | _FILL | {Feature.TIME_MODEL}
-_LEXICOGRAPHIC = (_EVEN_OR_FREE | _LIMITS | {Feature.PRIORITIES, Feature.BALANCE_THEN_NEAR}) - {Feature.SIGMA}
+_LEXICOGRAPHIC = (
+    _EVEN_OR_FREE | _LIMITS | {Feature.PRIORITIES, Feature.BALANCE_THEN_NEAR, Feature.SURVIVAL}
+) - {Feature.SIGMA}
 _LOCALITY = _CONSTRUCT | {
     Feature.SPREAD,
     Feature.BALANCE_THEN_NEAR,
@@ -190,6 +193,8 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         needs.add(Feature.BALANCE_THEN_NEAR if near_first else Feature.PRIORITIES)
     if {"groups", "hops"} & set(order):
         needs.add(Feature.NEARNESS)
+    if "survival" in order:
+        needs.add(Feature.SURVIVAL)
     if problem.fill != Fill.NONE:
         needs.add(Feature.FILL_COPIES if problem.fill == Fill.COPIES else Feature.FILL_DISTINCT)
         if problem.split != "fractional":

@@ -143,6 +143,10 @@ def lower_in_turn(
                 aside.value[name][late_L],
             )
         chosen.allowed[name] = np.where(open_L, allowed_L, chosen.allowed[name])
+        if name == "survival" and figures.failures is not None and figures.failures.coupled:
+            # What all layers together survive stays so; what one of them loses the others may lose, too.
+            figures.failures.settle(chosen.slots_LGC)
+            chosen.allowed[name] = np.zeros(problem.layers)
 
 
 def _take(figures: Figures, chosen: Chosen, place: int, trial: SlotArray, open_L: BoolArray) -> BoolArray:

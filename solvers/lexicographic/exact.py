@@ -8,6 +8,7 @@ of it while the next is minimised, and so on.
     balance >= risk over t of T[t],   speed[g] T[t] >= sum_e f[t,e,g]
     moves    = sum of x[e,g] that are not live,   memory = sum of all x[e,g]
     traffic  = sum_e w[e] - sum_{n,e} k[n,e],   k[n,e] <= tokens of n for e,  k[n,e] <= sum_{g on n} f[e,g]
+    survival = sum_F p[F] lost[F],   lost[F] >= 1 - sum of x[e,g] over g that failures F leave
 
 Axes: T scenarios, E experts, G GPUs, N nodes.
 """
@@ -21,6 +22,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core import LinearModel, Stop, solve_linear
+from moeless_opt.solvers.lexicographic.survival import Failures
 
 __all__ = ["Exact", "OrderedLayer", "ordered_layer", "size_of", "solve_in_order"]
 
@@ -28,7 +30,8 @@ _SLACK = 1e-8
 """By which a figure may exceed what is allowed of it: the programmes' own tolerance."""
 
 _GAP = 1e-9
-_TOKENS = ("balance", "traffic")
+_TOKENS = ("balance", "traffic", "survival")
+_SELDOM = 1e-7  # failures so much less likely than the likeliest are left out
 
 Row = list[tuple[int, float]]
 
@@ -58,6 +61,8 @@ class OrderedLayer:
     fixed: float
     tokens: float
     scale: float
+    kept_FG: BoolArray
+    weight_F: FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +90,9 @@ class Exact:
     infeasible: bool = False
 
 
-def ordered_layer(problem: Problem, layer: int, source_NE: FloatArray) -> OrderedLayer:
+def ordered_layer(
+    problem: Problem, layer: int, source_NE: FloatArray, failures: Failures | None
+) -> OrderedLayer:
     """One layer of a problem; `layer` is a row."""
     loads, topology, limits, time = problem.loads, problem.topology, problem.limits, problem.time
     load_TE = loads.load_TLE[:, layer]
@@ -104,6 +111,11 @@ def ordered_layer(problem: Problem, layer: int, source_NE: FloatArray) -> Ordere
     if limits.max_move_bytes is not None and size:
         moves.append(limits.max_move_bytes // size)
     gpus = int((problem.capacity_LG[layer] > 0).sum())
+    kept_FG, weight_F = np.zeros((0, topology.gpus), dtype=np.bool_), np.zeros(0)
+    if failures is not None:
+        often_F = failures.weight_F > _SELDOM * failures.sets.chance_F.max()
+        weight_F = failures.weight_F[often_F]
+        kept_FG = ~failures.sets.gone_FD[often_F][:, failures.sets.domain_G]
     return OrderedLayer(
         load_TE=load_TE / scale,
         weight_T=weight_T,
@@ -126,6 +138,8 @@ def ordered_layer(problem: Problem, layer: int, source_NE: FloatArray) -> Ordere
         tokens=scale,
         fixed=time.launch / float(topology.speed_G.max()) / (scale * time.token_cost),
         scale=scale * time.token_cost,
+        kept_FG=kept_FG,
+        weight_F=weight_F,
     )
 
 
@@ -171,9 +185,7 @@ def solve_in_order(
         if value <= _SLACK:
             value = 0.0  # nothing to serve: what is left is the slack of the cap
         allowed = value if name in _TOKENS else float(round(value))
-        best[name] = allowed * (
-            layer.scale if name == "balance" else layer.tokens if name == "traffic" else 1
-        )
+        best[name] = allowed * programme.unit.get(name, 1.0)
         if name == "balance":
             allowed *= 1 + (tolerance if i + 1 < len(order) else 0.0)
             limit = allowed * layer.scale
@@ -188,6 +200,7 @@ class _Programme:
         self.layer = layer
         self.model = LinearModel()
         self.term: dict[str, int] = {}
+        self.unit = {"balance": layer.scale, "traffic": layer.tokens}  # of a term's value
         self.place: dict[tuple[int, int], Row] = {}  # (e, g): sum of these is 1 if e is on g
         self.tokens: list[dict[tuple[int, int], Row]] = [{} for _ in layer.load_TE]  # by t: (e, g) -> tokens
         for e in range(layer.load_TE.shape[1]):
@@ -200,6 +213,8 @@ class _Programme:
                 self._count(name, of)
         if "traffic" in order:
             self._traffic()
+        if "survival" in order:
+            self._survival()
 
     def minimising(self, name: str) -> LinearModel:
         """The programme with one priority as its cost."""
@@ -328,6 +343,20 @@ class _Programme:
         value = self.model.variable(0, np.inf, name=name)
         self.term[name] = value
         self.model.row([*counted, (value, -1.0)], -np.inf, 0.0, name=f"is_{name}")
+
+    def _survival(self) -> None:
+        model, layer = self.model, self.layer
+        value = model.variable(0, np.inf, name="survival")
+        self.term["survival"] = value
+        unit = self.unit["survival"] = float(layer.weight_F.max(initial=0.0)) or 1.0
+        total: Row = [(value, -1.0)]
+        for row, (kept_G, weight) in enumerate(zip(layer.kept_FG, layer.weight_F.tolist(), strict=True)):
+            lost = model.variable(0, 1, name=f"lost_{row}")
+            total.append((lost, weight / unit))
+            for e in range(layer.load_TE.shape[1]):
+                left = [part for g in self._gpus(e) if kept_G[g] for part in self.place[e, g]]
+                model.row([*left, (lost, 1.0)], 1.0, np.inf, name=f"left_{row}_{e}")
+        model.row(total, -np.inf, 0.0, name="is_survival")
 
     def _traffic(self) -> None:
         model, layer = self.model, self.layer

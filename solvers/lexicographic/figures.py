@@ -19,6 +19,7 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.plan import new_replicas, node_traffic, order_of, risk
 from moeless_opt.problems.spec import Problem, equal_shares, held_LGE
 from moeless_opt.solvers.core import risk_L
+from moeless_opt.solvers.lexicographic.survival import Failures
 from moeless_opt.solvers.shares import pooled_shares, solve_shares, solve_source_shares
 
 __all__ = ["EQUAL", "Figures"]
@@ -47,6 +48,8 @@ class Figures:
         never = len(self.order)
         self.near = place.get("traffic", never) < place.get("balance", never)
         """Whether tokens stay on their node before times are evened out."""
+        self.failures = Failures(problem) if "survival" in self.order else None
+        """What failures cost, where survival is a priority."""
         # A launch cost counts on equal GPUs alone, where it is the same for all.
         self._fixed = problem.time.launch / float(problem.topology.speed_G.max())
         self.live_LGC = None if problem.current is None else problem.current.slots_LGC
@@ -69,7 +72,7 @@ class Figures:
         name : str
             ``balance``: least largest GPU time, over the scenarios by the problem's risk. ``moves``: replicas
             that are not live yet. ``traffic``: fewest tokens that leave their node with times up to the
-            limit. ``memory``: replicas.
+            limit. ``memory``: replicas. ``survival``: see `Failures.figure_L`.
         slots_LGC : array of int32, shape [L, G, C]
             The placement of these layers.
         limit_L : array, shape [L], optional
@@ -85,6 +88,8 @@ class Figures:
             return np.asarray(new.sum((1, 2)), dtype=np.float64)
         if name == "memory":
             return np.asarray((slots_LGC >= 0).sum((1, 2)), dtype=np.float64)
+        if self.failures is not None and name == "survival":
+            return self.failures.figure_L(slots_LGC)
         share_LGC = self.shares(slots_LGC, limit_L, rows)
         load_LE, node_G = self.problem.load_LE[rows], self.problem.topology.node_G
         return node_traffic(load_LE, slots_LGC, share_LGC, node_G, self.source_LNE[rows])

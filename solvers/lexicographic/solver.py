@@ -8,13 +8,14 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, UnsupportedFeatureError
-from moeless_opt.problems.plan import StoppedBy
+from moeless_opt.problems.plan import Plan, StoppedBy, loss_chance, order_of
 from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core import Built, FirstOf, Heuristic, MaxTime, Task, keeps_limits, widened
 from moeless_opt.solvers.lexicographic.descend import Chosen, best_by_order, lower_in_turn
 from moeless_opt.solvers.lexicographic.exact import Exact, ordered_layer, size_of, solve_in_order
 from moeless_opt.solvers.lexicographic.figures import Figures
 from moeless_opt.solvers.lexicographic.starts import lean_starts, starts
+from moeless_opt.solvers.lexicographic.survival import Failures, families, loss_bound, on_bases
 from moeless_opt.solvers.replan import live_slots, seat
 from moeless_opt.solvers.shares import best_shares
 
@@ -24,6 +25,8 @@ ROUNDING = 1e-8
 """Share that a proven least time gives up as a bound: the programmes' tolerance."""
 SMALL = 100
 """Binary variables up to which a layer is solved exactly: a few tenths of a second."""
+MOST_TRIES = 250
+"""Layers times failures up to which small layers that share their losses are solved for one more failure."""
 MIDDLE = 400
 """Up to which it is tried where there is a time limit."""
 
@@ -34,6 +37,7 @@ class Lexicographic(Heuristic):
     name = "lexicographic"
     summary = "priorities in any order, each within its tolerance of the one before; exact for small layers"
     patience = 60.0
+    _loss_bound = 0.0
 
     def build(self, task: Task[Any]) -> Built:
         """Start, solve small layers exactly, search in the others."""
@@ -42,6 +46,9 @@ class Lexicographic(Heuristic):
         _refuse_coupled(problem)
         figures, tolerance = Figures(problem), problem.objective.balance_tolerance
         tables, trouble = _tables(figures, task)
+        if figures.failures is not None:
+            self._loss_bound = loss_bound(problem, figures.failures, stop)
+            tables += _survivors(figures, figures.failures, tables, task)
         if stop() and keeps_limits(problem, tables[0]).all():  # no time to look at what else there is
             return Built(slots_LGC=tables[0], share_LGC=best_shares(problem, tables[0]))
         upper_L = np.full(problem.layers, np.inf)
@@ -50,6 +57,8 @@ class Lexicographic(Heuristic):
             if good_L.all() and "balance" in figures.order:
                 upper_L = np.minimum(upper_L, figures.figure_L("balance", table, None))
         exact = self._exact(figures, upper_L, limited, task)
+        if figures.failures is not None and figures.failures.coupled and len(exact) == problem.layers:
+            exact = self._more_survived(figures, figures.failures, exact, upper_L, task)
         for i, found in exact.items():
             if found.held_EG is not None:
                 tables.append(np.where(_only(i, problem.layers), _as_slots(problem, i, found.held_EG), -1))
@@ -68,6 +77,14 @@ class Lexicographic(Heuristic):
         lower_in_turn(figures, chosen, tolerance, ~proven_L, stop=stop, seed=task.seed)
         return self._built(figures, chosen, proven_L, exact, stop())
 
+    def finished(self, problem: Problem, plan: Plan) -> Plan:
+        """The plan, with the probability of a loss where survival is a priority."""
+        if "survival" not in order_of(problem):
+            return plan
+        loss = loss_chance(problem, plan.slots_LGC)
+        told = plan.certificate.replace(loss=loss, loss_bound=min(self._loss_bound, loss))
+        return plan.replace(certificate=told)
+
     def _exact(
         self, figures: Figures, upper_L: FloatArray, limited: bool, task: Task[Any]
     ) -> dict[int, Exact]:
@@ -75,7 +92,9 @@ class Lexicographic(Heuristic):
         problem, stop = figures.problem, task.stop
         if figures.near and problem.loads.shape[0] > 1:
             return {}  # shares that keep tokens near in every scenario are no part of the programme
-        parts = [ordered_layer(problem, i, figures.source_LNE[i]) for i in range(problem.layers)]
+        parts = [
+            ordered_layer(problem, i, figures.source_LNE[i], figures.failures) for i in range(problem.layers)
+        ]
         todo = [i for i, part in enumerate(parts) if size_of(part) <= (MIDDLE if limited else SMALL)]
         found: dict[int, Exact] = {}
         for done, i in enumerate(todo):
@@ -90,6 +109,29 @@ class Lexicographic(Heuristic):
                 upper=float(upper_L[i]),
             )
         return found
+
+    def _more_survived(
+        self,
+        figures: Figures,
+        failures: Failures,
+        exact: dict[int, Exact],
+        upper_L: FloatArray,
+        task: Task[Any],
+    ) -> dict[int, Exact]:
+        """Layers that are solved exactly, with each failure that all of them can survive besides."""
+        if len(exact) * len(failures.sets.gone_FD) > MOST_TRIES:
+            return exact
+        for gone_D in failures.sets.gone_FD[~failures.watched_F]:
+            before_F = failures.watched_F
+            # Whoever survives a failure survives less of it, too.
+            failures.watched_F = before_F | ~(failures.sets.gone_FD & ~gone_D).any(1)
+            more = {} if task.stop() else self._exact(figures, upper_L, True, task)
+            kept = [one.proven and one.best["survival"] <= 0 for one in more.values()]
+            if len(kept) == len(exact) and all(kept):
+                exact = more
+            else:
+                failures.watched_F = before_F
+        return exact
 
     @staticmethod
     def _keep_proven(figures: Figures, chosen: Chosen, exact: dict[int, Exact]) -> BoolArray:
@@ -121,6 +163,8 @@ class Lexicographic(Heuristic):
         text = f"{order}: proven in {int(proven_L.sum())} of {problem.layers} layers, searched in the others"
         if proven_L.all():
             text = f"{order}: no plan comes before this one in this order"
+            if figures.failures is not None and figures.failures.coupled:
+                text += " in any layer, among those that survive the same failures"
         return Built(
             slots_LGC=chosen.slots_LGC,
             share_LGC=figures.shares(chosen.slots_LGC, chosen.limit_L),
@@ -162,6 +206,45 @@ def _tables(figures: Figures, task: Task[Any]) -> tuple[list[SlotArray], Infeasi
     except InfeasibleError as error:
         trouble = error
     return tables, trouble
+
+
+def _survivors(
+    figures: Figures, failures: Failures, tables: list[SlotArray], task: Task[Any]
+) -> list[SlotArray]:
+    """Placements that failures seldom break; with several layers, what they survive is chosen as well."""
+    problem, stop = task.problem, task.stop
+    found: list[SlotArray] = []
+    for bases in families(problem, failures, figures.order, stop):
+        for moves in (False, True)[: 1 + ("moves" in figures.order)]:
+            layers = on_bases(problem, failures, bases, moves=moves)
+            found += [np.stack(one) for one in zip(*layers, strict=True)]
+        if stop():
+            break
+    if not failures.coupled:
+        return found
+    every = [*tables, *found]
+    usable_XL = np.array([keeps_limits(problem, table) for table in every])
+    whole = [failures.lost_F(table) for table, good_L in zip(every, usable_XL, strict=True) if good_L.all()]
+    aims = {lost_F.tobytes(): lost_F for lost_F in reversed(whole)}
+    if not usable_XL.any(0).all():
+        return found
+    after = figures.order[figures.order.index("survival") + 1 :]
+    best: tuple[float, ...] = ()
+    watched_F = failures.watched_F
+    for lost_F in aims.values():
+        failures.watched_F = ~lost_F
+        chosen = best_by_order(figures, every, problem.objective.balance_tolerance, stop)
+        worth = (
+            round(failures.chance(failures.lost_F(chosen.slots_LGC)), 15),
+            *(float(chosen.value[name].sum()) for name in after),
+        )
+        if not best or worth < best:
+            best, watched_F = worth, failures.watched_F
+        if stop():
+            break
+    failures.watched_F = watched_F
+    failures.settle(best_by_order(figures, every, problem.objective.balance_tolerance, stop).slots_LGC)
+    return found
 
 
 def _only(layer: int, layers: int) -> BoolArray:

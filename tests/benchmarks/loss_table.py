@@ -10,6 +10,9 @@
 *coverage* is `mo.repair`'s first plan, *balance* its second. Peers see the same: ``replan`` (both in
 one), EPLB from nothing on the GPUs that are left. Times are the least of three, in milliseconds of one core:
 *decide* is the coverage kernel alone, *plan* with shares, bounds and the verification.
+
+``--survival`` instead: how likely no expert is lost at 512 slots, by nodes and by GPUs that fail, for plans of
+balance alone, with every expert in two domains, of ``lazarus``, and with survival as a priority.
 """
 
 from __future__ import annotations
@@ -23,13 +26,19 @@ from typing import Any
 import numpy as np
 
 import moeless_opt as mo
-from moeless_opt.problems.spec import Placement
+from moeless_opt.problems.plan import loss_chance
+from moeless_opt.problems.spec import PRIORITIES, Placement
 from moeless_opt.report import table
 from moeless_opt.solvers.replan.cover import covered
 
 HEAD = (
     *("lost", "split", "missing", "stage", "replicas", "GB", "imbalance", "worst"),
     *("in two domains", "decide ms", "plan ms"),
+)
+
+SURVIVAL = (
+    *("domains", "split", "plan for", "imbalance", "worst", "1 fails", "2", "3"),
+    *("loss at 1 %", "at least", "s"),
 )
 
 
@@ -88,6 +97,38 @@ def rows_of(name: str, live: mo.Plan, lost: list[int], model: str) -> list[list[
     return rows
 
 
+def survival_rows(load_LE: np.ndarray, split: str) -> list[list[str]]:
+    """Rows of how likely no expert is lost, and at which balance."""
+    rows = []
+    wide = mo.uniform(4, 8, slots=16)
+    for what, topology in (("nodes", wide), ("GPUs", wide.replace(domain_G=np.arange(32)))):
+        for name, order, limits, solver in (
+            ("balance alone", PRIORITIES, mo.Limits(), "auto"),
+            ("in two domains", PRIORITIES, mo.Limits(spread=2), "auto"),
+            ("lazarus", PRIORITIES, mo.Limits(), "lazarus"),
+            ("survival, balance", ("survival", "balance"), mo.Limits(), "auto"),
+            ("balance, survival", ("balance", "survival"), mo.Limits(), "auto"),
+        ):
+            problem = mo.Problem(
+                loads=mo.Loads(load_TLE=load_LE[None]),
+                topology=topology,
+                split=split,
+                limits=limits,
+                objective=mo.Objective(priorities=order),
+            )
+            result, ms = least(lambda p=problem, s=solver: mo.solve(p, s), 1)
+            plan = result.plan
+            chances = [f"{chance:.4f}" for chance in mo.survival(plan, failures=3).chance_K]
+            loss = loss_chance(problem, plan.slots_LGC)
+            bound = plan.certificate.loss_bound
+            told = f"{plan.imbalance_L.mean():.4f};{plan.imbalance_L.max():.4f}"
+            least_loss = f"{bound:.3g}" if bound else ""
+            rows.append(
+                [what, split, name, *told.split(";"), *chances, f"{loss:.3g}", least_loss, f"{ms / 1e3:.1f}"]
+            )
+    return rows
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -98,11 +139,16 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take every so manyth layer")
     parser.add_argument("--all", action="store_true", help="lose every GPU in turn")
     parser.add_argument("--splits", nargs="+", default=["fractional", "equal"])
+    parser.add_argument("--survival", action="store_true", help="how likely no expert is lost, instead")
     args = parser.parse_args()
     with np.load(args.data / "deepseek_v3_counts.npz") as archive:
         at = archive["workloads"].tolist().index(args.workload)
         load_LE = archive["counts"][at][:: args.every].astype(np.float64)
     mo.warm_up()
+    if args.survival:
+        every = [row for split in args.splits for row in survival_rows(load_LE, split)]
+        print(table(SURVIVAL, every, words_last=False))
+        return
     rows: list[list[str]] = []
     for split in args.splits:
         live = mo.plan(load_LE, mo.uniform(4, 8, slots=9), model="DeepSeek-V3", split=split)

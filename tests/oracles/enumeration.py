@@ -296,11 +296,24 @@ class Enumeration:
             if first_traffic and not self.equal:
                 return self._time_near(held)
             return np.asarray(self.time_P[alive])
+        if name == "survival":
+            return self._loss(held)
         if self.equal:
             return self._even_traffic(held)
         if not np.isfinite(limit):
             return self._least_traffic(held)
         return np.array([self._traffic_within(one, limit) for one in held])
+
+    def _loss(self, held_PEG: BoolArray) -> FloatArray:
+        """Probability that the domains that fail hold all replicas of an expert, over all of their sets."""
+        domain_G = self.problem.topology.failure_domain_G
+        every = sorted({int(domain_G[g]) for g in np.flatnonzero(self.problem.capacity_LG[0])})
+        rate, value_P = self.problem.objective.failure_rate, np.zeros(len(held_PEG))
+        for states in itertools.product((False, True), repeat=len(every)):
+            gone_G = np.isin(domain_G, [d for d, fails in zip(every, states, strict=True) if fails])
+            chance = np.prod([rate if fails else 1 - rate for fails in states])
+            value_P += chance * ~held_PEG[:, :, ~gone_G].any(2).all(1)
+        return value_P
 
     def _on_node(self, held_PEG: BoolArray) -> BoolArray:
         return np.stack([held_PEG[:, :, self.node_G == n].any(2) for n in range(self.nodes)], axis=1)

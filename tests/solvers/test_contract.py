@@ -60,6 +60,10 @@ WANTED: dict[Feature, dict[str, Any]] = {
         "objective": mo.Objective(priorities=("balance", "traffic")),
     },
     Feature.PRIORITIES: {"objective": mo.Objective(priorities=("memory", "balance"))},
+    Feature.SURVIVAL: {
+        "topology": mo.uniform(2, 2, slots=3),
+        "objective": mo.Objective(priorities=("survival", "balance")),
+    },
     Feature.SIZING_CV: {"sizing": mo.Sizing(policy="cv", cv=0.5)},
     Feature.SIZING_MAKESPAN: {"sizing": mo.Sizing(policy="makespan", imbalance=2.0)},
     Feature.SIZING_MEMORY: {

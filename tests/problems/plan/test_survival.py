@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import moeless_opt as mo
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.plan import failures, loss_chance, survival_of
 from moeless_opt.problems.plan import survival as module
-from moeless_opt.problems.plan import survival_of
 from tests.strategies import random_slots
 
 
@@ -109,3 +110,72 @@ def test_pods_of_unequal_gpus(seed: int) -> None:
     held_LEG = np.array([[(row == e).any(1) for e in range(experts)] for row in plan.slots_LGC])
     sets = max(len({tuple(one) for one in held_EG.tolist()}) for held_EG in held_LEG)
     assert sets <= (slots_G > 0).sum()
+
+
+def chance_of_a_loss(problem: mo.Problem, slots: np.ndarray) -> float:
+    """Over all states of all domains that have room."""
+    domain, rate = problem.topology.failure_domain_G, problem.objective.failure_rate
+    used = sorted({int(domain[g]) for g in np.flatnonzero(problem.capacity_LG.any(0))})
+    total = 0.0
+    for states in product((False, True), repeat=len(used)):
+        gone = [d for d, fails in zip(used, states, strict=True) if fails]
+        left = np.delete(slots, [g for g, d in enumerate(domain) if d in gone], axis=1)
+        lost = any(set(row[row >= 0].tolist()) != set(range(problem.experts)) for row in left)
+        total += lost * float(np.prod([rate if fails else 1 - rate for fails in states]))
+    return total
+
+
+def test_the_chance_of_a_loss_by_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    cases = []
+    for _ in range(30):
+        gpus, layers = int(rng.integers(1, 7)), int(rng.integers(1, 3))
+        slots_G = rng.integers(0, 4, gpus)
+        slots_G[0] = 3
+        experts = int(rng.integers(1, int(slots_G.sum()) + 1))
+        problem = mo.Problem(
+            loads=mo.Loads(load_TLE=np.ones((1, layers, experts))),
+            topology=mo.uniform(1, gpus, slots=1).replace(
+                slots_G=slots_G, domain_G=rng.integers(0, 5, gpus) * 3
+            ),
+            objective=mo.Objective(priorities=("survival",), failure_rate=float(rng.choice([0.01, 0.3]))),
+        )
+        placed = random_slots(rng, problem.capacity_LG, experts)
+        want = chance_of_a_loss(problem, placed)
+        assert loss_chance(problem, placed) == pytest.approx(want, rel=1e-9)
+        cases.append((problem, placed, want))
+    monkeypatch.setattr(failures, "MOST_FAILURES", 6)  # single domains and pairs; more count as a loss
+    failures._sets.cache_clear()
+    few = [loss_chance(problem, placed) for problem, placed, _ in cases]
+    failures._sets.cache_clear()
+    assert all(chance >= want * (1 - 1e-9) for chance, (*_, want) in zip(few, cases, strict=True))
+    assert few != pytest.approx([want for *_, want in cases])
+
+
+def test_the_verifier_counts_losses_by_itself(tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    for seed in range(12):
+        gpus = int(rng.integers(2, 7))
+        problem = mo.Problem(
+            loads=mo.Loads(load_TLE=rng.lognormal(0, 1, (1, 2, 5))),
+            topology=mo.uniform(1, gpus, slots=1).replace(
+                slots_G=rng.integers(3, 6, gpus), domain_G=rng.integers(0, 4, gpus)
+            ),
+            objective=mo.Objective(priorities=("survival", "memory")),
+        )
+        plan = mo.solve(problem, "lexicographic").plan
+        assert plan is not None
+        told = plan.certificate
+        if told.loss is None:  # one domain
+            continue
+        mo.verify(problem, plan)
+        assert told.loss == pytest.approx(chance_of_a_loss(problem, plan.slots_LGC), rel=1e-9)
+        for wrong in (
+            told.replace(loss=told.loss * 1.01),
+            told.replace(loss_bound=told.loss * 1.01),
+            told.replace(loss=None, loss_bound=0.001),
+        ):
+            assert mo.violations(problem, plan.replace(certificate=wrong)), seed
+        mo.save_plan(plan, tmp_path / "plan.json")
+        again = mo.load_plan(tmp_path / "plan.json").certificate
+        assert (again.loss, again.loss_bound) == (told.loss, told.loss_bound)

@@ -201,6 +201,7 @@ def test_pairs_as_masks() -> None:
         {"time": TimeModel(launch=1)},
         {"objective": Objective(balance_tolerance=0.02)},
         {"objective": Objective(sigma=0.5)},
+        {"objective": Objective(failure_rate=0.02)},
         {"limits": Limits(max_moves=3)},
         {"current": Placement(slots_LGC=[[[0, 1], [2, -1], [3, -1], [0, -1]]], experts=4)},
     ],
