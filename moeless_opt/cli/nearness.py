@@ -19,7 +19,7 @@ __all__ = ["with_nearness"]
 
 
 def with_nearness(problem: Problem, args: argparse.Namespace) -> Problem:
-    """The problem with ``--costs``, ``--sources``, ``--flow``, ``--groups``, ``--priorities``, ``--failure-rate``."""
+    """The problem with what the command line says of nearness, and of the order of priorities."""
     changes: dict[str, Any] = {}
     loads = problem.loads
     if args.costs is not None:

@@ -11,8 +11,8 @@
 one), EPLB from nothing on the GPUs that are left. Times are the least of three, in milliseconds of one core:
 *decide* is the coverage kernel alone, *plan* with shares, bounds and the verification.
 
-``--survival`` instead: how likely no expert is lost at 512 slots, by nodes and by GPUs that fail, for plans of
-balance alone, with every expert in two domains, of ``lazarus``, and with survival as a priority.
+``--survival`` instead: how likely no expert is lost at 512 slots, by nodes and by GPUs that fail, for plans
+of balance alone, with every expert in two domains, of ``lazarus``, and with survival as a priority.
 """
 
 from __future__ import annotations
