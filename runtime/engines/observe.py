@@ -1,7 +1,8 @@
-"""Watching a running model: hidden states for predictors, routing traces, and traces played back.
+"""Watching a running model: hidden states for predictors, loads by source, traces, and traces played back.
 
-Loads and times are the business of `LiveModel.observe`; here is what concerns single tokens. Traces are
-`moeless_opt.problems.io.traces.TokenTraces`; in a recorded one the experts of a token ascend.
+Loads and times are the business of `LiveModel.observe`; here is what concerns single tokens, and the ranks on
+which they live. Traces are `moeless_opt.problems.io.traces.TokenTraces`; in a recorded one the experts of a
+token ascend.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeless_opt.problems.arrays import IntArray
 from moeless_opt.problems.errors import ProblemError, UnsupportedFeatureError
-from moeless_opt.problems.files import atomic_write, format_of
+from moeless_opt.problems.files import atomic_write, format_of, named
 from moeless_opt.problems.io import TokenTraces
+from moeless_opt.problems.spec import Loads
 from moeless_opt.runtime.engines.megatron import unwrap
 from moeless_opt.runtime.live import LiveModel
 from moeless_opt.runtime.live.dispatch import SlotDispatcher
@@ -32,8 +35,10 @@ with warnings.catch_warnings():
 
 __all__ = [
     "HiddenTap",
+    "SourceRecorder",
     "TraceRecorder",
     "moe_blocks",
+    "record_sources",
     "record_traces",
     "replay_gate",
     "replay_routes",
@@ -124,6 +129,121 @@ def record_traces(live: LiveModel, batch_size: int = 1) -> Iterator[TraceRecorde
     """
     recorder = TraceRecorder(live)
     recorder.batch_size = batch_size
+    for dispatcher in live.dispatchers:
+        dispatcher.on_batch.append(recorder._take)
+    try:
+        yield recorder
+    finally:
+        for dispatcher in live.dispatchers:
+            dispatcher.on_batch.remove(recorder._take)
+
+
+# ---------------------------------------------------------------------------------- loads by source
+
+
+class SourceRecorder:
+    """Counts what the tokens of this rank choose; made by `record_sources`.
+
+    A pass that the loss of a rank broke off, and that is repeated, counts once.
+    """
+
+    def __init__(self, live: LiveModel) -> None:
+        self._live = live
+        self._pending: list[Tensor] = []
+        self._group = live.group
+        self._sum_LE: Tensor | None = None
+
+    def _take(self, dispatcher: SlotDispatcher, expert_Tk: Tensor) -> None:
+        if dispatcher.index == 0:
+            self._count()
+            self._group = self._live.group
+        chosen = expert_Tk
+        if dispatcher.valid is not None:
+            chosen = torch.where(dispatcher.valid[:, None], chosen, self._live.experts)
+        flat = chosen.reshape(-1).long()
+        # bincount would wait for the device to learn the largest id.
+        counts = torch.zeros(self._live.experts + 1, dtype=torch.int64, device=flat.device)
+        self._pending.append(counts.scatter_add_(0, flat, torch.ones_like(flat))[:-1])
+
+    def _count(self) -> None:
+        """Add the last pass, if all layers had it among the ranks that there still are."""
+        if len(self._pending) == len(self._live.layers) and self._group is self._live.group:
+            pass_LE = torch.stack(self._pending)
+            self._sum_LE = pass_LE if self._sum_LE is None else self._sum_LE + pass_LE
+        self._pending = []
+
+    @property
+    def load_LE(self) -> IntArray:
+        """What this rank's own tokens have chosen so far; between two passes."""
+        self._count()
+        if self._sum_LE is None:
+            return np.zeros((len(self._live.layers), self._live.experts), dtype=np.int64)
+        return np.asarray(self._sum_LE.cpu().numpy(), dtype=np.int64)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._sum_LE, self._pending = None, []
+
+    def loads(self) -> Loads:
+        """Loads by the rank that the tokens live on, `Loads.load_TLGE`; called by all ranks together.
+
+        Raises
+        ------
+        ProblemError
+            If no rank had a token.
+        """
+        live = self._live
+        rows = np.asarray(live.group.gather_ints(self.load_LE.ravel().tolist()), dtype=np.float64)
+        load_LGE = rows.reshape(len(rows), len(live.layers), live.experts).swapaxes(0, 1)
+        if not load_LGE.any():
+            raise ProblemError("loads", "no token was recorded")
+        return Loads(
+            load_TLE=load_LGE.sum(1)[None], load_TLGE=load_LGE[None], layers=live.layers, source="live model"
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write this rank's file, ``loads_rank0.csv`` or the like, as `moeless_opt.read_sources` reads them.
+
+        Each rank writes its own, at any time, all or nothing; a second call replaces the first one's.
+
+        Parameters
+        ----------
+        folder : path
+            The same one on all ranks, of this expert-parallel group alone; it is made.
+
+        Raises
+        ------
+        ProblemError
+            If there is a file of a rank that does not exist: of another run.
+        """
+        group, live = self._live.group, self._live
+        with named(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            names = sorted(path.name for path in Path(folder).glob("loads_rank*.csv"))
+        known = {f"loads_rank{rank}.csv" for rank in range(group.size)}
+        for name in names:
+            if name not in known:
+                raise ProblemError(
+                    "folder",
+                    f"{folder} has {name}, there are {group.size} ranks: of another run? must be one without",
+                )
+        path = Path(folder) / f"loads_rank{group.rank}.csv"
+        cells = ((live.layers[x], e, n) for (x, e), n in np.ndenumerate(self.load_LE))
+        lines = ["layer,expert,count", *(f"{layer},{expert},{n}" for layer, expert, n in cells)]
+        atomic_write(path, ("\n".join(lines) + "\n").encode())
+        return path
+
+
+@contextlib.contextmanager
+def record_sources(live: LiveModel) -> Iterator[SourceRecorder]:
+    """Count what each rank's tokens choose in this context; tokens masked by `real_tokens` are left out.
+
+    Parameters
+    ----------
+    live : LiveModel
+        Of any engine.
+    """
+    recorder = SourceRecorder(live)
     for dispatcher in live.dispatchers:
         dispatcher.on_batch.append(recorder._take)
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import source_check
 import torch
 import torch.distributed as dist
 import worlds
@@ -272,6 +273,8 @@ def observation(w: World, live: LiveModel) -> dict[str, float]:
     assert (skipped.load_LE == half.load_LE).all()
     assert skipped.tokens_LG.sum() < half.tokens_LG.sum()
     assert (out[:, :20] - w.stock[:, :20]).abs().max().item() == 0.0
+    source_check.check(live, w.same, valid, mine.numpy())
+    live.observe()
     # Traces to a file, and back through the routers of other tokens.
     path = f"{os.environ['WORLD_FOLDER']}/trace{w.rank}.npz"
     save_token_traces(trace, path)

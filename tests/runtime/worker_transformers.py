@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
+import source_check
 import torch
 import torch.distributed as dist
 import transformers as T
@@ -15,6 +17,7 @@ import worlds
 
 import moeless_opt.runtime.engines.transformers as engine
 from moeless_opt.runtime.engines.attach import attach
+from moeless_opt.runtime.engines.observe import record_sources
 from moeless_opt.runtime.live.faults import Guard
 from moeless_opt.runtime.live.home import NodeHome
 
@@ -87,6 +90,14 @@ def main() -> None:
             live.settle()
             moved += live.migration(number).bytes
         assert moved > 0 or size == 1
+        if name == "deepseek":  # whose first layer is dense
+            live.observe()
+            with torch.no_grad():
+                model(x)
+            load_LE = live.observe().load_LE
+            assert load_LE.sum() == 2 * size * x.numel()
+            run = torch.no_grad()(functools.partial(model, x))
+            source_check.check(live, run, torch.arange(x.numel()) < 20, load_LE)
         live.detach()
         with torch.no_grad():
             after = (model(x).logits - want).abs().max().item()
@@ -103,7 +114,9 @@ def main() -> None:
             logits: torch.Tensor = model(x).logits
         return logits
 
-    out["survivor"] = [(guard.run(step) - want).abs().max().item(), 0.0]
+    with record_sources(live) as recorder:
+        out["survivor"] = [(guard.run(step) - want).abs().max().item(), 0.0]
+    assert recorder.load_LE.sum() == 2 * len(live.layers) * x.numel()  # once, though the pass was repeated
     assert live.group.size == size - 1
     assert guard.recoveries[0].restored_bytes > 0
     assert isinstance(live.home, NodeHome)

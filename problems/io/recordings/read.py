@@ -119,6 +119,7 @@ def read_recording(
     physical_to_logical: ArrayLike | str | PathLike[str] | None = None,
     max_bytes: int | None = None,
     content: bytes | None = None,
+    idle: bool = False,
 ) -> Recording:
     """Read a recording of expert loads.
 
@@ -150,6 +151,8 @@ def read_recording(
         or what the environment variable ``MOELESS_MAX_READ`` says.
     content : bytes, optional
         The bytes of the file, where they have been read already (a pipe can be read only once).
+    idle : bool
+        Whether it may be that of a rank without any token, all of whose layers are left out.
 
     Returns
     -------
@@ -183,7 +186,7 @@ def read_recording(
         found = found.with_notes(
             f"{who}{known}alone; all ranks' files (a folder, or a glob) are added up".strip()
         )
-    return _Reader(source).finish(found, scenario, steps)
+    return _Reader(source).finish(found, scenario, steps, idle=idle)
 
 
 def _read_one(source: Source, raw: bytes) -> Found:
@@ -468,7 +471,14 @@ class _Reader:
 
     # --- checks --------------------------------------------------------------------------------------------
 
-    def finish(self, found: Found, scenario: str | int | None, steps: Literal["sum", "keep"]) -> Recording:
+    def finish(
+        self,
+        found: Found,
+        scenario: str | int | None,
+        steps: Literal["sum", "keep"],
+        *,
+        idle: bool = False,
+    ) -> Recording:
         """Check the loads, settle the leading axis, and leave dense layers out."""
         load = plain_numbers(self.source, "loads", found.load)
         if load.ndim not in (2, 3) or 0 in load.shape:
@@ -516,7 +526,7 @@ class _Reader:
             load_TLE = load_TLE[at : at + 1]
             scenarios = scenarios[at : at + 1]
         busy_L: BoolArray = np.asarray(load_TLE.any(axis=(0, 2)))
-        if not busy_L.any():
+        if not busy_L.any() and not idle:
             raise self.error("has no load at all: every count is 0")
         layers = found.layers or tuple(range(load_TLE.shape[1]))
         skipped = tuple(layer for layer, busy in zip(layers, busy_L, strict=True) if not busy)

@@ -52,18 +52,21 @@ def read_sources(path: str | PathLike[str], **options: Any) -> Loads:
     whole = read_recording(name, **options)
     if whole.load_TLE.shape[0] > 1:
         raise FormatError(name, f"has {whole.load_TLE.shape[0]} scenarios; loads by source are of one")
-    experts = whole.load_TLE.shape[2]
-    by_rank = []
-    for rank, file in enumerate(rank_files(name)):
-        part = read_recording(file, **options | {"experts": experts})
-        if part.load_TLE.shape != whole.load_TLE.shape or part.layers != whole.layers:
+    experts, files = whole.load_TLE.shape[2], rank_files(name)
+    every = {*whole.layers, *whole.skipped}
+    load_LRE = np.zeros((len(whole.layers), len(files), experts))
+    for rank, file in enumerate(files):
+        part = read_recording(file, **options | {"experts": experts}, idle=True)
+        if part.load_TLE.shape[0] > 1 or {*part.layers, *part.skipped} != every:
             raise FormatError(
                 file,
-                f"of rank {rank} has {len(part.layers)} layers, all ranks together {len(whole.layers)}: "
-                "pipeline stages? loads by source need every layer of every rank",
+                f"of rank {rank} has {len(part.layers) + len(part.skipped)} layers, all ranks together "
+                f"{len(every)}: pipeline stages? loads by source need every layer of every rank",
             )
-        by_rank.append(part.load_TLE[0])
-    load_LRE = np.stack(by_rank, axis=1)
+        rows = [
+            whole.layers.index(layer) for layer in part.layers
+        ]  # one that it had no tokens in is left out
+        load_LRE[rows, rank] = part.load_TLE[0]
     if not np.allclose(load_LRE.sum(1), whole.load_TLE[0], rtol=_NEAR, atol=_NEAR):
         raise FormatError(
             name,
@@ -76,5 +79,5 @@ def read_sources(path: str | PathLike[str], **options: Any) -> Loads:
         layers=whole.layers,
         skipped=whole.skipped,
         source=os.path.basename(os.path.normpath(name)),
-        notes=(*whole.notes, f"by source rank, 0 to {len(by_rank) - 1}"),
+        notes=(*whole.notes, f"by source rank, 0 to {len(files) - 1}"),
     )

@@ -69,6 +69,21 @@ def test_the_command_line_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture
     assert mo.load_plan(out).locality is not None
 
 
+def test_ranks_without_tokens_in_a_layer_or_in_all_are_read(tmp_path: Path) -> None:
+    load_LRE = np.random.default_rng(0).integers(1, 9, (3, RANKS, EXPERTS))
+    load_LRE[1, 2], load_LRE[:, 3], load_LRE[2] = 0, 0, 0  # the last layer is dense
+    for rank in range(RANKS):
+        rows = [{"layer": x + 4, "rank": rank, "loads": load_LRE[x, rank].tolist()} for x in range(3)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"loads_rank{rank}.jsonl").write_text(text, encoding="utf-8")
+    loads = mo.read_sources(tmp_path)
+    assert loads.load_TLGE is not None
+    np.testing.assert_array_equal(loads.load_TLGE[0], load_LRE[:2])
+    assert (loads.layers, loads.skipped) == ((4, 5), (6,))
+    with pytest.raises(mo.FormatError, match="has no load at all"):
+        mo.read_loads(tmp_path / "loads_rank3.jsonl")
+
+
 def test_damaged_folders_are_refused_by_name(tmp_path: Path) -> None:
     traced(tmp_path / "trace")
     one = tmp_path / "trace" / "router_trace_rank1.jsonl"
