@@ -72,6 +72,8 @@ class WarmPool:
         self.pinned: IntArray | None = None
         #: Replicas that a GPU may hold of a layer beyond its room, on the way to where others still are.
         self.staging = 0
+        #: Bytes in memory beside those of the list: of a migration that is under way.
+        self.beside = 0.0
         self._known: tuple[SlotArray, IntArray] | None = None
         self._set(self._keys(slots_LGC).copy(), None)
         self.now = 0.0
@@ -127,7 +129,7 @@ class WarmPool:
             raise ProblemError("now", f"is {now}, time has reached {self.now}")
         end = self.last + self.keep_alive.seconds_L(self.layers)[self._layer]
         gone = end < now
-        self.byte_seconds += self.bytes * (now - self.now)
+        self.byte_seconds += (self.bytes + self.beside) * (now - self.now)
         for kept in (self.pinned, keep) if gone.any() else ():
             gone[self._at(kept)] = False
         if gone.any():

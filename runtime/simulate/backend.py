@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray, number, whole
-from moeless_opt.problems.spec import TimeModel
+from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.problems.spec import TimeModel, replica_keys
 from moeless_opt.runtime.control import MemoryReport, Observation
 from moeless_opt.runtime.pool import CostMeter, KeepAlive, WarmPool
 from moeless_opt.runtime.simulate.beliefs import Beliefs
@@ -47,6 +48,8 @@ class Terms:
         Whether the charging rule ``functions`` charges by use.
     charge_once : bool
         Whether weights outside the experts are charged once, however many GPUs hold a copy.
+    room : float
+        Bytes of experts that each GPU may hold at any moment, replicas on their way included.
     """
 
     believed: TimeModel | None = None
@@ -54,6 +57,7 @@ class Terms:
     split_seconds: float | None = None
     elastic: bool = False
     charge_once: bool = False
+    room: float = np.inf
 
 
 class SimulatedBackend:
@@ -66,7 +70,7 @@ class SimulatedBackend:
     slots_LGC : array of int32, shape [L, G, C]
         Placement at the start.
     capacity_LG : array of int, shape [L, G]
-        Replicas that fit; beyond it a GPU may stage replicas while a migration runs.
+        Slots; beyond them a GPU may stage replicas while others are on their way, as far as there is room.
     shares : ShareRule or str
         How replicas share their tokens; a rule or its name (see `shares`).
     transfers : Transfers or str
@@ -120,7 +124,13 @@ class SimulatedBackend:
         self.meter = CostMeter(self.bytes_L, others, elastic=terms.elastic)
         self.report = SimReport()
         self.now = 0.0
+        #: Bytes of experts that each GPU may hold at any moment.
+        self.room = terms.room
+        #: The most bytes of experts and the KV cache that a GPU has held.
+        self.fullest = self._cache = 0.0
         self._peak_G: IntArray = self.bytes_L @ self.pool.held_LG
+        self._beside_L: FloatArray = np.zeros(layers)  # replicas of a migration under way, and its peak
+        self._staged_G: IntArray = np.zeros(gpus, dtype=np.int64)
         self._served_LGC: BoolArray | None = None
         #: Times by which it plans.
         self.beliefs = Beliefs(
@@ -189,7 +199,8 @@ class SimulatedBackend:
         report.plans += 1
         if self._early is not None:
             stretch = stretched(1.0, self._network_share) if self.contention else 1.0
-            slots_LGC, whole = self._early.ask(slots_LGC, self.now, stretch)
+            most = int(min(self.room / self.machine.model.expert_bytes, np.iinfo(np.int32).max))
+            slots_LGC, whole = self._early.ask(slots_LGC, self.now, stretch, most)
             self._place(slots_LGC, share_LGC if whole else None)
             return report.plans
         if self._switch is not None:  # what is under way takes the time that it takes
@@ -203,9 +214,22 @@ class SimulatedBackend:
             wanted_LGC=slots_LGC,
             now=self.now,
             network_share=self._network_share if self.contention else 0.0,
+            limit_G=None if np.isinf(self.room) else np.full(len(self._peak_G), int(self.room)),
             limits=limits,
         )
-        arrival = self.transfers.begin(move, self.pool)
+        try:
+            arrival = self.transfers.begin(move, self.pool)
+        except InfeasibleError:
+            if self.transfers.per_pass:  # it is the plan that is wrong
+                raise
+            report.refused += 1
+            return report.plans
+        if arrival.beside_L is not None:
+            self._beside_L = arrival.beside_L
+            self.pool.beside = float(self._beside_L @ self.bytes_L)
+        if arrival.peak_G is not None:
+            self._staged_G = arrival.peak_G
+            self._held()
         self._count_moves(arrival.cold)
         if arrival.load_L is not None:
             # Layers may be planned one by one: what the others load is not forgotten.
@@ -224,10 +248,19 @@ class SimulatedBackend:
 
     def memory(self) -> MemoryReport:
         """Bytes of experts per GPU: in force, and in memory with all that is kept alive or on its way."""
-        held_G = self.bytes_L @ self.pool.held_LG
+        held_G = self._held()
         live_G = self.bytes_L @ (self.slots_LGC >= 0).sum(2)
-        self._peak_G = np.maximum(self._peak_G, held_G)
         return MemoryReport(live_G=live_G, held_G=held_G, peak_G=self._peak_G)
+
+    def _held(self) -> IntArray:
+        """Bytes of experts on each GPU, and of those on their way, shape [G]; remembers what was the most."""
+        if self._early is None:
+            held_G = np.maximum(self.bytes_L @ self.pool.held_LG, self._staged_G)
+        else:
+            held_G = self._early.held_G() * self.machine.model.expert_bytes
+        self._peak_G = np.maximum(self._peak_G, held_G)
+        self.fullest = max(self.fullest, float(held_G.max()) + self._cache)
+        return np.asarray(held_G)
 
     # --- simulated time ------------------------------------------------------------------------------------
 
@@ -281,8 +314,11 @@ class SimulatedBackend:
 
     def _let_go(self) -> None:
         """Take what the pool has released out of force."""
-        if self.shares.live and len(self.pool.keys) != int((self._placed.slots_LGC >= 0).sum()):
-            self._place(self.pool.slots(), None)
+        if not self.shares.live:
+            return
+        keys = self.pool.keys if self._early is None else self._early.serving()
+        if len(keys) != int((self._placed.slots_LGC >= 0).sum()):
+            self._place(self.pool.slots() if self._early is None else self._early.slots(keys), None)
 
     def _charge_wall(self, kv_byte_seconds: float) -> None:
         byte_seconds, now = self._charged
@@ -325,7 +361,9 @@ class SimulatedBackend:
         layer_BL = times.layer_BL[done] + exposed_BL[done]
         end = float(start_B[count - 1] + whole_B[count - 1])
         kv_B = self.machine.kv_bytes_of(part.kv_tokens_B[done])
-        held_L = self.pool.held_L
+        held_L = self.pool.held_L + self._beside_L
+        self._cache = float(kv_B.max()) / len(self._peak_G)
+        self._held()
         if report.first_start < 0:
             self._begin(float(start_B[0]))
         seconds_B = whole_B[done] / weight_B
@@ -342,8 +380,6 @@ class SimulatedBackend:
             self.pool.use(used_LGC, max(float(start_B[0]), self.pool.now), end)
         else:
             self.pool.hold(self.slots_LGC, end)
-            if self._switch is not None:
-                self.pool.hold(self._switch[1], end)
         self.pool.advance(end)
         if self.transfers.per_pass:
             self._let_go()
@@ -372,7 +408,6 @@ class SimulatedBackend:
         self._load_L = np.zeros_like(self._load_L)
         self._previous = np.stack([times.layer_BL[count - 1], times.network_BL[count - 1]])
         self._network_share = float(self._previous[1].sum() / max(seconds_B[-1], 1e-30))
-        self._peak_G = np.maximum(self._peak_G, self.bytes_L @ self.pool.held_LG)
 
     def _begin(self, start: float) -> None:
         """The first pass: what was held before it is not charged."""
@@ -402,9 +437,9 @@ class SimulatedBackend:
         self._switch = None
         when = max(when, self.pool.now)
         self.pool.hold(self.slots_LGC, when)
-        self.pool.hold(slots_LGC, when)
-        self.pool.advance(when)
-        self.pool.keep_only(slots_LGC)
+        self.pool.follow(replica_keys(slots_LGC, self.experts), when)
+        self._beside_L, self.pool.beside = np.zeros_like(self._beside_L), 0.0
+        self._staged_G = np.zeros_like(self._staged_G)
         self._place(slots_LGC, share_LGC)
 
     def _count_moves(self, cold: IntArray) -> None:

@@ -15,7 +15,7 @@ from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArr
 from moeless_opt.problems.spec import replica_keys
 from moeless_opt.runtime.pool import WarmPool
 from moeless_opt.runtime.simulate.beliefs import Beliefs
-from moeless_opt.runtime.simulate.coming import STAGED, Coming
+from moeless_opt.runtime.simulate.coming import STAGED, Coming, Memory
 from moeless_opt.runtime.simulate.machine import LayerTimes, Machine
 from moeless_opt.runtime.simulate.shares import Placed, ShareRule
 from moeless_opt.runtime.simulate.traffic import Passes
@@ -72,7 +72,7 @@ class Early:
         self.pool.staging = STAGED
         self.asked, self.wanted, self.kept, self._fresh, self._seconds = none, none, none, none, np.zeros(0)
 
-    def ask(self, slots_LGC: SlotArray, now: float, stretch: float) -> tuple[SlotArray, bool]:
+    def ask(self, slots_LGC: SlotArray, now: float, stretch: float, most: int) -> tuple[SlotArray, bool]:
         """Want a placement from the next pass on.
 
         Parameters
@@ -83,6 +83,8 @@ class Early:
             Before the pass.
         stretch : float
             How much longer transfers take than alone.
+        most : int
+            Replicas of all layers that a GPU has room for.
 
         Returns
         -------
@@ -90,14 +92,17 @@ class Early:
             What is to serve once all is there, and whether that is all that was wanted and no more.
         """
         pool, coming = self.pool, self.coming
-        asked = self.asked = replica_keys(slots_LGC, pool.experts)
         coming.settle(now)
+        if coming.memory is not None:
+            pool.drop(coming.memory.gone[coming.memory.gone_at <= now])
+            coming.keep_within(None)
+        asked = self.asked = replica_keys(slots_LGC, pool.experts)
         given_up = coming.give_up(asked, now)
         fresh = np.isin(self._fresh, given_up)
         self._fresh, self._seconds = self._fresh[~fresh], self._seconds[~fresh]
         pool.drop(given_up)
         self.moved -= len(given_up)
-        keys, self.kept = coming.guarded(asked, pool)
+        keys, self.kept = coming.guarded(asked, pool, most)
         before = np.setdiff1d(pool.keys, coming.key)
         cold = pool.load(keys, now).cold
         coming.forget(pool.keys)
@@ -105,11 +110,31 @@ class Early:
         seconds = self.machine.replica_seconds(cold, before, self.bytes_L) * stretch
         self._fresh = np.concatenate([self._fresh, cold])
         self._seconds = np.concatenate([self._seconds, seconds])
-        stays = np.isin(coming.kind(self.kept), coming.kind(np.intersect1d(keys, asked)))
-        self.wanted = pool.keys if self.rule.live else np.setdiff1d(keys, self.kept[stays])
+        swapped = self.kept[np.isin(coming.kind(self.kept), coming.kind(np.intersect1d(keys, asked)))]
+        coming.keep_within(self._memory(swapped, most, now))
+        self.wanted = self.serving() if self.rule.live else np.setdiff1d(keys, swapped)
         if np.array_equal(self.wanted, asked):
             return slots_LGC, True
         return self.slots(self.wanted), False
+
+    def _memory(self, swapped: IntArray, most: int, now: float) -> Memory | None:
+        """Room that transfers have to wait for, if there is less than all that is wanted takes together."""
+        pool = self.pool
+        if (pool.held_LG.sum(0) <= most).all():
+            return None
+        there = np.setdiff1d(pool.keys, np.union1d(self.coming.key, self._fresh))
+        there_G = np.bincount(there // pool.experts % pool.gpus, minlength=pool.gpus)
+        return Memory(most=most, there_G=there_G, leaving=swapped, now=now)
+
+    def serving(self) -> IntArray:
+        """Keys of what may serve where shares are live: all that is there or on its way and does not go."""
+        memory = self.coming.memory
+        return self.pool.keys if memory is None else np.setdiff1d(self.pool.keys, memory.gone)
+
+    def held_G(self) -> IntArray:
+        """The most replicas that each GPU holds at any moment until a new placement is wanted, shape [G]."""
+        memory = self.coming.memory
+        return self.pool.held_LG.sum(0) if memory is None else memory.peak_G
 
     def within(self) -> SlotArray:
         """What planners may take to be there: what is on its way included, and no more than fits.
@@ -158,7 +183,7 @@ class Early:
         coming, layers = self.coming, len(before_L)
         coming.forget(self.pool.keys)
         if self.rule.live:
-            self.wanted = self.pool.keys
+            self.wanted = self.serving()
         times, served = self.rule.times(part.load_BLE, placed)
         used_LGC = placed.slots_LGC if served is None else np.where(served, placed.slots_LGC, -1)
         rest = float(self.machine.rest(part.tokens_B, part.kv_tokens_B)[0]) / layers
@@ -169,6 +194,11 @@ class Early:
             decided_L = np.concatenate([lead, begin_L])[:layers] + self.decide
             coming.ask(self._fresh, self._seconds, decided_L[coming.layer(self._fresh)])
             self._fresh, self._seconds = self._fresh[:0], self._seconds[:0]
+            if coming.memory is not None and len(coming.memory.gone) and self.rule.live:
+                self.wanted = self.serving()
+                placed = replace(placed, slots_LGC=self.slots(self.wanted), planned_LGC=None)
+                times, served = self.rule.times(part.load_BLE, placed)
+                used_LGC = placed.slots_LGC if served is None else np.where(served, placed.slots_LGC, -1)
         self.pool.pinned = np.union1d(coming.key, self.kept)
         late = coming.end > begin_L[coming.layer(coming.key)]
         late &= np.isin(coming.key, self.wanted)
@@ -219,7 +249,10 @@ class Early:
         late_L = np.zeros(len(begin_L) - 1)
         np.maximum.at(late_L, layer, end - begin_L[layer])
         some = np.unique(layer)
-        there = np.union1d(np.setdiff1d(self.wanted, key), np.intersect1d(self.kept, self.pool.keys))
+        there, kept = np.setdiff1d(self.wanted, key), np.intersect1d(self.kept, self.pool.keys)
+        if coming.memory is not None:  # some of those in whose place others have come are gone
+            kept = kept[~(np.isin(kept, coming.memory.gone) & np.isin(coming.kind(kept), coming.kind(there)))]
+        there = np.union1d(there, kept)
         slots_LGC = self.slots(there)
         waited_L = np.zeros(len(late_L), dtype=np.bool_)
         if self.patient is None:

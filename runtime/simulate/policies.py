@@ -171,8 +171,11 @@ class Policy:
             reads |= {"believed"}
         return reads | _PER_PASS | (_FORESEEN if self.predictor is None else frozenset())
 
-    def build(self, machine: Machine, topology: Topology, settings: Settings) -> Run:
-        """Set the policy up on a machine; it starts from static expert parallelism."""
+    def build(self, machine: Machine, topology: Topology, settings: Settings, *, room: float = np.inf) -> Run:
+        """Set the policy up on a machine; it starts from static expert parallelism.
+
+        `room`: bytes of experts that each GPU may hold at any moment, replicas on their way included.
+        """
         model = machine.model
         bytes_L = np.full(model.layers, model.expert_bytes, dtype=np.int64)
         capacity_LG = topology.capacity_LG(bytes_L, model.experts)
@@ -192,6 +195,7 @@ class Policy:
                 split_seconds=settings.split_seconds(model.experts, topology.gpus),
                 elastic=self.elastic,
                 charge_once=settings.charge_once,
+                room=room,
             ),
         )
         if self.planner is None:

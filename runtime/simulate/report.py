@@ -26,8 +26,8 @@ class SimReport:
         Sums over passes and layers of the largest and of the mean GPU tokens.
     moved, moved_bytes : float
         Replicas loaded after the start, and their bytes; for every pass that one stands for.
-    plans : int
-        Placements applied.
+    plans, refused : int
+        Placements applied, and those that did not fit while replicas change places.
     held_seconds : float
         Sum of replicas held times seconds of passes.
     busy, first_start, end, lag : float
@@ -44,6 +44,7 @@ class SimReport:
     moved: float = 0
     moved_bytes: float = 0
     plans: int = 0
+    refused: int = 0
     held_seconds: float = 0.0
     busy: float = 0.0
     first_start: float = -1.0
@@ -88,8 +89,9 @@ class SimRow(TypedDict):
 
     ``mean_ms``, ``p99_ms``, ``wait_ms`` are of a MoE layer in one pass; ``quantiles_ms`` its latency at equal
     steps of the distribution function; ``held`` and ``moved_per_pass`` count replicas; ``cost`` is in GB*s by
-    charging rule; ``peak_GB`` is the most that the experts of a GPU took, replicas on their way included, and
-    ``room_GB`` what a GPU has for experts and the KV cache; ``foreseen`` is the total-variation distance of
+    charging rule; ``peak_GB`` is the most that experts, replicas on their way included, and the KV cache took
+    on a GPU, of ``room_GB`` that it has for them; ``refused`` counts plans for which there was no room while
+    replicas change places; ``foreseen`` is the total-variation distance of
     predicted from actual loads (``_ahead``: over the layers that an earlier one foresees, ``_L``: by layer);
     ``requests`` is of the closed loop;
     ``plan_ms`` and ``seconds`` are of the machine at hand.
@@ -107,6 +109,7 @@ class SimRow(TypedDict):
     moved_GB: float
     peak_GB: float
     room_GB: float
+    refused: int
     busy: float
     cost: dict[str, float]
     plan_ms: float

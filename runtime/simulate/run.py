@@ -99,20 +99,22 @@ class Simulation:
             line += [_cost(row, baseline, rule) for rule in RULES]
             line += ["" if row["foreseen"] is None else f"{row['foreseen']:.4f}", f"{row['plan_ms']:.1f}"]
             cells.append(line)
-        text = "\n".join([table(head, cells, words_last=False), *self._beyond()])
+        text = "\n".join([table(head, cells, words_last=False), *self._tight()])
         return text if self.rows[0]["requests"] is None else f"{text}\n\n{self._requests()}"
 
-    def _beyond(self) -> list[str]:
-        """The policies that need more memory than there is while replicas change, if there are any."""
+    def _tight(self) -> list[str]:
+        """What memory forbids while replicas change places, if it forbids anything."""
+        room = f"of {self.rows[0]['room_GB']:.1f} GB for experts and the KV cache"
         beyond = [
             f"{row['policy']} {row['peak_GB']:.1f} GB" for row in self.rows if row["peak_GB"] > row["room_GB"]
         ]
-        if not beyond:
-            return []
-        return [
-            f"does not fit while replicas change: {', '.join(beyond)} of experts on one GPU, replicas on "
-            f"their way included; there are {self.rows[0]['room_GB']:.1f} GB for experts and the KV cache"
-        ]
+        refused = [f"{row['policy']} {row['refused']}" for row in self.rows if row["refused"]]
+        lines = []
+        if beyond:
+            lines.append(f"does not fit while replicas change: {', '.join(beyond)} {room}")
+        if refused:
+            lines.append(f"plans not carried out, because replicas could not change: {', '.join(refused)}")
+        return lines
 
     def _requests(self) -> str:
         """Latency of requests in the closed loop: mean and 99th percentile."""
@@ -188,8 +190,9 @@ def simulate(
         for line in _notes(text, basis):
             say(line)
     rows = []
+    room = here.experts_room() if any(policy.planner for policy in policies) else np.inf
     for policy in policies:
-        figures = _run(policy, here, scenario, progress)
+        figures = _run(policy, here, scenario, room, progress)
         rows.append(
             SimRow(model=here.machine.model.name, variant=variant, **figures, basis=here.basis)  # type: ignore[typeddict-item]
         )
@@ -235,8 +238,10 @@ def _foreseer(here: Scene, scenario: Scenario, name: str, loop: ClosedLoop | Non
     )
 
 
-def _run(policy: Policy, here: Scene, scenario: Scenario, progress: Told | None) -> dict[str, Any]:
-    run = policy.build(here.machine, here.topology, scenario)
+def _run(
+    policy: Policy, here: Scene, scenario: Scenario, room: float, progress: Told | None
+) -> dict[str, Any]:
+    run = policy.build(here.machine, here.topology, scenario, room=room)
     loop = here.closed(run.backend) if here.closed is not None else None
     name = policy.predictor or scenario.predictor
     foresight = _foreseer(here, scenario, name, loop) if policy.per_pass else None
@@ -253,8 +258,9 @@ def _run(policy: Policy, here: Scene, scenario: Scenario, progress: Told | None)
         raise ProblemError("seconds", f"is {scenario.seconds:g}, which is too short for a single pass")
     return {
         **_figures(run, report),
-        "peak_GB": float(run.backend.memory().peak_G.max()) / 1e9,
+        "peak_GB": run.backend.fullest / 1e9,
         "room_GB": here.room / 1e9,
+        "refused": report.refused,
         **_foreseen(foresight, scenario.distance),
         "requests": None if loop is None else loop.served().figures(),
         "seconds": time.monotonic() - began,

@@ -95,6 +95,16 @@ class Scene:
     closed: Callable[[SimulatedBackend], ClosedLoop] | None = None
     room: float = np.inf
 
+    def experts_room(self) -> float:
+        """Bytes of a GPU for experts while its KV cache is as large as the traffic ever makes it.
+
+        The closed loop, whose cache follows from what a policy holds, makes room as it goes.
+        """
+        if self.closed is not None:
+            return self.room
+        tokens = max((float(passes.kv_tokens_B.max()) for passes in self.traffic()), default=0.0)
+        return self.room - tokens * self.machine.kv_token_bytes / self.topology.gpus
+
 
 def scene(scenario: Scenario) -> Scene:
     """Set up what a scenario asks for.

@@ -7,9 +7,9 @@ admitted, in their order, as far as three limits go:
 - `most_requests` in a batch;
 - `most_tokens` of prompts and answers in a pass (a longer prompt is the only one of its pass);
 - the KV cache: what the GPUs' memory leaves beside the weights and the replicas that the policy holds at that
-  moment (at most its slots: what a migration stages on its way does not count). The cache spreads evenly over
-  the GPUs, so the fullest one limits (assumed); a request reserves room for its prompt and all of its answer
-  when it is admitted, and is never preempted (assumed).
+  moment, those on their way included. The cache spreads evenly over the GPUs, so the fullest one limits
+  (assumed); a request reserves room for its prompt and all of its answer when it is admitted, and is never
+  preempted (assumed). What requests have reserved is no room for replicas.
 
 The pass reads the prompts of the requests admitted and writes a token of every other live one; it takes what
 the policy makes it take. So a quicker policy has shorter queues, and one that holds fewer replicas may run
@@ -147,10 +147,8 @@ class ClosedLoop:
             return np.inf
         machine = self.backend.machine
         gpus = machine.topology.gpus
-        # What a migration holds twice on its way is staged within the slots (assumed).
-        held_LG = np.minimum(self.backend.pool.held_LG, self.backend.capacity_LG)
-        held_G = self.backend.bytes_L @ held_LG
-        free = self.memory - machine.other_bytes / gpus - float(held_G.max())
+        held = float(self.backend.memory().held_G.max())
+        free = self.memory - machine.other_bytes / gpus - held
         if free <= 0:
             raise InfeasibleError(
                 f"memory: {self.memory:.4g} bytes a GPU do not hold the weights, which take "
@@ -184,6 +182,7 @@ class ClosedLoop:
             self._passes += 1
             self._batches += len(live)
             self._largest = max(self._largest, len(live))
+            self._leave_room(live)
             yield Passes(
                 start_B=np.array([now]),
                 weight_B=np.ones(1),
@@ -199,6 +198,15 @@ class ClosedLoop:
             self._end_R[live[over]] = backend.now
             self.routes.stay(~over)
             live, written = live[~over], written[~over]
+
+    def _leave_room(self, live: IntArray) -> None:
+        """Tell the backend what the requests' reservations leave of the memory for its experts."""
+        if self.memory is None:
+            return
+        machine, gpus = self.backend.machine, self.backend.machine.topology.gpus
+        reserved = float((self.arrivals.prompt_R[live] + self.arrivals.output_R[live]).sum())
+        cache = reserved * machine.kv_token_bytes / gpus
+        self.backend.room = self.memory - machine.other_bytes / gpus - cache
 
     def _admit(self, waiting: deque[int], live: IntArray) -> IntArray:
         """Take requests off the queue as far as the limits go; one at least where nothing runs."""

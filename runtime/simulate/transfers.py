@@ -7,6 +7,9 @@ while the `distance` layers before it run, and what is left of their loading is 
 nobody waits where a copy of the expert is there; a replica serves from when it has come, in this pass or a
 later one (`coming`). *sooner*: a layer waits or serves from what is there, whichever ends sooner by the
 planner's times.
+
+While replicas change places, those on their way take memory beside those in force: a schedule keeps within
+what there is (`Move.limit_G`), and a plan for which none does is not carried out.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
+from moeless_opt.problems.plan import Migration
+from moeless_opt.problems.spec import replica_keys
 from moeless_opt.runtime.pool import WarmPool
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.options import unknown
@@ -52,6 +57,8 @@ class Move:
         When.
     network_share : float
         Share of the passes' time in which the all-to-all is on the same ports; 0 where it is not.
+    limit_G : array of int, shape [G], optional
+        Bytes of experts that each GPU may hold at any moment; by default there is no limit.
     limits : mapping
         Of `schedule_migration`.
     """
@@ -63,6 +70,7 @@ class Move:
     now: float
     network_share: float
     limits: Mapping[str, Any]
+    limit_G: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +87,18 @@ class Arrival:
         Seconds that the next pass waits for it.
     after : float, optional
         Seconds until the placement is in force; by default it is at once.
+    beside_L : array, shape [L], optional
+        Replicas in memory beside those of the live placement until then, mean over that time.
+    peak_G : array, shape [G], optional
+        The most bytes of experts on each GPU until then.
     """
 
     cold: IntArray
     load_L: FloatArray | None = None
     stall: float = 0.0
     after: float | None = None
+    beside_L: FloatArray | None = None
+    peak_G: IntArray | None = None
 
 
 @runtime_checkable
@@ -108,7 +122,13 @@ class Transfers(Protocol):
         ...
 
     def begin(self, move: Move, pool: WarmPool) -> Arrival:
-        """Start a move; loads what is missing into the pool."""
+        """Start a move; of a placement for the next pass, loads what is missing into the pool.
+
+        Raises
+        ------
+        InfeasibleError
+            If it does not fit while replicas change.
+        """
         ...
 
 
@@ -118,13 +138,18 @@ class Overlapped:
     name, per_pass = "overlapped", False
 
     def room_LG(self, capacity_LG: IntArray) -> IntArray:
-        """Room for old and new replicas at once."""
-        return np.asarray(2 * capacity_LG)
+        """What the GPUs have room for."""
+        return capacity_LG
 
     def begin(self, move: Move, pool: WarmPool) -> Arrival:
         """See `Transfers`."""
-        seconds, cold = _scheduled(move, pool)
-        return Arrival(cold=cold, after=stretched(seconds, move.network_share))
+        migration = _scheduled(move)
+        return Arrival(
+            cold=_missing(move),
+            after=stretched(migration.seconds, move.network_share),
+            beside_L=_beside(migration, len(move.bytes_L)),
+            peak_G=migration.peak_G,
+        )
 
 
 class Exposed(Overlapped):
@@ -134,8 +159,8 @@ class Exposed(Overlapped):
 
     def begin(self, move: Move, pool: WarmPool) -> Arrival:
         """See `Transfers`."""
-        seconds, cold = _scheduled(move, pool)
-        return Arrival(cold=cold, stall=seconds)
+        migration = _scheduled(move)
+        return Arrival(cold=_missing(move), stall=migration.seconds, peak_G=migration.peak_G)
 
 
 class PerPass:
@@ -168,17 +193,44 @@ class Sooner(PerPass):
     name, patient = "sooner", None
 
 
-def _scheduled(move: Move, pool: WarmPool) -> tuple[float, IntArray]:
-    """Seconds of the schedule, and what has to be loaded."""
-    migration = schedule_migration(
-        move.live_LGC,
-        move.wanted_LGC,
-        move.machine.model.experts,
-        move.machine.topology,
-        bytes_L=move.bytes_L,
-        **move.limits,
-    )
-    return migration.seconds, pool.prewarm(move.wanted_LGC, move.now).cold
+def _scheduled(move: Move) -> Migration:
+    """The schedule; one without a limit is written sooner, and often keeps within it."""
+
+    def schedule(**limits: Any) -> Migration:
+        return schedule_migration(
+            move.live_LGC,
+            move.wanted_LGC,
+            move.machine.model.experts,
+            move.machine.topology,
+            bytes_L=move.bytes_L,
+            **(limits | dict(move.limits)),
+        )
+
+    found = schedule()
+    if move.limit_G is not None and (found.peak_G > move.limit_G).any():
+        return schedule(limit_G=move.limit_G)
+    return found
+
+
+def _missing(move: Move) -> IntArray:
+    """Keys of what has to be loaded."""
+    experts = move.machine.model.experts
+    wanted, live = (replica_keys(slots_LGC, experts) for slots_LGC in (move.wanted_LGC, move.live_LGC))
+    return np.setdiff1d(wanted, live, assume_unique=True)
+
+
+def _beside(migration: Migration, layers: int) -> FloatArray:
+    """Replicas beside those of the placement that is left, mean over the schedule's time, shape [L]."""
+    beside_L, sum_L = np.zeros(layers), np.zeros(layers)
+    for step in migration.steps:
+        for gone in step.drops_before:
+            beside_L[gone.layer] -= 1
+        for transfer in step.transfers:
+            beside_L[transfer.layer] += 1
+        sum_L += step.seconds * beside_L
+        for gone in step.drops_after:
+            beside_L[gone.layer] -= 1
+    return np.asarray(sum_L / max(migration.seconds, 1e-30))
 
 
 TRANSFERS: dict[str, Transfers] = {

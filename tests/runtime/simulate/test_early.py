@@ -13,7 +13,7 @@ from moeless_opt.problems.spec.placement import equal_shares, replica_keys
 from moeless_opt.problems.spec.time_model import TimeModel
 from moeless_opt.runtime.pool.warm import WarmPool
 from moeless_opt.runtime.simulate.backend import SimulatedBackend, Terms
-from moeless_opt.runtime.simulate.coming import STAGED, Coming
+from moeless_opt.runtime.simulate.coming import STAGED, Coming, Memory
 from moeless_opt.runtime.simulate.shares import SplitCost
 from moeless_opt.runtime.simulate.traffic import Passes
 from tests.oracles.small_machine import CAPACITY, MODEL, STATIC, machine_of
@@ -103,10 +103,58 @@ def test_the_last_copy_that_is_there_stays_until_another_has_come(
     pool = WarmPool(slots, 3, capacity_LG=np.array([[1, 2]]), bytes_L=[1])
     wanted = replica_keys(np.array([[[2, -1], [0, 1]]], dtype=np.int32), 3)
     monkeypatch.setattr("moeless_opt.runtime.simulate.coming.STAGED", staged)
-    keys, kept = Coming(gpus=2, experts=3).guarded(wanted, pool)
-    assert kept.tolist() == [0]
-    # Expert 2 is put off where GPU 0 has no room for it beside expert 0.
-    assert keys.tolist() == ([0, 2, 3, 4] if staged else [0, 3, 4])
+    for most in (1, 2, 9):
+        keys, kept = Coming(gpus=2, experts=3).guarded(wanted, pool, most)
+        assert kept.tolist() == [0]
+        # Expert 2 is put off where GPU 0 has no room for it beside expert 0.
+        assert keys.tolist() == ([0, 2, 3, 4] if staged and most > 1 else [0, 3, 4])
+
+
+def test_two_layers_change_places_one_after_the_other() -> None:
+    """Two GPUs with room for one replica more swap an expert in each of two layers."""
+    coming = Coming(gpus=2, experts=2)
+    key = np.array([1, 2, 5, 6])  # expert 1 to GPU 0 and expert 0 to GPU 1, in both layers
+    leaving = np.array([0, 3, 4, 7])
+    coming.memory = Memory(most=3, there_G=np.array([2, 2]), leaving=leaving, now=0.0)
+    coming.ask(key, np.array([1.0, 2.0, 1.0, 1.0]), np.zeros(4))
+    # GPU 1 has its second at 2, and GPU 0 may then let go; GPU 1 has let go at 1, and waits for its port.
+    assert coming.begin.tolist() == [0.0, 0.0, 2.0, 2.0]
+    assert coming.memory.gone.tolist() == [0, 3]
+    assert coming.memory.gone_at.tolist() == [2.0, 2.0]
+    assert coming.memory.peak_G.tolist() == [3, 3]
+    coming.keep_within(None)
+    assert coming.begin.tolist() == [0.0, 0.0, 1.0, 2.0]
+    coming.keep_within(Memory(most=2, there_G=np.array([2, 2]), leaving=leaving, now=-1.0))
+    assert np.isinf(coming.begin).all(), "without room nothing begins"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_no_gpu_ever_holds_more_than_it_has_room_for(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    gpus, experts, layers = 3, 4, 4
+    coming, cells = Coming(gpus, experts), gpus * experts * layers
+    there = np.sort(rng.choice(cells, cells // 3, replace=False))
+    key = np.sort(rng.choice(np.setdiff1d(np.arange(cells), there), 12, replace=False))
+    there_G = np.bincount(there // experts % gpus, minlength=gpus)
+    leaving = there[np.isin(coming.kind(there), coming.kind(key))]
+    memory = Memory(most=int(there_G.max() + rng.integers(0, 3)), there_G=there_G, leaving=leaving, now=0.0)
+    coming.memory = memory
+    coming.ask(key, rng.uniform(0.1, 2, 12), rng.uniform(0, 5, 12))
+    gone_at = dict(zip(memory.gone.tolist(), memory.gone_at.tolist(), strict=True))
+    assert set(gone_at) <= set(leaving.tolist())
+    assert (coming.begin >= coming.decided).all()
+    for one, when in gone_at.items():  # another copy of it has come
+        assert coming.end[coming.kind(coming.key) == coming.kind(np.array(one))].min() <= when
+    for gpu in range(gpus):
+        mine = coming.key // experts % gpus == gpu
+        begin, end = coming.begin[mine], coming.end[mine]
+        assert (begin[1:] >= end[:-1]).all(), "one after the other, in their order"
+        left = np.array([when for one, when in gone_at.items() if one // experts % gpus == gpu])
+        held = [there_G[gpu] + (begin <= t).sum() - (left <= t).sum() for t in begin[np.isfinite(begin)]]
+        assert max(held, default=there_G[gpu]) == memory.peak_G[gpu] <= memory.most
+        if memory.most > there_G[gpu]:
+            assert not len(begin) or np.isfinite(begin[0])
 
 
 # -------------------------------------------------------------------------------------------- passes
@@ -155,10 +203,19 @@ def test_sooner_waits_where_that_pays() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["equal", "timed"]), st.sampled_from(["warm-first", "sooner"]))
-def test_every_expert_is_served_whatever_is_wanted(seed: int, shares: str, transfers: str) -> None:
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["equal", "timed"]),
+    st.sampled_from(["warm-first", "sooner"]),
+    st.integers(0, 3),
+)
+def test_every_expert_is_served_whatever_is_wanted(
+    seed: int, shares: str, transfers: str, spare: int
+) -> None:
     rng = np.random.default_rng(seed)
-    backend = backend_of(transfers, shares, keep_alive=float(rng.choice([0.0, 1e-4, 1.0])))
+    room = (int(CAPACITY.sum(0).max()) + spare) * MODEL.expert_bytes if spare < 3 else np.inf
+    keep_alive = float(rng.choice([0.0, 1e-4, 1.0]))
+    backend = backend_of(transfers, shares, keep_alive=keep_alive, terms=Terms(room=room))
     for i in range(8):
         slots = STATIC[:, rng.permutation(4)].copy()
         for gpu in range(4):
@@ -174,6 +231,7 @@ def test_every_expert_is_served_whatever_is_wanted(seed: int, shares: str, trans
         held = backend.pool.slots()
         assert all(set(layer[layer >= 0]) == set(range(4)) for layer in held)
     report = backend.report
+    assert backend.memory().peak_G.max() <= room
     assert np.isfinite(np.concatenate(report.layer_BL)).all()
     assert (np.concatenate(report.exposed_BL) >= 0).all()
 
