@@ -154,7 +154,9 @@ class WarmPool:
         copies[order[final]] = True
         return copies
 
-    def use(self, slots_LGC: SlotArray, now: float, until: float | None = None) -> Use:
+    def use(
+        self, slots_LGC: SlotArray, now: float, until: float | None = None, *, there: bool = False
+    ) -> Use:
         """Use replicas from `now` on; those that are not warm are loaded, idle ones make room if they must.
 
         Parameters
@@ -163,14 +165,16 @@ class WarmPool:
             What is used.
         now, until : float
             Start and end of the use (the start by default). Idle time counts from the end.
+        there : bool
+            Whether none of them is released now, however long it has been idle: all are known to be warm.
 
         Raises
         ------
         InfeasibleError
             If more is wanted on a GPU than it has room for.
         """
-        self.advance(now)
         wanted = self._keys(slots_LGC)
+        self.advance(now, wanted if there else None)
         self._check_room(wanted)
         cold = self._take(wanted, now, now if until is None else max(now, until))
         return Use(cold, self._make_room(wanted) if len(cold) else 0)

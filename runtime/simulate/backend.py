@@ -377,7 +377,8 @@ class SimulatedBackend:
             used_LGC = self.slots_LGC if used_LGC is None else used_LGC
             if self._served_LGC is not None:
                 used_LGC = np.where(self._served_LGC, used_LGC, -1)
-            self.pool.use(used_LGC, max(float(start_B[0]), self.pool.now), end)
+            start = max(float(start_B[0]), self.pool.now)
+            self.pool.use(used_LGC, start, end, there=self._early is not None)
         else:
             self.pool.hold(self.slots_LGC, end)
         self.pool.advance(end)

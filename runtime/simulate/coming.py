@@ -111,11 +111,17 @@ class Coming:
         )
         self._schedule()
 
-    def keep_within(self, memory: Memory | None) -> None:
-        """Begin transfers only where there is room, from now on; or as soon as ports are free."""
-        if memory is not None or self.memory is not None:
-            self.memory = memory
-            self._schedule()
+    def keep_within(self, memory: Memory) -> None:
+        """Begin transfers only where there is room, from now on."""
+        self.memory = memory
+        self._schedule()
+
+    def forget_limits(self, now: float) -> None:
+        """Begin transfers as soon as ports are free, from now on; what has begun goes on."""
+        soon = np.maximum(self.decided, np.nextafter(now, np.inf))
+        self.decided = np.where(self.begin <= now, self.begin, soon)
+        self.memory = None
+        self._schedule()
 
     def _schedule(self) -> None:
         """When each transfer begins and ends."""

@@ -95,7 +95,7 @@ class Early:
         coming.settle(now)
         if coming.memory is not None:
             pool.drop(coming.memory.gone[coming.memory.gone_at <= now])
-            coming.keep_within(None)
+            coming.forget_limits(now)
         asked = self.asked = replica_keys(slots_LGC, pool.experts)
         given_up = coming.give_up(asked, now)
         fresh = np.isin(self._fresh, given_up)
@@ -111,7 +111,9 @@ class Early:
         self._fresh = np.concatenate([self._fresh, cold])
         self._seconds = np.concatenate([self._seconds, seconds])
         swapped = self.kept[np.isin(coming.kind(self.kept), coming.kind(np.intersect1d(keys, asked)))]
-        coming.keep_within(self._memory(swapped, most, now))
+        memory = self._memory(swapped, most, now)
+        if memory is not None:
+            coming.keep_within(memory)
         self.wanted = self.serving() if self.rule.live else np.setdiff1d(keys, swapped)
         if np.array_equal(self.wanted, asked):
             return slots_LGC, True

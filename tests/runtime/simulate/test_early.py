@@ -122,7 +122,7 @@ def test_two_layers_change_places_one_after_the_other() -> None:
     assert coming.memory.gone.tolist() == [0, 3]
     assert coming.memory.gone_at.tolist() == [2.0, 2.0]
     assert coming.memory.peak_G.tolist() == [3, 3]
-    coming.keep_within(None)
+    coming.forget_limits(0.5)
     assert coming.begin.tolist() == [0.0, 0.0, 1.0, 2.0]
     coming.keep_within(Memory(most=2, there_G=np.array([2, 2]), leaving=leaving, now=-1.0))
     assert np.isinf(coming.begin).all(), "without room nothing begins"
