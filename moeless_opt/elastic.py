@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from moeless_opt.api import as_loads, solve
 from moeless_opt.fronts import checked_schedule
 from moeless_opt.problems.arrays import IntArray, Record, SlotArray, integers
-from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.errors import InfeasibleError, ProblemError, UnsupportedFeatureError
 from moeless_opt.problems.plan import Migration, Plan, Survival, survival_of
 from moeless_opt.problems.spec import Limits, Loads, Placement, Problem, Sizing, SizingPolicy, Topology, span
 from moeless_opt.problems.text import bytes_text
@@ -46,9 +46,11 @@ class Repair(Record):
         Every expert back, by the fewest moves; of ``coverage.made_for``.
     plan : Plan
         Balanced, from there; of ``plan.made_for``. The same as `coverage` where balance was not asked for,
-        and where the layers share the GPUs' bytes (``memory``).
+        or there is none.
     seconds : (float, float)
         Time to plan each.
+    trouble : str
+        Why there is no balanced plan though one was asked for; or that coverage alone leaves groups aside.
     """
 
     lost: tuple[int, ...]
@@ -57,6 +59,7 @@ class Repair(Record):
     coverage: Plan
     plan: Plan
     seconds: tuple[float, float]
+    trouble: str = ""
 
     def schedules(self) -> tuple[Migration, Migration]:
         """The order of the transfers that restore coverage, and of those that balance, each checked."""
@@ -78,6 +81,7 @@ class Repair(Record):
             )
             if self.plan is self.coverage:
                 break
+        lines += [self.trouble] if self.trouble else []
         return "\n".join(lines)
 
 
@@ -158,16 +162,18 @@ def repair(
     missing = int((live.replicas_LE == 0).sum())
     live = live if missing else live.replace(partial=False)
     limits = left.limits.replace(max_moves=max_moves)
-    if left.sizing.policy == SizingPolicy.MEMORY:
-        # Which layer has how many slots is found together with the balance.
-        coverage = _solved(left.replace(current=live, limits=limits, known=None), **options)
-    else:
-        coverage = _solved(_first_aid(left, live, balance), solver="cover")
+    balanced = left.replace(limits=limits, known=None)
+    coverage = _covered(left, balanced.replace(current=live), options)
     covered_after = began.seconds
-    found = coverage
-    if balance and left.sizing.policy != SizingPolicy.MEMORY:
+    found, trouble = coverage, ""
+    if balance:
         current = Placement(slots_LGC=coverage.slots_LGC, experts=given.experts)
-        found = _solved(left.replace(current=current, limits=limits, known=None), **options)
+        try:
+            found = _solved(balanced.replace(current=current), **options)
+        except InfeasibleError as error:  # coverage there is all the same
+            trouble = f"no balanced plan: {error}"
+    elif left.groups is not None and left.groups.max_outside < 1:
+        trouble = "coverage does not look at groups: they come home when it is balanced"
     return Repair(
         lost=tuple(np.unique(gone_X).tolist()),
         missing=missing,
@@ -175,10 +181,23 @@ def repair(
         coverage=coverage,
         plan=found,
         seconds=(covered_after, began.seconds - covered_after),
+        trouble=trouble,
     )
 
 
-def _first_aid(left: Problem, live: Placement, balance: bool) -> Problem:
+def _covered(left: Problem, whole: Problem, options: dict[str, Any]) -> Plan:
+    """Every expert back; where that needs a place for everything at once, by the plan of the `whole`."""
+    assert whole.current is not None
+    aid = _first_aid(left, whole.current)
+    if aid.sizing.policy != SizingPolicy.MEMORY:
+        return _solved(aid, solver="cover")
+    try:
+        return _solved(aid, solver="cover")
+    except (InfeasibleError, UnsupportedFeatureError):  # replicas may have to make room for one another
+        return _solved(whole, **options)
+
+
+def _first_aid(left: Problem, live: Placement) -> Problem:
     """What coverage is of.
 
     Nothing of nearness (groups come home, and costs count, when there is time to balance), nor of how many
@@ -186,9 +205,9 @@ def _first_aid(left: Problem, live: Placement, balance: bool) -> Problem:
     """
     return left.replace(
         current=live,
-        sizing=left.sizing if left.sizing.policy == SizingPolicy.FILL else Sizing(),
+        sizing=left.sizing if left.sizing.policy in (SizingPolicy.FILL, SizingPolicy.MEMORY) else Sizing(),
         objective=left.objective.replace(horizon=None, priorities=("balance", "moves")),
-        groups=None if balance else left.groups,
+        groups=None,
         known=None,
     )
 

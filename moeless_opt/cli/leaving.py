@@ -40,10 +40,12 @@ def after_loss(problem: Problem, args: argparse.Namespace, signals: Signals) -> 
     asked, kept = problem.limits.spread, found.spread
     if kept < asked and not args.quiet:
         say(f"note: spread {kept} instead of {asked} failure domains: what the GPUs that are left can hold")
+    if found.trouble and not args.quiet:
+        say(f"note: {found.trouble}")
     stages = [("coverage", found.coverage)]
     if found.plan is not found.coverage:
         stages.append(("balance", found.plan))
-    told = {"lost": lost, "missing": found.missing, "spread": found.spread}
+    told = {"lost": lost, "missing": found.missing, "spread": found.spread, "trouble": found.trouble}
     title = f"{found.missing} experts have no live replica"
     return _tell(stages, found.schedules(), told, title, args, signals)
 
@@ -61,6 +63,10 @@ def _begin(problem: Problem, args: argparse.Namespace, text: str, option: str) -
     """What is live, and the GPUs that go."""
     if problem.current is None:
         raise ProblemError(option, "needs a live plan to start from: give --current PLAN")
+    read = ("max_moves",) if option == "--after-loss" else ()
+    for name in ("max_moves", "max_layer_moves", "max_move_bytes", "max_move_seconds"):
+        if getattr(problem.limits, name) is not None and name not in read:
+            raise ProblemError(f"limits.{name}", f"is not read with {option}: leave it out")
     gpus = gpu_list(text, problem.topology.gpus, option).tolist()
     if len(gpus) == problem.topology.gpus:
         raise ProblemError(option, "names all GPUs; at least one must be left")

@@ -37,8 +37,8 @@ _LISTS = ("list-solvers", "list-instances")
 _ALL = tuple(mode for mode in MODES if mode not in _LISTS)
 _RULES = tuple(mode for mode in _ALL if mode != "recommend")  # where slots and limits bind
 _PLANS = ("solve", "compare")
-_NEAR = ("solve", "compare", "check", "explain", "pareto")
 _STAGED = ("after-loss", "drain")  # GPUs go: from what is live, with the order of the transfers
+_NEAR = ("solve", "compare", "check", "explain", "pareto", *_STAGED)
 _LIVE = ("solve", "compare", "check", "explain", "pareto", *_STAGED)
 
 
@@ -285,19 +285,19 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _input(
         "--risk",
-        modes=(*_PLANS, "check", "explain", "bound", "pareto"),
+        modes=(*_PLANS, "check", "explain", "bound", "pareto", *_STAGED),
         metavar="RULE",
         help="over several scenarios: expected, worst, cvar=0.9 or sigma=1 (mean and deviations above it)",
     ),
     _input(
         "--priorities",
-        modes=(*_PLANS, "check", "explain"),
+        modes=(*_PLANS, "check", "explain", *_STAGED),
         metavar="LIST",
         help="what to minimise, in this order: balance,traffic (also moves, memory, groups, hops, survival)",
     ),
     _input(
         "--failure-rate",
-        modes=(*_PLANS, "check", "explain"),
+        modes=(*_PLANS, "check", "explain", *_STAGED),
         type=float,
         metavar="P",
         help="with the priority survival: probability that a failure domain fails, each by itself (0.01)",

@@ -109,7 +109,7 @@ FEATURES: dict[str, frozenset[Feature]] = {
     "auto": _REPLAN | _CONSTRAINED | _SIZED | _ACTIVATION | _LEXICOGRAPHIC | _LOCALITY,
     "construct": _CONSTRUCT | _LIMITS | _FILL_ALL | _ENTRIES,
     "replan": _REPLAN,
-    "cover": _REPLAN | {Feature.TIME_MODEL},
+    "cover": _REPLAN | {Feature.TIME_MODEL, Feature.SIZING_MEMORY},
     "min-moves": frozenset(
         {
             Feature.EQUAL_SPLIT,

@@ -17,8 +17,8 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
-from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.spec import Fill, Problem, replica_counts
+from moeless_opt.problems.errors import InfeasibleError, UnsupportedFeatureError
+from moeless_opt.problems.spec import Fill, Problem, SizingPolicy, replica_counts
 from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, in_entries, keeps_limits, only_moves
 from moeless_opt.solvers.limits import full_within, mended_within, rules_of
 from moeless_opt.solvers.replan.live import broken_moves, layer_moves, live_slots
@@ -86,6 +86,92 @@ def covered(
     return slots_LGC
 
 
+def covered_in_bytes(problem: Problem, live_LGC: SlotArray) -> SlotArray:
+    """The same where all layers share the GPUs' bytes (sizing ``memory``), shape [L, G, C].
+
+    Large replicas first; where no GPU has room for one, the replicas that serve least go on the GPU where
+    that is least, of whatever layer, as long as their experts have others.
+
+    Raises
+    ------
+    InfeasibleError
+        If there is no room in this way; with layers of unequal bytes there may be in another.
+    """
+    load_LE, speed_G, size_L = problem.load_LE, problem.topology.speed_G, problem.bytes_L
+    memory_G = problem.topology.memory_G
+    assert memory_G is not None
+    layers, gpus, wide = live_LGC.shape
+    more = int((replica_counts(live_LGC, problem.experts) == 0).sum(1).max())
+    slots_LGC = np.full((layers, gpus, wide + more), -1, dtype=np.int32)
+    slots_LGC[:, :, :wide] = live_LGC
+    count_LE = replica_counts(slots_LGC, problem.experts).astype(np.int64)
+    held_LGC = slots_LGC >= 0
+    left_G = memory_G - size_L @ held_LGC.sum(2)
+    perfect_L = np.maximum(load_LE.sum(1) / speed_G.sum(), 1e-300)
+    row_LGC = np.broadcast_to(np.arange(layers)[:, None, None], slots_LGC.shape)
+    missing = sorted(
+        zip(*(part.tolist() for part in np.nonzero(count_LE == 0)), strict=True),
+        key=lambda pair: (-size_L[pair[0]], -load_LE[pair] / perfect_L[pair[0]], pair),
+    )
+    for layer, expert in missing:
+        size = int(size_L[layer])
+        piece_LE = load_LE / np.maximum(count_LE, 1) / perfect_L[:, None]
+        held_LGC = slots_LGC >= 0
+        expert_LGC = np.maximum(slots_LGC, 0)
+        busy_G = (piece_LE[layer][expert_LGC[layer]] * held_LGC[layer]).sum(1) / speed_G
+        fits_G = left_G >= size
+        if fits_G.any():
+            gpu = int(np.where(fits_G, busy_G, np.inf).argmin())
+        else:
+            gone = _least_served(piece_LE, count_LE, slots_LGC, row_LGC, size_L, size - left_G)
+            if not gone:
+                raise InfeasibleError(
+                    f"memory: no GPU has {size} bytes for expert {expert} of layer "
+                    f"{problem.loads.layers[layer]}, nor replicas of others to spare"
+                )
+            for x, gpu, slot in gone:
+                count_LE[x, slots_LGC[x, gpu, slot]] -= 1
+                slots_LGC[x, gpu, slot] = -1
+                left_G[gpu] += size_L[x]
+            gpu = gone[0][1]
+        slots_LGC[layer, gpu, int((slots_LGC[layer, gpu] < 0).argmax())] = expert
+        count_LE[layer, expert] = 1
+        left_G[gpu] -= size
+    width = max(int((slots_LGC >= 0).sum(2).max()), 1)
+    order = np.argsort(slots_LGC < 0, axis=2, kind="stable")
+    return np.take_along_axis(slots_LGC, order, axis=2)[:, :, :width]
+
+
+def _least_served(
+    piece_LE: FloatArray,
+    count_LE: IntArray,
+    slots_LGC: SlotArray,
+    row_LGC: IntArray,
+    size_L: IntArray,
+    lack_G: IntArray,
+) -> list[tuple[int, int, int]]:
+    """(Layer, GPU, slot) of replicas of a GPU that serve least and free the bytes that it lacks; or none."""
+    expert_LGC = np.maximum(slots_LGC, 0)
+    spare_LGC = (slots_LGC >= 0) & (count_LE[row_LGC, expert_LGC] > 1)
+    served_LGC = np.where(spare_LGC, piece_LE[row_LGC, expert_LGC], np.inf)
+    best: list[tuple[int, int, int]] = []
+    cost = np.inf
+    for gpu in np.argsort(served_LGC.min((0, 2)), kind="stable").tolist():
+        x_P, slot_P = np.nonzero(spare_LGC[:, gpu])
+        served_P = served_LGC[x_P, gpu, slot_P]
+        if not len(x_P) or served_P.min() >= cost:
+            break
+        gone, total, freed = list[tuple[int, int, int]](), 0.0, 0
+        for p in np.argsort(served_P / size_L[x_P], kind="stable").tolist():
+            if freed >= lack_G[gpu]:
+                break
+            gone.append((int(x_P[p]), gpu, int(slot_P[p])))
+            total, freed = total + float(served_P[p]), freed + int(size_L[x_P[p]])
+        if freed >= lack_G[gpu] and total < cost:
+            best, cost = gone, total
+    return best
+
+
 class Cover(Heuristic):
     """Every expert a replica again, and as many as the limits ask for, by the fewest moves."""
 
@@ -98,6 +184,15 @@ class Cover(Heuristic):
         """Bring back what is missing; then what the limits still ask for."""
         problem = task.problem
         live_LGC = live_slots(problem)
+        if problem.sizing.policy == SizingPolicy.MEMORY:
+            if problem.limits != only_moves(problem.limits):
+                raise UnsupportedFeatureError(
+                    "solver 'cover': limits beside the sizing 'memory' are not supported"
+                )
+            slots_LGC = covered_in_bytes(problem, live_LGC)
+            _check_moves(problem, slots_LGC, live_LGC)
+            share_LGC = in_entries(problem, problem.load_LE, slots_LGC, best_shares(problem, slots_LGC))
+            return Built(slots_LGC=slots_LGC, share_LGC=share_LGC)
         slots_LGC = covered(problem.load_LE, live_LGC, problem.capacity_LG, problem.topology.speed_G)
         broken_L = ~keeps_limits(problem, slots_LGC, tied=False)
         if broken_L.any():

@@ -13,8 +13,8 @@ import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
-from moeless_opt.problems.plan import best_bound, gpu_times
-from moeless_opt.problems.spec import Problem, equal_shares
+from moeless_opt.problems.plan import best_bound, gpu_times, new_replicas
+from moeless_opt.problems.spec import Limits, Problem, Sizing, equal_shares
 from moeless_opt.problems.text import bytes_text
 from moeless_opt.solvers.construct import Construct, construct_equal, construct_fractional
 from moeless_opt.solvers.core import (
@@ -28,10 +28,11 @@ from moeless_opt.solvers.core import (
     guises,
     perfect_tokens,
     risk_L,
+    token_bound,
     widened,
 )
 from moeless_opt.solvers.limits import rules_of
-from moeless_opt.solvers.replan import on_live_gpus
+from moeless_opt.solvers.replan import ReplanWish, on_live_gpus, replan_within
 from moeless_opt.solvers.shares import best_shares
 from moeless_opt.solvers.sizing.budget import plan_budget
 from moeless_opt.solvers.sizing.memory import share_slots, slots_for_one_each
@@ -63,6 +64,8 @@ class Sized(Heuristic):
                 f"is {policy!r}; solver {self.name!r} takes 'makespan' and 'memory', "
                 "and 'slots' where nothing is live and memory is the only limit",
             )
+        if size is _shared_memory and (kept := _kept_sizes(task)) is not None:
+            return kept
         sized = _enough(task) if size is _enough else size(problem, task.stop)  # type: ignore[operator]
         if sized is None:
             return ()
@@ -215,6 +218,50 @@ def _shared_memory(problem: Problem, stop: Stop) -> tuple[SlotArray, str]:
     slots_LGC = _on_live(problem, slots_LGC)
     spare_L = (slots_LGC >= 0).sum((1, 2)) - problem.experts
     return slots_LGC, f"{spare_L.sum()} spare replicas, {spare_L.min()} to {spare_L.max()} a layer"
+
+
+def _kept_sizes(task: Task[NoOptions]) -> Built | None:
+    """What is live, re-planned layer by layer in the slots that it has; None unless that is near enough.
+
+    As elsewhere a time within the balance tolerance of the bound is good enough, and fewer moves win. Bytes
+    that are free become slots of the layers with fewest.
+    """
+    problem, stop = task.problem, task.stop
+    live, topology = problem.current, problem.topology
+    if live is None or live.partial or topology.memory_G is None or problem.loads.shape[0] > 1:
+        return None
+    if "moves" not in problem.objective.priorities or problem.objective.horizon is not None:
+        return None
+    slots_LG = np.asarray(live.held_LGE.sum(2), dtype=np.int64)
+    left_G = topology.memory_G - problem.bytes_L @ slots_LG
+    for gpu in range(topology.gpus):
+        for layer in np.argsort(slots_LG.sum(1), kind="stable").tolist() * 2:
+            size = int(problem.bytes_L[layer])
+            if size <= left_G[gpu] and slots_LG[layer, gpu] < problem.experts:
+                slots_LG[layer, gpu] += 1
+                left_G[gpu] -= size
+    enough_L = token_bound(problem) * (1 + problem.objective.balance_tolerance)
+    tables: list[SlotArray] = []
+    for row, number in enumerate(problem.loads.layers):
+        one = problem.replace(
+            loads=problem.loads.select([number]),
+            topology=topology.replace(slots_G=slots_LG[row], memory_G=None),
+            expert_bytes_L=problem.bytes_L[[row]],
+            model=None,
+            sizing=Sizing(),
+            current=live.replace(slots_LGC=live.slots_LGC[[row]]),
+            limits=Limits(),
+            known=None,
+        )
+        found = replan_within(one, ReplanWish(tolerance=problem.objective.balance_tolerance), stop=stop)
+        if risk_L(one, found.slots_LGC)[0] > enough_L[row] * (1 + EQUAL):
+            return None
+        tables.append(found.slots_LGC)
+    wide = max(table.shape[2] for table in tables)
+    slots_LGC = np.concatenate([widened(table, wide) for table in tables])
+    moved = int(new_replicas(slots_LGC, live.slots_LGC, problem.experts).sum())
+    message = f"as many replicas of each layer on each GPU as are live, or more; {moved} move"
+    return Built(slots_LGC=slots_LGC, share_LGC=best_shares(problem, slots_LGC), message=message)
 
 
 def _on_live(problem: Problem, slots_LGC: SlotArray) -> SlotArray:

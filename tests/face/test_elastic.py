@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -12,6 +13,7 @@ import moeless_opt as mo
 from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.plan import HOST, migration_violations
 from moeless_opt.problems.spec import held_LGE
+from tests.oracles.enumeration import Enumeration
 
 RNG = np.random.default_rng(3)
 LOADS = RNG.lognormal(0, 1, (3, 16)) * 100
@@ -53,8 +55,135 @@ def test_coverage_comes_before_nearness() -> None:
     assert mo.violations(found.plan.made_for, found.plan) == []
     costs = mo.repair(mo.plan(LOADS, far), [1], balance=False)
     assert costs.coverage.moves.count == costs.missing
-    with pytest.raises(mo.UnsupportedFeatureError, match="groups of experts"):
-        mo.repair(plan, [1], balance=False)
+    assert found.trouble == ""
+    alone = mo.repair(plan, [1], balance=False)
+    assert alone.coverage.moves.count == alone.missing
+    assert "coverage does not look at groups" in str(alone)
+
+
+def test_coverage_comes_back_where_nothing_balanced_is_allowed(files: Any, capsys: Any) -> None:
+    """Groups of eight fit no node any more; every expert fits."""
+    from moeless_opt.cli.command import main
+
+    topology = mo.uniform(2, 2, slots=6)
+    plan = mo.plan(LOADS, topology, groups=mo.Groups.even(16, 2))
+    with pytest.raises(InfeasibleError):
+        mo.drain(plan, [0])
+    found = mo.repair(plan, [0])
+    assert found.plan is found.coverage
+    assert found.coverage.moves.count == found.missing
+    assert mo.violations(found.coverage.made_for, found.coverage) == []
+    assert "no balanced plan: " in str(found)
+    mo.save_plan(plan, "groups.json")
+    words = ["loads.npy", "--gpus", "2x2", "--slots", "6", "--groups", "2", "--current", "groups.json"]
+    assert main([*words, "--after-loss", "0", "-o", "new.json"]) == 0
+    assert "note: no balanced plan: " in " ".join(capsys.readouterr().err.split())
+    assert np.array_equal(mo.load_plan("new.json").slots_LGC, found.coverage.slots_LGC)
+
+
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+def test_layers_that_share_bytes_are_covered_by_the_fewest_loads_and_stay_near(split: str) -> None:
+    even = mo.plan(LOADS, mo.uniform(2, 4, slots=5), expert_bytes=10, split=split)
+    assert isinstance(even.made_for, mo.Problem)
+    sized = even.made_for.replace(
+        topology=mo.uniform(2, 4, memory=3 * 5 * 10), sizing=mo.Sizing(policy="memory")
+    )
+    live = mo.Placement(slots_LGC=even.slots_LGC, experts=16)
+    found = mo.repair(live, [3], problem=sized.replace(objective=mo.Objective(balance_tolerance=0.1)))
+    assert found.coverage is not found.plan
+    assert found.coverage.moves.count == found.missing
+    for stage in (found.coverage, found.plan):
+        assert isinstance(stage.made_for, mo.Problem)
+        assert stage.made_for.sizing.policy == "memory"
+        assert mo.violations(stage.made_for, stage) == []
+    assert found.plan.imbalance_L.mean() <= found.coverage.imbalance_L.mean() + 1e-9
+    assert found.plan.moves.count < even.replicas / 3  # not built anew
+
+
+def test_shared_bytes_against_enumeration() -> None:
+    """Two layers of unequal bytes: every expert comes back by its load alone wherever there is a way."""
+    rng = np.random.default_rng(8)
+    seen, refused, none = 0, 0, 0
+    for _ in range(60):
+        size_L, memory_G = rng.integers(1, 4, 2), rng.integers(3, 9, 3)
+        problem = mo.Problem(
+            loads=mo.Loads(load_TLE=rng.integers(1, 9, (1, 2, 3)).astype(float)),
+            topology=mo.uniform(1, 3, memory=1).replace(memory_G=memory_G * [0, 1, 1]),
+            expert_bytes_L=size_L,
+            sizing=mo.Sizing(policy="memory"),
+        )
+        held = np.zeros((2, 3, 3), dtype=bool)
+        for x, e, g in itertools.product(range(2), range(3), (1, 2)):
+            held[x, g, e] = rng.random() < 0.4 and size_L @ held[:, g].sum(1) + size_L[x] <= memory_G[g]
+        slots_LGC = np.where(held, np.arange(3), -1).astype(np.int32)
+        problem = problem.replace(current=mo.Placement(slots_LGC=slots_LGC, experts=3, partial=True))
+        missing = [(x, e) for x, e in np.argwhere(~held.any(1)).tolist()]
+        ways = 0  # of giving each missing expert to a GPU, others that have two replicas making room
+        for gpus in itertools.product((1, 2), repeat=len(missing)):
+            after = held.copy()
+            for (x, e), g in zip(missing, gpus, strict=True):
+                after[x, g, e] = True
+            ways += any(
+                np.all(size_L @ (after & kept).sum(2) <= memory_G * [0, 1, 1])
+                for kept in dropped(after, missing)
+            )
+        try:
+            plan = mo.solve(problem, "cover").plan
+        except InfeasibleError:
+            refused += ways > 0  # large ones first need not be the way
+            none += not ways
+            continue
+        assert ways
+        assert plan is not None
+        assert plan.moves.count == len(missing)
+        seen += 1
+    assert seen > 15
+    assert none > 5
+    assert refused <= 2
+
+
+def dropped(held: np.ndarray, missing: list[tuple[int, int]]) -> Any:
+    """Masks that leave every expert a replica, none of those that come being dropped."""
+    spare = [
+        (x, g, e)
+        for x, g, e in np.argwhere(held).tolist()
+        if (x, e) not in missing and held[x, :, e].sum() > 1
+    ]
+    for gone in itertools.product((False, True), repeat=len(spare)):
+        kept = np.ones_like(held)
+        for (x, g, e), goes in zip(spare, gone, strict=True):
+            kept[x, g, e] = not goes
+        if (held & kept).any(1).all():
+            yield kept
+
+
+def test_bytes_to_leave_and_to_join_against_enumeration() -> None:
+    """Fewest bytes within the balance tolerance, of all placements on the GPUs that are left or come."""
+    more = seen = 0
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        experts, gpus = 4, 3
+        load_LE = rng.lognormal(0, 1, (1, experts)).round(2)
+        topology = mo.uniform(1, gpus, slots=int(rng.integers(2, 4)))
+        plan = mo.plan(load_LE, topology, expert_bytes=10, split=("equal", "fractional")[seed % 2])
+        wide = mo.uniform(1, gpus + 1, slots=int(topology.slots_G[0]))
+        for found in (mo.drain(plan, [gpus - 1]), mo.expand(plan, wide)):
+            made = found.plan.made_for
+            assert isinstance(made, mo.Problem)
+            assert made.current is not None
+            truth, told = Enumeration(made), found.plan.certificate
+            near = 1 + made.objective.balance_tolerance
+            limit = near * told.lower_bound_L[0]  # of the bound, or of the best where none comes so near
+            if truth.best_time() > limit:
+                limit = near * truth.best_time()
+            live_EG = np.array([(made.current.slots_LGC[0] == e).any(1) for e in range(experts)])
+            soon_PEG = truth.held_PEG[truth.time_P <= limit * (1 + 1e-9)]
+            fewest = int((soon_PEG & ~live_EG).sum((1, 2)).min())
+            assert told.value_L[0] <= limit * (1 + 1e-6)
+            assert found.schedule.bytes == found.plan.moves.bytes >= 10 * fewest
+            more += found.plan.moves.bytes // 10 - fewest
+            seen += 1
+    assert more <= seen // 12
 
 
 def test_balance_may_be_limited() -> None:
@@ -282,3 +411,37 @@ def test_nothing_is_left_where_the_others_have_no_slots() -> None:
     for change in (mo.repair, mo.drain):
         with pytest.raises(InfeasibleError, match="need 3 slots per layer, the GPUs have 0"):
             change(plan, [0])
+
+
+@pytest.mark.parametrize("mode", ["--after-loss", "--drain"])
+def test_wishes_are_read_where_gpus_go(files: list[str], capsys: Any, mode: str) -> None:
+    """Each gives the plan that `repair` and `drain` give for the problem of the same words."""
+    from moeless_opt.cli.command import main
+
+    np.save("other.npy", LOADS[:, ::-1].copy())
+    np.save("sources.npy", np.stack([0.2 * LOADS, 0.8 * LOADS]))
+    words = [*files[:5], *files[7:]]
+    changes = mo.repair if mode == "--after-loss" else mo.drain
+    plain = changes(mo.load_plan("live.json"), [3], problem=problem_of(words)).plan
+    wishes = (
+        ["--also", "other.npy", "--risk", "worst"],
+        ["--costs", "gpu=0.1,node=1", "--priorities", "balance,traffic"],
+        ["--sources", "sources.npy", "--priorities", "balance,traffic", "--tolerance", "0.1"],
+        ["--groups", "4:0.3"],
+        ["--priorities", "survival,balance", "--failure-rate", "0.05"],
+    )
+    for wish in wishes if mode == "--after-loss" else wishes[::4]:
+        assert main([*words, *wish, mode, "3", "-o", "new.json", "--quiet"]) == 0
+        found = mo.load_plan("new.json")
+        problem = problem_of([*words, *wish])
+        wanted = changes(mo.load_plan("live.json"), [3], problem=problem).plan
+        assert np.array_equal(found.slots_LGC, wanted.slots_LGC)
+        assert found.problem_digest == wanted.made_for.digest()
+        assert not np.array_equal(found.slots_LGC, plain.slots_LGC), wish
+    limited = problem_of(words)
+    mo.save_problem(limited.replace(limits=mo.Limits(max_move_bytes=5), expert_bytes_L=10), "limited.json")
+    assert main(["limited.json", mode, "3"]) == 2
+    assert f"limits.max_move_bytes: is not read with {mode}" in capsys.readouterr().err
+    # What no one method takes together is refused by name.
+    assert main([*words, mode, "3", "--groups", "4", "--priorities", "memory,balance"]) == 2
+    assert "groups of experts kept on a node, this order of priorities" in capsys.readouterr().err
