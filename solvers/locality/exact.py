@@ -9,6 +9,8 @@
     b[l,k,n] in {0, 1}     n is the home of group k;  outside = tokens of the group that n does not serve
     h[l,s,e,g] >= 0        tokens that come from s;  sum over g = sum over e' of flow y[l-1,e',s],
                            sum over s = flow into e . y[l,e,g];  hops = cost . h
+    u[l,e,B] >= 0          in place of q and h where the costs are a tree: what leaves group B of a level,
+                           at least what comes from its GPUs beyond what they serve;  cost of the level . u
 
 The priorities are minimised one after the other, each held to its least value (balance to its tolerance,
 layer by layer). Layers that nothing ties together are programmes of their own.
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
-from moeless_opt.problems.plan import source_tokens
+from moeless_opt.problems.plan import cost_levels, source_tokens
 from moeless_opt.problems.spec import Fill, Problem
 from moeless_opt.solvers.core import LinearModel, Stop, solve_linear
 from moeless_opt.solvers.locality.costs import Costs
@@ -79,6 +81,7 @@ def prove(
     *,
     stop: Stop,
     nodes: int | None = None,
+    known_X: FloatArray | None = None,
 ) -> Proven | None:
     """Minimise the priorities one after the other; None where time or a limit leaves no proof.
 
@@ -90,10 +93,15 @@ def prove(
         Layers that are planned together: one, or all of them where hops tie them.
     nodes : int, optional
         Nodes of each programme's search at most.
+    known_X : array, shape [layers], optional
+        Tokens over speed of a plan that keeps all rules: the search need not look beyond.
     """
     programme = _Programme(problem, order, costs, rows)
     tolerance = problem.objective.balance_tolerance if len(order) > 1 else 0.0
     model = programme.model
+    if known_X is not None:
+        for top, value in zip(programme.tops, (known_X / programme.unit_X).tolist(), strict=True):
+            model.high[top] = value * (1 + _SLACK) + _SLACK
     found: Proven | None = None
     least: dict[str, float] = {}
     for name in order:
@@ -121,6 +129,8 @@ class _Programme:
 
     def __init__(self, problem: Problem, order: tuple[str, ...], costs: Costs, rows: IntArray) -> None:
         self.problem, self.costs, self.rows, self.model = problem, costs, rows, LinearModel()
+        self.levels = cost_levels(problem)
+        """The costs as a tree, where they are one."""
         speed = float(problem.topology.speed_G.sum())
         self.unit_X = np.array([float(problem.load_LE[x].sum()) / speed or 1.0 for x in rows])
         self.place: list[dict[tuple[int, int], Row]] = []
@@ -371,43 +381,96 @@ class _Programme:
         return paid
 
     def _traffic(self) -> None:
-        source_LSE = self.costs.merge(source_tokens(self.problem))
-        unit, parts = float(self.unit_X.max()), Row()
-        for share, x in zip(self.share, self.rows.tolist(), strict=True):
-            parts += self._carried(source_LSE[x], share, unit)
+        every_LGE, unit, parts = source_tokens(self.problem), float(self.unit_X.max()), Row()
+        merged_LSE = self.costs.merge(every_LGE)
+        for place, share, x in zip(self.place, self.share, self.rows.tolist(), strict=True):
+            if self.levels is None:
+                parts += self._carried(merged_LSE[x], share, unit)
+                continue
+            for e in range(self.problem.experts):
+                tokens_G = every_LGE[x, :, e] / unit
+                come = [Row() for _ in tokens_G]
+                if tokens_G.any():
+                    parts += self._leaving(e, come, tokens_G, share, float(tokens_G.sum()), place)
         self._count("traffic", parts, unit)
+
+    def _leaving(
+        self,
+        e: int,
+        come: list[Row],
+        tokens_G: FloatArray,
+        share: dict[tuple[int, int], Row],
+        total: float,
+        place: dict[tuple[int, int], Row] | None = None,
+    ) -> Row:
+        """What an expert's tokens pay on a tree: at every level a group keeps as many as it serves.
+
+        And none where it holds no replica, which says more of fractions of replicas.
+
+        Parameters
+        ----------
+        come, tokens_G : list of rows, array
+            The tokens that come from each GPU: what depends on variables, and what does not.
+        total : float
+            How many there are.
+        """
+        model, paid = self.model, Row()
+        assert self.levels is not None
+        for level in self.levels:
+            groups = np.unique(level.group_G).tolist()
+            for group in groups if len(groups) > 1 else []:
+                inside = np.flatnonzero(level.group_G == group).tolist()
+                served = [(v, c * total) for g in inside for v, c in share.get((e, g), [])]
+                sent = [(v, -c) for g in inside for v, c in come[g]]
+                tokens = float(tokens_G[inside].sum())
+                if sent or tokens > 0:
+                    leave = model.variable(0, np.inf)
+                    model.row([(leave, 1.0), *served, *sent], tokens, np.inf)
+                    if place is not None:
+                        held = [(v, c * tokens) for g in inside for v, c in place.get((e, g), [])]
+                        model.row([(leave, 1.0), *held], tokens, np.inf)
+                    paid.append((leave, level.cost))
+        return paid
 
     def _hops(self) -> None:
         flow_LEE = self.problem.loads.flow_LEE
         assert flow_LEE is not None
-        model, paid, classes = self.model, Row(), self.costs.class_G
-        unit = float(flow_LEE.sum()) / max(len(flow_LEE), 1) or 1.0
+        paid, unit = Row(), float(flow_LEE.sum()) / max(len(flow_LEE), 1) or 1.0
+        none_G = np.zeros(self.problem.topology.gpus)
         for i in range(1, len(self.rows)):
             flow_EE = flow_LEE[i - 1] / unit
             for after in range(self.problem.experts):
                 total = float(flow_EE[:, after].sum())
                 if total <= 0:
                     continue
-                gpus = [g for (a, g) in self.share[i] if a == after]
-                into: dict[int, Row] = {g: [] for g in gpus}
-                for s in range(len(self.costs.price_SG)):
-                    out: Row = []
-                    for g in gpus:
-                        h = model.variable(0, np.inf)
-                        out.append((h, 1.0))
-                        into[g].append((h, 1.0))
-                        if self.costs.price_SG[s, g] > 0:
-                            paid.append((h, float(self.costs.price_SG[s, g])))
-                    come = [
-                        (v, -c * float(flow_EE[e, after]))
-                        for (e, g), row in self.share[i - 1].items()
-                        if classes[g] == s and flow_EE[e, after] > 0
-                        for v, c in row
-                    ]
-                    model.row([*out, *come], 0.0, 0.0)
-                for g in gpus:
-                    model.row([*into[g], *((v, -c * total) for v, c in self.share[i][after, g])], 0.0, 0.0)
+                come = [Row() for _ in none_G]
+                for (e, g), row in self.share[i - 1].items():
+                    if flow_EE[e, after] > 0:
+                        come[g] += [(v, c * float(flow_EE[e, after])) for v, c in row]
+                if self.levels is None:
+                    paid += self._following(after, come, self.share[i], total)
+                else:
+                    paid += self._leaving(after, come, none_G, self.share[i], total)
         self._count("hops", paid, unit)
+
+    def _following(self, after: int, come: list[Row], share: dict[tuple[int, int], Row], total: float) -> Row:
+        """What an expert's tokens pay by any costs, from where they were served before."""
+        model, paid, classes = self.model, Row(), self.costs.class_G
+        gpus = [g for (a, g) in share if a == after]
+        into: dict[int, Row] = {g: [] for g in gpus}
+        for s in range(len(self.costs.price_SG)):
+            out: Row = []
+            for g in gpus:
+                h = model.variable(0, np.inf)
+                out.append((h, 1.0))
+                into[g].append((h, 1.0))
+                if self.costs.price_SG[s, g] > 0:
+                    paid.append((h, float(self.costs.price_SG[s, g])))
+            sent = [(v, -c) for g in np.flatnonzero(classes == s).tolist() for v, c in come[g]]
+            model.row([*out, *sent], 0.0, 0.0)
+        for g in gpus:
+            model.row([*into[g], *((v, -c * total) for v, c in share[after, g])], 0.0, 0.0)
+        return paid
 
     def _groups(self, counted: bool) -> None:
         problem, model, groups = self.problem, self.model, self.problem.groups

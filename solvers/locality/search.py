@@ -22,7 +22,7 @@ from moeless_opt.solvers.twins import Asked, in_cache, until_stopped
 
 __all__ = ["TokenSources", "search_near_layers", "warm_locality"]
 
-_MUCH = 200_000  # steps of all layers, from which on loading compiled code pays
+_MUCH = 10_000  # steps of plain code in all, from which on loading compiled code pays
 _HOT = 0.3  # largest threshold at the start, in mean loads of a replica
 _HEAVY = 3.0  # what a token beyond the limit costs, in those that go the dearest way
 
@@ -117,7 +117,8 @@ def search_near_layers(
         What a token beyond the limit costs at the start, in those that go the dearest way.
     """
     jobs = [_job(problem, layer, steps, seed, (hot, heavy)) for layer in layers]
-    many = steps * len(layers) > _MUCH or fast.loaded()
+    _plain[0] += steps * len(layers)
+    many = _plain[0] > _MUCH or fast.loaded()
     compiled = fast.available() and (_kernel.cache_info().currsize > 0 or (many and _in_cache()))
     if compiled:
         told = np.zeros(1, dtype=np.uint8)
@@ -266,6 +267,9 @@ def _levels(
 
 
 # -- the two twins ---------------------------------------------------------------------------------------
+
+_plain = [0]
+"""Steps that were asked for so far in this process."""
 
 
 def _in_cache() -> bool:

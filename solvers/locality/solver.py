@@ -42,6 +42,8 @@ __all__ = ["LocalityOptions", "LocalitySolver", "locality_of"]
 
 _STEPS = {"quick": 2, "normal": 8, "thorough": 60}  # for each pair of an expert and a GPU
 _MOST_STEPS = {"quick": 20_000, "normal": 60_000, "thorough": 500_000}
+_LEAST_STEPS = 1_500
+_STILL = 1  # times that all layers, in turns, stay as they are before more of them are left out
 _TURNS = {"quick": 2, "normal": 4, "thorough": 10}  # of all layers, where they depend on each other
 _FREE = 1 << 40  # moves, where they are not limited
 _OUTSIDE = 1.0  # what a token outside its group's home pays where a limit is to be kept
@@ -172,6 +174,7 @@ class LocalitySolver(Heuristic):
         )
         bound_L, name_L = bound_L.copy(), list(names)
         least = {name: np.zeros(problem.layers) for name in order}
+        known_L = _tokens(problem, slots_LGC) if _keeps_all(problem, slots_LGC) else None
         parts = [np.arange(problem.layers)] if tied else [np.array([x]) for x in range(problem.layers)]
         for done, rows in enumerate(parts):
             task.report(np.nan, 0.0, done=done / len(parts), note="proof")
@@ -182,6 +185,7 @@ class LocalitySolver(Heuristic):
                 rows,
                 stop=FirstOf(stop, MaxTime(min(stop.remaining, _LONG) / (len(parts) - done))),
                 nodes=nodes,
+                known_X=None if known_L is None else known_L[rows],
             )
             if found is None:
                 return best
@@ -337,14 +341,15 @@ class LocalitySolver(Heuristic):
         problem, costs, effort = task.problem, search.costs, task.options
         level = getattr(effort, "effort", "normal")
         pairs = problem.experts * problem.topology.gpus
-        steps = int(np.clip(_STEPS[level] * pairs, 4_000, _MOST_STEPS[level]))
+        steps = int(np.clip(_STEPS[level] * pairs, _LEAST_STEPS, _MOST_STEPS[level]))
         slots_LGC = widened(start_LGC, costs.wide).copy()
         tied = "hops" in costs.order
         turns = [np.arange(problem.layers) if open_L is None else np.flatnonzero(open_L)]
         if tied:
             turns = [np.arange(k, problem.layers, 2) for k in (0, 1)] * _TURNS[level]
+        same = 0  # turns in a row that changed nothing
         for turn, rows in enumerate(turns):
-            if task.stop() or not len(rows):
+            if task.stop() or not len(rows) or same == 2 * _STILL:
                 break
             share_LGE = None
             if tied:
@@ -367,6 +372,7 @@ class LocalitySolver(Heuristic):
                 )
             if tied:  # the next turn builds on layers that are in time
                 trial_LGC[late_L] = slots_LGC[late_L]
+            same = same + 1 if np.array_equal(trial_LGC, slots_LGC) else 0
             slots_LGC = trial_LGC
             task.report(np.nan, 0.0, done=(turn + 1) / len(turns), note="search")
         return slots_LGC
@@ -518,6 +524,11 @@ def _ties(problem: Problem) -> bool:
     limits = problem.limits
     total = limits.max_moves, limits.max_move_bytes, limits.max_total_replicas, limits.max_total_bytes
     return problem.layers > 1 and any(limit is not None for limit in total)
+
+
+def _keeps_all(problem: Problem, slots_LGC: SlotArray) -> bool:
+    """Whether a balanced placement keeps all rules, so that the best time is not above its own."""
+    return problem.groups is None and problem.loads.shape[0] == 1 and broken_limit(problem, slots_LGC) is None
 
 
 def _elsewhere(problem: Problem) -> bool:
