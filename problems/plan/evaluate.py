@@ -146,11 +146,12 @@ def new_replicas(slots_LGC: SlotArray, before_LGC: SlotArray, experts: int) -> B
     A second copy comes from the first one on the same GPU, over no link: of several only the first is new.
     """
     gpus = np.arange(slots_LGC.shape[0] * slots_LGC.shape[1]).reshape(*slots_LGC.shape[:2], 1) * experts
-    had_P = (gpus + before_LGC)[before_LGC >= 0]
+    fresh = np.ones(gpus.size * experts, dtype=np.bool_)
+    fresh[(gpus + before_LGC)[before_LGC >= 0]] = False
     filled_LGC = slots_LGC >= 0
     new_LGC = np.zeros(slots_LGC.shape, dtype=np.bool_)
     key_P = (gpus + slots_LGC)[filled_LGC]
-    new_P = np.isin(key_P, had_P, invert=True)
+    new_P = fresh[key_P]
     came = np.flatnonzero(new_P)
     first = np.unique(key_P[came], return_index=True)[1]
     if len(first) < len(came):

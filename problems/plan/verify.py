@@ -422,7 +422,9 @@ def _new(problem: Problem, held: _Held) -> BoolArray:
         return np.ones(len(held.layer_P), dtype=np.bool_)
     x, g, c = np.nonzero(problem.current.slots_LGC >= 0)
     live = (x * problem.topology.gpus + g) * problem.experts + problem.current.slots_LGC[x, g, c]
-    return np.isin(held.key_P, live, invert=True)
+    there = np.zeros(problem.layers * problem.topology.gpus * problem.experts, dtype=np.bool_)
+    there[live] = True
+    return np.asarray(~there[held.key_P])
 
 
 def _moves(problem: Problem, plan: Plan, held: _Held) -> list[str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, UnsupportedFeatureError
 from moeless_opt.problems.spec import Fill, Problem, SizingPolicy, replica_counts
 from moeless_opt.solvers.core import Built, Heuristic, NoOptions, Task, in_entries, keeps_limits, only_moves
@@ -43,47 +43,61 @@ def covered(
     speed_G : array, shape [G]
         Relative speeds.
     """
-    slots_LGC = live_LGC.copy()
-    layers, _, wide = slots_LGC.shape
+    layers, gpus, wide = live_LGC.shape
     experts = load_LE.shape[1]
-    count_LE = replica_counts(slots_LGC, experts).astype(np.int64)
+    slots_LS = live_LGC.reshape(layers, -1).copy()  # S slots of all GPUs, one after the other
+    count_LE = replica_counts(live_LGC, experts).astype(np.int64)
     missing_LE = count_LE == 0
-    if not missing_LE.any():
-        return slots_LGC
-    row_L = np.arange(layers)
+    missing_L = missing_LE.sum(1)
+    if not missing_L.any():
+        return live_LGC.copy()
+    # Where each expert's replicas are: slots in order of their experts, and where an expert's begin.
+    by_expert_LS = np.argsort(slots_LS, axis=1, kind="stable")
+    begin_LE = np.cumsum(count_LE, axis=1) - count_LE + (slots_LS < 0).sum(1)[:, None]
+    most = np.arange(int(count_LE.max()))
+    first_LE = count_LE.copy()
+    held_LS = slots_LS >= 0
+    expert_LS = np.maximum(slots_LS, 0)
+    row_L = np.arange(layers)[:, None]
     piece_LE = load_LE / np.maximum(count_LE, 1)
-    held_LGC: BoolArray = slots_LGC >= 0
-    expert_LGC = np.maximum(slots_LGC, 0)
-    piece_LGC = np.where(held_LGC, piece_LE[row_L[:, None, None], expert_LGC], 0.0)
-    busy_LG = piece_LGC.sum(2) / speed_G
-    open_LGC = ~held_LGC & (np.arange(wide) < capacity_LG[:, :, None])
+    piece_LS = np.where(held_LS, piece_LE[row_L, expert_LS], 0.0)
+    busy_LG = piece_LS.reshape(live_LGC.shape).sum(2) / speed_G
+    open_LS = ~held_LS & (np.arange(gpus * wide) % wide < np.repeat(capacity_LG, wide, axis=1))
+    spare_LS = held_LS & (count_LE[row_L, expert_LS] > 1)
+    open_LG, spare_LG = (part.reshape(live_LGC.shape).sum(2) for part in (open_LS, spare_LS))
     order_LE = np.argsort(np.where(missing_LE, -load_LE, np.inf), axis=1, kind="stable")
-    for turn in range(int(missing_LE.sum(1).max())):
-        rows = np.flatnonzero(missing_LE.sum(1) > turn)
+    for turn in range(int(missing_L.max())):
+        rows = np.flatnonzero(missing_L > turn)
         comes_R = order_LE[rows, turn]
-        count_RGC = count_LE[rows[:, None, None], expert_LGC[rows]]
-        free_R = np.asarray(open_LGC[rows].reshape(len(rows), -1).any(1))
-        spare_RGC = np.where(free_R[:, None, None], open_LGC[rows], held_LGC[rows] & (count_RGC > 1))
-        gpu_R = np.where(spare_RGC.any(2), busy_LG[rows], np.inf).argmin(1)
-        at = np.arange(len(rows))
-        slot_R = np.where(spare_RGC[at, gpu_R], piece_LGC[rows, gpu_R], np.inf).argmin(1)
-        gone_R = slots_LGC[rows, gpu_R, slot_R]
-        freed = gone_R >= 0
-        slots_LGC[rows, gpu_R, slot_R] = comes_R
-        expert_LGC[rows, gpu_R, slot_R] = comes_R
-        held_LGC[rows, gpu_R, slot_R] = True
-        open_LGC[rows, gpu_R, slot_R] = False
-        count_LE[rows, comes_R] = 1
-        count_LE[rows[freed], gone_R[freed]] -= 1
-        lost_R = np.where(freed, piece_LGC[rows, gpu_R, slot_R], 0.0)
-        piece_LGC[rows, gpu_R, slot_R] = load_LE[rows, comes_R]
+        free_R = open_LG[rows].any(1)
+        room_RG = np.where(free_R[:, None], open_LG[rows], spare_LG[rows]) > 0
+        gpu_R = np.where(room_RG, busy_LG[rows], np.inf).argmin(1)
+        at_RC = gpu_R[:, None] * wide + np.arange(wide)
+        fits_RC = np.where(free_R[:, None], open_LS[rows[:, None], at_RC], spare_LS[rows[:, None], at_RC])
+        slot_R = gpu_R * wide + np.where(fits_RC, piece_LS[rows[:, None], at_RC], np.inf).argmin(1)
+        gone_R = slots_LS[rows, slot_R]
+        lost_R = np.where(free_R, 0.0, piece_LS[rows, slot_R])
+        slots_LS[rows, slot_R] = comes_R
+        open_LS[rows, slot_R] = spare_LS[rows, slot_R] = False
+        open_LG[rows, gpu_R] -= free_R
+        spare_LG[rows, gpu_R] -= ~free_R
+        piece_LS[rows, slot_R] = load_LE[rows, comes_R]
         busy_LG[rows, gpu_R] += (load_LE[rows, comes_R] - lost_R) / speed_G[gpu_R]
         # The others take over what the dropped replica served.
-        other_XGC = slots_LGC[rows[freed]] == gone_R[freed][:, None, None]
-        more_X = lost_R[freed] / count_LE[rows[freed], gone_R[freed]]
-        piece_LGC[rows[freed]] += other_XGC * more_X[:, None, None]
-        busy_LG[rows[freed]] += other_XGC.sum(2) * more_X[:, None] / speed_G
-    return slots_LGC
+        x, gone = rows[~free_R], gone_R[~free_R]
+        count_LE[x, gone] -= 1
+        k_XK = np.minimum(begin_LE[x, gone][:, None] + most, gpus * wide - 1)
+        s_XK = by_expert_LS[x[:, None], k_XK]
+        there_XK = (most < first_LE[x, gone][:, None]) & (slots_LS[x[:, None], s_XK] == gone[:, None])
+        i, k = np.nonzero(there_XK)
+        x_P, s_P = x[i], s_XK[i, k]
+        more_P = (lost_R[~free_R] / count_LE[x, gone])[i]
+        piece_LS[x_P, s_P] += more_P
+        np.add.at(busy_LG, (x_P, s_P // wide), more_P / speed_G[s_P // wide])
+        last_P = count_LE[x, gone][i] == 1
+        spare_LS[x_P[last_P], s_P[last_P]] = False
+        np.subtract.at(spare_LG, (x_P[last_P], s_P[last_P] // wide), 1)
+    return slots_LS.reshape(live_LGC.shape)
 
 
 def covered_in_bytes(problem: Problem, live_LGC: SlotArray) -> SlotArray:
