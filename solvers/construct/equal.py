@@ -171,6 +171,13 @@ def construct_equal(
         raise ProblemError("effort", f"is {effort!r}; it can be " + ", ".join(map(repr, EFFORTS)))
     E = load_LE.shape[1]
     G = capacity.shape[1]
+    alive_G = (capacity > 0).any(axis=0)
+    if alive_G.any() and not alive_G.all():  # those that are left may be alike
+        slots = np.full((*capacity.shape, int(capacity.max())), -1, dtype=np.int32)
+        slots[:, alive_G] = construct_equal(
+            load_LE, capacity[:, alive_G], speed[alive_G], effort=effort, backend=backend, stop=stop
+        )
+        return slots
     backend = fast.choose_backend(backend)
     same_speed = bool((speed == speed[0]).all())
     if same_speed and E <= 2 * G and E <= 32 and G > 1 and (capacity == 2).all():

@@ -116,6 +116,14 @@ def construct_fractional(
     load = np.ascontiguousarray(load_LE, dtype=np.float64)
     capacity = np.ascontiguousarray(capacity_LG, dtype=np.int64)
     speed = np.ascontiguousarray(speed_G, dtype=np.float64)
+    alive_G = (capacity > 0).any(axis=0)
+    if alive_G.any() and not alive_G.all():  # those that are left may be alike
+        settings: dict[str, Any] = {"seed": seed, "effort": effort, "stop": stop, "enough_L": enough_L}
+        own, own_share = construct_fractional(load, capacity[:, alive_G], speed[alive_G], **settings)
+        slots = np.full((*capacity.shape, own.shape[2]), -1, dtype=np.int32)
+        share = np.zeros(slots.shape)
+        slots[:, alive_G], share[:, alive_G] = own, own_share
+        return slots, share
     if load.size * len(speed) <= _SMALL and effort == "normal":
         small = _small(load, capacity, speed)
         if small is not None:

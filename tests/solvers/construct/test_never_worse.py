@@ -75,3 +75,17 @@ def test_on_any_shape(seed: int) -> None:
     load_LE[0, rng.random(experts) < 0.1] = 0.0
     load_LE[:, 0] = np.maximum(load_LE[:, 0], 1.0)
     never_worse(load_LE, slots.tolist(), speed.tolist())
+
+
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+def test_dead_gpus_leave_the_plan_of_the_others(split: str) -> None:
+    """Slots and shares are those of a cluster that never had them."""
+    rng = np.random.default_rng(9)
+    for experts, gpus, dead in ((16, 8, [2]), (5, 4, [0, 3]), (24, 8, [5, 6, 7])):
+        load_LE = rng.lognormal(0, 1, (2, experts))
+        whole = mo.uniform(1, gpus, slots=[0 if g in dead else 6 for g in range(gpus)])
+        few = mo.uniform(1, gpus - len(dead), slots=6)
+        plan, other = (mo.plan(load_LE, one, split=split) for one in (whole, few))
+        assert (plan.slots_LGC[:, dead] == -1).all()
+        assert np.array_equal(np.delete(plan.slots_LGC, dead, axis=1), other.slots_LGC)
+        assert np.array_equal(np.delete(plan.share_LGC, dead, axis=1), other.share_LGC)
