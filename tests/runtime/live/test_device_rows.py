@@ -26,7 +26,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("rows", [0, 1, 4, 7, 8, 9, 37])
 @pytest.mark.parametrize("experts", [1, 3, 8])
-def test_rows_are_sorted_stably_and_know_where_they_went(rows: int, experts: int) -> None:
+@pytest.mark.parametrize("most", [0, 100])
+def test_rows_are_sorted_stably_and_know_where_they_went(
+    rows: int, experts: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "MOST", most)
     rng = np.random.default_rng(rows + 100 * experts)
     # E and more are of no expert.
     expert_N = torch.from_numpy(rng.integers(0, experts + 2, rows))

@@ -319,40 +319,52 @@ def search(
     rate_h = tl.load(rate_G + rank)
     n = tl.load(base_G + g, mask=g < G, other=0)
     a = tl.load(alone_G + g, mask=g < G, other=0)
-    n_h = tl.load(base_G + rank)
-    a_h = tl.load(alone_G + rank)
+    n_h = tl.zeros([SB, X], tl.int64)
+    a_h = n_h
     y = tl.zeros([SB, X], tl.int64)
     if first == 0:
-        even = tl.load(quota_SX + cell, mask=valid, other=0)
+        # In memory, row by row: what ranks serve is needed of the few that hold an expert.
+        n_G = n_NG + nth * G
+        a_G = a_NG + nth * G
+        y_SX = y_NSX + nth * S * X
         if nth == 1:
-            y = even
             n = tl.load(busy_G + g, mask=g < G, other=0)
-            n_h = tl.load(busy_G + rank)
+        tl.store(n_G + g, n, mask=g < G)
+        tl.store(a_G + g, a, mask=g < G)
+        tl.debug_barrier()
+        count = tl.load(copies_S)
+        rank_x = tl.load(rank_SX + x)
+        tokens = tl.load(load_S)
+        even = tl.load(quota_SX + x)
         for row in range(used):
-            mine = s[:, None] == row
-            rank_x = tl.sum(tl.where(mine, hold, 0), 0)
-            real_x = tl.sum((mine & valid).to(tl.int32), 0) > 0
+            real = x < count
+            n_x = tl.load(n_G + rank_x, mask=real, other=0)
+            a_x = tl.load(a_G + rank_x, mask=real, other=0)
+            part = even
             if nth == 0:
                 # Whole on the replica that ends soonest with it.
-                n_x = tl.sum(tl.where(mine, n_h, 0), 0)
-                a_x = tl.sum(tl.where(mine, a_h, 0), 0)
-                rate_x = tl.sum(tl.where(mine, rate_h, 0.0), 0)
-                tokens = tl.sum(tl.where(s == row, load, 0), 0)
+                rate_x = tl.load(rate_G + rank_x, mask=real, other=1.0)
                 ends = _seconds(n_x + tokens, a_x + 1, rate_x, knot_K, table_AK, slope_AK, K, A, LOG, UNIT)
-                ends = tl.where(real_x, ends, float("inf"))
-                soonest = tl.argmin(ends, 0, tie_break_left=True)
-                to = tl.sum(tl.where(x == soonest, rank_x, 0), 0)
-                y += tl.where(mine & (x[None, :] == soonest), tokens, 0)
-                n += tl.where(g == to, tokens, 0)
-                a += (g == to).to(tl.int64)
-                n_h += tl.where(hold == to, tokens, 0)
-                a_h += (hold == to).to(tl.int64)
-            else:
-                for place in tl.static_range(X):
-                    serves = tl.sum(tl.where(x == place, tl.sum(tl.where(mine, even, 0), 0), 0), 0) > 0
-                    to = tl.sum(tl.where(x == place, rank_x, 0), 0)
-                    a += ((g == to) & serves).to(tl.int64)
-                    a_h += ((hold == to) & serves).to(tl.int64)
+                soonest = tl.argmin(tl.where(real, ends, float("inf")), 0, tie_break_left=True)
+                part = tl.where(x == soonest, tokens, 0)
+                n_x += part
+            serves = real & (part > 0)
+            at = rank_x
+            below = tl.minimum(row + 1, used - 1)
+            count = tl.load(copies_S + below)
+            rank_x = tl.load(rank_SX + below * X + x)
+            tokens = tl.load(load_S + below)
+            even = tl.load(quota_SX + below * X + x)
+            tl.debug_barrier()
+            tl.store(y_SX + row * X + x, part, mask=real)
+            tl.store(n_G + at, n_x, mask=serves)
+            tl.store(a_G + at, a_x + 1, mask=serves)
+            tl.debug_barrier()
+        y = tl.load(y_SX + cell, mask=valid, other=0)
+        n = tl.load(n_G + g, mask=g < G, other=0)
+        a = tl.load(a_G + g, mask=g < G, other=0)
+        n_h = tl.load(n_G + rank)
+        a_h = tl.load(a_G + rank)
     else:
         k = tl.arange(0, NB)
         t_k = tl.load(t_N + k, mask=k < first, other=float("inf"))

@@ -68,12 +68,36 @@ def runs_here(split: str, device: torch.device) -> bool:
 
 #: The interpreter of kernels keeps its place in globals.
 _one_at_a_time = threading.Lock()
+#: Compiled kernels, by what they were compiled for.
+_ready: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(name: str, grid: tuple[int, ...], *arguments: Any, warps: int = 1, **sizes: int) -> None:
-    """Run a kernel; products and sums stay apart, as they are on the host."""
-    with _one_at_a_time:
-        getattr(_kernels(), name)[grid](*arguments, **sizes, num_warps=warps, enable_fp_fusion=False)
+    """Run a kernel; products and sums stay apart, as they are on the host.
+
+    Triton looks at every argument of every launch, to find the kernel that was compiled for such ones; a
+    small batch waits for that. What it looks at is little here: types of tensors and whether they begin at
+    16 bytes. Whole numbers are below 2**31.
+    """
+    kernel = getattr(_kernels(), name)
+    if interpreted():
+        with _one_at_a_time:
+            kernel[grid](*arguments, **sizes, num_warps=warps, enable_fp_fusion=False)
+        return
+    key = (
+        name,
+        warps,
+        torch.cuda.current_device(),
+        *sizes.items(),
+        *[(a.dtype, a.data_ptr() % 16) for a in arguments if isinstance(a, Tensor)],
+    )
+    found = _ready.get(key)
+    if found is None:
+        with _one_at_a_time:
+            _ready[key] = kernel[grid](*arguments, **sizes, num_warps=warps, enable_fp_fusion=False)
+        return
+    order = kernel.arg_names[len(arguments) :]
+    found[(*grid, 1, 1)[:3]](*arguments, *[sizes[one] for one in order])
 
 
 def power(size: int, least: int = 1) -> int:

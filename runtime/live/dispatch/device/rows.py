@@ -10,7 +10,9 @@ from moeless_opt.runtime.live.dispatch.device.launching import launch, power
 __all__ = ["choose", "combine", "gather", "place_ends", "sort", "warm_rows"]
 
 #: Rows that a program of `sort` looks at at a time, for small and for large batches.
-FEW, MANY = 256, 4096
+FEW, MANY = 1024, 4096
+#: Rows from which torch's sort is sooner: each program of ours looks at all of them.
+MOST = 2**16
 #: Channels that a program moves at a time.
 WIDE = 2048
 
@@ -66,9 +68,11 @@ def sort(expert_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     int64 tensors of shape [E], [N] and [N]
         Rows of each expert; the rows in that order; where each row has gone, -1 if it is of none.
     """
+    if expert_N.numel() > MOST:
+        return _sorted(expert_N, experts)
     counts_E = expert_N.new_empty(experts)
     order, back = torch.empty_like(expert_N), torch.empty_like(expert_N)
-    few = expert_N.numel() <= FEW
+    few = expert_N.numel() <= MANY
     launch(
         "sort",
         (experts + 1,),
@@ -79,9 +83,20 @@ def sort(expert_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
         expert_N.numel(),
         experts,
         BLOCK=FEW if few else MANY,
-        warps=1 if few else 8,
+        warps=4 if few else 8,
     )
     return counts_E, order, back
+
+
+def _sorted(expert_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`sort` by torch's own."""
+    expert_N = expert_N.clamp(max=experts)
+    one = expert_N.new_ones(1).expand_as(expert_N)
+    counts = expert_N.new_zeros(experts + 1).scatter_add_(0, expert_N, one)
+    order = torch.argsort(expert_N, stable=True)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    return counts[:experts], order, back.masked_fill_(expert_N == experts, -1)
 
 
 def gather(rows: Tensor, weight: Tensor, order: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -154,7 +169,7 @@ def place_ends(size_S: Tensor, place_S: Tensor, places: int) -> Tensor:
 
 def warm_rows(experts: int, topk: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what a forward of a model may want, or read it from Triton's cache."""
-    for tokens in (1, MANY):
+    for tokens in (1, MANY + 1):
         expert_N = torch.arange(tokens * topk, device=device) % experts
         rows = torch.zeros((tokens, width), dtype=dtype, device=device)
         for kind in {dtype, torch.float32}:
