@@ -32,6 +32,7 @@ FLAGS = {
     "admin_keys": "admin-key",
     "allowed_hosts": "allowed-host",
     "prefix_cache": "no-prefix-cache",
+    "graphs": "no-graphs",
     "paused": "pause",
     "timeout": "rank-timeout",
 }
@@ -51,6 +52,7 @@ HELP = {
     "block_tokens": "tokens in a block of the KV pool",
     "kv_blocks": "blocks of a rank's KV pool",
     "prefix_cache": "do not keep blocks for prompts that begin alike",
+    "graphs": "on a GPU, launch decode passes one by one and not as CUDA graphs",
     "state": "keep placement and settings here; a restart begins from them",
     "timeout": "seconds without a sign of life after which a rank counts as lost",
     "max_restarts": "times in a row that a lost rank is started anew (0: never)",

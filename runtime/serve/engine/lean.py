@@ -10,6 +10,8 @@ indices, without the dense maps between them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from moeless_opt.runtime.checkpoint import MoELayer, SelfAttention
 
-__all__ = ["LeanDecoder"]
+__all__ = ["LeanDecoder", "through_experts"]
 
 
 class LeanDecoder:
@@ -47,6 +49,31 @@ class LeanDecoder:
         self._routes_L = [
             _Routes(layer.mlp.router) if type(layer.mlp) is MoELayer else None for layer in self.layers
         ]
+        self._experts: Callable[[Any, _Routes, Tensor], Tensor] = _experts
+        self._parts = [
+            part
+            for layer in self.layers
+            for name, part in layer.named_modules()
+            if ".experts." not in f".{name}."
+        ]
+
+    @property
+    def plain(self) -> bool:
+        """Whether all routers choose as they are asked here."""
+        return all(routes is None or routes.plain for routes in self._routes_L)
+
+    def watched(self) -> bool:
+        """Whether somebody looks at a module, or asks a router for more than its choice."""
+        return _hooked(*self._parts) or any(one is not None and one.asked() for one in self._routes_L)
+
+    @contextmanager
+    def experts_by(self, run: Callable[[Any, _Routes, Tensor], Tensor]) -> Iterator[None]:
+        """Let ``run(layer, routes, normed)`` stand for router and experts meanwhile."""
+        self._experts = run
+        try:
+            yield
+        finally:
+            self._experts = _experts
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -80,7 +107,7 @@ class LeanDecoder:
             x = _added(x, out, bias)
             normed = layer.pre_mlp_layernorm(x)
             if routes is not None:
-                x = x + _experts(layer.mlp, routes, normed)
+                x = x + self._experts(layer.mlp, routes, normed)
             else:
                 x = _added(x, *layer.mlp(normed))
         return x if self.final_layernorm is None else self.final_layernorm(x)
@@ -244,11 +271,22 @@ def _experts(layer: Any, routes: _Routes, x: Tensor) -> Tensor:
     if routes.asked():
         probs, routing_map = layer.router(x)
         rows, weights = dispatcher.dispatch_preprocess(x, routing_map, probs)
+        out = _combined(layer, rows, weights)
     else:
-        rows, weights = dispatcher.dispatch_chosen(x, *routes(x))
+        out = through_experts(layer, x, *routes(x))
+    return out if shared is None else out + shared
+
+
+def through_experts(layer: Any, x: Tensor, expert_Tk: Tensor, prob_Tk: Tensor) -> Tensor:
+    """Tokens through the experts that were chosen for them, ascending, and back."""
+    return _combined(layer, *layer.token_dispatcher.dispatch_chosen(x, expert_Tk, prob_Tk))
+
+
+def _combined(layer: Any, rows: Tensor, weights: Tensor) -> Tensor:
+    dispatcher = layer.token_dispatcher
     rows, weights = dispatcher.token_dispatch(rows, weights)
     rows, sizes, weights = dispatcher.dispatch_postprocess(rows, weights)
     rows, _ = layer.experts(rows, sizes, weights)
     rows = dispatcher.token_combine(dispatcher.combine_preprocess(rows))
     out: Tensor = dispatcher.combine_postprocess(rows)
-    return out if shared is None else out + shared
+    return out

@@ -50,6 +50,9 @@ class EngineOptions:
     experts : str
         How a rank's experts are computed: "grouped" in two products, "loop" one after the other (the same
         bits under every placement), "auto": grouped where that is possible.
+    graphs : bool
+        On a GPU: record what decode passes of the same size launch between the experts, and launch it as CUDA
+        graphs.
     planning : Planning
         What the controller may do at first.
     state : str or None
@@ -74,6 +77,7 @@ class EngineOptions:
     kv_blocks: int | None = None
     prefix_cache: bool = True
     experts: str = "auto"
+    graphs: bool = True
     planning: Planning = field(default_factory=Planning)
     state: str | None = None
     timeout: float = 2.5

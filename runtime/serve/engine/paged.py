@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import BoolArray, IntArray
 from moeless_opt.problems.errors import UnsupportedFeatureError
+from moeless_opt.runtime.serve.engine.graphs import DecodeGraphs, Recorder
 from moeless_opt.runtime.serve.engine.lean import LeanDecoder
 
 __all__ = ["KvPool", "PagedModel", "PassRows"]
@@ -112,20 +113,55 @@ class _Group:
 
 
 class _Active:
-    """The pass that runs: its rows as tensors, shared by all layers."""
+    """The pass that runs: its rows as tensors, shared by all layers.
 
-    def __init__(self, rows: PassRows, pool: KvPool) -> None:
-        self.position = _tensor(rows.position_T, pool.device)
-        self.slot = _tensor(rows.slot_T, pool.device)
-        self.wanted = _tensor(rows.wanted_S, pool.device)
+    Parameters
+    ----------
+    position, slot : int64 tensors, shape [T]
+        Of the rows.
+    wanted : int64 tensor, shape [S], or None
+        Rows whose logits are wanted; None: all.
+    groups : list of _Group
+        Runs that attend together.
+    """
+
+    def __init__(self, position: Tensor, slot: Tensor, wanted: Tensor | None, groups: list[_Group]) -> None:
+        self.position, self.slot, self.wanted, self.groups = position, slot, wanted, groups
         self.angles: dict[int, Tensor] = {}
-        self.groups: list[_Group] = []
-        single = int((rows.length_R == 1).sum())
-        for first, last in ((0, single), (single, len(rows.length_R))):
-            if last > first:
-                self.groups.append(self._group(rows, pool, first, last))
 
-    def _group(self, rows: PassRows, pool: KvPool, first: int, last: int) -> _Group:
+    @classmethod
+    def of(cls, rows: PassRows, pool: KvPool) -> _Active:
+        """Any pass, from the host's arrays."""
+        single = int((rows.length_R == 1).sum())
+        groups = [
+            cls._group(rows, pool, first, last)
+            for first, last in ((0, single), (single, len(rows.length_R)))
+            if last > first
+        ]
+        position, slot, wanted = (
+            _tensor(array, pool.device) for array in (rows.position_T, rows.slot_T, rows.wanted_S)
+        )
+        return cls(position, slot, wanted, groups)
+
+    @classmethod
+    def single(cls, position_T: Tensor, slot_T: Tensor, block_TB: Tensor, pool: KvPool) -> _Active:
+        """One token of each request, from tensors; nothing is asked of the host."""
+        places = torch.arange(block_TB.size(1) * pool.block_tokens, device=pool.device)
+        hidden = (places > position_T[:, None])[:, None, None]
+        mask = torch.zeros(hidden.shape, dtype=pool.dtype, device=pool.device)
+        group = _Group(
+            rows=None,
+            back=None,
+            begin=0,
+            end=len(position_T),
+            runs=len(position_T),
+            blocks=block_TB.reshape(-1),
+            mask=mask.masked_fill_(hidden, -math.inf),
+        )
+        return cls(position_T, slot_T, None, [group])
+
+    @staticmethod
+    def _group(rows: PassRows, pool: KvPool, first: int, last: int) -> _Group:
         begin_R, length_R = rows.begin_R[first:last], rows.length_R[first:last]
         end_R = rows.position_T[begin_R + length_R - 1] + 1
         size = pool.block_tokens
@@ -309,10 +345,16 @@ class PagedModel:
         for parent, name, stock in self._linears:
             setattr(parent, name, _PlainLinear(stock))
         self._lean = LeanDecoder(model) if LeanDecoder.fits(model) else None
+        self.graphs: DecodeGraphs | None = None
         self._hook = model.output_layer.register_forward_pre_hook(self._wanted_rows)
 
+    def record(self, recorder: Recorder) -> None:
+        """Record decode passes from now on, where the model allows it; see `DecodeGraphs`."""
+        if self._lean is not None:
+            self.graphs = DecodeGraphs(self._lean, self._single, recorder, self.pool.device)
+
     def _wanted_rows(self, _module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.active is None:
+        if self.active is None or self.active.wanted is None:
             return None
         return (args[0].index_select(0, self.active.wanted), *args[1:])
 
@@ -338,12 +380,25 @@ class PagedModel:
         tensor, shape [S, V]
             Logits of the wanted rows.
         """
-        self.active = _Active(rows, self.pool)
+        if self.graphs is not None:
+            pool = self.pool
+            logits = self.graphs.forward(rows, pool.block_tokens, (pool.blocks, pool.spare_slot))
+            if logits is not None:
+                return logits
+        return self._pass(_tensor(rows.tokens_T, self.pool.device), _Active.of(rows, self.pool))
+
+    def _single(self, inputs: Tensor, rows: int, blocks: int) -> Tensor:
+        """Logits of one token of each request; see `DecodeGraphs`."""
+        tokens_T, position_T, slot_T = inputs[: 3 * rows].view(3, rows)
+        block_TB = inputs[3 * rows : -1].view(rows, blocks)
+        return self._pass(tokens_T, _Active.single(position_T, slot_T, block_TB, self.pool))
+
+    def _pass(self, tokens_T: Tensor, active: _Active) -> Tensor:
+        self.active = active
         try:
-            tokens = _tensor(rows.tokens_T, self.pool.device)[None]
             if self._lean is not None:
                 self.model.decoder.forward = self._decode
-            logits: Tensor = self.model(tokens, self.active.position[None], None)
+            logits: Tensor = self.model(tokens_T[None], active.position[None], None)
             return logits[0]
         finally:
             self.active = None

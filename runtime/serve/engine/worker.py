@@ -25,6 +25,7 @@ from moeless_opt.runtime.live import ExpertGroup, Guard, LiveModel, RankLostErro
 from moeless_opt.runtime.serve import PlanEvent, ServeRequest
 from moeless_opt.runtime.serve.engine.blocks import BlockPool
 from moeless_opt.runtime.serve.engine.channel import Channel, ChannelClosedError
+from moeless_opt.runtime.serve.engine.graphs import CudaRecorder
 from moeless_opt.runtime.serve.engine.models import device_of, home_of, load_served
 from moeless_opt.runtime.serve.engine.options import EngineOptions
 from moeless_opt.runtime.serve.engine.paged import KvPool, PagedModel
@@ -92,6 +93,8 @@ class Worker:
             # The first pass makes the pool's tensors; compiled parts load now, not under the first request.
             self._forward(None)
             self.live.observe()
+        if options.graphs and device.type == "cuda":
+            self.paged.record(CudaRecorder(device))
         self.steering = Steering(self.live, options.planning, self._kv_bytes, new=self._new)
         self.sequences: dict[str, Sequenced] = {}
         #: Orders that are not carried out yet, with their numbers; the newest number that has come.
