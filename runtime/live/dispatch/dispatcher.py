@@ -229,7 +229,7 @@ class SlotDispatcher:
         int64 tensor [T, k] (E where a token has fewer), tensor [T, k]
         """
         if self._there is not None and not (torch.is_grad_enabled() and probs.requires_grad):
-            return device.choose(routing_map, probs, self.topk)
+            return device.chosen_of(routing_map, probs, self.topk)
         expert_Tk = chosen_experts(routing_map, self.topk)
         return expert_Tk, probs.gather(1, expert_Tk.clamp(max=self.experts - 1))
 
@@ -279,7 +279,7 @@ class SlotDispatcher:
     def _prepare_there(self, x_TH: Tensor, expert_Tk: Tensor, prob_Tk: Tensor) -> tuple[Tensor, Tensor]:
         """By kernels, as few as can be: a small batch waits for their launches."""
         n_tokens, k = expert_Tk.shape
-        counts, order, back = device.sort(expert_Tk.reshape(-1), self.experts)
+        counts, order, back = device.sort_rows(expert_Tk.reshape(-1), self.experts)
         self._observe(expert_Tk, counts)
         self._share_out(counts)
         if not self.table.sorted:
@@ -292,7 +292,7 @@ class SlotDispatcher:
         if not self._unseen:
             order = order[: sum(self.to_ranks)]
         self.back_kT = back.view(n_tokens, k).t()
-        return device.gather(x_TH, prob_Tk.reshape(-1), order, k)
+        return device.gather_rows(x_TH, prob_Tk.reshape(-1), order, k)
 
     def _prepare_here(self, x_TH: Tensor, expert_Tk: Tensor, prob_Tk: Tensor) -> tuple[Tensor, Tensor]:
         """One rank on a CPU: every row has one place to go, and is put there at once (`sort_in` leaves it).
@@ -476,7 +476,7 @@ class SlotDispatcher:
             self._order_in(starts_RS, sizes_RS, padded_S, rows, wanted)
             self._tokens = self._tokens + int(sizes_RS.sum())
         if self._gather is not None and self._there is not None:
-            rows, probs = device.gather(rows, probs, self._gather, 1)
+            rows, probs = device.gather_rows(rows, probs, self._gather, 1)
         elif self._gather is not None:
             rows, probs = rows.index_select(0, self._gather), probs.index_select(0, self._gather)
         self.experts_watch.start(rows.is_cuda)
@@ -533,7 +533,7 @@ class SlotDispatcher:
     def combine(self, rows: Tensor) -> Tensor:
         """Sum of each token's contributions, in ascending order of its experts."""
         if self._there is not None:
-            out = device.combine(rows, self.back_kT.t().reshape(-1), len(self.back_kT))
+            out = device.combine_rows(rows, self.back_kT.t().reshape(-1), len(self.back_kT))
         else:
             if not self.complete:
                 rows = torch.cat((rows, rows.new_zeros(1, rows.size(1))))

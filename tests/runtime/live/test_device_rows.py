@@ -34,7 +34,7 @@ def test_rows_are_sorted_stably_and_know_where_they_went(
     rng = np.random.default_rng(rows + 100 * experts)
     # E and more are of no expert.
     expert_N = torch.from_numpy(rng.integers(0, experts + 2, rows))
-    counts, order, back = device.sort(expert_N, experts)
+    counts, order, back = device.sort_rows(expert_N, experts)
     assert counts.tolist() == [int((expert_N == e).sum()) for e in range(experts)]
     wanted = torch.argsort(expert_N.clamp(max=experts), stable=True)
     assert order.tolist() == wanted.tolist()
@@ -51,7 +51,7 @@ def test_rows_are_gathered_and_added_up(tokens: int, width: int, topk: int, dtyp
     x = torch.randn((tokens, width), generator=rng).to(dtype)
     weight = torch.rand(tokens * topk, generator=rng)
     order = torch.randperm(tokens * topk, generator=rng)[: max(tokens * topk - 1, 0)]
-    sent, sent_weight = device.gather(x, weight, order, topk)
+    sent, sent_weight = device.gather_rows(x, weight, order, topk)
     assert torch.equal(sent, x[order // topk])
     assert torch.equal(sent_weight, weight[order])
     # One row is missing; the others are added one after the other, each sum rounded.
@@ -62,7 +62,7 @@ def test_rows_are_gathered_and_added_up(tokens: int, width: int, topk: int, dtyp
     wanted = torch.zeros((tokens, width), dtype=dtype)
     for place_T in back.view(tokens, topk).t():
         wanted = wanted + padded[place_T]
-    found = device.combine(made, back, topk)
+    found = device.combine_rows(made, back, topk)
     if dtype is torch.bfloat16:  # the interpreter cuts off where a GPU rounds
         torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
     else:
@@ -77,7 +77,7 @@ def test_chosen_experts_are_those_of_the_map(experts: int, topk: int, even: bool
     for row in chosen_TE:
         row[rng.permutation(experts)[: topk if even else rng.integers(0, topk + 1)]] = True
     routing_map, probs = torch.from_numpy(chosen_TE), torch.rand(6, experts)
-    expert_Tk, weight_Tk = device.choose(routing_map, probs, topk)
+    expert_Tk, weight_Tk = device.chosen_of(routing_map, probs, topk)
     wanted = chosen_experts(routing_map, topk)
     assert expert_Tk.tolist() == wanted.tolist()
     real = wanted < experts

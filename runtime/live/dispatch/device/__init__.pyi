@@ -3,11 +3,11 @@ from .compiled import compiled as compiled
 from .launching import runs_here as runs_here
 from .launching import upload as upload
 from .launching import why_not as why_not
-from .rows import choose as choose
-from .rows import combine as combine
-from .rows import gather as gather
+from .rows import chosen_of as chosen_of
+from .rows import combine_rows as combine_rows
+from .rows import gather_rows as gather_rows
 from .rows import place_ends as place_ends
-from .rows import sort as sort
+from .rows import sort_rows as sort_rows
 from .split import DeviceSplit as DeviceSplit
 from .split import Told as Told
 from .split import on_device as on_device

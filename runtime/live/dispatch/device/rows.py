@@ -7,9 +7,9 @@ from torch import Tensor
 
 from moeless_opt.runtime.live.dispatch.device.launching import launch, power
 
-__all__ = ["choose", "combine", "gather", "place_ends", "sort", "warm_rows"]
+__all__ = ["chosen_of", "combine_rows", "gather_rows", "place_ends", "sort_rows", "warm_rows"]
 
-#: Rows that a program of `sort` looks at at a time, for small and for large batches.
+#: Rows that a program of `sort_rows` looks at at a time, for small and for large batches.
 FEW, MANY = 1024, 4096
 #: Rows from which torch's sort is sooner: each program of ours looks at all of them.
 MOST = 2**16
@@ -17,7 +17,7 @@ MOST = 2**16
 WIDE = 2048
 
 
-def choose(chosen_TE: Tensor, weight_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def chosen_of(chosen_TE: Tensor, weight_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Experts of each token, ascending, and their weights, from a router's maps.
 
     Parameters
@@ -53,7 +53,7 @@ def choose(chosen_TE: Tensor, weight_TE: Tensor, topk: int) -> tuple[Tensor, Ten
     return expert_Tk, weight_Tk
 
 
-def sort(expert_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_rows(expert_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows by expert, of one expert as they come.
 
     Parameters
@@ -89,7 +89,7 @@ def sort(expert_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sorted(expert_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`sort` by torch's own."""
+    """`sort_rows` by torch's own."""
     expert_N = expert_N.clamp(max=experts)
     one = expert_N.new_ones(1).expand_as(expert_N)
     counts = expert_N.new_zeros(experts + 1).scatter_add_(0, expert_N, one)
@@ -99,7 +99,7 @@ def _sorted(expert_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return counts[:experts], order, back.masked_fill_(expert_N == experts, -1)
 
 
-def gather(rows: Tensor, weight: Tensor, order: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def gather_rows(rows: Tensor, weight: Tensor, order: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Rows and weights in an order: ``rows[order // topk]``, ``weight[order]``.
 
     Parameters
@@ -127,7 +127,7 @@ def gather(rows: Tensor, weight: Tensor, order: Tensor, topk: int) -> tuple[Tens
     return out, weight_out
 
 
-def combine(rows: Tensor, back_N: Tensor, topk: int) -> Tensor:
+def combine_rows(rows: Tensor, back_N: Tensor, topk: int) -> Tensor:
     """Sums of `topk` rows each, added one after the other; -1 is no row.
 
     Parameters
@@ -174,7 +174,7 @@ def warm_rows(experts: int, topk: int, width: int, dtype: torch.dtype, device: t
         rows = torch.zeros((tokens, width), dtype=dtype, device=device)
         for kind in {dtype, torch.float32}:
             weight = torch.zeros(tokens * topk, dtype=kind, device=device)
-            _, order, back = sort(expert_N, experts)
-            sent, _ = gather(rows, weight, order, topk)
-            gather(sent, weight, order, 1)
-        combine(sent, back, topk)
+            _, order, back = sort_rows(expert_N, experts)
+            sent, _ = gather_rows(rows, weight, order, topk)
+            gather_rows(sent, weight, order, 1)
+        combine_rows(sent, back, topk)
