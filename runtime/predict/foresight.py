@@ -113,10 +113,7 @@ class GatePredictor:
         return Pending(home_E, done, (load_E,))
 
     def _count_E(self, gate: PlainGate | TunedGate, hidden: Tensor, real: Tensor | None) -> Tensor:
-        chosen_TE = gate.chosen(hidden)
-        if real is not None:
-            chosen_TE = chosen_TE * real[:, None]
-        load_E = chosen_TE.sum(0, dtype=torch.float32)
+        load_E = gate.counts_E(hidden, real)
         if self.group is not None:
             dist.all_reduce(load_E, group=self.group)  # on the stream that is current: with NCCL, ours
         return load_E

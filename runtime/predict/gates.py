@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from moeless_opt.problems.arrays import whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime.engines import moe_blocks, moe_parts, route
+from moeless_opt.runtime.engines import RouterChoice, moe_blocks, moe_parts, route
 
 __all__ = ["LARGEST", "Pair", "PlainGate", "RouterGate", "TunedGate", "plain_gates"]
 
@@ -55,6 +55,7 @@ class PlainGate:
         self.norm = block.pre_mlp_layernorm
         self.router = block.mlp.router
         self.top_k = int(self.router.topk)
+        self._choice: RouterChoice | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the hidden states, [T, E]."""
@@ -73,6 +74,14 @@ class PlainGate:
         _, routing_map = self.router.routing(self.logits(hidden)[:, None])
         chosen: Tensor = routing_map
         return chosen
+
+    def counts_E(self, hidden: Tensor, real_T: Tensor | None = None) -> Tensor:
+        """Tokens for each expert, float32 [E]; of those that are real."""
+        if self._choice is None:
+            self._choice = RouterChoice(self.router)
+        if self._choice.plain:
+            return self._choice.counts_E(self.norm.forward(hidden), real_T)
+        return counted(self.chosen(hidden), real_T)
 
 
 class RouterGate(PlainGate):
@@ -103,6 +112,17 @@ class RouterGate(PlainGate):
     def chosen(self, hidden: Tensor) -> Tensor:
         """Which experts the router would choose, by its own rules, as 0 and 1, [T, E]."""
         return route(self.module, self.norm.forward(hidden))[1]
+
+    def counts_E(self, hidden: Tensor, real_T: Tensor | None = None) -> Tensor:
+        """Tokens for each expert, float32 [E]; of those that are real."""
+        return counted(self.chosen(hidden), real_T)
+
+
+def counted(chosen_TE: Tensor, real_T: Tensor | None) -> Tensor:
+    """Sums over the tokens that are real, float32 [E]."""
+    if real_T is not None:
+        chosen_TE = chosen_TE * real_T[:, None]
+    return chosen_TE.sum(0, dtype=torch.float32)
 
 
 def plain_gates(model: Any) -> list[PlainGate]:
@@ -231,3 +251,7 @@ class TunedGate(nn.Module):
     def chosen(self, hidden: Tensor) -> Tensor:
         """Chance of each expert, [T, E]."""
         return torch.sigmoid(self(hidden))
+
+    def counts_E(self, hidden: Tensor, real_T: Tensor | None = None) -> Tensor:
+        """Sum of the chances of each expert over the real tokens, float32 [E]."""
+        return counted(self.chosen(hidden), real_T)

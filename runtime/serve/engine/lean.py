@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeless_opt.runtime.checkpoint import MoELayer, SelfAttention
+from moeless_opt.runtime.engines import RouterChoice, hooked
 
 __all__ = ["LeanDecoder", "through_experts"]
 
@@ -47,9 +48,9 @@ class LeanDecoder:
             for layer in self.layers
         ]
         self._routes_L = [
-            _Routes(layer.mlp.router) if type(layer.mlp) is MoELayer else None for layer in self.layers
+            RouterChoice(layer.mlp.router) if type(layer.mlp) is MoELayer else None for layer in self.layers
         ]
-        self._experts: Callable[[Any, _Routes, Tensor], Tensor] = _experts
+        self._experts: Callable[[Any, RouterChoice, Tensor], Tensor] = _experts
         self._parts = [
             part
             for layer in self.layers
@@ -64,10 +65,10 @@ class LeanDecoder:
 
     def watched(self) -> bool:
         """Whether somebody looks at a module, or asks a router for more than its choice."""
-        return _hooked(*self._parts) or any(one is not None and one.asked() for one in self._routes_L)
+        return hooked(*self._parts) or any(one is not None and one.asked() for one in self._routes_L)
 
     @contextmanager
-    def experts_by(self, run: Callable[[Any, _Routes, Tensor], Tensor]) -> Iterator[None]:
+    def experts_by(self, run: Callable[[Any, RouterChoice, Tensor], Tensor]) -> Iterator[None]:
         """Let ``run(layer, routes, normed)`` stand for router and experts meanwhile."""
         self._experts = run
         try:
@@ -139,7 +140,7 @@ class _Attend:
 
     def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         attention = self.attention
-        if self.joint and not (self.normed and _hooked(attention.q_layernorm, attention.k_layernorm)):
+        if self.joint and not (self.normed and hooked(attention.q_layernorm, attention.k_layernorm)):
             query, key, value = self._together(x, turn)
         else:
             query, key, value = (t[:, 0] for t in attention.get_query_key_value_tensors(x, None))
@@ -183,88 +184,11 @@ class _Attend:
         return out if rest is None else torch.cat((out, rest), dim=-1)
 
 
-class _Routes:
-    """A router's choice as indices.
-
-    The rules (softmax before or after the choice, sigmoid with a bias, groups) are megatron-core's; the plain
-    ones are repeated here without its maps. Whether that gives the same, bit for bit, is tried once on the
-    router itself: one for which it does not is asked itself.
-
-    Parameters
-    ----------
-    router : TopKRouter
-        In evaluation mode.
-    """
-
-    def __init__(self, router: Any) -> None:
-        self.router, config = router, router.config
-        self.topk = int(config.moe_router_topk)
-        self.softmax = config.moe_router_score_function == "softmax"
-        self.first = bool(config.moe_router_pre_softmax)
-        self.factor = config.moe_router_topk_scaling_factor
-        self.plain = not config.moe_router_group_topk and self._same()
-
-    @torch.no_grad()
-    def _same(self) -> bool:
-        """Whether both ways choose alike for some numbers without pattern."""
-        router, experts = self.router, int(self.router.config.num_moe_experts)
-        made = torch.Generator().manual_seed(1)
-        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(
-            router.config.moe_router_dtype, router.weight.dtype
-        )
-        logits = (torch.randn((64, experts), generator=made) * 3).to(router.weight.device, dtype)
-        probs, chosen = router.routing(logits[:, None])
-        expert_Tk, prob_Tk = self._choose(logits)
-        mine = torch.zeros_like(probs).scatter(1, expert_Tk, prob_Tk)
-        return bool(torch.equal(mine, probs)) and bool(chosen.gather(1, expert_Tk).all())
-
-    def asked(self) -> bool:
-        """Whether somebody watches, replays or trains the router: then it has to be asked itself."""
-        router = self.router
-        return not self.plain or _hooked(router) or router.training or router.router_replay is not None
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts of each row, ascending, and their weights: [T, k] each."""
-        return self._choose(self.router.gating(x).view(-1, self.router.config.num_moe_experts))
-
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        bias = self.router.expert_bias
-        if self.softmax:
-            scores = (
-                torch.softmax(logits, dim=-1, dtype=torch.float32).type_as(logits) if self.first else logits
-            )
-            value, expert = scores.topk(self.topk, dim=1)
-            prob = value if self.first else torch.softmax(value, dim=-1, dtype=torch.float32).type_as(logits)
-        else:
-            scores = torch.sigmoid(logits.float()).type_as(logits)
-            if bias is None:
-                prob, expert = scores.topk(self.topk, dim=1)
-            else:
-                expert = (scores + bias).topk(self.topk, dim=1).indices
-                prob = scores.gather(1, expert).type_as(logits)
-            if self.topk > 1:
-                prob = prob / (prob.sum(dim=-1, keepdim=True) + 1e-20)
-        if self.factor:
-            prob = prob * self.factor
-        if self.topk == 1:
-            return expert, prob
-        expert, at = expert.sort(dim=1)
-        return expert, prob.gather(1, at)
-
-
-def _softmax(x: Tensor) -> Tensor:
-    return torch.softmax(x, dim=-1, dtype=torch.float32).type_as(x)
-
-
-def _hooked(*modules: Any) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-
-
 def _added(x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
     return x + (out if bias is None else out + bias)
 
 
-def _experts(layer: Any, routes: _Routes, x: Tensor) -> Tensor:
+def _experts(layer: Any, routes: RouterChoice, x: Tensor) -> Tensor:
     """A MoE layer: shared experts, router, dispatcher, experts."""
     shared = layer.shared_experts(x) if layer.use_shared_expert else None
     dispatcher = layer.token_dispatcher

@@ -13,8 +13,8 @@ import numpy as np  # noqa: E402
 
 from moeless_opt.runtime.checkpoint.parts import NeutralRouter  # noqa: E402
 from moeless_opt.runtime.engines.attach import attach  # noqa: E402
+from moeless_opt.runtime.engines.router_choice import RouterChoice  # noqa: E402
 from moeless_opt.runtime.live.dispatch.dispatcher import chosen_experts  # noqa: E402
-from moeless_opt.runtime.serve.engine.lean import _Routes  # noqa: E402
 from moeless_opt.runtime.tiny_moe import model as tiny  # noqa: E402
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def made_router(**fields: Any) -> Any:
 @torch.no_grad()
 def test_routers_choose_the_same_as_indices(kind: str) -> None:
     router = made_router(**KINDS[kind])
-    routes = _Routes(router)
+    routes = RouterChoice(router)
     assert not routes.asked()
     x = torch.randn(50, 1, tiny.HIDDEN)
     probs, routing_map = router(x)
@@ -59,9 +59,9 @@ def test_what_is_not_repeated_is_asked_for() -> None:
     groups = made_router(
         moe_router_score_function="sigmoid", moe_router_num_groups=4, moe_router_group_topk=2
     )
-    assert _Routes(groups).asked()
-    assert _Routes(made_router(moe_router_load_balancing_type="sinkhorn")).asked()
-    routes = _Routes(made_router())
+    assert RouterChoice(groups).asked()
+    assert RouterChoice(made_router(moe_router_load_balancing_type="sinkhorn")).asked()
+    routes = RouterChoice(made_router())
     handle = routes.router.register_forward_hook(lambda *_: None)
     assert routes.asked()
     handle.remove()
