@@ -95,6 +95,8 @@ class Controller:
         self.speeds = speeds
         self.backend = backend
         self.planner = planner
+        if speeds is not None:
+            self._begin_with(speeds)
         self.every = whole("every", every, low=1)
         self.lag = whole("lag", lag)
         if self.lag >= self.every:
@@ -139,6 +141,15 @@ class Controller:
             self._worker.submit(self._plan, load_LE.copy(), slots_LGC.copy(), count),
         )
         return decision
+
+    def _begin_with(self, speeds: SpeedWatch) -> None:
+        """A watch that knows these ranks already is followed at once; a new one believes the topology."""
+        told_G = getattr(getattr(self.planner, "topology", None), "speed_G", None)
+        if speeds.speed_G is None:
+            if told_G is not None:
+                speeds.believe(np.asarray(told_G))
+        elif told_G is None or len(told_G) == len(speeds.speed_G):
+            self._follow(speeds)
 
     def _follow(self, speeds: SpeedWatch) -> None:
         """Plan, and share, for the GPUs as they are now."""

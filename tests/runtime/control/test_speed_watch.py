@@ -7,6 +7,7 @@ import pytest
 
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.errors import ProblemError
+from moeless_opt.problems.spec import TimeModel
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.runtime.control.backend import Observation
 from moeless_opt.runtime.control.controller import Controller
@@ -62,11 +63,97 @@ def test_ranks_without_tokens_and_other_ranks() -> None:
     part.tokens_LG[:, 2] = 0
     assert not watch.see(part)  # of who served nothing, nothing new is known
     assert watch.speed_G == pytest.approx([1, 1, 0.5])
-    assert not watch.see(look(rng, np.ones(2), noise=0))  # a rank was lost
+    assert watch.see(look(rng, np.ones(2), noise=0))  # a rank was lost, and which is not known
     assert watch.speed_G == pytest.approx([1, 1])
+    assert not watch.see(look(rng, np.ones(3), noise=0))  # and is back: nothing was believed of it
     for bad in ({"patience": 0}, {"least": 0.0}, {"least": 1.0}, {"noise": -1.0}):
         with pytest.raises(ProblemError):
             SpeedWatch(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_few_layers_are_followed_no_more_rashly(layers: int) -> None:
+    """A tenth of noise: hardly a change where there is none (a fifth of all looks were, of one layer)."""
+    false = 0
+    for seed in range(3):
+        rng, watch = np.random.default_rng(seed), SpeedWatch()
+        false += sum(watch.see(look(rng, np.ones(8), noise=0.1, layers=layers)) for _ in range(150))
+        slow = np.array([1.0] * 7 + [0.7])
+        rng, watch = np.random.default_rng(seed), SpeedWatch()
+        told = [watch.see(look(rng, slow, noise=0.1, layers=layers)) for _ in range(15)]
+        assert any(told)
+        assert watch.speed_G is not None
+        assert watch.speed_G[7] == pytest.approx(0.7, abs=0.12)
+    assert false <= 2
+
+
+def test_one_rank_and_all_ranks_slow_are_no_change() -> None:
+    rng = np.random.default_rng(3)
+    for gpus in (1, 2, 8):
+        watch = SpeedWatch()
+        for factor in (1.0, 0.3, 1.0):
+            assert not any(watch.see(look(rng, factor * np.ones(gpus))) for _ in range(8))
+        assert watch.speed_G == pytest.approx(np.ones(gpus))
+
+
+def test_most_ranks_slow_is_a_few_fast_and_the_reverse() -> None:
+    rng, watch = np.random.default_rng(4), SpeedWatch()
+    for speed in ([1, 1, 1, 1, 0.5, 0.5, 1], [0.5, 1, 1, 0.5, 0.5, 0.5, 0.5], [1] * 7):
+        speed_G = np.array(speed, dtype=float)
+        for _ in range(6):
+            watch.see(look(rng, speed_G))
+        assert watch.speed_G == pytest.approx(speed_G / np.median(speed_G), abs=0.06)
+
+
+def test_who_is_busy_does_not_say_who_is_usual() -> None:
+    """Only the slow ones serve for a while: they stay slow."""
+    rng, watch, speed_G = np.random.default_rng(5), SpeedWatch(), np.array([1.0, 1.0, 1.0, 0.5, 0.5])
+    for _ in range(4):
+        watch.see(look(rng, speed_G, noise=0.01))
+    assert watch.speed_G == pytest.approx(speed_G, abs=0.03)
+    for _ in range(8):
+        part = look(rng, speed_G, noise=0.01)
+        part.tokens_LG[:, :3] = 0
+        assert not watch.see(part)
+
+
+def test_a_fixed_part_of_the_time_makes_nobody_slow() -> None:
+    """Decode: a pass takes 1 ms whoever serves how many; shares that follow the tokens' rate would run away."""
+    time = TimeModel(launch=1e-3, token_cost=1e-6, unit="s")
+    tokens = np.array([[400, 300, 200, 50]] * 3)
+    for watch, fooled in ((SpeedWatch(), True), (SpeedWatch(time=time), False)):
+        told = False
+        for _ in range(6):
+            seconds = 10 * 1e-3 + tokens * 1e-6
+            told |= watch.see(Observation(load_LE=tokens, tokens_LG=tokens, seconds_LG=seconds, batches=10))
+        assert told is fooled
+    slow = SpeedWatch(time=time)
+    for _ in range(3):
+        seconds = (10 * 1e-3 + tokens * 1e-6) / [1, 1, 0.5, 1]
+        slow.see(Observation(load_LE=tokens, tokens_LG=tokens, seconds_LG=seconds, batches=10))
+    assert slow.speed_G == pytest.approx([1, 1, 0.5, 1])
+    with pytest.raises(ProblemError, match="time: must be a TimeModel of token_cost and launch"):
+        SpeedWatch(time=TimeModel(activation_cost=1.0))
+
+
+def test_speeds_that_are_known_are_where_it_begins() -> None:
+    """A topology that says so; and a watch that goes on beside another controller."""
+    uneven = TOPOLOGY.replace(speed_G=np.array([2.0, 2.0, 1.0, 2.0]))
+    backend = Slowed(8, np.array([1.0, 1.0, 0.5, 1.0]))
+    watch = SpeedWatch()
+    controller = Controller(backend, Planner(topology=uneven), every=2, speeds=watch)
+    for _ in range(16):
+        controller.after()
+    assert backend.told == []  # they are as the topology says
+    assert watch.speed_G == pytest.approx([1, 1, 0.5, 1])
+    equal = Slowed(8, np.ones(4))
+    controller = Controller(equal, Planner(topology=uneven), every=2, speeds=SpeedWatch())
+    for _ in range(16):
+        controller.after()
+    assert equal.told[-1] == pytest.approx(np.ones(4))  # they are not
+    again = Slowed(2, np.array([1.0, 1.0, 0.5, 1.0]))
+    Controller(again, Planner(topology=TOPOLOGY), every=2, speeds=watch)
+    assert again.told[0] == pytest.approx([1, 1, 0.5, 1])
 
 
 class Slowed(Notebook):
