@@ -1,8 +1,9 @@
 """Print what following the speeds of ranks is worth: four gloo ranks, one twice as long for a row.
 
-``python tests/benchmarks/speed_watch_table.py`` runs the ranks several times, without and with `SpeedWatch`: the
-slowest rank's time in the experts of a pass, its ratio to the mean, the last rank's share of the rows, and the
-speed that is believed of it. The last line has the medians over the runs. ``--times 1`` has four equal ranks.
+``python tests/benchmarks/speed_watch_table.py`` runs the ranks several times, without and with `SpeedWatch`:
+the slowest rank's time in the experts of a pass, its ratio to the mean, the last rank's share of the rows,
+and the speed that is believed of it. The last line has the medians over the runs. ``--times 1`` has four
+equal ranks.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def test_who_is_busy_does_not_say_who_is_usual() -> None:
 
 
 def test_a_fixed_part_of_the_time_makes_nobody_slow() -> None:
-    """Decode: a pass takes 1 ms whoever serves how many; shares that follow the tokens' rate would run away."""
+    """Decode: a pass takes 1 ms whoever serves how many; shares by the tokens' rate would run away."""
     time = TimeModel(launch=1e-3, token_cost=1e-6, unit="s")
     tokens = np.array([[400, 300, 200, 50]] * 3)
     for watch, fooled in ((SpeedWatch(), True), (SpeedWatch(time=time), False)):
