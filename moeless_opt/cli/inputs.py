@@ -31,6 +31,7 @@ from moeless_opt.problems.spec import (
     Objective,
     Placement,
     Problem,
+    Risk,
     Sizing,
     Topology,
     held_LGE,
@@ -73,6 +74,10 @@ def read_problem(args: argparse.Namespace) -> Problem:
     if args.lost is not None:
         problem = _lowered(problem, args)
     problem = _with_live(with_nearness(problem, args), args)
+    if args.risk is not None and problem.loads.shape[0] == 1 and problem.objective.risk != Risk.EXPECTED:
+        raise ProblemError(
+            "--risk", f"is {args.risk}, and the loads are of one scenario; give more of them (--also FILE)"
+        )
     for key in ("max_moves", "max_move_bytes"):
         if getattr(args, key) is not None and problem.current is None:
             option = "--" + key.replace("_", "-")

@@ -13,7 +13,7 @@ from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.files import named, read_bytes
 from moeless_opt.problems.io import read_arrays
 from moeless_opt.problems.io.recordings import is_many, read_sources
-from moeless_opt.problems.spec import Groups, Problem, Topology, span
+from moeless_opt.problems.spec import Groups, Priority, Problem, Topology, span
 
 __all__ = ["with_nearness"]
 
@@ -42,6 +42,11 @@ def with_nearness(problem: Problem, args: argparse.Namespace) -> Problem:
                 "--failure-rate", "is for the priority survival: give --priorities survival,..."
             )
         changes["objective"] = wish.replace(failure_rate=args.failure_rate)
+    asked = changes.get("objective", problem.objective).priorities
+    traded = args.mode == "pareto" and args.pareto == Priority.HOPS
+    if args.flow is not None and Priority.HOPS not in asked and not traded:
+        way = "--pareto hops" if args.mode == "pareto" else "add --priorities balance,hops"
+        raise ProblemError("--flow", f"is for the priority hops, which is not asked for: {way}")
     return problem.replace(**changes, known=None) if changes else problem
 
 

@@ -287,7 +287,8 @@ OPTIONS: tuple[Option, ...] = (
         "--risk",
         modes=(*_PLANS, "check", "explain", "bound", "pareto", *_STAGED),
         metavar="RULE",
-        help="over several scenarios: expected, worst, cvar=0.9 or sigma=1 (mean and deviations above it)",
+        help="over several scenarios: expected, worst, cvar=0.9, sigma=1 (mean and deviations above it) or "
+        "covariance=2 (mean and deviations of each GPU under one split)",
     ),
     _input(
         "--priorities",

@@ -47,6 +47,7 @@ from .migration import migration_violations as migration_violations
 from .migration import port_kind as port_kind
 from .migration import transfer_seconds as transfer_seconds
 from .objective import Judged as Judged
+from .objective import gpu_risk as gpu_risk
 from .objective import hops_L as hops_L
 from .objective import judged as judged
 from .objective import objective_vector as objective_vector

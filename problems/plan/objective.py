@@ -29,6 +29,7 @@ __all__ = [
     "TERMS",
     "Judged",
     "Term",
+    "gpu_risk",
     "hops_L",
     "judged",
     "objective_vector",
@@ -52,7 +53,8 @@ def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) 
         Weights of the scenarios, summing to 1; equal by default.
     objective : Objective
         Says ``expected``, ``worst``, ``cvar`` or ``sigma``. None falls where a value rises: the last, too, as
-        long as sigma is at most 1 (mean-upper-semideviation; Ruszczynski and Shapiro 2006).
+        long as sigma is at most 1 (mean-upper-semideviation; Ruszczynski and Shapiro 2006). ``covariance``
+        may fall, and is to be taken of each GPU by itself (see `gpu_risk`).
     """
     if top_TL.shape[0] == 1:
         return np.asarray(top_TL[0])
@@ -62,6 +64,10 @@ def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) 
         return np.asarray(top_TL.max(0))
     if objective.risk == "expected":
         return np.asarray(weight_T @ top_TL)
+    if objective.risk == "covariance":
+        mean_L = weight_T @ top_TL
+        apart_TL = np.clip(top_TL - mean_L, -1e150, 1e150)
+        return np.asarray(mean_L + objective.sigma * np.sqrt(weight_T @ apart_TL**2))
     if objective.risk == "sigma":
         mean_L = weight_T @ top_TL
         above_TL = np.maximum(top_TL - mean_L, 0.0)
@@ -72,6 +78,31 @@ def risk(top_TL: FloatArray, weight_T: FloatArray | None, objective: Objective) 
     tail = 1.0 - objective.cvar_alpha
     kept_TL = np.clip(tail - (np.cumsum(weight_TL, axis=0) - weight_TL), 0.0, weight_TL)
     return np.asarray((kept_TL * np.take_along_axis(top_TL, order_TL, axis=0)).sum(0) / tail)
+
+
+def gpu_risk(time_TX: FloatArray, weight_T: FloatArray | None, objective: Objective) -> FloatArray:
+    """Values of GPUs of which the largest counts, for `risk`: of each scenario, or one for all of them.
+
+    A layer's time is the risk of the scenarios' slowest GPUs; by ``covariance``, which asks how far each GPU
+    strays, it is that of the GPU with the largest risk of its own: ``max_g m_g + sigma sqrt(s_g' C s_g)``,
+    with the shares s_g of the experts that the GPU serves and C the covariance of the experts' loads.
+
+    Parameters
+    ----------
+    time_TX : array, shape [T, ...]
+        Times of GPUs in each scenario.
+    weight_T, objective
+        As in `risk`.
+
+    Returns
+    -------
+    array, shape [T, ...] or [1, ...]
+        ``risk(gpu_risk(time_TLG, ...).max(2), ...)`` are the layers' values.
+    """
+    if objective.risk != "covariance" or len(time_TX) == 1:
+        return time_TX
+    flat_TX = time_TX.reshape(len(time_TX), -1)
+    return risk(flat_TX, weight_T, objective).reshape(1, *time_TX.shape[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +164,9 @@ def judged(
     time_TLG = np.array([times(*pair) for pair in zip(loads.load_TLE, each, strict=True)])
     perfect_TL = np.array([perfect_times(part_LG, speed_G, usable_LG) for part_LG in time_TLG])
     flat_TL = time_TLG.reshape(len(time_TLG), -1)
+    top_TL = gpu_risk(time_TLG, loads.weight_T, problem.objective).max(2)
     value_L, perfect_L, risk_LG = (
-        risk(value, loads.weight_T, problem.objective) for value in (time_TLG.max(2), perfect_TL, flat_TL)
+        risk(value, loads.weight_T, problem.objective) for value in (top_TL, perfect_TL, flat_TL)
     )
     return Judged(
         time_LG=time_LG, value_L=value_L, perfect_L=perfect_L, risk_LG=risk_LG.reshape(time_LG.shape)

@@ -239,7 +239,7 @@ def _by_scenario(problem: Problem) -> bool:
     """Whether shares may differ from scenario to scenario."""
     if problem.split == "nearest":
         return problem.loads.shape[0] > 1 and problem.loads.load_TLNE is not None
-    return problem.split == "fractional"
+    return problem.split == "fractional" and problem.objective.risk != "covariance"
 
 
 def _astray(problem: Problem, plan: Plan, held: _Held) -> list[str]:
@@ -481,7 +481,11 @@ def _claims(problem: Problem, plan: Plan, held: _Held) -> list[str]:
         time = np.where(usable, time, 0.0)
         weight = np.where(usable, speed / speed.max(), 0.0)
         mean = (time * weight).sum(2) / np.maximum(weight.sum(1), 1e-300)
-        top, work = (_over_scenarios(problem, part) for part in (time.max(2), mean))
+        if problem.objective.risk == "covariance":  # how far each GPU strays, not the slowest ones
+            top = _over_scenarios(problem, time).max(1)
+        else:
+            top = _over_scenarios(problem, time.max(2))
+        work = _over_scenarios(problem, mean)
         ratio = np.where(work > 0, top / np.where(work > 0, work, 1.0), 1.0)
     if not (np.isfinite(top).all() and np.isfinite(ratio).all()):
         return [*found, "the plan's times are not finite: loads, time model and speeds are out of range"]
@@ -525,6 +529,10 @@ def _over_scenarios(problem: Problem, value: FloatArray) -> FloatArray:
     share = np.full(count, 1.0 / count) if weight is None else weight
     if wish.risk == "worst":
         return np.asarray(value.max(0))
+    if wish.risk == "covariance":
+        middle = np.tensordot(share, value, 1)
+        spread = np.sqrt(sum(p * (part - middle) ** 2 for p, part in zip(share, value, strict=True)))
+        return np.asarray(middle + wish.sigma * spread)
     if wish.risk == "sigma":
         middle = np.tensordot(share, value, 1)
         square = np.tensordot(share, np.where(value > middle, value - middle, 0.0) ** 2, 1)

@@ -34,6 +34,7 @@ from moeless_opt.problems.spec.wishes import (
     Groups,
     Limits,
     Objective,
+    Risk,
     Sizing,
     Split,
 )
@@ -199,6 +200,12 @@ class Problem(Record):
         if self.groups is not None and self.groups.group_E.size != experts:
             raise ProblemError(
                 "groups.group", f"is for {self.groups.group_E.size} experts, the loads have {experts}"
+            )
+        if self.objective.risk == Risk.COVARIANCE and (self.time.has_curve or self.time.activation_cost > 0):
+            raise ProblemError(
+                "objective.risk",
+                "is 'covariance' with a time model of more than tokens, must be another: it takes times that "
+                "are linear in the loads",
             )
         missing = (("hops", self.loads.flow_LEE, "loads.flow"), ("groups", self.groups, "groups"))
         for priority, part, where in missing:

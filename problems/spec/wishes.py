@@ -83,6 +83,7 @@ class Risk(_Choice):
     CVAR = "cvar"
     WORST = "worst"
     SIGMA = "sigma"
+    COVARIANCE = "covariance"
 
 
 class SizingPolicy(_Choice):
@@ -95,6 +96,7 @@ class SizingPolicy(_Choice):
     MEMORY = "memory"
 
 
+_MOST_DEVIATIONS = 1e3
 _LOOSEST = 1e6  # beyond it anything is balanced; token counts within it stay below 64 bits
 MOST_ENTRIES = 1 << 16
 """Entries that a dispatch table may have for an expert."""
@@ -123,12 +125,16 @@ class Objective(Record):
         over the horizon exceeds the time of its transfer.
     risk : Risk or str
         How the time of a layer is taken over several load scenarios: ``"expected"``, ``"cvar"``, ``"worst"``,
-        or ``"sigma"``: the mean and `sigma` standard deviations above it.
+        or ``"sigma"``: the mean and `sigma` standard deviations above it; or ``"covariance"``: the mean and
+        `sigma` standard deviations of each GPU's time under one split for all scenarios, of the GPU where
+        that is most. Shares that cannot follow the traffic, and a whole history as scenarios, are its case.
     cvar_alpha : float
         Level of the CVaR: the mean over the worst ``1 - cvar_alpha`` of the weight.
     sigma : float
-        With the risk ``"sigma"``: how many deviations, 0 to 1. Counted is what lies above the mean (the upper
-        semideviation), so that no plan gains by being slower in its good scenarios.
+        How many deviations. With the risk ``"sigma"`` 0 to 1, and counted is what lies above the mean (the
+        upper semideviation), so that no plan gains by being slower in its good scenarios. With
+        ``"covariance"`` at least 0, and of standard deviations: experts that are busy at different times make
+        up for each other.
     failure_rate : float
         With the priority ``survival``: probability that a failure domain fails, each by itself, until the
         placement is mended; 0.0001 to 0.5.
@@ -166,7 +172,12 @@ class Objective(Record):
             raise ProblemError("objective.risk", f"is {self.risk!r}, must be one of {tuple(Risk)}")
         put(self, "risk", Risk(self.risk))
         put(self, "sigma", number("objective.sigma", self.sigma))
-        if self.sigma > 1:
+        if self.risk == Risk.COVARIANCE:
+            if self.sigma > _MOST_DEVIATIONS:
+                raise ProblemError(
+                    "objective.sigma", f"is {self.sigma:g}, must be at most {_MOST_DEVIATIONS:g}"
+                )
+        elif self.sigma > 1:
             raise ProblemError("objective.sigma", f"is {self.sigma}, must be at least 0 and at most 1")
         put(self, "failure_rate", number("objective.failure_rate", self.failure_rate))
         if not 1e-4 <= self.failure_rate <= 0.5:
@@ -181,7 +192,7 @@ class Objective(Record):
 
 
 def risk_rule(rule: str) -> dict[str, Any]:
-    """The fields of an `Objective` by a short rule: a risk, or ``cvar=0.9``, ``sigma=0.5``.
+    """The fields of an `Objective` by a short rule: a risk, or ``cvar=0.9``, ``sigma=0.5``, ``covariance=2``.
 
     Raises
     ------
@@ -191,7 +202,8 @@ def risk_rule(rule: str) -> dict[str, Any]:
     risk, given, value = rule.partition("=")
     if not given:
         return {"risk": risk}
-    field = {Risk.CVAR: "cvar_alpha", Risk.SIGMA: "sigma"}.get(risk)  # type: ignore[call-overload]
+    fields: dict[str, str] = {Risk.CVAR: "cvar_alpha", Risk.SIGMA: "sigma", Risk.COVARIANCE: "sigma"}
+    field = fields.get(risk)
     if field is None:
         raise ProblemError("objective.risk", f"is {rule!r}: {risk!r} takes no value")
     try:

@@ -39,6 +39,7 @@ from .registry import solver_names as solver_names
 from .scenarios import best_over_scenarios as best_over_scenarios
 from .scenarios import descents as descents
 from .scenarios import guises as guises
+from .scenarios import one_split as one_split
 from .scenarios import perfect_tokens as perfect_tokens
 from .scenarios import risk_L as risk_L
 from .scenarios import scenario_shares as scenario_shares

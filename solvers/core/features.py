@@ -23,6 +23,7 @@ class Feature(enum.StrEnum):
     MEMORY = "memory in bytes"
     SCENARIOS = "several load scenarios"
     SIGMA = "mean and deviation over scenarios"
+    COVARIANCE = "covariance over scenarios"
     TIME_MODEL = "a time model with more than tokens"
     NODE_AWARE = "loads by source node"
     REPLICA_LIMITS = "limits on replicas"
@@ -53,6 +54,7 @@ _CONSTRUCT = _SPLITS | {
     Feature.MEMORY,
     Feature.SCENARIOS,
     Feature.SIGMA,
+    Feature.COVARIANCE,
     Feature.NODE_AWARE,
 }
 _ENTRIES = frozenset({Feature.SHARE_ENTRIES})  # the base of the solvers rounds; what they prove must allow it
@@ -62,12 +64,15 @@ _FILL_ALL = _FILL | {Feature.FILL_EQUAL, Feature.FILL_LIMITS}
 _REPLAN = _CONSTRUCT | _LIMITS | _ENTRIES | _FILL_ALL | {Feature.MOVE_LIMITS}
 _EVEN_OR_FREE = _CONSTRUCT - {Feature.NEAREST}
 _CONSTRAINED = _EVEN_OR_FREE | _LIMITS | _ENTRIES | {Feature.SIZING_CV}
-_SIZED = _EVEN_OR_FREE | _ENTRIES | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
-_ACTIVATION = _EVEN_OR_FREE | _ENTRIES | _FILL | {Feature.TIME_MODEL}
+_SIZED = (_EVEN_OR_FREE - {Feature.COVARIANCE}) | _ENTRIES | {Feature.SIZING_MAKESPAN, Feature.SIZING_MEMORY}
+_ACTIVATION = (_EVEN_OR_FREE - {Feature.COVARIANCE}) | _ENTRIES | _FILL | {Feature.TIME_MODEL}
 _LEXICOGRAPHIC = (
     _EVEN_OR_FREE | _LIMITS | {Feature.PRIORITIES, Feature.BALANCE_THEN_NEAR, Feature.SURVIVAL}
-) - {Feature.SIGMA}
-_LOCALITY = _CONSTRUCT | {
+) - {
+    Feature.SIGMA,
+    Feature.COVARIANCE,
+}
+_LOCALITY = (_CONSTRUCT - {Feature.COVARIANCE}) | {
     Feature.SPREAD,
     Feature.BALANCE_THEN_NEAR,
     Feature.COSTS,
@@ -88,6 +93,7 @@ _PUBLISHED = _SPLITS | {
     Feature.MEMORY,
     Feature.SCENARIOS,
     Feature.SIGMA,
+    Feature.COVARIANCE,
     Feature.NODE_AWARE,
     Feature.TIME_MODEL,
     Feature.COSTS,
@@ -99,6 +105,7 @@ _PODS = {
     Feature.SPREAD,
     Feature.SCENARIOS,
     Feature.SIGMA,
+    Feature.COVARIANCE,
     Feature.NODE_AWARE,
 }
 
@@ -175,6 +182,8 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         needs.add(Feature.SCENARIOS)
         if problem.objective.risk == "sigma":
             needs.add(Feature.SIGMA)
+        if problem.objective.risk == "covariance":
+            needs.add(Feature.COVARIANCE)
     if problem.loads.load_TLNE is not None:
         needs.add(Feature.NODE_AWARE)
     if topology.cost_GG is not None and {"traffic", "hops"} & set(problem.objective.priorities):

@@ -27,7 +27,13 @@ from moeless_opt.problems.plan import (
 )
 from moeless_opt.problems.spec import Fill, Problem, equal_shares, seat_in_place
 from moeless_opt.solvers.core.entries import in_entries
-from moeless_opt.solvers.core.scenarios import scenario_shares
+from moeless_opt.solvers.core.scenarios import (
+    MOST_SCENARIOS,
+    one_split,
+    perfect_tokens,
+    scenario_shares,
+    scenario_split,
+)
 from moeless_opt.solvers.core.slack import only_moves, without_slack
 from moeless_opt.solvers.core.stopping import Clock
 
@@ -79,6 +85,8 @@ class Built:
         each, loads = self.scenario_share_TLGC, problem.loads
         if each is None and loads.shape[0] > 1:
             check_layers(problem, self.slots_LGC)
+            if problem.split == "fractional" and one_split(problem):
+                return replace(self, share_LGC=scenario_split(problem, self.slots_LGC))
             each = scenario_shares(problem, self.slots_LGC, self.shares_LGC)
         if problem.share_entries is None:
             return self if each is self.scenario_share_TLGC else replace(self, scenario_share_TLGC=each)
@@ -120,11 +128,13 @@ def lower_bound(problem: Problem, split: str | None = None) -> Bound:
     Over several scenarios no placement beats the risk of the scenarios' own bounds, since a risk measure
     never falls where a time rises; nor the bound for the expected loads, since a layer's time is convex in
     them (of free shares, not of whole entries); nor, in the worst case, replicas that must do for every
-    expert's largest load.
+    expert's largest load. By the covariance see `_covariance_bound`.
     """
     loads = problem.loads
     if loads.shape[0] == 1:
         return _bound_of(problem, problem.load_LE, split)
+    if one_split(problem):
+        return _covariance_bound(problem, split)
     free = problem if problem.share_entries is None else problem.replace(share_entries=None)
     expected_L, names = _bound_of(free, problem.load_LE, split)
     each = [_bound_of(problem, load_LE, split) for load_LE in loads.load_TLE]
@@ -137,6 +147,30 @@ def lower_bound(problem: Problem, split: str | None = None) -> Bound:
         most_LE = loads.load_TLE.max(0)
         tau_L = tau_star(most_LE, problem.capacity_LG, problem.topology.speed_G, split or _provable(problem))
         best = _higher(best, (tau_L * problem.time.token_cost, ("tau",) * problem.layers))
+    return best
+
+
+def _covariance_bound(problem: Problem, split: str | None) -> Bound:
+    """The best bound for loads within the ellipsoid that the covariance describes.
+
+    With one split, m + sigma deviations of a GPU is its time under the loads of an ellipsoid around the mean
+    that are worst for it: ``sqrt(s'Cs) >= u's`` for every u of the ellipsoid's surface (Ben-Tal and
+    Nemirovski, "Robust solutions of uncertain linear programs", Operations Research Letters 25 (1999)). So no
+    layer ends before it would under any of those loads alone; taken are the mean, the mean moved towards the
+    heaviest scenarios, and what all GPUs together stray. All are mixtures of scenarios, so that shares which
+    follow from them (by source node) are shares, too.
+    """
+    loads, sigma = problem.loads, problem.objective.sigma
+    count = loads.shape[0]
+    weight_T = np.full(count, 1 / count) if loads.weight_T is None else loads.weight_T
+    usual = _bound_of(problem, problem.load_LE, split)
+    even_L = in_time(problem, perfect_tokens(problem))
+    best = _higher(usual, (even_L, ("mean",) * problem.layers))
+    for t in np.argsort(-weight_T, kind="stable")[:MOST_SCENARIOS].tolist():
+        part = min(sigma * weight_T[t] ** 0.5, 1.0)
+        load_LE = problem.load_LE + part * (loads.load_TLE[t] - problem.load_LE)
+        bound_L, names = _bound_of(problem, np.maximum(load_LE, 0.0), split)
+        best = _higher(best, (bound_L, names))
     return best
 
 

@@ -4,7 +4,8 @@ With even shares a change is weighed exactly in all scenarios at once. Changes s
 scenario: one of its replicas trades places with a replica elsewhere, or moves to a free slot; or one of its
 experts gets a replica more elsewhere, in a free slot or in that of an expert with another replica.
 
-Axes: T scenarios, L layers, E experts, G GPUs, C slots of a GPU, K changes that are weighed together.
+Axes: T scenarios, S those that remain of them after `each_gpu` (all or one), L layers, E experts, G GPUs,
+C slots of a GPU, K changes that are weighed together.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TARGETS = 12
 _GAIN = 1e-6
 
 Measure = Callable[[FloatArray], FloatArray]
-"""Largest times [T, K] to their risk [K]."""
+"""Largest times [T, K] to their risk [K]; or times of GPUs [T, ...] to those whose largest counts."""
 
 
 def descend_even(
@@ -35,6 +36,7 @@ def descend_even(
     capacity_G: IntArray,
     speed_G: FloatArray,
     measure: Measure,
+    each_gpu: Measure,
     *,
     enough: float,
     stop: Stop,
@@ -54,6 +56,8 @@ def descend_even(
         Relative speeds.
     measure : callable
         The risk.
+    each_gpu : callable
+        What is done with the times of GPUs before the largest is taken: nothing, or a risk of each.
     enough : float
         Risk (tokens over speed) that asks for no further change.
     stop : Stop
@@ -61,15 +65,15 @@ def descend_even(
     steps : int
         Changes at most.
     """
-    layer = _Layer.of(load_TE, slots_GC, capacity_G, speed_G)
-    value = float(measure(layer.time_TG.max(1)[:, None])[0])
+    layer = _Layer.of(load_TE, slots_GC, capacity_G, speed_G, each_gpu)
+    value = float(measure(layer.value_SG.max(1)[:, None])[0])
     for _ in range(steps):
         if value <= enough or stop():
             break
         best: tuple[float, Callable[[], None]] = (value * (1 - _GAIN), lambda: None)
-        slowest_T = layer.time_TG.argmax(1)
-        for gpu in np.unique(slowest_T).tolist():
-            reach_G = np.argsort(layer.time_TG[slowest_T == gpu].max(0), kind="stable")[:TARGETS]
+        slowest_S = layer.value_SG.argmax(1)
+        for gpu in np.unique(slowest_S).tolist():
+            reach_G = np.argsort(layer.value_SG[slowest_S == gpu].max(0), kind="stable")[:TARGETS]
             for weighed, change in (
                 _trades(layer, gpu, reach_G, measure),
                 _more(layer, gpu, reach_G, measure),
@@ -81,7 +85,7 @@ def descend_even(
             break
         best[1]()
         layer.refresh()
-        value = float(measure(layer.time_TG.max(1)[:, None])[0])
+        value = float(measure(layer.value_SG.max(1)[:, None])[0])
 
 
 @dataclass(slots=True)
@@ -92,17 +96,25 @@ class _Layer:
     slots_GC: SlotArray
     free_GC: SlotArray
     speed_G: FloatArray
+    each_gpu: Measure
     held_EG: FloatArray
     count_E: FloatArray
     piece_TE: FloatArray
     time_TG: FloatArray
+    value_SG: FloatArray
 
     @classmethod
     def of(
-        cls, load_TE: FloatArray, slots_GC: SlotArray, capacity_G: IntArray, speed_G: FloatArray
+        cls,
+        load_TE: FloatArray,
+        slots_GC: SlotArray,
+        capacity_G: IntArray,
+        speed_G: FloatArray,
+        each_gpu: Measure,
     ) -> _Layer:
         nothing = np.zeros((0, 0))
-        layer = cls(load_TE, slots_GC, slots_GC, speed_G, nothing, nothing, nothing, nothing)
+        made = nothing, nothing, nothing, nothing, nothing
+        layer = cls(load_TE, slots_GC, slots_GC, speed_G, each_gpu, *made)
         # A slot that may be filled: the first ones of a GPU that are empty, as many as it has room.
         empty = slots_GC < 0
         room_G = capacity_G - (~empty).sum(1)
@@ -120,6 +132,7 @@ class _Layer:
         self.count_E = self.held_EG.sum(1)
         self.piece_TE = self.load_TE / self.count_E
         self.time_TG = self.piece_TE @ self.held_EG / self.speed_G
+        self.value_SG = self.each_gpu(self.time_TG)
 
     def elsewhere(self, gpu: int, reach_G: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """GPU, slot and expert (-1: free) of what may change elsewhere."""
@@ -145,12 +158,13 @@ def _trades(
     moved_TK = layer.piece_TE[:, give] - np.where(take >= 0, layer.piece_TE[:, np.maximum(take, 0)], 0.0)
     here_TK = layer.time_TG[:, [gpu]] - moved_TK / layer.speed_G[gpu]
     there_TK = layer.time_TG[:, to] + moved_TK / layer.speed_G[to]
-    rest_TG = layer.time_TG.copy()
-    rest_TG[:, gpu] = 0.0
-    first_T = rest_TG.argmax(1)
-    most_T = rest_TG.max(1)
-    rest_TG[np.arange(len(rest_TG)), first_T] = 0.0
-    rest_TK = np.where(to == first_T[:, None], rest_TG.max(1)[:, None], most_T[:, None])
+    here_SK, there_SK = layer.each_gpu(here_TK), layer.each_gpu(there_TK)
+    rest_SG = layer.value_SG.copy()
+    rest_SG[:, gpu] = 0.0
+    first_S = rest_SG.argmax(1)
+    most_S = rest_SG.max(1)
+    rest_SG[np.arange(len(rest_SG)), first_S] = 0.0
+    rest_SK = np.where(to == first_S[:, None], rest_SG.max(1)[:, None], most_S[:, None])
 
     def trade(k: int) -> None:
         layer.slots_GC[gpu, own[k]] = take[k]
@@ -160,7 +174,7 @@ def _trades(
 
     if not len(to):
         return np.zeros(0), trade
-    return measure(np.maximum(np.maximum(here_TK, there_TK), rest_TK)), trade
+    return measure(np.maximum(np.maximum(here_SK, there_SK), rest_SK)), trade
 
 
 def _more(
@@ -194,4 +208,4 @@ def _more(
     )
     here = np.arange(len(to))
     tokens_TKG[:, here, to] += new_TK - np.where(less >= 0, layer.piece_TE[:, gone] + grown_TK, 0.0)
-    return measure((tokens_TKG / layer.speed_G).max(2)), put
+    return measure(layer.each_gpu(tokens_TKG / layer.speed_G).max(2)), put

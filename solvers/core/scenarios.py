@@ -14,8 +14,17 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.plan import gpu_times, new_replicas, risk
-from moeless_opt.problems.spec import TOKENS, Fill, Limits, Loads, Problem, equal_shares, nearest_shares
+from moeless_opt.problems.plan import gpu_risk, gpu_times, new_replicas, risk
+from moeless_opt.problems.spec import (
+    TOKENS,
+    Fill,
+    Limits,
+    Loads,
+    Problem,
+    Risk,
+    equal_shares,
+    nearest_shares,
+)
 from moeless_opt.solvers.core.chain import chained
 from moeless_opt.solvers.core.entries import in_entries
 from moeless_opt.solvers.core.placing import keeps_limits, random_change, widened
@@ -23,16 +32,18 @@ from moeless_opt.solvers.core.risk_descent import STEPS as STEPS_DOWN
 from moeless_opt.solvers.core.risk_descent import descend_even
 from moeless_opt.solvers.core.slack import without_slack
 from moeless_opt.solvers.core.stopping import Stop
-from moeless_opt.solvers.shares import ReplicaGraph, solve_shares
+from moeless_opt.solvers.shares import ReplicaGraph, covariance_shares, solve_shares
 
 __all__ = [
     "MOST_SCENARIOS",
     "best_over_scenarios",
     "descents",
     "guises",
+    "one_split",
     "perfect_tokens",
     "risk_L",
     "scenario_shares",
+    "scenario_split",
     "settle_small",
 ]
 
@@ -58,6 +69,8 @@ _EQUAL = 1e-9
 def risk_L(problem: Problem, slots_LGC: SlotArray, rows: IntArray | slice = ALL) -> FloatArray:
     """Largest tokens over speed with the best shares in every scenario, by the problem's risk, shape [L].
 
+    By the covariance with the best shares for all scenarios together.
+
     Parameters
     ----------
     problem : Problem
@@ -68,18 +81,21 @@ def risk_L(problem: Problem, slots_LGC: SlotArray, rows: IntArray | slice = ALL)
         Which ones; all by default.
     """
     speed_G, load_TLE = problem.topology.speed_G, problem.loads.load_TLE[:, rows]
-    if problem.split == "equal":
-        even_LGC = equal_shares(slots_LGC, problem.experts)
-        top_TL = [gpu_times(load_LE, slots_LGC, even_LGC, speed_G).max(1) for load_LE in load_TLE]
-    elif problem.split == "nearest":
-        top_TL = [
-            gpu_times(load_LE, slots_LGC, _near(problem, slots_LGC, t, rows), speed_G).max(1)
-            for t, load_LE in enumerate(load_TLE)
-        ]
+    weight_T, wish = problem.loads.weight_T, problem.objective
+    if problem.split != "fractional" or one_split(problem):
+        if problem.split == "nearest":
+            each = [_near(problem, slots_LGC, t, rows) for t in range(len(load_TLE))]
+        elif problem.split == "equal":
+            each = [equal_shares(slots_LGC, problem.experts)] * len(load_TLE)
+        else:
+            each = [scenario_split(problem, slots_LGC, rows)] * len(load_TLE)
+        pairs = zip(load_TLE, each, strict=True)
+        time_TLG = np.array([gpu_times(load_LE, slots_LGC, one, speed_G) for load_LE, one in pairs])
+        top_TL = gpu_risk(time_TLG, weight_T, wish).max(2)
     else:
         graph = ReplicaGraph(slots_LGC, speed_G, problem.experts)
         found = [solve_shares(load_LE, graph) for load_LE in load_TLE]
-        top_TL = [one.time_L for one in found]
+        top_TL = np.array([one.time_L for one in found])
         if problem.share_entries is not None:
             plain = problem.replace(time=TOKENS)
             share_TLGC = [
@@ -87,19 +103,34 @@ def risk_L(problem: Problem, slots_LGC: SlotArray, rows: IntArray | slice = ALL)
                 for load_LE, one in zip(load_TLE, found, strict=True)
             ]
             pairs = zip(load_TLE, share_TLGC, strict=True)
-            top_TL = [gpu_times(load_LE, slots_LGC, one, speed_G).max(1) for load_LE, one in pairs]
-    return risk(np.array(top_TL), problem.loads.weight_T, problem.objective)
+            top_TL = np.array([gpu_times(load_LE, slots_LGC, one, speed_G).max(1) for load_LE, one in pairs])
+    return risk(top_TL, weight_T, wish)
+
+
+def one_split(problem: Problem) -> bool:
+    """Whether free shares are the same in all scenarios: how far a GPU strays is asked of given shares."""
+    return problem.loads.shape[0] > 1 and problem.objective.risk == Risk.COVARIANCE
+
+
+def scenario_split(problem: Problem, slots_LGC: SlotArray, rows: IntArray | slice = ALL) -> FloatArray:
+    """Free shares for all scenarios together, of least covariance risk, of some layers: shape [L, G, C]."""
+    load_TLE, speed_G = problem.loads.load_TLE[:, rows], problem.topology.speed_G
+    sigma = problem.objective.sigma
+    share_LGC = covariance_shares(load_TLE, slots_LGC, speed_G, problem.loads.weight_T, sigma)
+    if problem.share_entries is None:
+        return share_LGC
+    return in_entries(problem.replace(time=TOKENS), problem.load_LE[rows], slots_LGC, share_LGC)
 
 
 def scenario_shares(problem: Problem, slots_LGC: SlotArray, share_LGC: FloatArray) -> FloatArray | None:
     """The shares of every scenario by which a placement is judged, shape [T, L, G, C].
 
-    None where there is one scenario, an even split, or one by the nearest replica whose tokens come from the
-    same places in every scenario. Least are the tokens over speed; where time is more than tokens, a layer
-    keeps the plan's own shares in a scenario where they are faster.
+    None where there is one scenario, an even split, one for all scenarios, or one by the nearest replica
+    whose tokens come from the same places in every scenario. Least are the tokens over speed; where time is
+    more than tokens, a layer keeps the plan's own shares in a scenario where they are faster.
     """
     loads, speed_G, time = problem.loads, problem.topology.speed_G, problem.time
-    if loads.shape[0] == 1 or problem.split == "equal":
+    if loads.shape[0] == 1 or problem.split == "equal" or (problem.split != "nearest" and one_split(problem)):
         return None
     if problem.split == "nearest":
         if loads.load_TLNE is None:
@@ -132,6 +163,8 @@ def perfect_tokens(problem: Problem) -> FloatArray:
 def guises(problem: Problem) -> Iterator[Problem]:
     """The problem with one scenario at a time: expected loads, the envelope, then the heaviest ones.
 
+    By the covariance also every expert's mean and so many deviations of its own.
+
     A problem of one scenario is its own guise.
     """
     loads = problem.loads
@@ -147,6 +180,7 @@ def guises(problem: Problem) -> Iterator[Problem]:
     for t, load_LE in (
         (None, loads.load_LE),
         (None, loads.load_TLE.max(0)),
+        *([(None, _strayed(problem))] if one_split(problem) else []),
         *((int(t), loads.load_TLE[t]) for t in heaviest),
     ):
         if load_LE.any() or (t is None and not loads.load_TLE.any()):  # of idle scenarios one stands for all
@@ -161,6 +195,13 @@ def guises(problem: Problem) -> Iterator[Problem]:
                 flow_LEE=loads.flow_LEE,
             )
             yield problem.replace(loads=one, known=None, limits=limits)
+
+
+def _strayed(problem: Problem) -> FloatArray:
+    """Every expert's risk by itself, shape [L, E]."""
+    loads = problem.loads
+    flat_TX = loads.load_TLE.reshape(loads.shape[0], -1)
+    return risk(flat_TX, loads.weight_T, problem.objective).reshape(loads.shape[1:])
 
 
 def best_over_scenarios(
@@ -273,13 +314,12 @@ def _enumerated(problem: Problem, stop: Stop) -> SlotArray | None:
     for layer in range(problem.layers):
         if stop():
             return None
-        top_TX = [
-            gpu_times(np.tile(load_E, (len(every), 1)), slots_XGC, share_XGC, problem.topology.speed_G).max(1)
+        time_TXG = [
+            gpu_times(np.tile(load_E, (len(every), 1)), slots_XGC, share_XGC, problem.topology.speed_G)
             for load_E in problem.loads.load_TLE[:, layer]
         ]
-        best_LGC[layer] = slots_XGC[
-            risk(np.array(top_TX), problem.loads.weight_T, problem.objective).argmin()
-        ]
+        top_TX = gpu_risk(np.array(time_TXG), problem.loads.weight_T, problem.objective).max(2)
+        best_LGC[layer] = slots_XGC[risk(top_TX, problem.loads.weight_T, problem.objective).argmin()]
     return best_LGC
 
 
@@ -327,6 +367,9 @@ def descents(
     def measure(top_TK: FloatArray) -> FloatArray:
         return risk(top_TK, loads.weight_T, even.objective)
 
+    def each_gpu(time_TX: FloatArray) -> FloatArray:
+        return gpu_risk(time_TX, loads.weight_T, even.objective)
+
     for before, steps in zip((0, *ladder), ladder, strict=False):
         for layer, slots_GC in enumerate(now_LGC):
             descend_even(
@@ -335,6 +378,7 @@ def descents(
                 even.capacity_LG[layer],
                 even.topology.speed_G,
                 measure,
+                each_gpu,
                 enough=float(enough_L[layer]),
                 stop=stop,
                 steps=steps - before,

@@ -1,12 +1,14 @@
 """Small layers under rules, expert by expert: a search that is exact where it never had to cut.
 
 Experts are placed from the heaviest to the lightest, each on a set of GPUs out of all sets that its rules
-allow. A state keeps what its placement takes so far: with even shares the tokens of every GPU; with free
-ones, for every set of GPUs, the tokens that can go nowhere else (the largest over the speed of the set is
-the least time, by the max-flow min-cut theorem). Both only grow, so that a state's time is a bound on all
-that follows from it, and what is no better than a plan in hand is dropped. All sets are tried for all
-states at once, by sums and maxima over supersets. If more states are left than there is room for, the most
-promising stay; if that never happens, the best that was found is proven to be best.
+allow. A state keeps what its placement takes so far: with given shares (even ones, or by where the tokens
+come from) the tokens of every GPU; with free ones, for every set of GPUs, the tokens that can go nowhere else
+(the largest over the speed of the set is the least time, by the max-flow min-cut theorem). Both only
+grow, so that a state's time is a bound on all that follows from it, and what is no better than a plan in
+hand is dropped. All sets are tried for all states at once, by sums and maxima over supersets. If more
+states are left than there is room for, the most promising stay; if that never happens, the best that was
+found is proven to be best. The covariance risk may fall where tokens come on top: by it states are
+ranked, none is dropped for it, and nothing is proven.
 
 Axes: W states, M sets of GPUs, T scenarios, E experts, G GPUs.
 
@@ -26,7 +28,7 @@ import numpy as np
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.solvers.limits.rules import Rules
 
-__all__ = ["MOST_GPUS", "Front", "search_layer"]
+__all__ = ["MOST_GPUS", "Front", "Nearest", "gpu_sets", "search_layer"]
 
 MOST_GPUS = 8
 """GPUs with slots up to which a layer is searched so."""
@@ -35,6 +37,29 @@ ROOM = 1 << 15
 _EQUAL = 1e-9
 _MOVES = 64
 """Moves that are told apart; plans with more count as having so many."""
+
+Measure = Callable[[FloatArray], FloatArray]
+
+
+def gpu_sets(gpus: int) -> BoolArray:
+    """All sets of GPUs, by number: bit g is GPU g, shape [M, G]."""
+    return np.asarray((np.arange(1 << gpus)[:, None] >> np.arange(gpus)) & 1 == 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nearest:
+    """Shares by the nearest replica.
+
+    Parameters
+    ----------
+    serve_TEMG : array, shape [T or 1, E or 1, M, G with slots]
+        Share of an expert that each GPU serves where the expert is on a set of GPUs (`gpu_sets`).
+    node_G : array of int, shape [G]
+        Node of each GPU.
+    """
+
+    serve_TEMG: FloatArray
+    node_G: IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +86,11 @@ def search_layer(
     load_TE: FloatArray,
     speed_G: FloatArray,
     rules: Rules,
-    risk: Callable[[FloatArray], FloatArray],
+    risk: Measure,
     *,
     equal: bool,
+    nearest: Nearest | None = None,
+    each_gpu: Measure | None = None,
     limit: float = np.inf,
     live_EG: BoolArray | None = None,
     room: int = ROOM,
@@ -82,6 +109,11 @@ def search_layer(
         Times by scenario, shape [T, X], to one value each, shape [X]; it may not fall where a time rises.
     equal : bool
         Whether shares are even.
+    nearest : Nearest, optional
+        Where they are neither even nor free.
+    each_gpu : callable, optional
+        Where given shares are judged by a risk of each GPU: times of GPUs by scenario [T, X] to one value
+        each, [1, X], which `risk` leaves as it is.
     limit : float
         Only what takes less is of interest.
     live_EG : array of bool, shape [E, G], optional
@@ -98,7 +130,9 @@ def search_layer(
     if len(used) > MOST_GPUS:
         return None
     order = np.lexsort((np.arange(load_TE.shape[1]), -load_TE.max(0)))
-    search = _Search(load_TE[:, order], speed_G[used], rules, used, order, risk, equal, live_EG)
+    search = _Search(
+        load_TE[:, order], speed_G[used], rules, used, order, risk, equal, nearest, each_gpu, live_EG
+    )
     return search.run(limit, max(room // len(search.set_MG), 8))
 
 
@@ -134,14 +168,16 @@ class _Search:
         rules: Rules,
         used: IntArray,
         order: IntArray,
-        risk: Callable[[FloatArray], FloatArray],
+        risk: Measure,
         equal: bool,
+        nearest: Nearest | None,
+        each_gpu: Measure | None,
         live_EG: BoolArray | None,
     ) -> None:
         self.load_TE, self.speed_G, self.rules, self.used, self.order = load_TE, speed_G, rules, used, order
-        self.risk, self.equal = risk, equal
+        self.risk, self.equal, self.nearest, self.each_gpu = risk, equal, nearest, each_gpu
         gpus = len(used)
-        self.set_MG = (np.arange(1 << gpus)[:, None] >> np.arange(gpus)) & 1 == 1
+        self.set_MG = gpu_sets(gpus)
         self.size_M = self.set_MG.sum(1)
         self.speed_M = np.maximum(self.set_MG @ speed_G, 1e-300)
         self.allowed_EG = rules.allowed_EG[np.ix_(order, used)]
@@ -184,7 +220,12 @@ class _Search:
     def _alike(self) -> list[tuple[int, int]]:
         """Neighbours among GPUs of which it does not matter which is which."""
         key = [
-            (int(self.capacity_G[g]), float(self.speed_G[g]), int(self.rules.domain_G[at]))
+            (
+                int(self.capacity_G[g]),
+                float(self.speed_G[g]),
+                int(self.rules.domain_G[at]),
+                0 if self.nearest is None else int(self.nearest.node_G[at]),
+            )
             for g, at in enumerate(self.used.tolist())
         ]
         columns = [self.allowed_EG, self.pinned_EG] + ([] if self.live_EG is None else [self.live_EG])
@@ -237,9 +278,9 @@ class _Search:
             return Front(held=[], time=[], moves=[], exact=True)
         experts, gpus = len(self.order), len(self.used)
         scenarios = len(self.load_TE)
-        wide = gpus if self.equal else len(self.set_MG)
+        wide = gpus if self._given else len(self.set_MG)
         states = _States(
-            np.zeros((scenarios, 1)),
+            np.zeros((scenarios if self.each_gpu is None else 1, 1)),
             np.zeros((scenarios, 1, wide)),
             self.capacity_G[None].copy(),
             np.zeros(1, dtype=np.int64),
@@ -247,7 +288,7 @@ class _Search:
             np.zeros((1, experts), dtype=np.int64),
         )
         mean_T = self.load_TE.sum(1) / self.speed_G.sum()
-        exact = True
+        exact = self.each_gpu is None
         for e in range(experts):
             states, cut = self._step(e, states, limit, width, mean_T)
             exact &= not cut
@@ -265,11 +306,13 @@ class _Search:
         slots_WM = states.total_W[:, None] + self.size_M
         left_WM = np.clip(self.slots - slots_WM, 0, self.slots)
         shape = time_TWM.shape
-        value_WM = self.risk(np.maximum(time_TWM, mean_T[:, None, None]).reshape(shape[0], -1)).reshape(
+        floor_T = mean_T if self.each_gpu is None else self.each_gpu(mean_T[:, None])[:, 0]
+        value_WM = self.risk(np.maximum(time_TWM, floor_T[:, None, None]).reshape(shape[0], -1)).reshape(
             shape[1:]
         )
         value_WM = np.maximum(value_WM, self.rest_EK[e + 1][left_WM])
-        fits_WM &= value_WM < limit * (1 - _EQUAL)
+        if self.each_gpu is None or e + 1 == len(self.order):
+            fits_WM &= value_WM < limit * (1 - _EQUAL)
         w_X, m_X = np.nonzero(fits_WM)
         moves_X = states.moves_W[w_X]
         if self.live_EG is not None:
@@ -318,22 +361,25 @@ class _Search:
         """Time of every state with an expert on every set, [T, W, M], and how uneven it is, [W, M]."""
         tokens_TWS, load_T = states.tokens_TWS, self.load_TE[:, e]
         unit_T = np.maximum(mean_T, 1e-300)
-        if self.equal:
-            piece_TM = load_T[:, None] / np.maximum(self.size_M, 1)
+        if self._given:
+            piece_TMG = self._pieces(e)
             time_TWM = np.repeat(states.time_TW[:, :, None], len(self.set_MG), axis=2)
+            if self.each_gpu is not None:
+                time_TWM[:] = 0.0
             weight_WM = np.zeros(time_TWM.shape[1:])
             # What is to come has to go where slots are left.
-            open_TWM = np.zeros_like(time_TWM) + self.load_TE[:, e + 1 :].sum(1)[:, None, None]
+            open_TWM = (
+                np.zeros((len(load_T), *time_TWM.shape[1:])) + self.load_TE[:, e + 1 :].sum(1)[:, None, None]
+            )
             open_WM = np.zeros(time_TWM.shape[1:])
             for g, speed in enumerate(self.speed_G.tolist()):
-                after = (tokens_TWS[:, :, g, None] + piece_TM[:, None]) / speed
-                here = np.where(self.set_MG[:, g], after, tokens_TWS[:, :, g, None] / speed)
-                np.maximum(time_TWM, here, out=time_TWM)
+                here = (tokens_TWS[:, :, g, None] + piece_TMG[:, None, :, g]) / speed
+                np.maximum(time_TWM, here if self.each_gpu is None else self.each_gpu(here), out=time_TWM)
                 left_WM = states.left_WG[:, g, None] - self.set_MG[:, g]
                 open_TWM += np.where(left_WM > 0, here * speed, 0.0)
                 open_WM += np.where(left_WM > 0, speed, 0.0)
                 weight_WM += ((here / unit_T[:, None, None]) ** 4).sum(0)
-            if e + 1 < len(self.order):
+            if e + 1 < len(self.order) and self.each_gpu is None:
                 np.maximum(time_TWM, open_TWM / np.maximum(open_WM, 1e-300), out=time_TWM)
             return time_TWM, weight_WM
         before = tokens_TWS / self.speed_M
@@ -344,12 +390,25 @@ class _Search:
         time_TWM = np.maximum(self._over(after, np.maximum), states.time_TW[:, :, None])
         return time_TWM, weight_WM
 
+    @property
+    def _given(self) -> bool:
+        """Whether shares follow from the placement."""
+        return self.equal or self.nearest is not None
+
+    def _pieces(self, e: int) -> FloatArray:
+        """Tokens of an expert that every GPU serves on every set, [T, M, G]."""
+        load_T = self.load_TE[:, e]
+        if self.nearest is None:
+            return np.asarray((load_T[:, None] / np.maximum(self.size_M, 1))[:, :, None] * self.set_MG)
+        serve_TEMG = self.nearest.serve_TEMG
+        at = int(self.order[e]) if serve_TEMG.shape[1] > 1 else 0
+        return np.asarray(load_T[:, None, None] * serve_TEMG[:, at])
+
     def _add(self, e: int, new: _States, m_X: IntArray) -> None:
         """Tokens of the states with the expert on its set."""
         load_T = self.load_TE[:, e]
-        if self.equal:
-            piece_TX = load_T[:, None] / self.size_M[m_X]
-            new.tokens_TWS = new.tokens_TWS + piece_TX[:, :, None] * self.set_MG[m_X]
+        if self._given:
+            new.tokens_TWS = new.tokens_TWS + self._pieces(e)[:, m_X]
         else:
             inside_XS = (m_X[:, None] & np.arange(len(self.set_MG))) == m_X[:, None]
             new.tokens_TWS = new.tokens_TWS + load_T[:, None, None] * inside_XS

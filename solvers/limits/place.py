@@ -15,10 +15,10 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.plan import risk
-from moeless_opt.problems.spec import Problem, held_LGE
-from moeless_opt.solvers.core import NeverStop, Stop, choose_points, guises, risk_L
-from moeless_opt.solvers.limits.beam import ROOM, Front, search_layer
+from moeless_opt.problems.plan import gpu_risk, risk
+from moeless_opt.problems.spec import Problem, held_LGE, nearest_shares
+from moeless_opt.solvers.core import NeverStop, Stop, choose_points, guises, one_split, risk_L
+from moeless_opt.solvers.limits.beam import MOST_GPUS, ROOM, Front, Nearest, gpu_sets, search_layer
 from moeless_opt.solvers.limits.board import Board
 from moeless_opt.solvers.limits.counts import apportioned, budgets, within_budgets, within_caps
 from moeless_opt.solvers.limits.needed import mended_within, needed_EG
@@ -117,17 +117,38 @@ def layer_front(
     live_EG: BoolArray | None = None,
 ) -> Front | None:
     """Search a layer of few GPUs for less time than a limit; None where there are too many."""
-    weight_T = problem.loads.weight_T
+    weight_T, wish, strays = problem.loads.weight_T, problem.objective, one_split(problem)
+    used = np.flatnonzero(rules.capacity_G > 0)
+    if len(used) > MOST_GPUS or (strays and problem.split == "fractional"):
+        return None
     return search_layer(
         problem.loads.load_TLE[:, row],
         problem.topology.speed_G,
         rules,
-        lambda time_TX: risk(time_TX, weight_T, problem.objective),
+        lambda time_TX: risk(time_TX, weight_T, wish),
         equal=problem.split == "equal",
+        nearest=_nearest(problem, row, used) if problem.split == "nearest" else None,
+        each_gpu=(lambda time_TX: gpu_risk(time_TX, weight_T, wish)) if strays else None,
         limit=limit,
         live_EG=live_EG,
         room=min(ROOM, ALL_ROOM // max(layers, 1)),
     )
+
+
+def _nearest(problem: Problem, row: int, used: IntArray) -> Nearest:
+    """What every expert of a layer has on each set of GPUs, by where its tokens come from."""
+    set_MG = gpu_sets(len(used))
+    several = problem.loads.load_TLNE is not None
+    parts = [problem.source_parts(t)[row] for t in (range(problem.loads.shape[0]) if several else (None,))]
+    slots_MG1 = np.full((len(set_MG), problem.topology.gpus, 1), -1, dtype=np.int32)
+    slots_MG1[:, used, 0] = np.where(set_MG, 0, -1)
+    node_G, served = problem.topology.node_G, []
+    for part_NE in parts:
+        for part_N in part_NE.T:
+            part_MN1 = np.broadcast_to(part_N[:, None], (len(set_MG), len(part_N), 1))
+            served.append(nearest_shares(slots_MG1, 1, node_G, part_MN1)[:, used, 0])
+    shape = len(parts), parts[0].shape[1], *set_MG.shape
+    return Nearest(serve_TEMG=np.array(served).reshape(shape), node_G=node_G)
 
 
 def _floor_L(problem: Problem) -> FloatArray:

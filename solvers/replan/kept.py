@@ -114,7 +114,7 @@ def search_small(problem: Problem, live_LGC: SlotArray, slots_LGC: SlotArray, st
     Parameters
     ----------
     problem : Problem
-        One scenario, limits of any kind.
+        Limits of any kind.
     live_LGC, slots_LGC : arrays of int32, shape [L, G, C]
         What is live, and a re-plan within the limits.
     stop : Stop

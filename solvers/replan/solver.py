@@ -328,13 +328,14 @@ class Replan(Heuristic):
     def _tiny(self, task: Task[ReplanOptions], live_LGC: SlotArray, slots_LGC: SlotArray) -> SlotArray:
         """A re-plan of tiny layers whose limits on moves bind, searched."""
         problem = task.problem
-        if problem.objective.horizon is not None or problem.loads.shape[0] > 1 or problem.split == "nearest":
+        if problem.objective.horizon is not None:
             return slots_LGC
         if problem.fill != Fill.NONE and (problem.split != "fractional" or _limited(problem)):
             return slots_LGC  # the search leaves slots empty, and what fills them changes even shares
-        loose = replace(task, problem=problem.replace(limits=type(problem.limits)()))
-        if np.array_equal(self._slots(loose, live_LGC, []), slots_LGC):
-            return slots_LGC
+        if problem.loads.shape[0] == 1 and problem.split != "nearest":
+            loose = replace(task, problem=problem.replace(limits=type(problem.limits)()))
+            if np.array_equal(self._slots(loose, live_LGC, []), slots_LGC):
+                return slots_LGC  # what is found without limits is as good as any
         return search_small(problem, live_LGC, slots_LGC, task.stop)
 
     def _searched(self, task: Task[ReplanOptions], live_LGC: SlotArray) -> SlotArray:

@@ -1,4 +1,5 @@
 from .best import best_shares as best_shares
+from .covariance import covariance_shares as covariance_shares
 from .entries import entry_shares as entry_shares
 from .entries import warm_entries as warm_entries
 from .entry_table import ShareTable as ShareTable

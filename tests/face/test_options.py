@@ -108,6 +108,8 @@ NEEDS: dict[str, list[str]] = {
     "spread_experts": ["--spread", "1"],
     "reserve": ["--memory", "9GB", "--model", "Mixtral-8x7B"],
     "weights": ["--also", "table.npy"],
+    "risk": ["--also", "table.npy"],
+    "flow": ["--priorities", "balance,hops"],
 }
 """What else it takes for the option to mean something."""
 
@@ -151,7 +153,7 @@ def call(mode: str, option: Option) -> list[str]:
             argv += [flag, value]
     if mode in ("list-solvers", "list-instances"):
         return argv
-    if option.dest in ("key", "scenario", "steps", "as", "also", "weights"):
+    if option.dest in ("key", "scenario", "steps", "as", "also", "weights") or "--also" in argv:
         gpus = ["--gpus", "4", *([] if mode == "recommend" else ["--slots", "3"])]
         loads = ["loads.npz"] if option.dest == "key" else ["table.npy"]
         return [*loads, *argv, *gpus]
@@ -187,10 +189,11 @@ def test_an_option_is_read_or_refused(folder: Path, capsys: Any, mode: str, opti
     args = read_arguments(argv, Watched())
     vars(args)["_read"] = set()
     # Read all the same where it makes another problem of it, for which the plan is none.
-    recorded = ("key", "scenario", "steps", "experts", "also", "weights")
+    recorded = ("key", "scenario", "steps", "experts", "also", "weights", "risk")
     other = mode == "check" and option.dest in ("gpus", "topology", *recorded)
     other |= mode == "export" and option.dest in ("also", "weights")  # a model of several scenarios
     other |= option.dest == "fill" and mode in ("pareto", "export")  # full slots trade no memory
+    other |= option.dest == "flow" and mode == "pareto"  # of moves
     other |= option.dest == "share_entries" and mode == "export"  # the model's shares are free
     with suppress(ProblemError, mo.UnsupportedFeatureError) if other else nullcontext():
         run(args, Signals())
@@ -266,6 +269,9 @@ def test_modes_refuse_each_other(first: str, second: str) -> None:
         ),
         (["problem.json", "--risk", "bold"], "objective.risk: is 'bold', must be one of"),
         (["problem.json", "--risk", "worst=2"], "objective.risk: is 'worst=2': 'worst' takes no value"),
+        (["problem.json", "--risk", "worst"], "--risk: is worst, and the loads are of one scenario"),
+        (["problem.json", "--risk", "covariance=-1"], "objective.sigma: is -1.0, must be"),
+        (["problem.json", "--flow", "flow.npy"], "--flow: is for the priority hops, which is not asked for"),
         (["problem.json", "--risk", "sigma=x"], "objective.risk: is 'sigma=x': 'x' is no number"),
         (["table.npy", "--gpus", "4", "--slots", "3", "--scenario", "99"], "table.npy: "),
         (

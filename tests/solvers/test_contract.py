@@ -35,6 +35,10 @@ WANTED: dict[Feature, dict[str, Any]] = {
     Feature.MEMORY: {"topology": mo.uniform(1, 4, slots=2, memory=50), "expert_bytes": 10},
     Feature.SCENARIOS: {"loads": np.stack([LOAD_LE, OTHER_LE])},
     Feature.SIGMA: {"loads": np.stack([LOAD_LE, OTHER_LE]), "objective": mo.Objective(risk="sigma")},
+    Feature.COVARIANCE: {
+        "loads": np.stack([LOAD_LE, OTHER_LE]),
+        "objective": mo.Objective(risk="covariance", sigma=2),
+    },
     Feature.TIME_MODEL: {"time": mo.TimeModel(activation_cost=5.0)},
     Feature.NODE_AWARE: {"by_node": True, "topology": mo.uniform(2, 2, slots=2)},
     Feature.REPLICA_LIMITS: {"limits": mo.Limits(max_replicas=2)},

@@ -109,6 +109,7 @@ GOOD = [
     ("sizing", {"policy": "cv", "cv": 0.3, "ddof": 1}),
     ("objective", {"priorities": ["moves", "balance"], "horizon": None, "risk": "cvar", "cvar_alpha": 0.5}),
     ("objective", {"risk": "sigma", "sigma": 0.5}),
+    ("objective", {"risk": "covariance", "sigma": 2.5}),
     ("limits", {"max_moves": None, "pinned": [[-1, 0, 1]], "spread": 1, "max_move_seconds": 0.5}),
     ("limits", {"spread": 1, "spread_experts": 2}),
     ("limits", {"spread_experts": [[-1, 0], [0, 1]]}),
