@@ -405,13 +405,13 @@ class LiveModel:
         tokens : sequence of int
             Rows of one rank in one layer, ascending.
         layer : int, optional
-            Whose experts are timed, the first by default; each rank should hold at least two.
+            Whose experts are timed, by default all layers' in turn; each rank should hold at least two.
         **how
             ``repeats``, ``quantile``, ``clock``, ``flush``, as of `measure_experts`.
         """
-        index = self._index(self.layers[0] if layer is None else layer)
-        same_everywhere(self.group, {"tokens": list(tokens), "layer": index})
-        return watch.measure(self.adopted, self.group, index, tokens, row_block=self.row_block.rows, **how)
+        indices = list(range(len(self.layers))) if layer is None else [self._index(layer)]
+        same_everywhere(self.group, {"tokens": list(tokens), "layers": indices})
+        return watch.measure(self.adopted, self.group, indices, tokens, row_block=self.row_block.rows, **how)
 
     # -- home copies and checksums -----------------------------------------------------------------
 

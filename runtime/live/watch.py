@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def other_bytes(adopted: Adopted) -> int:
 def measure(
     adopted: Adopted,
     group: ExpertGroup,
-    index: int,
+    indices: Sequence[int],
     tokens: Sequence[int],
     *,
     repeats: int = 7,
@@ -102,18 +103,21 @@ def measure(
     flush: int | None = None,
     row_block: int = 1,
 ) -> TimeModel:
-    """Time curve of a layer's experts; a collective, see `LiveModel.measure`.
+    """Time curve of the experts of some layers in turn; a collective, see `LiveModel.measure`.
 
+    One layer's alone would stay in caches that all layers of a pass share.
     An expert's rows are padded to multiples of `row_block`, as in a pass: a single one takes as long as all.
     """
-    bank = adopted.banks[index]
-    held = min(row[0] for row in group.gather_ints([len(bank.order)]))
+    banks = [adopted.banks[index] for index in indices]
+    held = min(row[0] for row in group.gather_ints([min(len(bank.order) for bank in banks)]))
+    dtype, turn = banks[0].shapes[0][1], cycle(zip(indices, banks, strict=True))
     most = int(integers("tokens", tokens, low=1).max(initial=1)) + held * row_block
-    longest = torch.ones(most, adopted.hidden, dtype=bank.shapes[0][1], device=group.device)
+    longest = torch.ones(most, adopted.hidden, dtype=dtype, device=group.device)
 
     def some(rows: torch.Tensor, sizes: IntArray) -> None:
         padded: IntArray = -(-sizes // row_block) * row_block
         rows = rows if len(rows) == padded.sum() else longest[: int(padded.sum())]
+        index, bank = next(turn)
         adopted.run_experts(index, rows, np.pad(padded, (0, len(bank.order) - sizes.size)))
 
     mine = measure_experts(
@@ -122,7 +126,7 @@ def measure(
         activated=range(1, held + 1),
         tokens=tokens,
         device=group.device,
-        dtype=bank.shapes[0][1],
+        dtype=dtype,
         repeats=repeats,
         quantile=quantile,
         clock=clock,
