@@ -11,6 +11,7 @@ all others stay as they are. No clock is read and the draws are the same on ever
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import numpy as np
 
@@ -65,6 +66,20 @@ class WorthMoving:
         self.planner, self.topology, self.model, self.time = planner, topology, model, time
         self.per_token, self.split = number("per_token", per_token), number("split", split)
         self.gain, self.draws = number("gain", gain), whole("draws", draws, low=2)
+
+    @property
+    def at_speeds(self) -> Callable[[FloatArray], WorthMoving] | None:
+        """Makes the same for GPUs of relative speeds [G]; None if the planner cannot be told of them."""
+        told = getattr(self.planner, "at_speeds", None)
+        if not callable(told):
+            return None
+
+        def made(speed_G: FloatArray) -> WorthMoving:
+            found = copy(self)
+            found.planner, found.topology = told(speed_G), self.topology.replace(speed_G=speed_G)
+            return found
+
+        return made
 
     def plan_window(self, load_LE: FloatArray, live_LGC: SlotArray, passes: float) -> Plan:
         """Plan from the loads of so many passes; verified."""

@@ -9,7 +9,7 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.spec import ModelSpec, TimeModel, Topology
-from moeless_opt.runtime.control import Controller, Observation, Planner, PlanWindow, WorthMoving
+from moeless_opt.runtime.control import Controller, Observation, Planner, PlanWindow, SpeedWatch, WorthMoving
 from moeless_opt.runtime.control.decision import same_replicas
 
 MODEL = ModelSpec(name="small", layers=3, experts=8, top_k=2, hidden=64, ffn=64)
@@ -106,3 +106,32 @@ def test_what_makes_no_sense_is_named() -> None:
         WorthMoving(planner(), TOPOLOGY, MODEL, lambda: READS, draws=1)
     with pytest.raises(ProblemError, match="gain"):
         paying(READS, gain=-0.1)
+
+
+def test_a_slow_gpu_is_worth_moves_once_it_is_known() -> None:
+    load, worth = np.full((3, 8), 1000.0), paying(COUNTS)
+    assert changed(worth.plan_window(load, LIVE, 1)) == [False] * 3
+    assert worth.at_speeds is not None
+    slow = worth.at_speeds(np.array([0.25, 1.0, 1.0, 1.0]))
+    plan = slow.plan_window(load, LIVE, 1)
+    assert changed(plan) == [True] * 3
+    rows_G = (1000.0 * plan.share_LGC).sum((0, 2))
+    assert rows_G[0] < 0.5 * rows_G[1:].min()
+    # A layer that stays is shared by these speeds as well.
+    spread = np.concatenate([LIVE[:, :, :2], np.roll(LIVE[:, :, :1], -1, axis=1)], axis=2)
+    stays = paying(COUNTS, gain=9.0).at_speeds
+    assert stays is not None
+    kept = stays(np.array([0.25, 1.0, 1.0, 1.0])).plan_window(load, spread, 1)
+    assert kept.moves.count == 0
+    assert (1000.0 * kept.share_LGC).sum((0, 2)).argmin() == 0
+    assert changed(worth.plan_window(load, LIVE, 1)) == [False] * 3, "the first one is as it was"
+
+
+def test_speeds_are_followed_or_refused() -> None:
+    class Idle:
+        slots_LGC = LIVE
+
+    Controller(Idle(), paying(COUNTS), speeds=SpeedWatch())  # type: ignore[arg-type]
+    deaf = WorthMoving(lambda load, live: planner()(load, live), TOPOLOGY, MODEL, lambda: COUNTS)
+    with pytest.raises(ProblemError, match="planner: has no at_speeds"):
+        Controller(Idle(), deaf, speeds=SpeedWatch())  # type: ignore[arg-type]
