@@ -105,20 +105,25 @@ def measure(
 ) -> TimeModel:
     """Time curve of the experts of some layers in turn; a collective, see `LiveModel.measure`.
 
-    One layer's alone would stay in caches that all layers of a pass share.
+    One layer alone would stay in caches that all layers of a pass share. Layers that hold fewer than most, or
+    fewer than two, are passed over where there are others.
     An expert's rows are padded to multiples of `row_block`, as in a pass: a single one takes as long as all.
     """
-    banks = [adopted.banks[index] for index in indices]
-    held = min(row[0] for row in group.gather_ints([min(len(bank.order) for bank in banks)]))
-    dtype, turn = banks[0].shapes[0][1], cycle(zip(indices, banks, strict=True))
+    here_L = [len(adopted.banks[index].order) for index in indices]
+    least_L = np.min(group.gather_ints(here_L), axis=0)
+    some_L = least_L >= min(max(int(np.median(least_L)), 2), int(least_L.max()))
+    held = int(least_L[some_L].min())
+    turn = cycle([index for index, some in zip(indices, some_L, strict=True) if some])
+    dtype = adopted.banks[indices[0]].shapes[0][1]
     most = int(integers("tokens", tokens, low=1).max(initial=1)) + held * row_block
     longest = torch.ones(most, adopted.hidden, dtype=dtype, device=group.device)
 
     def some(rows: torch.Tensor, sizes: IntArray) -> None:
         padded: IntArray = -(-sizes // row_block) * row_block
         rows = rows if len(rows) == padded.sum() else longest[: int(padded.sum())]
-        index, bank = next(turn)
-        adopted.run_experts(index, rows, np.pad(padded, (0, len(bank.order) - sizes.size)))
+        index = next(turn)
+        idle = len(adopted.banks[index].order) - sizes.size
+        adopted.run_experts(index, rows, np.pad(padded, (0, idle)))
 
     mine = measure_experts(
         some,

@@ -81,6 +81,8 @@ class Scene:
         Makes the closed loop over a backend, in place of `traffic`.
     room : float
         Bytes of a GPU for experts and the KV cache.
+    narrow : callable, optional
+        Makes the passes with fewer layers, in less time: all that their KV cache is read from.
     """
 
     machine: Machine
@@ -94,6 +96,7 @@ class Scene:
     learnt: IntArray | None = None
     closed: Callable[[SimulatedBackend], ClosedLoop] | None = None
     room: float = np.inf
+    narrow: Callable[[], Iterator[Passes]] | None = None
 
     def experts_room(self) -> float:
         """Bytes of a GPU for experts while its KV cache is as large as the traffic ever makes it.
@@ -102,7 +105,8 @@ class Scene:
         """
         if self.closed is not None:
             return self.room
-        tokens = max((float(passes.kv_tokens_B.max()) for passes in self.traffic()), default=0.0)
+        traffic = (self.narrow or self.traffic)()
+        tokens = max((float(passes.kv_tokens_B.max()) for passes in traffic), default=0.0)
         return self.room - tokens * self.machine.kv_token_bytes / self.topology.gpus
 
 
@@ -366,11 +370,14 @@ class _Setup:
         self.say("assumed", f"a request has its forerunner's domain with chance {routing.stay:g}")
         closed: Callable[[SimulatedBackend], ClosedLoop] | None = None
         traffic: Callable[[], Iterator[Passes]]
+        narrow: Callable[[], Iterator[Passes]] | None = None
         if scenario.batching == "closed":
             closed, how = self.closed(lambda: routing, arrivals)
             traffic = _none
         else:
             traffic, how = self.composed(routing, arrivals)
+            one = routing.replace(popularity_DLE=routing.popularity_DLE[:, :1], affinity=None)
+            narrow, _ = self.composed(one, arrivals)
         self.say("composed", how)
         return Scene(
             machine=machine,
@@ -380,6 +387,7 @@ class _Setup:
             basis=self.basis,
             until=arrivals.seconds,
             closed=closed,
+            narrow=narrow,
         )
 
     def routing(self) -> tuple[RoutingModel, bool]:

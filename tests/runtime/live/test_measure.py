@@ -81,14 +81,14 @@ def test_rows_are_padded_as_in_a_pass() -> None:
         banks=[bank], hidden=8, run_experts=lambda i, rows, sizes: seen.append((len(rows), sizes.tolist()))
     )
     group = SimpleNamespace(gather_ints=lambda values: [values], device=torch.device("cpu"), size=1)
-    time = measure(adopted, group, 0, [1, 20], repeats=1, flush=0, row_block=16)  # type: ignore[arg-type]
+    time = measure(adopted, group, [0], [1, 20], repeats=1, flush=0, row_block=16)  # type: ignore[arg-type]
     assert time.curve_tokens is not None
     assert time.curve_tokens.tolist() == [1, 20]
     assert set(map(str, seen)) == set(
         map(str, [(16, [16, 0, 0]), (32, [32, 0, 0]), (32, [16, 16, 0]), (48, [16, 16, 16])])
     )
     seen.clear()
-    measure(adopted, group, 0, [1, 20], repeats=1, flush=0)  # type: ignore[arg-type]
+    measure(adopted, group, [0], [1, 20], repeats=1, flush=0)  # type: ignore[arg-type]
     assert (20, [10, 10, 0]) in seen
 
 
@@ -111,3 +111,23 @@ def test_one_queue_for_all_streams_is_said(monkeypatch: pytest.MonkeyPatch) -> N
         note_queues(torch.device("cuda"))
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     note_queues(torch.device("cuda"))
+
+
+def test_layers_are_timed_in_turn_as_a_pass_reads_them() -> None:
+    """One layer's experts alone would stay in caches that all layers share."""
+    from moeless_opt.runtime.live.watch import measure
+
+    ran: list[tuple[int, int]] = []
+    held = (4, 3, 1, 3)  # one layer holds too few to compare
+    banks = [SimpleNamespace(order=list(range(x)), shapes=[((4, 4), torch.float32)]) for x in held]
+    adopted = SimpleNamespace(
+        banks=banks, hidden=4, run_experts=lambda index, rows, sizes: ran.append((index, len(sizes)))
+    )
+    group = SimpleNamespace(device=torch.device("cpu"), size=1, gather_ints=lambda row: [row])
+    found = measure(adopted, group, [0, 1, 2, 3], [1, 4], repeats=2, flush=0)  # type: ignore[arg-type]
+    assert found.curve_activated is not None
+    assert found.curve_activated.tolist() == [1, 2, 3]  # as many as each of the others has here
+    assert ran == [((0, 1, 3)[x % 3], held[(0, 1, 3)[x % 3]]) for x in range(3 * 6)]
+    ran.clear()
+    measure(adopted, group, [0], [1, 4], repeats=1, flush=0)  # type: ignore[arg-type]
+    assert set(ran) == {(0, 4)}

@@ -313,6 +313,15 @@ def test_figures_stay(name: str) -> None:
         assert found[policy] == pytest.approx(figures, rel=1e-6), policy
 
 
+@pytest.mark.parametrize("more", [{"decode_every": 16}, {"batching": "continuous", "affinity": True}])
+def test_the_largest_cache_is_that_of_the_traffic(more: dict[str, Any]) -> None:
+    here = scene(Scenario(seconds=3, rate=4.0, **more))
+    tokens = max(float(passes.kv_tokens_B.max()) for passes in here.traffic())
+    cache = tokens * here.machine.kv_token_bytes / here.topology.gpus
+    assert here.experts_room() == pytest.approx(here.room - cache)
+    assert cache > 0
+
+
 def test_replicas_change_within_the_memory_or_not_at_all() -> None:
     scenario = Scenario(model="Llama-4-Scout", seconds=6, rate=40.0, policies=("static", "eplb", "ours"))
     free = simulate(scenario.replace(memory=100.0, spare=0))
