@@ -3,40 +3,52 @@
 A deployment of N GPUs serves as N / W groups, each with the whole model over W GPUs. A narrow group holds
 more experts on each GPU and leaves less for the KV cache, so that fewer requests are in flight; a redundant
 expert levels the GPUs and takes cache. What both come to is worked out in the simulator's times (`Machine`):
-a cycle in which every request in flight reads its prompt once and writes its answer, token by token.
+a cycle in which every request in flight reads its prompt once and writes its answer, token by token, in the
+passes of the simulator's closed loop.
 
 Placements are planned on loads of one time and judged on those of another (the next scenario of a recording,
-the next stretch of generated traffic), so that what drift takes away is not counted as gained.
+the next stretch of generated traffic), so that what drift takes away is not counted as gained. Live shares
+are searched for by times that are learnt, and cost what they cost, as in the simulator.
+
+All settings are looked at in a few layers, those that come near the best in all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from moeless_opt.api import plan
-from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
-from moeless_opt.problems.plan import TimeTable
-from moeless_opt.problems.spec import ModelSpec, Topology, contiguous, equal_shares
+from moeless_opt.problems.spec import ModelSpec, Topology, contiguous
+from moeless_opt.runtime.simulate.beliefs import Beliefs
 from moeless_opt.runtime.simulate.hardware import slots_of
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.memory import Room
 from moeless_opt.runtime.simulate.settings import Settings
-from moeless_opt.runtime.simulate.shares import Placed, SplitCost, TimedRule
+from moeless_opt.runtime.simulate.shares import Placed, PlannedRule, ShareRule, SplitCost, TimedRule
+from moeless_opt.runtime.simulate.traffic import RoutingModel
 
-__all__ = ["Advice", "Deployment", "Offered", "advise"]
+__all__ = ["READS", "SPARE", "Advice", "Deployment", "Offered", "advise", "part_of", "widths"]
 
-LAYERS = 6
-"""Layers that are looked at; the others are taken to be like them."""
+LAYERS = 8
+"""Layers in which every setting is looked at: from the flattest to the most skewed, at even steps."""
 
-DRAWS = 12
-"""Passes that are drawn for each size of a batch."""
+NEAR = 0.1
+"""What is no further behind the best in those is looked at in all layers."""
+
+DRAWS = 24
+"""Passes that are drawn for each size of a batch, over all stretches of time."""
+
+SETTLED = 16
+"""Passes before those that count, where shares are live: after them it is known where they pay."""
 
 READS = 8192
-"""Tokens of prompts in a pass."""
+"""Most tokens of a pass, for each GPU: what engines read at once."""
 
 SPARE = (0, 1, 2, 3, 4, 6, 8)
 """Slots of a GPU and layer beyond one copy of each expert that are looked at."""
@@ -44,8 +56,14 @@ SPARE = (0, 1, 2, 3, 4, 6, 8)
 CLOSE = 0.01
 """What two settings may differ by to be alike: then the one that takes less memory is advised."""
 
+PAYS = 0.01
+"""Share of a pass that balancing must save to pay."""
+
 DECIDE = 1.0
 """Seconds between plans at the soonest: what engines measure their loads over."""
+
+SPLITS = ("static", "equal", "fractional", "live")
+"""How replicas share tokens, the simplest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +80,8 @@ class Offered:
         Requests per second; None: as many as there is room for.
     most_requests : int
         In flight on a GPU.
+    concentration : float
+        How much requests of a stretch are alike (see `RoutingModel`).
     source : str
         Where the loads come from.
     """
@@ -71,6 +91,7 @@ class Offered:
     answer: float
     rate: float | None
     most_requests: int
+    concentration: float
     source: str
 
 
@@ -85,7 +106,7 @@ class Deployment:
     slots, redundant : int
         Replicas of a GPU and layer; redundant experts of a layer (0: one copy of each).
     split : str
-        ``static`` (no balancing), ``equal``, ``fractional`` or ``live``: how replicas share tokens.
+        ``static`` (no balancing), ``equal`` (EPLB), ``fractional`` or ``live``: how replicas share tokens.
     expert_bytes : float
         Of one GPU.
     cache_tokens, requests : float
@@ -93,11 +114,15 @@ class Deployment:
     batch : float
         Requests in flight of a group at the rate that was asked for; else `requests`.
     token_s, first_s : float
-        Seconds for a token of an answer, and for reading a prompt.
+        Seconds for a token of an answer, reading the prompts of others included, and for reading a prompt.
     capacity : float
         Tokens of answers per second that all GPUs together can write.
     imbalance : float
-        Largest over mean GPU tokens at that batch.
+        Largest over mean GPU tokens of writing passes at that batch.
+    interval : float
+        Seconds between two plans, so that what they move takes at most a twentieth of the links' time.
+    layers : int
+        Layers that were looked at.
     """
 
     width: int
@@ -113,11 +138,18 @@ class Deployment:
     first_s: float
     capacity: float
     imbalance: float
+    interval: float
+    layers: int
 
     @property
     def gpu_hours(self) -> float:
         """GPU hours for a million tokens of answers at capacity."""
         return self.width * self.groups / 3600 * 1e6 / self.capacity
+
+    @property
+    def every(self) -> int:
+        """Passes between two plans."""
+        return max(int(self.interval / self.token_s), 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,18 +158,22 @@ class Advice:
 
     Parameters
     ----------
+    settings : tuple of Deployment
+        All that fit.
     choices : tuple of Deployment
-        The best of each width and number of slots, fitting ones only, the best first.
+        The best of each width and number of slots, the best first.
     best, static : Deployment
         What is advised, and the best that never balances.
+    engine : Deployment
+        The best of what engines do by themselves: no balancing, or EPLB with an equal split.
     rate : float or None
         Requests per second that were asked for.
     served : float
         Requests per second that the advised setting can serve.
-    even : float or None
-        Tokens of a pass from which on balancing pays by 1 %; None where it never does.
-    interval, every : float, int
-        Seconds, and writing passes, between two plans.
+    writing : float or None
+        Requests in flight from which on balancing saves 1 % of a pass that writes; None where it never does.
+    reading : float or None
+        Tokens of prompts from which on it saves 1 % of a pass that reads.
     tolerance : float
         Balance to give up for fewer moves.
     keep_alive : float
@@ -147,35 +183,86 @@ class Advice:
     """
 
     model: ModelSpec
+    settings: tuple[Deployment, ...]
     choices: tuple[Deployment, ...]
     best: Deployment
     static: Deployment
+    engine: Deployment
     rate: float | None
     served: float
-    even: float | None
-    interval: float
-    every: int
+    writing: float | None
+    reading: float | None
     tolerance: float
     keep_alive: float
     reasons: tuple[str, ...]
 
 
+class _Passes:
+    """Loads of passes in some layers, drawn as the simulator's closed loop draws them."""
+
+    def __init__(self, traffic: Offered, model: ModelSpec, layers_L: IntArray) -> None:
+        self.layers, self.top_k = len(layers_L), model.top_k
+        self.share_TLE = traffic.share_TLE[:, layers_L]
+        self.concentration = traffic.concentration
+        self.routing = RoutingModel(
+            popularity_DLE=np.maximum(self.share_TLE, 1e-9), concentration=1.0, top_k=model.top_k
+        )
+        self.stretches = len(self.share_TLE) - 1
+
+    def drawn(
+        self, readers: float, prompt: float, writers: float, *, settle: bool
+    ) -> Iterator[tuple[int, FloatArray, int]]:
+        """Stretch of time whose plan serves, loads [B, L, E], and how many of them come before what counts.
+
+        Parameters
+        ----------
+        readers, prompt : float
+            Requests that read, and tokens of each.
+        writers : float
+            Requests that write a token.
+        settle : bool
+            Whether there are any that do not count.
+        """
+        rng = np.random.default_rng(0)
+        tokens = readers * prompt + writers
+        # A mix of requests has the moments of one that is more concentrated.
+        square = (readers * prompt**2 + writers) / tokens**2
+        alike = max((self.concentration + 1) / square - 1, 0.1)
+        routing = self.routing.replace(concentration=min(alike, 1e9))
+        pairs = max(round(tokens), 1) * self.top_k
+        for stretch in range(self.stretches):
+            before = SETTLED if settle and stretch == 0 else 0
+            count = before + -(-DRAWS // self.stretches)
+            share_BLE = routing.distributions(np.full(count, stretch + 1), rng).astype(np.float64)
+            share_BLE /= share_BLE.sum(2, keepdims=True)
+            yield stretch, rng.multinomial(pairs, share_BLE).astype(np.float64), before
+
+
 class _Group:
     """A group of GPUs with so many slots, and what its layers take."""
 
-    def __init__(self, machine: Machine, traffic: Offered, spare: int, memory: float | None) -> None:
+    def __init__(
+        self, machine: Machine, traffic: Offered, spare: int, memory: float | None, layers_L: IntArray
+    ) -> None:
         model, gpus = machine.model, machine.topology.gpus
-        self.spare, self.traffic = spare, traffic
+        self.spare, self.traffic, self.layers_L = spare, traffic, layers_L
         self.slots = -(-model.experts // gpus) + spare
         self.topology = slots_of(machine.topology, self.slots)
         self.machine = machine.replace(topology=self.topology)
         self.room = Room.of(self.machine, memory)
-        chosen = np.unique(np.linspace(0, model.layers - 1, min(LAYERS, model.layers)).round().astype(int))
-        self.share_TLE = traffic.share_TLE[:, chosen]
+        self.passes = _Passes(traffic, model, layers_L)
         self.split_s = Settings().split_seconds(model.experts, gpus)
-        self.table = TimeTable.of(
-            machine.time, min(self.slots, model.experts), per_token=machine.link_per_token
+        self.beliefs = Beliefs(
+            self.machine,
+            self.machine.believed(Settings().believed),
+            learns=True,
+            slots=min(self.slots + 1, model.experts),
         )
+        self._planned: dict[tuple[int, str], tuple[SlotArray, FloatArray | None]] = {}
+
+    def on(self, layers_L: IntArray) -> _Group:
+        """The same, looked at in other layers."""
+        return _Group(self.machine, self.traffic, self.spare, self.room.memory / 1e9, layers_L)
 
     @property
     def redundant(self) -> int:
@@ -185,75 +272,87 @@ class _Group:
     @cached_property
     def static_LGC(self) -> SlotArray:
         """One copy of each expert, in blocks."""
-        layers = self.share_TLE.shape[1]
-        return contiguous(self.machine.model.experts, np.full((layers, self.topology.gpus), self.slots))
+        size_LG = np.full((self.passes.layers, self.topology.gpus), self.slots)
+        return contiguous(self.machine.model.experts, size_LG)
 
-    @cached_property
-    def planned(self) -> list[dict[str, tuple[SlotArray, FloatArray]]]:
-        """Slots and shares by split, planned on each stretch of time."""
-        found = []
-        for load_LE in self.share_TLE[:-1] * 1e6:
-            ways = {}
-            for split in ("equal", "fractional"):
-                made = plan(load_LE, self.topology, split=split)
-                ways[split] = (np.asarray(made.slots_LGC), np.asarray(made.share_LGC))
-            found.append(ways)
-        return found
-
-    def layer(self, tokens: float, split: str) -> tuple[float, float]:
-        """Mean seconds of a layer with so many tokens, and imbalance, on loads that were not planned on."""
-        model, rng = self.machine.model, np.random.default_rng(0)
-        pairs = int(max(round(tokens), 1)) * model.top_k
-        seconds, most, mean = [], 0.0, 0.0
-        for at, share_LE in enumerate(self.share_TLE[1:]):
-            shape = (DRAWS, *share_LE.shape)
-            load_BLE = rng.multinomial(pairs, np.broadcast_to(share_LE, shape)).astype(np.float64)
-            slots_LGC, share_LGC = self._placed(at, split)
-            placed = Placed(self.machine, self.table, slots_LGC, share_LGC, brief=True)
-            if split == "live":
-                placed.split = SplitCost(self.split_s, len(share_LE))
-                times, _ = TimedRule().times(load_BLE, placed)
+    def placed(self, stretch: int, split: str) -> tuple[SlotArray, FloatArray | None]:
+        """Slots and shares that are planned on a stretch of time."""
+        if split == "static":
+            return self.static_LGC, None
+        key = (stretch, "equal" if split == "equal" else "fractional")
+        if key not in self._planned:
+            load_LE, model = self.passes.share_TLE[stretch] * 1e6, self.machine.model
+            if split == "equal":  # as engines do it by themselves
+                made = plan(load_LE, self.topology, model=model, solver="eplb", split="equal")
             else:
-                times = placed.times(load_BLE, placed.spread(share_LGC, DRAWS))
+                made = plan(load_LE, self.topology, split="fractional")
+            self._planned[key] = (np.asarray(made.slots_LGC), np.asarray(made.share_LGC))
+        return self._planned[key]
+
+    def layer(self, readers: float, prompt: float, writers: float, split: str) -> tuple[float, float]:
+        """Mean seconds of a layer in such a pass, and imbalance, on loads that were not planned on."""
+        live = split == "live"
+        rule: ShareRule = TimedRule() if live else PlannedRule()
+        cost = SplitCost(self.split_s, self.passes.layers) if live else None
+        seconds, most, mean = [], 0.0, 0.0
+        for stretch, load_BLE, before in self.passes.drawn(readers, prompt, writers, settle=live):
+            slots_LGC, share_LGC = self.placed(stretch, split)
+            placed = Placed(
+                self.machine,
+                self.beliefs.table,
+                slots_LGC,
+                share_LGC,
+                believed=self.beliefs.machine,
+                split=cost,
+            )
+            if before:  # until it is known what GPUs take, and where live shares pay
+                times, _ = rule.times(load_BLE[:before], placed)
+                self.beliefs.see(times)
+                placed.table, placed.believed = self.beliefs.table, self.beliefs.machine
+            times, _ = rule.times(load_BLE[before:], placed)
             seconds.append(float(times.layer_BL.mean()))
             most += float(times.tokens_BLG.max(2).sum())
             mean += float(times.tokens_BLG.mean(2).sum())
         return float(np.mean(seconds)), most / max(mean, 1e-30)
 
-    def _placed(self, at: int, split: str) -> tuple[SlotArray, FloatArray]:
-        if split == "static":
-            return self.static_LGC, equal_shares(self.static_LGC, self.machine.model.experts)
-        return self.planned[at]["equal" if split == "equal" else "fractional"]
-
-    def pass_seconds(self, tokens: float, cached: float, split: str) -> float:
-        """Of a whole pass with so many tokens in it and in the cache."""
+    def pass_seconds(self, readers: float, prompt: float, writers: float, split: str) -> float:
+        """Of a whole pass in which so many requests read prompts and others write a token."""
+        held = self.traffic.prompt + self.traffic.answer / 2
+        tokens, cached = readers * prompt + writers, readers * prompt + writers * held
         rest = float(self.machine.rest(np.array([tokens]), np.array([cached]))[0])
-        return self.machine.model.layers * self.layer(tokens, split)[0] + rest
+        return self.machine.model.layers * self.layer(readers, prompt, writers, split)[0] + rest
+
+    def cycle(self, batch: float, split: str) -> tuple[float, float]:
+        """Requests per second of so many in flight, and seconds of a pass that reads prompts.
+
+        Answers end one by one, and as many prompts are read as answers ended: in every pass some, or one in
+        some passes. What a pass may read limits how many are in flight.
+        """
+        prompt, answer = self.traffic.prompt, self.traffic.answer
+        room = READS * self.topology.gpus
+        batch = min(batch, answer * max(1.0, room / (prompt + answer - 1)))
+        readers = max(batch / answer, 1.0)
+        reading = batch / readers / answer  # share of the passes
+        read_s = self.pass_seconds(readers, prompt, max(batch - readers, 0.0), split)
+        write_s = self.pass_seconds(0.0, prompt, batch, split) if reading < 1 else 0.0
+        return batch / (answer * (reading * read_s + (1 - reading) * write_s)), read_s
 
     def choice(self, groups: int, split: str) -> Deployment:
         """What the setting comes to."""
         traffic, gpus = self.traffic, self.topology.gpus
         cache = self.room.tokens(self.topology)
         each = traffic.prompt + traffic.answer
-        requests = max(min(cache / each, float(traffic.most_requests * gpus)), 1.0)
-        read_s = self.pass_seconds(READS, READS, split) / READS * traffic.prompt
-        held = traffic.prompt + traffic.answer / 2
-
-        def token_s(batch: float) -> float:
-            return self.pass_seconds(batch, batch * held, split)
-
-        def rate(batch: float) -> float:
-            return batch / (traffic.answer * token_s(batch) + batch * read_s)
-
-        capacity = rate(requests)
-        batch = requests
+        requests = max(np.floor(min(cache / each, float(traffic.most_requests * gpus))), 1.0)
+        capacity, first_s = self.cycle(requests, split)
+        batch, rate = requests, capacity
         if traffic.rate is not None and traffic.rate / groups < capacity:
             low, high = 1.0, requests
             for _ in range(8):
                 middle = (low * high) ** 0.5
-                low, high = (low, middle) if rate(middle) >= traffic.rate / groups else (middle, high)
+                enough = self.cycle(middle, split)[0] >= traffic.rate / groups
+                low, high = (low, middle) if enough else (middle, high)
             batch = high
-        writes = token_s(batch) + batch * read_s / traffic.answer  # prompts of others are read in between
+            rate, first_s = self.cycle(batch, split)
         return Deployment(
             width=gpus,
             groups=groups,
@@ -264,14 +363,23 @@ class _Group:
             cache_tokens=cache,
             requests=requests,
             batch=batch,
-            token_s=writes,
-            first_s=read_s,
+            token_s=batch / rate / traffic.answer,
+            first_s=first_s,
             capacity=groups * capacity * traffic.answer,
-            imbalance=self.layer(batch, split)[1],
+            imbalance=self.layer(0.0, traffic.prompt, batch, split)[1],
+            interval=self.interval(split),
+            layers=self.passes.layers,
         )
 
+    def interval(self, split: str) -> float:
+        """Seconds between two plans, at least; EPLB moves nearly all slots, plans from what is live few."""
+        links, model = self.topology.links, self.machine.model
+        slowest = links.inter_node if self.topology.nodes > 1 else links.intra_node
+        part = {"static": 0.0, "equal": 0.95}.get(split, 0.05)  # docs/benchmarks.md, re-planning
+        return max(DECIDE, 20 * part * self.slots * model.layers * model.expert_bytes / slowest)
 
-def _widths(topology: Topology, experts: int) -> list[int]:
+
+def widths(topology: Topology, experts: int) -> list[int]:
     """GPUs that a group may have: parts of a node, or whole nodes."""
     nodes = topology.nodes
     per_node = topology.gpus // nodes
@@ -280,7 +388,7 @@ def _widths(topology: Topology, experts: int) -> list[int]:
     return [width for width in parts if width <= experts]
 
 
-def _of(topology: Topology, width: int) -> Topology:
+def part_of(topology: Topology, width: int) -> Topology:
     """The first GPUs of a machine."""
     return topology.replace(
         node_G=topology.node_G[:width],
@@ -289,6 +397,15 @@ def _of(topology: Topology, width: int) -> Topology:
         memory_G=None,
         domain_G=None,
     )
+
+
+def _looked_at(share_TLE: FloatArray, most: int) -> IntArray:
+    """Layers from the flattest to the most skewed, at even steps, in their own order."""
+    layers = share_TLE.shape[1]
+    if layers <= most:
+        return np.arange(layers)
+    by_skew = np.argsort((share_TLE**2).sum(2).mean(0), kind="stable")
+    return np.asarray(np.sort(by_skew[((np.arange(most) + 0.5) * layers / most).astype(np.int64)]))
 
 
 def advise(machine: Machine, traffic: Offered, *, memory: float | None = None) -> Advice:
@@ -309,30 +426,50 @@ def advise(machine: Machine, traffic: Offered, *, memory: float | None = None) -
         If nothing fits.
     """
     topology, model = machine.topology, machine.model
+    few_L, all_L = _looked_at(traffic.share_TLE, LAYERS), np.arange(model.layers)
     found: list[tuple[Deployment, _Group]] = []
-    for width in _widths(topology, model.experts):
-        part = machine.replace(topology=_of(topology, width))
+    for width in widths(topology, model.experts):
+        part = machine.replace(topology=part_of(topology, width))
         for spare in SPARE:
-            group = _Group(part, traffic, spare, memory)
+            group = _Group(part, traffic, spare, memory, few_L)
             if group.room.tokens(group.topology) < traffic.prompt + traffic.answer:
                 break
             if group.slots > model.experts:
                 break
-            ways = ("static",) if spare == 0 else ("equal", "fractional", "live")
-            ways = ("static",) if width == 1 else ways
+            ways = SPLITS[:1] if spare == 0 or width == 1 else SPLITS[1:]
             found += [(group.choice(topology.gpus // width, split), group) for split in ways]
     if not found:
         raise InfeasibleError(
             f"memory: {model.name} and the cache of one request fit on no group of up to {topology.gpus} "
             f"{machine.gpu}s"
         )
+    if len(few_L) < model.layers:
+        found = _closer(found, traffic, all_L)
     order = sorted(found, key=lambda each: _merit(each[0], traffic))
     best, group = _frugal(order, traffic)
-    static = min((c for c, _ in found if c.split == "static"), key=lambda c: _merit(c, traffic))
-    kept: dict[tuple[int, int], Deployment] = {}
-    for choice, _ in order:
-        kept.setdefault((choice.width, choice.slots), choice)
-    return _advice(model, tuple(kept.values()), best, group, static, traffic)
+    return _advice(order, best, group.on(all_L), traffic)
+
+
+def _closer(
+    found: list[tuple[Deployment, _Group]], traffic: Offered, layers_L: IntArray
+) -> list[tuple[Deployment, _Group]]:
+    """What may be the best, the best static or the best of engines, looked at in all layers."""
+    looked: dict[int, _Group] = {}
+    closer = []
+    near = set[int]()
+    for splits in (SPLITS, ("static",), ("static", "equal")):
+        kin = [
+            (_merit(choice, traffic), at) for at, (choice, _) in enumerate(found) if choice.split in splits
+        ]
+        (kind, value), _ = min(kin)
+        near |= {at for merit, at in kin if merit[0] == kind and merit[1] <= value + NEAR * abs(value)}
+    for at, (choice, group) in enumerate(found):
+        if at in near:
+            whole = looked.setdefault(id(group), group.on(layers_L))
+            closer.append((whole.choice(choice.groups, choice.split), whole))
+        else:
+            closer.append((choice, group))
+    return closer
 
 
 def _merit(choice: Deployment, traffic: Offered) -> tuple[float, float]:
@@ -345,44 +482,43 @@ def _merit(choice: Deployment, traffic: Offered) -> tuple[float, float]:
 def _frugal(order: list[tuple[Deployment, _Group]], traffic: Offered) -> tuple[Deployment, _Group]:
     """Of those that are as good as the best, the one that takes least memory, and balances least."""
     kind, value = _merit(order[0][0], traffic)
-    ranks = ("static", "equal", "fractional", "live")
     near = [
         each
         for each in order
         if _merit(each[0], traffic)[0] == kind and _merit(each[0], traffic)[1] <= value + CLOSE * abs(value)
     ]
-    return min(near, key=lambda each: (each[0].expert_bytes, ranks.index(each[0].split)))
+    return min(near, key=lambda each: (each[0].expert_bytes, SPLITS.index(each[0].split)))
 
 
 def _advice(
-    model: ModelSpec,
-    choices: tuple[Deployment, ...],
-    best: Deployment,
-    group: _Group,
-    static: Deployment,
-    traffic: Offered,
+    order: list[tuple[Deployment, _Group]], best: Deployment, group: _Group, traffic: Offered
 ) -> Advice:
-    even = _break_even(group)
-    links = group.topology.links
-    slowest = links.inter_node if group.topology.nodes > 1 else links.intra_node
-    # What a plan moves: EPLB nearly all slots, plans from what is live few (docs/benchmarks.md, re-planning).
-    moved = (
-        (0.95 if best.split == "equal" else 0.05) * best.slots * model.layers * model.expert_bytes / slowest
-    )
-    interval = max(DECIDE, 20 * moved)
-    every = max(int(interval / best.token_s), 1)
+    static = _frugal([each for each in order if each[0].split == "static"], traffic)[0]
+    engine = _frugal([each for each in order if each[0].split in ("static", "equal")], traffic)[0]
+    kept: dict[tuple[int, int], Deployment] = {}
+    for choice, _ in order:
+        kept.setdefault((choice.width, choice.slots), choice)
+    kept[best.width, best.slots] = best
+    writing, reading = _break_even(group, best)
     served = best.capacity / traffic.answer
     reasons = [
         f"{best.width} GPUs a group: {best.expert_bytes / 1e9:.1f} GB of experts on each leave room for "
-        f"{best.cache_tokens:,.0f} tokens of KV cache and {best.requests:,.0f} requests in flight",
+        f"{best.cache_tokens:,.0f} tokens of KV cache; {best.requests:,.0f} requests in flight",
         f"against the best without balancing ({static.width} GPUs, {static.slots} slots): "
         f"{best.capacity / static.capacity - 1:+.1%} tokens/s, "
         f"{best.token_s / static.token_s - 1:+.1%} time per token, "
         f"{best.gpu_hours / static.gpu_hours - 1:+.1%} GPU hours",
-        f"balancing pays by 1 % in passes of {even:,.0f} tokens and more; reading passes have {READS:,}, "
-        f"writing ones {best.batch:,.0f}"
-        if even is not None
-        else f"balancing saves 1 % in no pass of up to {READS:,} tokens",
+        (
+            f"balancing pays by 1 % in passes that write for {writing:,.0f} requests and more"
+            if writing is not None
+            else "balancing saves 1 % of no pass that writes"
+        )
+        + f" (here {best.batch:,.0f}), "
+        + (
+            f"in those that read {reading:,.0f} tokens of prompts and more"
+            if reading is not None
+            else f"and of none that reads up to {READS * best.width:,} tokens of prompts"
+        ),
     ]
     if traffic.rate is not None:
         reasons.append(
@@ -390,36 +526,57 @@ def _advice(
             + ("" if served >= traffic.rate else f"; {traffic.rate / served:.1f} times as many GPUs would do")
         )
     return Advice(
-        model=model,
-        choices=choices,
+        model=group.machine.model,
+        settings=tuple(choice for choice, _ in order),
+        choices=tuple(kept.values()),
         best=best,
         static=static,
+        engine=engine,
         rate=traffic.rate,
         served=served,
-        even=even,
-        interval=interval,
-        every=every,
+        writing=writing,
+        reading=reading,
         tolerance=0.05 if best.split == "equal" else 0.01,
-        keep_alive=2 * interval,
+        keep_alive=2 * best.interval,
         reasons=tuple(reasons),
     )
 
 
-def _break_even(group: _Group) -> float | None:
-    """Tokens of a pass from which on balancing saves 1 % of it, on the group that was chosen."""
-    if group.topology.gpus == 1:
-        return None
+def _break_even(group: _Group, best: Deployment) -> tuple[float | None, float | None]:
+    """Requests that write, and tokens that are read, from which on balancing saves 1 % of a pass.
+
+    On groups as wide as the one that was chosen, with its slots and split; where it does not balance, with a
+    slot more.
+    """
+    if group.topology.gpus == 1 or (not group.spare and group.slots >= group.machine.model.experts):
+        return None, None
+    ways = (best.split,) if best.split != "static" else SPLITS[1:]
     if not group.spare:
-        group = _Group(group.machine, group.traffic, 1, group.room.memory / 1e9)
+        group = _Group(group.machine, group.traffic, 1, group.room.memory / 1e9, group.layers_L)
+    prompt = group.traffic.prompt
 
-    def pays(tokens: float) -> bool:
-        plain = group.pass_seconds(tokens, tokens, "static")
-        return min(group.pass_seconds(tokens, tokens, way) for way in ("equal", "live")) < 0.99 * plain
+    def saves(readers: float, tokens: float, writers: float) -> bool:
+        plain = group.pass_seconds(readers, tokens, writers, "static")
+        quick = min(group.pass_seconds(readers, tokens, writers, way) for way in ways)
+        return quick < (1 - PAYS) * plain
 
-    high = next((2.0**power for power in range(14) if pays(2.0**power)), None)
-    if high is None:
-        return None
-    low = high / 2
+    most = max(best.requests, 1.0)
+    return (
+        _from_on(lambda size: saves(0.0, prompt, size), most),
+        _from_on(
+            lambda size: saves(max(size / prompt, 1.0), min(size, prompt), 0.0),
+            float(READS * group.topology.gpus),
+        ),
+    )
+
+
+def _from_on(pays: Callable[[float], bool], most: float) -> float | None:
+    """The least size from which on it pays in all that are tried, by halves, up to the largest."""
+    low, high = most, None
+    while low >= 1 and pays(low):
+        low, high = low / 2, low
+    if high is None or low < 1:
+        return high
     for _ in range(3):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if pays(middle) else (middle, high)

@@ -78,19 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shares(model: ModelSpec, loads: str | None, prompt: float, seed: int) -> tuple[FloatArray, str]:
-    """Shares of the experts in stretches of time [T, L, E], and where they come from."""
+def _shares(model: ModelSpec, loads: str | None, seed: int) -> tuple[FloatArray, float, str]:
+    """Shares of the experts in stretches of time [T, L, E], how much requests are alike, and the source."""
+    spread = RoutingModel.fit(tiny_moe_traces())
+    alike = spread.concentration * model.experts / spread.popularity_DLE.shape[2]
     if loads is None:
-        routing = RoutingModel.fit(tiny_moe_traces()).like(
-            model.layers, model.experts, model.top_k, seed=seed
-        )
+        routing = spread.like(model.layers, model.experts, model.top_k, seed=seed)
         rng = np.random.default_rng(seed)
         # A stretch holds some requests of each domain, in proportions of its own.
         stretches = []
         for _ in range(STRETCHES):
             domain_R = routing.requests(64, rng)
             stretches.append(routing.distributions(domain_R, rng).mean(0, dtype=np.float64))
-        return np.stack(stretches), "generated with the spread of the tiny MoE's (assumed)"
+        return np.stack(stretches), alike, "generated with the spread of the tiny MoE's (assumed)"
     found = read_loads(loads)
     load_TLE = found.load_TLE
     if load_TLE.shape[1:] != (model.layers, model.experts):
@@ -104,9 +104,11 @@ def _shares(model: ModelSpec, loads: str | None, prompt: float, seed: int) -> tu
     # No expert is chosen twice by a token.
     share_TLE = np.minimum(share_TLE, 1.0 / model.top_k)
     share_TLE /= share_TLE.sum(2, keepdims=True)
+    source = f"{loads}, requests as unlike each other as the tiny MoE's (assumed)"
     if len(share_TLE) == 1:
-        return np.repeat(share_TLE, 2, axis=0), f"{loads} (one scenario: no drift is seen)"
-    return share_TLE, f"{loads} ({len(share_TLE)} scenarios, each served by the plan of the one before)"
+        return np.repeat(share_TLE, 2, axis=0), alike, f"{source}; one scenario: no drift is seen"
+    source += f"; {len(share_TLE)} scenarios, each served by the plan of the one before"
+    return share_TLE, alike, source
 
 
 def traffic_of(
@@ -134,13 +136,14 @@ def traffic_of(
         number("--rate", rate, open_low=True)
     if most_requests < 1:
         raise ProblemError("--most-requests", f"is {most_requests}, must be at least 1")
-    share_TLE, source = _shares(model, loads, prompt, seed)
+    share_TLE, concentration, source = _shares(model, loads, seed)
     return Offered(
         share_TLE=share_TLE,
         prompt=prompt,
         answer=answer,
         rate=rate,
         most_requests=most_requests,
+        concentration=concentration,
         source=source,
     )
 
@@ -202,14 +205,14 @@ def flags(found: Advice) -> dict[str, str]:
     if balance:
         config = {
             "num_redundant_experts": best.redundant,
-            "window_size": found.every,
-            "step_interval": found.every,
+            "window_size": found.best.every,
+            "step_interval": found.best.every,
         }
         vllm += ["--enable-eplb", f"--eplb-config {shlex.quote(json.dumps(config))}"]
         sglang += [
             "--enable-eplb",
             f"--ep-num-redundant-experts {best.redundant}",
-            f"--eplb-rebalance-num-iterations {found.every}",
+            f"--eplb-rebalance-num-iterations {found.best.every}",
         ]
     tensorrt = f"moe_expert_parallel_size: {best.width}"
     if balance:
@@ -257,7 +260,7 @@ def _print(found: Advice, machine: Machine, traffic: Offered) -> None:
     else:
         moves = "of 95 % of the slots: EPLB" if best.split == "equal" else "of 5 %: plans from what is live"
         print(
-            f"- plan every {found.interval:.0f} s (about {found.every:,} writing passes), so that moving "
+            f"- plan every {found.best.interval:.0f} s (about {found.best.every:,} writing passes), so that moving "
             f"weights ({moves}) takes at most a twentieth of the time; tolerance {found.tolerance:g}; a "
             f"replica that serves nothing goes after {found.keep_alive:.0f} s"
         )
