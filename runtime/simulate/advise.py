@@ -23,7 +23,8 @@ import numpy as np
 
 from moeless_opt.api import plan
 from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
-from moeless_opt.problems.errors import InfeasibleError
+from moeless_opt.problems.errors import InfeasibleError, ProblemError
+from moeless_opt.problems.plan import count_moves
 from moeless_opt.problems.spec import ModelSpec, Topology, contiguous
 from moeless_opt.runtime.simulate.beliefs import Beliefs
 from moeless_opt.runtime.simulate.hardware import slots_of
@@ -62,6 +63,9 @@ PAYS = 0.01
 DECIDE = 1.0
 """Seconds between plans at the soonest: what engines measure their loads over."""
 
+TOLERANCES = (0.01, 0.03, 0.1)
+"""Tolerances of plans from what is live that are looked at beside plans made anew."""
+
 SPLITS = ("static", "equal", "fractional", "live")
 """How replicas share tokens, the simplest first."""
 
@@ -76,6 +80,9 @@ class Offered:
         Shares of the experts in consecutive stretches of time, summing to 1 in each layer.
     prompt, answer : float
         Tokens of a request, mean.
+    reserved, held : float
+        Of a request in flight, mean over time: tokens of the KV cache that are kept for it, and that it has
+        filled. Long answers are in flight for long.
     rate : float or None
         Requests per second; None: as many as there is room for.
     most_requests : int
@@ -89,6 +96,8 @@ class Offered:
     share_TLE: FloatArray
     prompt: float
     answer: float
+    reserved: float
+    held: float
     rate: float | None
     most_requests: int
     concentration: float
@@ -119,6 +128,10 @@ class Deployment:
         Tokens of answers per second that all GPUs together can write.
     imbalance : float
         Largest over mean GPU tokens of writing passes at that batch.
+    tolerance : float or None
+        Balance that plans give up for fewer moves: made from what is live, every slot full; None: made anew.
+    moved : float
+        Share of all replicas that a plan moves, mean.
     interval : float
         Seconds between two plans, so that what they move takes at most a twentieth of the links' time.
     layers : int
@@ -138,6 +151,8 @@ class Deployment:
     first_s: float
     capacity: float
     imbalance: float
+    tolerance: float | None
+    moved: float
     interval: float
     layers: int
 
@@ -164,6 +179,8 @@ class Advice:
         The best of each width and number of slots, the best first.
     best, static : Deployment
         What is advised, and the best that never balances.
+    replans : tuple of Deployment
+        The advised width, slots and split with plans that move less and less; empty where engines plan.
     engine : Deployment
         The best of what engines do by themselves: no balancing, or EPLB with an equal split.
     rate : float or None
@@ -174,8 +191,6 @@ class Advice:
         Requests in flight from which on balancing saves 1 % of a pass that writes; None where it never does.
     reading : float or None
         Tokens of prompts from which on it saves 1 % of a pass that reads.
-    tolerance : float
-        Balance to give up for fewer moves.
     keep_alive : float
         Seconds that unused replicas stay.
     reasons : tuple of str
@@ -187,12 +202,12 @@ class Advice:
     choices: tuple[Deployment, ...]
     best: Deployment
     static: Deployment
+    replans: tuple[Deployment, ...]
     engine: Deployment
     rate: float | None
     served: float
     writing: float | None
     reading: float | None
-    tolerance: float
     keep_alive: float
     reasons: tuple[str, ...]
 
@@ -242,10 +257,16 @@ class _Group:
     """A group of GPUs with so many slots, and what its layers take."""
 
     def __init__(
-        self, machine: Machine, traffic: Offered, spare: int, memory: float | None, layers_L: IntArray
+        self,
+        machine: Machine,
+        traffic: Offered,
+        spare: int,
+        memory: float | None,
+        layers_L: IntArray,
+        tolerance: float | None = None,
     ) -> None:
         model, gpus = machine.model, machine.topology.gpus
-        self.spare, self.traffic, self.layers_L = spare, traffic, layers_L
+        self.spare, self.traffic, self.layers_L, self.tolerance = spare, traffic, layers_L, tolerance
         self.slots = -(-model.experts // gpus) + spare
         self.topology = slots_of(machine.topology, self.slots)
         self.machine = machine.replace(topology=self.topology)
@@ -258,11 +279,13 @@ class _Group:
             learns=True,
             slots=min(self.slots + 1, model.experts),
         )
+        self._seen = set[int]()
         self._planned: dict[tuple[int, str], tuple[SlotArray, FloatArray | None]] = {}
 
-    def on(self, layers_L: IntArray) -> _Group:
-        """The same, looked at in other layers."""
-        return _Group(self.machine, self.traffic, self.spare, self.room.memory / 1e9, layers_L)
+    def on(self, layers_L: IntArray, tolerance: float | None = None) -> _Group:
+        """The same, looked at in other layers, or planned from what is live."""
+        memory = self.room.memory / 1e9
+        return _Group(self.machine, self.traffic, self.spare, memory, layers_L, tolerance)
 
     @property
     def redundant(self) -> int:
@@ -281,13 +304,55 @@ class _Group:
             return self.static_LGC, None
         key = (stretch, "equal" if split == "equal" else "fractional")
         if key not in self._planned:
-            load_LE, model = self.passes.share_TLE[stretch] * 1e6, self.machine.model
-            if split == "equal":  # as engines do it by themselves
-                made = plan(load_LE, self.topology, model=model, solver="eplb", split="equal")
-            else:
-                made = plan(load_LE, self.topology, split="fractional")
-            self._planned[key] = (np.asarray(made.slots_LGC), np.asarray(made.share_LGC))
+            self._planned[key] = self._plan(stretch, key[1])
         return self._planned[key]
+
+    def _plan(self, stretch: int, split: str) -> tuple[SlotArray, FloatArray]:
+        load_LE, model = self.passes.share_TLE[stretch] * 1e6, self.machine.model
+        if split == "equal":  # as engines do it by themselves
+            made = plan(load_LE, self.topology, model=model, solver="eplb", split="equal")
+        elif self.tolerance is None:
+            made = plan(load_LE, self.topology)
+        else:
+            live_LGC = self.placed(stretch - 1, split)[0] if stretch else self.static_LGC
+            made = plan(
+                load_LE,
+                self.topology,
+                current=live_LGC,
+                fill="distinct",
+                balance_tolerance=self.tolerance,
+            )
+        return np.asarray(made.slots_LGC), np.asarray(made.share_LGC)
+
+    def _batch(self, rate: float, most: float, capacity: float, split: str) -> float:
+        """Requests in flight where so many come per second: between 1 and what is served at most."""
+        low, high = 1.0, most
+        slow, quick = self.cycle(low, split)[0], capacity
+        for _ in range(4):
+            if slow >= rate:
+                return low
+            if high / low < 1.02 or quick <= slow:
+                break
+            # Straight in logarithms, a little above: what keeps up is wanted.
+            part = np.log(rate / slow) / np.log(quick / slow)
+            middle = float(low * (high / low) ** min(0.05 + 0.95 * part, 1.0))
+            served = self.cycle(middle, split)[0]
+            if served >= rate:
+                high, quick = middle, served
+            else:
+                low, slow = middle, served
+        return high
+
+    def moved(self, split: str) -> float:
+        """Share of the replicas that a plan moves, mean; of the first, where there is only one."""
+        if split == "static":
+            return 0.0
+        made = [self.placed(stretch, split)[0] for stretch in range(self.passes.stretches)]
+        if len(made) == 1:
+            made.insert(0, self.static_LGC)
+        experts, bytes_L = self.machine.model.experts, np.ones(self.passes.layers, dtype=np.int64)
+        pairs = zip(made[1:], made[:-1], strict=True)
+        return float(np.mean([count_moves(new, old, experts, bytes_L).fraction for new, old in pairs]))
 
     def layer(self, readers: float, prompt: float, writers: float, split: str) -> tuple[float, float]:
         """Mean seconds of a layer in such a pass, and imbalance, on loads that were not planned on."""
@@ -307,7 +372,10 @@ class _Group:
             )
             if before:  # until it is known what GPUs take, and where live shares pay
                 times, _ = rule.times(load_BLE[:before], placed)
-                self.beliefs.see(times)
+                size = round(np.log2(readers * prompt + writers))
+                if size not in self._seen:
+                    self._seen.add(size)
+                    self.beliefs.see(times)
                 placed.table, placed.believed = self.beliefs.table, self.beliefs.machine
             times, _ = rule.times(load_BLE[before:], placed)
             seconds.append(float(times.layer_BL.mean()))
@@ -317,8 +385,7 @@ class _Group:
 
     def pass_seconds(self, readers: float, prompt: float, writers: float, split: str) -> float:
         """Of a whole pass in which so many requests read prompts and others write a token."""
-        held = self.traffic.prompt + self.traffic.answer / 2
-        tokens, cached = readers * prompt + writers, readers * prompt + writers * held
+        tokens, cached = readers * prompt + writers, readers * prompt + writers * self.traffic.held
         rest = float(self.machine.rest(np.array([tokens]), np.array([cached]))[0])
         return self.machine.model.layers * self.layer(readers, prompt, writers, split)[0] + rest
 
@@ -341,18 +408,13 @@ class _Group:
         """What the setting comes to."""
         traffic, gpus = self.traffic, self.topology.gpus
         cache = self.room.tokens(self.topology)
-        each = traffic.prompt + traffic.answer
-        requests = max(np.floor(min(cache / each, float(traffic.most_requests * gpus))), 1.0)
+        requests = float(max(min(cache // traffic.reserved, traffic.most_requests * gpus), 1))
         capacity, first_s = self.cycle(requests, split)
         batch, rate = requests, capacity
         if traffic.rate is not None and traffic.rate / groups < capacity:
-            low, high = 1.0, requests
-            for _ in range(8):
-                middle = (low * high) ** 0.5
-                enough = self.cycle(middle, split)[0] >= traffic.rate / groups
-                low, high = (low, middle) if enough else (middle, high)
-            batch = high
+            batch = self._batch(traffic.rate / groups, requests, capacity, split)
             rate, first_s = self.cycle(batch, split)
+        moved = self.moved(split)
         return Deployment(
             width=gpus,
             groups=groups,
@@ -367,25 +429,31 @@ class _Group:
             first_s=first_s,
             capacity=groups * capacity * traffic.answer,
             imbalance=self.layer(0.0, traffic.prompt, batch, split)[1],
-            interval=self.interval(split),
+            tolerance=self.tolerance,
+            moved=moved,
+            interval=self.interval(moved),
             layers=self.passes.layers,
         )
 
-    def interval(self, split: str) -> float:
-        """Seconds between two plans, at least; EPLB moves nearly all slots, plans from what is live few."""
+    def interval(self, moved: float) -> float:
+        """Seconds between two plans, at least, that move such a share of all slots."""
         links, model = self.topology.links, self.machine.model
         slowest = links.inter_node if self.topology.nodes > 1 else links.intra_node
-        part = {"static": 0.0, "equal": 0.95}.get(split, 0.05)  # docs/benchmarks.md, re-planning
-        return max(DECIDE, 20 * part * self.slots * model.layers * model.expert_bytes / slowest)
+        return max(DECIDE, 20 * moved * self.slots * model.layers * model.expert_bytes / slowest)
+
+
+_Found = list[tuple[Deployment, _Group]]
 
 
 def widths(topology: Topology, experts: int) -> list[int]:
-    """GPUs that a group may have: parts of a node, or whole nodes."""
-    nodes = topology.nodes
-    per_node = topology.gpus // nodes
-    parts = [width for width in range(1, per_node + 1) if per_node % width == 0]
-    parts += [per_node * many for many in range(2, nodes + 1) if nodes % many == 0]
-    return [width for width in parts if width <= experts]
+    """GPUs that a group may have: equal parts of every node, whole nodes, or all."""
+    size_N = np.bincount(topology.node_G)
+    common = int(np.gcd.reduce(size_N))
+    found = {width for width in range(1, common + 1) if common % width == 0}
+    if (size_N == common).all():
+        found |= {common * many for many in range(2, len(size_N)) if len(size_N) % many == 0}
+    found.add(topology.gpus)
+    return sorted(width for width in found if width <= experts)
 
 
 def part_of(topology: Topology, width: int) -> Topology:
@@ -408,7 +476,9 @@ def _looked_at(share_TLE: FloatArray, most: int) -> IntArray:
     return np.asarray(np.sort(by_skew[((np.arange(most) + 0.5) * layers / most).astype(np.int64)]))
 
 
-def advise(machine: Machine, traffic: Offered, *, memory: float | None = None) -> Advice:
+def advise(
+    machine: Machine, traffic: Offered, *, memory: float | None = None, most_slots: int | None = None
+) -> Advice:
     """Compare all settings that fit.
 
     Parameters
@@ -419,40 +489,56 @@ def advise(machine: Machine, traffic: Offered, *, memory: float | None = None) -
         What is served.
     memory : float, optional
         GB of each GPU for weights and the KV cache.
+    most_slots : int, optional
+        Replicas of a GPU and layer at most.
 
     Raises
     ------
     InfeasibleError
         If nothing fits.
+    ProblemError
+        If GPUs are not all alike.
     """
+    if (machine.topology.speed_G != machine.topology.speed_G[0]).any():
+        raise ProblemError("topology", "has GPUs of different speeds; advice is for groups of equal ones")
     topology, model = machine.topology, machine.model
     few_L, all_L = _looked_at(traffic.share_TLE, LAYERS), np.arange(model.layers)
-    found: list[tuple[Deployment, _Group]] = []
+    found: _Found = []
     for width in widths(topology, model.experts):
         part = machine.replace(topology=part_of(topology, width))
         for spare in SPARE:
             group = _Group(part, traffic, spare, memory, few_L)
-            if group.room.tokens(group.topology) < traffic.prompt + traffic.answer:
+            if group.room.tokens(group.topology) < traffic.reserved:
                 break
-            if group.slots > model.experts:
+            if group.slots > min(model.experts, most_slots or model.experts):
                 break
             ways = SPLITS[:1] if spare == 0 or width == 1 else SPLITS[1:]
             found += [(group.choice(topology.gpus // width, split), group) for split in ways]
     if not found:
+        room = Room.of(machine, memory)
+        most = max(widths(topology, model.experts))
+        least = model.layers * -(-model.experts // most) * model.expert_bytes
         raise InfeasibleError(
-            f"memory: {model.name} and the cache of one request fit on no group of up to {topology.gpus} "
-            f"{machine.gpu}s"
+            f"memory: {model.name} fits on no group of up to {most} {machine.gpu}s: one copy of its experts "
+            f"takes {least / 1e9:.1f} GB, its other weights {room.others / 1e9:.1f} GB and the cache of one "
+            f"request {traffic.reserved * machine.kv_token_bytes / most / 1e9:.3g} GB of the "
+            f"{room.memory / 1e9:.1f} GB of each"
+            + ("" if most_slots is None else f", with at most {most_slots} slots")
         )
     if len(few_L) < model.layers:
         found = _closer(found, traffic, all_L)
     order = sorted(found, key=lambda each: _merit(each[0], traffic))
     best, group = _frugal(order, traffic)
-    return _advice(order, best, group.on(all_L), traffic)
+    group = group.on(all_L)
+    replans: _Found = []
+    if best.split in ("fractional", "live"):
+        groups = [group, *(group.on(all_L, tolerance) for tolerance in TOLERANCES)]
+        replans = [(each.choice(best.groups, best.split), each) for each in groups]
+        best, group = _steady(replans, traffic)
+    return _advice(order, best, group, tuple(choice for choice, _ in replans), traffic)
 
 
-def _closer(
-    found: list[tuple[Deployment, _Group]], traffic: Offered, layers_L: IntArray
-) -> list[tuple[Deployment, _Group]]:
+def _closer(found: _Found, traffic: Offered, layers_L: IntArray) -> _Found:
     """What may be the best, the best static or the best of engines, looked at in all layers."""
     looked: dict[int, _Group] = {}
     closer = []
@@ -462,7 +548,7 @@ def _closer(
             (_merit(choice, traffic), at) for at, (choice, _) in enumerate(found) if choice.split in splits
         ]
         (kind, value), _ = min(kin)
-        near |= {at for merit, at in kin if merit[0] == kind and merit[1] <= value + NEAR * abs(value)}
+        near |= {at for merit, at in kin if merit <= (kind, value + NEAR * abs(value))}
     for at, (choice, group) in enumerate(found):
         if at in near:
             whole = looked.setdefault(id(group), group.on(layers_L))
@@ -479,19 +565,28 @@ def _merit(choice: Deployment, traffic: Offered) -> tuple[float, float]:
     return (1.0, -choice.capacity)
 
 
-def _frugal(order: list[tuple[Deployment, _Group]], traffic: Offered) -> tuple[Deployment, _Group]:
+def _near(found: _Found, traffic: Offered) -> _Found:
+    """Those that are as good as the best."""
+    kind, value = min(_merit(choice, traffic) for choice, _ in found)
+    return [each for each in found if _merit(each[0], traffic) <= (kind, value + CLOSE * abs(value))]
+
+
+def _frugal(found: _Found, traffic: Offered) -> tuple[Deployment, _Group]:
     """Of those that are as good as the best, the one that takes least memory, and balances least."""
-    kind, value = _merit(order[0][0], traffic)
-    near = [
-        each
-        for each in order
-        if _merit(each[0], traffic)[0] == kind and _merit(each[0], traffic)[1] <= value + CLOSE * abs(value)
-    ]
-    return min(near, key=lambda each: (each[0].expert_bytes, SPLITS.index(each[0].split)))
+    return min(_near(found, traffic), key=lambda each: (each[0].expert_bytes, SPLITS.index(each[0].split)))
+
+
+def _steady(found: _Found, traffic: Offered) -> tuple[Deployment, _Group]:
+    """Of those that are as good as the best, the one that moves least."""
+    return min(_near(found, traffic), key=lambda each: each[0].moved)
 
 
 def _advice(
-    order: list[tuple[Deployment, _Group]], best: Deployment, group: _Group, traffic: Offered
+    order: _Found,
+    best: Deployment,
+    group: _Group,
+    replans: tuple[Deployment, ...],
+    traffic: Offered,
 ) -> Advice:
     static = _frugal([each for each in order if each[0].split == "static"], traffic)[0]
     engine = _frugal([each for each in order if each[0].split in ("static", "equal")], traffic)[0]
@@ -502,24 +597,21 @@ def _advice(
     writing, reading = _break_even(group, best)
     served = best.capacity / traffic.answer
     reasons = [
-        f"{best.width} GPUs a group: {best.expert_bytes / 1e9:.1f} GB of experts on each leave room for "
+        f"groups of {best.width}: {best.expert_bytes / 1e9:.1f} GB of experts on each GPU leave room for "
         f"{best.cache_tokens:,.0f} tokens of KV cache; {best.requests:,.0f} requests in flight",
-        f"against the best without balancing ({static.width} GPUs, {static.slots} slots): "
-        f"{best.capacity / static.capacity - 1:+.1%} tokens/s, "
-        f"{best.token_s / static.token_s - 1:+.1%} time per token, "
-        f"{best.gpu_hours / static.gpu_hours - 1:+.1%} GPU hours",
-        (
-            f"balancing pays by 1 % in passes that write for {writing:,.0f} requests and more"
-            if writing is not None
-            else "balancing saves 1 % of no pass that writes"
-        )
-        + f" (here {best.batch:,.0f}), "
-        + (
-            f"in those that read {reading:,.0f} tokens of prompts and more"
-            if reading is not None
-            else f"and of none that reads up to {READS * best.width:,} tokens of prompts"
-        ),
     ]
+    if best.split != "static":
+        reasons.append(
+            f"against the best without balancing ({static.width} GPUs, {static.slots} slots): "
+            f"{best.capacity / static.capacity - 1:+.1%} tokens/s, "
+            f"{best.token_s / static.token_s - 1:+.1%} time per token, "
+            f"{best.gpu_hours / static.gpu_hours - 1:+.1%} GPU hours"
+        )
+    if best.width > 1:
+        reasons.append(
+            f"balancing pays by 1 % in passes {_from(writing, 'that write for', 'requests')} (here "
+            f"{best.batch:,.0f} write), {_from(reading, 'that read', 'tokens of prompts')}"
+        )
     if traffic.rate is not None:
         reasons.append(
             f"{traffic.rate:g} requests/s asked for, {served:.3g} can be served"
@@ -536,10 +628,14 @@ def _advice(
         served=served,
         writing=writing,
         reading=reading,
-        tolerance=0.05 if best.split == "equal" else 0.01,
+        replans=replans,
         keep_alive=2 * best.interval,
         reasons=tuple(reasons),
     )
+
+
+def _from(size: float | None, what: str, of: str) -> str:
+    return f"{what} {size:,.0f} {of} and more" if size is not None else f"of no size {what} {of}"
 
 
 def _break_even(group: _Group, best: Deployment) -> tuple[float | None, float | None]:
@@ -572,10 +668,15 @@ def _break_even(group: _Group, best: Deployment) -> tuple[float | None, float | 
 
 def _from_on(pays: Callable[[float], bool], most: float) -> float | None:
     """The least size from which on it pays in all that are tried, by halves, up to the largest."""
-    low, high = most, None
-    while low >= 1 and pays(low):
-        low, high = low / 2, low
-    if high is None or low < 1:
+    if not pays(most):
+        return None
+    low = high = most
+    while high > 1:
+        low = max(high / 2, 1.0)
+        if not pays(low):
+            break
+        high = low
+    if high == low:
         return high
     for _ in range(3):
         middle = (low * high) ** 0.5

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, number
+from moeless_opt.problems.arrays import FloatArray, number, whole
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.instances.tiny_moe_traces import tiny_moe_traces
 from moeless_opt.problems.io import read_arrivals
 from moeless_opt.problems.io.recordings import read_loads
 from moeless_opt.problems.spec import ModelSpec
 from moeless_opt.report import table
-from moeless_opt.runtime.simulate.advise import Advice, Offered, advise
+from moeless_opt.runtime.simulate.advise import Advice, Deployment, Offered, advise
+from moeless_opt.runtime.simulate.hardware import GPUS, topology_of
 from moeless_opt.runtime.simulate.machine import Machine
 from moeless_opt.runtime.simulate.scenario import Scenario
 from moeless_opt.runtime.simulate.scene import machine_of
@@ -33,6 +34,9 @@ __all__ = ["main", "traffic_of"]
 
 STRETCHES = 4
 """Stretches of generated traffic."""
+
+MOST_STRETCHES = 8
+"""Stretches of a recording; of one with more steps consecutive ones are summed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", type=float, metavar="N", help="tokens of a prompt, mean (default 1024)")
     add("--answer", type=float, metavar="N", help="tokens of an answer, mean (default 256)")
     add("--most-requests", type=int, default=256, metavar="N", help="in flight on a GPU (default 256)")
-    add("--seed", type=int, default=0, metavar="SEED", help="of generated loads")
+    add("--seed", type=int, metavar="SEED", help="of generated loads (default 0)")
     add("--json", action="store_true", help="the result as JSON on standard output")
     return parser
 
@@ -91,14 +95,16 @@ def _shares(model: ModelSpec, loads: str | None, seed: int) -> tuple[FloatArray,
             domain_R = routing.requests(64, rng)
             stretches.append(routing.distributions(domain_R, rng).mean(0, dtype=np.float64))
         return np.stack(stretches), alike, "generated with the spread of the tiny MoE's (assumed)"
-    found = read_loads(loads)
-    load_TLE = found.load_TLE
+    load_TLE = read_loads(loads).load_TLE
     if load_TLE.shape[1:] != (model.layers, model.experts):
         raise ProblemError(
             "--loads",
             f"{loads} has {load_TLE.shape[1]} layers of {load_TLE.shape[2]} experts, {model.name} has "
             f"{model.layers} of {model.experts}",
         )
+    steps = len(load_TLE)
+    if steps > MOST_STRETCHES:
+        load_TLE = np.stack([part.sum(0) for part in np.array_split(load_TLE, MOST_STRETCHES)])
     total_TL1 = load_TLE.sum(2, keepdims=True)
     share_TLE = np.where(total_TL1 > 0, load_TLE / np.maximum(total_TL1, 1e-300), 1.0 / model.experts)
     # No expert is chosen twice by a token.
@@ -107,7 +113,8 @@ def _shares(model: ModelSpec, loads: str | None, seed: int) -> tuple[FloatArray,
     source = f"{loads}, requests as unlike each other as the tiny MoE's (assumed)"
     if len(share_TLE) == 1:
         return np.repeat(share_TLE, 2, axis=0), alike, f"{source}; one scenario: no drift is seen"
-    source += f"; {len(share_TLE)} scenarios, each served by the plan of the one before"
+    pooled = "" if steps == len(share_TLE) else f", summed to {len(share_TLE)} in their order"
+    source += f"; {steps} scenarios{pooled}, each served by the plan of the one before"
     return share_TLE, alike, source
 
 
@@ -120,7 +127,7 @@ def traffic_of(
     prompt: float | None = None,
     answer: float | None = None,
     most_requests: int = 256,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Offered:
     """Offered from what a command line says."""
     if arrivals is not None:
@@ -128,19 +135,27 @@ def traffic_of(
             if value is not None:
                 raise ProblemError(name, f"is {value:g}, but --arrivals says it")
         trace = read_arrivals(arrivals)
-        rate = trace.requests / max(trace.seconds, 1e-9)
-        prompt, answer = float(trace.prompt_R.mean()), max(float(trace.output_R.mean()), 1.0)
-    prompt = 1024.0 if prompt is None else number("--prompt", prompt, low=1)
-    answer = 256.0 if answer is None else number("--answer", answer, low=1)
+        span = trace.seconds - float(trace.time_R[0])
+        if span <= 0:
+            raise ProblemError("--arrivals", f"{arrivals} has no two requests at different times: no rate")
+        rate = (trace.requests - 1) / span
+        prompt_R, answer_R = np.maximum(trace.prompt_R, 1.0), np.maximum(trace.output_R, 1.0)
+    else:
+        prompt_R = np.array([1024.0 if prompt is None else number("--prompt", prompt, low=1)])
+        answer_R = np.array([256.0 if answer is None else number("--answer", answer, low=1)])
     if rate is not None:
         number("--rate", rate, open_low=True)
-    if most_requests < 1:
-        raise ProblemError("--most-requests", f"is {most_requests}, must be at least 1")
-    share_TLE, concentration, source = _shares(model, loads, seed)
+    whole("--most-requests", most_requests, low=1)
+    if loads is not None and seed is not None:
+        raise ProblemError("--seed", f"is {seed}, but it is for generated loads, and --loads has others")
+    share_TLE, concentration, source = _shares(model, loads, whole("--seed", seed or 0))
+    prompt, answer = float(prompt_R.mean()), float(answer_R.mean())
     return Offered(
         share_TLE=share_TLE,
         prompt=prompt,
         answer=answer,
+        reserved=float(np.average(prompt_R + answer_R, weights=answer_R)),
+        held=float(np.average(prompt_R + answer_R / 2, weights=answer_R)),
         rate=rate,
         most_requests=most_requests,
         concentration=concentration,
@@ -156,6 +171,15 @@ def _two(text: str | None) -> tuple[int, int] | None:
     except ValueError:
         raise ProblemError("--timed", f"is {text!r}, must be HIDDENxFFN") from None
     return hidden, inner
+
+
+def _memory(memory: float | None, machine: Machine) -> float | None:
+    """GB of a GPU: as asked for, else as the topology says."""
+    most = GPUS[machine.gpu].memory / 1e9
+    if memory is not None and memory > most:
+        raise ProblemError("--memory", f"is {memory:g}, but an {machine.gpu} has {most:g} GB")
+    given_G = machine.topology.memory_G
+    return memory if memory is not None or given_G is None else float(np.min(given_G)) / 1e9
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -179,7 +203,14 @@ def _run(options: argparse.Namespace) -> int:
         most_requests=options.most_requests,
         seed=options.seed,
     )
-    found = advise(machine, traffic, memory=options.memory)
+    slots_G = machine.topology.slots_G
+    own = options.topology is not None and topology_of(options.topology, machine.gpu)[1]
+    found = advise(
+        machine,
+        traffic,
+        memory=_memory(options.memory, machine),
+        most_slots=None if slots_G is None or not own else int(slots_G.min()),
+    )
     if options.json:
         print(json.dumps(document(found), indent=1))
         return 0
@@ -191,39 +222,56 @@ def document(found: Advice) -> dict[str, Any]:
     """The advice for programs."""
     entry = asdict(found)
     entry["model"] = found.model.name
-    for name, choice in (("best", found.best), ("static", found.static)):
-        entry[name]["gpu_hours"] = choice.gpu_hours
+    for name in ("best", "static", "engine"):
+        entry[name]["gpu_hours"] = getattr(found, name).gpu_hours
+    for name in ("best", "engine"):
+        entry[name]["every"] = getattr(found, name).every
     return {"format": "moeless-advice", "version": 1, **entry, "flags": flags(found)}
 
 
 def flags(found: Advice) -> dict[str, str]:
-    """What each engine is told, ready to paste."""
-    best = found.best
-    balance = best.split != "static"
-    vllm = [f"--data-parallel-size {best.width}", "--enable-expert-parallel"]
-    sglang = [f"--tp-size {best.width}", f"--ep-size {best.width}"]
-    if balance:
+    """What each engine is told, ready to paste: one group of the best that engines do by themselves."""
+    told = found.engine
+    alone = told.width == 1
+    vllm = [f"--data-parallel-size {told.width}", "--enable-expert-parallel"]
+    sglang = [
+        f"--tp-size {told.width}",
+        f"--dp-size {told.width}",
+        "--enable-dp-attention",
+        f"--ep-size {told.width}",
+    ]
+    tensorrt = [
+        f"tensor_parallel_size: {told.width}",
+        f"moe_expert_parallel_size: {told.width}",
+        "enable_attention_dp: true",
+    ]
+    if alone:
+        vllm, sglang, tensorrt = ["--data-parallel-size 1"], ["--tp-size 1"], ["tensor_parallel_size: 1"]
+    if told.split != "static":
         config = {
-            "num_redundant_experts": best.redundant,
-            "window_size": found.best.every,
-            "step_interval": found.best.every,
+            "num_redundant_experts": told.redundant,
+            "window_size": told.every,
+            "step_interval": told.every,
         }
         vllm += ["--enable-eplb", f"--eplb-config {shlex.quote(json.dumps(config))}"]
         sglang += [
             "--enable-eplb",
-            f"--ep-num-redundant-experts {best.redundant}",
-            f"--eplb-rebalance-num-iterations {found.best.every}",
+            f"--ep-num-redundant-experts {told.redundant}",
+            f"--eplb-rebalance-num-iterations {told.every}",
         ]
-    tensorrt = f"moe_expert_parallel_size: {best.width}"
-    if balance:
-        slots = best.slots * best.width
-        tensorrt += f"\nmoe_config:\n  load_balancer:\n    num_slots: {slots}\n    layer_updates_per_iter: 1"
-    return {"vllm": " ".join(vllm), "sglang": " ".join(sglang), "tensorrt-llm": tensorrt}
+        tensorrt += [
+            "moe_config:",
+            "  load_balancer:",
+            f"    num_slots: {told.slots * told.width}",
+            "    layer_updates_per_iter: 1",
+        ]
+    return {"vllm": " ".join(vllm), "sglang": " ".join(sglang), "tensorrt-llm": "\n".join(tensorrt)}
 
 
 def _print(found: Advice, machine: Machine, traffic: Offered) -> None:
     best = found.best
-    print(f"{found.model.name} on {machine.topology.gpus} {machine.gpu}s; loads: {traffic.source}")
+    gpus = machine.topology.gpus
+    print(f"{found.model.name} on {gpus} {_plural(gpus, machine.gpu)}; loads: {traffic.source}")
     print(
         f"prompts of {traffic.prompt:.0f} tokens, answers of {traffic.answer:.0f}; times: {machine.basis}\n"
     )
@@ -255,21 +303,56 @@ def _print(found: Advice, machine: Machine, traffic: Offered) -> None:
     print()
     for reason in found.reasons:
         print(f"- {reason}")
+    print("- " + _replanned(best, found.keep_alive))
+    for choice in found.replans:
+        print(
+            f"    {_how(choice)}: {choice.capacity:,.0f} tokens/s, {choice.moved:.1%} of the replicas move, "
+            f"{choice.interval:.0f} s between plans at the soonest"
+        )
+    engine = found.engine
+    if engine != best:
+        print(
+            f"- engines by themselves share evenly; the best of that: {engine.width} GPUs a group, "
+            f"{engine.redundant} redundant experts: {engine.capacity:,.0f} tokens/s "
+            f"({engine.capacity / best.capacity - 1:+.1%}), planned every {engine.interval:.0f} s "
+            f"({engine.every:,} passes). {_WHO[best.split]}"
+        )
+    copies = f", {engine.groups} such" if engine.groups > 1 else ""
+    nodes = max(engine.width * machine.topology.nodes // gpus, 1)
+    print(
+        f"\nEngines: groups of {engine.width} {_plural(engine.width, 'GPU')} on {nodes} "
+        f"{_plural(nodes, 'node')}{copies}"
+    )
+    for name, text in flags(found).items():
+        print(f"\n{name}:\n  " + text.replace("\n", "\n  "))
+
+
+_WHO = {
+    "static": "",
+    "equal": "",
+    "fractional": "Fractional shares take moeless_opt's plug-in for vLLM, or its runtime",
+    "live": "Live shares take moeless_opt's runtime",
+}
+
+
+def _plural(count: int, word: str) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _how(choice: Deployment) -> str:
+    return "made anew" if choice.tolerance is None else f"from what is live, tolerance {choice.tolerance:g}"
+
+
+def _replanned(best: Deployment, keep_alive: float) -> str:
+    """When and how plans are made."""
     if best.split == "static":
-        print("- no balancer: leave it off")
-    else:
-        moves = "of 95 % of the slots: EPLB" if best.split == "equal" else "of 5 %: plans from what is live"
-        print(
-            f"- plan every {found.best.interval:.0f} s (about {found.best.every:,} writing passes), so that moving "
-            f"weights ({moves}) takes at most a twentieth of the time; tolerance {found.tolerance:g}; a "
-            f"replica that serves nothing goes after {found.keep_alive:.0f} s"
-        )
-    if best.split in ("fractional", "live"):
-        print(
-            f"- split {best.split}: engines share evenly; moeless_opt's plug-ins and runtime have the others"
-        )
-    for engine, text in flags(found).items():
-        print(f"\n{engine}:\n  " + text.replace("\n", "\n  "))
+        return "no balancer: leave it off"
+    how = "" if best.tolerance is None else f" {_how(best)}, every slot full (fill distinct),"
+    return (
+        f"plan{how} every {best.interval:.0f} s (about {best.every:,} passes): moving weights "
+        f"({best.moved:.1%} of the replicas) takes at most a twentieth of the time; a replica that serves "
+        f"nothing goes after {keep_alive:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -18,15 +18,18 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
+from moeless_opt.api import plan
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.io import Arrivals
+from moeless_opt.problems.plan import Plan
 from moeless_opt.runtime.control import Planner
 from moeless_opt.runtime.simulate import Policy
 from moeless_opt.runtime.simulate.advise import READS, Deployment, Offered, advise, part_of
@@ -41,27 +44,44 @@ from moeless_opt.runtime.simulate.serving import ClosedLoop
 from moeless_opt.runtime.simulate.shares import PlannedRule, TimedRule
 from moeless_opt.runtime.simulate.traffic import Passes, RoutingModel
 
+
+class Case(NamedTuple):
+    """A machine; recorded loads, and how many of their scenarios; tokens of a request; requests on a GPU."""
+
+    topology: str
+    loads: str | None
+    stretches: int
+    prompt: int
+    answer: int
+    most: int
+
+
 SETTINGS = {
-    "Mixtral-8x7B": ("8xH100", None),
-    "DeepSeek-V3": ("4x8xH100", "deepseek_v3_counts.npz"),
-    "Qwen3-235B-A22B": ("2x8xH100", None),
+    "Mixtral-8x7B": Case("8xH100", None, 4, 1024, 64, 256),
+    "DeepSeek-V3": Case("4x8xH100", "deepseek_v3_counts.npz", 4, 1024, 32, 128),
+    "Qwen3-235B-A22B": Case("2x8xH100", None, 3, 1024, 32, 128),
 }
-PROMPT, ANSWER, MOST = 1024, 64, 256
 KINDS = 256
-LENGTHS = 128
-"""Answers of so many requests in a row have all lengths from 1 to twice the mean, in some order."""
 
 
-def _ours(site: Site) -> Planner:
-    return Planner(topology=site.topology, options={"model": site.machine.model})
+RULES = {"fractional": PlannedRule(), "live": TimedRule()}
+ALONE = {"static": POLICIES["static"], "equal": POLICIES["eplb-window"]}
+"""What engines do by themselves."""
 
 
-WAYS = {
-    "static": POLICIES["static"],
-    "equal": POLICIES["eplb-window"],
-    "fractional": Policy(name="fractional", summary="as planned", shares=PlannedRule(), planner=_ours),
-    "live": Policy(name="live", summary="live shares", shares=TimedRule(), planner=_ours),
-}
+def policy_of(setting: Deployment) -> Policy:
+    """How a setting shares tokens, and plans: anew, or from what is live."""
+    if setting.split in ALONE:
+        return ALONE[setting.split]
+
+    def planner(site: Site) -> Callable[[FloatArray, SlotArray], Plan]:
+        topology, model = site.topology, site.machine.model
+        if setting.tolerance is None:
+            return lambda load_LE, _: plan(load_LE, topology, model=model)
+        few = {"model": model, "fill": "distinct", "balance_tolerance": setting.tolerance}
+        return Planner(topology=topology, options=few)
+
+    return Policy(name="ours", summary="ours", shares=RULES[setting.split], planner=planner)
 
 
 class Kinds:
@@ -126,32 +146,33 @@ def built(machine: Machine, setting: Deployment) -> Run:
     """The policy of a setting on one group."""
     topology = slots_of(part_of(machine.topology, setting.width), setting.slots)
     part = machine.replace(topology=topology)
-    policy = WAYS[setting.split]
+    policy = policy_of(setting)
     return policy.build(part, topology, Scenario(model=part.model, topology=topology, policies=(policy,)))
 
 
-def served(machine: Machine, kinds: Kinds, setting: Deployment, each: int) -> float:
+def served(machine: Machine, kinds: Kinds, setting: Deployment, case: Case) -> float:
     """Tokens of answers per second of all groups."""
     run = built(machine, setting)
-    turns = len(kinds.share_TKX)
-    rng = np.random.default_rng(3)
-    rows = -(-turns * each // LENGTHS)
-    answer_R = rng.permuted(np.tile(np.arange(LENGTHS) + 0.5, (rows, 1)), axis=1).ravel()
-    answer_R = np.maximum(np.round(answer_R * 2 * ANSWER / LENGTHS), 1)[: turns * each]
+    turns, each = len(kinds.share_TKX), int(setting.requests)
+    # As many requests in a row as the longest answer has tokens have all lengths up to it.
+    rows, longest = -(-turns * each // (2 * case.answer)), 2 * case.answer - 1
+    lengths = np.tile(np.arange(1, longest + 1), (rows + 1, 1))
+    answer_R = np.random.default_rng(3).permuted(lengths, axis=1).ravel()[: turns * each]
     arrivals = Arrivals(
         time_R=np.zeros(turns * each),
-        prompt_R=np.full(turns * each, PROMPT),
-        output_R=answer_R.astype(np.int64),
+        prompt_R=np.full(turns * each, case.prompt),
+        output_R=answer_R,
     )
     loop = ClosedLoop(
         run.backend,
         RoutingModel(popularity_DLE=np.ones((1, *kinds.shape)), concentration=1.0, top_k=kinds.top_k),
         arrivals,
-        memory=Room.of(run.backend.machine).memory,
         most_tokens=READS * setting.width,
-        most_requests=each,
+        most_requests=case.most * setting.width,
     )
     loop.routes = routes = kinds.turns(each)
+    room = Room.of(run.backend.machine).tokens(run.backend.machine.topology)
+    loop.cache_tokens = lambda: room  # as engines make it, once, beside all slots, full or not
     planned, seen = 0, []
     for passes in loop:
         run.backend.run(passes)
@@ -172,7 +193,13 @@ def served(machine: Machine, kinds: Kinds, setting: Deployment, each: int) -> fl
 
 
 def saving(
-    machine: Machine, kinds: Kinds, setting: Deployment, *, writers: int = 0, tokens: int = 0
+    machine: Machine,
+    kinds: Kinds,
+    setting: Deployment,
+    case: Case,
+    *,
+    writers: int = 0,
+    tokens: int = 0,
 ) -> float:
     """Share of a pass that a setting saves against static: of writing ones, or ones that read."""
     spent = []
@@ -181,7 +208,7 @@ def saving(
         way = Deployment(**{**_fields(setting), "split": split, "slots": slots})
         run, rng, counted = built(machine, way), np.random.default_rng(5), 0.0
         for stretch in range(len(kinds.share_TKX)):
-            for at, passes in enumerate(_passes(kinds, stretch, writers, tokens, rng)):
+            for at, passes in enumerate(_passes(kinds, case, stretch, writers, tokens, rng)):
                 before = max(run.backend.now, float(passes.start_B[0]))
                 run.backend.run(passes)
                 counted += (run.backend.now - before) * (stretch > 0 and at >= 8)
@@ -194,16 +221,16 @@ def saving(
 
 
 def _passes(
-    kinds: Kinds, stretch: int, writers: int, tokens: int, rng: np.random.Generator
+    kinds: Kinds, case: Case, stretch: int, writers: int, tokens: int, rng: np.random.Generator
 ) -> Iterator[Passes]:
     for _ in range(32):
         token_TK = np.zeros((len(kinds.share_TKX), KINDS))
-        readers = max(round(tokens / PROMPT), 1) if tokens else 0
+        readers = max(round(tokens / case.prompt), 1) if tokens else 0
         chosen = rng.integers(0, KINDS, writers + readers)
         np.add.at(token_TK[stretch], chosen, 1.0 if writers else tokens / readers)
         token_TK = np.round(token_TK)
         count = float(token_TK.sum())
-        cached = writers * (PROMPT + ANSWER / 2) if writers else count
+        cached = writers * (case.prompt + case.answer / 2) if writers else count
         yield Passes(
             start_B=np.zeros(1),
             weight_B=np.ones(1),
@@ -220,52 +247,70 @@ def _fields(setting: Deployment) -> dict[str, Any]:
 
 def check(model: str, options: argparse.Namespace) -> None:
     """Advise, sweep, compare."""
-    shape, loads = SETTINGS[model]
-    data = options.data
-    file = None if loads is None or data is None else str(data / loads)
-    machine = machine_of(Scenario(model=model, topology=shape, policies=("static",)))
-    traffic = traffic_of(machine.model, loads=file, prompt=PROMPT, answer=ANSWER, most_requests=MOST)
+    case, data = SETTINGS[model], options.data
+    file = None if case.loads is None or data is None else str(data / case.loads)
+    machine = machine_of(Scenario(model=model, topology=case.topology, policies=("static",)))
+    traffic = traffic_of(
+        machine.model, loads=file, prompt=case.prompt, answer=case.answer, most_requests=case.most
+    )
+    answer_A = np.arange(1, 2 * case.answer)
+    traffic = replace(
+        traffic,
+        share_TLE=traffic.share_TLE[: case.stretches],
+        reserved=float(np.average(case.prompt + answer_A, weights=answer_A)),
+        held=float(np.average(case.prompt + answer_A / 2, weights=answer_A)),
+    )
     began = time.process_time()
     found = advise(machine, traffic)
     kinds = Kinds(traffic, machine.model.top_k)
-    print(f"{model} on {shape}, loads {traffic.source}; advised in {time.process_time() - began:.0f} s")
+    spent = time.process_time() - began
+    print(f"{model}: {case}\n  loads: {traffic.source}; advised in {spent:.0f} s", flush=True)
     done = _done(options.resume)
-    simulated: dict[tuple[int, int, str], float] = {}
-    for setting in sorted(found.settings, key=lambda one: (one.width, one.slots, one.split)):
-        key = (setting.width, setting.slots, setting.split)
-        name = f"{model} {key}"
+    simulated: dict[tuple[int, int, str, float | None], float] = {}
+    settings = sorted(found.settings, key=lambda one: (one.width, one.slots, one.split))
+    for setting in (*settings, *found.replans[1:]):
+        name = f"{model} {_key(setting)}"
         began = time.process_time()
         if name not in done:
             try:
-                done[name] = served(machine, kinds, setting, int(setting.requests))
+                done[name] = served(machine, kinds, setting, case)
             except InfeasibleError as error:
                 done[name] = 0.0
                 print(f"  {name}: {error}")
             if options.resume is not None:
                 with options.resume.open("a") as out:
                     out.write(json.dumps([name, done[name]]) + "\n")
-        simulated[key] = done[name]
+        simulated[_key(setting)] = done[name]
+        few = "" if setting.tolerance is None else f", from what is live, {setting.tolerance:g}"
         print(
-            f"  {setting.width:3d} GPUs, {setting.slots:3d} slots, {setting.split:10s} "
+            f"  {setting.width:3d} GPUs, {setting.slots:3d} slots, {setting.split:10s}{few} "
             f"{setting.requests:6,.0f} requests: {setting.capacity:9,.0f} predicted, {done[name]:9,.0f} "
             f"simulated, {setting.capacity / max(done[name], 1e-9) - 1:+6.1%} "
             f"({setting.layers} layers; {time.process_time() - began:.0f} s)",
             flush=True,
         )
-    most = max(simulated.values())
-    for title, best in (("advised", found.best), ("of engines alone", found.engine)):
-        key = (best.width, best.slots, best.split)
-        among = [v for (*_, split), v in simulated.items() if title == "advised" or split in WAYS_ALONE]
-        print(f"  {title}: {key}: {simulated[key]:,.0f}, {simulated[key] / max(among) - 1:+.1%} of the best")
-    print(f"  best of the sweep: {max(simulated, key=simulated.__getitem__)}: {most:,.0f}")
-    _even(machine, kinds, found.best, found.writing, found.reading)
+    for title, best, splits in (
+        ("advised", found.best, {*ALONE, *RULES}),
+        ("engines alone", found.engine, set(ALONE)),
+    ):
+        among = {key: value for key, value in simulated.items() if key[2] in splits}
+        most = max(among, key=among.__getitem__)
+        mine = simulated[_key(best)]
+        print(f"  {title}: {_key(best)}: {mine:,.0f}, {mine / among[most] - 1:+.1%} of the best, {most}")
+    _even(machine, kinds, case, found.best, found.writing, found.reading)
 
 
-WAYS_ALONE = ("static", "equal")
+def _key(setting: Deployment) -> tuple[int, int, str, float | None]:
+    return setting.width, setting.slots, setting.split, setting.tolerance
 
 
 def _even(
-    machine: Machine, kinds: Kinds, best: Deployment, writing: float | None, reading: float | None
+    machine: Machine,
+    kinds: Kinds,
+    case: Case,
+    best: Deployment,
+    writing: float | None,
+    reading: float | None,
 ) -> None:
     """What is saved about the sizes from which on balancing pays by 1 %."""
     for name, size, most in (
@@ -278,7 +323,7 @@ def _even(
         cells = []
         for one in at:
             if one >= 1:
-                saved = saving(machine, kinds, best, **{name: max(round(one), 1)})
+                saved = saving(machine, kinds, best, case, **{name: max(round(one), 1)})
                 cells.append(f"{round(one):,}: {saved:+.1%}")
         told = "never" if size is None else f"from {size:,.0f} on"
         print(f"  passes by {name}: pays {told}; simulated {', '.join(cells)}", flush=True)
