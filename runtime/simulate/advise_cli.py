@@ -273,7 +273,7 @@ def _print(found: Advice, machine: Machine, traffic: Offered) -> None:
     gpus = machine.topology.gpus
     print(f"{found.model.name} on {gpus} {_plural(gpus, machine.gpu)}; loads: {traffic.source}")
     print(
-        f"prompts of {traffic.prompt:.0f} tokens, answers of {traffic.answer:.0f}; times: {machine.basis}\n"
+        f"prompts of {traffic.prompt:,.5g} tokens, answers of {traffic.answer:,.5g}; times: {machine.basis}\n"
     )
     head = ["", "GPUs a group", "groups", "slots", "redundant", "split", "experts GB", "cache tokens"]
     head += ["requests", "imbal.", "ms/token", "prompt s", "tokens/s", "GPU h/M"]
@@ -293,10 +293,10 @@ def _print(found: Advice, machine: Machine, traffic: Offered) -> None:
                 f"{shown.cache_tokens:,.0f}",
                 f"{shown.requests:,.0f}",
                 f"{shown.imbalance:.3f}",
-                f"{shown.token_s * 1e3:.1f}",
-                f"{shown.first_s:.3f}",
+                f"{shown.token_s * 1e3:.3g}",
+                f"{shown.first_s:.3g}",
                 f"{shown.capacity:,.0f}",
-                f"{shown.gpu_hours:.2f}",
+                f"{shown.gpu_hours:.3g}",
             ]
         )
     print(table(head, cells, words_last=False))
