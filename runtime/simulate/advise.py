@@ -34,7 +34,7 @@ from moeless_opt.runtime.simulate.settings import Settings
 from moeless_opt.runtime.simulate.shares import Placed, PlannedRule, ShareRule, SplitCost, TimedRule
 from moeless_opt.runtime.simulate.traffic import RoutingModel
 
-__all__ = ["READS", "SPARE", "Advice", "Deployment", "Offered", "advise", "part_of", "widths"]
+__all__ = ["READS", "SPARE", "Advice", "Deployment", "Offered", "advise", "group_topology", "widths"]
 
 LAYERS = 8
 """Layers in which every setting is looked at: from the flattest to the most skewed, at even steps."""
@@ -456,7 +456,7 @@ def widths(topology: Topology, experts: int) -> list[int]:
     return sorted(width for width in found if width <= experts)
 
 
-def part_of(topology: Topology, width: int) -> Topology:
+def group_topology(topology: Topology, width: int) -> Topology:
     """The first GPUs of a machine."""
     return topology.replace(
         node_G=topology.node_G[:width],
@@ -505,7 +505,7 @@ def advise(
     few_L, all_L = _looked_at(traffic.share_TLE, LAYERS), np.arange(model.layers)
     found: _Found = []
     for width in widths(topology, model.experts):
-        part = machine.replace(topology=part_of(topology, width))
+        part = machine.replace(topology=group_topology(topology, width))
         for spare in SPARE:
             group = _Group(part, traffic, spare, memory, few_L)
             if group.room.tokens(group.topology) < traffic.reserved:

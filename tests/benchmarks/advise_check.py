@@ -32,7 +32,7 @@ from moeless_opt.problems.io import Arrivals
 from moeless_opt.problems.plan import Plan
 from moeless_opt.runtime.control import Planner
 from moeless_opt.runtime.simulate import Policy
-from moeless_opt.runtime.simulate.advise import READS, Deployment, Offered, advise, part_of
+from moeless_opt.runtime.simulate.advise import READS, Deployment, Offered, advise, group_topology
 from moeless_opt.runtime.simulate.advise_cli import traffic_of
 from moeless_opt.runtime.simulate.hardware import slots_of
 from moeless_opt.runtime.simulate.machine import Machine
@@ -144,7 +144,7 @@ class _Turns:
 
 def built(machine: Machine, setting: Deployment) -> Run:
     """The policy of a setting on one group."""
-    topology = slots_of(part_of(machine.topology, setting.width), setting.slots)
+    topology = slots_of(group_topology(machine.topology, setting.width), setting.slots)
     part = machine.replace(topology=topology)
     policy = policy_of(setting)
     return policy.build(part, topology, Scenario(model=part.model, topology=topology, policies=(policy,)))
@@ -155,8 +155,8 @@ def served(machine: Machine, kinds: Kinds, setting: Deployment, case: Case) -> f
     run = built(machine, setting)
     turns, each = len(kinds.share_TKX), int(setting.requests)
     # As many requests in a row as the longest answer has tokens have all lengths up to it.
-    rows, longest = -(-turns * each // (2 * case.answer)), 2 * case.answer - 1
-    lengths = np.tile(np.arange(1, longest + 1), (rows + 1, 1))
+    longest = 2 * case.answer - 1
+    lengths = np.tile(np.arange(1, longest + 1), (-(-turns * each // longest), 1))
     answer_R = np.random.default_rng(3).permuted(lengths, axis=1).ravel()[: turns * each]
     arrivals = Arrivals(
         time_R=np.zeros(turns * each),
