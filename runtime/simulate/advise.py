@@ -110,8 +110,8 @@ class Deployment:
 
     Parameters
     ----------
-    width, groups : int
-        GPUs of a group, and groups.
+    width, nodes, groups : int
+        GPUs of a group, nodes that they are on, and groups.
     slots, redundant : int
         Replicas of a GPU and layer; redundant experts of a layer (0: one copy of each).
     split : str
@@ -139,6 +139,7 @@ class Deployment:
     """
 
     width: int
+    nodes: int
     groups: int
     slots: int
     redundant: int
@@ -417,6 +418,7 @@ class _Group:
         moved = self.moved(split)
         return Deployment(
             width=gpus,
+            nodes=self.topology.nodes,
             groups=groups,
             slots=self.slots,
             redundant=self.redundant,

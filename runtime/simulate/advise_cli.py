@@ -35,6 +35,9 @@ __all__ = ["main", "traffic_of"]
 STRETCHES = 4
 """Stretches of generated traffic."""
 
+VLLM_MOST = 1023
+"""Redundant experts that vLLM's tables have room for."""
+
 MOST_STRETCHES = 8
 """Stretches of a recording; of one with more steps consecutive ones are summed."""
 
@@ -232,7 +235,6 @@ def document(found: Advice) -> dict[str, Any]:
 def flags(found: Advice) -> dict[str, str]:
     """What each engine is told, ready to paste: one group of the best that engines do by themselves."""
     told = found.engine
-    alone = told.width == 1
     vllm = [f"--data-parallel-size {told.width}", "--enable-expert-parallel"]
     sglang = [
         f"--tp-size {told.width}",
@@ -245,8 +247,11 @@ def flags(found: Advice) -> dict[str, str]:
         f"moe_expert_parallel_size: {told.width}",
         "enable_attention_dp: true",
     ]
-    if alone:
+    if told.width == 1:
         vllm, sglang, tensorrt = ["--data-parallel-size 1"], ["--tp-size 1"], ["tensor_parallel_size: 1"]
+    if told.nodes > 1:  # addresses and ranks of nodes are for who starts them
+        vllm.insert(1, f"--data-parallel-size-local {told.width // told.nodes}")
+        sglang.append(f"--nnodes {told.nodes}")
     if told.split != "static":
         config = {
             "num_redundant_experts": told.redundant,
@@ -265,6 +270,8 @@ def flags(found: Advice) -> dict[str, str]:
             f"    num_slots: {told.slots * told.width}",
             "    layer_updates_per_iter: 1",
         ]
+    if told.redundant > VLLM_MOST:
+        vllm = [f"# takes at most {VLLM_MOST:,} redundant experts, not {told.redundant:,}"]
     return {"vllm": " ".join(vllm), "sglang": " ".join(sglang), "tensorrt-llm": "\n".join(tensorrt)}
 
 
@@ -318,10 +325,9 @@ def _print(found: Advice, machine: Machine, traffic: Offered) -> None:
             f"({engine.every:,} passes). {_WHO[best.split]}"
         )
     copies = f", {engine.groups} such" if engine.groups > 1 else ""
-    nodes = max(engine.width * machine.topology.nodes // gpus, 1)
     print(
-        f"\nEngines: groups of {engine.width} {_plural(engine.width, 'GPU')} on {nodes} "
-        f"{_plural(nodes, 'node')}{copies}"
+        f"\nEngines: groups of {engine.width} {_plural(engine.width, 'GPU')} on {engine.nodes} "
+        f"{_plural(engine.nodes, 'node')}{copies}"
     )
     for name, text in flags(found).items():
         print(f"\n{name}:\n  " + text.replace("\n", "\n  "))

@@ -5,9 +5,10 @@
 Every width, number of slots and split that fits serves the same requests, all there at the start, in the
 simulator's closed loop until they are done: `static` without spare slots; with some, EPLB (`equal`), or our
 planner with shares as planned (`fractional`) or live ones (`live`). Requests come in turns, as many as are in
-flight at once, each of the loads of one stretch of time; a plan is made when a turn has been admitted, of the
-loads since the last plan. Tokens of answers per second of all groups together are counted from the end of the
-first turn until nobody waits any more. Routing is that of 256 kinds of requests of each stretch, drawn once.
+flight at once, each of the loads of one stretch of time, the first stretch two turns; a plan is made when a
+turn has been admitted, of the loads since the last plan. Tokens of answers per second of all groups together
+are counted from the second turn's end until nobody waits any more. Routing is that of 256 kinds of requests
+of each stretch, drawn once.
 
 Then the sizes of passes from which on balancing pays: single passes of half, as much and twice that size.
 A line of --resume is a setting that is done; settings in it are not simulated again.
@@ -129,7 +130,7 @@ class _Turns:
         self.entered = 0
 
     def enter(self, requests: IntArray) -> None:
-        stretch_R = np.minimum(requests // self.each, len(self.kinds.share_TKX) - 1)
+        stretch_R = np.maximum(requests // self.each - 1, 0)
         self._kind_R = np.concatenate([self._kind_R, stretch_R * KINDS + requests % KINDS])
         self.entered += len(requests)
 
@@ -153,7 +154,7 @@ def built(machine: Machine, setting: Deployment) -> Run:
 def served(machine: Machine, kinds: Kinds, setting: Deployment, case: Case) -> float:
     """Tokens of answers per second of all groups."""
     run = built(machine, setting)
-    turns, each = len(kinds.share_TKX), int(setting.requests)
+    turns, each = len(kinds.share_TKX) + 1, int(setting.requests)
     # As many requests in a row as the longest answer has tokens have all lengths up to it.
     longest = 2 * case.answer - 1
     lengths = np.tile(np.arange(1, longest + 1), (-(-turns * each // longest), 1))

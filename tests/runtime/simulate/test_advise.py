@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,23 @@ def test_what_cannot_be_is_one_line(
     assert printed.startswith("moeless-advise: ")
     assert said in printed
     assert printed.count("\n") == 1
+
+
+def test_flags_of_groups_over_nodes() -> None:
+    found = advise(MACHINE, traffic(SKEWED, answer=4.0), memory=40, most_slots=5)
+    wide = dataclasses.replace(found.engine, width=16, nodes=2, split="equal", slots=2, redundant=16)
+    told = flags(dataclasses.replace(found, engine=wide))
+    assert told["vllm"].startswith(
+        "--data-parallel-size 16 --data-parallel-size-local 8 --enable-expert-para"
+    )
+    assert "--tp-size 16 --dp-size 16 --enable-dp-attention --ep-size 16 --nnodes 2" in told["sglang"]
+    assert "num_slots: 32" in told["tensorrt-llm"]
+    many = dataclasses.replace(wide, redundant=1024)
+    told = flags(dataclasses.replace(found, engine=many))
+    assert told["vllm"] == "# takes at most 1,023 redundant experts, not 1,024"
+    alone = dataclasses.replace(found.engine, width=1, nodes=1, split="static", redundant=0)
+    told = flags(dataclasses.replace(found, engine=alone))
+    assert (told["vllm"], told["sglang"]) == ("--data-parallel-size 1", "--tp-size 1")
 
 
 def test_lengths_and_rate_of_a_trace(tmp_path: Path) -> None:
