@@ -2,6 +2,9 @@ from . import attach as attach
 from .observe import HiddenTap as HiddenTap
 from .observe import moe_blocks as moe_blocks
 from .observe import tap_hidden as tap_hidden
+from .recorder import CudaRecorder as CudaRecorder
+from .recorder import EndPiece as EndPiece
+from .recorder import LaunchRecorder as LaunchRecorder
 from .router_choice import RouterChoice as RouterChoice
 from .router_choice import hooked as hooked
 from .transformers import moe_parts as moe_parts

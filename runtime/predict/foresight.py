@@ -6,6 +6,7 @@ for it but who reads it (`Pending.load_E`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +17,14 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import FloatArray, whole
 from moeless_opt.problems.errors import ProblemError
-from moeless_opt.runtime.engines import HiddenTap, tap_hidden
+from moeless_opt.runtime.engines import CudaRecorder, HiddenTap, LaunchRecorder, tap_hidden
 from moeless_opt.runtime.predict.gates import Pair, PlainGate, TunedGate
 from moeless_opt.runtime.predict.predictor import Context
 
 __all__ = ["Foresight", "GatePredictor", "Pending"]
+
+#: Times that a gate sees a shape before its launches are recorded; most gates and shapes that are.
+USES, RECORDED = 3, 128
 
 
 class Pending:
@@ -42,6 +46,43 @@ class Pending:
             self._done.synchronize()
         self._keep = ()
         return self._home_E.numpy().astype(np.float64)
+
+
+class _Recorded:
+    """Predictions of plain gates that are launched at once: of few tokens they take their time in launches.
+
+    Parameters
+    ----------
+    recorder : LaunchRecorder
+        How they are recorded.
+    """
+
+    def __init__(self, recorder: LaunchRecorder) -> None:
+        self._recorder = recorder
+        self._uses: dict[tuple[Any, ...], int] = {}
+        self._known: dict[tuple[Any, ...], tuple[Tensor, Callable[[], None], Tensor]] = {}
+
+    def counts_E(self, gate: PlainGate | TunedGate, hidden: Tensor, real: Tensor | None) -> Tensor | None:
+        """What `gate` counts; None: not recorded."""
+        if type(gate) is not PlainGate or real is not None:
+            return None
+        key = id(gate), hidden.shape, hidden.dtype
+        known = self._known.get(key)
+        if known is None:
+            self._uses[key] = self._uses.get(key, 0) + 1
+            if self._uses[key] < USES or len(self._known) >= RECORDED:
+                return None
+            static = hidden.clone()
+            try:
+                (launch,), load_E = self._recorder.record(lambda _: gate.counts_E(static))
+            except RuntimeError as error:
+                logging.getLogger(__name__).warning("a gate cannot be recorded as a CUDA graph: %s", error)
+                self._uses[key] = -RECORDED * USES  # it is not tried again soon
+                return None
+            known = self._known[key] = static, launch, load_E
+        known[0].copy_(hidden)
+        known[1]()
+        return known[2].clone()
 
 
 class GatePredictor:
@@ -72,6 +113,7 @@ class GatePredictor:
         self.group = group
         self.name = name or ("gate tuned" if self.tuned else "gate")
         self._stream: Any = None
+        self._recorded: _Recorded | None = None
 
     def gate(self, layer: int, distance: int) -> PlainGate | TunedGate:
         """What predicts layer ``layer + distance`` at `layer`."""
@@ -99,6 +141,7 @@ class GatePredictor:
         device = hidden.device
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._recorded = _Recorded(CudaRecorder(device))
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             load_E = self._count_E(gate, hidden, real)
@@ -113,7 +156,9 @@ class GatePredictor:
         return Pending(home_E, done, (load_E,))
 
     def _count_E(self, gate: PlainGate | TunedGate, hidden: Tensor, real: Tensor | None) -> Tensor:
-        load_E = gate.counts_E(hidden, real)
+        load_E = None if self._recorded is None else self._recorded.counts_E(gate, hidden, real)
+        if load_E is None:
+            load_E = gate.counts_E(hidden, real)
         if self.group is not None:
             dist.all_reduce(load_E, group=self.group)  # on the stream that is current: with NCCL, ours
         return load_E

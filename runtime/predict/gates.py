@@ -81,7 +81,7 @@ class PlainGate:
             self._choice = RouterChoice(self.router)
         if self._choice.plain:
             return self._choice.counts_E(self.norm.forward(hidden), real_T)
-        return counted(self.chosen(hidden), real_T)
+        return counted_E(self.chosen(hidden), real_T)
 
 
 class RouterGate(PlainGate):
@@ -115,10 +115,10 @@ class RouterGate(PlainGate):
 
     def counts_E(self, hidden: Tensor, real_T: Tensor | None = None) -> Tensor:
         """Tokens for each expert, float32 [E]; of those that are real."""
-        return counted(self.chosen(hidden), real_T)
+        return counted_E(self.chosen(hidden), real_T)
 
 
-def counted(chosen_TE: Tensor, real_T: Tensor | None) -> Tensor:
+def counted_E(chosen_TE: Tensor, real_T: Tensor | None) -> Tensor:
     """Sums over the tokens that are real, float32 [E]."""
     if real_T is not None:
         chosen_TE = chosen_TE * real_T[:, None]
@@ -254,4 +254,4 @@ class TunedGate(nn.Module):
 
     def counts_E(self, hidden: Tensor, real_T: Tensor | None = None) -> Tensor:
         """Sum of the chances of each expert over the real tokens, float32 [E]."""
-        return counted(self.chosen(hidden), real_T)
+        return counted_E(self.chosen(hidden), real_T)

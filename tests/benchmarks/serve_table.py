@@ -17,7 +17,8 @@ compared with the un-batched, un-cached model. Columns:
 - same: greedy answers that are those of the model alone
 
 ``--engine``: tokens per second of this engine and of `transformers` generate (static batch, padded), same
-weights, one process, one thread, on the GPU if there is one (or as ``--device`` says), greedy, 1, 8 and 32
+weights, one process, one thread, on the GPU if there is one (or as ``--device`` says; there in
+bfloat16), greedy, 1, 8 and 32
 requests at once, of equal lengths and (uneven) of a quarter to all of it.
 ``--kill``: requests under way while a rank is killed.
 """
@@ -282,9 +283,10 @@ def beside_transformers(length: int, rounds: int, device: str) -> None:
     """Tokens per second of both, one after the other in every round; the best of the rounds counts."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(torch.cuda.get_device_name() if device == "cuda" else device)
-    other = as_transformers(tiny.load()).to(device)
-    engine = Fleet(EngineOptions(max_running=64, prefix_cache=False, device=device))
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    print(torch.cuda.get_device_name() if device == "cuda" else device, dtype)
+    other = as_transformers(tiny.load()).to(device, getattr(torch, dtype))
+    engine = Fleet(EngineOptions(max_running=64, prefix_cache=False, device=device, dtype=dtype))
     engine.start()
     openings = [tiny.encode(text) for texts in tiny.PROMPTS.values() for text in texts]
     # Sixteen openings, and the same behind a few bytes of their own.

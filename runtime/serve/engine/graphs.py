@@ -13,70 +13,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moeless_opt.runtime.engines import EndPiece, LaunchRecorder
 from moeless_opt.runtime.serve.engine.lean import LeanDecoder, through_experts
 
-__all__ = ["CudaRecorder", "DecodeGraphs", "Recorder"]
+__all__ = ["DecodeGraphs"]
 
 #: Most pairs of sizes that are recorded: each keeps the tensors of a pass.
 MOST = 64
 #: Times that a pair of sizes comes before it is recorded.
 USES = 2
-#: Hands a piece's outputs over to the experts; returns where their results will be.
-Cut = Callable[[tuple[Tensor, ...], Tensor], Tensor]
-
-
-class Recorder(Protocol):
-    """Records what a function launches, in pieces."""
-
-    def record(self, call: Callable[[Cut], Tensor]) -> tuple[list[Callable[[], None]], Tensor]:
-        """Run ``call(cut)``; returns what launches each piece again, and the result.
-
-        A call of `cut` ends a piece.
-        """
-
-
-class CudaRecorder:
-    """Pieces as CUDA graphs, which share their memory.
-
-    Parameters
-    ----------
-    device : torch.device
-        A GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool: Any = torch.cuda.graph_pool_handle()
-
-    def record(self, call: Callable[[Cut], Tensor]) -> tuple[list[Callable[[], None]], Tensor]:
-        """See `Recorder.record`; nothing is computed."""
-        graphs: list[Any] = []
-
-        def begin() -> None:
-            graphs.append(torch.cuda.CUDAGraph())
-            # Other threads move weights meanwhile.
-            graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
-
-        def cut(_outputs: tuple[Tensor, ...], made: Tensor) -> Tensor:
-            graphs[-1].capture_end()
-            begin()
-            return made
-
-        torch.cuda.synchronize(self._device)
-        with torch.cuda.stream(self._stream):
-            begin()
-            try:
-                result = call(cut)
-            finally:
-                graphs[-1].capture_end()
-        return [graph.replay for graph in graphs], result
 
 
 class _Layer(NamedTuple):
@@ -109,7 +60,7 @@ class DecodeGraphs:
     run : callable
         ``run(inputs, rows, blocks)`` gives the logits of a pass whose tokens, places, slots and blocks lie in
         one int64 tensor, [3 T + T B + 1]: one token of each request, and last the number of real rows.
-    recorder : Recorder
+    recorder : LaunchRecorder
         How passes are recorded.
     device : torch.device
         Where they run.
@@ -119,7 +70,7 @@ class DecodeGraphs:
         self,
         decoder: LeanDecoder,
         run: Callable[[Tensor, int, int], Tensor],
-        recorder: Recorder,
+        recorder: LaunchRecorder,
         device: torch.device,
     ) -> None:
         self._decoder, self._run, self._recorder, self._device = decoder, run, recorder, device
@@ -178,7 +129,7 @@ class DecodeGraphs:
         there = here.to(self._device, copy=True)
         layers: list[_Layer] = []
 
-        def call(cut: Cut) -> Tensor:
+        def call(cut: EndPiece) -> Tensor:
             real = torch.arange(size, device=self._device) < there[-1]
 
             def experts(layer: Any, routes: Any, normed: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from moeless_opt.problems.arrays import BoolArray, IntArray
 from moeless_opt.problems.errors import UnsupportedFeatureError
-from moeless_opt.runtime.serve.engine.graphs import DecodeGraphs, Recorder
+from moeless_opt.runtime.engines import LaunchRecorder
+from moeless_opt.runtime.serve.engine.graphs import DecodeGraphs
 from moeless_opt.runtime.serve.engine.lean import LeanDecoder
 
 __all__ = ["KvPool", "PagedModel", "PassRows"]
@@ -348,7 +349,7 @@ class PagedModel:
         self.graphs: DecodeGraphs | None = None
         self._hook = model.output_layer.register_forward_pre_hook(self._wanted_rows)
 
-    def record(self, recorder: Recorder) -> None:
+    def record(self, recorder: LaunchRecorder) -> None:
         """Record decode passes from now on, where the model allows it; see `DecodeGraphs`."""
         if self._lean is not None:
             self.graphs = DecodeGraphs(self._lean, self._single, recorder, self.pool.device)

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from moeless_opt.problems.errors import MoelessError, UnsupportedFeatureError
+from moeless_opt.runtime.engines import CudaRecorder
 from moeless_opt.runtime.engines.attach import attach
 from moeless_opt.runtime.live import ExpertGroup, Guard, LiveModel, RankLostError
 from moeless_opt.runtime.serve import PlanEvent, ServeRequest
 from moeless_opt.runtime.serve.engine.blocks import BlockPool
 from moeless_opt.runtime.serve.engine.channel import Channel, ChannelClosedError
-from moeless_opt.runtime.serve.engine.graphs import CudaRecorder
 from moeless_opt.runtime.serve.engine.models import device_of, home_of, load_served
 from moeless_opt.runtime.serve.engine.options import EngineOptions
 from moeless_opt.runtime.serve.engine.paged import KvPool, PagedModel

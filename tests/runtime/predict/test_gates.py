@@ -17,7 +17,7 @@ import torch
 
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.runtime.engines.observe import replay_gate, tap_hidden
-from moeless_opt.runtime.predict.foresight import Foresight, GatePredictor, Pending
+from moeless_opt.runtime.predict.foresight import Foresight, GatePredictor, Pending, _Recorded
 from moeless_opt.runtime.predict.gates import LARGEST, TunedGate, plain_gates
 from moeless_opt.runtime.predict.history import Calibrated, LastWindow
 from moeless_opt.runtime.predict.measures import count_loads
@@ -329,3 +329,28 @@ def test_on_a_gpu_predictions_run_beside_the_forward_pass() -> None:
     pending = predictor.start(hidden, 0, 1)
     assert not pending.ready
     assert np.array_equal(pending.load_E(), replay_gate(model, 1, hidden).cpu().numpy())
+
+
+def test_recorded_predictions_are_those_of_the_gates(model: Any) -> None:
+    class Again:
+        """Stands for CUDA graphs: the function runs again, into the same tensor."""
+
+        made = 0
+
+        def record(self, call: Any) -> Any:
+            self.made += 1
+            out = torch.zeros_like(call(None))
+            return [lambda: out.copy_(call(None))], out
+
+    recorder = Again()
+    recorded = _Recorded(recorder)
+    gate = plain_gates(model)[1]
+    with torch.no_grad():
+        for seed in range(6):
+            hidden = torch.randn((5, 1, 128), generator=torch.Generator().manual_seed(seed))
+            found = recorded.counts_E(gate, hidden, None)
+            assert (found is None) == (seed < 2)
+            if found is not None:
+                assert found.tolist() == gate.chosen(hidden).sum(0, dtype=torch.float32).tolist()
+            assert recorded.counts_E(TunedGate.of(gate), hidden, None) is None
+    assert recorder.made == 1

@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
 from moeless_opt.runtime.engines.attach import attach  # noqa: E402
+from moeless_opt.runtime.engines.recorder import EndPiece  # noqa: E402
 from moeless_opt.runtime.serve.engine import graphs as room  # noqa: E402
 from moeless_opt.runtime.serve.engine.paged import KvPool, PagedModel, PassRows  # noqa: E402
 from moeless_opt.runtime.tiny_moe import model as tiny  # noqa: E402
@@ -31,7 +32,7 @@ class Again:
     def __init__(self) -> None:
         self.made = 0
 
-    def record(self, call: Callable[[room.Cut], Any]) -> tuple[list[Callable[[], None]], Any]:
+    def record(self, call: Callable[[EndPiece], Any]) -> tuple[list[Callable[[], None]], Any]:
         self.made += 1
         kept: list[tuple[tuple[Any, ...], Any]] = []
 
@@ -152,7 +153,7 @@ def test_what_cannot_be_recorded_runs_as_it_comes(paged: PagedModel) -> None:
 
 def test_a_model_that_cannot_be_recorded_goes_on(paged: PagedModel, caplog: pytest.LogCaptureFixture) -> None:
     class Never:
-        def record(self, call: Callable[[room.Cut], Any]) -> Any:
+        def record(self, call: Callable[[EndPiece], Any]) -> Any:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     rows = rows_of([3, 5], [7, 9])
