@@ -15,6 +15,7 @@ from moeless_opt.problems.plan import (
     Plan,
     Progress,
     ProgressCallback,
+    failure_sets,
     gpu_times,
     migration_violations,
     objective_vector,
@@ -43,6 +44,8 @@ from moeless_opt.solvers.shares import best_shares
 __all__ = ["ParetoFront", "checked_schedule", "migration", "pareto"]
 
 NEAR = ("traffic", "groups", "hops")
+SHARES = (*NEAR, "survival")
+"""What is told as a share: of the tokens, or a probability; traded by a ladder of balance tolerances."""
 _TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.08, 0.12, 0.2, 0.35, 0.6, 1.0)
 
 SIZES = 8
@@ -91,6 +94,8 @@ class ParetoFront:
     def _head(self) -> tuple[str, ...]:
         first, second = self.objectives
         start = ("imbalance", "worst") if first == "balance" else (first, "imbalance")
+        if second == "survival":
+            return (*start, "loss", "probability")
         if second in NEAR:
             return (*start, second, "of all")
         return (*start, *(("moves", "moved") if second == "moves" else ("replicas", "memory")))
@@ -101,14 +106,16 @@ class ParetoFront:
             shape = plan.imbalance_L.max() if self.objectives[0] == "balance" else plan.imbalance_L.mean()
             counted = str(plan.moves.count) if self.objectives[1] == "moves" else str(plan.replicas)
             last = [counted, self._cost_text(cost)]
-            if self.objectives[1] in NEAR:
-                last = [f"{cost:.6g}", f"{cost / self._all:.2%}"]
+            if self.objectives[1] in SHARES:
+                last = [f"{cost:.6g}", self._cost_text(cost)]
             rows.append([self._first_text(first), ratio_text(shape), *last])
         return rows
 
     @property
     def _all(self) -> float:
-        """Tokens that there are, or hops."""
+        """Tokens that there are, or hops; 1 where it is a probability."""
+        if self.objectives[1] == "survival":
+            return 1.0
         flow_LEE = self.problem.loads.flow_LEE
         hops = self.objectives[1] == "hops" and flow_LEE is not None
         return float((flow_LEE if hops and flow_LEE is not None else self.problem.load_LE).sum()) or 1.0
@@ -117,8 +124,8 @@ class ParetoFront:
         return ratio_text(value) if self.objectives[0] == "balance" else f"{value / self._all:.2%}"
 
     def _cost_text(self, cost: float) -> str:
-        if self.objectives[1] in NEAR:
-            return f"{cost / self._all:.2%}"
+        if self.objectives[1] in SHARES:
+            return f"{cost / self._all:.2{'g' if cost < 1e-4 * self._all else '%'}}"
         return bytes_text(cost) if self.problem.bytes_L.any() else f"{cost:.0f} replicas"
 
     def plot(self, *, form: str = "png") -> bytes:
@@ -138,14 +145,15 @@ class ParetoFront:
 
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
-        near = self.objectives[1] in NEAR
+        near = self.objectives[1] in SHARES
         sized = bool(self.problem.bytes_L.any()) and not near
         scale = 1e9 if sized else self._all / 100 if near else 1.0
         axes.step(
             [cost / scale for _, cost in self.values], [b for b, _ in self.values], where="post", marker="o"
         )
         unit = "GB" if sized else "% of the tokens" if near else "replicas"
-        axes.set_xlabel(f"{self.objectives[1]} ({unit})")
+        label = f"{self.objectives[1]} ({unit})"
+        axes.set_xlabel("loss of an expert (%)" if self.objectives[1] == "survival" else label)
         balance = self.objectives[0] == "balance"
         axes.set_ylabel(
             "imbalance (max/mean, mean over layers)" if balance else f"{self.objectives[0]} (tokens)"
@@ -165,12 +173,13 @@ def pareto(
     stop: Stop | None = None,
     progress: ProgressCallback | None = None,
 ) -> ParetoFront:
-    """Trade balance against moves, memory, traffic, groups or hops; or traffic against moves.
+    """Trade balance against moves, memory, traffic, groups, hops or survival; or traffic against moves.
 
     Every layer offers a few placements of its own (re-plans to a ladder of tolerances; or constructions
     with fewer replicas); along the lower convex hull of each, the steps that gain most time for their cost
-    come first, over all layers. Where tokens are served (traffic, groups, hops) is traded by a ladder of
-    balance tolerances; traffic against moves by a ladder of limits on moves.
+    come first, over all layers. Where tokens are served (traffic, groups, hops), and the probability that
+    failures lose an expert (survival), is traded by a ladder of balance tolerances; traffic against moves by
+    a ladder of limits on moves.
 
     Parameters
     ----------
@@ -206,7 +215,7 @@ def pareto(
     names = _pair_of(problem, objectives, points)
     problem.check_feasible()
     began = Clock.begin()
-    if names[1] in NEAR or names[0] == "traffic":
+    if names[1] in SHARES or names[0] == "traffic":
         return _near_front(problem, names, points, seed, stop, progress)
     if names[1] == "moves":
         if problem.current is None:
@@ -239,7 +248,7 @@ def _pair_of(problem: Problem, objectives: Sequence[str], points: int) -> tuple[
         raise ProblemError("objectives", f"are {names}, must be two of {EVERY_PRIORITY}")
     if isinstance(points, bool) or points < 2:
         raise ProblemError("points", f"is {points!r}, must be at least 2")
-    pairs = (*(("balance", name) for name in ("moves", "memory", *NEAR)), ("traffic", "moves"))
+    pairs = (*(("balance", name) for name in ("moves", "memory", *SHARES)), ("traffic", "moves"))
     if names not in pairs:
         raise UnsupportedFeatureError(
             f"pareto: {names} is not supported; ('balance', ...) and ('traffic', 'moves') are"
@@ -262,7 +271,7 @@ def _near_front(
     """Plans by a ladder of balance tolerances, or of limits on moves, without those that others beat."""
     began, found = Clock.begin(), list[tuple[float, float, Plan]]()
     ladder = _rungs(problem, names, points)
-    solver = get_solver("locality")
+    solver = get_solver("lexicographic" if names[1] == "survival" else "locality")
     for done, rung in enumerate(ladder):
         if found and stop is not None and stop():
             break
@@ -273,7 +282,7 @@ def _near_front(
         kept = problem if problem.groups is None else problem.replace(groups=rung.groups)
         plan = plan.replace(made_for=kept)
         verify(kept, plan)
-        vector = objective_vector(kept, plan)
+        vector = objective_vector(rung, plan)
         first = float(plan.imbalance_L.mean()) if names[0] == "balance" else vector["traffic"]
         found.append((first, vector[names[1]], plan))
         if progress is not None:
@@ -319,6 +328,10 @@ def _rungs(problem: Problem, names: tuple[str, ...], points: int) -> list[Proble
     wish = wish.replace(priorities=("balance", names[1]))
     keep = np.unique(np.rint(np.linspace(0, len(_TOLERANCES) - 1, min(points, len(_TOLERANCES)))).astype(int))
     rungs = [problem.replace(objective=wish.replace(balance_tolerance=_TOLERANCES[i])) for i in keep]
+    if names[1] == "survival":
+        if failure_sets(problem).gone_FD.shape[1] < 2:
+            raise ProblemError("topology.domain", "has one failure domain: there is no survival to trade")
+        rungs.append(rungs[0].replace(objective=wish.replace(priorities=("survival", "balance"))))
     if names[1] == "groups" and problem.groups is not None:
         free = problem.groups.replace(max_outside=1.0)
         rungs = [rung.replace(groups=free) for rung in rungs]

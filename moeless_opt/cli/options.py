@@ -433,8 +433,8 @@ def _add_modes(group: Any) -> None:
     add("--bound", action="store_true", help="print the lower bounds of every layer; solve nothing")
     add(
         "--pareto",
-        choices=("moves", "memory", "traffic", "groups", "hops"),
-        metavar="moves|memory|traffic|groups|hops",
+        choices=("moves", "memory", "traffic", "groups", "hops", "survival"),
+        metavar="moves|memory|traffic|groups|hops|survival",
         help="plans from cheapest to best balanced (with --plot, a picture of the front)",
     )
     add(

@@ -144,11 +144,11 @@ def ordered_layer(
 
 
 def size_of(layer: OrderedLayer) -> int:
-    """Binary variables of the programme."""
-    pairs = int(layer.allowed_EG.sum())
+    """Binary variables of the programme, and failures, each of which is a row for every expert."""
+    pairs, failures = int(layer.allowed_EG.sum()), len(layer.kept_FG)
     if not layer.equal:
-        return pairs
-    return int((layer.allowed_EG.sum(1) * np.maximum(layer.most - layer.least_E + 1, 0)).sum())
+        return pairs + failures
+    return failures + int((layer.allowed_EG.sum(1) * np.maximum(layer.most - layer.least_E + 1, 0)).sum())
 
 
 def solve_in_order(
@@ -167,11 +167,12 @@ def solve_in_order(
     stop : Stop
         Ends the search; what was found by then is told, unproven.
     upper : float
-        A time that some placement is known to reach: it cuts the search where balance comes first.
+        A value of the first priority that some placement is known to reach, where that is balance or
+        survival: it cuts the search.
     """
     programme = _Programme(layer, order)
-    if order[0] == "balance":
-        programme.cap("balance", upper / layer.scale * (1 + _SLACK) + _SLACK)
+    if order[0] in ("balance", "survival"):
+        programme.cap(order[0], upper / programme.unit[order[0]] * (1 + _SLACK) + _SLACK)
     held_EG: BoolArray | None = None
     limit, best = np.inf, dict[str, float]()
     for i, name in enumerate(order):

@@ -8,7 +8,7 @@ import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, SlotArray
 from moeless_opt.problems.errors import InfeasibleError, UnsupportedFeatureError
-from moeless_opt.problems.plan import Plan, StoppedBy, loss_chance, order_of
+from moeless_opt.problems.plan import PROVEN, Plan, StoppedBy, loss_chance, order_of
 from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core import Built, FirstOf, Heuristic, MaxTime, Task, keeps_limits, widened
 from moeless_opt.solvers.lexicographic.descend import Chosen, best_by_order, lower_in_turn
@@ -54,8 +54,8 @@ class Lexicographic(Heuristic):
         upper_L = np.full(problem.layers, np.inf)
         for table in tables:
             good_L = keeps_limits(problem, table)
-            if good_L.all() and "balance" in figures.order:
-                upper_L = np.minimum(upper_L, figures.figure_L("balance", table, None))
+            if good_L.all() and (first := figures.order[0]) in ("balance", "survival"):
+                upper_L = np.minimum(upper_L, figures.figure_L(first, table, None))
         exact = self._exact(figures, upper_L, limited, task)
         if figures.failures is not None and figures.failures.coupled and len(exact) == problem.layers:
             exact = self._more_survived(figures, figures.failures, exact, upper_L, task)
@@ -119,7 +119,9 @@ class Lexicographic(Heuristic):
         task: Task[Any],
     ) -> dict[int, Exact]:
         """Layers that are solved exactly, with each failure that all of them can survive besides."""
-        if len(exact) * len(failures.sets.gone_FD) > MOST_TRIES:
+        lost = failures.chance(~failures.watched_F) + failures.sets.beyond
+        least = lost <= self._loss_bound * (1 + PROVEN)
+        if least or len(exact) * len(failures.sets.gone_FD) > MOST_TRIES:
             return exact
         for gone_D in failures.sets.gone_FD[~failures.watched_F]:
             before_F = failures.watched_F

@@ -182,3 +182,27 @@ def test_a_given_plan_is_beaten_as_a_whole() -> None:
     other = mo.solve(problem, initial=first.plan)
     assert other.objective["survival"] == pytest.approx(first.objective["survival"])
     assert other.objective["balance"] <= first.objective["balance"] * (1 + 1e-9)
+
+
+def test_a_front_of_balance_against_survival(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
+    from moeless_opt.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    loads = np.random.default_rng(5).lognormal(0, 1.0, (2, 24))
+    problem = mo.Problem(loads=mo.Loads(load_TLE=loads[None]), topology=mo.uniform(4, 2, slots=7))
+    front = mo.pareto(problem, ("balance", "survival"), points=3)
+    values = np.array(front.values)
+    assert len(values) > 1
+    assert (np.diff(values[:, 1]) > 0).all()  # cheapest first: the plan that fails least
+    assert (np.diff(values[:, 0]) < 0).all()
+    best = mo.solve(problem.replace(objective=mo.Objective(priorities=("survival", "balance"))))
+    assert values[0, 1] == pytest.approx(best.objective["survival"])
+    for plan, (_, loss) in zip(front.plans, front.values, strict=True):
+        mo.verify(problem, plan)
+        assert plan.certificate.loss == pytest.approx(loss)
+    assert "probability" in str(front)
+    assert front.plot().startswith(b"\x89PNG")
+    mo.save_problem(problem, "problem.json")
+    assert main(["problem.json", "--pareto", "survival", "--time", "1", "--quiet", "-o", "safe.json"]) == 0
+    with pytest.raises(mo.ProblemError, match="one failure domain"):
+        mo.pareto(problem.replace(topology=mo.uniform(1, 8, slots=7)), ("balance", "survival"))
