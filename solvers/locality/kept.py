@@ -21,6 +21,7 @@ from moeless_opt.solvers.construct import Construct
 from moeless_opt.solvers.core import Task, choose_points, widened
 from moeless_opt.solvers.limits import Rules, layer_front, rules_of, slots_holding
 from moeless_opt.solvers.locality.groups import GroupWay, GroupWays
+from moeless_opt.solvers.locality.shares import slowest_L
 from moeless_opt.solvers.replan import Replan, frontier
 
 __all__ = ["broken_limit", "kept_groups", "moves_of"]
@@ -83,9 +84,11 @@ def kept_groups(
     front_L = [one.front(half) for one in ways]
     home_LK = np.stack([front[-1].node_K for front in front_L])
     slots_LGC = _each_node(task, name, plain, home_LK[:, groups.group_E], replans=True)
-    if broken_limit(plain, slots_LGC) is None:
+    fits = broken_limit(plain, slots_LGC) is None
+    if fits and ("moves" not in order or task.stop()):
         return slots_LGC, home_LK
-    _check_least(plain, front_L, all(one.exact for one in ways))
+    if not fits:
+        _check_least(plain, front_L, all(one.exact for one in ways))
     small = plain.experts * plain.topology.gpus <= _TINY
     tried = []
     for x, (one, front) in enumerate(zip(ways, front_L, strict=True)):
@@ -94,7 +97,24 @@ def kept_groups(
     points: list[list[_Point]] = [[] for _ in front_L]
     for (x, _), found in zip(tried, _offers(task, plain, tried, groups.group_E), strict=True):
         points[x] += found
-    return _chosen(plain, points)
+    if not fits:
+        return _chosen(plain, points)
+    return _fewest(plain, points, slots_LGC, home_LK)
+
+
+def _fewest(
+    problem: Problem, points: list[list[_Point]], slots_LGC: SlotArray, home_LK: IntArray
+) -> tuple[SlotArray, IntArray]:
+    """In each layer the fewest moves within the tolerance: only the slowest nodes need balance."""
+    more = 1 + problem.objective.balance_tolerance
+    slots_LGC, home_LK = slots_LGC.copy(), home_LK.copy()
+    moves_L, time_L = moves_of(problem, slots_LGC), slowest_L(problem, slots_LGC)
+    for x, row in enumerate(points):
+        own = _Point(int(moves_L[x]), float(time_L[x]), slots_LGC[x], home_LK[x])
+        enough = min(one.time for one in (own, *row)) * more
+        best = min((one for one in (own, *row) if one.time <= enough), key=lambda one: (one.moves, one.time))
+        slots_LGC[x], home_LK[x] = best.slots_GC, best.node_K
+    return slots_LGC, home_LK
 
 
 def _spaced(front: list[GroupWay]) -> list[GroupWay]:

@@ -9,16 +9,28 @@ from __future__ import annotations
 import numpy as np
 
 from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.plan import gpu_times
 from moeless_opt.problems.spec import Problem
+from moeless_opt.solvers.core import risk_L
 from moeless_opt.solvers.locality.costs import Costs
 from moeless_opt.solvers.locality.search import TokenSources
 from moeless_opt.solvers.shares import best_shares, solve_shares
 
-__all__ = ["near_shares"]
+__all__ = ["near_shares", "slowest_L"]
 
 _UNITS = float(1 << 36)  # whole units of tokens per largest GPU load
 _PRICES = 1 << 20  # whole units of the dearest token
 _HAIR = 1e-9
+
+
+def slowest_L(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
+    """Largest tokens over speed of each layer, with the quickest shares where they are free, by the risk."""
+    if problem.loads.shape[0] > 1:
+        return risk_L(problem, slots_LGC)
+    load_LE, speed_G = problem.load_LE, problem.topology.speed_G
+    if problem.split == "fractional":
+        return solve_shares(load_LE, slots_LGC, speed_G).time_L
+    return np.asarray(gpu_times(load_LE, slots_LGC, best_shares(problem, slots_LGC), speed_G).max(1))
 
 
 def near_shares(

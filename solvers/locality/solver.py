@@ -9,7 +9,7 @@ Groups that are kept on a node get the best node of all ways there are, and ever
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from moeless_opt.problems.errors import InfeasibleError, UnsupportedFeatureError
 from moeless_opt.problems.plan import (
     Locality,
     Plan,
-    gpu_times,
     hops_L,
     order_of,
     outside_L,
@@ -28,21 +27,23 @@ from moeless_opt.problems.plan import (
 )
 from moeless_opt.problems.spec import PRIORITIES, Loads, Problem
 from moeless_opt.solvers.construct import Construct
-from moeless_opt.solvers.core import Bound, Built, FirstOf, Heuristic, MaxTime, Task, one_of, risk_L, widened
+from moeless_opt.solvers.core import Bound, Built, FirstOf, Heuristic, MaxTime, Task, one_of, widened
 from moeless_opt.solvers.locality.costs import NEAR, Costs, traffic_bound
 from moeless_opt.solvers.locality.exact import prove, size_of_model
 from moeless_opt.solvers.locality.groups import GroupWays
 from moeless_opt.solvers.locality.kept import broken_limit, kept_groups, moves_of
 from moeless_opt.solvers.locality.search import LayerSearch, search_near_layers
-from moeless_opt.solvers.locality.shares import near_shares
+from moeless_opt.solvers.locality.shares import near_shares, slowest_L
 from moeless_opt.solvers.replan import Replan
-from moeless_opt.solvers.shares import best_shares, solve_shares
 
 __all__ = ["LocalityOptions", "LocalitySolver", "locality_of"]
 
 _STEPS = {"quick": 2, "normal": 8, "thorough": 60}  # for each pair of an expert and a GPU
 _MOST_STEPS = {"quick": 20_000, "normal": 60_000, "thorough": 500_000}
 _LEAST_STEPS = 1_500
+_FEW, _TRIES = 200, 8  # pairs of an expert and a GPU up to which a layer is searched several times
+_HOTTER = 1.0, 4.0  # thresholds of those, in turns
+_DEAR = 0.1  # what a move costs in some of those where moves come first
 _STILL = 1  # times that all layers, in turns, stay as they are before more of them are left out
 _TURNS = {"quick": 2, "normal": 4, "thorough": 10}  # of all layers, where they depend on each other
 _FREE = 1 << 40  # moves, where they are not limited
@@ -132,17 +133,23 @@ class LocalitySolver(Heuristic):
         order = _order(problem)
         near = tuple(name for name in order if name in NEAR)
         ways = None if problem.groups is None else [GroupWays(problem, x) for x in range(problem.layers)]
-        whole = problem.groups is not None and problem.groups.max_outside <= 0
         bound = None if ways is None else _group_bound(problem, ways)
         costs, base = self._base(task, order, near, ways)
         best = self._proven(task, order, costs, replace(base, bound=bound))
         if near and not best.proof:
-            search = self._limits(problem, base, order, costs, whole)
+            search = self._limits(task, base, order, costs, ways)
             best, several = base, problem.loads.shape[0] > 1
+            judged_by = tuple(name for name in order if name in (*near, "moves"))
+            first = judged_by[0] == "moves" and problem.current is not None
             for start_LGC in self._starts(task, near, costs, ways, base):
-                for even, looser in itertools.product(_rules(problem), _BOXES if several else _BOXES[:1]):
-                    boxed = replace(search, limit_TL=search.limit_TL * looser)
-                    best = _better(near, best, self._searched(task, boxed, start_LGC, even), search)
+                ways_on = itertools.product(
+                    _rules(problem), _BOXES if several else _BOXES[:1], _tries(problem, near)
+                )
+                for even, looser, again in ways_on:
+                    dear = _DEAR if first and again % 4 > 1 else search.move
+                    boxed = replace(search, limit_TL=search.limit_TL * looser, move=dear)
+                    found = self._searched(task, boxed, start_LGC, even, again=again)
+                    best = _better(judged_by, best, found, search)
             best = replace(best, bound=bound)
         _check_groups(problem, best)
         _check_full(problem, best)
@@ -174,7 +181,7 @@ class LocalitySolver(Heuristic):
         )
         bound_L, name_L = bound_L.copy(), list(names)
         least = {name: np.zeros(problem.layers) for name in order}
-        known_L = _tokens(problem, slots_LGC) if _keeps_all(problem, slots_LGC) else None
+        known_L = slowest_L(problem, slots_LGC) if _keeps_all(problem, slots_LGC) else None
         parts = [np.arange(problem.layers)] if tied else [np.array([x]) for x in range(problem.layers)]
         for done, rows in enumerate(parts):
             task.report(np.nan, 0.0, done=done / len(parts), note="proof")
@@ -231,7 +238,7 @@ class LocalitySolver(Heuristic):
                 return self._partly(task, plain, near, ways, order)
             slots_LGC, home_LK = kept_groups(task, self.name, plain, ways, order)
             costs = Costs(problem, near, home_LK)
-            limit_L = _tokens(problem, slots_LGC)
+            limit_L = slowest_L(problem, slots_LGC)
             if problem.split == "fractional":
                 limit_L = np.zeros(problem.layers)
             return costs, Built(
@@ -239,7 +246,7 @@ class LocalitySolver(Heuristic):
             )
         costs = Costs(problem, near, None if ways is None else _homes(problem, ways))
         slots_LGC = widened(self._plain_slots(task, plain, order), costs.wide)
-        limit_L = _tokens(problem, slots_LGC)
+        limit_L = slowest_L(problem, slots_LGC)
         return costs, Built(slots_LGC=slots_LGC, share_LGC=near_shares(problem, costs, slots_LGC, limit_L))
 
     def _plain_slots(self, task: Task[Any], plain: Problem, order: tuple[str, ...]) -> SlotArray:
@@ -299,7 +306,7 @@ class LocalitySolver(Heuristic):
                 for even in _rules(problem):
                     trial = self._searched(task, limits, start_LGC, even, open_L)
                     trial_share = limits.shares(trial)
-                    late_L = _tokens(problem, trial) > limits.limit_L * (1 + 1e-7)
+                    late_L = slowest_L(problem, trial) > limits.limit_L * (1 + 1e-7)
                     good_L = open_L & ~late_L
                     good_L &= outside_L(problem, trial, trial_share) <= most_L * (1 + _EQUAL)
                     best_LGC[good_L], share_LGC[good_L] = trial[good_L], trial_share[good_L]
@@ -308,12 +315,45 @@ class LocalitySolver(Heuristic):
                 break
         return costs, Built(slots_LGC=best_LGC, share_LGC=share_LGC)
 
+    def _best_L(
+        self, task: Task[Any], base: Built, order: tuple[str, ...], ways: list[GroupWays] | None
+    ) -> FloatArray:
+        """Tokens over speed of the quickest placement known; few moves have used the tolerance already."""
+        problem, known_L = task.problem, slowest_L(task.problem, base.slots_LGC)
+        if problem.current is None or "moves" not in order:
+            return known_L
+        groups, limits = problem.groups, problem.limits
+        plain = _plain(problem, ("balance",)).replace(
+            limits=limits.replace(max_moves=None, max_layer_moves=None, max_move_bytes=None)
+        )
+        if groups is None or groups.max_outside >= 1:
+            slots_LGC = Construct(self.name).placed(task, plain).slots_LGC
+        elif groups.max_outside <= 0:
+            assert ways is not None
+            slots_LGC = kept_groups(task, self.name, plain, ways, ("balance",))[0]
+        else:
+            return known_L
+        return np.minimum(known_L, slowest_L(problem, slots_LGC))
+
     def _limits(
-        self, problem: Problem, base: Built, order: tuple[str, ...], costs: Costs, whole: bool
+        self,
+        task: Task[Any],
+        base: Built,
+        order: tuple[str, ...],
+        costs: Costs,
+        ways: list[GroupWays] | None,
     ) -> _Search:
         """How slow a GPU may be, how much may move, and where experts may go."""
+        problem, groups = task.problem, task.problem.groups
+        whole = groups is not None and groups.max_outside <= 0
         more = 1 + problem.objective.balance_tolerance
-        limit_L, limit_TL = _tokens(problem, base.slots_LGC) * more, _tops(problem, base.slots_LGC) * more
+        base_L, enough_L = slowest_L(problem, base.slots_LGC), self._best_L(task, base, order, ways) * more
+        # What limits on moves keep from the tolerance is the best there is; else the base is late as it is.
+        late = more if problem.limits.bounds_moves else 1.0
+        limit_L = np.where(base_L <= enough_L * (1 + _EQUAL), enough_L, base_L * late)
+        limit_TL = _tops(problem, base.slots_LGC) * np.divide(
+            limit_L, base_L, out=np.full_like(limit_L, more), where=base_L > 0
+        )
         near_first = min(order.index(name) for name in costs.order)
         move, most_L = 0.0, np.full(problem.layers, _FREE)
         if problem.current is not None:
@@ -324,7 +364,6 @@ class LocalitySolver(Heuristic):
                 move = 1e-6 if "moves" in order else 0.0
                 most_L = _may_move(problem, count_L)
         allowed_LEG = _all(problem) if not whole or costs.away_LEG is None else ~costs.away_LEG
-        groups = problem.groups
         outside = _OUTSIDE if groups is not None and 0 < groups.max_outside < 1 else 0.0
         held_L = _may_hold(problem, base.slots_LGC)
         return _Search(costs, limit_L, limit_TL, held_L, most_L, move, outside, np.asarray(allowed_LEG))
@@ -336,6 +375,7 @@ class LocalitySolver(Heuristic):
         start_LGC: SlotArray,
         even: bool,
         open_L: BoolArray | None = None,
+        again: int = 0,
     ) -> SlotArray:
         """The placement that the search ends with; layers that depend on each other in turns."""
         problem, costs, effort = task.problem, search.costs, task.options
@@ -355,13 +395,11 @@ class LocalitySolver(Heuristic):
             if tied:
                 share_LGE = costs.shares_of(slots_LGC, search.shares(slots_LGC))
             layers = [_layer(search, x, slots_LGC, share_LGE, even) for x in rows.tolist()]
-            hot = 1.0 if turn < 2 else 0.5
-            found = search_near_layers(
-                problem, layers, steps=steps, seed=task.seed + turn * 31, hot=hot, stop=task.stop
-            )
+            hot, seed = _HOTTER[again % 2] if turn < 2 else 0.5, task.seed + turn * 31 + again * 1009
+            found = search_near_layers(problem, layers, steps=steps, seed=seed, hot=hot, stop=task.stop)
             trial_LGC = slots_LGC.copy()
             trial_LGC[rows] = np.stack(found)
-            late_L = _tokens(problem, trial_LGC) > search.limit_L * (1 + 1e-7)
+            late_L = slowest_L(problem, trial_LGC) > search.limit_L * (1 + 1e-7)
             if not tied and late_L[rows].any():  # once more from there, with more weight on the limit
                 rows = rows[late_L[rows]]
                 layers = [_layer(search, x, trial_LGC, share_LGE, even) for x in rows.tolist()]
@@ -394,6 +432,12 @@ def _layer(
         most_moves=int(search.most_L[row]),
         even=even,
     )
+
+
+def _tries(problem: Problem, near: tuple[str, ...]) -> range:
+    """How often small layers are searched: with few replicas, ways between good places are barred."""
+    pairs = problem.experts * problem.topology.gpus
+    return range(1 if "hops" in near or pairs > _FEW else _TRIES)
 
 
 def _rules(problem: Problem) -> tuple[bool, ...]:
@@ -493,19 +537,9 @@ def _all(problem: Problem) -> BoolArray:
     return np.ones((problem.layers, problem.experts, problem.topology.gpus), dtype=np.bool_)
 
 
-def _tokens(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
-    """Largest tokens over speed of each layer, with the quickest shares where they are free, by the risk."""
-    if problem.loads.shape[0] > 1:
-        return risk_L(problem, slots_LGC)
-    load_LE, speed_G = problem.load_LE, problem.topology.speed_G
-    if problem.split == "fractional":
-        return solve_shares(load_LE, slots_LGC, speed_G).time_L
-    return np.asarray(gpu_times(load_LE, slots_LGC, best_shares(problem, slots_LGC), speed_G).max(1))
-
-
 def _tops(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
     """The same in each scenario, shape [T, L]; where the worst counts, that in all."""
-    loads, value_L = problem.loads, _tokens(problem, slots_LGC)
+    loads, value_L = problem.loads, slowest_L(problem, slots_LGC)
     if loads.shape[0] == 1:
         return value_L[None]
     if problem.objective.risk == "worst":
@@ -515,7 +549,7 @@ def _tops(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
         by_node = None if loads.load_TLNE is None else loads.load_TLNE[t : t + 1]
         one = Loads(load_TLE=loads.load_TLE[t : t + 1], layers=loads.layers, load_TLNE=by_node)
         plain = problem.objective.replace(priorities=("balance",))
-        found.append(_tokens(problem.replace(loads=one, objective=plain, known=None), slots_LGC))
+        found.append(slowest_L(problem.replace(loads=one, objective=plain, known=None), slots_LGC))
     return np.stack(found)
 
 
@@ -633,22 +667,27 @@ def _homes(problem: Problem, ways: list[GroupWays]) -> IntArray:
     )
 
 
-def _better(near: tuple[str, ...], base: Built, found_LGC: SlotArray, search: _Search) -> Built:
-    """What was found, in the layers where it is nearer and in time; the base elsewhere.
+def _better(order: tuple[str, ...], base: Built, found_LGC: SlotArray, search: _Search) -> Built:
+    """What was found, in the layers where it is better by the order and in time; the base elsewhere.
 
     Layers that depend on each other are taken or left together.
     """
     problem = search.costs.problem
-    figures = {"traffic": traffic_L, "groups": outside_L, "hops": hops_L}
+    figures: dict[str, Callable[[Problem, SlotArray, FloatArray], FloatArray]] = {
+        "traffic": traffic_L,
+        "groups": outside_L,
+        "hops": hops_L,
+        "moves": lambda problem, slots_LGC, _: moves_of(problem, slots_LGC).astype(np.float64),
+    }
     found = Built(slots_LGC=found_LGC, share_LGC=search.shares(found_LGC))
-    bad_L = _tokens(problem, found_LGC) > search.limit_L * (1 + 1e-7)
+    bad_L = slowest_L(problem, found_LGC) > search.limit_L * (1 + 1e-7)
     if problem.groups is not None and problem.groups.max_outside < 1:
         most_L = problem.groups.max_outside * problem.load_LE.sum(1) + _EQUAL * problem.load_LE.sum(1)
         bad_L |= outside_L(problem, found.slots_LGC, found.shares_LGC) > most_L
     take_L, equal_L = np.zeros(problem.layers, dtype=np.bool_), ~bad_L
-    for name in near:
+    for name in order:
         old_L, new_L = (figures[name](problem, one.slots_LGC, one.shares_LGC) for one in (base, found))
-        if "hops" in near:
+        if "hops" in order:
             if bad_L.any():
                 return base
             old_L, new_L = (np.full_like(part, part.sum()) for part in (old_L, new_L))

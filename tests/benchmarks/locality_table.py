@@ -1,10 +1,14 @@
 """Traffic, groups and affinity on recorded loads, beside methods that look at balance alone.
 
-``python tests/benchmarks/locality_table.py --data DIR [--only groups|hops|small]``
+``python tests/benchmarks/locality_table.py --data DIR [--only groups|replan|hops|small]``
 
 ``groups``: DeepSeek-V3 with 8 groups of 32 experts on 4 nodes of 8 GPUs (288 slots) and on 8 nodes
 (320 slots): imbalance and its bound, the share of token-expert pairs that leave their node when
-they come evenly from all nodes, and the share that is served outside the node of its group.
+they come evenly from all nodes, and the share that is served outside the node of its group, each with
+what no plan is below whose GPUs are as quick.
+
+``replan``: groups kept on a node, planned for one workload and re-planned for the other, with the
+moves, what was asked for, and the imbalance of a plan from scratch beside it.
 
 ``hops``: gpt-oss-20b's token traces on 2 nodes of 4 GPUs with 40 slots for 32 experts; requests are
 split in two, plans are made on one half and measured on the other, every placement with shares for
@@ -17,6 +21,7 @@ leave the node at which their request lives (requests are dealt to the nodes in 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +33,7 @@ import moeless_opt as mo
 from moeless_opt.problems.arrays import FloatArray
 from moeless_opt.problems.io import TokenTraces
 from moeless_opt.problems.plan import hops_L, outside_L, traffic_L
+from moeless_opt.solvers.locality import locality_of
 
 WORKLOADS = ("prefill_in1024", "decode_in1000out1000")
 
@@ -50,7 +56,8 @@ def groups(data: Path) -> None:
         load_LE = recorded["counts"][names.index(workload)].astype(float)
         for nodes, slots in ((4, 9), (8, 5)):
             print(f"\nDeepSeek-V3, {workload}, {nodes} x 8 GPUs, {nodes * 8 * slots} slots, groups of 32")
-            print(f"{'':44}{'imbalance':>10}{'bound':>8}{'leave':>8}{'outside':>9}{'seconds':>9}")
+            heads = f"{'leave':>8}{'least':>8}{'outside':>9}{'least':>8}{'seconds':>9}"
+            print(f"{'':44}{'imbalance':>10}{'bound':>8}{heads}")
             for name, plan, seconds in _grouped(load_LE, mo.uniform(nodes, 8, slots=slots)):
                 free = mo.Problem(
                     loads=mo.Loads(load_TLE=load_LE),
@@ -59,12 +66,16 @@ def groups(data: Path) -> None:
                     groups=mo.Groups.even(256, 8, 1.0),
                 )
                 given = free, plan.slots_LGC, plan.share_LGC
-                bound = float((plan.imbalance_L / (1 + plan.certificate.gap_L)).mean())
+                bound, told = (
+                    float((plan.imbalance_L / (1 + plan.certificate.gap_L)).mean()),
+                    locality_of(free, plan),
+                )
+                assert told.outside_bound_L is not None
+                parts = traffic_L(*given), told.traffic_bound_L, outside_L(*given), told.outside_bound_L
+                leave, least, outside, fewest = (float(part.sum() / load_LE.sum()) for part in parts)
                 print(
                     f"{name:44}{plan.imbalance_L.mean():10.4f}{bound:8.4f}"
-                    f"{traffic_L(*given).sum() / load_LE.sum():8.2%}"
-                    f"{outside_L(*given).sum() / load_LE.sum():9.2%}"
-                    f"{seconds:9.1f}",
+                    f"{leave:8.2%}{least:8.2%}{outside:9.2%}{fewest:8.2%}{seconds:9.1f}",
                     flush=True,
                 )
 
@@ -86,6 +97,34 @@ def _grouped(load_LE: FloatArray, topology: mo.Topology) -> Iterator[tuple[str, 
     for split in ("equal", "fractional"):
         near = even.replace(split=split, objective=objective("balance", "traffic"))
         yield f"ours, {split}, traffic within 1% of balance", *solved(near, "auto")
+
+
+def replan(data: Path) -> None:
+    recorded = np.load(data / "deepseek_v3_counts.npz")
+    names = [str(name) for name in recorded["workloads"]]
+    before_LE, after_LE = (recorded["counts"][names.index(one)].astype(float) for one in WORKLOADS)
+    for (nodes, slots), split in itertools.product(((4, 9), (8, 5)), ("equal", "fractional")):
+        problem = mo.Problem(
+            loads=mo.Loads(load_TLE=before_LE),
+            topology=mo.uniform(nodes, 8, slots=slots),
+            split=split,
+            groups=mo.Groups.even(256, 8),
+            objective=objective("balance"),
+        )
+        live = solved(problem, "auto")[0]
+        then = problem.replace(loads=mo.Loads(load_TLE=after_LE))
+        print(f"\n{nodes} x 8 GPUs, {split}, groups kept, prefill -> decode   imbalance   moves  seconds")
+        plan, seconds = solved(then, "auto")
+        print(f"{'from scratch':52}{plan.imbalance_L.mean():10.4f}{'':8}{seconds:9.1f}", flush=True)
+        for most in (None, 2000, 500, 100):
+            again = then.replace(
+                current=live.placement,
+                objective=objective("balance", "moves"),
+                limits=mo.Limits(max_moves=most),
+            )
+            plan, seconds = solved(again, "auto")
+            name = "few moves within 1%" if most is None else f"at most {most} moves"
+            print(f"{name:52}{plan.imbalance_L.mean():10.4f}{plan.moves.count:8d}{seconds:9.1f}", flush=True)
 
 
 def _halves(data: Path) -> list[mo.Loads]:
@@ -197,11 +236,13 @@ def small() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder with the recordings")
-    parser.add_argument("--only", choices=("groups", "hops", "small"))
+    parser.add_argument("--only", choices=("groups", "replan", "hops", "small"))
     args = parser.parse_args()
     mo.warm_up()
     if args.data is not None and args.only in (None, "groups"):
         groups(args.data)
+    if args.data is not None and args.only in (None, "replan"):
+        replan(args.data)
     if args.data is not None and args.only in (None, "hops"):
         hops(args.data)
     if args.only in (None, "small"):

@@ -302,3 +302,25 @@ def test_moves_that_are_no_priority_give_up_no_balance() -> None:
     assert both is not None
     assert alone.certificate.value_L == pytest.approx(best_L)
     assert (both.certificate.value_L <= best_L * 1.5 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("split", ["equal", "fractional"])
+def test_kept_groups_move_no_more_than_the_tolerance_asks(split: str) -> None:
+    """Nodes that are not the slowest stay as they are: one move less is late."""
+    rng = np.random.default_rng(5)
+    loads = [rng.lognormal(3, 1, (1, 64)) for _ in range(2)]
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=loads[0]),
+        topology=mo.uniform(4, 4, slots=5),
+        split=split,
+        groups=mo.Groups.even(64, 8),
+        objective=mo.Objective(priorities=("balance",)),
+    )
+    then = problem.replace(loads=mo.Loads(load_TLE=loads[1]))
+    best = float(solved(then).certificate.value_L[0])
+    wish = mo.Objective(priorities=("balance", "moves"), balance_tolerance=TOLERANCE)
+    then = then.replace(current=solved(problem).placement, objective=wish)
+    plan = solved(then)
+    assert plan.certificate.value_L[0] <= best * (1 + TOLERANCE) * (1 + 1e-6)
+    fewer = solved(then.replace(limits=mo.Limits(max_moves=plan.moves.count - 1)))
+    assert fewer.certificate.value_L[0] > best * (1 + TOLERANCE)

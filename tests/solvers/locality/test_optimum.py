@@ -134,3 +134,41 @@ def test_hops_are_the_least_of_all_pairs_of_placements(seed: int) -> None:
     assert result.plan.locality is not None
     assert result.plan.locality.hops_bound_L is not None
     assert result.plan.locality.hops_bound_L.sum() == pytest.approx(best, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("first", ["moves", "traffic"])
+@pytest.mark.parametrize("seed", [1, 5, 8, 12])
+def test_what_is_live_is_followed_within_one_tolerance(first: str, seed: int) -> None:
+    """Too large for the programme: few moves within the tolerance, and traffic within the same one."""
+    rng = np.random.default_rng(seed)
+    held_PEG = placements([2, 2, 2, 2], 7)
+    by_node = rng.lognormal(3, 0.8, (1, 1, 2, 7))
+    load_E = by_node.sum(2)[0, 0]
+    live_EG = held_PEG[rng.integers(len(held_PEG))]
+    slots = np.full((1, 4, 2), -1, dtype=np.int32)
+    for g in range(4):
+        experts = np.flatnonzero(live_EG[:, g])
+        slots[0, g, : len(experts)] = experts
+    order = ("balance", first, "traffic" if first == "moves" else "moves")
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=by_node.sum(2), load_TLNE=by_node),
+        topology=mo.uniform(2, 2, slots=2),
+        split="equal",
+        current=mo.Placement(slots_LGC=slots, experts=7),
+        objective=mo.Objective(priorities=order, balance_tolerance=TOLERANCE),
+    )
+    time_P = even_times(held_PEG, load_E, np.ones(4))
+    good_P = time_P <= time_P.min() * (1 + TOLERANCE)
+    served = held_PEG / held_PEG.sum(2, keepdims=True) * load_E[:, None]
+    by_node_PEN = np.stack([served[:, :, :2].sum(2), served[:, :, 2:].sum(2)], axis=2)
+    traffic_P = np.maximum(by_node_PEN - by_node[0, 0].T, 0).sum((1, 2))
+    moves_P = (held_PEG & ~live_EG).sum((1, 2))
+    result = mo.solve(problem, "locality")
+    assert result.plan is not None
+    assert result.plan.certificate.value_L[0] <= time_P.min() * (1 + TOLERANCE) * (1 + 1e-6)
+    fewest = good_P & (moves_P == moves_P[good_P].min())
+    if first == "moves":
+        assert result.plan.moves.count == moves_P[fewest][0]
+        assert result.objective["traffic"] == pytest.approx(traffic_P[fewest].min(), rel=1e-6)
+    else:
+        assert result.objective["traffic"] == pytest.approx(traffic_P[good_P].min(), rel=1e-6)
