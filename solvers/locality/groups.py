@@ -18,7 +18,7 @@ from moeless_opt.problems.arrays import BoolArray, IntArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.spec import Problem
 
-__all__ = ["GroupWay", "GroupWays"]
+__all__ = ["GroupWay", "GroupWays", "idle_elsewhere"]
 
 _MOST = 60_000
 _BITS = 50
@@ -48,6 +48,13 @@ def _all_ways(groups: int, nodes: int, alike: bool) -> IntArray | None:
     return np.array(rows, dtype=np.int64).reshape(-1, groups)
 
 
+def idle_elsewhere(problem: Problem) -> bool:
+    """Whether replicas outside their kept group's home may be there and serve nothing."""
+    groups, free = problem.groups, problem.split == "fractional" and problem.loads.shape[0] == 1
+    kept = groups is not None and groups.max_outside <= 0
+    return kept and free and problem.limits.max_replicas is None
+
+
 class GroupWays:
     """The ways to give every group of one layer a node.
 
@@ -71,15 +78,16 @@ class GroupWays:
         self.speed_N = np.bincount(node_G, weights=topology.speed_G * usable_G, minlength=self.nodes)
         alike = bool((self.room_N == self.room_N[0]).all() and (self.speed_N == self.speed_N[0]).all())
         self._need_of(problem)
-        self.alike = alike = alike and bool((self.miss_KN < _NEVER).all())
+        self.alike = alike = alike and bool((self.miss_KN < _NEVER).all()) and not self.pins_KN.any()
         ways = _all_ways(groups.count, self.nodes, alike)
         self.exact = ways is not None
         """Whether all ways are looked at."""
         self.way_WK = self._greedy() if ways is None else ways
         on_WKN = self.way_WK[:, :, None] == np.arange(self.nodes)
         self.load_WN = np.einsum("wkn,k->wn", on_WKN, self.load_K)
-        self.may_W: BoolArray = (np.einsum("wkn,k->wn", on_WKN, self.size_K) <= self.room_N).all(1)
-        self.fits_W: BoolArray = (np.einsum("wkn,k->wn", on_WKN, self.need_K) <= self.room_N).all(1)
+        left_WN = self.room_N - np.einsum("wkn,kn->wn", ~on_WKN, self.pins_KN)  # pins elsewhere take room
+        self.may_W: BoolArray = (np.einsum("wkn,k->wn", on_WKN, self.size_K) <= left_WN).all(1)
+        self.fits_W: BoolArray = (np.einsum("wkn,k->wn", on_WKN, self.need_K) <= left_WN).all(1)
         self.fits_W &= (self.miss_KN[np.arange(groups.count), self.way_WK] < _NEVER).all(1)
         if problem.split == "equal":  # else replicas elsewhere may serve nothing
             self.may_W &= self.fits_W
@@ -96,6 +104,7 @@ class GroupWays:
         if problem.current is not None:
             live_EG = problem.current.held_LGE[self.row].T & open_EG
         miss_EN = np.zeros((problem.experts, self.nodes), dtype=np.int64)
+        idle = idle_elsewhere(problem)
         for node in range(self.nodes):
             here_G = topology.node_G == node
             domains = np.unique(topology.failure_domain_G[here_G])
@@ -103,11 +112,17 @@ class GroupWays:
             for domain in domains:
                 reach_E += open_EG[:, here_G & (topology.failure_domain_G == domain)].any(1)
             hosts_E = open_EG[:, here_G].sum(1)
-            never_E = (hosts_E < least) | (reach_E < limits.spread) | pinned_EG[:, ~here_G].any(1)
-            lacks_E = np.maximum(least - live_EG[:, here_G].sum(1), (pinned_EG & ~live_EG)[:, here_G].sum(1))
-            miss_EN[:, node] = np.where(never_E, _NEVER, np.maximum(lacks_E, 0))
+            never_E = (hosts_E < least) | (reach_E < limits.spread)
+            never_E |= pinned_EG[:, ~here_G].any(1) & (not idle)
+            come_EG = pinned_EG & ~live_EG
+            lacks_E = np.maximum(least - live_EG[:, here_G].sum(1), come_EG[:, here_G].sum(1))
+            lacks_E = np.maximum(lacks_E, 0) + come_EG[:, ~here_G].sum(1)
+            miss_EN[:, node] = np.where(never_E, _NEVER, lacks_E)
         self.miss_KN = np.zeros((groups.count, self.nodes), dtype=np.int64)
         np.add.at(self.miss_KN, groups.group_E, miss_EN)
+        self.pins_KN = np.zeros((groups.count, self.nodes), dtype=np.int64)
+        on_NG = topology.node_G == np.arange(self.nodes)[:, None]
+        np.add.at(self.pins_KN, groups.group_E, pinned_EG.astype(np.int64) @ on_NG.T.astype(np.int64))
 
     def _greedy(self) -> IntArray:
         """Heavy groups first, each to the node that is least loaded and has room."""
@@ -194,7 +209,8 @@ class GroupWays:
         for row in np.ndindex(*(self.nodes,) * groups):
             on_KN = np.array(row)[:, None] == np.arange(self.nodes)
             moves = int(self.miss_KN[on_KN].sum())
-            if moves < _NEVER and (self.need_K @ on_KN <= self.room_N).all():
+            left_N = self.room_N - (self.pins_KN * ~on_KN).sum(0)
+            if moves < _NEVER and (self.need_K @ on_KN <= left_N).all():
                 time = float((self.load_K @ on_KN / np.maximum(self.speed_N, 1e-300)).max())
                 found.append(GroupWay(moves, time, np.array(row, dtype=np.int64)))
         return found

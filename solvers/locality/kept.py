@@ -21,7 +21,7 @@ from moeless_opt.solvers.construct import Construct
 from moeless_opt.solvers.core import Task, choose_points, widened
 from moeless_opt.solvers.limits import Rules, layer_front, rules_of, slots_holding
 from moeless_opt.solvers.locality.groups import GroupWay, GroupWays
-from moeless_opt.solvers.locality.shares import slowest_L
+from moeless_opt.solvers.locality.shares import serving_slots, slowest_L
 from moeless_opt.solvers.replan import Replan, frontier
 
 __all__ = ["broken_limit", "kept_groups", "moves_of"]
@@ -38,6 +38,7 @@ class _Part:
     way: int
     row: int
     gpu_H: IntArray
+    room_H: IntArray
     expert_X: IntArray
     cap: int | None
 
@@ -99,16 +100,22 @@ def kept_groups(
         points[x] += found
     if not fits:
         return _chosen(plain, points)
-    return _fewest(plain, points, slots_LGC, home_LK)
+    away_LEG = home_LK[:, groups.group_E][:, :, None] != plain.topology.node_G
+    time_L = slowest_L(plain, serving_slots(task.problem, slots_LGC, away_LEG))
+    return _fewest(plain, points, slots_LGC, home_LK, time_L)
 
 
 def _fewest(
-    problem: Problem, points: list[list[_Point]], slots_LGC: SlotArray, home_LK: IntArray
+    problem: Problem,
+    points: list[list[_Point]],
+    slots_LGC: SlotArray,
+    home_LK: IntArray,
+    time_L: FloatArray,
 ) -> tuple[SlotArray, IntArray]:
     """In each layer the fewest moves within the tolerance: only the slowest nodes need balance."""
     more = 1 + problem.objective.balance_tolerance
     slots_LGC, home_LK = slots_LGC.copy(), home_LK.copy()
-    moves_L, time_L = moves_of(problem, slots_LGC), slowest_L(problem, slots_LGC)
+    moves_L = moves_of(problem, slots_LGC)
     for x, row in enumerate(points):
         own = _Point(int(moves_L[x]), float(time_L[x]), slots_LGC[x], home_LK[x])
         enough = min(one.time for one in (own, *row)) * more
@@ -170,22 +177,25 @@ def _parts(problem: Problem, ways: list[tuple[int, IntArray]]) -> list[_Part]:
     ways : list of (row, array of int, shape [E])
         Layers, and the node of each expert there.
     """
-    caps, limits = _row_caps(problem), problem.limits
+    caps, limits, pinned_LEG = _row_caps(problem), problem.limits, problem.pairs_LEG("pinned")
     least = max(limits.min_replicas, limits.spread)
     found = []
     for way, (row, node_E) in enumerate(ways):
         cap_N: list[int | None] = [None] * problem.topology.nodes
+        # Experts that are pinned outside the home of their group take room, and serve nothing.
+        guest_EG = pinned_LEG[row] & (node_E[:, None] != problem.topology.node_G)
+        room_G = problem.capacity_LG[row] - guest_EG.sum(0)
         if caps[row] is not None:
             need_N = np.bincount(node_E, minlength=problem.topology.nodes) * least
             load_N = np.bincount(node_E, weights=problem.load_LE[row], minlength=problem.topology.nodes)
-            spare = max(caps[row] - int(need_N.sum()), 0)  # type: ignore[operator]
+            spare = max(caps[row] - int(need_N.sum() + guest_EG.sum()), 0)  # type: ignore[operator]
             part_N = spare * load_N / (load_N.sum() or 1.0)
             cap_N = (need_N + np.floor(part_N).astype(np.int64)).tolist()
         for node in range(problem.topology.nodes):
             gpu_H = np.flatnonzero(problem.topology.node_G == node)
             expert_X = np.flatnonzero(node_E == node)
             if len(expert_X):
-                found.append(_Part(way, row, gpu_H, expert_X, cap_N[node]))
+                found.append(_Part(way, row, gpu_H, room_G[gpu_H], expert_X, cap_N[node]))
     return found
 
 
@@ -210,7 +220,7 @@ def _stacks(problem: Problem, parts: list[_Part]) -> list[list[_Part]]:
             len(part.expert_X),
             part.cap,
             topology.speed_G[part.gpu_H].tobytes(),
-            problem.capacity_LG[part.row, part.gpu_H].tobytes(),
+            part.room_H.tobytes(),
             domain_H.tobytes(),
         )
         found.setdefault(key, []).append(part)
@@ -221,7 +231,7 @@ def _stacked(problem: Problem, stack: list[_Part]) -> Problem:
     """Some nodes as the layers of a problem."""
     first, topology, loads = stack[0], problem.topology, problem.loads
     domain_H = np.unique(topology.failure_domain_G[first.gpu_H], return_inverse=True)[1].reshape(-1)
-    capacity_H = problem.capacity_LG[first.row, first.gpu_H]
+    capacity_H = first.room_H
     current = None
     if problem.current is not None:
         live = np.full((len(stack), len(first.gpu_H), max(int(capacity_H.max()), 1)), -1, dtype=np.int32)
@@ -230,7 +240,7 @@ def _stacked(problem: Problem, stack: list[_Part]) -> Problem:
             local_E[part.expert_X] = np.arange(len(part.expert_X))
             for h, gpu in enumerate(part.gpu_H.tolist()):
                 here = local_E[problem.current.slots_LGC[part.row, gpu]]
-                here = np.unique(here[here >= 0])
+                here = np.unique(here[here >= 0])[: capacity_H[h]]  # one more goes where a guest comes
                 live[i, h, : len(here)] = here
         current = Placement(slots_LGC=live, experts=len(first.expert_X), partial=True)
     limits = problem.limits
@@ -284,6 +294,8 @@ def _each_node(
         found_XHC = solver.placed(task, alone).slots_LGC
         for part, found_HC in zip(stack, found_XHC, strict=True):
             _put(slots_LGC[part.row], part, found_HC)
+    for x in range(problem.layers):
+        _let_in(problem, x, slots_LGC[x])
     return slots_LGC
 
 
@@ -296,6 +308,18 @@ def _put(slots_GC: SlotArray, part: _Part, found_HC: SlotArray) -> None:
     wide = min(found_HC.shape[1], slots_GC.shape[1])
     told_HC = found_HC[:, :wide]
     slots_GC[part.gpu_H, :wide] = np.where(told_HC >= 0, part.expert_X[np.maximum(told_HC, 0)], -1)
+
+
+def _let_in(problem: Problem, row: int, slots_GC: SlotArray) -> int:
+    """Write experts that are pinned outside their group's home; returns how many of them are not live."""
+    if not problem.limits.pinned:
+        return 0
+    live, new = problem.current, 0
+    for expert, gpu in np.argwhere(problem.pairs_LEG("pinned")[row]).tolist():
+        if expert not in slots_GC[gpu]:
+            slots_GC[gpu, int((slots_GC[gpu] < 0).argmax())] = expert
+            new += live is not None and expert not in live.slots_LGC[row, gpu]
+    return new
 
 
 # -- moves that are limited --------------------------------------------------------------------------------
@@ -358,6 +382,7 @@ def _at(problem: Problem, offers: list[_Offer], limit: float, node_K: IntArray) 
         k = int(np.lexsort((time_K, moves_K, time_K > limit))[0])
         _put(slots_GC, part, slots_KHC[k])
         moves, time = moves + int(moves_K[k]), max(time, float(time_K[k]))
+    moves += _let_in(problem, offers[0][0].row, slots_GC)
     return _Point(moves, time, slots_GC, node_K)
 
 

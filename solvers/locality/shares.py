@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeless_opt.problems.arrays import FloatArray, SlotArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, SlotArray
 from moeless_opt.problems.plan import gpu_times
 from moeless_opt.problems.spec import Problem
 from moeless_opt.solvers.core import risk_L
 from moeless_opt.solvers.locality.costs import Costs
+from moeless_opt.solvers.locality.groups import idle_elsewhere
 from moeless_opt.solvers.locality.search import TokenSources
 from moeless_opt.solvers.shares import best_shares, solve_shares
 
-__all__ = ["near_shares", "slowest_L"]
+__all__ = ["near_shares", "serving_slots", "slowest_L"]
 
 _UNITS = float(1 << 36)  # whole units of tokens per largest GPU load
 _PRICES = 1 << 20  # whole units of the dearest token
 _HAIR = 1e-9
+
+
+def serving_slots(problem: Problem, slots_LGC: SlotArray, away_LEG: BoolArray | None) -> SlotArray:
+    """Slots without the replicas outside their kept group's home: such ones serve nothing."""
+    if away_LEG is None or not idle_elsewhere(problem):
+        return slots_LGC
+    layer, gpu, _ = np.indices(slots_LGC.shape)
+    return np.where(away_LEG[layer, np.maximum(slots_LGC, 0), gpu], np.int32(-1), slots_LGC)
 
 
 def slowest_L(problem: Problem, slots_LGC: SlotArray) -> FloatArray:
@@ -47,6 +56,7 @@ def near_shares(
     """
     if problem.split != "fractional":
         return best_shares(problem, slots_LGC)
+    slots_LGC = serving_slots(problem, slots_LGC, costs.away_LEG)
     quick = solve_shares(problem.load_LE, slots_LGC, problem.topology.speed_G)
     share_LGC = quick.share_LGC.copy()
     share_LGE = costs.shares_of(slots_LGC, share_LGC)

@@ -33,7 +33,7 @@ from moeless_opt.solvers.locality.exact import prove, size_of_model
 from moeless_opt.solvers.locality.groups import GroupWays
 from moeless_opt.solvers.locality.kept import broken_limit, kept_groups, moves_of
 from moeless_opt.solvers.locality.search import LayerSearch, search_near_layers
-from moeless_opt.solvers.locality.shares import near_shares, slowest_L
+from moeless_opt.solvers.locality.shares import near_shares, serving_slots, slowest_L
 from moeless_opt.solvers.replan import Replan
 
 __all__ = ["LocalityOptions", "LocalitySolver", "locality_of"]
@@ -110,6 +110,11 @@ class _Search:
     move: float
     outside: float
     allowed_LEG: BoolArray
+
+    def slowest_L(self, slots_LGC: SlotArray) -> FloatArray:
+        """Largest tokens over speed of each layer, replicas outside the home of a kept group left aside."""
+        problem = self.costs.problem
+        return slowest_L(problem, serving_slots(problem, slots_LGC, self.costs.away_LEG))
 
     def shares(self, slots_LGC: SlotArray) -> FloatArray:
         """The shares that go with a placement."""
@@ -306,7 +311,7 @@ class LocalitySolver(Heuristic):
                 for even in _rules(problem):
                     trial = self._searched(task, limits, start_LGC, even, open_L)
                     trial_share = limits.shares(trial)
-                    late_L = slowest_L(problem, trial) > limits.limit_L * (1 + 1e-7)
+                    late_L = limits.slowest_L(trial) > limits.limit_L * (1 + 1e-7)
                     good_L = open_L & ~late_L
                     good_L &= outside_L(problem, trial, trial_share) <= most_L * (1 + _EQUAL)
                     best_LGC[good_L], share_LGC[good_L] = trial[good_L], trial_share[good_L]
@@ -316,10 +321,10 @@ class LocalitySolver(Heuristic):
         return costs, Built(slots_LGC=best_LGC, share_LGC=share_LGC)
 
     def _best_L(
-        self, task: Task[Any], base: Built, order: tuple[str, ...], ways: list[GroupWays] | None
+        self, task: Task[Any], known_L: FloatArray, order: tuple[str, ...], ways: list[GroupWays] | None
     ) -> FloatArray:
         """Tokens over speed of the quickest placement known; few moves have used the tolerance already."""
-        problem, known_L = task.problem, slowest_L(task.problem, base.slots_LGC)
+        problem = task.problem
         if problem.current is None or "moves" not in order:
             return known_L
         groups, limits = problem.groups, problem.limits
@@ -330,7 +335,8 @@ class LocalitySolver(Heuristic):
             slots_LGC = Construct(self.name).placed(task, plain).slots_LGC
         elif groups.max_outside <= 0:
             assert ways is not None
-            slots_LGC = kept_groups(task, self.name, plain, ways, ("balance",))[0]
+            slots_LGC, home_LK = kept_groups(task, self.name, plain, ways, ("balance",))
+            slots_LGC = serving_slots(problem, slots_LGC, Costs(problem, (), home_LK).away_LEG)
         else:
             return known_L
         return np.minimum(known_L, slowest_L(problem, slots_LGC))
@@ -347,11 +353,13 @@ class LocalitySolver(Heuristic):
         problem, groups = task.problem, task.problem.groups
         whole = groups is not None and groups.max_outside <= 0
         more = 1 + problem.objective.balance_tolerance
-        base_L, enough_L = slowest_L(problem, base.slots_LGC), self._best_L(task, base, order, ways) * more
+        serving_LGC = serving_slots(problem, base.slots_LGC, costs.away_LEG)
+        base_L = slowest_L(problem, serving_LGC)
+        enough_L = self._best_L(task, base_L, order, ways) * more
         # What limits on moves keep from the tolerance is the best there is; else the base is late as it is.
         late = more if problem.limits.bounds_moves else 1.0
         limit_L = np.where(base_L <= enough_L * (1 + _EQUAL), enough_L, base_L * late)
-        limit_TL = _tops(problem, base.slots_LGC) * np.divide(
+        limit_TL = _tops(problem, serving_LGC) * np.divide(
             limit_L, base_L, out=np.full_like(limit_L, more), where=base_L > 0
         )
         near_first = min(order.index(name) for name in costs.order)
@@ -399,7 +407,7 @@ class LocalitySolver(Heuristic):
             found = search_near_layers(problem, layers, steps=steps, seed=seed, hot=hot, stop=task.stop)
             trial_LGC = slots_LGC.copy()
             trial_LGC[rows] = np.stack(found)
-            late_L = slowest_L(problem, trial_LGC) > search.limit_L * (1 + 1e-7)
+            late_L = search.slowest_L(trial_LGC) > search.limit_L * (1 + 1e-7)
             if not tied and late_L[rows].any():  # once more from there, with more weight on the limit
                 rows = rows[late_L[rows]]
                 layers = [_layer(search, x, trial_LGC, share_LGE, even) for x in rows.tolist()]
@@ -680,7 +688,7 @@ def _better(order: tuple[str, ...], base: Built, found_LGC: SlotArray, search: _
         "moves": lambda problem, slots_LGC, _: moves_of(problem, slots_LGC).astype(np.float64),
     }
     found = Built(slots_LGC=found_LGC, share_LGC=search.shares(found_LGC))
-    bad_L = slowest_L(problem, found_LGC) > search.limit_L * (1 + 1e-7)
+    bad_L = search.slowest_L(found_LGC) > search.limit_L * (1 + 1e-7)
     if problem.groups is not None and problem.groups.max_outside < 1:
         most_L = problem.groups.max_outside * problem.load_LE.sum(1) + _EQUAL * problem.load_LE.sum(1)
         bad_L |= outside_L(problem, found.slots_LGC, found.shares_LGC) > most_L

@@ -324,3 +324,33 @@ def test_kept_groups_move_no_more_than_the_tolerance_asks(split: str) -> None:
     assert plan.certificate.value_L[0] <= best * (1 + TOLERANCE) * (1 + 1e-6)
     fewer = solved(then.replace(limits=mo.Limits(max_moves=plan.moves.count - 1)))
     assert fewer.certificate.value_L[0] > best * (1 + TOLERANCE)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_an_expert_pinned_outside_its_groups_home_serves_nothing_there(moving: bool) -> None:
+    rng = np.random.default_rng(3)
+    order = ("balance", "moves", "traffic") if moving else ("balance", "traffic")
+    by_node = rng.lognormal(3, 0.5, (2, 1, 2, 16))
+    loads = [mo.Loads(load_TLE=one.sum(1)[None], load_TLNE=one[None]) for one in by_node]
+    # Groups of four, two on a node; experts of one group pinned to both, so that one of them is outside.
+    problem = mo.Problem(
+        loads=loads[0],
+        topology=mo.uniform(2, 4, slots=3),
+        groups=mo.Groups.even(16, 4),
+        objective=mo.Objective(priorities=order, balance_tolerance=TOLERANCE),
+        limits=mo.Limits(pinned=((0, 0, 0), (0, 1, 5), (0, 1, 6))),
+    )
+    free = solved(problem.replace(limits=mo.Limits()))
+    plan = solved(problem)
+    if moving:
+        problem = problem.replace(loads=loads[1], current=plan.placement)
+        free, plan = (
+            solved(problem.replace(limits=limits))
+            for limits in (mo.Limits(), mo.Limits(pinned=((0, 2, 7), *problem.limits.pinned)))
+        )
+    assert plan.certificate.value_L[0] <= free.certificate.value_L[0] * (1 + TOLERANCE)
+    assert outside_L(problem, plan.slots_LGC, plan.share_LGC).sum() <= 1e-6 * problem.load_LE.sum()
+    for gpu, expert in ((0, 0), (5, 1), (6, 1)):
+        assert expert in plan.slots_LGC[0, gpu]
+    with pytest.raises(mo.InfeasibleError, match="groups"):  # every replica serves
+        solved(problem.replace(split="equal"))
