@@ -55,7 +55,8 @@ class PlainGate:
         self.norm = block.pre_mlp_layernorm
         self.router = block.mlp.router
         self.top_k = int(self.router.topk)
-        self._choice: RouterChoice | None = None
+        # Tried now: on a GPU trying waits, and a prediction must not.
+        self._choice: RouterChoice | None = RouterChoice(self.router)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the hidden states, [T, E]."""
@@ -77,9 +78,7 @@ class PlainGate:
 
     def counts_E(self, hidden: Tensor, real_T: Tensor | None = None) -> Tensor:
         """Tokens for each expert, float32 [E]; of those that are real."""
-        if self._choice is None:
-            self._choice = RouterChoice(self.router)
-        if self._choice.plain:
+        if self._choice is not None and self._choice.plain:
             return self._choice.counts_E(self.norm.forward(hidden), real_T)
         return counted_E(self.chosen(hidden), real_T)
 
@@ -95,7 +94,7 @@ class RouterGate(PlainGate):
 
     def __init__(self, norm: Any, router: Any) -> None:
         self.norm = norm
-        self.module = router
+        self.module, self._choice = router, None
         self.router = SimpleNamespace(weight=router.weight, bias=getattr(router, "bias", None))
         self.top_k = int(router.top_k)
 
@@ -112,10 +111,6 @@ class RouterGate(PlainGate):
     def chosen(self, hidden: Tensor) -> Tensor:
         """Which experts the router would choose, by its own rules, as 0 and 1, [T, E]."""
         return route(self.module, self.norm.forward(hidden))[1]
-
-    def counts_E(self, hidden: Tensor, real_T: Tensor | None = None) -> Tensor:
-        """Tokens for each expert, float32 [E]; of those that are real."""
-        return counted_E(self.chosen(hidden), real_T)
 
 
 def counted_E(chosen_TE: Tensor, real_T: Tensor | None) -> Tensor:

@@ -100,7 +100,7 @@ def kernel_lines() -> list[list[str]]:
             def note(kernel: str, _grid: Any, *_: Any, launched: Any = launched, **sizes: Any) -> None:
                 launched.append((kernel, sizes))
 
-            with mock.patch.object(split, "_launch", note):
+            with mock.patch.object(split, "launch", note):
                 one.start(gathered, policy, slots, group)
             took = "-"
             if gpu:

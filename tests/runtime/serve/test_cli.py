@@ -241,7 +241,7 @@ def test_a_server_answers_and_loses_nothing_when_it_ends(launcher: tuple[str, ..
         assert told["choices"][0]["text"] == ALONE
         with urllib.request.urlopen(f"{address}/v1/status", timeout=60) as answer:
             assert json.load(answer)["ranks"] == (2 if launcher else 1)
-        with post(address, {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "stream": True}) as stream:
+        with post(address, {"prompt": PROMPT, "max_tokens": 80, "temperature": 0, "stream": True}) as stream:
             assert stream.readline().startswith(b"data: ")
             server.send_signal(signal.SIGTERM)
             rest = stream.read()
