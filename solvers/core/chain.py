@@ -26,7 +26,14 @@ from moeless_opt.problems.arrays import FloatArray, IntArray, SlotArray
 __all__ = ["chained"]
 
 
-def chained(load_TLE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, *, pairs: bool) -> SlotArray:
+def chained(
+    load_TLE: FloatArray,
+    capacity_LG: IntArray,
+    speed_G: FloatArray,
+    *,
+    pairs: bool,
+    links_LE: FloatArray | None = None,
+) -> SlotArray:
     """Place every expert, the replicated ones in a chain, shape [L, G, C].
 
     Parameters
@@ -39,6 +46,8 @@ def chained(load_TLE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, *,
         Relative speeds.
     pairs : bool
         Two replicas for as many experts as there are spare slots; else for the least largest piece.
+    links_LE : array, shape [L, E], optional
+        Loads by which experts get replicas and chain the GPUs; by default the scenarios' mean.
     """
     _, layers, experts = load_TLE.shape
     gpus, wide = capacity_LG.shape[1], max(int(capacity_LG.max()), 1)
@@ -47,9 +56,11 @@ def chained(load_TLE: FloatArray, capacity_LG: IntArray, speed_G: FloatArray, *,
     mean_LE = load_TLE.mean(0)
     order_LE = np.argsort(-mean_LE, axis=1, kind="stable")
     time_TLG = np.zeros((len(load_TLE), layers, gpus))
-    count_LE = _counts(mean_LE, capacity_LG, pairs)
+    links_LE = mean_LE if links_LE is None else links_LE
+    count_LE = _counts(links_LE, capacity_LG, pairs)
+    hottest_LE = np.argsort(-links_LE, axis=1, kind="stable")
     for layer in range(layers):
-        order_E = order_LE[layer][count_LE[layer][order_LE[layer]] > 1]
+        order_E = hottest_LE[layer][count_LE[layer][hottest_LE[layer]] > 1]
         turn_E = np.random.default_rng(layer).permutation(order_E)
         _lay_chain(turn_E, count_LE[layer], capacity_LG[layer], slots_LGC[layer], used_LG[layer], layer)
     filled = slots_LGC >= 0

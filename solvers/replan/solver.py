@@ -68,6 +68,9 @@ LADDER = (0.01, 0.02, 0.035, 0.06, 0.1, 0.18, 0.35)
 _ANY = 1e9
 """A tolerance that any placement keeps."""
 
+_MIDDLE = 256
+"""As `TINY`, for even shares over several scenarios and for the nearest replica."""
+
 _AMPLE = 0.9
 """Part of what may move that a search has to leave unused for the limit not to be what ended it."""
 
@@ -237,7 +240,9 @@ class Replan(Heuristic):
         slots_LGC = full_within(problem, slots_LGC)
         share_LGC = _shares(problem, slots_LGC)
         known_L = least[0] if least and problem.loads.shape[0] == 1 else None
-        if problem.limits.bounds_moves and problem.experts * problem.topology.gpus <= TINY:
+        several = problem.loads.shape[0] > 1 and problem.split == "equal"  # free shares level the rest
+        most = _MIDDLE if several or problem.split == "nearest" else TINY
+        if problem.limits.bounds_moves and problem.experts * problem.topology.gpus <= most:
             slots_LGC = full_within(problem, self._tiny(task, live_LGC, slots_LGC))
             share_LGC = _shares(problem, slots_LGC)
         # What any plan needs, a plan within the limits needs as well.

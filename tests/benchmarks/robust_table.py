@@ -1,17 +1,21 @@
 """Print how plans bear loads that they were not made for: the imbalance of a kept placement on other traffic.
 
-``python tests/benchmarks/robust_table.py --data DIR`` has three tables (``--tables`` picks some):
+``python tests/benchmarks/robust_table.py --data DIR`` has four tables (``--tables`` picks some):
 
 - ``third``: DeepSeek-V3 (``deepseek_v3_counts.npz``), 32 GPUs x 9 slots: planned on two recorded workloads,
   served a third. Means over all pairs of prefill workloads, and the worst pair, where the third is prefill
   and where it is decode; on the two themselves; and with a prefill and a decode workload in one placement.
+- ``decode``: the same, prefill planned and decode served: chains of pairs alone, over six orders of the
+  chain. What the planned workloads tell of decode, and what knowing decode would: for the choice of the
+  experts that chain the GPUs (links), for the packing of all others, for both.
 - ``next``: Qwen1.5-MoE (``qwen15_moe_iterations.npz``), 8 GPUs x 9 slots: planned on iterations up to t,
   served t + 1.
 - ``small``: two scenarios of 6 experts on 3 GPUs x 3 slots, every risk, beside every placement there is.
 
 *even*: tokens divided evenly over replicas, as engines do that cannot weight. *live*: shares re-solved on the
 traffic that came. The placements are the same in both columns. ``mean`` plans for the mean of the two;
-``expected`` and ``worst`` for the scenarios by that risk; EPLB for the mean, as published.
+``expected``, ``worst`` and ``covariance`` (two deviations) for the scenarios by that risk; EPLB for the mean,
+as published.
 """
 
 from __future__ import annotations
@@ -34,7 +38,14 @@ from moeless_opt.solvers.core import risk_L
 from moeless_opt.solvers.core.chain import chained
 from moeless_opt.solvers.shares import solve_shares
 
-RISKS = ("expected", "worst")
+RISKS = ("expected", "worst", "covariance")
+ORDERS = (0, 5, 11, 17, 23, 27)
+"""Where the chain's random orders begin."""
+
+
+def wish(risk: str) -> mo.Objective:
+    """The risk, of two deviations where it takes any number."""
+    return mo.Objective(risk=risk, cvar_alpha=0.5, sigma=2 if risk == "covariance" else 1)
 
 
 def worth(slots_LGC: SlotArray, load_LE: FloatArray) -> tuple[float, float]:
@@ -54,7 +65,7 @@ def planned(load_TLE: FloatArray, topology: mo.Topology) -> Iterator[tuple[str, 
         "mean, equal split": lambda: mo.plan(mean, topology, split="equal"),
         "mean": lambda: mo.plan(mean, topology),
     } | {
-        risk: lambda risk=risk: mo.plan(load_TLE, topology, objective=mo.Objective(risk=risk))  # type: ignore[misc]
+        risk: lambda risk=risk: mo.plan(load_TLE, topology, objective=wish(risk))  # type: ignore[misc]
         for risk in RISKS
     }
     for name, way in ways.items():
@@ -101,6 +112,46 @@ def third(data: Path, every: int) -> str:
     return title + table(("planned for", *heads.values(), "s"), rows, words_last=False)
 
 
+def to_decode(data: Path, every: int) -> str:
+    """Chains of pairs planned on prefill, decode served with live shares; and with parts of it known."""
+    with np.load(data / "deepseek_v3_counts.npz") as archive:
+        names, counts = archive["workloads"].tolist(), archive["counts"][:, ::every].astype(np.float64)
+    counts /= counts.sum(2, keepdims=True) / 1e6
+    decodes = [i for i, name in enumerate(names) if name.startswith("decode")]
+    prefills = [i for i in range(len(names)) if i not in decodes]
+    capacity_LG, speed_G = np.full((counts.shape[1], 32), 9), np.ones(32)
+
+    def chains(load_TLE: FloatArray, links_LE: FloatArray) -> Iterator[SlotArray]:
+        for begin in ORDERS:  # an order is drawn for each layer by its number
+            load, links = np.roll(load_TLE, begin, 1), np.roll(links_LE, begin, 0)
+            made = chained(load, capacity_LG, speed_G, pairs=True, links_LE=links)
+            yield np.roll(made, -begin, 0)
+
+    found: dict[str, list[list[float]]] = {}
+    for pair in itertools.combinations(prefills, 2):
+        for name, planned in (("two prefills", counts[list(pair)]), ("all four prefills", counts[prefills])):
+            for deviations in (0, 2, 5):
+                links_LE = planned.mean(0) + deviations * planned.std(0)
+                for slots_LGC in chains(planned, links_LE):
+                    row = [worth(slots_LGC, counts[k])[1] for k in decodes]
+                    found.setdefault(f"{name}, links by the mean + {deviations} sd", []).append(row)
+        for k in decodes:
+            two, then = counts[list(pair)], counts[[k]]
+            for name, load_TLE, links in (
+                ("two prefills, links of decode", two, then),
+                ("packed by decode, links of two prefills", then, two),
+                ("decode", then, then),
+            ):
+                for slots_LGC in chains(load_TLE, links.mean(0)):
+                    found.setdefault(name, []).append([worth(slots_LGC, counts[k])[1]])
+    rows = []
+    for name, values in found.items():
+        mean_O = np.mean(values, axis=1).reshape(-1, len(ORDERS)).mean(0)
+        rows.append([name, f"{mean_O.mean():.4f}", f"{mean_O.std():.4f}"])
+    title = "DeepSeek-V3, chains of pairs, decode served with live shares\n"
+    return title + table(("planned", "decode", "+- over orders"), rows, words_last=False)
+
+
 def following(data: Path) -> str:
     """Iterations up to t planned, t + 1 served."""
     topology, rows = mo.uniform(1, 8, slots=9), []
@@ -145,7 +196,9 @@ def every_placement(experts: int, gpus: int, slots: int) -> SlotArray:
 def small(instances: int) -> str:
     """The best of every placement there is, and ours."""
     slots_XGC, rows = every_placement(6, 3, 3), []
-    for split, risk in itertools.product(("fractional", "equal"), ("expected", "worst", "cvar")):
+    for split, risk in itertools.product(
+        ("fractional", "equal"), ("expected", "worst", "cvar", "sigma", "covariance")
+    ):
         over, gap, best = [], [], 0
         for seed in range(instances):
             load_TE = np.random.default_rng(seed).lognormal(0, 0.8, (2, 6))
@@ -153,7 +206,7 @@ def small(instances: int) -> str:
                 loads=mo.Loads(load_TLE=load_TE[:, None]),
                 topology=mo.uniform(1, 3, slots=3),
                 split=split,
-                objective=mo.Objective(risk=risk, cvar_alpha=0.5),
+                objective=wish(risk),
             )
             many = one.replace(loads=mo.Loads(load_TLE=np.repeat(load_TE[:, None], len(slots_XGC), 1)))
             least = float(risk_L(many, slots_XGC).min())
@@ -178,11 +231,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--every", type=int, default=1, help="take every so manyth layer of DeepSeek-V3")
     parser.add_argument("--instances", type=int, default=30, help="small instances of each kind")
-    parser.add_argument("--tables", nargs="+", default=["third", "next", "small"])
+    parser.add_argument("--tables", nargs="+", default=["third", "decode", "next", "small"])
     args = parser.parse_args()
     mo.warm_up()
     made = {
         "third": lambda: third(args.data, args.every),
+        "decode": lambda: to_decode(args.data, args.every),
         "next": lambda: following(args.data),
         "small": lambda: small(args.instances),
     }
