@@ -15,7 +15,7 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.runtime.simulate import Policy, Scenario
-from moeless_opt.runtime.simulate.advise import Offered, _from_on, _Group, advise, widths
+from moeless_opt.runtime.simulate.advise import Offered, _from_on, _Group, _looked_at, advise, widths
 from moeless_opt.runtime.simulate.advise_cli import flags, main, traffic_of
 from moeless_opt.runtime.simulate.hardware import slots_of
 from moeless_opt.runtime.simulate.machine import Machine
@@ -161,6 +161,21 @@ def test_what_cannot_be_is_one_line(
     assert printed.startswith("moeless-advise: ")
     assert said in printed
     assert printed.count("\n") == 1
+
+
+def test_a_few_layers_first_then_all() -> None:
+    """Half of the layers are skewed: a look at the first or the last ones alone would be wrong by far."""
+    model = MODEL.replace(layers=12)
+    hot = np.r_[40.0, np.ones(15)]
+    share_TLE = np.repeat(np.stack([EVEN] * 6 + [hot] * 6)[None], 2, axis=0)
+    share_TLE /= share_TLE.sum(2, keepdims=True)
+    assert _looked_at(share_TLE, 4).tolist() == [1, 4, 7, 10]
+    assert _looked_at(share_TLE[:, ::-1], 4).tolist() == [1, 4, 7, 10]
+    assert _looked_at(share_TLE, 12).tolist() == list(range(12))
+    offered = dataclasses.replace(traffic(EVEN, answer=4.0), share_TLE=share_TLE)
+    found = advise(MACHINE.replace(model=model), offered, memory=40, most_slots=8)
+    assert {found.best.layers, found.static.layers, found.engine.layers} == {12}
+    assert {choice.layers for choice in found.settings} == {8, 12}
 
 
 def test_flags_of_groups_over_nodes() -> None:
