@@ -100,9 +100,10 @@ class Certificate(Record):
 
     def __repr__(self) -> str:
         names = sorted(set(self.bound_L))
+        loss = "" if self.loss is None else f", loss {self.loss:.3g} (least {self.loss_bound:.3g})"
         return (
             f"Certificate({self.status.value}, gap {self.gap:.3%} (worst layer {self.gap_L.max():.3%}), "
-            f"bound by {', '.join(names)}, {self.solver} in {self.seconds * 1e3:.1f} ms)"
+            f"bound by {', '.join(names)}{loss}, {self.solver} in {self.seconds * 1e3:.1f} ms)"
         )
 
 

@@ -169,6 +169,7 @@ def test_the_verifier_counts_losses_by_itself(tmp_path: Path) -> None:
         if told.loss is None:  # one domain
             continue
         mo.verify(problem, plan)
+        assert f"loss {told.loss:.3g} (least {told.loss_bound:.3g})" in repr(plan)
         assert told.loss == pytest.approx(chance_of_a_loss(problem, plan.slots_LGC), rel=1e-9)
         for wrong in (
             told.replace(loss=told.loss * 1.01),
