@@ -115,75 +115,76 @@ def covered_in_bytes(problem: Problem, live_LGC: SlotArray) -> SlotArray:
     memory_G = problem.topology.memory_G
     assert memory_G is not None
     layers, gpus, wide = live_LGC.shape
-    more = int((replica_counts(live_LGC, problem.experts) == 0).sum(1).max())
-    slots_LGC = np.full((layers, gpus, wide + more), -1, dtype=np.int32)
-    slots_LGC[:, :, :wide] = live_LGC
-    count_LE = replica_counts(slots_LGC, problem.experts).astype(np.int64)
-    held_LGC = slots_LGC >= 0
-    left_G = memory_G - size_L @ held_LGC.sum(2)
-    perfect_L = np.maximum(load_LE.sum(1) / speed_G.sum(), 1e-300)
-    row_LGC = np.broadcast_to(np.arange(layers)[:, None, None], slots_LGC.shape)
+    missing_LE = replica_counts(live_LGC, problem.experts) == 0
+    # GPUs first: each is asked for the replica that serves least, of all layers.
+    slots_GLC = np.full((gpus, layers, wide + int(missing_LE.sum(1).max())), -1, dtype=np.int32)
+    slots_GLC[:, :, :wide] = live_LGC.transpose(1, 0, 2)
+    count_LE = replica_counts(live_LGC, problem.experts).astype(np.int64)
+    left_G = memory_G - size_L @ (live_LGC >= 0).sum(2)
+    part_LE = load_LE / np.maximum(load_LE.sum(1, keepdims=True) / speed_G.sum(), 1e-300)
+    row_L, held_GLC = np.arange(layers)[:, None], slots_GLC >= 0
+    expert_GLC = np.maximum(slots_GLC, 0)
+    served_GLC = np.where(
+        held_GLC & (count_LE[row_L, expert_GLC] > 1),
+        (part_LE / np.maximum(count_LE, 1))[row_L, expert_GLC],
+        np.inf,
+    )
     missing = sorted(
-        zip(*(part.tolist() for part in np.nonzero(count_LE == 0)), strict=True),
-        key=lambda pair: (-size_L[pair[0]], -load_LE[pair] / perfect_L[pair[0]], pair),
+        zip(*(part.tolist() for part in np.nonzero(missing_LE)), strict=True),
+        key=lambda pair: (-size_L[pair[0]], -part_LE[pair], pair),
     )
     for layer, expert in missing:
-        size = int(size_L[layer])
-        piece_LE = load_LE / np.maximum(count_LE, 1) / perfect_L[:, None]
-        held_LGC = slots_LGC >= 0
-        expert_LGC = np.maximum(slots_LGC, 0)
-        busy_G = (piece_LE[layer][expert_LGC[layer]] * held_LGC[layer]).sum(1) / speed_G
+        size, slots_GC = int(size_L[layer]), slots_GLC[:, layer]
         fits_G = left_G >= size
         if fits_G.any():
+            piece_E = part_LE[layer] / np.maximum(count_LE[layer], 1)
+            busy_G = np.where(slots_GC >= 0, piece_E[np.maximum(slots_GC, 0)], 0.0).sum(1) / speed_G
             gpu = int(np.where(fits_G, busy_G, np.inf).argmin())
         else:
-            gone = _least_served(piece_LE, count_LE, slots_LGC, row_LGC, size_L, size - left_G)
+            gpu, gone = _least_served(served_GLC, size_L, size - left_G)
             if not gone:
                 raise InfeasibleError(
                     f"memory: no GPU has {size} bytes for expert {expert} of layer "
                     f"{problem.loads.layers[layer]}, nor replicas of others to spare"
                 )
-            for x, gpu, slot in gone:
-                count_LE[x, slots_LGC[x, gpu, slot]] -= 1
-                slots_LGC[x, gpu, slot] = -1
+            for x, slot in gone:
+                other = int(slots_GLC[gpu, x, slot])
+                slots_GLC[gpu, x, slot], served_GLC[gpu, x, slot] = -1, np.inf
                 left_G[gpu] += size_L[x]
-            gpu = gone[0][1]
-        slots_LGC[layer, gpu, int((slots_LGC[layer, gpu] < 0).argmax())] = expert
+                count_LE[x, other] -= 1
+                now = part_LE[x, other] / count_LE[x, other] if count_LE[x, other] > 1 else np.inf
+                served_GLC[:, x][slots_GLC[:, x] == other] = now
+        slots_GC[gpu, int((slots_GC[gpu] < 0).argmax())] = expert
         count_LE[layer, expert] = 1
         left_G[gpu] -= size
-    width = max(int((slots_LGC >= 0).sum(2).max()), 1)
-    order = np.argsort(slots_LGC < 0, axis=2, kind="stable")
-    return np.take_along_axis(slots_LGC, order, axis=2)[:, :, :width]
+    width = max(int((slots_GLC >= 0).sum(2).max()), 1)
+    order = np.argsort(slots_GLC < 0, axis=2, kind="stable")
+    return np.ascontiguousarray(np.take_along_axis(slots_GLC, order, axis=2)[:, :, :width].transpose(1, 0, 2))
 
 
 def _least_served(
-    piece_LE: FloatArray,
-    count_LE: IntArray,
-    slots_LGC: SlotArray,
-    row_LGC: IntArray,
-    size_L: IntArray,
-    lack_G: IntArray,
-) -> list[tuple[int, int, int]]:
-    """(Layer, GPU, slot) of replicas of a GPU that serve least and free the bytes that it lacks; or none."""
-    expert_LGC = np.maximum(slots_LGC, 0)
-    spare_LGC = (slots_LGC >= 0) & (count_LE[row_LGC, expert_LGC] > 1)
-    served_LGC = np.where(spare_LGC, piece_LE[row_LGC, expert_LGC], np.inf)
-    best: list[tuple[int, int, int]] = []
-    cost = np.inf
-    for gpu in np.argsort(served_LGC.min((0, 2)), kind="stable").tolist():
-        x_P, slot_P = np.nonzero(spare_LGC[:, gpu])
-        served_P = served_LGC[x_P, gpu, slot_P]
-        if not len(x_P) or served_P.min() >= cost:
+    served_GLC: FloatArray, size_L: IntArray, lack_G: IntArray
+) -> tuple[int, list[tuple[int, int]]]:
+    """A GPU, and (layer, slot) of its replicas that serve least and free the bytes that it lacks; or none.
+
+    What a replica serves is infinite where its expert has no other.
+    """
+    best, chosen, cost = list[tuple[int, int]](), 0, np.inf
+    least_G = served_GLC.min((1, 2))
+    for gpu in np.argsort(least_G, kind="stable").tolist():
+        if least_G[gpu] >= cost:
             break
-        gone, total, freed = list[tuple[int, int, int]](), 0.0, 0
+        x_P, slot_P = np.nonzero(np.isfinite(served_GLC[gpu]))
+        served_P = served_GLC[gpu, x_P, slot_P]
+        gone, total, freed = list[tuple[int, int]](), 0.0, 0
         for p in np.argsort(served_P / size_L[x_P], kind="stable").tolist():
             if freed >= lack_G[gpu]:
                 break
-            gone.append((int(x_P[p]), gpu, int(slot_P[p])))
+            gone.append((int(x_P[p]), int(slot_P[p])))
             total, freed = total + float(served_P[p]), freed + int(size_L[x_P[p]])
         if freed >= lack_G[gpu] and total < cost:
-            best, cost = gone, total
-    return best
+            best, chosen, cost = gone, gpu, total
+    return chosen, best
 
 
 class Cover(Heuristic):

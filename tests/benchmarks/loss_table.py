@@ -13,6 +13,7 @@ one), EPLB from nothing on the GPUs that are left. Times are the least of three,
 
 ``--survival`` instead: how likely no expert is lost at 512 slots, by nodes and by GPUs that fail, for plans
 of balance alone, with every expert in two domains, of ``lazarus``, and with survival as a priority.
+``--shared``: the loss of one GPU where the layers share the GPUs' bytes (sizing ``memory``, 288 slots' worth).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ SURVIVAL = (
     *("domains", "split", "plan for", "imbalance", "worst", "1 fails", "2", "3"),
     *("loss at 1 %", "at least", "s"),
 )
+
+SHARED = ("split", "missing", "stage", "replicas", "GB", "imbalance", "worst", "plan ms")
 
 
 def least(action: Callable[[], Any], repeats: int = 3) -> tuple[Any, float]:
@@ -129,6 +132,27 @@ def survival_rows(load_LE: np.ndarray, split: str) -> list[list[str]]:
     return rows
 
 
+def shared_rows(load_LE: np.ndarray, split: str) -> list[list[str]]:
+    """Rows of a loss where all layers share the GPUs' bytes."""
+    even = mo.plan(load_LE, mo.uniform(4, 8, slots=9), model="DeepSeek-V3", split=split)
+    assert isinstance(even.made_for, mo.Problem)
+    memory = 9 * int(even.made_for.bytes_L.sum())
+    problem = even.made_for.replace(
+        topology=mo.uniform(4, 8, memory=memory), sizing=mo.Sizing(policy="memory")
+    )
+    live = Placement(slots_LGC=even.slots_LGC, experts=even.experts)
+    cover, first_ms = least(lambda: mo.repair(live, [8], problem=problem, balance=False))
+    full, both_ms = least(lambda: mo.repair(live, [8], problem=problem))
+    stages = (("coverage", cover.coverage, first_ms), ("balance", full.plan, both_ms - first_ms))
+    return [
+        [
+            *(split, str(cover.missing), stage, str(plan.moves.count), f"{plan.moves.bytes / 1e9:.1f}"),
+            *(f"{plan.imbalance_L.mean():.4f}", f"{plan.imbalance_L.max():.4f}", f"{ms:.0f}"),
+        ]
+        for stage, plan, ms in stages
+    ]
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -140,6 +164,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="lose every GPU in turn")
     parser.add_argument("--splits", nargs="+", default=["fractional", "equal"])
     parser.add_argument("--survival", action="store_true", help="how likely no expert is lost, instead")
+    parser.add_argument("--shared", action="store_true", help="layers that share the GPUs' bytes, instead")
     args = parser.parse_args()
     with np.load(args.data / "deepseek_v3_counts.npz") as archive:
         at = archive["workloads"].tolist().index(args.workload)
@@ -148,6 +173,10 @@ def main() -> None:
     if args.survival:
         every = [row for split in args.splits for row in survival_rows(load_LE, split)]
         print(table(SURVIVAL, every, words_last=False))
+        return
+    if args.shared:
+        every = [row for split in args.splits for row in shared_rows(load_LE, split)]
+        print(table(SHARED, every, words_last=False))
         return
     rows: list[list[str]] = []
     for split in args.splits:
