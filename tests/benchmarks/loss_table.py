@@ -13,7 +13,7 @@ one), EPLB from nothing on the GPUs that are left. Times are the least of three,
 
 ``--survival`` instead: how likely no expert is lost at 512 slots, by nodes and by GPUs that fail, for plans
 of balance alone, with every expert in two domains, of ``lazarus``, and with survival as a priority.
-``--shared``: the loss of one GPU where the layers share the GPUs' bytes (sizing ``memory``, 288 slots' worth).
+``--shared``: the loss of one GPU where the layers share the GPUs' bytes (sizing ``memory``).
 """
 
 from __future__ import annotations
