@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray, Record, SlotArray, number
-from moeless_opt.problems.errors import FormatError
+from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.problems.files import read_text
+from moeless_opt.problems.io import load_time_models
 from moeless_opt.problems.plan import activated, gpu_tokens, served_tokens
 from moeless_opt.problems.spec import ModelSpec, TimeModel, Topology
 from moeless_opt.runtime.simulate.hardware import BESIDE, GPUS, UNKNOWN, Beside
@@ -147,7 +148,8 @@ class Machine(Record):
         gpu : str
             A name of ``GPUS``.
         timings : path, optional
-            Measured kernel times of an expert (see `expert_curve`) on this GPU.
+            Measured kernel times of an expert (see `expert_curve`) on this GPU; or JSON, as
+            `runtime.gpu_check` writes it: times of this model's experts together.
         timed : (int, int)
             Hidden and inner width of the expert that was measured; by default the model's own.
         beside : Beside, optional
@@ -163,6 +165,11 @@ class Machine(Record):
         if gpu not in GPUS:
             raise unknown("gpu", gpu, GPUS)
         peak_flops, peak_bandwidth = GPUS[gpu].flops, GPUS[gpu].bandwidth
+        together = timings is not None and is_json(timings)
+        for name, given in (("timed", timed is not None), ("in_turn", in_turn)):
+            if together and given:
+                why = "is for tables of one expert's kernels; this file has times of experts together"
+                raise ProblemError(name, f"{why} ({Path(timings or '').name})")
         timed = timed or (model.hidden, model.ffn)
         beside = beside or BESIDE.get(model.name.partition(" (")[0], UNKNOWN)
         flops, bandwidth = peak_flops * EFFICIENCY[0], peak_bandwidth * EFFICIENCY[1]
@@ -172,6 +179,12 @@ class Machine(Record):
                 f"assumed: {EFFICIENCY[0]:.0%} of an {gpu}'s {peak_flops / 1e12:.4g} TFLOP/s and "
                 f"{EFFICIENCY[1]:.0%} of its {peak_bandwidth / 1e9:.4g} GB/s; expert time = reading its "
                 "weights + arithmetic"
+            )
+        elif together:
+            time = together_curve(timings, model)
+            basis = (
+                f"expert time measured ({Path(timings).name}: {time.name}); the rest assumed: "
+                f"{EFFICIENCY[0]:.0%} and {EFFICIENCY[1]:.0%} of an {gpu}'s peaks"
             )
         else:
             time = expert_curve(timings, model, timed=timed, most=8 * topology.gpus)
@@ -357,6 +370,30 @@ class Machine(Record):
         rate = np.where(anywhere, links.inter_node, links.host)
         rate = np.where(within(topology.node_G, topology.nodes), links.intra_node, rate)
         return np.asarray(links.latency + bytes_L[cold // experts // gpus] / rate, dtype=np.float64)
+
+
+def is_json(path: str | PathLike[str]) -> bool:
+    """Whether a file of measured times is one of `save_time_models`, by its name."""
+    return str(path).lower().removesuffix(".gz").endswith(".json")
+
+
+def together_curve(path: str | PathLike[str], model: ModelSpec) -> TimeModel:
+    """Measured times of all experts of a GPU together, for this model, from what `runtime.gpu_check` writes.
+
+    Raises
+    ------
+    FormatError
+        If the file has none of this model, or several.
+    """
+    models = load_time_models(path)
+    plain = model.name.partition(" (")[0]
+    found = [name for name in models if name.partition(",")[0].casefold() == plain.casefold()]
+    if len(found) != 1:
+        has = ", ".join(models) or "none"
+        raise FormatError(str(path), f"has {len(found)} times of {plain}, must have one; it has {has}")
+    if models[found[0]].unit != "s":
+        raise FormatError(str(path), f"{found[0]} is in {models[found[0]].unit!r}, must be in seconds")
+    return models[found[0]]
 
 
 def expert_curve(

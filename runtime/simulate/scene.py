@@ -35,7 +35,7 @@ from moeless_opt.runtime.simulate.foresight import (
     tiny_moe_predictions_file,
 )
 from moeless_opt.runtime.simulate.hardware import GPUS, slots_of, topology_of
-from moeless_opt.runtime.simulate.machine import EFFICIENCY, Machine
+from moeless_opt.runtime.simulate.machine import EFFICIENCY, Machine, is_json
 from moeless_opt.runtime.simulate.memory import USABLE, Room
 from moeless_opt.runtime.simulate.routes import PlayedRoutes, recorded_lengths
 from moeless_opt.runtime.simulate.scenario import Scenario
@@ -199,7 +199,9 @@ class _Setup:
             raise ProblemError(
                 "in_turn", f"is for measured kernel times; of {scenario.gpu_name} there are none"
             )
-        if timings is not None:
+        if timings is not None and is_json(timings):
+            self.say("measured", f"times of the model's experts together on the GPU ({timings.name})")
+        elif timings is not None:
             self.say("measured", f"expert kernel times of one shape on the GPU ({timings.name})")
             self.say("composed", "those times scaled by the experts' size")
             how = "by its own tokens" if scenario.in_turn else "the tokens spread evenly over them"

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moeless_opt.problems.errors import FormatError, InfeasibleError, ProblemError
+from moeless_opt.problems.io import save_time_models
+from moeless_opt.problems.spec import TimeModel
 from moeless_opt.problems.spec.architecture import MODEL_PRESETS, ModelSpec
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.runtime.simulate.cli import main
@@ -16,6 +19,7 @@ from moeless_opt.runtime.simulate.hardware import BESIDE, GPUS
 from moeless_opt.runtime.simulate.model_file import read_model
 from moeless_opt.runtime.simulate.run import simulate
 from moeless_opt.runtime.simulate.scenario import Scenario
+from moeless_opt.runtime.simulate.scene import machine_of
 
 STATIC = ("static",)
 MIXTRAL = {
@@ -317,6 +321,32 @@ def test_timings_are_of_the_expert_that_was_timed(tmp_path: Path) -> None:
         Scenario(timed=(1, 1))
     with pytest.raises(ProblemError, match="timed"):
         base.replace(timed=(0, 1))
+
+
+def test_times_of_all_experts_together_are_read_from_json(tmp_path: Path) -> None:
+    curve = TimeModel(
+        curve_tokens=np.array([1.0, 100.0]),
+        curve_activated=np.array([1.0, 8.0]),
+        curve_time=np.array([[1e-4, 8e-4], [2e-4, 9e-4]]),
+        unit="s",
+        name="measured",
+    )
+    path = tmp_path / "times.json"
+    save_time_models(path, {"Mixtral-8x7B, a GPU": curve, "DeepSeek-V3, a GPU": curve})
+    base = Scenario(model="Mixtral-8x7B", seconds=2, policies=STATIC, timings=path)
+    machine = machine_of(base)
+    assert machine.time.time(np.array([100.0]), np.array([8.0]), 1.0)[0] == pytest.approx(9e-4)
+    assert "times.json: measured" in machine.basis
+    for bad, why in (
+        ({"timed": (64, 32)}, "timed: is for tables of one expert's kernels"),
+        ({"in_turn": True}, "in_turn: is for tables of one expert's kernels"),
+        ({"model": "Phi-3.5-MoE"}, r"has 0 times of Phi-3.5-MoE.*it has Mixtral-8x7B, a GPU, DeepSeek-V3"),
+    ):
+        with pytest.raises(ProblemError, match=why):
+            machine_of(base.replace(**bad))
+    save_time_models(path, {"Mixtral-8x7B, a GPU": curve.replace(unit="tokens")})
+    with pytest.raises(FormatError, match="must be in seconds"):
+        machine_of(base)
 
 
 # ---------------------------------------------------------------------------------------------- memory
