@@ -28,12 +28,16 @@ class Observation:
         Time that each rank spent in the experts of each layer.
     batches : int
         Forward passes.
+    even : float, optional
+        How many passes of one size would be as these: all their pairs, squared, over the squares of each's.
+        `batches` where a backend does not know.
     """
 
     load_LE: IntArray
     tokens_LG: IntArray
     seconds_LG: FloatArray
     batches: int
+    even: float | None = None
 
     @property
     def imbalance_L(self) -> FloatArray:
@@ -76,6 +80,7 @@ class LoadWindow:
         self.load_LE: FloatArray | None = None
         self.seconds_LG: FloatArray | None = None
         self.tokens_LG: FloatArray | None = None
+        #: Passes of one size that the loads are of, see `Observation`.
         self.passes = 0.0
 
     def update(self, seen: Observation) -> FloatArray:
@@ -85,7 +90,7 @@ class LoadWindow:
             old = getattr(self, name)
             # After the loss of a rank the per-rank axes are shorter: their past means nothing then.
             setattr(self, name, new if old is None or old.shape != new.shape else self.decay * old + new)
-        self.passes = self.decay * self.passes + seen.batches
+        self.passes = self.decay * self.passes + (seen.batches if seen.even is None else seen.even)
         assert self.load_LE is not None
         return self.load_LE
 

@@ -2,10 +2,11 @@
 
 A window of a few short passes (decode) says little of the next ones: its loads are sums of few tokens, and a
 plan that fits the sums moves half of the slots for nothing. So passes are drawn from the loads, with as many
-tokens as the window's had (multinomially), and both placements serve each of them as well as they can: with
-shares searched for by time, which cost what sharing costs, or with one replica of each expert, which is
-ready. A layer changes where the mean saving is a share of its time, and well above what chance makes of it;
-all others stay as they are. No clock is read and the draws are the same on every rank.
+tokens as the window's had (multinomially; where sizes differ, as many as the pass of a token has, since large
+passes are what takes the time), and both placements serve each of them as well as they can: with shares
+searched for by time, which cost what sharing costs, or with one replica of each expert, which is ready. A
+layer changes where the mean saving is a share of its time, and well above what chance makes of it; all others
+stay as they are. No clock is read and the draws are the same on every rank.
 """
 
 from __future__ import annotations

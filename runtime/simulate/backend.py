@@ -150,6 +150,7 @@ class SimulatedBackend:
         self._previous: FloatArray = np.zeros((2, layers))  # of the last pass: seconds of layers, of networks
         self._network_share = 0.0
         self._seen = self._blank(layers, gpus)
+        self._squares = 0.0  # of the pairs of each pass
         self._early: Early | None = None
         if isinstance(self.transfers, PerPass) and self.transfers.patient is not True:
             self._early = Early(
@@ -181,12 +182,15 @@ class SimulatedBackend:
     def observe(self) -> Observation:
         """Loads and times since the last call."""
         load, tokens, seconds, batches = self._seen
+        even = load.sum() ** 2 / self._squares if self._squares else float(batches)
+        self._squares = 0.0
         self._seen = self._blank(*self.slots_LGC.shape[:2])
         return Observation(
             load_LE=np.rint(load).astype(np.int64),
             tokens_LG=np.rint(tokens).astype(np.int64),
             seconds_LG=seconds,
             batches=batches,
+            even=min(float(even), float(batches)),
         )
 
     def apply(self, plan: Any, **limits: Any) -> int:
@@ -399,6 +403,7 @@ class SimulatedBackend:
         report.end = end
         load, tokens, spent, batches = self._seen
         load += np.tensordot(weight_B, part.load_BLE[done], 1)
+        self._squares += float(weight_B @ part.load_BLE[done].sum((1, 2)) ** 2)
         tokens += np.tensordot(weight_B, times.tokens_BLG[done], 1)
         spent += np.tensordot(weight_B, times.seconds_BLG[done], 1)
         self._seen = (load, tokens, spent, batches + round(float(weight_B.sum())))

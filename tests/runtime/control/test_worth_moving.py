@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,15 @@ from moeless_opt.problems.arrays import FloatArray, SlotArray
 from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.plan import Plan
 from moeless_opt.problems.spec import ModelSpec, TimeModel, Topology
-from moeless_opt.runtime.control import Controller, Observation, Planner, PlanWindow, SpeedWatch, WorthMoving
+from moeless_opt.runtime.control import (
+    Controller,
+    LoadWindow,
+    Observation,
+    Planner,
+    PlanWindow,
+    SpeedWatch,
+    WorthMoving,
+)
 from moeless_opt.runtime.control.decision import same_replicas
 
 MODEL = ModelSpec(name="small", layers=3, experts=8, top_k=2, hidden=64, ffn=64)
@@ -135,3 +145,19 @@ def test_speeds_are_followed_or_refused() -> None:
     deaf = WorthMoving(lambda load, live: planner()(load, live), TOPOLOGY, MODEL, lambda: COUNTS)
     with pytest.raises(ProblemError, match="planner: has no at_speeds"):
         Controller(Idle(), deaf, speeds=SpeedWatch())  # type: ignore[arg-type]
+
+
+def test_passes_of_different_sizes_are_drawn_as_large_as_most_of_their_tokens_see_them() -> None:
+    """A prompt among fifteen passes that write: what it takes is what there is to save."""
+    load = loads(5000.0)
+    none = np.zeros((3, 4))
+    window, even = LoadWindow(decay=0.0), LoadWindow(decay=0.0)
+    seen = Observation(load_LE=load.astype(int), tokens_LG=none.astype(int), seconds_LG=none, batches=64)
+    even.update(seen)
+    window.update(replace(seen, even=1.1))
+    assert (even.passes, window.passes) == (64, 1.1)
+    wanted = LIVE.copy()
+    wanted[0, 1:, 2] = 0  # the hot expert everywhere
+    both = paying(TimeModel(token_cost=1e-6, activation_cost=2e-3, unit="s"))
+    assert both._pays(load, LIVE, wanted, even.passes).tolist() == [False] * 3
+    assert both._pays(load, LIVE, wanted, window.passes).tolist() == [True, False, False]

@@ -212,6 +212,23 @@ def test_cutting_the_traffic_changes_nothing(seed: int, shares: str, cut: int) -
         assert a.meter.cost(rule).total == pytest.approx(b.meter.cost(rule).total)
 
 
+def test_passes_of_one_size_count_as_so_many_and_small_ones_beside_a_large_one_hardly() -> None:
+    backend = SimulatedBackend(MACHINE, STATIC, CAPACITY, shares="equal")
+    same = passes_of(5, 6)
+    same.load_BLE[:] = same.load_BLE[:1]
+    backend.run(same)
+    assert backend.observe().even == pytest.approx(6)
+    same.load_BLE[1:] = 0
+    same.load_BLE[1:, :, 0] = 1
+    large, small = same.load_BLE[0].sum(), same.load_BLE[1].sum()
+    backend.run(same.part(0, 3))
+    backend.run(same.part(3, 6))
+    wanted = (large + 5 * small) ** 2 / (large**2 + 5 * small**2)
+    assert backend.observe().even == pytest.approx(wanted)
+    assert 1 < wanted < 2
+    assert backend.observe().even == 0
+
+
 def test_overlapped_switches_when_the_transfers_are_done_and_exposed_waits() -> None:
     passes, wanted = passes_of(2, 200, 0.0), replicated(2)
     ends = {}
