@@ -611,8 +611,8 @@ def _advice(
         )
     if best.width > 1:
         reasons.append(
-            f"balancing pays by 1 % in passes {_from(writing, 'that write for', 'requests')} (here "
-            f"{best.batch:,.0f} write), {_from(reading, 'that read', 'tokens of prompts')}"
+            f"balancing pays by 1 % in {_from(writing, 'write', 'for {} requests')} (here for "
+            f"{best.batch:,.0f}), in {_from(reading, 'read', '{} tokens of prompts')}"
         )
     if traffic.rate is not None:
         reasons.append(
@@ -636,8 +636,10 @@ def _advice(
     )
 
 
-def _from(size: float | None, what: str, of: str) -> str:
-    return f"{what} {size:,.0f} {of} and more" if size is not None else f"of no size {what} {of}"
+def _from(size: float | None, does: str, what: str) -> str:
+    if size is None:
+        return f"no passes that {does}"
+    return f"passes that {does} {what.format(f'{size:,.0f}')} and more"
 
 
 def _break_even(group: _Group, best: Deployment) -> tuple[float | None, float | None]:

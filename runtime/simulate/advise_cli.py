@@ -321,7 +321,8 @@ def _print(found: Advice, machine: Machine, traffic: Offered) -> None:
         print(
             f"- engines by themselves share evenly; the best of that: {engine.width} GPUs a group, "
             f"{engine.redundant} redundant experts: {engine.capacity:,.0f} tokens/s "
-            f"({engine.capacity / best.capacity - 1:+.1%}), planned every {engine.interval:.0f} s "
+            f"({engine.capacity / best.capacity - 1:+.1%}), {engine.token_s * 1e3:.3g} ms a token "
+            f"({engine.token_s / best.token_s - 1:+.1%}), planned every {engine.interval:.0f} s "
             f"({engine.every:,} passes). {_WHO[best.split]}"
         )
     copies = f", {engine.groups} such" if engine.groups > 1 else ""

@@ -15,7 +15,7 @@ from moeless_opt.problems.errors import InfeasibleError, ProblemError
 from moeless_opt.problems.spec.architecture import ModelSpec
 from moeless_opt.problems.spec.topology import Topology
 from moeless_opt.runtime.simulate import Policy, Scenario
-from moeless_opt.runtime.simulate.advise import Offered, _from_on, _Group, _looked_at, advise, widths
+from moeless_opt.runtime.simulate.advise import Offered, _from, _from_on, _Group, _looked_at, advise, widths
 from moeless_opt.runtime.simulate.advise_cli import flags, main, traffic_of
 from moeless_opt.runtime.simulate.hardware import slots_of
 from moeless_opt.runtime.simulate.machine import Machine
@@ -238,6 +238,8 @@ def test_break_even_is_from_where_on_it_pays() -> None:
     assert _from_on(lambda size: size < 10 or size >= 100, 1000.0) == pytest.approx(100, rel=0.1)
     assert _from_on(lambda size: True, 1000.0) == pytest.approx(1, rel=0.1)
     assert _from_on(lambda size: size < 900, 1000.0) is None
+    assert _from(1234.0, "write", "for {} requests") == "passes that write for 1,234 requests and more"
+    assert _from(None, "read", "{} tokens of prompts") == "no passes that read"
 
 
 def test_live_shares_are_predicted_as_the_simulator_has_them() -> None:
