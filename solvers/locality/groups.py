@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeless_opt.problems.arrays import BoolArray, IntArray
+from moeless_opt.problems.arrays import BoolArray, FloatArray, IntArray
 from moeless_opt.problems.errors import InfeasibleError
 from moeless_opt.problems.spec import Problem
 
@@ -71,17 +71,22 @@ class GroupWays:
         assert groups is not None
         self.nodes, self.row = topology.nodes, row
         self.load_K = np.bincount(groups.group_E, weights=problem.load_LE[row], minlength=groups.count)
+        self.load_E, self.group_E = problem.load_LE[row], groups.group_E
         self.size_K = np.bincount(groups.group_E, minlength=groups.count)
         room_LG, node_G = np.minimum(problem.capacity_LG, problem.experts), topology.node_G
         self.room_N = np.bincount(node_G, weights=room_LG[row], minlength=self.nodes).astype(np.int64)
         usable_G = problem.usable_LG[row]
         self.speed_N = np.bincount(node_G, weights=topology.speed_G * usable_G, minlength=self.nodes)
+        fast_G = np.where(usable_G, topology.speed_G, 0.0)
+        self.fastest_N = np.array([fast_G[node_G == n].max(initial=0.0) for n in range(self.nodes)])
         alike = bool((self.room_N == self.room_N[0]).all() and (self.speed_N == self.speed_N[0]).all())
         self._need_of(problem)
         self.alike = alike = alike and bool((self.miss_KN < _NEVER).all()) and not self.pins_KN.any()
         ways = _all_ways(groups.count, self.nodes, alike)
         self.exact = ways is not None
         """Whether all ways are looked at."""
+        if alike:  # any of them may stand for any
+            self.fastest_N[:] = self.fastest_N.max()
         self.way_WK = self._greedy() if ways is None else ways
         on_WKN = self.way_WK[:, :, None] == np.arange(self.nodes)
         self.load_WN = np.einsum("wkn,k->wn", on_WKN, self.load_K)
@@ -240,11 +245,41 @@ class GroupWays:
             node_K = np.array([solver.right_mate(n) for n in range(self.nodes)])[node_K]
         return int(self.miss_KN[np.arange(len(node_K)), node_K].sum()), np.asarray(node_K, dtype=np.int64)
 
-    def fewest_outside(self, tokens_per_speed: float) -> float:
-        """Tokens that are served outside their group's node in any plan whose GPUs carry at most this."""
+    def fewest_outside(self, tokens_per_speed: float, *, slots: bool = False) -> float:
+        """Tokens that are served outside their group's node in any plan whose GPUs carry at most this.
+
+        Parameters
+        ----------
+        slots : bool
+            Whether to look at the slots of the nodes as well, which takes longer: a replica keeps at most
+            what its GPU may carry, so that a node of C slots keeps at most the C largest of such pieces.
+        """
         if not self.exact:
             return 0.0
+        if slots:
+            kept_WN = np.minimum(self._kept_by_slots(tokens_per_speed), tokens_per_speed * self.speed_N)
+            return float(np.maximum(self.load_WN - kept_WN, 0.0).sum(1).min())
         return float(np.maximum(self.load_WN - tokens_per_speed * self.speed_N, 0.0).sum(1).min())
+
+    def _kept_by_slots(self, tokens_per_speed: float) -> FloatArray:
+        """Most tokens that each node's slots keep of the groups at home there, shape [W, N]."""
+        kept_WN = self.load_WN.copy()
+        on_WKN = self.way_WK[:, :, None] == np.arange(self.nodes)
+        for node in range(self.nodes):
+            most = tokens_per_speed * float(self.fastest_N[node])
+            sets_SK, which_W = np.unique(on_WKN[:, :, node], axis=0, return_inverse=True)
+            loads = (self.load_E[one[self.group_E]] for one in sets_SK)
+            kept_S = np.array([self._largest(load_X, most, node) for load_X in loads])
+            kept_WN[:, node] = kept_S[which_W.reshape(-1)]
+        return np.asarray(kept_WN)
+
+    def _largest(self, load_X: FloatArray, most: float, node: int) -> float:
+        """Sum of the largest pieces of experts' tokens, none above `most`, one for each slot of a node."""
+        room = int(self.room_N[node])
+        whole_X = np.minimum(np.floor(load_X / most), room) if most > 0 else np.zeros_like(load_X)
+        count = int(min(whole_X.sum(), room))
+        rest_X = np.sort(load_X - whole_X * most)[::-1]
+        return count * most + float(rest_X[: room - count].sum())
 
     def least_time(self, max_outside: float) -> float:
         """Tokens over speed that some GPU carries at least, with at most such a share served outside."""

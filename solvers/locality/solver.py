@@ -470,7 +470,10 @@ def locality_of(problem: Problem, plan: Plan, least: Mapping[str, FloatArray] | 
         time = problem.time
         launch = time.launch / float(problem.topology.speed_G.max())
         tokens_L = (plan.certificate.value_L - launch) / time.token_cost * (1 + _EQUAL)
-        low_L = [GroupWays(problem, x).fewest_outside(float(tokens_L[x])) for x in range(problem.layers)]
+        low_L = [
+            GroupWays(problem, x).fewest_outside(float(tokens_L[x]), slots=bool(outside[x] > 0))
+            for x in range(problem.layers)
+        ]
         outside_low = np.minimum(np.maximum(low_L, _lower(known.get("groups"), tokens)), outside)
     if problem.loads.flow_LEE is not None:
         hops = hops_L(*given)

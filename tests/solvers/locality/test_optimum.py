@@ -9,6 +9,7 @@ import pytest
 
 import moeless_opt as mo
 from moeless_opt.problems.arrays import FloatArray
+from moeless_opt.solvers.locality import GroupWays
 from tests.oracles.enumeration import even_times, placements, set_times
 
 SPLITS = ("equal", "fractional")
@@ -172,3 +173,29 @@ def test_what_is_live_is_followed_within_one_tolerance(first: str, seed: int) ->
         assert result.objective["traffic"] == pytest.approx(traffic_P[fewest].min(), rel=1e-6)
     else:
         assert result.objective["traffic"] == pytest.approx(traffic_P[good_P].min(), rel=1e-6)
+
+
+def test_slots_bound_what_stays_at_home() -> None:
+    """A hot expert needs replicas for which its home has no slots: never above the best placement."""
+    held_PEG, group_E = placements([2, 1, 3, 2], 6), [0, 0, 0, 1, 1, 1]
+    hot = np.array([13.0, 1, 1, 13, 1, 1])
+    for load_E in (hot, *np.random.default_rng(0).lognormal(0, 1.2, (6, 6))):
+        problem = mo.Problem(
+            loads=mo.Loads(load_TLE=load_E[None]),
+            topology=mo.Topology(node_G=[0, 0, 1, 1], slots_G=[2, 1, 3, 2], speed_G=[1.0] * 4),
+            split="equal",
+            groups=mo.Groups(group_E=group_E, max_outside=1.0),
+        )
+        time_P = even_times(held_PEG, load_E, np.ones(4))
+        limit = 10.0 if load_E is hot else float(time_P.min()) * (1 + TOLERANCE)
+        served = held_PEG / held_PEG.sum(2, keepdims=True) * load_E[:, None]
+        on_first_P = served[:, :, :2].sum(2)
+        first_PK = np.stack([on_first_P[:, :3].sum(1), on_first_P[:, 3:].sum(1)], axis=1)
+        total_K = np.array([load_E[:3].sum(), load_E[3:].sum()])
+        outside_P = np.minimum(first_PK, total_K - first_PK).sum(1)
+        best = float(outside_P[time_P <= limit].min())
+        ways = GroupWays(problem, 0)
+        plain, tight = ways.fewest_outside(limit), ways.fewest_outside(limit, slots=True)
+        assert plain <= tight <= best * (1 + 1e-9) + 1e-12
+        if load_E is hot:
+            assert (plain, tight, best) == (0, 1, 1)
