@@ -172,6 +172,10 @@ class SlotDispatcher:
             Where there can be no kernels.
         """
         there = runs_here(where, self.group.device)
+        if self._there is not None:
+            # What was counted and sent there is asked for later.
+            self._tokens += self._there.take_tokens()
+            self._sends_RP = self.sends_RP
         self._there = DeviceSplit(self.index, self.group.device) if there else None
         if self._there is not None and self.index == 0:
             # All layers have the same kernels.

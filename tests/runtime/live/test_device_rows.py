@@ -42,6 +42,16 @@ def test_rows_are_sorted_stably_and_know_where_they_went(
         assert back[i] == (wanted.tolist().index(i) if e < experts else -1)
 
 
+def test_choices_may_stand_apart_and_be_short() -> None:
+    """A view of a wider table, or of another type."""
+    wide = torch.tensor([[2, 9], [0, 9], [2, 9], [1, 9]])
+    wanted = [[1, 1, 2], [1, 3, 0, 2], [2, 0, 3, 1]]
+    assert [t.tolist() for t in device.sort_rows(wide[:, :1].reshape(-1), 3)] == wanted
+    found = device.sort_rows(wide[:, 0].int(), 3)
+    assert [t.tolist() for t in found] == wanted
+    assert {t.dtype for t in found} == {torch.int64}
+
+
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 @pytest.mark.parametrize(("width", "topk"), [(1, 1), (16, 2), (40, 3)])

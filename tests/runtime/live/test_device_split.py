@@ -198,8 +198,10 @@ def test_rows_are_ordered_as_on_the_host() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("wanted", [None, [1, 2, 0]])
-def test_one_rank_waits_for_nothing(wanted: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("wanted", "where"), [(None, "host"), ([1, 2, 0], "device")])
+def test_one_rank_waits_for_nothing(
+    wanted: list[int] | None, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With experts that take sizes on the device: shapes are known, and nothing is told to the host."""
     monkeypatch.setattr(device.DeviceSplit, "tell", None)
     group: Any = SimpleNamespace(
@@ -237,6 +239,9 @@ def test_one_rank_waits_for_nothing(wanted: list[int] | None, monkeypatch: pytes
     assert heard == [[[4, 2]]]
     assert core.take_tokens() == 5
     assert core.take_tokens() == 0
+    core.sort_in(*core.prepare(x, expert_Tk, prob))
+    core.split_on(where)  # nothing is forgotten
+    assert core.take_tokens() == 5
     assert core.batch_counts_RE.tolist() == [[2, 2, 1]]
     assert core.sends_RP.tolist() == [[1, 2, 2]]
     assert core.used_slots().tolist() == [3]

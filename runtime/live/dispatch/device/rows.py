@@ -58,7 +58,7 @@ def sort_rows(expert_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Parameters
     ----------
-    expert_N : int64 tensor, shape [N]
+    expert_N : int tensor, shape [N]
         E or more: of none; they stand behind all.
     experts : int
         E.
@@ -68,6 +68,7 @@ def sort_rows(expert_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     int64 tensors of shape [E], [N] and [N]
         Rows of each expert; the rows in that order; where each row has gone, -1 if it is of none.
     """
+    expert_N = expert_N.long().contiguous()  # a kernel reads what lies there
     if expert_N.numel() > MOST:
         return _sorted(expert_N, experts)
     counts_E = expert_N.new_empty(experts)
