@@ -40,7 +40,12 @@ class RouterChoice:
             router.config.moe_router_dtype, router.weight.dtype
         )
         logits = (torch.randn((64, experts), generator=made) * 3).to(router.weight.device, dtype)
-        probs, chosen = router.routing(logits[:, None])
+        # Who replays or records routes has no business with these.
+        replay, router.router_replay = router.router_replay, None
+        try:
+            probs, chosen = router.routing(logits[:, None])
+        finally:
+            router.router_replay = replay
         expert_Tk, prob_Tk = self._choose(logits)
         mine = torch.zeros_like(probs).scatter(1, expert_Tk, prob_Tk)
         return bool(torch.equal(mine, probs)) and bool(chosen.gather(1, expert_Tk).all())

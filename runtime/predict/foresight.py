@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ __all__ = ["Foresight", "GatePredictor", "Pending"]
 
 #: Times that a gate sees a shape before its launches are recorded; most gates and shapes that are.
 USES, RECORDED = 3, 128
+#: Most numbers in the hidden states of which they are: each recording keeps a copy of such.
+SMALL = 2**21
 
 
 class Pending:
@@ -48,6 +50,25 @@ class Pending:
         return self._home_E.numpy().astype(np.float64)
 
 
+class _Launched(NamedTuple):
+    """A gate's recording: what it reads, its inputs, what launches it, and its result.
+
+    The gate is kept, so that no other one can have its id.
+    """
+
+    gate: PlainGate
+    reads: tuple[int, ...]
+    hidden: Tensor
+    launch: Callable[[], None]
+    load_E: Tensor
+
+
+def _reads(gate: PlainGate) -> tuple[int, ...]:
+    """Where a gate's weights lie."""
+    held = [m._parameters | m._buffers for m in (gate.norm, gate.router)]  # walking modules takes long
+    return tuple(t.data_ptr() for names in held for t in names.values() if t is not None)
+
+
 class _Recorded:
     """Predictions of plain gates that are launched at once: of few tokens they take their time in launches.
 
@@ -60,29 +81,42 @@ class _Recorded:
     def __init__(self, recorder: LaunchRecorder) -> None:
         self._recorder = recorder
         self._uses: dict[tuple[Any, ...], int] = {}
-        self._known: dict[tuple[Any, ...], tuple[Tensor, Callable[[], None], Tensor]] = {}
+        self._known: dict[tuple[Any, ...], _Launched] = {}
 
     def counts_E(self, gate: PlainGate | TunedGate, hidden: Tensor, real: Tensor | None) -> Tensor | None:
         """What `gate` counts; None: not recorded."""
-        if type(gate) is not PlainGate or real is not None:
+        if type(gate) is not PlainGate or real is not None or hidden.numel() > SMALL:
             return None
         key = id(gate), hidden.shape, hidden.dtype
         known = self._known.get(key)
+        if known is not None and not (known.gate is gate and known.reads == _reads(gate)):
+            # A recording reads weights where they lay.
+            del self._known[key]
+            known = None
         if known is None:
-            self._uses[key] = self._uses.get(key, 0) + 1
-            if self._uses[key] < USES or len(self._known) >= RECORDED:
+            known = self._made(key, gate, hidden)
+            if known is None:
                 return None
-            static = hidden.clone()
-            try:
-                (launch,), load_E = self._recorder.record(lambda _: gate.counts_E(static))
-            except RuntimeError as error:
-                logging.getLogger(__name__).warning("a gate cannot be recorded as a CUDA graph: %s", error)
-                self._uses[key] = -RECORDED * USES  # it is not tried again soon
-                return None
-            known = self._known[key] = static, launch, load_E
-        known[0].copy_(hidden)
-        known[1]()
-        return known[2].clone()
+        known.hidden.copy_(hidden)
+        known.launch()
+        return known.load_E.clone()
+
+    def _made(self, key: tuple[Any, ...], gate: PlainGate, hidden: Tensor) -> _Launched | None:
+        """A recording, where it is time for one."""
+        if len(self._known) >= RECORDED:
+            return None
+        self._uses[key] = self._uses.get(key, 0) + 1
+        if self._uses[key] < USES:
+            return None
+        static = hidden.clone()
+        try:
+            (launch,), load_E = self._recorder.record(lambda _: gate.counts_E(static))
+        except RuntimeError as error:
+            logging.getLogger(__name__).warning("a gate cannot be recorded as a CUDA graph: %s", error)
+            self._uses[key] = -RECORDED * USES  # it is not tried again soon
+            return None
+        known = self._known[key] = _Launched(gate, _reads(gate), static, launch, load_E)
+        return known
 
 
 class GatePredictor:

@@ -14,11 +14,12 @@ pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
 import torch
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
 from moeless_opt.problems.errors import FormatError, ProblemError
-from moeless_opt.runtime.engines.observe import replay_gate, tap_hidden
-from moeless_opt.runtime.predict.foresight import Foresight, GatePredictor, Pending, _Recorded
-from moeless_opt.runtime.predict.gates import LARGEST, TunedGate, plain_gates
+from moeless_opt.runtime.engines.observe import replay_gate, replay_routes, tap_hidden
+from moeless_opt.runtime.predict.foresight import SMALL, Foresight, GatePredictor, Pending, _Recorded
+from moeless_opt.runtime.predict.gates import LARGEST, PlainGate, TunedGate, plain_gates
 from moeless_opt.runtime.predict.history import Calibrated, LastWindow
 from moeless_opt.runtime.predict.measures import count_loads
 from moeless_opt.runtime.predict.predictor import Context, TokenPredictor
@@ -331,17 +332,36 @@ def test_on_a_gpu_predictions_run_beside_the_forward_pass() -> None:
     assert np.array_equal(pending.load_E(), replay_gate(model, 1, hidden).cpu().numpy())
 
 
+class Again:
+    """Stands for CUDA graphs: what was recorded reads the memory that it read then, into the same tensor."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def record(self, call: Any) -> Any:
+        self.made += 1
+        (gate,) = (
+            cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, PlainGate)
+        )
+        weights = {
+            (module, name): tensor.detach()
+            for module in (gate.norm, gate.router)
+            for name, tensor in module.named_parameters()
+        }
+        out = torch.zeros_like(call(None))
+
+        def launch() -> None:
+            now = {key: key[0]._parameters[key[1]] for key in weights}
+            for (module, name), tensor in weights.items():
+                module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
+            out.copy_(call(None))
+            for (module, name), tensor in now.items():
+                module._parameters[name] = tensor
+
+        return [launch], out
+
+
 def test_recorded_predictions_are_those_of_the_gates(model: Any) -> None:
-    class Again:
-        """Stands for CUDA graphs: the function runs again, into the same tensor."""
-
-        made = 0
-
-        def record(self, call: Any) -> Any:
-            self.made += 1
-            out = torch.zeros_like(call(None))
-            return [lambda: out.copy_(call(None))], out
-
     recorder = Again()
     recorded = _Recorded(recorder)
     gate = plain_gates(model)[1]
@@ -354,3 +374,60 @@ def test_recorded_predictions_are_those_of_the_gates(model: Any) -> None:
                 assert found.tolist() == gate.chosen(hidden).sum(0, dtype=torch.float32).tolist()
             assert recorded.counts_E(TunedGate.of(gate), hidden, None) is None
     assert recorder.made == 1
+
+
+@torch.no_grad()
+def test_recorded_predictions_follow_weights_and_gates() -> None:
+    model = tiny_moe.load()
+    recorder, hidden = Again(), torch.randn((5, 1, 128), generator=torch.Generator().manual_seed(1))
+    recorded = _Recorded(recorder)
+    gate = plain_gates(model)[1]
+
+    def right(times: int, made: int) -> None:
+        for _ in range(times):
+            found = recorded.counts_E(gate, hidden, None)
+            assert found is None or found.tolist() == gate.counts_E(hidden).tolist()
+        assert found is not None
+        assert recorder.made == made
+
+    right(3, 1)
+    gate.router.weight.copy_(gate.router.weight.flip(0))  # where they lie
+    right(1, 1)
+    gate.router.weight = torch.nn.Parameter(gate.router.weight.flip(0))
+    right(1, 2)
+    gate.norm.weight.data = torch.rand(128)
+    right(1, 3)
+    # A gate that goes leaves its id to nobody.
+    for made in range(4, 8):
+        gate = plain_gates(tiny_moe.load())[made % 3]
+        right(3, made)
+
+
+def test_large_predictions_are_not_recorded(model: Any) -> None:
+    recorder, gate = Again(), plain_gates(model)[1]
+    recorded, hidden = _Recorded(recorder), torch.zeros(1, 128).expand(SMALL // 128 + 1, 128)
+    assert [recorded.counts_E(gate, hidden, None) for _ in range(4)] == [None] * 4
+    assert recorder.made == 0
+
+
+def test_gates_are_made_while_routes_are_replayed(model: Any) -> None:
+    routes_TLK = np.tile(np.arange(2), (70, 6, 1))
+    with replay_routes(model) as replay:
+        replay.load(routes_TLK)
+        gates = plain_gates(model)
+        assert all(gate.router.router_replay is not None for gate in gates)
+    hidden = torch.randn((5, 128), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert gates[2].counts_E(hidden).tolist() == plain_gates(model)[2].counts_E(hidden).tolist()
+    routers = [gate.router for gate in gates]
+    known = list(RouterReplay.global_router_replay_instances)
+    for router in routers:
+        router.router_replay = RouterReplay()
+        router.router_replay.set_router_replay_action(RouterReplayAction.RECORD)
+    try:
+        plain_gates(model)
+        assert all(router.router_replay.recorded_topk_idx is None for router in routers)
+    finally:
+        RouterReplay.global_router_replay_instances[:] = known
+        for router in routers:
+            router.router_replay = None
