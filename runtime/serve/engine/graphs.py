@@ -96,7 +96,9 @@ class DecodeGraphs:
         count = len(rows.length_R)
         if not self.usable or not count or (rows.length_R != 1).any() or len(rows.wanted_S) != count:
             return None
-        if (rows.wanted_S != np.arange(count)).any() or self._decoder.watched():
+        if (rows.wanted_S != np.arange(count)).any():
+            return None
+        if self._decoder.watched() or not self._decoder.served():
             return None
         blocks = int(rows.position_T.max()) // block_tokens + 1
         key = _round(count), 1 << (blocks - 1).bit_length()

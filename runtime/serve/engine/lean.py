@@ -57,6 +57,8 @@ class LeanDecoder:
             for name, part in layer.named_modules()
             if ".experts." not in f".{name}."
         ]
+        ends = model.embedding, self.final_layernorm
+        self._parts += [part for one in ends if one is not None for part in one.modules()]
 
     @property
     def plain(self) -> bool:
@@ -66,6 +68,14 @@ class LeanDecoder:
     def watched(self) -> bool:
         """Whether somebody looks at a module, or asks a router for more than its choice."""
         return hooked(*self._parts) or any(one is not None and one.asked() for one in self._routes_L)
+
+    def served(self) -> bool:
+        """Whether all experts take any number of rows as indices: attached, and no rows are marked."""
+        moe = (layer.mlp for layer, one in zip(self.layers, self._routes_L, strict=True) if one is not None)
+        return all(
+            hasattr(one.token_dispatcher, "dispatch_chosen") and one.token_dispatcher.core.valid is None
+            for one in moe
+        )
 
     @contextmanager
     def experts_by(self, run: Callable[[Any, RouterChoice, Tensor], Tensor]) -> Iterator[None]:
@@ -192,7 +202,7 @@ def _experts(layer: Any, routes: RouterChoice, x: Tensor) -> Tensor:
     """A MoE layer: shared experts, router, dispatcher, experts."""
     shared = layer.shared_experts(x) if layer.use_shared_expert else None
     dispatcher = layer.token_dispatcher
-    if routes.asked():
+    if routes.asked() or not hasattr(dispatcher, "dispatch_chosen"):
         probs, routing_map = layer.router(x)
         rows, weights = dispatcher.dispatch_preprocess(x, routing_map, probs)
         out = _combined(layer, rows, weights)

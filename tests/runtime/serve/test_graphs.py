@@ -151,6 +151,44 @@ def test_what_cannot_be_recorded_runs_as_it_comes(paged: PagedModel) -> None:
     assert recorder.made == 1
 
 
+def test_marked_rows_and_looks_at_the_ends_run_as_they_come(paged: PagedModel) -> None:
+    recorder, rows = Again(), rows_of([3, 5, 1], [7, 9, 11])
+    wanted = paged.forward(rows).clone()
+    paged.record(recorder)
+    live: Any = paged.live  # type: ignore[attr-defined]
+    for _ in range(3):
+        torch.testing.assert_close(paged.forward(rows), wanted, rtol=1e-4, atol=1e-4)
+    assert paged.graphs is not None
+    passes = paged.graphs.passes
+    assert passes == 2
+    live.observe()
+    with live.real_tokens([True, False, True]):
+        torch.testing.assert_close(paged.forward(rows), wanted, rtol=1e-4, atol=1e-4)
+    assert live.observe().load_LE.sum(1).tolist() == [2 * tiny.TOP_K] * len(live.layers)
+    for module in (paged.model.decoder.final_layernorm, paged.model.embedding.word_embeddings):
+        seen: list[Any] = []
+        handle = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        paged.forward(rows)
+        handle.remove()
+        assert seen == [1]
+    assert paged.graphs.passes == passes
+    paged.forward(rows)
+    assert paged.graphs.passes == passes + 1
+
+
+def test_a_model_that_is_not_attached_runs_as_it_comes() -> None:
+    models = tiny.load(), tiny.load()
+    attach(models[1], experts="loop")
+    rows, found = rows_of([0, 0], [7, 9]), []
+    for model in models:
+        paged = PagedModel(model, KvPool(64, BLOCK, torch.float32, torch.device("cpu")), 64)
+        paged.record(Again())
+        found.append(paged.forward(rows).clone())
+        for _ in range(2):
+            torch.testing.assert_close(paged.forward(rows), found[-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*found)
+
+
 def test_a_model_that_cannot_be_recorded_goes_on(paged: PagedModel, caplog: pytest.LogCaptureFixture) -> None:
     class Never:
         def record(self, call: Callable[[EndPiece], Any]) -> Any:
