@@ -136,15 +136,15 @@ def loss_bound(problem: Problem, failures: Failures, stop: Stop) -> float:
     for room_D in np.unique(_rooms(problem, sets.domain_G), axis=0):
         if domains <= _PROVEN:
             best = max(best, _best_bases(problem, failures, room_D, domains, stop)[1])
-        # As many experts are on just the same domains as one of these has room for, so there are so many
-        # different sets; their mean size is given by the slots, and larger ones fail ever more seldom.
-        different = -(-problem.experts // int(room_D.max()))
+        # As many experts are on just the same domains as one of these has room for, so every expert stands
+        # for its part of a set; their mean size is given by the slots, and larger ones fail ever more seldom.
+        parts = problem.experts / int(room_D.max())
         size = min(int(room_D.sum()) / problem.experts, float(domains))
         at = int(size)
         alone, more = (rate**k * (1 - rate) ** (domains - k) for k in (at, at + 1))
         most = int(sets.gone_FD.sum(1).max())
-        if at < most:
-            best = max(best, different * (alone + (size - at) * (more - alone)))
+        if at < most and (rate <= 1 / 3 or most == domains):  # else sets beyond those looked at bend it
+            best = max(best, parts * (alone + (size - at) * (more - alone)))
     return best * (1 - 1e-9) + sets.beyond
 
 

@@ -206,3 +206,39 @@ def test_a_front_of_balance_against_survival(tmp_path: Any, monkeypatch: Any, ca
     assert main(["problem.json", "--pareto", "survival", "--time", "1", "--quiet", "-o", "safe.json"]) == 0
     with pytest.raises(mo.ProblemError, match="one failure domain"):
         mo.pareto(problem.replace(topology=mo.uniform(1, 8, slots=7)), ("balance", "survival"))
+
+
+@pytest.mark.parametrize(
+    ("slots", "domains", "experts", "order"),
+    [
+        ((2, 2, 3), (0, 1, 2), 5, ("memory", "survival")),
+        ((2, 1, 1, 1), (2, 2, 1, 0), 4, ("balance", "survival")),
+    ],
+)
+def test_the_bound_on_a_loss_counts_experts_and_not_sets(
+    slots: tuple[int, ...], domains: tuple[int, ...], experts: int, order: tuple[str, ...]
+) -> None:
+    """Few experts may be on as many domains as the slots allow for all: sets are smaller than experts say."""
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=np.ones((1, 1, experts))),
+        topology=mo.Topology(
+            node_G=np.zeros(len(slots), dtype=np.int64),
+            slots_G=np.array(slots),
+            speed_G=np.ones(len(slots)),
+            domain_G=np.array(domains),
+        ),
+        objective=mo.Objective(priorities=order),
+    )
+    bound = solved_bound(problem)
+    least = solved_bound(
+        problem.replace(objective=mo.Objective(priorities=("survival", "balance"))), told=True
+    )
+    assert bound <= least * (1 + 1e-6)
+
+
+def solved_bound(problem: mo.Problem, *, told: bool = False) -> float:
+    """The bound on a loss, or the loss itself, of a plan."""
+    plan = mo.solve(problem, "lexicographic").plan
+    assert plan is not None
+    assert plan.certificate.loss is not None
+    return plan.certificate.loss if told else plan.certificate.loss_bound
