@@ -101,8 +101,9 @@ class GroupWays:
         """Slots that each group needs, and the fewest moves that bring it whole to each node."""
         groups, limits, topology = problem.groups, problem.limits, problem.topology
         assert groups is not None
-        least = max(limits.min_replicas, limits.spread)
-        self.need_K = self.size_K * least
+        spread_E = problem.spread_LE[self.row]
+        least_E = np.maximum(spread_E, limits.min_replicas)
+        self.need_K = np.bincount(groups.group_E, weights=least_E, minlength=groups.count).astype(np.int64)
         banned_EG, pinned_EG = (problem.pairs_LEG(key)[self.row] for key in ("forbidden", "pinned"))
         open_EG = ~banned_EG & problem.usable_LG[self.row]
         live_EG = np.zeros_like(open_EG)
@@ -117,10 +118,10 @@ class GroupWays:
             for domain in domains:
                 reach_E += open_EG[:, here_G & (topology.failure_domain_G == domain)].any(1)
             hosts_E = open_EG[:, here_G].sum(1)
-            never_E = (hosts_E < least) | (reach_E < limits.spread)
+            never_E = (hosts_E < least_E) | (reach_E < spread_E)
             never_E |= pinned_EG[:, ~here_G].any(1) & (not idle)
             come_EG = pinned_EG & ~live_EG
-            lacks_E = np.maximum(least - live_EG[:, here_G].sum(1), come_EG[:, here_G].sum(1))
+            lacks_E = np.maximum(least_E - live_EG[:, here_G].sum(1), come_EG[:, here_G].sum(1))
             lacks_E = np.maximum(lacks_E, 0) + come_EG[:, ~here_G].sum(1)
             miss_EN[:, node] = np.where(never_E, _NEVER, lacks_E)
         self.miss_KN = np.zeros((groups.count, self.nodes), dtype=np.int64)

@@ -178,7 +178,6 @@ def _parts(problem: Problem, ways: list[tuple[int, IntArray]]) -> list[_Part]:
         Layers, and the node of each expert there.
     """
     caps, limits, pinned_LEG = _row_caps(problem), problem.limits, problem.pairs_LEG("pinned")
-    least = max(limits.min_replicas, limits.spread)
     found = []
     for way, (row, node_E) in enumerate(ways):
         cap_N: list[int | None] = [None] * problem.topology.nodes
@@ -186,7 +185,8 @@ def _parts(problem: Problem, ways: list[tuple[int, IntArray]]) -> list[_Part]:
         guest_EG = pinned_LEG[row] & (node_E[:, None] != problem.topology.node_G)
         room_G = problem.capacity_LG[row] - guest_EG.sum(0)
         if caps[row] is not None:
-            need_N = np.bincount(node_E, minlength=problem.topology.nodes) * least
+            least_E = np.maximum(problem.spread_LE[row], limits.min_replicas)
+            need_N = np.bincount(node_E, weights=least_E, minlength=problem.topology.nodes).astype(np.int64)
             load_N = np.bincount(node_E, weights=problem.load_LE[row], minlength=problem.topology.nodes)
             spare = max(caps[row] - int(need_N.sum() + guest_EG.sum()), 0)  # type: ignore[operator]
             part_N = spare * load_N / (load_N.sum() or 1.0)
@@ -265,10 +265,19 @@ def _stacked(problem: Problem, stack: list[_Part]) -> Problem:
             max_replicas=limits.max_replicas,
             max_layer_replicas=first.cap,
             spread=limits.spread,
+            spread_experts=_local_spread(problem, stack),
             pinned=_local_pairs(problem, stack, "pinned"),
             forbidden=_local_pairs(problem, stack, "forbidden"),
         ),
     )
+
+
+def _local_spread(problem: Problem, stack: list[_Part]) -> tuple[tuple[int, int], ...] | None:
+    """The experts of some nodes that are to reach several failure domains, where that is not asked of all."""
+    if problem.limits.spread_experts is None:
+        return None
+    wide = [problem.spread_LE[part.row, part.expert_X] > 1 for part in stack]
+    return tuple((i, int(e)) for i, wide_X in enumerate(wide) for e in np.flatnonzero(wide_X))
 
 
 def _local_pairs(problem: Problem, stack: list[_Part], key: str) -> tuple[tuple[int, int, int], ...]:
@@ -330,11 +339,14 @@ def _offers(
 ) -> list[list[_Point]]:
     """The points of each layer and way to give its groups nodes."""
     offers: list[list[_Offer]] = [[] for _ in tried]
-    for stack in _stacks(problem, _parts(problem, [(x, node_K[group_E]) for x, node_K in tried])):
+    left = _stacks(problem, _parts(problem, [(x, node_K[group_E]) for x, node_K in tried]))[::-1]
+    while left:
+        stack = left.pop()
         alone = _stacked(problem, stack)
         try:
             front = frontier(alone, seed=task.seed, ladder=_LADDER, stop=task.stop)
         except InfeasibleError:  # room and pairs of a node together: no such way
+            left += [[part] for part in stack[::-1]] if len(stack) > 1 else []
             continue
         tiny = alone.experts * alone.topology.gpus <= _TINY and alone.fill == "none"
         rules = rules_of(alone) if tiny else []

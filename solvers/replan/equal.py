@@ -52,6 +52,9 @@ from moeless_opt.solvers.twins import Asked, in_cache, until_stopped
 
 __all__ = ["replan_equal", "warm_equal"]
 
+_LATEST = (
+    2.0**61 / LOAD_UNIT
+)  # of the mean: what a GPU of speed 1 carries by then is still counted in 64 bits
 _ROUNDS = 20  # of destroying and repairing, where none are wished for
 _MOST_BACK = 4  # GPUs put back in one of them
 _TRIES = 6  # wanted times tried for a layer that cannot reach its own
@@ -339,7 +342,7 @@ class _Search:
                 [equal_state.first_word(wish.seed, row) for row in rows.tolist()], dtype=np.uint64
             ),
             base_LGC=base,
-            goal_L=target_L[rows] / mean_L[rows],
+            goal_L=np.minimum(target_L[rows] / mean_L[rows], _LATEST / speed.max()),
             price_L=np.zeros(n, dtype=np.int64),
             reached_L=np.zeros(n, dtype=np.bool_),
             cut_L=np.zeros(n, dtype=np.bool_),

@@ -354,3 +354,48 @@ def test_an_expert_pinned_outside_its_groups_home_serves_nothing_there(moving: b
         assert expert in plan.slots_LGC[0, gpu]
     with pytest.raises(mo.InfeasibleError, match="groups"):  # every replica serves
         solved(problem.replace(split="equal"))
+
+
+@pytest.mark.parametrize("split", ["fractional", "equal", "nearest"])
+@pytest.mark.parametrize("which", [1, ((-1, 0),)])
+@pytest.mark.parametrize("live", [False, True])
+def test_only_the_experts_named_in_a_kept_group_are_spread(split: str, which: Any, live: bool) -> None:
+    """A node of three slots holds a group of two of which one is to be on both GPUs."""
+    topology = mo.uniform(2, 2, slots=2).replace(slots_G=np.array([2, 1, 2, 1]), domain_G=np.arange(4))
+    current = mo.Placement(slots_LGC=np.array([[[0, 1], [0, -1], [2, 3], [-1, -1]]]), experts=4)
+    plan = mo.plan(
+        [[5.0, 3.0, 2.0, 1.0]],
+        topology,
+        split=split,
+        groups=mo.Groups.even(4, 2),
+        limits=mo.Limits(spread=2, spread_experts=which, max_moves=0 if live else None),
+        current=current if live else None,
+    )
+    assert {0, 1} <= set(np.argwhere(plan.slots_LGC[0] == 0)[:, 0].tolist())
+
+
+def test_a_node_that_has_no_room_for_its_group_stops_no_other() -> None:
+    """Expert 1 goes from GPU 1 and keeps its replica on node 1, with expert 0: nothing has to move."""
+    current = mo.Placement(slots_LGC=np.array([[[-1], [1], [1], [0]], [[0], [0], [0], [1]]]), experts=2)
+    plan = mo.plan(
+        [[1.4, 0.9], [3.7, 0.9]],
+        mo.uniform(2, 2, slots=1),
+        groups=mo.Groups.even(2, 2),
+        limits=mo.Limits(max_layer_moves=0, forbidden=((-1, 0, 1), (-1, 1, 1))),
+        current=current,
+    )
+    assert plan.moves.count == 0
+
+
+def test_slots_to_fill_beyond_a_group_are_refused_by_name_whatever_is_live() -> None:
+    """Rungs of a re-plan that any time is good enough for count in 64 bits."""
+    current = mo.Placement(slots_LGC=np.array([[[0, -1], [-1, -1], [1, 0], [1, -1]]]), experts=2)
+    with pytest.raises(mo.InfeasibleError, match="fill: GPU 0 has more slots"):
+        mo.plan(
+            [[1.2, 54.0]],
+            mo.uniform(2, 2, slots=2),
+            split="nearest",
+            fill="distinct",
+            groups=mo.Groups.even(2, 2),
+            current=current,
+        )
