@@ -338,7 +338,8 @@ class ServeStatus:
         Largest over mean rows of a rank in the last window.
     largest_rows, mean_rows : float
         Rows of a layer's fullest rank, and of a rank on average, summed over layers and passes: what a pass
-        waits for, and what it would wait for in perfect balance.
+        waits for, and what it would wait for in perfect balance. 0 where several GPUs split batches by
+        kernels: hosts are told their own rows alone.
     plans, bytes_moved : int
         Plans applied, and bytes that they moved.
     plan_seconds : float

@@ -268,6 +268,8 @@ def test_policies_without_kernels() -> None:
     assert not device.on_device(Mine())
     assert not device.on_device(shares.BalancedShares([2**31, 1]))
     assert device.on_device(shares.BalancedShares([3, 1]))
+    assert device.on_device(TimedShares(CURVE, kicks=1000))
+    assert not device.on_device(TimedShares(CURVE, kicks=2**31 - 1))  # each is a program and has room
 
 
 COMPILE = """

@@ -33,6 +33,8 @@ READY = 8
 BLOCK = 1024
 #: Sums of speeds up to which nothing exceeds 63 bits, for any batch of up to 2**31 rows.
 FAST = 2**31
+#: Most shakes of a search: each is a program, whose quotas lie in memory until the best is known.
+SHAKEN = 1022
 
 
 def on_device(policy: SharePolicy) -> bool:
@@ -40,7 +42,7 @@ def on_device(policy: SharePolicy) -> bool:
     if type(policy) is BalancedShares:
         return sum(policy.speed_G or ()) < FAST
     if type(policy) is TimedShares:
-        return on_device(policy.balanced)
+        return (policy.kicks or 0) <= SHAKEN and on_device(policy.balanced)
     return type(policy) in (EqualShares, PlannedShares)
 
 
