@@ -166,6 +166,8 @@ class TokenTraces(Record):
         """
         if not 0 < number("share", share) < 1:
             raise ProblemError("share", f"is {share!r}, must be above 0 and below 1")
+        if self.requests < 2:
+            raise ProblemError("traces", f"have {self.requests} request, two sets of them need at least two")
         order = np.random.default_rng(seed).permutation(self.requests)
         cut = min(max(round(share * self.requests), 1), self.requests - 1)
         return np.sort(order[:cut]), np.sort(order[cut:])

@@ -512,7 +512,7 @@ def advise(
             group = _Group(part, traffic, spare, memory, few_L)
             if group.room.tokens(group.topology) < traffic.reserved:
                 break
-            if group.slots > min(model.experts, most_slots or model.experts):
+            if group.slots > (model.experts if most_slots is None else min(model.experts, most_slots)):
                 break
             ways = SPLITS[:1] if spare == 0 or width == 1 else SPLITS[1:]
             found += [(group.choice(topology.gpus // width, split), group) for split in ways]

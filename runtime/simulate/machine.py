@@ -181,7 +181,7 @@ class Machine(Record):
                 "weights + arithmetic"
             )
         elif together:
-            time = together_curve(timings, model)
+            time = together_curve(timings, model, gpu)
             basis = (
                 f"expert time measured ({Path(timings).name}: {time.name}); the rest assumed: "
                 f"{EFFICIENCY[0]:.0%} and {EFFICIENCY[1]:.0%} of an {gpu}'s peaks"
@@ -377,13 +377,13 @@ def is_json(path: str | PathLike[str]) -> bool:
     return str(path).lower().removesuffix(".gz").endswith(".json")
 
 
-def together_curve(path: str | PathLike[str], model: ModelSpec) -> TimeModel:
+def together_curve(path: str | PathLike[str], model: ModelSpec, gpu: str) -> TimeModel:
     """Measured times of all experts of a GPU together, for this model, from what `runtime.gpu_check` writes.
 
     Raises
     ------
     FormatError
-        If the file has none of this model, or several.
+        If the file has none of this model, or several, or they are of another GPU than this one.
     """
     models = load_time_models(path)
     plain = model.name.partition(" (")[0]
@@ -393,6 +393,10 @@ def together_curve(path: str | PathLike[str], model: ModelSpec) -> TimeModel:
         raise FormatError(str(path), f"has {len(found)} times of {plain}, must have one; it has {has}")
     if models[found[0]].unit != "s":
         raise FormatError(str(path), f"{found[0]} is in {models[found[0]].unit!r}, must be in seconds")
+    device = found[0].partition(",")[2]
+    named = next((known for known in sorted(GPUS, key=len, reverse=True) if known in device), gpu)
+    if named != gpu:
+        raise FormatError(str(path), f"has times of an {named}, the machine is of {gpu}s; say gpu {named}")
     return models[found[0]]
 
 

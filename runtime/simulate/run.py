@@ -289,7 +289,7 @@ def _figures(run: Run, report: SimReport) -> dict[str, Any]:
         "mean_ms": report.mean_latency() * 1e3,
         "p99_ms": report.percentile(0.99) * 1e3,
         "imbalance": report.imbalance,
-        "wait_ms": float(exposed.sum() / weight.sum() / exposed.shape[1]) * 1e3,
+        "wait_ms": float(weight @ exposed.mean(1) / weight.sum()) * 1e3,
         "held": report.held,
         "moved_per_pass": report.moved / weight.sum(),
         "moved_GB": report.moved_bytes / 1e9,

@@ -26,6 +26,9 @@ def test_loads_and_split_by_request() -> None:
     assert sorted([*one, *other]) == list(range(traces.requests))
     assert len(one) == 2
     assert np.array_equal(traces.load_LE(one) + traces.load_LE(other), by_hand)
+    alone = TokenTraces(experts_TLK=traces.request(0), experts=6, offsets=[0, len(traces.request(0))])
+    with pytest.raises(ProblemError, match=r"^traces: have 1 request, two sets of them need at least two"):
+        alone.split(0.5)
 
 
 def test_the_packages_own_traces_have_the_form() -> None:

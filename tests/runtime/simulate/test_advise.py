@@ -82,8 +82,9 @@ def test_memory_decides_the_width() -> None:
     by_width = {c.width: c for c in tight.choices if not c.redundant}
     assert by_width[1].cache_tokens == pytest.approx(2e7 / MACHINE.kv_token_bytes, rel=1e-3)
     assert by_width[1].requests < by_width[2].requests < by_width[4].requests
-    with pytest.raises(InfeasibleError, match="fits on no group of up to 4 A6000s"):
-        advise(MACHINE, traffic(EVEN), memory=0.1)
+    for little in ({"memory": 0.1}, {"memory": 20, "most_slots": 0}):
+        with pytest.raises(InfeasibleError, match="fits on no group of up to 4 A6000s"):
+            advise(MACHINE, traffic(EVEN), **little)  # type: ignore[arg-type]
 
 
 def test_a_rate_asks_for_the_quickest_that_keeps_up() -> None:

@@ -344,6 +344,10 @@ def test_times_of_all_experts_together_are_read_from_json(tmp_path: Path) -> Non
     ):
         with pytest.raises(ProblemError, match=why):
             machine_of(base.replace(**bad))
+    save_time_models(path, {"Mixtral-8x7B, NVIDIA H100 80GB HBM3": curve})
+    assert machine_of(base.replace(gpu="H100")).gpu == "H100"
+    with pytest.raises(FormatError, match="has times of an H100, the machine is of A6000s; say gpu H100"):
+        machine_of(base)
     save_time_models(path, {"Mixtral-8x7B, a GPU": curve.replace(unit="tokens")})
     with pytest.raises(FormatError, match="must be in seconds"):
         machine_of(base)

@@ -322,6 +322,12 @@ def test_the_largest_cache_is_that_of_the_traffic(more: dict[str, Any]) -> None:
     assert cache > 0
 
 
+def test_waits_of_passes_that_stand_for_many_count_as_often() -> None:
+    """Deciding takes far longer than a layer, which hides next to nothing of it."""
+    scenario = Scenario(model=SMALL, seconds=2, decode_every=64, decide_ms=50, policies=("moeless-waits",))
+    assert 45 < simulate(scenario).rows[0]["wait_ms"] < 51
+
+
 def test_replicas_change_within_the_memory_or_not_at_all() -> None:
     scenario = Scenario(model="Llama-4-Scout", seconds=6, rate=40.0, policies=("static", "eplb", "ours"))
     free = simulate(scenario.replace(memory=100.0, spare=0))
