@@ -18,6 +18,9 @@ from moeless_opt.runtime.live.dispatch.shares import BalancedShares, RankShares,
 
 __all__ = ["TimedShares"]
 
+#: Relative speeds that are taken.
+SLOWEST, FASTEST = 1e-100, 1e15
+
 
 @lru_cache(maxsize=1)
 def _kernels() -> Any:
@@ -71,6 +74,11 @@ class TimedShares(RankShares):
             self.speed_G = floats("speed_G", speed_G, open_low=True).copy()  # kernels take no read-only ones
             if self.speed_G.ndim != 1:
                 raise ProblemError("speed_G", f"has {self.speed_G.ndim} axes, must have one")
+            for g, speed in enumerate(self.speed_G):
+                # Times must be finite, and thousandths whole numbers of 64 bits.
+                if not SLOWEST <= speed <= FASTEST:
+                    between = f"is {speed}, must be from {SLOWEST:g} to {FASTEST:g}: speeds are relative"
+                    raise ProblemError(f"speed_G[{g}]", between)
         mille = (
             None if self.speed_G is None else np.maximum(np.rint(1000 * self.speed_G), 1).astype(int).tolist()
         )

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeless_opt.problems.errors import ProblemError
 from moeless_opt.problems.spec.time_model import TimeModel
 
 pytest.importorskip("torch")
@@ -133,3 +134,15 @@ def test_quotas_are_near_the_best_of_all_quotas() -> None:
         over.append(max(map(float, mine)) / max(least, 1e-9))
     assert np.mean(np.array(over) <= 1 + 1e-9) > 0.9
     assert np.mean(over) < 1.03
+
+
+@pytest.mark.parametrize("speed", [1e-308, 1e16, 1e300])
+def test_speeds_that_are_none_are_refused(speed: float) -> None:
+    with pytest.raises(ProblemError, match=r"speed_G\[1\].*relative"):
+        TimedShares(TimeModel(token_cost=1.0), speed_G=[1.0, speed])
+    near = 1e-100 if speed < 1 else 1e15
+    table = SlotTable([[0, 1], [0, 1]], 2)
+    for speed_G in ([1.0, near], [near, near]):
+        policy = TimedShares(TimeModel(token_cost=1.0, activation_cost=5.0), speed_G=speed_G)
+        quota_P = policy.quotas(0, np.array([10, 3]), table)
+        assert np.bincount(table.expert_P, weights=quota_P).tolist() == [10, 3]
