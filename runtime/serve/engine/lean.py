@@ -146,7 +146,7 @@ class _Attend:
         config = attention.config
         whole = int(config.num_query_groups or self.groups) == self.groups and not config.test_mode
         self.joint = whole and (self.normed or norms == (None, None))
-        self._scale: Tensor | None = None
+        self._scale: tuple[Any, Tensor] | None = None
 
     def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         attention = self.attention
@@ -175,9 +175,10 @@ class _Attend:
     def _scales(self) -> Tensor:
         """Weights of both norms, [queries of a group + 1, width]."""
         query, key = self.attention.q_layernorm.weight, self.attention.k_layernorm.weight
-        if self._scale is None:
-            self._scale = torch.stack([query] * self.each + [key]).detach()
-        return self._scale
+        known = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in (query, key))
+        if self._scale is None or self._scale[0] != known:
+            self._scale = known, torch.stack([query] * self.each + [key]).detach()
+        return self._scale[1]
 
     def _turned(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """Rotate pairs of channels, as megatron-core does."""

@@ -15,6 +15,7 @@ from moeless_opt.runtime.checkpoint.parts import NeutralRouter  # noqa: E402
 from moeless_opt.runtime.engines.attach import attach  # noqa: E402
 from moeless_opt.runtime.engines.router_choice import RouterChoice  # noqa: E402
 from moeless_opt.runtime.live.dispatch.dispatcher import chosen_experts  # noqa: E402
+from moeless_opt.runtime.serve.engine.lean import LeanDecoder  # noqa: E402
 from moeless_opt.runtime.tiny_moe import model as tiny  # noqa: E402
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -93,3 +94,18 @@ def test_one_rank_sorts_at_once_as_in_steps(experts: str) -> None:
     torch.testing.assert_close(seen[0][0][0, valid], seen[1][0][0, valid], rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(seen[0][1], seen[1][1])
     np.testing.assert_array_equal(seen[0][2], seen[1][2])
+
+
+@torch.no_grad()
+def test_norms_of_queries_and_keys_follow_their_weights() -> None:
+    model = tiny.new_model(tiny.config(num_layers=1, qk_layernorm=True)).eval()
+    attend, norm = LeanDecoder(model)._attend_L[0], model.decoder.layers[0].self_attention.k_layernorm
+    assert attend is not None
+    assert attend.joint
+    assert attend.normed
+    x = torch.randn(3, 1, tiny.HIDDEN, generator=torch.Generator().manual_seed(1))
+    key = attend._together(x, None)[1]
+    norm.weight.mul_(-2)
+    torch.testing.assert_close(attend._together(x, None)[1], -2 * key)
+    norm.weight = torch.nn.Parameter(norm.weight * 2)
+    torch.testing.assert_close(attend._together(x, None)[1], -4 * key)
