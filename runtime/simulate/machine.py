@@ -386,7 +386,8 @@ def together_curve(path: str | PathLike[str], model: ModelSpec, gpu: str) -> Tim
         If the file has none of this model, or several, or they are of another GPU than this one.
     """
     models = load_time_models(path)
-    plain = model.name.partition(" (")[0]
+    own, _, sizes = model.name.partition(" (sizes of ")
+    plain = sizes.removesuffix(")") or own  # experts as large as another model's take its times
     found = [name for name in models if name.partition(",")[0].casefold() == plain.casefold()]
     if len(found) != 1:
         has = ", ".join(models) or "none"
@@ -408,7 +409,7 @@ def expert_curve(
     The file (.csv or .csv.gz) has columns ``layer_name`` (``expert.w1``, ``expert.w2``, ``expert.w3``),
     ``input`` (tokens) and ``latency(ns)``. A GPU that serves n tokens with a replicas takes a times the time
     of n / a tokens (the tokens spread evenly, one expert after the other: assumed), times the ratio of the
-    experts' sizes. Repeated and noisy measurements are smoothed to a curve that does not fall.
+    experts' sizes. Noisy measurements are smoothed, over up to four tokens more or less, to a curve that does not fall.
 
     Raises
     ------
@@ -419,7 +420,11 @@ def expert_curve(
     try:
         for row in csv.DictReader(read_text(path).splitlines()):
             if row["layer_name"].startswith("expert."):
-                table.setdefault(int(row["input"]), {})[row["layer_name"]] = float(row["latency(ns)"]) * 1e-9
+                tokens, latency = int(row["input"]), float(row["latency(ns)"])
+                if tokens < 1 or not 0 < latency < np.inf:
+                    what = "must be a time above 0 of one token or more"
+                    raise FormatError(str(path), f"has {latency:g} ns for {tokens} tokens, {what}")
+                table.setdefault(tokens, {})[row["layer_name"]] = latency * 1e-9
     except FormatError:
         raise
     except (KeyError, ValueError, TypeError, OverflowError, csv.Error) as error:
@@ -431,14 +436,15 @@ def expert_curve(
         )
     tokens_K = np.array(sorted(full), dtype=np.float64)
     time_K = np.array([full[int(n)] for n in tokens_K])
-    smooth_K = np.maximum.accumulate(
-        np.array([np.median(time_K[max(k - 4, 0) : k + 5]) for k in range(len(time_K))])
-    )
+    # Of a table of few counts the next ones say other things.
+    near_K = zip(*(np.searchsorted(tokens_K, tokens_K + off) for off in (-4, 5)), strict=True)
+    smooth_K = np.maximum.accumulate([np.median(time_K[low:high]) for low, high in near_K])
     ratio = model.hidden * model.ffn / (timed[0] * timed[1])
     grid_K = np.unique(np.geomspace(1, 8 * tokens_K[-1], 96).round())
     active_J = np.unique(np.r_[1:9, np.geomspace(9, max(most, 10), 12).round()]).astype(np.float64)
     each_KJ = np.maximum(grid_K[:, None] / active_J, 1.0)
-    slope = (smooth_K[-1] - smooth_K[len(smooth_K) // 2]) / (tokens_K[-1] - tokens_K[len(tokens_K) // 2])
+    half = min(len(tokens_K) // 2, len(tokens_K) - 2)
+    slope = (smooth_K[-1] - smooth_K[half]) / (tokens_K[-1] - tokens_K[half])
     beyond = np.maximum(each_KJ - tokens_K[-1], 0.0) * slope
     curve_KJ = ratio * active_J * (np.interp(each_KJ, tokens_K, smooth_K) + beyond)
     return TimeModel(

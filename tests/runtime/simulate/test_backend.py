@@ -142,6 +142,29 @@ def test_measured_curve(tmp_path: Path) -> None:
         expert_curve(tmp_path / "bad.csv", model, timed=(64, 128))
 
 
+def test_measured_curve_of_two_points_or_of_what_cannot_be(tmp_path: Path) -> None:
+    head = "layer_name,input,latency(ns)\n"
+    path = tmp_path / "t.csv"
+
+    def write(*points: tuple[int, float]) -> None:
+        lines = [f"expert.w{w},{tokens},{latency}" for tokens, latency in points for w in (1, 2, 3)]
+        path.write_text(head + "\n".join(lines))
+
+    write((10, 1000), (20, 2000))
+    time = expert_curve(path, MODEL, timed=(MODEL.hidden, MODEL.ffn))
+    assert time.time([10, 60], [1, 1], np.ones(1)) == pytest.approx([3e-6, 18e-6], rel=0.05)
+    write(*((2**n, 100.0 * 2**n) for n in range(4, 12)))
+    time = expert_curve(path, MODEL, timed=(MODEL.hidden, MODEL.ffn))
+    wanted = [300e-9 * tokens for tokens in (64, 1000, 2048, 5000)]
+    assert time.time([64, 1000, 2048, 5000], [1] * 4, np.ones(1)) == pytest.approx(wanted, rel=0.05)
+    for bad in ((0, 1000.0), (-4, 1000.0), (10, 0.0), (10, -1.0), (10, float("nan")), (10, float("inf"))):
+        write(bad, (20, 2000))
+        with pytest.raises(
+            FormatError, match=rf"t\.csv: has .* ns for {bad[0]} tokens, must be a time above 0"
+        ):
+            expert_curve(path, MODEL, timed=(MODEL.hidden, MODEL.ffn))
+
+
 def test_experts_in_turn_take_what_each_takes_for_its_own_tokens() -> None:
     """Few tokens take as long as ten; taken to spread evenly, 2 and 38 looked as quick as 20 and 20."""
     curve = TimeModel(

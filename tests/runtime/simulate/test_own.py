@@ -344,6 +344,10 @@ def test_times_of_all_experts_together_are_read_from_json(tmp_path: Path) -> Non
     ):
         with pytest.raises(ProblemError, match=why):
             machine_of(base.replace(**bad))
+    large = machine_of(base.replace(model="Phi-3.5-MoE", sizes="DeepSeek-V3"))
+    assert "times.json: measured" in large.basis
+    with pytest.raises(FormatError, match="has 0 times of OLMoE-1B-7B"):  # its experts are smaller
+        machine_of(base.replace(sizes="OLMoE-1B-7B"))
     save_time_models(path, {"Mixtral-8x7B, NVIDIA H100 80GB HBM3": curve})
     assert machine_of(base.replace(gpu="H100")).gpu == "H100"
     with pytest.raises(FormatError, match="has times of an H100, the machine is of A6000s; say gpu H100"):
