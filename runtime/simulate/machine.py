@@ -409,7 +409,8 @@ def expert_curve(
     The file (.csv or .csv.gz) has columns ``layer_name`` (``expert.w1``, ``expert.w2``, ``expert.w3``),
     ``input`` (tokens) and ``latency(ns)``. A GPU that serves n tokens with a replicas takes a times the time
     of n / a tokens (the tokens spread evenly, one expert after the other: assumed), times the ratio of the
-    experts' sizes. Noisy measurements are smoothed, over up to four tokens more or less, to a curve that does not fall.
+    experts' sizes. Noisy measurements are smoothed, over up to four tokens more or less, to a curve that does
+    not fall.
 
     Raises
     ------
