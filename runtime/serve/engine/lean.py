@@ -57,7 +57,7 @@ class LeanDecoder:
             for name, part in layer.named_modules()
             if ".experts." not in f".{name}."
         ]
-        ends = model.embedding, self.final_layernorm
+        ends = getattr(model, "embedding", None), self.final_layernorm  # a last stage embeds nothing
         self._parts += [part for one in ends if one is not None for part in one.modules()]
 
     @property
