@@ -19,6 +19,8 @@ from moeless_opt.problems.plan import (
     gpu_times,
     migration_violations,
     objective_vector,
+    outside_L,
+    traffic_L,
 )
 from moeless_opt.problems.plan.verify import verify
 from moeless_opt.problems.spec import EVERY_PRIORITY, Problem
@@ -36,7 +38,7 @@ from moeless_opt.solvers.core import (
     risk_L,
 )
 from moeless_opt.solvers.core.finish import Built, finish
-from moeless_opt.solvers.locality import GroupWays
+from moeless_opt.solvers.locality import GroupWays, LocalitySolver, locality_of
 from moeless_opt.solvers.migration import schedule_migration, staging_limit
 from moeless_opt.solvers.replan import frontier
 from moeless_opt.solvers.shares import best_shares
@@ -47,6 +49,11 @@ NEAR = ("traffic", "groups", "hops")
 SHARES = (*NEAR, "survival")
 """What is told as a share: of the tokens, or a probability; traded by a ladder of balance tolerances."""
 _TOLERANCES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.08, 0.12, 0.2, 0.35, 0.6, 1.0)
+
+_LAYERS, _PAIRS = 8, 8192  # layers, and pairs of an expert and a GPU of each, from which on fronts are merged
+_SEARCHED = 6  # tolerances that are searched then
+_TIGHT = 0.01  # tolerance up to which that takes a longer search
+_TABLES = "slots_LGC", "share_LGC"
 
 SIZES = 8
 """Replica counts per layer, from one each to full slots, that the front of balance against memory tries."""
@@ -178,8 +185,9 @@ def pareto(
     Every layer offers a few placements of its own (re-plans to a ladder of tolerances; or constructions
     with fewer replicas); along the lower convex hull of each, the steps that gain most time for their cost
     come first, over all layers. Where tokens are served (traffic, groups, hops), and the probability that
-    failures lose an expert (survival), is traded by a ladder of balance tolerances; traffic against moves by
-    a ladder of limits on moves.
+    failures lose an expert (survival), is traded by a ladder of balance tolerances: of traffic and groups
+    over many large layers by a short one, the steps merged as above. Traffic against moves is traded by a
+    ladder of limits on moves.
 
     Parameters
     ----------
@@ -270,6 +278,8 @@ def _near_front(
 ) -> ParetoFront:
     """Plans by a ladder of balance tolerances, or of limits on moves, without those that others beat."""
     began, found = Clock.begin(), list[tuple[float, float, Plan]]()
+    if _is_large(problem, names):
+        return _merged_front(problem, names, points, seed, stop, progress)
     ladder = _rungs(problem, names, points)
     solver = get_solver("lexicographic" if names[1] == "survival" else "locality")
     for done, rung in enumerate(ladder):
@@ -293,6 +303,13 @@ def _near_front(
                     seconds=began.seconds, best=best, bound=0.0, done=(done + 1) / len(ladder), note=note
                 )
             )
+    return _unbeaten(problem, names, found)
+
+
+def _unbeaten(
+    problem: Problem, names: tuple[str, ...], found: list[tuple[float, float, Plan]]
+) -> ParetoFront:
+    """The front of some plans, each with both its objectives."""
     # What differs by rounding alone is one cost, and of one cost the better balance comes first.
     unit = 1e-9 * max((cost for _, cost, _ in found), default=0.0) or 1.0
     found = [(first, cost if cost > unit else 0.0, plan) for first, cost, plan in found]
@@ -307,6 +324,75 @@ def _near_front(
         tuple(plan for _, _, plan in kept_plans),
         tuple((first, cost) for first, cost, _ in kept_plans),
     )
+
+
+def _is_large(problem: Problem, names: tuple[str, ...]) -> bool:
+    """Whether layers are many, and large enough to be searched at few tolerances, and apart."""
+    limits = problem.limits
+    total = limits.max_moves, limits.max_move_bytes, limits.max_total_replicas, limits.max_total_bytes
+    alone = names[1] in ("traffic", "groups") and names[0] == "balance" and problem.loads.shape[0] == 1
+    many = problem.layers >= _LAYERS and problem.experts * problem.topology.gpus >= _PAIRS
+    return alone and many and all(limit is None for limit in total)
+
+
+class _Rung(LocalitySolver):
+    """The locality solver where only slots and shares are wanted: what plans say of locality takes long."""
+
+    def finished(self, problem: Problem, plan: Plan) -> Plan:
+        """The plan as it is."""
+        return plan
+
+
+def _merged_front(
+    problem: Problem,
+    names: tuple[str, ...],
+    points: int,
+    seed: int,
+    stop: Stop | None,
+    progress: ProgressCallback | None,
+) -> ParetoFront:
+    """Each layer's placements at a few tolerances, from the loosest on, merged by what steps gain.
+
+    A search starts where the one at the next looser tolerance ended (near none, where groups are at home). A
+    layer that ends late is balanced alone, which the lower hull of its placements leaves aside.
+    """
+    began, plans, start = Clock.begin(), list[Plan](), None
+    rungs = _rungs(problem, names, _SEARCHED)[::-1]
+    for done, rung in enumerate(rungs):
+        if plans and stop is not None and stop():
+            break
+        loose = rung.objective.balance_tolerance
+        if plans and names[1] == "groups" and loose <= _TIGHT:  # late from the one before, more often
+            start = plans[0].slots_LGC
+        solver = _Rung("locality", start_LGC=start, searches=loose > 0)  # within none, in vain
+        require(solver, rung)
+        effort = "normal" if loose <= _TIGHT else "quick"
+        plan = solver.solve(rung, stop=stop or NeverStop(), seed=seed, effort=effort).plan
+        if plan is None:
+            continue
+        plans.append(plan)
+        start = plan.slots_LGC
+        if progress is not None:
+            note, best = f"imbalance {plan.imbalance_L.mean():.4f}", float(plan.certificate.value_L.sum())
+            part = (done + 1) / len(rungs)
+            progress(Progress(seconds=began.seconds, best=best, bound=0.0, done=part, note=note))
+    if not plans:
+        return _unbeaten(problem, names, [])
+    free = problem
+    if names[1] == "groups" and problem.groups is not None:
+        free = problem.replace(groups=problem.groups.replace(max_outside=1.0))
+    cost_L = traffic_L if names[1] == "traffic" else outside_L
+    cost_KL = np.stack([cost_L(free, plan.slots_LGC, plan.share_LGC) for plan in plans])
+    chosen = _merge(np.stack([plan.imbalance_L for plan in plans]), cost_KL, points)
+    every, bound, found = np.arange(problem.layers), lower_bound(free), list[tuple[float, float, Plan]]()
+    slots_KLGC, share_KLGC = (np.stack([getattr(one, key) for one in plans]) for key in _TABLES)
+    for index_L in chosen:
+        built = Built(slots_LGC=slots_KLGC[index_L, every], share_LGC=share_KLGC[index_L, every], bound=bound)
+        plan = finish(free, built, solver="pareto", began=began, certify=False)
+        plan = plan.replace(locality=locality_of(free, plan))
+        verify(free, plan)
+        found.append((float(plan.imbalance_L.mean()), objective_vector(free, plan)[names[1]], plan))
+    return _unbeaten(problem, names, found)
 
 
 def _rungs(problem: Problem, names: tuple[str, ...], points: int) -> list[Problem]:

@@ -18,6 +18,9 @@ from moeless_opt.solvers.locality import locality_of
 
 __all__ = ["Traffic", "traffic"]
 
+_LONG = 1e5  # tokens over a link from which on they are counted in larger units
+_WORDS = {0: "", 3: "thousand ", 6: "million ", 9: "billion "}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Traffic(Record):
@@ -93,8 +96,12 @@ class Traffic(Record):
         if by not in ("nodes", "gpus"):
             raise ProblemError("by", f"is {by!r}, must be 'nodes' or 'gpus'")
         tokens, what = (self.token_NN, "node") if by == "nodes" else (self.token_GG, "GPU")
-        head = [f"tokens from {what}", *(f"to {i}" for i in range(len(tokens)))]
-        return head, [[str(i), *(f"{value:.6g}" for value in row)] for i, row in enumerate(tokens.tolist())]
+        most = float(tokens.max(initial=0.0))
+        power = min(3 * int(np.log10(most) // 3), max(_WORDS)) if most >= _LONG else 0
+        head = [f"{_WORDS[power]}tokens from {what}", *(f"to {i}" for i in range(len(tokens)))]
+        told = ".4g" if power else ".6g"
+        cells_NN = (tokens / 10.0**power).tolist()
+        return head, [[str(i), *(f"{value:{told}}" for value in row)] for i, row in enumerate(cells_NN)]
 
     def _figures(self) -> str:
         said = self.summary

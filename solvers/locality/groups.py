@@ -264,14 +264,20 @@ class GroupWays:
 
     def _kept_by_slots(self, tokens_per_speed: float) -> FloatArray:
         """Most tokens that each node's slots keep of the groups at home there, shape [W, N]."""
-        kept_WN = self.load_WN.copy()
         on_WKN = self.way_WK[:, :, None] == np.arange(self.nodes)
-        for node in range(self.nodes):
+        bit_K = 1 << np.arange(len(self.load_K), dtype=np.int64)  # few groups: all their ways are looked at
+        set_WN = np.einsum("wkn,k->wn", on_WKN, bit_K)
+        same = bool((self.room_N == self.room_N[0]).all() and (self.fastest_N == self.fastest_N[0]).all())
+        kept_WN = np.empty_like(self.load_WN)
+        for columns in [np.arange(self.nodes)] if same else np.arange(self.nodes)[:, None]:
+            node = int(columns[0])
             most = tokens_per_speed * float(self.fastest_N[node])
-            sets_SK, which_W = np.unique(on_WKN[:, :, node], axis=0, return_inverse=True)
-            loads = (self.load_E[one[self.group_E]] for one in sets_SK)
-            kept_S = np.array([self._largest(load_X, most, node) for load_X in loads])
-            kept_WN[:, node] = kept_S[which_W.reshape(-1)]
+            sets_S, which = np.unique(set_WN[:, columns], return_inverse=True)
+            inside_SK = (sets_S[:, None] & bit_K) > 0
+            kept_S = np.array(
+                [self._largest(self.load_E[one[self.group_E]], most, node) for one in inside_SK]
+            )
+            kept_WN[:, columns] = kept_S[which.reshape(len(set_WN), -1)]
         return np.asarray(kept_WN)
 
     def _largest(self, load_X: FloatArray, most: float, node: int) -> float:

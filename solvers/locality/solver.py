@@ -122,15 +122,26 @@ class _Search:
 
 
 class LocalitySolver(Heuristic):
-    """Nearness within the balance tolerance."""
+    """Nearness within the balance tolerance.
+
+    Parameters
+    ----------
+    start_LGC : array, shape [L, G, C], optional
+        Where the search begins, in place of the balanced placement; it may be late.
+    searches : bool
+        Whether there is a search beyond the balanced placement, its shares and what is proven.
+    """
 
     name = "locality"
     summary = "balance, then traffic, groups on nodes and affinity between layers: local search, exact shares"
     Options = LocalityOptions
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(
+        self, name: str | None = None, *, start_LGC: SlotArray | None = None, searches: bool = True
+    ) -> None:
         super().__init__(name)
         self._least: dict[str, FloatArray] = {}
+        self._start_LGC, self._searches = start_LGC, searches
 
     def build(self, task: Task[LocalityOptions]) -> Built:
         """Balance, then search."""
@@ -141,7 +152,7 @@ class LocalitySolver(Heuristic):
         bound = None if ways is None else _group_bound(problem, ways)
         costs, base = self._base(task, order, near, ways)
         best = self._proven(task, order, costs, replace(base, bound=bound))
-        if near and not best.proof:
+        if near and not best.proof and self._searches:
             search = self._limits(task, base, order, costs, ways)
             best, several = base, problem.loads.shape[0] > 1
             judged_by = tuple(name for name in order if name in (*near, "moves"))
@@ -225,6 +236,8 @@ class LocalitySolver(Heuristic):
     ) -> list[SlotArray]:
         """Where the search begins: balanced; where groups count most, as well with each at home."""
         problem = task.problem
+        if self._start_LGC is not None:
+            return [self._start_LGC]
         free = problem.groups is not None and problem.groups.max_outside >= 1 and problem.current is None
         if near[0] != "groups" or not free or ways is None or not all(one.fits_W.any() for one in ways):
             return [base.slots_LGC]

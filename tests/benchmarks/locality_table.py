@@ -1,6 +1,6 @@
 """Traffic, groups and affinity on recorded loads, beside methods that look at balance alone.
 
-``python tests/benchmarks/locality_table.py --data DIR [--only groups|replan|hops|small]``
+``python tests/benchmarks/locality_table.py --data DIR [--only groups|replan|hops|small|fronts]``
 
 ``groups``: DeepSeek-V3 with 8 groups of 32 experts on 4 nodes of 8 GPUs (288 slots) and on 8 nodes
 (320 slots): imbalance and its bound, the share of token-expert pairs that leave their node when
@@ -14,6 +14,9 @@ moves, what was asked for, and the imbalance of a plan from scratch beside it.
 split in two, plans are made on one half and measured on the other, every placement with shares for
 the other half's loads: hops to the next layer that stay on the GPU and in the node, and tokens that
 leave the node at which their request lives (requests are dealt to the nodes in turn).
+
+``fronts``: DeepSeek-V3 on 8 nodes of 8 GPUs, 320 slots: the fronts of balance against traffic and
+against groups in 6 points, with the processor time, and the view of the traffic per link.
 
 ``small``: how many of some small instances are proven, and how long that takes.
 """
@@ -233,10 +236,31 @@ def small() -> None:
             )
 
 
+def fronts(data: Path) -> None:
+    recorded = np.load(data / "deepseek_v3_counts.npz")
+    names = [str(name) for name in recorded["workloads"]]
+    load_LE = recorded["counts"][names.index(WORKLOADS[0])].astype(float)
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=load_LE),
+        topology=mo.uniform(8, 8, slots=5),
+        split="equal",
+        groups=mo.Groups.even(256, 8, 1.0),
+        objective=objective("balance"),
+    )
+    for name in ("traffic", "groups"):
+        began = time.process_time()
+        front = mo.pareto(problem, ("balance", name), points=6)
+        print(f"\nbalance against {name}, {time.process_time() - began:.1f} s of processor time\n{front}")
+    began = time.process_time()
+    view = mo.traffic(front.plans[-1], problem)
+    seconds = time.process_time() - began
+    print(f"\nview of the links of the last plan, {seconds:.2f} s of processor time\n{view}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder with the recordings")
-    parser.add_argument("--only", choices=("groups", "replan", "hops", "small"))
+    parser.add_argument("--only", choices=("groups", "replan", "hops", "fronts", "small"))
     args = parser.parse_args()
     mo.warm_up()
     if args.data is not None and args.only in (None, "groups"):
@@ -245,6 +269,8 @@ def main() -> None:
         replan(args.data)
     if args.data is not None and args.only in (None, "hops"):
         hops(args.data)
+    if args.data is not None and args.only in (None, "fronts"):
+        fronts(args.data)
     if args.only in (None, "small"):
         small()
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import moeless_opt as mo
+from moeless_opt import fronts
 from moeless_opt.problems.plan import gpu_times, objective_vector, order_of, outside_tokens, traffic_L
 from moeless_opt.solvers.core import NeverStop
 from moeless_opt.solvers.locality import search, state
@@ -195,6 +196,40 @@ def test_the_front_falls_in_both() -> None:
     moving = mo.pareto(problem_of("equal", current=live.placement), ("traffic", "moves"), points=3)
     assert moving.plans[0].moves.count < moving.plans[-1].moves.count
     assert moving.values[0][0] > moving.values[-1][0]
+
+
+def test_links_of_many_tokens_are_told_in_larger_units() -> None:
+    problem = problem_of("equal", objective=mo.Objective(priorities=("balance",)))
+    scaled = problem.replace(loads=mo.Loads(load_TLE=problem.load_LE[None] * 1e4))
+    small, large = (mo.traffic(solved(one, "construct")) for one in (problem, scaled))
+    assert str(small).startswith("tokens from node")
+    row = str(large).splitlines()
+    assert row[0].split() == ["million", "tokens", "from", "node", "to", "0", "to", "1"]
+    assert float(row[2].split()[2]) == pytest.approx(large.token_NN[0, 1] / 1e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "split"), [("traffic", "fractional"), ("groups", "equal")])
+def test_merged_fronts_fall_in_both_and_are_no_worse(
+    name: str, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What many large layers get: a few tolerances searched, and the layers' steps merged."""
+    topology, loads = mo.uniform(2, 3, slots=8), skewed(2, layers=8, experts=40)
+    problem = problem_of(split, loads=loads, topology=topology, groups=mo.Groups.even(40, 8, 1.0))
+    apart = mo.pareto(problem, ("balance", name), points=6)
+    monkeypatch.setattr(fronts, "_PAIRS", 1)
+    merged = mo.pareto(problem, ("balance", name), points=9)
+    assert len(apart.plans) < len(merged.plans) <= 9
+    assert (np.diff(np.array(merged.values).T) * [[-1], [1]] > 0).all()
+    for plan, (first, cost) in zip(merged.plans, merged.values, strict=True):
+        assert mo.violations(problem, plan) == []
+        told = plan.locality.traffic_L if name == "traffic" else plan.locality.outside_L  # type: ignore[union-attr]
+        assert told is not None
+        assert (first, cost) == pytest.approx((plan.imbalance_L.mean(), told.sum()))
+    assert name == "traffic" or merged.values[0][1] == 0
+    time, cost = zip(*merged.values, strict=True)
+    for first, spent in apart.values:  # between two points as between a straight line's ends
+        line = float(np.interp(spent, cost, time))
+        assert line <= first * 1.05
 
 
 @pytest.mark.parametrize(
