@@ -17,6 +17,7 @@ from moeless_opt.solvers.core import (
     Built,
     Heuristic,
     NoOptions,
+    Stop,
     Task,
     best_over_scenarios,
     empty_slots,
@@ -29,11 +30,14 @@ from moeless_opt.solvers.core import (
     topped_up,
     widened,
 )
-from moeless_opt.solvers.limits import full_within, place_within, rules_of
+from moeless_opt.solvers.limits import full_within, layer_front, place_within, rules_of, slots_holding
 from moeless_opt.solvers.nearest import FEW_GPUS, NearestTask, beam_layers, nearest_times, settle_nearest
 from moeless_opt.solvers.shares import best_shares
 
 __all__ = ["Construct", "ConstructOptions", "Stay"]
+
+_TINY = 64  # pairs of expert and GPU of layers that are searched for the nearest replica over scenarios
+_CLEARLY = 1e-6  # share by which that has to be quicker
 
 _STEPS = {
     "quick": ((5e-3, 0),),
@@ -63,6 +67,21 @@ class ConstructOptions:
     def __post_init__(self) -> None:
         one_of("effort", self.effort, ("quick", "normal", "thorough"))
         one_of("backend", self.backend, ("auto", "numpy", "numba"))
+
+
+def _searched(problem: Problem, slots_LGC: SlotArray, stop: Stop) -> SlotArray:
+    """A placement whose tiny layers are the quickest over all scenarios, or it as it is."""
+    limits = problem.limits
+    if problem.experts * problem.topology.gpus > _TINY or limits.max_total_replicas or limits.max_total_bytes:
+        return slots_LGC
+    time_L = risk_L(problem, slots_LGC)
+    wide = max(int(problem.capacity_LG.max()), slots_LGC.shape[2])
+    slots_LGC = widened(slots_LGC, wide)
+    for row, rules in enumerate(rules_of(problem)):
+        front = None if stop() else layer_front(problem, row, rules, layers=problem.layers)
+        if front is not None and front.held and front.time[-1] < time_L[row] * (1 - _CLEARLY):
+            slots_LGC[row] = widened(slots_holding(problem, [front.held[-1]], row), wide)[0]
+    return slots_LGC
 
 
 class Construct(Heuristic):
@@ -95,6 +114,8 @@ class Construct(Heuristic):
             )
             if problem.loads.shape[0] == 1 and problem.fill == Fill.NONE:
                 settle_small(problem, slots_LGC, task.stop)
+            if problem.loads.shape[0] > 1 and problem.fill == Fill.NONE:
+                slots_LGC = _searched(problem, slots_LGC, task.stop)
             return Built(slots_LGC=full_within(problem, slots_LGC))
         if problem.limits != type(problem.limits)():
             return self._within(task)

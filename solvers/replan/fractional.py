@@ -39,6 +39,7 @@ from moeless_opt.solvers.shares import solve_shares
 
 __all__ = ["replan_fractional"]
 
+_MOST_ROOM = 2.0**60  # more than all tokens; flows are counted in 64 bits
 _BISECTIONS = 5  # wanted times tried for a layer that cannot reach the tolerance
 _CLOSE = 64  # GPUs up to which every layer gets the closer bound: half a millisecond at 32
 _LEAST_TIME = 1.0  # seconds: with less, programmes are not worth the start of their process
@@ -67,7 +68,7 @@ class _Layer:
 
     def room(self, time: float) -> list[int]:
         """Tokens that each GPU may serve within a time in units of the mean, rounded in its favour."""
-        return [int(time * UNIT * speed * (1.0 + 1e-10)) + 2 for speed in self.speed]
+        return [int(min(time * UNIT * speed * (1.0 + 1e-10), _MOST_ROOM)) + 2 for speed in self.speed]
 
     def state(self, time: float) -> LayerFlow:
         return LayerFlow(self.load, self.start, self.capacity, self.room(time), self.rules)

@@ -242,7 +242,9 @@ class Replan(Heuristic):
         known_L = least[0] if least and problem.loads.shape[0] == 1 else None
         several = problem.loads.shape[0] > 1 and problem.split == "equal"  # free shares level the rest
         most = _MIDDLE if several or problem.split == "nearest" else TINY
-        if problem.limits.bounds_moves and problem.experts * problem.topology.gpus <= most:
+        if not problem.limits.bounds_moves:  # those of few pairs alone
+            most = TINY if problem.loads.shape[0] > 1 and problem.split != "fractional" else 0
+        if problem.experts * problem.topology.gpus <= most:
             slots_LGC = full_within(problem, self._tiny(task, live_LGC, slots_LGC))
             share_LGC = _shares(problem, slots_LGC)
         # What any plan needs, a plan within the limits needs as well.
@@ -331,7 +333,7 @@ class Replan(Heuristic):
         return slots_LGC
 
     def _tiny(self, task: Task[ReplanOptions], live_LGC: SlotArray, slots_LGC: SlotArray) -> SlotArray:
-        """A re-plan of tiny layers whose limits on moves bind, searched."""
+        """A re-plan of tiny layers whose limits on moves bind, or over scenarios, searched."""
         problem = task.problem
         if problem.objective.horizon is not None:
             return slots_LGC

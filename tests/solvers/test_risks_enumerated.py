@@ -117,6 +117,33 @@ def test_risks_of_two_nodes_are_near_the_best(split: str, risk: str) -> None:
     assert max(off) < 1, off
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_tiny_layers_of_the_nearest_replica_are_searched_whole(live: bool) -> None:
+    """Experts that are busy at different times and places: the best of all placements."""
+    node_TNE = np.array([[[1.3, 0.8, 2.0], [0.7, 0.2, 0.0]], [[0.3, 0.0, 1.4], [0.7, 0.0, 1.6]]])
+    load_TE = node_TNE.sum(1)
+    problem = mo.Problem(
+        loads=mo.Loads(load_TLE=load_TE[:, None], load_TLNE=node_TNE[:, None]),
+        topology=mo.uniform(2, 2, slots=2),
+        split="nearest",
+        objective=mo.Objective(risk="covariance", sigma=10.0, balance_tolerance=0.0),
+        current=mo.Placement(slots_LGC=np.array([[[0, 1], [1, 2], [2, -1], [2, -1]]]), experts=3)
+        if live
+        else None,
+    )
+    best = np.inf
+    for held_EG in placements([2] * 4, 3):
+        by_ENG = held_EG[:, None, :] & (np.arange(4) // 2 == np.arange(2)[:, None])
+        count_EN = by_ENG.sum(2)
+        near_ENG = by_ENG / np.maximum(count_EN, 1)[:, :, None]
+        away_ENG = (held_EG / held_EG.sum(1)[:, None])[:, None, :] * (count_EN == 0)[:, :, None]
+        time_TG = np.einsum("tne,eng->tg", node_TNE, near_ENG + away_ENG)
+        best = min(best, float((time_TG.mean(0) + 10 * time_TG.std(0)).max()))
+    plan = mo.solve(problem).plan
+    assert plan is not None
+    assert plan.certificate.value_L[0] == pytest.approx(best, rel=1e-6)
+
+
 @pytest.mark.parametrize("limits", [mo.Limits(max_replicas=2), mo.Limits(max_total_replicas=10)])
 def test_deviations_of_impossible_times_raise_no_warning(limits: mo.Limits) -> None:
     """The descent marks what the limits forbid by times that have no square."""

@@ -399,3 +399,25 @@ def test_slots_to_fill_beyond_a_group_are_refused_by_name_whatever_is_live() -> 
             groups=mo.Groups.even(2, 2),
             current=current,
         )
+
+
+def test_the_loosest_rung_of_a_lopsided_node_stays_within_64_bits() -> None:
+    """A node's own load is a tenth of what its bound by another scenario is."""
+    current = mo.Placement(
+        slots_LGC=np.array(
+            [[[3, 1], [2, 0], [2, -1], [2, 0]], [[-1, -1], [1, -1], [2, 1], [0, 3]]], dtype=np.int32
+        ),
+        experts=4,
+    )
+    problem = mo.Problem(
+        loads=mo.Loads(
+            load_TLE=np.array([[[1, 0, 2, 2], [3, 2, 3, 0]], [[1, 1, 0, 2], [0, 0, 1, 1]]], dtype=np.float64),
+            weight_T=np.array([0.00888921, 0.99111079]),
+        ),
+        topology=mo.uniform(2, 2, slots=2),
+        groups=mo.Groups.even(4, 2),
+        objective=mo.Objective(risk="sigma"),
+        limits=mo.Limits(max_moves=2),
+        current=current,
+    )
+    assert solved(problem).moves.count <= 2
