@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import moeless_opt as mo
-from moeless_opt.problems.plan.objective import risk
+from moeless_opt.problems.plan.objective import gpu_risk, risk
 from moeless_opt.problems.plan.verify import check_slots, violations
 from moeless_opt.solvers.core import NeverStop, risk_L
 from moeless_opt.solvers.core.finish import lower_bound
@@ -153,6 +153,7 @@ def test_the_descent_only_ever_lowers_the_risk_and_keeps_the_rules(measure: str)
             problem.capacity_LG[0],
             problem.topology.speed_G,
             lambda top_TK: risk(top_TK, None, wish),
+            lambda time_TX: gpu_risk(time_TX, None, wish),
             enough=0.0,
             stop=NeverStop(),
         )
