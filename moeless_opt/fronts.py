@@ -296,14 +296,14 @@ def _near_front(
         first = float(plan.imbalance_L.mean()) if names[0] == "balance" else vector["traffic"]
         found.append((first, vector[names[1]], plan))
         if progress is not None:
-            note = f"imbalance {plan.imbalance_L.mean():.4f}"
-            best = float(plan.certificate.value_L.sum())
-            progress(
-                Progress(
-                    seconds=began.seconds, best=best, bound=0.0, done=(done + 1) / len(ladder), note=note
-                )
-            )
+            progress(_reached(began, plan, (done + 1) / len(ladder)))
     return _unbeaten(problem, names, found)
+
+
+def _reached(began: Clock, plan: Plan, done: float) -> Progress:
+    """What is told of a rung's plan."""
+    best, note = float(plan.certificate.value_L.sum()), f"imbalance {plan.imbalance_L.mean():.4f}"
+    return Progress(seconds=began.seconds, best=best, bound=0.0, done=done, note=note)
 
 
 def _unbeaten(
@@ -373,9 +373,7 @@ def _merged_front(
         plans.append(plan)
         start = plan.slots_LGC
         if progress is not None:
-            note, best = f"imbalance {plan.imbalance_L.mean():.4f}", float(plan.certificate.value_L.sum())
-            part = (done + 1) / len(rungs)
-            progress(Progress(seconds=began.seconds, best=best, bound=0.0, done=part, note=note))
+            progress(_reached(began, plan, (done + 1) / len(rungs)))
     if not plans:
         return _unbeaten(problem, names, [])
     free = problem

@@ -79,10 +79,7 @@ class TraceRecorder:
         self.batch_size = 1
 
     def _take(self, dispatcher: SlotDispatcher, expert_Tk: Tensor) -> None:
-        chosen = expert_Tk
-        if dispatcher.valid is not None:
-            chosen = torch.where(dispatcher.valid[:, None], chosen, self._experts)
-        array = chosen.to("cpu").numpy().astype(np.int16)
+        array = dispatcher.real_choice(expert_Tk).to("cpu").numpy().astype(np.int16)
         array[array >= self._experts] = -1
         self._pending.append(array)
         if len(self._pending) == self._layers:
@@ -129,13 +126,20 @@ def record_traces(live: LiveModel, batch_size: int = 1) -> Iterator[TraceRecorde
     """
     recorder = TraceRecorder(live)
     recorder.batch_size = batch_size
-    for dispatcher in live.dispatchers:
-        dispatcher.on_batch.append(recorder._take)
-    try:
+    with _on_batches(live, recorder._take):
         yield recorder
+
+
+@contextlib.contextmanager
+def _on_batches(live: LiveModel, take: Callable[[SlotDispatcher, Tensor], None]) -> Iterator[None]:
+    """Hand every batch of every layer to `take` meanwhile."""
+    for dispatcher in live.dispatchers:
+        dispatcher.on_batch.append(take)
+    try:
+        yield
     finally:
         for dispatcher in live.dispatchers:
-            dispatcher.on_batch.remove(recorder._take)
+            dispatcher.on_batch.remove(take)
 
 
 # ---------------------------------------------------------------------------------- loads by source
@@ -157,13 +161,7 @@ class SourceRecorder:
         if dispatcher.index == 0:
             self._count()
             self._group = self._live.group
-        chosen = expert_Tk
-        if dispatcher.valid is not None:
-            chosen = torch.where(dispatcher.valid[:, None], chosen, self._live.experts)
-        flat = chosen.reshape(-1).long()
-        # bincount would wait for the device to learn the largest id.
-        counts = torch.zeros(self._live.experts + 1, dtype=torch.int64, device=flat.device)
-        self._pending.append(counts.scatter_add_(0, flat, torch.ones_like(flat))[:-1])
+        self._pending.append(dispatcher.real_counts(expert_Tk))
 
     def _count(self) -> None:
         """Add the last pass, if all layers had it among the ranks that there still are."""
@@ -244,13 +242,8 @@ def record_sources(live: LiveModel) -> Iterator[SourceRecorder]:
         Of any engine.
     """
     recorder = SourceRecorder(live)
-    for dispatcher in live.dispatchers:
-        dispatcher.on_batch.append(recorder._take)
-    try:
+    with _on_batches(live, recorder._take):
         yield recorder
-    finally:
-        for dispatcher in live.dispatchers:
-            dispatcher.on_batch.remove(recorder._take)
 
 
 class _Replay:

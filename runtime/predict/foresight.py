@@ -25,8 +25,8 @@ __all__ = ["Foresight", "GatePredictor", "Pending"]
 
 #: Times that a gate sees a shape before its launches are recorded; most gates and shapes that are.
 USES, RECORDED = 3, 128
-#: Most numbers in the hidden states of which they are: each recording keeps a copy of such.
-SMALL = 2**21
+#: Most numbers in the hidden states of which they are, of one and of all: a recording keeps a copy of them.
+SMALL, HELD = 2**23, 2**26
 
 
 class Pending:
@@ -103,7 +103,8 @@ class _Recorded:
 
     def _made(self, key: tuple[Any, ...], gate: PlainGate, hidden: Tensor) -> _Launched | None:
         """A recording, where it is time for one."""
-        if len(self._known) >= RECORDED:
+        held = sum(one.hidden.numel() for one in self._known.values())
+        if len(self._known) >= RECORDED or held + hidden.numel() > HELD:
             return None
         self._uses[key] = self._uses.get(key, 0) + 1
         if self._uses[key] < USES:

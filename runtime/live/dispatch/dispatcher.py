@@ -259,8 +259,8 @@ class SlotDispatcher:
         n_tokens, k = expert_Tk.shape
         if self.valid is not None and self.valid.numel() != n_tokens:
             raise ProblemError("valid", f"marks {self.valid.numel()} tokens, the batch has {n_tokens}")
-        if self.valid is not None and self.skip_invalid:
-            expert_Tk = torch.where(self.valid[:, None], expert_Tk, self.experts)
+        if self.skip_invalid:
+            expert_Tk = self.real_choice(expert_Tk)
         here = self.group.size == 1 and not x_TH.is_cuda and self._there is None
         self._sorted_here = here and self.row_block == 1
         if self._sorted_here:
@@ -352,14 +352,22 @@ class SlotDispatcher:
     def _count(self, flat: Tensor) -> Tensor:
         if flat.is_cuda:
             # bincount would wait for the device to learn the largest id.
+            flat = flat.long()
             counts = torch.zeros(self.experts + 1, dtype=torch.int64, device=flat.device)
             return counts.scatter_add_(0, flat, torch.ones_like(flat))[: self.experts]
         return torch.bincount(flat, minlength=self.experts + 1)[: self.experts]
 
+    def real_choice(self, expert_Tk: Tensor) -> Tensor:
+        """Experts of a batch's tokens, [T, k]; E of those that are masked."""
+        return expert_Tk if self.valid is None else torch.where(self.valid[:, None], expert_Tk, self.experts)
+
+    def real_counts(self, expert_Tk: Tensor) -> Tensor:
+        """Tokens of each expert, int64 [E], of a batch's tokens that are not masked; where the batch is."""
+        return self._count(self.real_choice(expert_Tk).reshape(-1))
+
     def _observe(self, expert_Tk: Tensor, counts: Tensor) -> None:
         if self.valid is not None and not self.skip_invalid:
-            kept = torch.where(self.valid[:, None], expert_Tk, self.experts).reshape(-1)
-            counts = self._count(kept)
+            counts = self.real_counts(expert_Tk)
         if self.load_E is None:
             self.load_E = counts.clone()
         else:

@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 
 from moeless_opt.problems.errors import FormatError, ProblemError
 from moeless_opt.runtime.engines.observe import replay_gate, replay_routes, tap_hidden
+from moeless_opt.runtime.predict import foresight
 from moeless_opt.runtime.predict.foresight import SMALL, Foresight, GatePredictor, Pending, _Recorded
 from moeless_opt.runtime.predict.gates import LARGEST, PlainGate, TunedGate, plain_gates
 from moeless_opt.runtime.predict.history import Calibrated, LastWindow
@@ -431,3 +432,17 @@ def test_gates_are_made_while_routes_are_replayed(model: Any) -> None:
         RouterReplay.global_router_replay_instances[:] = known
         for router in routers:
             router.router_replay = None
+
+
+def test_recordings_together_keep_so_much_at_most(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Once:
+        def record(self, call: Any) -> Any:
+            out = call(None)
+            return [lambda: None], out
+
+    monkeypatch.setattr(foresight, "HELD", 3 * 128)
+    recorded, gate = _Recorded(Once()), plain_gates(model)[1]
+    with torch.no_grad():
+        for tokens, kept in ((2, True), (2, True), (3, False), (1, True)):
+            found = [recorded.counts_E(gate, torch.ones(tokens, 128), None) for _ in range(4)]
+            assert (found[-1] is not None) == kept

@@ -100,6 +100,11 @@ def _sorted(expert_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return counts[:experts], order, back.masked_fill_(expert_N == experts, -1)
 
 
+def _wide(width: int, topk: int) -> dict[str, int]:
+    """How kernels that move whole rows are compiled."""
+    return {"H": width, "k": topk, "BLOCK": min(power(width), WIDE), "warps": 4}
+
+
 def gather_rows(rows: Tensor, weight: Tensor, order: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Rows and weights in an order: ``rows[order // topk]``, ``weight[order]``.
 
@@ -120,10 +125,7 @@ def gather_rows(rows: Tensor, weight: Tensor, order: Tensor, topk: int) -> tuple
             order,
             out,
             weight_out,
-            H=width,
-            k=topk,
-            BLOCK=min(power(width), WIDE),
-            warps=4,
+            **_wide(width, topk),
         )
     return out, weight_out
 
@@ -145,10 +147,7 @@ def combine_rows(rows: Tensor, back_N: Tensor, topk: int) -> Tensor:
             rows,
             back_N,
             out,
-            H=width,
-            k=topk,
-            BLOCK=min(power(width), WIDE),
-            warps=4,
+            **_wide(width, topk),
         )
     return out
 
